@@ -1,0 +1,1 @@
+"""Preference optimisation of language models, with the reference policy as the thing under study."""

@@ -1,0 +1,142 @@
+"""The values that flow through a run. Imports nothing of ours.
+
+Axes
+    B  ordered pairs          N  responses            G  prompt groups
+    T  packed tokens          R  response tokens      V  vocabulary      H  hidden
+Log-probabilities are in nats. Per-token values are float32; sums over a response are float64, because a float32 sum
+of 2,000 nats is wrong in its fourth decimal and margins are differences of such sums.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptGroup:
+    """One prompt and the k responses that answer it, before any tokenizer has seen them.
+
+    A preference pair is a group of two with `pairs == ((0, 1),)`, an SFT example a group of one without pairs, a
+    ranked list a group of k. `pairs` holds (better, worse) positions in `responses`. `origin` names the source row in
+    messages to the user ("pairs.jsonl row 7").
+    """
+
+    prompt: tuple[Message, ...]
+    responses: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
+    rewards: tuple[float, ...] | None = None
+    origin: str = ""
+
+    @property
+    def group_id(self) -> str:
+        """Digest of the texts: equal for equal content, whatever file, order or limit it came with."""
+        content = json.dumps([self.prompt, self.responses], ensure_ascii=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+class PreferenceData(NamedTuple):
+    """What a `data` source yields: groups to train on, held-out groups, and conversations to generate answers for."""
+
+    train: list[PromptGroup]
+    eval: list[PromptGroup]
+    test_prompts: list[tuple[Message, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGroup:
+    """A prompt group as token ids. Each response ends with its end-of-turn token unless it was cut."""
+
+    group_index: int
+    group_id: str
+    prompt_ids: list[int]
+    response_ids: tuple[list[int], ...]
+    num_bytes: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the group occupies in a pack: the prompt once, every response once."""
+        return len(self.prompt_ids) + sum(map(len, self.response_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Groups laid end to end, each as [prompt | y1 | ... | yk], without padding.
+
+    Token r of the R response tokens is predicted from packed position `head_index[r]`: the last prompt token for the
+    first token of every response (so that position occurs k times), the token before it otherwise.
+    """
+
+    input_ids: Int[Tensor, " T"]
+    position_ids: Int[Tensor, " T"]  # restart after the prompt for every response
+    layout: tuple[tuple[int, tuple[int, ...]], ...]  # per group: prompt length, response lengths
+    head_index: Int[Tensor, " R"]
+    target_ids: Int[Tensor, " R"]
+    response_index: Int[Tensor, " R"]  # which of the N responses token r belongs to, ascending
+    lengths: Int[Tensor, " N"]
+    num_bytes: Int[Tensor, " N"]
+    group_index: Int[Tensor, " N"]
+    chosen: Int[Tensor, " B"]  # positions among the N responses
+    rejected: Int[Tensor, " B"]
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.layout)
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch with every tensor on `device`."""
+        fields = ((name, getattr(self, name)) for name in self.__slots__)
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in fields
+        }
+        return PackedBatch(**moved)
+
+
+@dataclass(frozen=True, slots=True)
+class PairLogps:
+    """What one model says about B ordered pairs: log-probabilities summed over each response, in nats."""
+
+    chosen: Float[Tensor, " B"]
+    rejected: Float[Tensor, " B"]
+    chosen_lengths: Int[Tensor, " B"]
+    rejected_lengths: Int[Tensor, " B"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseLogps:
+    """What one model says about N responses.
+
+    `token_logps` holds the R per-token values in the order of the batch's `target_ids`; it is None where the model's
+    tokens do not correspond to the policy's (a reference with another tokenizer).
+    """
+
+    sums: Float[Tensor, " N"]
+    lengths: Int[Tensor, " N"]
+    num_bytes: Int[Tensor, " N"]
+    token_logps: Float[Tensor, " R"] | None
+
+    def pairs(self, chosen: Int[Tensor, " B"], rejected: Int[Tensor, " B"]) -> PairLogps:
+        """The view on B ordered pairs given as positions among the N responses."""
+        return PairLogps(self.sums[chosen], self.sums[rejected], self.lengths[chosen], self.lengths[rejected])
+
+
+def conversation(prompt: Sequence[Message], response: str) -> list[Message]:
+    """The prompt's messages followed by `response` as the assistant's turn."""
+    return [*prompt, Message(role="assistant", content=response)]
