@@ -1,0 +1,278 @@
+"""Attention over packs in which the responses of a group share one copy of their prompt.
+
+A group lies in the pack as [prompt | y1 | ... | yk]; response yj sees the prompt and itself, never another response.
+Every backend computes exactly that and differs only in how:
+
+`sdpa`        any device. Long groups piece by piece, [prompt | y1] causal and y2.. against prompt + themselves; short
+              groups padded together into one call, because a kernel launch costs more than their arithmetic.
+`varlen`      CUDA, the FlashAttention kernel inside torch. One launch: queries are the pieces, the keys of y2.. are
+              gathered as prompt + themselves, and the causal mask is aligned at the bottom right.
+`flash_attn`  the same layout on the flash-attn package.
+`eager`       the formula written out in matmuls, for architectures with soft-capping or sinks, and for tests.
+
+They reach the model through transformers' attention interface: the model is called with `packed=PackedLayout(...)`.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from functools import cache, cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+SHORT_GROUP = 192  # tokens; packs of shorter groups are padded together: one call instead of several per group
+# Our names in transformers' registry. It searches names for "sdpa" and "flash" and then applies rules of its own.
+REGISTERED = {
+    "flash_attn": "packed_by_package",
+    "varlen": "packed_varlen",
+    "sdpa": "packed_dense",
+    "eager": "packed_formula",
+}
+
+Layout = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+class PackedLayout:
+    """What attention needs to know about one pack; built once per forward pass and shared by all layers."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        self.device = device
+        self.pieces = [size for prompt, responses in layout for size in (prompt + responses[0], *responses[1:])]
+        self.longest = max(prompt + sum(responses) for prompt, responses in layout)
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._padded_masks: dict[int | None, Tensor] = {}
+
+    def causal_mask(self, num_queries: int, num_keys: int, window: int | None) -> Bool[Tensor, "q k"]:
+        """Which of the last `num_queries` positions see which keys: causal, aligned at the bottom right, windowed."""
+        key = (num_queries, num_keys, window)
+        if key not in self._masks:
+            keys = torch.arange(num_keys, device=self.device)
+            distance = keys[num_keys - num_queries :, None] - keys[None, :]
+            self._masks[key] = (distance >= 0) & (distance < (window or num_keys))
+        return self._masks[key]
+
+    @cached_property
+    def padded(self) -> tuple[Int[Tensor, "G S"], Int[Tensor, "G S"], Int[Tensor, "G S"]]:
+        """Groups side by side: index into the pack, position in the response's own sequence, and segment
+        (0 the prompt, j the j-th response, -1 padding)."""
+        index, position, segment = (torch.full((len(self.layout), self.longest), fill) for fill in (0, 0, -1))
+        start = 0
+        for row, (prompt, responses) in enumerate(self.layout):
+            sizes = (prompt, *responses)
+            total = sum(sizes)
+            index[row, :total] = torch.arange(start, start + total)
+            position[row, :total] = torch.cat([torch.arange(prompt), *(torch.arange(r) + prompt for r in responses)])
+            segment[row, :total] = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+            start += total
+        return index.to(self.device), position.to(self.device), segment.to(self.device)
+
+    @cached_property
+    def padding_free_index(self) -> Int[Tensor, " T"]:
+        """Where the pack's tokens lie in the flattened padded arrangement."""
+        return (self.padded[2].flatten() >= 0).nonzero().flatten()
+
+    def padded_mask(self, window: int | None) -> Bool[Tensor, "G 1 S S"]:
+        """The shared-prompt rule for groups side by side; padding sees itself, so that no row is empty."""
+        if window not in self._padded_masks:
+            _, position, segment = self.padded
+            distance = position[:, :, None] - position[:, None, :]
+            same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
+            visible = same & (distance >= 0) & (distance < (window or self.longest)) & (segment[:, None, :] >= 0)
+            itself = torch.eye(self.longest, dtype=torch.bool, device=self.device)
+            self._padded_masks[window] = (visible | itself)[:, None]
+        return self._padded_masks[window]
+
+    @cached_property
+    def varlen(self) -> tuple[Int[Tensor, " S"], Int[Tensor, " K"], Int[Tensor, " S"], int, int]:
+        """Cumulative query lengths, the keys' places in the pack, cumulative key lengths, longest query and key run.
+
+        Every piece is a query run; its keys are its group's prompt followed by itself (the first piece contains the
+        prompt already).
+        """
+        key_runs, start = [], 0
+        for prompt, responses in self.layout:
+            key_runs.append(torch.arange(start, start + prompt + responses[0]))
+            place = start + prompt + responses[0]
+            for size in responses[1:]:
+                key_runs.append(torch.cat([torch.arange(start, start + prompt), torch.arange(place, place + size)]))
+                place += size
+            start = place
+        key_sizes = [len(run) for run in key_runs]
+        cumulative = (
+            torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=self.device)
+            for sizes in (self.pieces, key_sizes)
+        )
+        cu_q, cu_k = cumulative
+        return cu_q, torch.cat(key_runs).to(self.device), cu_k, max(self.pieces), max(key_sizes)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+
+
+def _formula(softcap: float | None, sinks: Tensor | None) -> Callable[..., Tensor]:
+    """Attention written out in matmuls, with Gemma's soft-capping and GPT-OSS's sinks."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        scores = (q @ k.transpose(-1, -2)) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        if sinks is None:
+            return scores.softmax(dim=-1) @ v
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1] @ v
+
+    return attend
+
+
+def _by_piece(attend: Callable, q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling):
+    """Run `attend` on every piece. Split, not sliced: the backward pass of a slice allocates a zero tensor as long as
+    the whole pack."""
+    q_pieces, k_pieces, v_pieces = (x.split(packed.pieces, dim=2) for x in (q, k, v))
+    outputs, piece = [], 0
+    for prompt, responses in packed.layout:
+        k_prompt, v_prompt = k_pieces[piece][:, :, :prompt], v_pieces[piece][:, :, :prompt]
+        first = prompt + responses[0]
+        mask = packed.causal_mask(first, first, window)
+        outputs.append(attend(q_pieces[piece], k_pieces[piece], v_pieces[piece], mask, scaling))
+        for size in responses[1:]:
+            piece += 1
+            keys = torch.cat([k_prompt, k_pieces[piece]], dim=2)
+            values = torch.cat([v_prompt, v_pieces[piece]], dim=2)
+            mask = packed.causal_mask(size, prompt + size, window)
+            outputs.append(attend(q_pieces[piece], keys, values, mask, scaling))
+        piece += 1
+    return torch.cat(outputs, dim=2)
+
+
+def _side_by_side(attend: Callable, q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling):
+    """Run `attend` once on all groups padded to the longest."""
+    index = packed.padded[0].flatten()
+    groups = (len(packed.layout), packed.longest)
+    q_pad, k_pad, v_pad = (x[0].index_select(1, index).unflatten(1, groups).transpose(0, 1) for x in (q, k, v))
+    out = attend(q_pad, k_pad, v_pad, packed.padded_mask(window), scaling)
+    return out.transpose(0, 1).flatten(1, 2).index_select(1, packed.padding_free_index)[None]
+
+
+def _varlen_kernel() -> Callable[..., Tensor]:
+    """torch's own FlashAttention; its keywords changed between torch 2.11 and 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    accepted = inspect.signature(varlen_attn).parameters
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, scaling: float, window: int | None) -> Tensor:
+        options: dict[str, Any] = {"scale": scaling}
+        if "window_size" in accepted:
+            options["window_size"] = (-1 if window is None else window - 1, 0)
+        elif window is None:
+            options["is_causal"] = True
+        else:
+            raise ValueError("model.attention=varlen: this torch has no sliding window in varlen; use sdpa")
+        if "enable_gqa" in accepted:
+            options["enable_gqa"] = True
+        else:
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+    return kernel
+
+
+def _flash_attn_kernel() -> Callable[..., Tensor]:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, scaling: float, window: int | None) -> Tensor:
+        size = (-1 if window is None else window - 1, 0)
+        options = {"softmax_scale": scaling, "causal": True, "window_size": size}
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+    return kernel
+
+
+def run_varlen(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling):
+    """Run a variable-length kernel on the pack: (1, H, T, D) in, (1, H, T, D) out."""
+    cu_q, keys, cu_k, max_q, max_k = packed.varlen
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    out = kernel(q, k.index_select(0, keys), v.index_select(0, keys), cu_q, cu_k, max_q, max_k, scaling, window)
+    return out.transpose(0, 1)[None]
+
+
+def _sdpa_layout(attend: Callable, q, k, v, packed: PackedLayout, window: int | None, scaling: float) -> Tensor:
+    arrange = _side_by_side if packed.longest <= SHORT_GROUP else _by_piece
+    return arrange(attend, q, k, v, packed, window, scaling)
+
+
+def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
+    """The function transformers calls once per layer. Raises rather than ignore an argument it does not implement."""
+    kernel = {"varlen": _varlen_kernel, "flash_attn": _flash_attn_kernel}.get(backend, lambda: None)()
+
+    def attention(
+        module: nn.Module,
+        query: Float[Tensor, "1 Hq T D"],
+        key: Float[Tensor, "1 Hkv T D"],
+        value: Float[Tensor, "1 Hkv T Dv"],
+        attention_mask: object,
+        scaling: float,
+        dropout: float = 0.0,
+        packed: PackedLayout | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        if packed is None or dropout != 0.0:
+            raise ValueError(f"{type(module).__name__} lost the pack's layout or uses attention dropout: not packable")
+        special = softcap is not None or s_aux is not None
+        if kernel is not None and not special:
+            out = run_varlen(kernel, query, key, value, packed, sliding_window, scaling)
+        elif backend == "eager" or special:
+            out = _by_piece(_formula(softcap, s_aux), query, key, value, packed, sliding_window, scaling)
+        else:
+            out = _sdpa_layout(_sdpa, query, key, value, packed, sliding_window, scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def available(backend: str) -> bool:
+    """Whether `backend` can run here: the kernels need CUDA, flash_attn also its package."""
+    if backend == "flash_attn":
+        return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    if backend == "varlen":
+        has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+        return has_varlen and torch.cuda.is_available()
+    return True
+
+
+def resolve_backend(requested: str) -> str:
+    """`auto` becomes the fastest backend there is; a named one that cannot run here is an error."""
+    if requested == "auto":
+        return next(name for name in REGISTERED if available(name))
+    if requested not in REGISTERED:
+        raise ValueError(f"model.attention={requested} is none of auto, {', '.join(REGISTERED)}")
+    if not available(requested):
+        how = "a CUDA device and `make flash` (pip install -r requirements-flash.txt)"
+        need = how if requested == "flash_attn" else "a CUDA device and torch >= 2.11"
+        raise ValueError(f"model.attention={requested} needs {need}; model.attention=auto takes what is here")
+    return requested
+
+
+@cache
+def register(backend: str) -> str:
+    """Make `backend` known to transformers and return the name to give to `set_attn_implementation`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = REGISTERED[backend]
+    AttentionInterface.register(name, _interface(backend))
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)  # the layout is the mask
+    return name

@@ -1,0 +1,88 @@
+"""Optimiser batches of groups, and packs of at most `tokens_per_batch` tokens inside each of them."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from dpo_ref.types import PackedBatch, TokenGroup
+
+
+def epoch_order(num_groups: int, seed: int, epoch: int) -> list[int]:
+    """The order in which `epoch` visits the groups: a permutation that depends on seed and epoch alone."""
+    return np.random.default_rng([seed, epoch]).permutation(num_groups).tolist()
+
+
+def optimiser_batches(
+    groups: Sequence[TokenGroup], batch_size: int, seed: int, first_step: int = 0
+) -> Iterator[tuple[int, list[TokenGroup]]]:
+    """(epoch, groups) of every optimiser step from `first_step` (0-based) on, without end.
+
+    Every group occurs once per epoch; the last batch of an epoch may be smaller. Raises ValueError without groups.
+    """
+    if not groups:
+        raise ValueError("there is nothing to train on: every row was dropped; see data.max_length and the log above")
+    per_epoch = steps_per_epoch(len(groups), batch_size)
+    epoch, skip = divmod(first_step, per_epoch)
+    while True:
+        order = epoch_order(len(groups), seed, epoch)
+        for start in range(skip * batch_size, len(order), batch_size):
+            yield epoch, [groups[i] for i in order[start : start + batch_size]]
+        epoch, skip = epoch + 1, 0
+
+
+def steps_per_epoch(num_groups: int, batch_size: int) -> int:
+    """Optimiser steps that visit every group once."""
+    return -(-num_groups // batch_size)
+
+
+def pack(groups: Sequence[TokenGroup], tokens_per_batch: int) -> list[list[TokenGroup]]:
+    """Best-fit decreasing: every group in one pack, each pack at most `tokens_per_batch` tokens (a longer group alone).
+
+    The packs and their order are a function of the groups alone.
+    """
+    packs: list[list[TokenGroup]] = []
+    room: list[int] = []
+    for group in sorted(groups, key=lambda group: -group.num_tokens):
+        fits = [i for i, free in enumerate(room) if free >= group.num_tokens]
+        if fits:
+            best = min(fits, key=room.__getitem__)
+            packs[best].append(group)
+            room[best] -= group.num_tokens
+        else:
+            packs.append([group])
+            room.append(tokens_per_batch - group.num_tokens)
+    return packs
+
+
+def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
+    """One pack as tensors."""
+    ids, positions, heads, targets, owners = [], [], [], [], []
+    lengths, chosen, rejected = [], [], []
+    for group in groups:
+        start, prompt_size = len(ids), len(group.prompt_ids)
+        ids.extend(group.prompt_ids)
+        positions.extend(range(prompt_size))
+        chosen.extend(len(lengths) + better for better, _ in group.pairs)
+        rejected.extend(len(lengths) + worse for _, worse in group.pairs)
+        for response in group.response_ids:
+            place, size = len(ids), len(response)
+            heads.extend([start + prompt_size - 1, *range(place, place + size - 1)])
+            targets.extend(response)
+            owners.extend([len(lengths)] * size)
+            ids.extend(response)
+            positions.extend(range(prompt_size, prompt_size + size))
+            lengths.append(size)
+    return PackedBatch(
+        input_ids=torch.tensor(ids),
+        position_ids=torch.tensor(positions),
+        layout=tuple((len(group.prompt_ids), tuple(map(len, group.response_ids))) for group in groups),
+        head_index=torch.tensor(heads),
+        target_ids=torch.tensor(targets),
+        response_index=torch.tensor(owners),
+        lengths=torch.tensor(lengths),
+        num_bytes=torch.tensor([size for group in groups for size in group.num_bytes]),
+        group_index=torch.tensor([group.group_index for group in groups for _ in group.response_ids]),
+        chosen=torch.tensor(chosen, dtype=torch.long),
+        rejected=torch.tensor(rejected, dtype=torch.long),
+    )

@@ -1,0 +1,113 @@
+"""Log-probabilities of responses: the one function that policy and references share.
+
+The language-model head is applied to response positions only, a chunk of tokens at a time, and each chunk's logits are
+recomputed in the backward pass: no [tokens, vocabulary] tensor outlives its chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dpo_ref.attention import PackedLayout
+from dpo_ref.types import PackedBatch, ResponseLogps
+
+CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last linear layer and what its architecture does to the logits: logits = cap(scale * (h W^T + b))."""
+
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
+        """Logits in at least float32, whatever the dtype of the product."""
+        weight = self.weight.to(hidden.dtype)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = nn.functional.linear(hidden, weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a transformers causal language model, with its architecture's post-processing of the logits."""
+    output, config = model.get_output_embeddings(), model.config
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None) is not None:  # Granite
+        scale = 1.0 / float(config.logits_scaling)
+    return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+class _ChunkedTokenLogps(torch.autograd.Function):
+    """log softmax(logits)[target] per token; saves hidden states and log-normalisers, recomputes logits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, targets: Tensor) -> Tensor:
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        logps, normalisers = [], []
+        for hidden_c, target_c in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = head.logits(hidden_c)
+            normaliser = logits.logsumexp(dim=-1)
+            logps.append(logits.gather(1, target_c[:, None]).squeeze(1) - normaliser)
+            normalisers.append(normaliser)
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
+        ctx.rows, ctx.scale, ctx.softcap = rows, head.scale, head.softcap
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        head = Head(weight, bias, ctx.scale, ctx.softcap)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=normalisers.dtype)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=normalisers.dtype)
+        weight_h = weight.to(hidden.dtype)
+        chunks = (x.split(ctx.rows) for x in (hidden, targets, normalisers, grads[0], grad_hidden))
+        for hidden_c, target_c, normaliser_c, grad_c, out_c in zip(*chunks, strict=True):
+            logits = head.logits(hidden_c)
+            d_logits = (logits - normaliser_c[:, None]).exp_().mul_(-grad_c[:, None])
+            d_logits.scatter_add_(1, target_c[:, None], grad_c[:, None].to(d_logits.dtype))
+            if ctx.softcap is not None:
+                d_logits.mul_(1 - (logits / ctx.softcap).square())
+            d_product = d_logits.mul_(ctx.scale).to(hidden.dtype)
+            torch.mm(d_product, weight_h, out=out_c)
+            grad_weight += d_product.T @ hidden_c
+            if grad_bias is not None:
+                grad_bias += d_logits.sum(dim=0)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
+
+
+def token_logps(hidden: Float[Tensor, "R H"], head: Head, targets: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
+    """Log-probability of each target token in nats, at least float32, differentiable in hidden states and head."""
+    return _ChunkedTokenLogps.apply(hidden, head.weight, head.bias, head, targets)  # pyright: ignore
+
+
+def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
+    """Hidden states from which the pack's response tokens are predicted; `model` has a packed attention installed."""
+    packed = PackedLayout(batch.layout, batch.input_ids.device)
+    backbone = model.base_model
+    output = backbone(
+        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, packed=packed
+    )
+    return output[0][0].index_select(0, batch.head_index)
+
+
+def sum_by_response(values: Float[Tensor, " R"], batch: PackedBatch) -> Float[Tensor, " N"]:
+    """Per-token values summed over each response, in float64."""
+    zeros = torch.zeros(len(batch.lengths), dtype=torch.float64, device=values.device)
+    return zeros.index_add(0, batch.response_index, values.double())
+
+
+def response_logps(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
+    """Log-probabilities `model` gives the responses of a pack: DPO's log pi(y|x), summed over y and its end token."""
+    values = token_logps(response_hidden(model, batch), head_of(model), batch.target_ids)
+    return ResponseLogps(sum_by_response(values, batch), batch.lengths, batch.num_bytes, values)

@@ -1,0 +1,69 @@
+"""What objectives return, how they are told apart, and how they are called."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, NamedTuple, get_type_hints
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo_ref.types import PackedBatch, PairLogps, ResponseLogps
+
+STRENGTH = "strength of the KL constraint"
+Strength = Annotated[float, STRENGTH]
+
+
+class Preference(NamedTuple):
+    """B pairs: losses, and the detached implicit rewards whose difference they are a function of."""
+
+    losses: Float[Tensor, " B"]
+    chosen_rewards: Float[Tensor, " B"]
+    rejected_rewards: Float[Tensor, " B"]
+
+
+class Likelihood(NamedTuple):
+    """N responses scored one by one: losses, and the detached log-likelihood that they raise."""
+
+    losses: Float[Tensor, " N"]
+    rewards: Float[Tensor, " N"]
+
+
+Outcome = Preference | Likelihood
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """An objective with its configuration bound, and what its signature says about it."""
+
+    name: str
+    function: Callable[..., Outcome]
+    uses_reference: bool
+    pairwise: bool
+
+    def __call__(self, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch) -> Outcome:
+        """Losses and rewards of one pack; sees pairs or responses, with or without reference, as declared."""
+        models = (policy, reference) if self.uses_reference else (policy,)
+        if self.pairwise:
+            return self.function(*(model.pairs(batch.chosen, batch.rejected) for model in models))
+        return self.function(*models)
+
+
+def bind(function: Callable[..., Outcome], **options: object) -> Objective:
+    """An objective function with its configuration, described by its annotations."""
+    hints = get_type_hints(function)
+    handed_over = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    return Objective(
+        name=function.__name__,
+        function=partial(function, **options),
+        uses_reference="reference" in handed_over,
+        pairwise=hints["policy"] is PairLogps,
+    )
+
+
+def positive(**values: float) -> None:
+    """Raise ValueError naming the first value that is not a positive finite number."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be positive and finite")

@@ -1,0 +1,126 @@
+"""Packed, prompt-shared, chunked log-probs equal each response scored alone with full logits."""
+
+import pytest
+import torch
+from tiny import naive_logps, random_groups, tiny_model
+
+from dpo_ref import attention, logps
+from dpo_ref.data.packing import collate
+
+SHORT = ((5, (4, 7)), (1, (6, 1)), (12, (3, 2, 8)), (9, (11,)))
+LONG = ((150, (60, 90)), (1, (220, 1)), (30, (40,)))
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 5, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "gpt_neox": {},
+    "phi": {},
+    "cohere": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 4.0},
+}
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def both_ways(model, groups):
+    """(values, gradients) of a weighted sum of token log-probs, packed and one at a time."""
+    weights = torch.linspace(-1, 1, sum(len(r) for g in groups for r in g.response_ids), dtype=torch.float64)
+    packed = logps.response_logps(model, collate(groups)).token_logps
+    (packed.double() * weights).sum().backward()
+    packed_gradients = gradients(model)
+    model.zero_grad()
+    alone = torch.cat([value for group in groups for value in naive_logps(model, group)])
+    (alone.double() * weights).sum().backward()
+    return packed, alone, packed_gradients, gradients(model)
+
+
+@pytest.mark.parametrize("layout", [SHORT, LONG], ids=["side by side", "by piece"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_packed_equals_alone(model_type, layout):
+    model = tiny_model(model_type, **ARCHITECTURES[model_type])
+    packed, alone, packed_gradients, alone_gradients = both_ways(model, random_groups(layout))
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    assert (packed_gradients - alone_gradients).norm() <= 1e-5 * alone_gradients.norm()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_float64_to_1e_9(backend):
+    """GPT-NeoX computes nothing in float32 inside, so the layout's own error shows."""
+    model = tiny_model("gpt_neox", backend=backend, dtype=torch.float64)
+    packed, alone, packed_gradients, alone_gradients = both_ways(model, random_groups(SHORT))
+    torch.testing.assert_close(packed, alone, atol=1e-10, rtol=1e-10)
+    assert (packed_gradients - alone_gradients).norm() <= 1e-9 * alone_gradients.norm()
+
+
+def test_varlen_layout_with_a_kernel_written_out():
+    """The layout handed to FlashAttention, checked with a bottom-right causal kernel in plain torch."""
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, scaling, window):
+        runs = zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True)
+        outputs = []
+        for q0, q1, k0, k1 in runs:
+            assert q1 - q0 <= max_q
+            assert k1 - k0 <= max_k
+            scores = torch.einsum("qhd,khd->hqk", q[q0:q1], k[k0:k1]) * scaling
+            shift = (k1 - k0) - (q1 - q0)
+            distance = torch.arange(q1 - q0)[:, None] + shift - torch.arange(k1 - k0)[None]
+            hidden = (distance < 0) | (distance >= (window or 10**6))
+            outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v[k0:k1]))
+        return torch.cat(outputs)
+
+    packed = attention.PackedLayout(SHORT, torch.device("cpu"))
+    total = sum(prompt + sum(responses) for prompt, responses in SHORT)
+    q, k, v = torch.randn(3, 1, 2, total, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for window in (None, 4):
+        expected = attention._by_piece(attention._sdpa, q, k, v, packed, window, 0.3)
+        torch.testing.assert_close(attention.run_varlen(kernel, q, k, v, packed, window, 0.3), expected)
+
+
+def test_changing_one_response_leaves_the_others_untouched():
+    model = tiny_model()
+    groups = random_groups(SHORT)
+    before = logps.response_logps(model, collate(groups)).token_logps
+    changed = random_groups(SHORT, seed=1)
+    mixed = type(groups[0])(
+        0, "x", groups[0].prompt_ids, (changed[0].response_ids[0], groups[0].response_ids[1]), (1, 1), ((0, 1),)
+    )
+    after = logps.response_logps(model, collate([mixed, *groups[1:]])).token_logps
+    torch.testing.assert_close(before[4:], after[4:], atol=1e-6, rtol=0)
+    assert (before[:4] - after[:4]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("bias", "scale", "softcap"), [(False, 1.0, None), (True, 0.5, None), (True, 2.0, 3.0)])
+def test_chunked_head_equals_full_logits(monkeypatch, bias, scale, softcap):
+    rows, hidden_size, vocab = 13, 7, 29
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", 5 * vocab)
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)  # noqa: E731
+    hidden, weight, bias_v = make(rows, hidden_size), make(vocab, hidden_size), make(vocab) if bias else None
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    leaves = [leaf for leaf in (hidden, weight, bias_v) if leaf is not None]
+    outer = torch.randn(rows, dtype=torch.float64, generator=generator)
+
+    got = logps.token_logps(hidden, logps.Head(weight, bias_v, scale, softcap), targets)
+    full = torch.nn.functional.linear(hidden, weight, bias_v) * scale
+    full = full if softcap is None else softcap * torch.tanh(full / softcap)
+    want = full.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    got_gradients = torch.autograd.grad(got @ outer, leaves)
+    want_gradients = torch.autograd.grad(want @ outer, leaves)
+    for ours, theirs in zip(got_gradients, want_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def test_sums_are_float64_sums_of_their_own_tokens():
+    model = tiny_model()
+    batch = collate(random_groups(SHORT))
+    scored = logps.response_logps(model, batch)
+    by_hand = torch.stack([part.double().sum() for part in scored.token_logps.split(batch.lengths.tolist())])
+    assert scored.sums.dtype == torch.float64
+    torch.testing.assert_close(scored.sums, by_hand)
+    pairs = scored.pairs(batch.chosen, batch.rejected)
+    torch.testing.assert_close(pairs.chosen, by_hand[[0, 2, 4, 5]])
+    torch.testing.assert_close(pairs.rejected, by_hand[[1, 3, 5, 6]])
