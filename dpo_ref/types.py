@@ -18,6 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def digest(content: object) -> str:
+    """128 bits of SHA-256 over the JSON form of `content`, as 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
 class Message(TypedDict):
     """One turn of a conversation; `role` is system, user or assistant."""
 
@@ -43,8 +48,12 @@ class PromptGroup:
     @property
     def group_id(self) -> str:
         """Digest of the texts: equal for equal content, whatever file, order or limit it came with."""
-        content = json.dumps([self.prompt, self.responses], ensure_ascii=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        return digest([self.prompt, self.responses])
+
+    @property
+    def prompt_id(self) -> str:
+        """Digest of the prompt alone: rows with the same one belong on the same side of a split."""
+        return digest(self.prompt)
 
 
 class PreferenceData(NamedTuple):
@@ -88,7 +97,7 @@ class PackedBatch:
     response_index: Int[Tensor, " R"]  # which of the N responses token r belongs to, ascending
     lengths: Int[Tensor, " N"]
     num_bytes: Int[Tensor, " N"]
-    group_index: Int[Tensor, " N"]
+    group_index: tuple[int, ...]  # per group; on the host, where cached rows are looked up
     chosen: Int[Tensor, " B"]  # positions among the N responses
     rejected: Int[Tensor, " B"]
 

@@ -1,6 +1,7 @@
 """Optimiser batches of groups, and packs of at most `tokens_per_batch` tokens inside each of them."""
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,11 +37,7 @@ def steps_per_epoch(num_groups: int, batch_size: int) -> int:
     return -(-num_groups // batch_size)
 
 
-def pack(groups: Sequence[TokenGroup], tokens_per_batch: int) -> list[list[TokenGroup]]:
-    """Best-fit decreasing: every group in one pack, each pack at most `tokens_per_batch` tokens (a longer group alone).
-
-    The packs and their order are a function of the groups alone.
-    """
+def _best_fit(groups: Sequence[TokenGroup], tokens_per_batch: int) -> list[list[TokenGroup]]:
     packs: list[list[TokenGroup]] = []
     room: list[int] = []
     for group in sorted(groups, key=lambda group: -group.num_tokens):
@@ -53,6 +50,28 @@ def pack(groups: Sequence[TokenGroup], tokens_per_batch: int) -> list[list[Token
             packs.append([group])
             room.append(tokens_per_batch - group.num_tokens)
     return packs
+
+
+def _one_group(groups: Sequence[TokenGroup], tokens_per_batch: int) -> list[list[TokenGroup]]:
+    return [[group] for group in groups]
+
+
+PACKINGS = {"best_fit": _best_fit, "one_group": _one_group}
+
+
+def pack(
+    groups: Sequence[TokenGroup],
+    *,
+    tokens_per_batch: int = 8192,
+    packing: Literal["best_fit", "one_group"] = "best_fit",
+) -> list[list[TokenGroup]]:
+    """Groups as micro-batches: every group in one pack, each pack at most `tokens_per_batch` tokens (a longer group
+    alone). `best_fit` is best-fit decreasing; `one_group` puts every group into a pack of its own. The packs and their
+    order are a function of the groups alone. Raises ValueError for a budget that is not positive.
+    """
+    if tokens_per_batch < 1:
+        raise ValueError(f"data.tokens_per_batch={tokens_per_batch} must be at least 1 token")
+    return PACKINGS[packing](groups, tokens_per_batch)
 
 
 def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
@@ -82,7 +101,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         response_index=torch.tensor(owners),
         lengths=torch.tensor(lengths),
         num_bytes=torch.tensor([size for group in groups for size in group.num_bytes]),
-        group_index=torch.tensor([group.group_index for group in groups for _ in group.response_ids]),
+        group_index=tuple(group.group_index for group in groups),
         chosen=torch.tensor(chosen, dtype=torch.long),
         rejected=torch.tensor(rejected, dtype=torch.long),
     )

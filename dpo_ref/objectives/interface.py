@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, NamedTuple, get_type_hints
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -48,6 +49,12 @@ class Objective:
         if self.pairwise:
             return self.function(*(model.pairs(batch.chosen, batch.rejected) for model in models))
         return self.function(*models)
+
+    def check(self) -> None:
+        """Raise the objective's own ValueError for a bad option before anything is loaded, on two made-up pairs."""
+        sums, sizes = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.long)
+        made_up = PairLogps(sums, sums, sizes, sizes) if self.pairwise else ResponseLogps(sums, sizes, sizes, None)
+        self.function(*([made_up, made_up] if self.uses_reference else [made_up]))
 
 
 def bind(function: Callable[..., Outcome], **options: object) -> Objective:

@@ -1,0 +1,45 @@
+# `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install install-dev demo test lint format flash clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## make .venv with requirements.txt
+install-dev: $(VENV)/.installed-dev ## make .venv with requirements-dev.txt
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/.installed
+
+demo: install ## train on the lab with three betas, evaluate, show the table, the plot and the report
+	$(BIN)/python train.py -m +experiment=demo
+	
+test: install-dev ## run the tests
+	$(BIN)/python -m pytest -n 2
+
+lint: install-dev ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: install-dev ## format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+flash: install ## build the flash-attn package (CUDA machines only)
+	$(BIN)/pip install --no-build-isolation -r requirements-flash.txt
+
+clean: ## delete outputs and caches of the tools, not .venv
+	rm -rf outputs .pytest_cache .ruff_cache .hypothesis

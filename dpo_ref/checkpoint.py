@@ -1,0 +1,120 @@
+"""Checkpoints: everything a run needs to go on bit for bit. Safetensors and JSON only; replaced atomically."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+PREFIX = "step-"
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace a JSON file atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
+def _fill_folder(folder: Path, fill: Any) -> None:
+    """Write a folder beside its place, then move it there; a failure leaves the old one alone."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def save_policy(folder: Path, policy: nn.Module, tokenizer: Any) -> None:
+    """A plain Hugging Face folder (weights, config, tokenizer, chat template) that loads without our code."""
+
+    def fill(partial: Path) -> None:
+        policy.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+    _fill_folder(folder, fill)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, policy: nn.Module) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in policy.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def save(
+    folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], *, keep: int = 1
+) -> Path:
+    """Write `folder/step-<n>` from `state["step"]`, then delete all but the newest `keep`.
+
+    `state` is JSON: the position in the run and what must be equal on resume (the reference's identity). The previous
+    checkpoint is deleted only when the new one is in place: a full disk raises OSError and loses nothing.
+    """
+    target = folder / f"{PREFIX}{state['step']:08d}"
+
+    def fill(partial: Path) -> None:
+        weights = {name: p.detach().contiguous() for name, p in policy.named_parameters()}
+        save_file(weights, partial / "policy.safetensors")
+        save_file(_optimizer_tensors(optimizer, policy), partial / "optimizer.safetensors")
+        save_file(_random_states(), partial / "random.safetensors")
+        write_json(partial / "state.json", dict(state))
+
+    _fill_folder(target, fill)
+    for old in found(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def found(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file())
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON state a checkpoint was saved with."""
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def load(checkpoint: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore weights, optimiser and random states in place."""
+    weights = load_file(checkpoint / "policy.safetensors")
+    parameters = dict(policy.named_parameters())
+    if weights.keys() != parameters.keys():
+        raise ValueError(f"{checkpoint}: its weights are not those of the configured model")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    saved = load_file(checkpoint / "optimizer.safetensors")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = next(n for n, p in parameters.items() if p is parameter)
+            keys = [key for key in saved if key.rpartition("/")[0] == name]
+            optimizer.state[parameter] = {key.rpartition("/")[2]: saved[key].to(_place(key, parameter)) for key in keys}
+    states = load_file(checkpoint / "random.safetensors")
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _place(key: str, parameter: Tensor) -> torch.device:
+    """Fused AdamW keeps its step counter beside the parameter too."""
+    return parameter.device

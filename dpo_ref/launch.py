@@ -1,0 +1,89 @@
+"""From a resolved configuration to a finished run folder: builds the parts, runs, and writes down how it ended."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_ref import checkpoint, lab_models
+from dpo_ref.cache import cache_folder
+from dpo_ref.config import Component, TrainRun
+from dpo_ref.data.packing import pack
+from dpo_ref.data.tokenise import tokenise
+from dpo_ref.models import LoadedModel, best_device, load_model, text_identity
+from dpo_ref.provenance import provenance
+from dpo_ref.references.frozen import weights_digest
+from dpo_ref.references.interface import Reference, ReferenceContext
+from dpo_ref.session import Interrupted, Session, groups_for
+from dpo_ref.tracking import RunInfo, Tracker
+from dpo_ref.tracking.metrics_file import MetricsFile
+from dpo_ref.tracking.terminal import TrainingProgress, progress
+from dpo_ref.types import PreferenceData, TokenGroup
+
+
+def tokenised(run: TrainRun, data: PreferenceData, tokenizer: Any) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    """Train and held-out groups as the objective needs them, numbered as one list."""
+    found = run.data.bound(tokenise)([*data.train, *data.eval], tokenizer)
+    print("data: " + ", ".join(f"{count:,} {what}" for what, count in found.counts.items()))
+    groups = groups_for(run.objective, found.groups)
+    boundary = len(data.train)
+    train, held_out = ([g for g in groups if (g.group_index < boundary) is side] for side in (True, False))
+    if not train:
+        raise ValueError("nothing is left to train on: every row was dropped; see data.max_length, data.over_length")
+    return train, held_out
+
+
+def build_reference(
+    run: TrainRun, loaded: LoadedModel, groups: Sequence[TokenGroup], device: torch.device
+) -> Reference:
+    """The loss reference, tabulated unless told otherwise; prints which one it is."""
+
+    def load(path: str) -> torch.nn.Module:
+        return load_model(lab_models.locate(path), device, run.model.options["attention"], "reference.path")
+
+    context = ReferenceContext(
+        policy=loaded.model,
+        uses_reference=run.objective.uses_reference,
+        load=load,
+        text_identity=text_identity(loaded.tokenizer),
+        groups=groups,
+        pack=run.data.bound(pack),
+        progress=progress,
+        device=device,
+        cache=cache_folder(),
+    )
+    with loaded.precision():
+        reference = run.reference(context)
+    print(f"reference: {reference.name}" + (f" ({reference.identity[:12]})" if reference.weights else ""))
+    return reference
+
+
+def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
+    """Load the model, the data and the reference of a run."""
+    torch.manual_seed(run.seed)
+    device = best_device()
+    data = run.data(run.seed)
+    loaded: LoadedModel = run.model(lab_models.locate, device)
+    train_groups, eval_groups = tokenised(run, data, loaded.tokenizer)
+    reference = build_reference(run, loaded, [*train_groups, *eval_groups], device)
+    optim = run.optim(loaded.model, run.trainer.num_steps(len(train_groups)))
+    return Session(
+        directory=directory,
+        loaded=loaded,
+        policy_weights=weights_digest(loaded.model),
+        reference=reference,
+        objective=run.objective,
+        optim=optim,
+        train_groups=train_groups,
+        eval_groups=eval_groups,
+        pack=run.data.bound(pack),
+        config=run.trainer,
+        seed=run.seed,
+        tracker=tracker,
+        metrics_file=MetricsFile(directory / "metrics.jsonl"),
+        show=TrainingProgress(),
+    )

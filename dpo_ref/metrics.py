@@ -1,0 +1,72 @@
+"""Metric keys and their definitions, in one place, the same for training and held-out data; callers add the prefix."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo_ref.objectives.interface import Likelihood, Outcome, Preference
+from dpo_ref.types import PackedBatch, ResponseLogps
+
+Values = dict[str, Float[Tensor, "..."]]
+
+
+def _last_token(logps: ResponseLogps, batch: PackedBatch) -> Float[Tensor, " N"] | None:
+    """Log-prob of each response's last token, its end-of-turn token unless it was cut."""
+    return None if logps.token_logps is None else logps.token_logps[batch.lengths.cumsum(0) - 1]
+
+
+def pair_values(outcome: Preference, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch) -> Values:
+    """Per-pair values of everything whose mean is reported."""
+    chosen, rejected = batch.chosen, batch.rejected
+    logratios = policy.sums - reference.sums
+    values = {
+        "loss": outcome.losses,
+        "rewards/chosen": outcome.chosen_rewards,
+        "rewards/rejected": outcome.rejected_rewards,
+        "rewards/accuracies": (outcome.chosen_rewards > outcome.rejected_rewards).double(),
+        "rewards/ties": (outcome.chosen_rewards == outcome.rejected_rewards).double(),
+        "rewards/margins": outcome.chosen_rewards - outcome.rejected_rewards,
+        "logps/chosen": policy.sums[chosen],
+        "logps/rejected": policy.sums[rejected],
+        "ref_logps/chosen": reference.sums[chosen],
+        "ref_logps/rejected": reference.sums[rejected],
+        "ref/accuracy": (reference.sums[chosen] > reference.sums[rejected]).double(),
+        "logratios/chosen": logratios[chosen],
+        "logratios/rejected": logratios[rejected],
+        "lengths/chosen": batch.lengths[chosen].double(),
+        "lengths/rejected": batch.lengths[rejected].double(),
+    }
+    ours, theirs = _last_token(policy, batch), _last_token(reference, batch)
+    if ours is not None and theirs is not None:
+        values["eos/chosen_logratio"] = (ours - theirs)[chosen].double()
+    return values
+
+
+def likelihood_values(outcome: Likelihood, policy: ResponseLogps, batch: PackedBatch) -> Values:
+    """Per-response values for objectives that fit single responses."""
+    return {
+        "loss": outcome.losses,
+        "rewards/chosen": outcome.rewards,
+        "logps/chosen": policy.sums,
+        "lengths/chosen": batch.lengths.double(),
+    }
+
+
+def values_of(outcome: Outcome, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch) -> Values:
+    """Per-item values of one pack, detached."""
+    if isinstance(outcome, Preference):
+        found = pair_values(outcome, policy, reference, batch)
+    else:
+        found = likelihood_values(outcome, policy, batch)
+    return {name: value.detach() for name, value in found.items()}
+
+
+def mean_of(parts: Iterable[Values]) -> dict[str, Tensor]:
+    """Means over all items of an optimiser batch, whatever its packs; scalars on the device."""
+    joined: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, value in part.items():
+            joined.setdefault(name, []).append(value)
+    return {name: torch.cat(values).mean() for name, values in joined.items()}

@@ -1,0 +1,126 @@
+"""Load causal language models and their tokenizers through transformers."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dpo_ref.attention import register, resolve_backend
+from dpo_ref.types import digest
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model with packed attention installed, its tokenizer, and the dtype it computes in.
+
+    Weights are float32 whatever the compute dtype: at lr 5e-7 an update vanishes in bfloat16.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    compute_dtype: torch.dtype
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context in which every forward pass of policy and reference runs."""
+        if self.compute_dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast("cuda", self.compute_dtype)
+
+
+def best_device() -> torch.device:
+    """CUDA if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _compute_dtype(requested: str, device: torch.device) -> torch.dtype:
+    if requested == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if requested == "bfloat16" and device.type == "cpu":
+        raise ValueError("model.dtype=bfloat16 needs a CUDA device; on a CPU write model.dtype=float32 (or auto)")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
+
+
+def check_folder(path: str, key: str) -> None:
+    """Raise ValueError if `path` is a local folder without a model, or looks local and does not exist."""
+    place = Path(path).expanduser()
+    if place.is_dir() and not (place / "config.json").is_file():
+        inner = place / "policy" / "config.json"
+        hint = f"; the run's policy is in {place / 'policy'}" if inner.is_file() else ""
+        raise ValueError(f"{key}={path} is not a model folder: it has no config.json{hint}")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not place.exists() and looks_local and "/" in path:
+        raise ValueError(f"{key}={path} does not exist")
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a local folder or on the hub."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}") from error
+
+
+def _without_dropout(config: Any) -> Any:
+    """Dropout off: policy and reference must be the same function."""
+    names = [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]
+    for name in names:
+        if isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def load_model(path: str, device: torch.device, attention: str, key: str = "model.path") -> nn.Module:
+    """A causal language model in float32 with packed attention; safetensors only, no code from the folder.
+
+    Raises ValueError naming `key` for what is no model, and for an architecture that does not take our attention.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_folder(path, key)
+    try:
+        config = _without_dropout(AutoConfig.from_pretrained(path))
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}={path}: no model could be loaded: {str(error).splitlines()[0]}") from error
+    model.to(device)
+    name = register(resolve_backend(attention))
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise ValueError(f"{key}={path}: {type(model).__name__} does not take an attention function from outside")
+    return model
+
+
+def pretrained(
+    locate: Callable[[str], str],
+    device: torch.device,
+    *,
+    path: str,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    attention: Literal["auto", "flash_attn", "varlen", "sdpa", "eager"] = "auto",
+    gradient_checkpointing: bool = False,
+) -> LoadedModel:
+    """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`).
+
+    `locate` turns `path` into what transformers can load. `dtype` is the compute dtype: auto is bfloat16 on CUDA,
+    float32 on a CPU. `gradient_checkpointing` recomputes activations in the backward pass: a third slower, far less
+    memory.
+    """
+    compute_dtype = _compute_dtype(dtype, device)
+    place = locate(path)
+    check_folder(place, "model.path")
+    tokenizer = load_tokenizer(place)
+    model = load_model(place, device, attention)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return LoadedModel(model, tokenizer, compute_dtype)
+
+
+def text_identity(tokenizer: Any) -> str:
+    """Digest of everything that turns a conversation into token ids."""
+    return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.all_special_tokens])

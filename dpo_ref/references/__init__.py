@@ -1,0 +1,1 @@
+"""Reference policies: what the implicit reward beta * log(pi / pi_ref) is measured against."""

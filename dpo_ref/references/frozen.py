@@ -1,0 +1,96 @@
+"""References that stay what they are: the initial policy, another checkpoint, or none."""
+
+import copy
+import hashlib
+from typing import Literal
+
+import torch
+from torch import nn
+
+from dpo_ref.logps import response_logps
+from dpo_ref.references.interface import Reference, ReferenceContext
+from dpo_ref.references.table import tabulate
+from dpo_ref.types import PackedBatch, ResponseLogps, digest
+
+Cache = Literal["auto", "off"]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over every weight's name, dtype, shape and bytes, as 32 hexadecimal digits."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()[:32]
+
+
+class Frozen:
+    """A model that is asked at every step (`reference.cache=off`)."""
+
+    def __init__(self, name: str, model: nn.Module, identity: str, weights: str) -> None:
+        self.name, self.identity, self.weights = name, identity, weights
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """A forward pass of the model."""
+        return response_logps(self.model, batch)
+
+    def update(self, policy: nn.Module, step: int) -> None:
+        """A frozen model does not move."""
+
+
+class Zeros:
+    """No reference: log-probability 0 for every response, at no cost.
+
+    The reward is then beta log pi itself, the convention of arXiv:2407.13709 (posterior probability).
+    """
+
+    name, identity, weights = "none", "none", ""
+
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """Zeros of the pack's shape."""
+        device = batch.target_ids.device
+        sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=device)
+        return ResponseLogps(sums, batch.lengths, batch.num_bytes, torch.zeros(len(batch.target_ids), device=device))
+
+    def update(self, policy: nn.Module, step: int) -> None:
+        """Nothing moves."""
+
+
+def _identity(weights: str, context: ReferenceContext) -> str:
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else torch.float32
+    return digest({"weights": weights, "text": context.text_identity, "dtype": str(dtype)})
+
+
+def initial(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
+    """The policy as it is before training (standard DPO).
+
+    With `cache=auto` its log-probabilities are computed by the policy itself before the first step and no second copy
+    exists; with `off` a copy is asked at every step.
+    """
+    weights = weights_digest(context.policy)
+    identity = _identity(weights, context)
+    if cache == "auto":
+        return tabulate("initial", context.policy, identity, weights, context)
+    return Frozen("initial", copy.deepcopy(context.policy), identity, weights)
+
+
+def other(context: ReferenceContext, *, path: str, cache: Cache = "auto") -> Reference:
+    """Another checkpoint with the policy's tokenizer: a local folder or a hub name."""
+    model = context.load(path).eval()
+    weights = weights_digest(model)
+    identity = _identity(weights, context)
+    if cache == "auto":
+        return tabulate("other", model, identity, weights, context)
+    return Frozen("other", model, identity, weights)
+
+
+def none(context: ReferenceContext) -> Reference:
+    """No reference at all."""
+    return Zeros()
+
+
+def auto(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
+    """`initial` where the objective has a reference, else `none`."""
+    return initial(context, cache=cache) if context.uses_reference else Zeros()

@@ -1,0 +1,47 @@
+"""The protocol of references, and what is handed over to build one."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """A policy that others are measured against.
+
+    `identity` is a digest of what its numbers mean (weights, tokenizer, template, dtype; truncation is in the token
+    ids that are scored), never of beta, learning rate, seed or run. `weights` is the digest of its weights, or "".
+    """
+
+    name: str
+    identity: str
+    weights: str
+
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """Log-probabilities of the pack's responses, in nats."""
+        ...
+
+    def update(self, policy: nn.Module, step: int) -> None:
+        """Move towards the policy after optimiser step `step`; a no-op unless the reference moves."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceContext:
+    """What references are built from at run time."""
+
+    policy: nn.Module  # as it is before training
+    uses_reference: bool  # whether the objective looks at a reference
+    load: Callable[[str], nn.Module]  # another model of the same vocabulary, as the policy was loaded
+    text_identity: str  # digest of tokenizer and chat template
+    groups: Sequence[TokenGroup]  # everything that will be asked for: training and held-out data
+    pack: Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
+    progress: Callable[[Sequence[Any], str, int], Iterable[Any]]  # shows how far a pass is: items, description, total
+    device: torch.device
+    cache: Path

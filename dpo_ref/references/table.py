@@ -1,0 +1,133 @@
+"""The table of reference log-probabilities: computed once per reference and row, shared by every run.
+
+Rows are keyed by what was scored (the token ids of prompt and responses) and live in a folder named by the reference's
+identity, so limits, held-out splits and later runs compute only what is missing. Shards are written atomically as the
+pass goes on: a crash loses at most one shard, and runs that fill the same table at once write the same values.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from dpo_ref.data.packing import collate
+from dpo_ref.logps import response_logps, sum_by_response
+from dpo_ref.references.interface import ReferenceContext
+from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
+
+SHARD_TOKENS = 2**20
+PROBES = 4  # rows scored again whenever a table is reused
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # nats per token; half precision: 0.1
+
+Rows = dict[bytes, np.ndarray]
+
+
+def row_key(group: TokenGroup) -> bytes:
+    """128 bits that name what is scored: the ids of the prompt and of every response."""
+    sizes = [len(group.prompt_ids), *map(len, group.response_ids)]
+    ids = [*sizes, *group.prompt_ids, *(token for response in group.response_ids for token in response)]
+    return hashlib.sha256(np.asarray([len(sizes), *ids], dtype=np.int32).tobytes()).digest()[:16]
+
+
+def read_shards(folder: Path) -> Rows:
+    """Every row stored for one reference; its per-token values, one response after the other."""
+    rows: Rows = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        shard = load_file(path)
+        bounds = np.cumsum(shard["sizes"])[:-1]
+        keys = [key.tobytes() for key in shard["keys"]]
+        rows.update(zip(keys, np.split(shard["values"], bounds), strict=True))
+    return rows
+
+
+def write_shard(folder: Path, rows: Rows) -> None:
+    """Store rows under a name made from their content, atomically."""
+    keys = np.stack([np.frombuffer(key, dtype=np.uint8) for key in rows])
+    sizes = np.array([len(values) for values in rows.values()], dtype=np.int64)
+    tensors = {"keys": keys, "sizes": sizes, "values": np.concatenate(list(rows.values()))}
+    name = hashlib.sha256(keys.tobytes()).hexdigest()[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}.{os.getpid()}"
+    save_file(tensors, partial)
+    os.replace(partial, folder / f"{name}.safetensors")
+
+
+@torch.no_grad()
+def score(model: nn.Module, groups: Sequence[TokenGroup], device: torch.device) -> Rows:
+    """Per-token log-probs of the groups' responses in one pack."""
+    batch = collate(groups).to(device)
+    values = response_logps(model, batch).token_logps.float().cpu().numpy()
+    bounds = np.cumsum([sum(map(len, group.response_ids)) for group in groups])[:-1]
+    return dict(zip(map(row_key, groups), np.split(values, bounds), strict=True))
+
+
+def _fill(model: nn.Module, missing: Sequence[TokenGroup], folder: Path, context: ReferenceContext) -> Rows:
+    filled: Rows = {}
+    shard: Rows = {}
+    packs = context.pack(missing)
+    for pack in context.progress(packs, "reference log-probs", len(packs)):
+        shard |= score(model, pack, context.device)
+        if sum(map(len, shard.values())) >= SHARD_TOKENS:
+            write_shard(folder, shard)
+            filled |= shard
+            shard = {}
+    if shard:
+        write_shard(folder, shard)
+    return filled | shard
+
+
+def _probe(model: nn.Module, groups: Sequence[TokenGroup], rows: Rows, folder: Path, device: torch.device) -> None:
+    """Score a few stored rows again; a table whose values the model does not give is refused."""
+    picked = list(groups)[:: max(1, len(groups) // PROBES)][:PROBES]
+    tolerance = PROBE_TOLERANCE.get(torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else torch.float32, 0.1)
+    for key, values in score(model, picked, device).items():
+        gap = float(np.abs(values - rows[key]).max())
+        if not gap <= tolerance:
+            raise ValueError(
+                f"the cached reference log-probs in {folder} differ from the reference by {gap:.2g} nats on a token: "
+                "the table is stale; delete the folder, or run with reference.cache=off"
+            )
+
+
+class Table:
+    """A reference whose log-probabilities were computed beforehand; its model is not needed any more."""
+
+    def __init__(
+        self, name: str, identity: str, weights: str, groups: Sequence[TokenGroup], rows: Rows, device: torch.device
+    ) -> None:
+        self.name, self.identity, self.weights = name, identity, weights
+        holes = [group for group in groups if row_key(group) not in rows]
+        if holes:
+            raise ValueError(f"the reference table lacks {len(holes)} groups, such as {holes[0].group_id}")
+        parts = [rows[row_key(group)] for group in groups]
+        self._values = torch.from_numpy(np.concatenate(parts)).to(device)
+        ends = np.cumsum([len(part) for part in parts]).tolist()
+        starts = [0, *ends[:-1]]
+        self._span = {g.group_index: span for g, span in zip(groups, zip(starts, ends, strict=True), strict=True)}
+        self.values_digest = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()[:32]
+
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """Look the pack's groups up."""
+        spans = (self._span[index] for index in batch.group_index)
+        values = torch.cat([self._values[start:end] for start, end in spans])
+        return ResponseLogps(sum_by_response(values, batch), batch.lengths, batch.num_bytes, values)
+
+    def update(self, policy: nn.Module, step: int) -> None:
+        """A table does not move."""
+
+
+def tabulate(name: str, model: nn.Module, identity: str, weights: str, context: ReferenceContext) -> Table:
+    """The table of `model` for all of the context's groups: stored rows reused after a probe, missing ones computed."""
+    folder = context.cache / "reference" / identity
+    stored = read_shards(folder)
+    known = [group for group in context.groups if row_key(group) in stored]
+    if known:
+        _probe(model, known, stored, folder, context.device)
+    missing = list({key: group for group in context.groups if (key := row_key(group)) not in stored}.values())
+    rows = stored | _fill(model, missing, folder, context) if missing else stored
+    return Table(name, identity, weights, context.groups, rows, context.device)

@@ -1,0 +1,215 @@
+"""A training run around its loop: logging, held-out evaluation, checkpoints, interruption, the final policy."""
+
+import resource
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_ref import checkpoint
+from dpo_ref.models import LoadedModel
+from dpo_ref.objectives.interface import Objective
+from dpo_ref.optim import Optimisation
+from dpo_ref.references.interface import Reference
+from dpo_ref.tracking import Tracker
+from dpo_ref.tracking.metrics_file import MetricsFile
+from dpo_ref.trainer import Pack, Step, TrainerConfig, check_step_zero, evaluate, train
+from dpo_ref.types import TokenGroup
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved itself."""
+
+
+class NonFinite(ValueError):
+    """A loss or gradient was not finite; the run has saved the weights from before that step and the batch's ids."""
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying in the middle of a step; a second one kills as usual."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: the device's if it is CUDA, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@dataclass
+class Session:
+    """Everything a run needs, built; `run` trains to the end or to an interruption."""
+
+    directory: Path
+    loaded: LoadedModel
+    policy_weights: str  # digest before training
+    reference: Reference
+    objective: Objective
+    optim: Optimisation
+    train_groups: Sequence[TokenGroup]
+    eval_groups: Sequence[TokenGroup]
+    pack: Pack
+    config: TrainerConfig
+    seed: int
+    tracker: Tracker
+    metrics_file: MetricsFile
+    show: Any  # progress display: show(steps, total) yields the steps; show.update(metrics) refreshes its numbers
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    first_metrics: dict[str, float] = field(default_factory=dict)
+    _logged_at: float = field(default_factory=time.perf_counter)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.directory / "checkpoints"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to be the same run."""
+        return {
+            "policy": self.policy_weights,
+            "objective": self.objective.name,
+            "reference": self.reference.identity,
+            "reference_values": getattr(self.reference, "values_digest", None),
+            "seed": self.seed,
+            "num_groups": len(self.train_groups),
+        }
+
+    def resume(self) -> int:
+        """Restore the newest checkpoint; returns the number of steps done. ValueError if it is another run's."""
+        found = checkpoint.found(self.checkpoints)
+        if not found:
+            self.metrics_file.truncate_after(-1)
+            return 0
+        state = checkpoint.read_state(found[-1])
+        for name, value in self.fingerprint().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"resume={self.directory}: {name} was {state[name]} and is {value} now; a run goes on only as it "
+                    "was. Start a new run (model.path may be this run's policy folder) instead"
+                )
+        checkpoint.load(found[-1], self.loaded.model, self.optim.optimizer)
+        self.metrics_file.truncate_after(state["step"])
+        return state["step"]
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint; the previous one is deleted only after it."""
+        state = {"step": step, **self.fingerprint()}
+        try:
+            checkpoint.save(self.checkpoints, self.loaded.model, self.optim.optimizer, state)
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.checkpoints} ({error.strerror or error}); "
+                "earlier checkpoints are intact. Free space, then go on with "
+                f"python train.py resume={self.directory}"
+            ) from error
+
+    def run(self, first_step: int) -> int:
+        """Train from `first_step` to the end; returns the number of steps done. Raises Interrupted or NonFinite."""
+        total = self.config.num_steps(len(self.train_groups))
+        policy = self.loaded.model
+        with stop_requests() as stop, self.loaded.precision():
+            if first_step == 0:
+                self._begin()
+            steps = train(
+                policy, self.reference, self.objective, self.optim, self.train_groups, self.pack, self.config,
+                seed=self.seed, first_step=first_step,
+            )  # fmt: skip
+            pending: Step | None = None
+            for step in self.show(steps, total, first_step):
+                if pending is not None:
+                    self._log(pending)  # one step late: the device never waits for its numbers to be read
+                pending = step
+                self._cadence(step.step, total)
+                if stop:
+                    self._log(step)
+                    self.save(step.step)
+                    raise Interrupted(f"stopped at step {step.step} of {total}")
+            if pending is not None:
+                self._log(pending)
+            self._evaluate(total)
+        return total
+
+    def _begin(self) -> None:
+        if self.reference.weights == self.policy_weights:
+            check_step_zero(self.loaded.model, self.reference, self.pack(self.train_groups[:8])[0])
+        self._evaluate(0)
+
+    def _cadence(self, step: int, total: int) -> None:
+        if self.config.save_every and step % self.config.save_every == 0 and step < total:
+            self.save(step)
+        if self.config.eval_every and step % self.config.eval_every == 0 and step < total:
+            self._evaluate(step)
+
+    def _evaluate(self, step: int) -> None:
+        if not self.eval_groups:
+            return
+        found = evaluate(self.loaded.model, self.reference, self.objective, self.eval_groups, self.pack)
+        self._record({f"eval/{name}": value for name, value in found.items()}, step)
+
+    def _log(self, step: Step) -> None:
+        now = time.perf_counter()
+        seconds, self._logged_at = now - self._logged_at, now
+        metrics = {name: float(value) for name, value in step.metrics.items()}
+        metrics["epoch"] = step.epoch
+        metrics["throughput/pairs_per_second"] = len(step.groups) / seconds
+        metrics["throughput/tokens_per_second"] = step.num_tokens / seconds
+        metrics["memory/peak_gib"] = peak_memory_gib(next(self.loaded.model.parameters()).device)
+        self.first_metrics = self.first_metrics or metrics
+        self.last_metrics = metrics
+        self._record({f"train/{name}": value for name, value in metrics.items()}, step.step)
+        self.show.update(metrics)
+        if not all(torch.tensor([metrics["loss"], metrics["grad_norm"]]).isfinite()):
+            self._stop_non_finite(step, metrics)
+
+    def _record(self, metrics: dict[str, float], step: int) -> None:
+        self.metrics_file.append(metrics, step=step)
+        self.tracker.log(metrics, step=step)
+
+    def _stop_non_finite(self, step: Step, metrics: dict[str, float]) -> None:
+        path = self.directory / f"non_finite_step_{step.step}.json"
+        checkpoint.write_json(path, {"step": step.step, "group_ids": [group.group_id for group in step.groups]})
+        self.save(step.step)
+        raise NonFinite(
+            f"step {step.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}. The update was left out and "
+            f"a checkpoint saved; the batch's pairs are listed in {path}. Look at them, or lower optim.lr"
+        )
+
+
+def best_response_only(group: TokenGroup) -> TokenGroup:
+    """The group reduced to its chosen response: what likelihood objectives fit, so the rest is never forwarded."""
+    best = group.pairs[0][0] if group.pairs else 0
+    return TokenGroup(
+        group.group_index, group.group_id, group.prompt_ids, (group.response_ids[best],), (group.num_bytes[best],), ()
+    )
+
+
+def groups_for(objective: Objective, groups: Sequence[TokenGroup]) -> list[TokenGroup]:
+    """The groups as the objective needs them. ValueError for a pairwise objective on data without pairs."""
+    if not objective.pairwise:
+        return list(map(best_response_only, groups))
+    if any(not group.pairs for group in groups):
+        raise ValueError(f"objective={objective.name} compares responses, but the data has rows with only one; use sft")
+    return list(groups)
+
+

@@ -1,0 +1,167 @@
+"""The training loop. The method itself is `loss_and_metrics`; everything else is bookkeeping.
+
+The loop is a generator of metrics per optimiser step: the caller logs, evaluates, saves and stops. It knows neither
+Hydra nor W&B. Metrics are tensors on the device; a caller that reads them one step late never makes the device wait.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpo_ref.data.packing import collate, optimiser_batches, steps_per_epoch
+from dpo_ref.logps import response_logps
+from dpo_ref.metrics import Values, mean_of, values_of
+from dpo_ref.objectives.interface import Objective
+from dpo_ref.optim import Optimisation
+from dpo_ref.references.interface import Reference
+from dpo_ref.types import PackedBatch, TokenGroup
+
+Pack = Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
+STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # nats per token
+STEP_ZERO_TOLERANCE_HALF = 0.1
+
+
+@dataclass
+class TrainerConfig:
+    """`trainer.*`. Cadences are in optimiser steps; training ends at whichever of epochs and max_steps comes first."""
+
+    batch_size: int = 32  # groups (pairs) per optimiser step
+    epochs: float = 1.0
+    max_steps: int | None = None
+    eval_every: int | None = None  # None: before and after training only
+    save_every: int | None = None  # None: at the end and when interrupted only
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in ("batch_size", "epochs", "max_steps", "eval_every", "save_every")}
+        for name, value in values.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"trainer.{name}={value} must be positive; null leaves it out")
+
+    def num_steps(self, num_groups: int) -> int:
+        """Optimiser steps of the whole run."""
+        steps = max(1, round(self.epochs * steps_per_epoch(num_groups, self.batch_size)))
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser step: its 1-based number, the epochs completed, what was measured before its update."""
+
+    step: int
+    epoch: float
+    metrics: dict[str, Tensor]
+    groups: list[TokenGroup]
+    num_tokens: int  # packed tokens forwarded
+
+
+def loss_and_metrics(
+    policy: nn.Module, reference: Reference, objective: Objective, batch: PackedBatch
+) -> tuple[Tensor, Values]:
+    """Summed loss over the pack's items, and their per-item values."""
+    policy_logps = response_logps(policy, batch)
+    reference_logps = reference.logps(batch)
+    outcome = objective(policy_logps, reference_logps, batch)
+    return outcome.losses.sum(), values_of(outcome, policy_logps, reference_logps, batch)
+
+
+def num_items(objective: Objective, groups: Sequence[TokenGroup]) -> int:
+    """What the loss is a mean over: pairs, or responses."""
+    return sum(len(group.pairs) if objective.pairwise else len(group.response_ids) for group in groups)
+
+
+def backward(
+    policy: nn.Module, reference: Reference, objective: Objective, packs: list[list[TokenGroup]], device: torch.device
+) -> tuple[dict[str, Tensor], int]:
+    """Accumulate the gradient of the mean loss over all items of the packs; their metrics and packed tokens.
+
+    Every item weighs the same, however the packer distributed them.
+    """
+    total = num_items(objective, [group for groups in packs for group in groups])
+    parts, num_tokens = [], 0
+    for groups in packs:
+        batch = collate(groups).to(device)
+        loss, values = loss_and_metrics(policy, reference, objective, batch)
+        (loss / total).backward()
+        parts.append(values)
+        num_tokens += len(batch.input_ids)
+    return mean_of(parts), num_tokens
+
+
+def update(policy: nn.Module, optim: Optimisation, step: int) -> Tensor:
+    """Clip, step, and return the gradient norm before clipping. A non-finite gradient leaves the weights untouched;
+    the decision is taken on the device, so nothing waits for it."""
+    limit = float("inf") if optim.max_grad_norm is None else optim.max_grad_norm
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), limit)
+    for group in optim.optimizer.param_groups:
+        group["lr"] = optim.lr_at(step)
+    optim.optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    optim.optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
+    optim.optimizer.step()
+    optim.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def train(
+    policy: nn.Module,
+    reference: Reference,
+    objective: Objective,
+    optim: Optimisation,
+    groups: Sequence[TokenGroup],
+    pack: Pack,
+    config: TrainerConfig,
+    *,
+    seed: int,
+    first_step: int = 0,
+) -> Iterator[Step]:
+    """Train `policy` in place from `first_step` (0-based, as a checkpoint says) to the end; yields after each step.
+
+    The data's order is a function of seed and step alone, so a resumed run sees what the uninterrupted one saw.
+    """
+    device = next(policy.parameters()).device
+    per_epoch = steps_per_epoch(len(groups), config.batch_size)
+    batches = optimiser_batches(groups, config.batch_size, seed, first_step)
+    for step in range(first_step, config.num_steps(len(groups))):
+        _, batch_groups = next(batches)
+        policy.train()
+        metrics, num_tokens = backward(policy, reference, objective, pack(batch_groups), device)
+        metrics["grad_norm"] = update(policy, optim, step)
+        metrics["lr"] = torch.tensor(optim.lr_at(step))
+        reference.update(policy, step + 1)
+        yield Step(step + 1, (step + 1) / per_epoch, metrics, batch_groups, num_tokens)
+
+
+@torch.no_grad()
+def evaluate(
+    policy: nn.Module, reference: Reference, objective: Objective, groups: Sequence[TokenGroup], pack: Pack
+) -> dict[str, float]:
+    """The training metrics on held-out groups."""
+    policy.eval()
+    device = next(policy.parameters()).device
+    parts = [
+        loss_and_metrics(policy, reference, objective, collate(pack_groups).to(device))[1]
+        for pack_groups in pack(groups)
+    ]
+    return {name: float(value) for name, value in mean_of(parts).items()}
+
+
+@torch.no_grad()
+def check_step_zero(policy: nn.Module, reference: Reference, groups: Sequence[TokenGroup]) -> None:
+    """When policy and reference are the same weights, their token log-probs must be too.
+
+    Raises ValueError if a log-ratio exceeds 1e-5 nats in float32 (0.1 in half precision): then the two are not the
+    same function of the text, and every margin of the run would carry the difference.
+    """
+    device = next(policy.parameters()).device
+    policy.eval()
+    batch = collate(groups).to(device)
+    ours, theirs = response_logps(policy, batch).token_logps, reference.logps(batch).token_logps
+    half = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    bound = STEP_ZERO_TOLERANCE_HALF if half else STEP_ZERO_TOLERANCE.get(ours.dtype, STEP_ZERO_TOLERANCE_HALF)
+    gap = float((ours - theirs).abs().max())
+    if not gap <= bound * max(1.0, float(ours.abs().max()) / 10):
+        raise ValueError(
+            f"step 0: policy and reference have the same weights, yet a token's log-ratio is {gap:.2g} nats "
+            f"(bound {bound:g}): they do not score the same text in the same way"
+        )
