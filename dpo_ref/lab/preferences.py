@@ -1,0 +1,123 @@
+"""Preference pairs: two writers answer the same prompt, and a fallible judge says which answer is better."""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Literal
+
+from dpo_ref.lab.conversations import FAMILIES, draw_prompt
+from dpo_ref.lab.gold import gold_reward
+from dpo_ref.lab.tasks import Prompt, Split
+from dpo_ref.lab.writers import MIXED, Writer
+from dpo_ref.types import PreferenceData, PromptGroup
+
+COMPETENCES = (0.15, 0.45, 0.75, 1.0)
+"""Of the writers that the two authors of a pair are drawn from, independently."""
+
+
+def lab(
+    seed: int,
+    *,
+    num_pairs: int = 8192,
+    num_eval_pairs: int = 512,
+    num_test_prompts: int = 400,
+    test_split: Literal["validation", "test"] = "test",
+    length_bias: float = 1.0,
+    label_noise: float = 0.02,
+    label_steepness: float = 10.0,
+) -> PreferenceData:
+    """Preference pairs of the lab, with held-out pairs (validation prompts) and prompts to generate answers for.
+
+    A response a is preferred to b with probability
+
+        sigmoid(label_steepness (gold_a - gold_b) + length_bias (words_a - words_b) / 10)
+
+    (Bradley-Terry on the gold reward, with a judge who likes length), and then the label is flipped with probability
+    `label_noise`. With `length_bias=0` and `label_noise=0` nothing is left to chance: the label is the order of the
+    gold rewards, and pairs of equal gold are drawn anew. Pairs of equal texts are drawn anew always. Train, validation
+    and test prompts are disjoint by content. The families of instructions take turns. The prompts to generate answers
+    for are the same for every seed, so that runs can be compared prompt by prompt.
+
+    `rewards` of a group are the gold rewards of its responses, the preferred one first. Raises ValueError for an
+    option out of range.
+    """
+    check_counts(num_pairs=num_pairs, num_eval_pairs=num_eval_pairs, num_test_prompts=num_test_prompts)
+    judge = Judge(length_bias, label_noise, label_steepness)
+    train = draw_pairs(judge, "train", random.Random(f"{seed} train pairs"))
+    held_out = draw_pairs(judge, "validation", random.Random(f"{seed} eval pairs"))
+    return PreferenceData(
+        train=list(islice(train, num_pairs)),
+        eval=list(islice(held_out, num_eval_pairs)),
+        test_prompts=draw_prompts(test_split, num_test_prompts),
+    )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Prefers the better answer, likes the longer one, and errs. Raises ValueError for an option out of range."""
+
+    length_bias: float
+    label_noise: float
+    label_steepness: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.length_bias):
+            raise ValueError(f"data.length_bias={self.length_bias}: must be finite (log-odds per 10 words)")
+        if not 0 <= self.label_noise < 0.5:
+            raise ValueError(f"data.label_noise={self.label_noise}: the share of flipped labels must be in [0, 0.5)")
+        if not 0 < self.label_steepness < math.inf:
+            raise ValueError(f"data.label_steepness={self.label_steepness}: must be positive and finite")
+
+    @property
+    def infallible(self) -> bool:
+        """Whether its labels are the order of the gold rewards."""
+        return self.length_bias == 0 and self.label_noise == 0
+
+    def probability(self, gold: tuple[float, float], words: tuple[int, int]) -> float:
+        """That the first of two responses is labelled the better one."""
+        if self.infallible:
+            return float(gold[0] > gold[1])
+        log_odds = self.label_steepness * (gold[0] - gold[1]) + self.length_bias * (words[0] - words[1]) / 10
+        honest = 0.5 * (1 + math.tanh(log_odds / 2))
+        return (1 - self.label_noise) * honest + self.label_noise * (1 - honest)
+
+
+def draw_pairs(judge: Judge, split: Split, rng: random.Random) -> Iterator[PromptGroup]:
+    """An endless stream of labelled pairs, the preferred response first."""
+    writers = [Writer(competence, MIXED) for competence in COMPETENCES]
+    for family in cycle(FAMILIES.values()):
+        pair = None
+        while pair is None:
+            task, prompt = draw_prompt(family, split, rng)
+            texts = rng.choice(writers).respond(task, rng), rng.choice(writers).respond(task, rng)
+            gold = gold_reward(task, texts[0], True), gold_reward(task, texts[1], True)
+            if texts[0] != texts[1] and not (judge.infallible and gold[0] == gold[1]):
+                pair = _labelled(prompt, texts, gold, judge, rng)
+        yield pair
+
+
+def _labelled(
+    prompt: Prompt, texts: tuple[str, str], gold: tuple[float, float], judge: Judge, rng: random.Random
+) -> PromptGroup:
+    words = len(texts[0].split()), len(texts[1].split())
+    first_is_better = rng.random() < judge.probability(gold, words)
+    order = slice(None) if first_is_better else slice(None, None, -1)
+    return PromptGroup(prompt, texts[order], ((0, 1),), gold[order], origin="lab")
+
+
+def draw_prompts(split: Split, num_prompts: int) -> list[Prompt]:
+    """The split's first prompts, the same in every run; the families take turns."""
+    rng = random.Random(f"{split} prompts")
+    return [draw_prompt(family, split, rng)[1] for family in islice(cycle(FAMILIES.values()), num_prompts)]
+
+
+def check_counts(**counts: int) -> None:
+    """Raises ValueError for a negative count, and where there is nothing to train on."""
+    for name, value in counts.items():
+        if value < 0:
+            raise ValueError(f"data.{name}={value}: must not be negative")
+    name, value = next(iter(counts.items()))
+    if value == 0:
+        raise ValueError(f"data.{name}=0: nothing to train on")
