@@ -1,0 +1,147 @@
+"""Tables equal live models, are shared, find holes, and refuse what is stale."""
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tiny import random_groups, tiny_model
+
+from dpo_ref.data.packing import collate, pack
+from dpo_ref.references import frozen, table
+from dpo_ref.references.interface import Reference, ReferenceContext
+
+LAYOUT = ((5, (4, 7)), (1, (6, 1)), (12, (3, 8)), (2, (2, 2)))
+
+
+@pytest.fixture
+def context(tmp_path):
+    passes = []
+
+    def progress(items, description, total):
+        passes.append(total)
+        yield from items
+
+    made = ReferenceContext(
+        policy=tiny_model(seed=0),
+        uses_reference=True,
+        load=lambda path: tiny_model(seed=int(path)),
+        text_identity="words",
+        groups=random_groups(LAYOUT),
+        pack=partial(pack, tokens_per_batch=25),
+        progress=progress,
+        device=torch.device("cpu"),
+        cache=tmp_path,
+    )
+    return made, passes
+
+
+@pytest.mark.parametrize("make", [frozen.initial, partial(frozen.other, path="3")])
+def test_table_equals_the_live_model(context, make):
+    context, _ = context
+    batch = collate(context.groups)
+    cached, live = make(context, cache="auto"), make(context, cache="off")
+    assert isinstance(cached, Reference)
+    assert isinstance(live, Reference)
+    torch.testing.assert_close(cached.logps(batch).sums, live.logps(batch).sums, atol=1e-5, rtol=0)
+    torch.testing.assert_close(cached.logps(batch).token_logps, live.logps(batch).token_logps, atol=1e-5, rtol=0)
+    assert cached.identity == live.identity
+    assert cached.weights == live.weights
+
+
+def test_initial_stays_when_the_policy_moves(context):
+    context, _ = context
+    batch = collate(context.groups)
+    for cache in ("auto", "off"):
+        reference = frozen.initial(replace(context, policy=copy.deepcopy(context.policy)), cache=cache)
+        before = reference.logps(batch).sums.clone()
+        with torch.no_grad():
+            context.policy.lm_head.weight.add_(0.5)
+        assert torch.equal(reference.logps(batch).sums, before)
+        with torch.no_grad():
+            context.policy.lm_head.weight.sub_(0.5)
+
+
+def test_second_run_computes_only_what_is_missing(context):
+    context, passes = context
+    frozen.initial(replace(context, groups=context.groups[:3]))
+    first = sum(passes)
+    frozen.initial(replace(context, groups=context.groups[:3]))
+    assert sum(passes) == first
+    everything = frozen.initial(context)
+    assert sum(passes) == first + 1
+    live = frozen.initial(context, cache="off")
+    batch = collate(context.groups)
+    torch.testing.assert_close(everything.logps(batch).sums, live.logps(batch).sums, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cause", ["weights", "text", "prompt", "response"])
+def test_the_table_is_not_hit_when_meaning_changes(context, cause):
+    context, passes = context
+    frozen.initial(context)
+    before = sum(passes)
+    if cause == "weights":
+        changed = replace(context, policy=tiny_model(seed=1))
+    elif cause == "text":
+        changed = replace(context, text_identity="other words")
+    else:
+        group = context.groups[0]
+        shorter = (
+            replace(group, prompt_ids=group.prompt_ids[1:])
+            if cause == "prompt"
+            else replace(group, response_ids=(group.response_ids[0][:-1], group.response_ids[1]))
+        )
+        changed = replace(context, groups=[shorter, *context.groups[1:]])
+    frozen.initial(changed)
+    assert sum(passes) > before
+
+
+def test_a_stale_table_is_refused(context):
+    context, _ = context
+    made = frozen.initial(context)
+    folder = context.cache / "reference" / made.identity
+    rows = table.read_shards(folder)
+    for path in folder.glob("*"):
+        path.unlink()
+    table.write_shard(folder, {key: values + np.float32(0.1) for key, values in rows.items()})
+    with pytest.raises(ValueError, match="differ from the reference by 0.1 nats.*stale"):
+        frozen.initial(context)
+
+
+def test_holes_are_found(context):
+    context, _ = context
+    rows = table.score(context.policy, context.groups[:2], context.device)
+    with pytest.raises(ValueError, match="lacks 2 groups"):
+        table.Table("initial", "x", "y", context.groups, rows, context.device)
+
+
+def test_shards_survive_a_crash(context, monkeypatch):
+    """Partial work is kept: a pass that dies in its third pack leaves two packs' rows."""
+    context, passes = context
+    monkeypatch.setattr(table, "SHARD_TOKENS", 1)
+    real, calls = table.score, []
+
+    def dies(model, groups, device):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(model, groups, device)
+
+    monkeypatch.setattr(table, "score", dies)
+    with pytest.raises(KeyboardInterrupt):
+        frozen.initial(context)
+    monkeypatch.setattr(table, "score", real)
+    total = passes.pop()
+    frozen.initial(context)
+    assert sum(passes) == total - 2
+
+
+def test_none_is_zero_and_auto_follows_the_objective(context):
+    context, passes = context
+    batch = collate(context.groups)
+    assert not frozen.none(context).logps(batch).sums.any()
+    assert frozen.auto(replace(context, uses_reference=False)).name == "none"
+    assert passes == []
+    assert frozen.auto(context).name == "initial"
