@@ -1,0 +1,1 @@
+"""Sampling answers from a policy, and the records they are kept in."""
