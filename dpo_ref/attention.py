@@ -155,7 +155,9 @@ def _by_piece(attend: Callable, q: Tensor, k: Tensor, v: Tensor, packed: PackedL
     return torch.cat(outputs, dim=2)
 
 
-def _side_by_side(attend: Callable, q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling):
+def _side_by_side(
+    attend: Callable, q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling
+):
     """Run `attend` once on all groups padded to the longest."""
     index = packed.padded[0].flatten()
     groups = (len(packed.layout), packed.longest)
@@ -183,7 +185,9 @@ def _varlen_kernel() -> Callable[..., Tensor]:
         else:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+        out = varlen_attn(q.to(v.dtype), k.to(v.dtype), v, cu_q, cu_k, max_q, max_k, **options)
+        assert isinstance(out, Tensor)  # a tuple only when the log-normaliser is asked for
+        return out
 
     return kernel
 
@@ -194,7 +198,7 @@ def _flash_attn_kernel() -> Callable[..., Tensor]:
     def kernel(q, k, v, cu_q, cu_k, max_q, max_k, scaling: float, window: int | None) -> Tensor:
         size = (-1 if window is None else window - 1, 0)
         options = {"softmax_scale": scaling, "causal": True, "window_size": size}
-        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+        return flash_attn_varlen_func(q.to(v.dtype), k.to(v.dtype), v, cu_q, cu_k, max_q, max_k, **options)
 
     return kernel
 

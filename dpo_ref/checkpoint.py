@@ -35,7 +35,7 @@ def _fill_folder(folder: Path, fill: Any) -> None:
     os.replace(partial, folder)
 
 
-def save_policy(folder: Path, policy: nn.Module, tokenizer: Any) -> None:
+def save_policy(folder: Path, policy: Any, tokenizer: Any) -> None:
     """A plain Hugging Face folder (weights, config, tokenizer, chat template) that loads without our code."""
 
     def fill(partial: Path) -> None:
@@ -46,11 +46,10 @@ def save_policy(folder: Path, policy: nn.Module, tokenizer: Any) -> None:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, policy: nn.Module) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in policy.named_parameters()}
     return {
-        f"{names[parameter]}/{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{name}/{key}": value
+        for name, parameter in policy.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
@@ -103,18 +102,10 @@ def load(checkpoint: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) 
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    saved = load_file(checkpoint / "optimizer.safetensors")
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = next(n for n, p in parameters.items() if p is parameter)
-            keys = [key for key in saved if key.rpartition("/")[0] == name]
-            optimizer.state[parameter] = {key.rpartition("/")[2]: saved[key].to(_place(key, parameter)) for key in keys}
+    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+        name, _, slot = key.rpartition("/")
+        optimizer.state[parameters[name]][slot] = value.to(parameters[name].device)
     states = load_file(checkpoint / "random.safetensors")
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _place(key: str, parameter: Tensor) -> torch.device:
-    """Fused AdamW keeps its step counter beside the parameter too."""
-    return parameter.device

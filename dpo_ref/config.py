@@ -1,33 +1,20 @@
-"""From composed YAML to plain dataclasses. Hydra is known here and in the entry points only.
+"""From a composed tree to plain dataclasses. Hydra is known here, in schemas.py and in the entry points only.
 
-Every component follows the star rule: what stands left of `*` in its signature is handed over at run time, what stands
-right of it is configuration. Schemas are generated from the signatures of what `conf/<group>/*.yaml` targets, so there
-is no second list of options and no list of components. `resolve` walks the composed tree before anything is loaded and
-refuses what would have no effect: an unknown key (Hydra composes those added with `+`), a wrong value, a combination
-in which an option would be ignored.
+`resolve` walks the tree before anything is loaded and refuses what would have no effect: an unknown key (Hydra
+composes those added with `+`), a wrong value, a combination in which an option would be ignored.
 """
 
 import difflib
-import importlib
-import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from datetime import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from dpo_ref.data.packing import pack
-from dpo_ref.data.tokenise import tokenise
 from dpo_ref.objectives.interface import STRENGTH, Objective, bind
+from dpo_ref.schemas import SCHEMAS, SHARED, STAGES, annotations, configuration, groups, locate
 from dpo_ref.trainer import TrainerConfig
-
-CONF = Path(__file__).parents[1] / "conf"
-SHARED = {"data": (tokenise, pack)}  # options every member of a group takes besides its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,44 +33,6 @@ class Component:
         return partial(function, **{name: self.options[name] for name in configuration(function)})
 
 
-@dataclass
-class TrainSchema:
-    """Top level of `conf/train.yaml`."""
-
-    model: Any = MISSING
-    data: Any = MISSING
-    objective: Any = MISSING
-    reference: Any = MISSING
-    optim: Any = MISSING
-    tracking: Any = MISSING
-    beta: float | None = None
-    seed: int = 0
-    output_dir: str | None = None
-    resume: str | None = None
-    stage: str = "train"
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-
-
-STAGES = {"train": ("train", "cache_reference"), "evaluate": ("all", "generate", "score", "report")}
-
-
-@dataclass
-class EvaluateSchema:
-    """Top level of `conf/evaluate.yaml`."""
-
-    policy: str | None = None
-    baseline: str | None = None
-    reference: str | None = None
-    sweep: str | None = None
-    data: Any = MISSING
-    generation: Any = MISSING
-    scorer: Any = MISSING
-    tracking: Any = MISSING
-    seed: int = 0
-    output_dir: str | None = None
-    stage: str = "all"
-
-
 @dataclass(frozen=True, slots=True)
 class TrainRun:
     """A training run, resolved: every option checked, nothing loaded yet."""
@@ -100,100 +49,33 @@ class TrainRun:
     stage: str
 
 
-def locate(target: str) -> Callable[..., Any]:
-    """The function or class a dotted path names; ValueError if there is none."""
-    module, _, name = target.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"_target_: {target} cannot be imported: {error}") from error
-
-
-def configuration(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a component: its configuration."""
-    parameters = inspect.signature(component).parameters
-    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-
-
-def annotations(component: Callable[..., Any]) -> dict[str, Any]:
-    """Type hints of a function, or of a class's constructor, with Annotated kept."""
-    function = component.__init__ if inspect.isclass(component) else component
-    return get_type_hints(function, include_extras=True)
-
-
-def _stored_type(hint: Any) -> Any:
-    """The type OmegaConf checks: Literal strings are strings there (`resolve` checks the choice), Annotated is bare."""
-    if get_origin(hint) is Annotated:
-        return _stored_type(get_args(hint)[0])
-    if get_origin(hint) is Literal:
-        return str
-    if get_origin(hint) is tuple:
-        return list[get_args(hint)[0]]
-    return hint
-
-
-def schema(component: Callable[..., Any], *shared: Callable[..., Any]) -> type:
-    """A dataclass whose fields are the configuration of a component and of the functions its group shares."""
-    members = []
-    for part in (component, *shared):
-        hints = annotations(part)
-        for name, parameter in configuration(part).items():
-            default = MISSING if parameter.default is parameter.empty else parameter.default
-            default = list(default) if isinstance(default, tuple) else default
-            kept = field(default_factory=lambda d=default: list(d)) if isinstance(default, list) else default
-            members.append((name, _stored_type(hints[name]), kept))
-    return make_dataclass(component.__name__, [("_target_", str, MISSING), *members])
-
-
-def groups() -> dict[str, list[Path]]:
-    """The config groups whose members target components, with their YAML files."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(CONF.glob("*/*.yaml")):
-        if "_target_" in path.read_text():
-            found.setdefault(path.parent.name, []).append(path)
-    return found
-
-
-def slug(overrides: str) -> str:
-    """Command-line overrides as part of a folder's name."""
-    return re.sub(r"[^\w.,=+-]+", "-", overrides)[:120] or "defaults"
-
-
-def sweep_directory(output_dir: str | None, experiment: str) -> str:
-    """Where a multirun's jobs go."""
-    return output_dir or f"outputs/{experiment}/{datetime.now():%Y-%m-%d_%H-%M-%S}_sweep"
-
-
-def run_directory(output_dir: str | None, experiment: str, overrides: Sequence[str]) -> Path:
-    """Where a single run goes: outputs/<experiment>/<timestamp>_<overrides> unless given exactly."""
-    named = [o for o in overrides if o.partition("=")[0] not in ("output_dir", "resume", "stage", "+experiment")]
-    default = f"outputs/{experiment}/{datetime.now():%Y-%m-%d_%H-%M-%S}_{slug(','.join(named))}"
-    return Path(output_dir or default).expanduser()
-
-
-def register() -> None:
-    """Store the schemas of the top level and of everything that `conf/` targets, and our resolvers."""
-    OmegaConf.register_new_resolver("dpo_ref.slug", slug, replace=True)
-    OmegaConf.register_new_resolver("dpo_ref.sweep_dir", sweep_directory, use_cache=True, replace=True)
-    store = ConfigStore.instance().store
-    store(group="schema", name="train", node=TrainSchema)
-    store(group="schema", name="evaluate", node=EvaluateSchema)
-    for group, paths in groups().items():
-        for path in paths:
-            component = locate(OmegaConf.load(path)["_target_"])  # pyright: ignore
-            node = schema(component, *SHARED.get(group, ()))
-            store(group=f"schema/{group}", name=component.__name__, node=node)
-
-
-def _suggest(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
-
-
-def _refuse_unknown(prefix: str, given: Mapping[Any, Any], known: Sequence[str]) -> None:
+def _refuse_unknown(prefix: str, given: Iterable[str], known: Iterable[str]) -> None:
+    names = sorted(known)
     for key in given:
-        if key not in known:
-            raise ValueError(f"{prefix}{key} is not an option; {_suggest(str(key), known)}")
+        if key not in names:
+            close = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(prefix + n for n in names)}"
+            raise ValueError(f"{prefix}{key} is not an option; {hint}")
+
+
+def check_command_line(arguments: Sequence[str], kind: str) -> None:
+    """Refuse a misspelt key with the nearest one that exists, before Hydra does so without naming it.
+
+    A key that some member of a group takes passes: whether the chosen member takes it is Hydra's question.
+    """
+    top: dict[str, set[str]] = {f.name: set() for f in fields(SCHEMAS[kind])} | {"experiment": set()}
+    top["trainer"] = {f.name for f in fields(TrainerConfig)}
+    for group, paths in groups().items():
+        parts = [locate(OmegaConf.load(path)["_target_"]) for path in paths]  # pyright: ignore
+        top[group] = {name for part in (*parts, *SHARED.get(group, ())) for name in configuration(part)}
+    for argument in arguments:
+        key, equals, _ = argument.lstrip("+~").partition("=")
+        head, _, rest = key.partition("@")[0].partition(".")
+        if not equals or argument.startswith("-") or head.startswith("hydra"):
+            continue
+        _refuse_unknown("", [head], top)
+        if rest and rest != "_target_":
+            _refuse_unknown(f"{head}.", [rest], top[head])
 
 
 def _component(group: str, node: DictConfig, choice: str) -> Component:
@@ -235,15 +117,15 @@ def _objective(component: Component, beta: float | None, overrides: Sequence[str
 def _sections(cfg: DictConfig, schema_type: type) -> None:
     """Refuse unknown keys at the top level and in its plain sections."""
     known = [f.name for f in fields(schema_type)]
-    _refuse_unknown("", cfg, known)
+    _refuse_unknown("", map(str, cfg), known)
     for f in fields(schema_type):
         if is_dataclass(f.type):
-            _refuse_unknown(f"{f.name}.", cfg[f.name], [inner.name for inner in fields(f.type)])
+            _refuse_unknown(f"{f.name}.", map(str, cfg[f.name]), [inner.name for inner in fields(f.type)])
 
 
 def components(cfg: DictConfig, choices: Mapping[str, str], kind: str) -> dict[str, Component]:
-    """Every group of a composed tree, checked; `kind` is train or evaluate. Raises ValueError naming key and remedy."""
-    schema_type = {"train": TrainSchema, "evaluate": EvaluateSchema}[kind]
+    """Every group of a composed tree, checked; `kind` is train or evaluate. Raises ValueError."""
+    schema_type = SCHEMAS[kind]
     _sections(cfg, schema_type)
     if cfg.stage not in STAGES[kind]:
         raise ValueError(f"stage={cfg.stage} is none of {', '.join(STAGES[kind])}")

@@ -37,7 +37,8 @@ class Head:
 
 def head_of(model: nn.Module) -> Head:
     """The head of a transformers causal language model, with its architecture's post-processing of the logits."""
-    output, config = model.get_output_embeddings(), model.config
+    causal_lm: Any = model
+    output, config = causal_lm.get_output_embeddings(), causal_lm.config
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:  # Cohere
         scale = float(config.logit_scale)
@@ -68,7 +69,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         head = Head(weight, bias, ctx.scale, ctx.softcap)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=normalisers.dtype)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=normalisers.dtype)
+        d_bias = torch.zeros(weight.shape[0], dtype=normalisers.dtype, device=weight.device)
         weight_h = weight.to(hidden.dtype)
         chunks = (x.split(ctx.rows) for x in (hidden, targets, normalisers, grads[0], grad_hidden))
         for hidden_c, target_c, normaliser_c, grad_c, out_c in zip(*chunks, strict=True):
@@ -80,9 +81,9 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             d_product = d_logits.mul_(ctx.scale).to(hidden.dtype)
             torch.mm(d_product, weight_h, out=out_c)
             grad_weight += d_product.T @ hidden_c
-            if grad_bias is not None:
-                grad_bias += d_logits.sum(dim=0)
-        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+            if bias is not None:
+                d_bias += d_logits.sum(dim=0)
+        grad_bias = None if bias is None else d_bias.to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
@@ -94,7 +95,7 @@ def token_logps(hidden: Float[Tensor, "R H"], head: Head, targets: Int[Tensor, "
 def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
     """Hidden states from which the pack's response tokens are predicted; `model` has a packed attention installed."""
     packed = PackedLayout(batch.layout, batch.input_ids.device)
-    backbone = model.base_model
+    backbone: Any = model.base_model
     output = backbone(
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, packed=packed
     )

@@ -75,7 +75,7 @@ def _without_dropout(config: Any) -> Any:
     return config
 
 
-def load_model(path: str, device: torch.device, attention: str, key: str = "model.path") -> nn.Module:
+def load_model(path: str, device: torch.device, attention: str, key: str = "model.path") -> Any:
     """A causal language model in float32 with packed attention; safetensors only, no code from the folder.
 
     Raises ValueError naming `key` for what is no model, and for an architecture that does not take our attention.
@@ -85,7 +85,9 @@ def load_model(path: str, device: torch.device, attention: str, key: str = "mode
     check_folder(path, key)
     try:
         config = _without_dropout(AutoConfig.from_pretrained(path))
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}={path}: no model could be loaded: {str(error).splitlines()[0]}") from error
     model.to(device)

@@ -119,8 +119,8 @@ class Session:
             checkpoint.save(self.checkpoints, self.loaded.model, self.optim.optimizer, state)
         except OSError as error:
             raise OSError(
-                f"the checkpoint of step {step} could not be written to {self.checkpoints} ({error.strerror or error}); "
-                "earlier checkpoints are intact. Free space, then go on with "
+                f"the checkpoint of step {step} could not be written to {self.checkpoints} ({error.strerror or error});"
+                " earlier checkpoints are intact. Free space, then go on with "
                 f"python train.py resume={self.directory}"
             ) from error
 
@@ -191,8 +191,8 @@ class Session:
         checkpoint.write_json(path, {"step": step.step, "group_ids": [group.group_id for group in step.groups]})
         self.save(step.step)
         raise NonFinite(
-            f"step {step.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}. The update was left out and "
-            f"a checkpoint saved; the batch's pairs are listed in {path}. Look at them, or lower optim.lr"
+            f"step {step.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}. The update was left out "
+            f"and a checkpoint saved; the batch's pairs are listed in {path}. Look at them, or lower optim.lr"
         )
 
 
@@ -209,7 +209,7 @@ def groups_for(objective: Objective, groups: Sequence[TokenGroup]) -> list[Token
     if not objective.pairwise:
         return list(map(best_response_only, groups))
     if any(not group.pairs for group in groups):
-        raise ValueError(f"objective={objective.name} compares responses, but the data has rows with only one; use sft")
+        raise ValueError(
+            f"objective={objective.name} compares responses, but the data has rows with only one; use sft"
+        )
     return list(groups)
-
-

@@ -10,7 +10,7 @@ of 2,000 nats is wrong in its fourth decimal and margins are differences of such
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -111,11 +111,9 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with every tensor on `device`."""
-        fields = ((name, getattr(self, name)) for name in self.__slots__)
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in fields
-        }
-        return PackedBatch(**moved)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +138,12 @@ class ResponseLogps:
     lengths: Int[Tensor, " N"]
     num_bytes: Int[Tensor, " N"]
     token_logps: Float[Tensor, " R"] | None
+
+    def tokens(self) -> Float[Tensor, " R"]:
+        """The per-token values; ValueError where there are none."""
+        if self.token_logps is None:
+            raise ValueError("this reference has no per-token log-probs: its tokens do not correspond to the policy's")
+        return self.token_logps
 
     def pairs(self, chosen: Int[Tensor, " B"], rejected: Int[Tensor, " B"]) -> PairLogps:
         """The view on B ordered pairs given as positions among the N responses."""

@@ -53,7 +53,7 @@ def test_dpo_is_finite_at_extreme_margins_in_float32(margin):
     losses.sum().backward()
     assert losses.isfinite().all()
     assert policy.chosen.grad.isfinite().all()
-    assert float(losses) == max(0.0, -margin)
+    assert losses.item() == max(0.0, -margin)
 
 
 def test_population_optimum_of_dpo():
@@ -72,7 +72,9 @@ def test_population_optimum_of_dpo():
         optimizer.zero_grad()
         logps = logits.log_softmax(0)
         policy_pairs = PairLogps(logps[better], logps[worse], ones, ones)
-        total = (weight * dpo(policy_pairs, PairLogps(reference[better], reference[worse], ones, ones), beta=beta).losses).sum()
+        total = (
+            weight * dpo(policy_pairs, PairLogps(reference[better], reference[worse], ones, ones), beta=beta).losses
+        ).sum()
         total.backward()
         return total
 

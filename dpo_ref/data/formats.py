@@ -9,7 +9,7 @@ ROLES = ("system", "user", "assistant")
 
 
 def _messages(value: Any, column: str) -> list[Message]:
-    """A column as messages: a list of them, or text, which is one turn (the user's in prompt, else the assistant's)."""
+    """A column as messages: a list of them, or text, which is one turn: the user's in prompt, else the assistant's."""
     if isinstance(value, str):
         role = "user" if column == "prompt" else "assistant"
         value = [{"role": role, "content": value}]
@@ -32,7 +32,9 @@ def preference(row: dict[str, Any], origin: str) -> PromptGroup:
     chosen, rejected = (_messages(row[column], column) for column in ("chosen", "rejected"))
     if row.get("prompt") is not None:
         prompt = _messages(row["prompt"], "prompt")
-        chosen, rejected = (side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected))
+        chosen, rejected = (
+            side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected)
+        )
     else:
         prompt = _common(chosen, rejected)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]

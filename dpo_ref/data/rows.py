@@ -14,7 +14,7 @@ class BadRow(ValueError):
 
 
 def files(path: str, key: str) -> list[Path]:
-    """The .jsonl and .jsonl.gz files that `path` names: itself, or those in the folder. ValueError if there is none."""
+    """The .jsonl and .jsonl.gz files that `path` names: itself, or those in the folder; ValueError without any."""
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
@@ -26,8 +26,7 @@ def files(path: str, key: str) -> list[Path]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as stream:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
         try:
             yield from stream
         except (EOFError, gzip.BadGzipFile) as error:

@@ -30,7 +30,9 @@ def _split(groups: list[PromptGroup], fraction: float, seed: int) -> tuple[list[
 
 def _report(skipped: list[str], total: int) -> None:
     if skipped:
-        log.warning("%d of %d rows skipped (data.on_bad_row=skip), such as: %s", len(skipped), total, "; ".join(skipped[:3]))
+        log.warning(
+            "%d of %d rows skipped (data.on_bad_row=skip), such as: %s", len(skipped), total, "; ".join(skipped[:3])
+        )
 
 
 def _data(train: list[PromptGroup], held_out: list[PromptGroup]) -> PreferenceData:
@@ -101,9 +103,12 @@ def _from_hub(name: str, subset: str | None, split: str, limit: int | None, bad:
     try:
         rows: Iterable[Any] = load_dataset(name, data_dir=subset, split=split)
     except Exception as error:  # the hub client raises many kinds; all mean that there are no rows
-        raise ValueError(f"data.path={name} is neither a local file or folder nor to be had from the hub: {error}") from error
+        raise ValueError(
+            f"data.path={name} is neither a local file or folder nor to be had from the hub: {error}"
+        ) from error
     groups: list[PromptGroup] = []
     skipped: list[str] = []
+    row: Any
     for number, row in enumerate(rows, start=1):
         if limit is not None and len(groups) >= limit:
             break

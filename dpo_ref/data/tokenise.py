@@ -43,7 +43,10 @@ def render(tokenizer: Any, prompt: Sequence[Message], responses: Sequence[str]) 
 def end_of_turn_ids(tokenizer: Any) -> set[int]:
     """Tokens that may end the assistant's turn: EOS and the special token that the template writes there."""
     _, (rest,) = render(tokenizer, [Message(role="user", content="a")], ["b"])
-    return {tokenizer.eos_token_id, _through_terminator(tokenizer(rest, add_special_tokens=False).input_ids, tokenizer)[-1]}
+    return {
+        tokenizer.eos_token_id,
+        _through_terminator(tokenizer(rest, add_special_tokens=False).input_ids, tokenizer)[-1],
+    }
 
 
 def _through_terminator(ids: list[int], tokenizer: Any) -> list[int]:
@@ -52,7 +55,9 @@ def _through_terminator(ids: list[int], tokenizer: Any) -> list[int]:
     for place, token in enumerate(ids):
         if token in specials:
             return ids[: place + 1]
-    raise ValueError("the chat template does not end the assistant's turn with a special token; EOS would never be learnt")
+    raise ValueError(
+        "the chat template does not end the assistant's turn with a special token; EOS would never be learnt"
+    )
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -131,7 +136,9 @@ def tokenise(
         for text in group.responses:
             ids = _through_terminator(_response_ids(prompt, next(full), next(alone), counts), tokenizer)
             if len(ids) == 1 or any(token in text for token in _texts(tokenizer, specials)):
-                raise ValueError(f"{group.origin}: the response is empty or contains a special token's text: {text[:80]!r}")
+                raise ValueError(
+                    f"{group.origin}: the response is empty or contains a special token's text: {text[:80]!r}"
+                )
             responses.append(ids)
         fitted = _fit(prompt, responses, limits, over_length, tokenizer.bos_token_id)
         if fitted is None:

@@ -61,7 +61,7 @@ def write_shard(folder: Path, rows: Rows) -> None:
 def score(model: nn.Module, groups: Sequence[TokenGroup], device: torch.device) -> Rows:
     """Per-token log-probs of the groups' responses in one pack."""
     batch = collate(groups).to(device)
-    values = response_logps(model, batch).token_logps.float().cpu().numpy()
+    values = response_logps(model, batch).tokens().float().cpu().numpy()
     bounds = np.cumsum([sum(map(len, group.response_ids)) for group in groups])[:-1]
     return dict(zip(map(row_key, groups), np.split(values, bounds), strict=True))
 
@@ -84,7 +84,9 @@ def _fill(model: nn.Module, missing: Sequence[TokenGroup], folder: Path, context
 def _probe(model: nn.Module, groups: Sequence[TokenGroup], rows: Rows, folder: Path, device: torch.device) -> None:
     """Score a few stored rows again; a table whose values the model does not give is refused."""
     picked = list(groups)[:: max(1, len(groups) // PROBES)][:PROBES]
-    tolerance = PROBE_TOLERANCE.get(torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else torch.float32, 0.1)
+    tolerance = PROBE_TOLERANCE.get(
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else torch.float32, 0.1
+    )
     for key, values in score(model, picked, device).items():
         gap = float(np.abs(values - rows[key]).max())
         if not gap <= tolerance:
@@ -122,7 +124,7 @@ class Table:
 
 
 def tabulate(name: str, model: nn.Module, identity: str, weights: str, context: ReferenceContext) -> Table:
-    """The table of `model` for all of the context's groups: stored rows reused after a probe, missing ones computed."""
+    """The table of `model` for all of the context's groups: stored rows reused after a probe, the rest computed."""
     folder = context.cache / "reference" / identity
     stored = read_shards(folder)
     known = [group for group in context.groups if row_key(group) in stored]

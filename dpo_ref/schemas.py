@@ -1,0 +1,160 @@
+"""The schemas of `conf/`, generated from signatures, and how Hydra gets to know them.
+
+Every component follows the star rule: what stands left of `*` in its signature is handed over at run time, what stands
+right of it is configuration. Schemas are generated from the signatures of what `conf/<group>/*.yaml` targets, so there
+is no second list of options and no list of components.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from dpo_ref.data.packing import pack
+from dpo_ref.data.tokenise import tokenise
+from dpo_ref.trainer import TrainerConfig
+
+CONF = Path(__file__).parents[1] / "conf"
+SHARED = {"data": (tokenise, pack)}  # options every member of a group takes besides its own
+
+
+@dataclass
+class TrainSchema:
+    """Top level of `conf/train.yaml`."""
+
+    model: Any = MISSING
+    data: Any = MISSING
+    objective: Any = MISSING
+    reference: Any = MISSING
+    optim: Any = MISSING
+    tracking: Any = MISSING
+    beta: float | None = None
+    seed: int = 0
+    output_dir: str | None = None
+    resume: str | None = None
+    stage: str = "train"
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+STAGES = {"train": ("train", "cache_reference"), "evaluate": ("all", "generate", "score", "report")}
+
+
+@dataclass
+class EvaluateSchema:
+    """Top level of `conf/evaluate.yaml`."""
+
+    policy: str | None = None
+    baseline: str | None = None
+    reference: str | None = None
+    sweep: str | None = None
+    data: Any = MISSING
+    generation: Any = MISSING
+    scorer: Any = MISSING
+    tracking: Any = MISSING
+    seed: int = 0
+    output_dir: str | None = None
+    stage: str = "all"
+
+
+SCHEMAS = {"train": TrainSchema, "evaluate": EvaluateSchema}
+
+
+def locate(target: str) -> Callable[..., Any]:
+    """The function or class a dotted path names; ValueError if there is none."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"_target_: {target} cannot be imported: {error}") from error
+
+
+def configuration(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a component: its configuration."""
+    parameters = inspect.signature(component).parameters
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def annotations(component: Callable[..., Any]) -> dict[str, Any]:
+    """Type hints of a function, or of a class's constructor, with Annotated kept."""
+    function = component.__init__ if inspect.isclass(component) else component
+    return get_type_hints(function, include_extras=True)
+
+
+def _stored_type(hint: Any) -> Any:
+    """The type OmegaConf checks: a Literal is a string there (`resolve` checks the choice), Annotated is bare."""
+    if get_origin(hint) is Annotated:
+        return _stored_type(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return str
+    if get_origin(hint) is tuple:
+        return list[get_args(hint)[0]]
+    return hint
+
+
+def schema(component: Callable[..., Any], *shared: Callable[..., Any]) -> type:
+    """A dataclass whose fields are the configuration of a component and of the functions its group shares."""
+    members = []
+    for part in (component, *shared):
+        hints = annotations(part)
+        for name, parameter in configuration(part).items():
+            default = MISSING if parameter.default is parameter.empty else parameter.default
+            default = list(default) if isinstance(default, tuple) else default
+            kept = field(default_factory=lambda d=default: list(d)) if isinstance(default, list) else default
+            members.append((name, _stored_type(hints[name]), kept))
+    return make_dataclass(component.__name__, [("_target_", str, MISSING), *members])
+
+
+def groups() -> dict[str, list[Path]]:
+    """The config groups whose members target components, with their YAML files."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(CONF.glob("*/*.yaml")):
+        if "_target_" in path.read_text():
+            found.setdefault(path.parent.name, []).append(path)
+    return found
+
+
+def slug(overrides: str) -> str:
+    """Command-line overrides as part of a folder's name."""
+    return re.sub(r"[^\w.,=+-]+", "-", overrides)[:120] or "defaults"
+
+
+def sweep_directory(output_dir: str | None, experiment: str) -> str:
+    """Where a multirun's jobs go."""
+    return output_dir or f"outputs/{experiment}/{datetime.now():%Y-%m-%d_%H-%M-%S}_sweep"
+
+
+def run_directory(output_dir: str | None, experiment: str, overrides: Sequence[str]) -> Path:
+    """Where a single run goes: outputs/<experiment>/<timestamp>_<overrides> unless given exactly."""
+    named = [o for o in overrides if o.partition("=")[0] not in ("output_dir", "resume", "stage", "+experiment")]
+    default = f"outputs/{experiment}/{datetime.now():%Y-%m-%d_%H-%M-%S}_{slug(','.join(named))}"
+    return Path(output_dir or default).expanduser()
+
+
+def choices_text() -> str:
+    """The config groups and their members, for --help."""
+    listed = {path.parent.name: [] for path in sorted(CONF.glob("*/*.yaml"))}
+    for path in sorted(CONF.glob("*/*.yaml")):
+        listed[path.parent.name].append(path.stem)
+    return "\n".join(f"  {group}: {', '.join(names)}" for group, names in listed.items())
+
+
+def register() -> None:
+    """Store the schemas of the top level and of everything that `conf/` targets, and our resolvers."""
+    OmegaConf.register_new_resolver("dpo_ref.slug", slug, replace=True)
+    OmegaConf.register_new_resolver("dpo_ref.choices", choices_text, replace=True)
+    OmegaConf.register_new_resolver("dpo_ref.sweep_dir", sweep_directory, use_cache=True, replace=True)
+    store = ConfigStore.instance().store
+    store(group="schema", name="train", node=TrainSchema)
+    store(group="schema", name="evaluate", node=EvaluateSchema)
+    for group, paths in groups().items():
+        for path in paths:
+            component = locate(OmegaConf.load(path)["_target_"])  # pyright: ignore
+            node = schema(component, *SHARED.get(group, ()))
+            store(group=f"schema/{group}", name=component.__name__, node=node)
