@@ -1,0 +1,1 @@
+"""From a trained policy to evidence: generate, score, measure against the initial policy, show."""

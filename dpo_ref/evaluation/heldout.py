@@ -1,0 +1,89 @@
+"""What models say about held-out preference pairs: the policy as a reward model, and the shift of the end token."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import nn
+
+from dpo_ref.data.packing import collate, pack
+from dpo_ref.generation.sampling import Progress, silent
+from dpo_ref.logps import response_logps
+from dpo_ref.scoring.accuracy import pair_accuracy
+from dpo_ref.scoring.estimates import clustered_mean
+from dpo_ref.types import TokenGroup
+
+
+@dataclass(frozen=True, slots=True)
+class PairScores:
+    """One model's log-probs of B held-out pairs: both responses, and the token that ends the chosen one."""
+
+    chosen: Float[np.ndarray, " B"]
+    rejected: Float[np.ndarray, " B"]
+    chosen_end: Float[np.ndarray, " B"]
+    chosen_ended: Bool[np.ndarray, " B"]  # False where the response was cut and has no end token
+    chosen_lengths: Int[np.ndarray, " B"]
+    rejected_lengths: Int[np.ndarray, " B"]
+    prompts: tuple[tuple[int, ...], ...]
+
+
+def zero_reference(pairs: PairScores) -> PairScores:
+    """The same pairs as scored by the reference `none`: log-probs of zero."""
+    zeros = np.zeros_like(pairs.chosen)
+    return replace(pairs, chosen=zeros, rejected=zeros, chosen_end=zeros)
+
+
+@torch.no_grad()
+def score_pairs(
+    model: nn.Module,
+    groups: Sequence[TokenGroup],
+    end_ids: Collection[int],
+    progress: Progress = silent,
+    *,
+    tokens_per_batch: int = 8192,
+) -> PairScores:
+    """Log-probs of every pair in `groups`, in order, under a model with packed attention; `end_ids` end a turn."""
+    device, ends = next(model.parameters()).device, torch.tensor(sorted(end_ids))
+    packs = pack([group for group in groups if group.pairs], tokens_per_batch=tokens_per_batch)
+    tables: list[np.ndarray] = [np.empty((8, 0))]
+    members: list[TokenGroup] = []
+    for pairs_of in progress(packs, "held-out pairs", len(packs)):
+        batch = collate(pairs_of).to(device)
+        scored, last = response_logps(model, batch), batch.lengths.cumsum(0) - 1
+        ended = torch.isin(batch.target_ids[last], ends.to(device))
+        per_response = (scored.sums, scored.token_logps[last], ended, batch.lengths)  # pyright: ignore
+        table = torch.stack([values.double() for values in per_response])
+        tables.append(torch.cat([table[:, batch.chosen], table[:, batch.rejected]]).cpu().numpy())
+        members += [group for group in pairs_of for _ in group.pairs]
+    order = np.argsort([group.group_index for group in members], kind="stable")  # packs have an order of their own
+    chosen, end, ended, length, rejected, _, _, rejected_length = np.concatenate(tables, axis=1)[:, order]
+    prompts = tuple(tuple(members[place].prompt_ids) for place in order)
+    lengths = length.astype(np.int64), rejected_length.astype(np.int64)
+    return PairScores(chosen, rejected, end, ended.astype(bool), *lengths, prompts)
+
+
+def heldout_metrics(policy: PairScores, initial: PairScores, reference: PairScores) -> dict[str, float]:
+    """Implicit-reward accuracy against the loss reference, beside the length-only baseline; how far the policy's
+    log-probs moved from the initial policy's, the end token's apart.
+
+    Rewards are log pi - log pi_ref (beta scales them and changes no accuracy). Raises ValueError for no pairs.
+    """
+    metrics = pair_accuracy(
+        policy.chosen - reference.chosen,
+        policy.rejected - reference.rejected,
+        policy.chosen_lengths,
+        policy.rejected_lengths,
+    )
+    every = np.ones(len(policy.chosen), dtype=bool)
+    moved = {
+        "logratios/chosen": (policy.chosen - initial.chosen, every),
+        "logratios/rejected": (policy.rejected - initial.rejected, every),
+        "eos/chosen_logratio": (policy.chosen_end - initial.chosen_end, policy.chosen_ended),
+    }
+    for name, (values, known) in moved.items():
+        clusters = [prompt for prompt, kept in zip(policy.prompts, known, strict=True) if kept]
+        estimate = clustered_mean(values[known], clusters)
+        metrics |= {name: estimate.mean, f"{name}_se": estimate.se}
+    return metrics

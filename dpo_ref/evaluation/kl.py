@@ -1,0 +1,164 @@
+"""KL(policy || reference) over whole answers, from the policy's own samples.
+
+An answer y drawn from the policy visits prefixes y_<t. At each of them the KL between the two next-token distributions
+is exact, over the whole vocabulary; their sum is the Rao-Blackwellised estimator (Amini, Vieira, Cotterell 2025,
+arXiv:2504.10637):
+
+    KL_hat = mean over answers of  sum_t  sum_v  pi(v | x, y_<t) (log pi(v | x, y_<t) - log ref(v | x, y_<t))
+
+It is unbiased, never negative, and varies less than the plain estimate k1 = mean of sum_t (log pi - log ref)(y_t),
+which is reported beside it as a check. Answers that were cut contribute the KL of their prefix: a lower bound.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dpo_ref.data.packing import collate, pack
+from dpo_ref.generation.records import Generation
+from dpo_ref.generation.sampling import Progress, silent
+from dpo_ref.logps import CHUNK_LOGITS, Head, head_of, response_hidden, sum_by_response
+from dpo_ref.scoring.estimates import Estimate, clustered_mean
+from dpo_ref.types import PackedBatch, TokenGroup
+
+LIVE_TENSORS = 8  # [tokens, vocab] tensors alive in one chunk: two models' logits, log-probs and their products
+NEVER = -1e30  # log-weight of tokens that are never sampled; finite, so that 0 * (difference) is 0 and not nan
+
+
+class TokenComparison(NamedTuple):
+    """Policy against reference at each response token: exact next-token KL at its prefix, log-ratio of the token."""
+
+    kl: Float[Tensor, " R"]
+    logratio: Float[Tensor, " R"]
+
+
+class SampleKl(NamedTuple):
+    """One value per answer, in nats: estimator, plain estimate, and log-ratio of the end token (nan where cut)."""
+
+    kl: Float[np.ndarray, " N"]
+    k1: Float[np.ndarray, " N"]
+    end_logratio: Float[np.ndarray, " N"]
+    num_tokens: Int[np.ndarray, " N"]
+    prompt_index: Int[np.ndarray, " N"]
+
+    def estimate(self, values: Float[np.ndarray, " N"]) -> Estimate:
+        """Mean and standard error, clustered by prompt, over the answers that have a value."""
+        known = ~np.isnan(values)
+        return clustered_mean(values[known], self.prompt_index[known].tolist())
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """The numbers of `kl/<name>`, and the shift of the end token on the policy's own answers."""
+        kl, k1, end = (self.estimate(values) for values in (self.kl, self.k1, self.end_logratio))
+        return {
+            f"kl/{name}": kl.mean,
+            f"kl/{name}_se": kl.se,
+            f"kl/{name}_k1": k1.mean,
+            f"kl/{name}_k1_se": k1.se,
+            f"kl/{name}_per_token": float(self.kl.sum() / self.num_tokens.sum()),
+            f"kl/{name}_share_cut": float(np.isnan(self.end_logratio).mean()),
+            "eos/own_logratio": end.mean,
+            "eos/own_logratio_se": end.se,
+        }
+
+
+def sample_groups(generations: Sequence[Generation]) -> tuple[list[TokenGroup], list[list[int]]]:
+    """One group per prompt, its samples side by side, and which generations they are.
+
+    The tokens are those that were drawn, never the answer's text tokenised again.
+    """
+    by_prompt: dict[int, list[int]] = defaultdict(list)
+    for place, generation in enumerate(generations):
+        by_prompt[generation.prompt_index].append(place)
+    places = list(by_prompt.values())
+    groups = [
+        TokenGroup(
+            group_index=index,
+            group_id=str(index),
+            prompt_ids=list(generations[members[0]].prompt_ids),
+            response_ids=tuple(list(generations[place].token_ids) for place in members),
+            num_bytes=tuple(len(generations[place].output.encode()) for place in members),
+            pairs=(),
+        )
+        for index, members in enumerate(places)
+    ]
+    return groups, places
+
+
+def _next_token_logps(head: Head, hidden: Tensor, never: Tensor) -> Float[Tensor, "C V"]:
+    return head.logits(hidden).index_fill_(1, never, NEVER).log_softmax(dim=-1)
+
+
+@torch.no_grad()
+def compare_tokens(
+    policy: nn.Module, reference: nn.Module, batch: PackedBatch, never: Int[Tensor, " B"]
+) -> TokenComparison:
+    """Compare two models, packed attention installed in both, on a pack's response tokens, a chunk at a time.
+
+    `never` are the tokens that sampling excludes; both distributions are compared without them. Log-softmax in
+    float32, sums over the vocabulary in float64.
+    """
+    heads = head_of(policy), head_of(reference)
+    hidden = response_hidden(policy, batch), response_hidden(reference, batch)
+    rows = max(1, CHUNK_LOGITS // LIVE_TENSORS // heads[0].weight.shape[0])
+    kls, ratios = [], []
+    for policy_c, reference_c, target_c in zip(*(x.split(rows) for x in (*hidden, batch.target_ids)), strict=True):
+        ours, theirs = _next_token_logps(heads[0], policy_c, never), _next_token_logps(heads[1], reference_c, never)
+        difference = ours - theirs
+        kls.append((ours.exp() * difference).sum(dim=-1, dtype=torch.float64))
+        ratios.append(difference.gather(1, target_c[:, None]).squeeze(1).double())
+    return TokenComparison(torch.cat(kls), torch.cat(ratios))
+
+
+def _check(policy: Any, reference: Any, generations: Sequence[Generation]) -> None:
+    if not generations:
+        raise ValueError("there are no generations to measure a KL on; sample some with stage=generate")
+    for g in generations:
+        if (g.temperature, g.top_p) != (1.0, 1.0):
+            raise ValueError(
+                "KL is measured on samples of the policy itself, but these were drawn with temperature "
+                f"{g.temperature} and top_p {g.top_p}, from another distribution; use generation.temperature=1 "
+                "generation.top_p=1"
+            )
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in (policy, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"KL over the vocabulary needs one vocabulary, but the models' have {sizes[0]} and {sizes[1]} entries"
+        )
+
+
+def sample_kl(
+    policy: nn.Module,
+    reference: nn.Module,
+    generations: Sequence[Generation],
+    never: Int[Tensor, " B"],
+    progress: Progress = silent,
+    *,
+    tokens_per_batch: int = 8192,
+) -> SampleKl:
+    """KL(policy || reference) per answer of `generations`, which `policy` drew at temperature 1 and top-p 1.
+
+    Both models have packed attention installed (as `models.load_model` leaves them). `never` is
+    `generation.sampling.never_sampled`. Raises ValueError for samples of another distribution, for no samples, and
+    for models of different vocabularies.
+    """
+    _check(policy, reference, generations)
+    groups, places = sample_groups(generations)
+    device = next(policy.parameters()).device
+    found = np.full((3, len(generations)), np.nan)  # KL, k1, log-ratio of the last token
+    packs = pack(groups, tokens_per_batch=tokens_per_batch)
+    for members in progress(packs, "KL to the initial policy", len(packs)):
+        batch = collate(members).to(device)
+        compared = compare_tokens(policy, reference, batch, never.to(device))
+        last = compared.logratio[batch.lengths.cumsum(0) - 1]
+        sums = [sum_by_response(values, batch) for values in compared]
+        columns = [place for group in members for place in places[group.group_index]]
+        found[:, columns] = torch.stack([*sums, last]).cpu().numpy()
+    found[2, [not g.finished for g in generations]] = np.nan
+    kl, k1, end_logratio = found
+    num_tokens, prompt_index = np.array([(g.num_tokens, g.prompt_index) for g in generations]).T
+    return SampleKl(kl, k1, end_logratio, num_tokens, prompt_index)
