@@ -3,8 +3,7 @@
 A group lies in the pack as [prompt | y1 | ... | yk]; response yj sees the prompt and itself, never another response.
 Every backend computes exactly that and differs only in how:
 
-`sdpa`        any device. Long groups piece by piece, [prompt | y1] causal and y2.. against prompt + themselves; short
-              groups padded together into one call, because a kernel launch costs more than their arithmetic.
+`sdpa`        any device. Piece by piece: [prompt | y1] causal, y2.. against prompt + themselves.
 `varlen`      CUDA, the FlashAttention kernel inside torch. One launch: queries are the pieces, the keys of y2.. are
               gathered as prompt + themselves, and the causal mask is aligned at the bottom right.
 `flash_attn`  the same layout on the flash-attn package.
@@ -25,7 +24,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-SHORT_GROUP = 192  # tokens; packs of shorter groups are padded together: one call instead of several per group
 # Our names in transformers' registry. It searches names for "sdpa" and "flash" and then applies rules of its own.
 REGISTERED = {
     "flash_attn": "packed_by_package",
@@ -44,9 +42,7 @@ class PackedLayout:
         self.layout = layout
         self.device = device
         self.pieces = [size for prompt, responses in layout for size in (prompt + responses[0], *responses[1:])]
-        self.longest = max(prompt + sum(responses) for prompt, responses in layout)
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
-        self._padded_masks: dict[int | None, Tensor] = {}
 
     def causal_mask(self, num_queries: int, num_keys: int, window: int | None) -> Bool[Tensor, "q k"]:
         """Which of the last `num_queries` positions see which keys: causal, aligned at the bottom right, windowed."""
@@ -56,37 +52,6 @@ class PackedLayout:
             distance = keys[num_keys - num_queries :, None] - keys[None, :]
             self._masks[key] = (distance >= 0) & (distance < (window or num_keys))
         return self._masks[key]
-
-    @cached_property
-    def padded(self) -> tuple[Int[Tensor, "G S"], Int[Tensor, "G S"], Int[Tensor, "G S"]]:
-        """Groups side by side: index into the pack, position in the response's own sequence, and segment
-        (0 the prompt, j the j-th response, -1 padding)."""
-        index, position, segment = (torch.full((len(self.layout), self.longest), fill) for fill in (0, 0, -1))
-        start = 0
-        for row, (prompt, responses) in enumerate(self.layout):
-            sizes = (prompt, *responses)
-            total = sum(sizes)
-            index[row, :total] = torch.arange(start, start + total)
-            position[row, :total] = torch.cat([torch.arange(prompt), *(torch.arange(r) + prompt for r in responses)])
-            segment[row, :total] = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-            start += total
-        return index.to(self.device), position.to(self.device), segment.to(self.device)
-
-    @cached_property
-    def padding_free_index(self) -> Int[Tensor, " T"]:
-        """Where the pack's tokens lie in the flattened padded arrangement."""
-        return (self.padded[2].flatten() >= 0).nonzero().flatten()
-
-    def padded_mask(self, window: int | None) -> Bool[Tensor, "G 1 S S"]:
-        """The shared-prompt rule for groups side by side; padding sees itself, so that no row is empty."""
-        if window not in self._padded_masks:
-            _, position, segment = self.padded
-            distance = position[:, :, None] - position[:, None, :]
-            same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
-            visible = same & (distance >= 0) & (distance < (window or self.longest)) & (segment[:, None, :] >= 0)
-            itself = torch.eye(self.longest, dtype=torch.bool, device=self.device)
-            self._padded_masks[window] = (visible | itself)[:, None]
-        return self._padded_masks[window]
 
     @cached_property
     def varlen(self) -> tuple[Int[Tensor, " S"], Int[Tensor, " K"], Int[Tensor, " S"], int, int]:
@@ -155,17 +120,6 @@ def _by_piece(attend: Callable, q: Tensor, k: Tensor, v: Tensor, packed: PackedL
     return torch.cat(outputs, dim=2)
 
 
-def _side_by_side(
-    attend: Callable, q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling
-):
-    """Run `attend` once on all groups padded to the longest."""
-    index = packed.padded[0].flatten()
-    groups = (len(packed.layout), packed.longest)
-    q_pad, k_pad, v_pad = (x[0].index_select(1, index).unflatten(1, groups).transpose(0, 1) for x in (q, k, v))
-    out = attend(q_pad, k_pad, v_pad, packed.padded_mask(window), scaling)
-    return out.transpose(0, 1).flatten(1, 2).index_select(1, packed.padding_free_index)[None]
-
-
 def _varlen_kernel() -> Callable[..., Tensor]:
     """torch's own FlashAttention; its keywords changed between torch 2.11 and 2.13."""
     from torch.nn.attention.varlen import varlen_attn
@@ -211,11 +165,6 @@ def run_varlen(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, packed: Packed
     return out.transpose(0, 1)[None]
 
 
-def _sdpa_layout(attend: Callable, q, k, v, packed: PackedLayout, window: int | None, scaling: float) -> Tensor:
-    arrange = _side_by_side if packed.longest <= SHORT_GROUP else _by_piece
-    return arrange(attend, q, k, v, packed, window, scaling)
-
-
 def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
     """The function transformers calls once per layer. Raises rather than ignore an argument it does not implement."""
     kernel = {"varlen": _varlen_kernel, "flash_attn": _flash_attn_kernel}.get(backend, lambda: None)()
@@ -242,7 +191,7 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
         elif backend == "eager" or special:
             out = _by_piece(_formula(softcap, s_aux), query, key, value, packed, sliding_window, scaling)
         else:
-            out = _sdpa_layout(_sdpa, query, key, value, packed, sliding_window, scaling)
+            out = _by_piece(_sdpa, query, key, value, packed, sliding_window, scaling)
         return out.transpose(1, 2).contiguous(), None
 
     return attention

@@ -1,28 +1,26 @@
 """From a resolved configuration to a finished run folder: builds the parts, runs, and writes down how it ended."""
 
-import os
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo_ref import checkpoint, lab_models
+from dpo_ref import lab_models
 from dpo_ref.cache import cache_folder
-from dpo_ref.config import Component, TrainRun
+from dpo_ref.config import TrainRun
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.models import LoadedModel, best_device, load_model, text_identity
-from dpo_ref.provenance import provenance
 from dpo_ref.references.frozen import weights_digest
 from dpo_ref.references.interface import Reference, ReferenceContext
-from dpo_ref.session import Interrupted, Session, groups_for
-from dpo_ref.tracking import RunInfo, Tracker
+from dpo_ref.session import Session, groups_for
+from dpo_ref.tracking import Tracker
 from dpo_ref.tracking.metrics_file import MetricsFile
 from dpo_ref.tracking.terminal import TrainingProgress, progress
 from dpo_ref.types import PreferenceData, TokenGroup
+
+NUM_SAMPLES = 8  # generations shown in the tracker at the end of a run
 
 
 def tokenised(run: TrainRun, data: PreferenceData, tokenizer: Any) -> tuple[list[TokenGroup], list[TokenGroup]]:
@@ -69,17 +67,17 @@ def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
     data = run.data(run.seed)
     loaded: LoadedModel = run.model(lab_models.locate, device)
     train_groups, eval_groups = tokenised(run, data, loaded.tokenizer)
-    reference = build_reference(run, loaded, [*train_groups, *eval_groups], device)
     optim = run.optim(loaded.model, run.trainer.num_steps(len(train_groups)))
     return Session(
         directory=directory,
         loaded=loaded,
         policy_weights=weights_digest(loaded.model),
-        reference=reference,
+        reference=build_reference(run, loaded, [*train_groups, *eval_groups], device),
         objective=run.objective,
         optim=optim,
         train_groups=train_groups,
         eval_groups=eval_groups,
+        sample_prompts=data.test_prompts[:NUM_SAMPLES],
         pack=run.data.bound(pack),
         config=run.trainer,
         seed=run.seed,
@@ -87,3 +85,16 @@ def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
         metrics_file=MetricsFile(directory / "metrics.jsonl"),
         show=TrainingProgress(),
     )
+
+
+def cache_reference(run: TrainRun) -> None:
+    """`stage=cache_reference`: fill the reference's table and stop. ValueError for a run that has none to fill."""
+    if not run.objective.uses_reference or run.reference.options.get("cache") != "auto":
+        raise ValueError(f"stage=cache_reference: reference={run.reference.name} has no table to fill")
+    device = best_device()
+    data = run.data(run.seed)
+    loaded = run.model(lab_models.locate, device)
+    train_groups, eval_groups = tokenised(run, data, loaded.tokenizer)
+    reference = build_reference(run, loaded, [*train_groups, *eval_groups], device)
+    folder = cache_folder() / "reference" / reference.identity
+    print(f"cached {len(train_groups) + len(eval_groups):,} groups in {folder}")

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpo_ref import checkpoint
+from dpo_ref.generation.sampling import generate
 from dpo_ref.models import LoadedModel
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.optim import Optimisation
@@ -20,7 +20,9 @@ from dpo_ref.references.interface import Reference
 from dpo_ref.tracking import Tracker
 from dpo_ref.tracking.metrics_file import MetricsFile
 from dpo_ref.trainer import Pack, Step, TrainerConfig, check_step_zero, evaluate, train
-from dpo_ref.types import TokenGroup
+from dpo_ref.types import Message, TokenGroup
+
+SAMPLE_TOKENS = 96
 
 
 class Interrupted(Exception):
@@ -69,14 +71,15 @@ class Session:
     optim: Optimisation
     train_groups: Sequence[TokenGroup]
     eval_groups: Sequence[TokenGroup]
+    sample_prompts: Sequence[Sequence[Message]]
     pack: Pack
     config: TrainerConfig
     seed: int
     tracker: Tracker
     metrics_file: MetricsFile
     show: Any  # progress display: show(steps, total) yields the steps; show.update(metrics) refreshes its numbers
-    last_metrics: dict[str, float] = field(default_factory=dict)
     first_metrics: dict[str, float] = field(default_factory=dict)
+    last_metrics: dict[str, float] = field(default_factory=dict)
     _logged_at: float = field(default_factory=time.perf_counter)
 
     @property
@@ -119,9 +122,8 @@ class Session:
             checkpoint.save(self.checkpoints, self.loaded.model, self.optim.optimizer, state)
         except OSError as error:
             raise OSError(
-                f"the checkpoint of step {step} could not be written to {self.checkpoints} ({error.strerror or error});"
-                " earlier checkpoints are intact. Free space, then go on with "
-                f"python train.py resume={self.directory}"
+                f"the checkpoint of step {step} was not written to {self.checkpoints} ({error.strerror or error}); "
+                f"earlier ones are intact. Free space, then go on with python train.py resume={self.directory}"
             ) from error
 
     def run(self, first_step: int) -> int:
@@ -150,6 +152,32 @@ class Session:
             self._evaluate(total)
         return total
 
+    def finish(self, steps: int) -> None:
+        """Save the last checkpoint and the policy's folder, and show a few of its generations in the tracker."""
+        self.save(steps)
+        checkpoint.save_policy(self.directory / "policy", self.loaded.model, self.loaded.tokenizer)
+        if self.sample_prompts:
+            with self.loaded.precision():
+                made = generate(
+                    self.loaded.model,
+                    self.loaded.tokenizer,
+                    self.sample_prompts,
+                    self.seed,
+                    max_new_tokens=SAMPLE_TOKENS,
+                )
+            rows = [[sample.prompt[-1]["content"], sample.output, sample.finish_reason] for sample in made]
+            self.tracker.table("samples", ["prompt", "output", "finish_reason"], rows, step=steps)
+
+    def told(self) -> dict[str, str]:
+        """What the run did, for the terminal."""
+        rows = {"folder": str(self.directory), "policy": str(self.directory / "policy")}
+        for name in ("train/loss", "train/rewards/accuracies", "eval/loss", "eval/rewards/accuracies"):
+            if name in self.last_metrics:
+                rows[name] = f"{self.first_metrics[name]:.4f} -> {self.last_metrics[name]:.4f}"
+        if self.tracker.location:
+            rows["W&B"] = self.tracker.location
+        return rows
+
     def _begin(self) -> None:
         if self.reference.weights == self.policy_weights:
             check_step_zero(self.loaded.model, self.reference, self.pack(self.train_groups[:8])[0])
@@ -175,14 +203,14 @@ class Session:
         metrics["throughput/pairs_per_second"] = len(step.groups) / seconds
         metrics["throughput/tokens_per_second"] = step.num_tokens / seconds
         metrics["memory/peak_gib"] = peak_memory_gib(next(self.loaded.model.parameters()).device)
-        self.first_metrics = self.first_metrics or metrics
-        self.last_metrics = metrics
         self._record({f"train/{name}": value for name, value in metrics.items()}, step.step)
         self.show.update(metrics)
         if not all(torch.tensor([metrics["loss"], metrics["grad_norm"]]).isfinite()):
             self._stop_non_finite(step, metrics)
 
     def _record(self, metrics: dict[str, float], step: int) -> None:
+        self.first_metrics = metrics | self.first_metrics
+        self.last_metrics |= metrics
         self.metrics_file.append(metrics, step=step)
         self.tracker.log(metrics, step=step)
 

@@ -37,7 +37,7 @@ def both_ways(model, groups):
     return packed, alone, packed_gradients, gradients(model)
 
 
-@pytest.mark.parametrize("layout", [SHORT, LONG], ids=["side by side", "by piece"])
+@pytest.mark.parametrize("layout", [SHORT, LONG], ids=["short", "long"])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_packed_equals_alone(model_type, layout):
     model = tiny_model(model_type, **ARCHITECTURES[model_type])

@@ -1,0 +1,168 @@
+"""One job of `train.py`: its folder, its configuration on disk, how it ended, and what to type next."""
+
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_ref import checkpoint
+from dpo_ref.config import TrainRun, resolve
+from dpo_ref.launch import build, cache_reference
+from dpo_ref.provenance import provenance
+from dpo_ref.session import Interrupted, Session
+from dpo_ref.tracking import RunInfo
+from dpo_ref.tracking.terminal import run_summary
+
+MAY_CHANGE = ("trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.eval_every", "tracking", "resume")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Where a job runs and what was asked for."""
+
+    directory: Path
+    overrides: Sequence[str]
+    choices: Mapping[str, str]
+    sweep: str | None  # the multirun's folder name: the tracker's run group
+
+
+def restored(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
+    """The configuration of the run that `resume` names, with the few changes a run survives.
+
+    Raises ValueError for a folder that holds no run and for an override that would make it another run.
+    """
+    directory = Path(cfg.resume).expanduser()
+    if not (directory / "config.yaml").is_file():
+        raise ValueError(f"resume={cfg.resume} is not a run's folder: it has no config.yaml")
+    saved = OmegaConf.load(directory / "config.yaml")
+    assert isinstance(saved, DictConfig)
+    for override in job.overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if not key.startswith(MAY_CHANGE):
+            raise ValueError(
+                f"{override} cannot change when a run goes on; only {', '.join(MAY_CHANGE[:-1])} can. "
+                "Leave it out, or start a new run"
+            )
+        OmegaConf.update(saved, key, OmegaConf.select(cfg, key))
+    saved.resume = cfg.resume
+    record = OmegaConf.load(directory / "summary.json")
+    assert isinstance(record, DictConfig)
+    return saved, Job(directory, list(record.overrides), dict(record.choices), job.sweep)  # pyright: ignore
+
+
+def open_folder(cfg: DictConfig, job: Job) -> None:
+    """Make the run's folder and write its configuration. Raises ValueError if it holds a run or cannot be made."""
+    if not cfg.resume and (job.directory / "metrics.jsonl").exists():
+        raise ValueError(f"{job.directory} already holds a run: resume={job.directory} goes on with it")
+    try:
+        job.directory.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, job.directory / "config.yaml")
+    except OSError as error:
+        raise ValueError(
+            f"the run's folder {job.directory} cannot be written: {error.strerror}; see output_dir"
+        ) from error
+
+
+def record(cfg: DictConfig, job: Job, status: str, **found: Any) -> dict[str, Any]:
+    """Write summary.json: what the run was, what it was made with, how it stands."""
+    summary = {
+        "status": status,
+        "error": None,
+        "overrides": list(job.overrides),
+        "choices": {key: value for key, value in job.choices.items() if not key.startswith("hydra/")},
+        "beta": cfg.beta if cfg.beta is not None else cfg.objective.get("beta"),
+        "seed": cfg.seed,
+        "policy": "policy",
+        **provenance(),
+        **found,
+    }
+    checkpoint.write_json(job.directory / "summary.json", summary)
+    return summary
+
+
+def described(session: Session, steps: int) -> dict[str, Any]:
+    """What a session contributes to its summary."""
+    return {
+        "objective": session.objective.name,
+        "reference": session.reference.name,
+        "identities": {
+            "initial_policy": session.policy_weights,
+            "loss_reference": session.reference.identity,
+            "loss_reference_weights": session.reference.weights,
+        },
+        "steps": steps,
+        "metrics": session.last_metrics,
+        "wandb": session.tracker.location,
+    }
+
+
+def _train(cfg: DictConfig, job: Job, run: TrainRun) -> None:
+    info = RunInfo(
+        directory=job.directory,
+        config=OmegaConf.to_container(cfg, resolve=True),  # pyright: ignore[reportArgumentType]
+        name=job.directory.name,
+        group=job.sweep,
+        job_type="train",
+        resume=bool(cfg.resume),
+    )
+    tracker = run.tracking(info)
+    exit_code = 1
+    try:
+        session = build(run, job.directory, tracker)
+        first_step = session.resume() if cfg.resume else 0
+        try:
+            steps = session.run(first_step)
+        except Interrupted:
+            record(cfg, job, "interrupted", **described(session, first_step))
+            raise
+        session.finish(steps)
+        summary = record(cfg, job, "completed", **described(session, steps))
+        tracker.summary({"status": "completed", **summary["identities"]})
+        exit_code = 0
+    finally:
+        tracker.finish(exit_code)
+    run_summary(
+        f"{run.objective.name} on {cfg.model.path}", session.told(), [f"python evaluate.py policy={job.directory}"]
+    )
+
+
+def run_job(cfg: DictConfig, job: Job) -> int:
+    """Run one job to its end and say how it ended; the exit code. Never raises for what a user can put right."""
+    try:
+        if cfg.resume:
+            cfg, job = restored(cfg, job)
+        run = resolve(cfg, job.choices, job.overrides)
+        if run.stage == "cache_reference":
+            cache_reference(run)
+            return 0
+        open_folder(cfg, job)
+        if not cfg.resume:
+            record(cfg, job, "running")
+        _train(cfg, job, run)
+    except Interrupted as stop:
+        print(f"\n{stop}; go on with\n  python train.py resume={job.directory}")
+        return 130
+    except (ValueError, OSError) as error:
+        _failed(cfg, job, error)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        _failed(cfg, job, error)
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _failed(cfg: DictConfig, job: Job, error: Exception) -> None:
+    """Leave the status and the traceback in the run's folder, where there is one."""
+    if not job.directory.is_dir():
+        return
+    try:
+        record(cfg, job, "failed", error=f"{type(error).__name__}: {error}")
+        (job.directory / "error.txt").write_text(traceback.format_exc())
+    except OSError as second:
+        print(f"the run's status could not be written either: {second}", file=sys.stderr)

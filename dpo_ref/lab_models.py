@@ -1,0 +1,174 @@
+"""The lab's checkpoints, built on first use by the project's own SFT and kept in the cache.
+
+A model's folder is named by a digest of its recipe, so changing a recipe builds anew and never overwrites. Folders are
+written beside their place and moved there; a lock makes a second process wait for the first instead of building twice.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_ref.attention import register
+from dpo_ref.cache import cache_folder
+from dpo_ref.checkpoint import save_policy
+from dpo_ref.data.packing import pack
+from dpo_ref.data.tokenise import tokenise
+from dpo_ref.lab.demonstrations import lab_sft
+from dpo_ref.lab.vocabularies import foreign_tokenizer, lab_tokenizer
+from dpo_ref.objectives.interface import bind
+from dpo_ref.objectives.likelihood import sft
+from dpo_ref.optim import adamw
+from dpo_ref.references.frozen import Zeros
+from dpo_ref.tracking.terminal import TrainingProgress
+from dpo_ref.trainer import TrainerConfig, train
+from dpo_ref.types import digest
+
+SCHEME = "lab:"
+WORLD = 1  # raise it when a change of the world's text makes old checkpoints wrong
+TOKENIZERS = {"lab": lab_tokenizer, "foreign": foreign_tokenizer}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pass of SFT over fresh demonstrations of one writer."""
+
+    competence: float
+    styles: str
+    num_steps: int
+    lr: float
+    batch_size: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything the weights depend on."""
+
+    architecture: str
+    tokenizer: str
+    shape: dict[str, int]
+    stages: tuple[Stage, ...]
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """Digest of recipe and world."""
+        return digest([asdict(self), WORLD])[:16]
+
+
+SMALL = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+MIXED = Stage(competence=0.45, styles="mixed", num_steps=1200, lr=3e-3)
+RECIPES = {
+    "initial": Recipe("llama", "lab", SMALL, (MIXED,)),
+    "strong": Recipe("llama", "lab", SMALL, (MIXED, Stage(competence=0.95, styles="mixed", num_steps=600, lr=2e-3))),
+    "foreign": Recipe("qwen2", "foreign", SMALL, (Stage(competence=0.95, styles="mixed", num_steps=1800, lr=3e-3),)),
+    "tiny": Recipe(
+        "llama",
+        "lab",
+        SMALL | {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2},
+        (Stage(competence=0.45, styles="mixed", num_steps=60, lr=1e-2, batch_size=32),),
+    ),
+    "large": Recipe(
+        "llama",
+        "lab",
+        SMALL
+        | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
+        | {"num_key_value_heads": 8},
+        (Stage(competence=0.45, styles="mixed", num_steps=3000, lr=1e-3, batch_size=256),),
+    ),
+}
+
+
+def locate(path: str) -> str:
+    """A path that transformers can load: `lab:<name>` becomes the folder of that model, built if need be."""
+    if not path.startswith(SCHEME):
+        return path
+    name = path.removeprefix(SCHEME)
+    if name not in RECIPES:
+        raise ValueError(f"{path} is no model of the lab; there are {', '.join(SCHEME + n for n in RECIPES)}")
+    folder = cache_folder() / "models" / f"lab-{name}-{RECIPES[name].key}"
+    if not (folder / "config.json").is_file():
+        with _lock(folder.with_suffix(".lock"), name):
+            if not (folder / "config.json").is_file():
+                _build(name, RECIPES[name], folder)
+    return str(folder)
+
+
+@contextmanager
+def _lock(path: Path, name: str) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is building lab:{name}; waiting for it")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _model(recipe: Recipe, tokenizer: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        recipe.architecture,
+        **recipe.shape,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model.set_attn_implementation(register("sdpa"))
+    return model
+
+
+def _build(name: str, recipe: Recipe, folder: Path) -> None:
+    """Train a model from its recipe and move it into its place."""
+    minutes = {"tiny": "some seconds", "large": "a GPU and some minutes"}.get(name, "a few minutes")
+    print(f"building lab:{name}, once per machine ({minutes})")
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        tokenizer = TOKENIZERS[recipe.tokenizer]()
+        model = _model(recipe, tokenizer)
+        for number, stage in enumerate(recipe.stages):
+            _fit(model, tokenizer, stage, seed=recipe.seed + 1000 * number, title=f"lab:{name} {number + 1}")
+    partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}")
+    save_policy(partial_folder, model, tokenizer)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial_folder, folder)
+
+
+def _fit(model: Any, tokenizer: Any, stage: Stage, seed: int, title: str) -> None:
+    num_examples = stage.num_steps * stage.batch_size
+    data = lab_sft(
+        seed,
+        num_examples=num_examples,
+        num_eval_examples=0,
+        num_test_prompts=0,
+        competence=stage.competence,
+        styles=stage.styles,  # pyright: ignore[reportArgumentType]
+    )
+    groups = tokenise(data.train, tokenizer).groups
+    optim = adamw(model, stage.num_steps, lr=stage.lr, schedule="cosine", warmup_ratio=0.03, weight_decay=0.01)
+    config = TrainerConfig(batch_size=stage.batch_size, epochs=1.0)
+    packing = partial(pack, tokens_per_batch=16384)
+    steps = train(model, Zeros(), bind(sft), optim, groups, packing, config, seed=seed)
+    show = TrainingProgress(title)
+    for step in show(steps, stage.num_steps, 0):
+        if step.step % 20 == 0:
+            show.update({name: float(value) for name, value in step.metrics.items()})

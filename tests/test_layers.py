@@ -1,0 +1,79 @@
+"""Imports point down a layer, never up; sideways only where listed. Read from the code's own imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "dpo_ref"
+LAYERS = [
+    ["types"],
+    ["attention", "logps", "objectives", "schedules"],
+    [
+        "cache", "checkpoint", "data", "generation", "lab", "metrics", "models", "optim", "provenance", "references",
+        "scoring", "tracking",
+    ],
+    ["evaluation", "lab_models", "session", "trainer"],
+    ["config", "jobs", "launch", "schemas"],
+]  # fmt: skip
+SIDEWAYS = {
+    ("logps", "attention"),
+    ("metrics", "objectives"),
+    ("references", "data"),  # packs
+    ("scoring", "generation"),  # the records that are scored
+    ("scoring", "lab"),  # its gold reward
+    ("generation", "data"),  # the end of a turn
+    ("session", "trainer"),
+    ("lab_models", "trainer"),
+    ("schemas", "trainer"),
+    ("config", "schemas"),
+    ("launch", "config"),
+    ("jobs", "config"),
+    ("jobs", "launch"),
+}
+HYDRA_IS_KNOWN_IN = {"schemas", "config", "jobs"}
+RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    here = room_of(path)
+    ours = {name.split(".")[1] for name in imported(path) if name.startswith("dpo_ref.")}
+    upward = {room for room in ours - {here} if RANK[room] >= RANK[here] and (here, room) not in SIDEWAYS}
+    assert not upward, f"{here} may not import {upward}"
+
+
+def test_every_room_has_a_layer_and_every_exception_is_used():
+    rooms = {room_of(path) for path in FILES}
+    assert rooms == set(RANK)
+    used = {(room_of(path), name.split(".")[1]) for path in FILES for name in imported(path) if "dpo_ref." in name}
+    assert used >= SIDEWAYS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_hydra_and_wandb_stay_in_their_rooms(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    if room_of(path) not in HYDRA_IS_KNOWN_IN:
+        assert not roots & {"hydra", "omegaconf"}
+    if room_of(path) != "tracking":
+        assert "wandb" not in roots
+    assert "pickle" not in roots
