@@ -63,10 +63,12 @@ def check_command_line(arguments: Sequence[str], kind: str) -> None:
 
     A key that some member of a group takes passes: whether the chosen member takes it is Hydra's question.
     """
+    if {"-sc", "--shell-completion"} & set(arguments):
+        return
     top: dict[str, set[str]] = {f.name: set() for f in fields(SCHEMAS[kind])} | {"experiment": set()}
     top["trainer"] = {f.name for f in fields(TrainerConfig)}
-    for group, paths in groups().items():
-        parts = [locate(OmegaConf.load(path)["_target_"]) for path in paths]  # pyright: ignore
+    for group in top.keys() & groups().keys():
+        parts = [locate(OmegaConf.load(path)["_target_"]) for path in groups()[group]]  # pyright: ignore
         top[group] = {name for part in (*parts, *SHARED.get(group, ())) for name in configuration(part)}
     for argument in arguments:
         key, equals, _ = argument.lstrip("+~").partition("=")

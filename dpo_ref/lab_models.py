@@ -121,7 +121,9 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 
 def _model(recipe: Recipe, tokenizer: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # one bar at a time, ours
     config = AutoConfig.for_model(
         recipe.architecture,
         **recipe.shape,

@@ -81,7 +81,9 @@ def load_model(path: str, device: torch.device, attention: str, key: str = "mode
     Raises ValueError naming `key` for what is no model, and for an architecture that does not take our attention.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # one bar at a time, ours
     check_folder(path, key)
     try:
         config = _without_dropout(AutoConfig.from_pretrained(path))

@@ -80,7 +80,6 @@ class Session:
     show: Any  # progress display: show(steps, total) yields the steps; show.update(metrics) refreshes its numbers
     first_metrics: dict[str, float] = field(default_factory=dict)
     last_metrics: dict[str, float] = field(default_factory=dict)
-    _logged_at: float = field(default_factory=time.perf_counter)
 
     @property
     def checkpoints(self) -> Path:
@@ -137,18 +136,19 @@ class Session:
                 policy, self.reference, self.objective, self.optim, self.train_groups, self.pack, self.config,
                 seed=self.seed, first_step=first_step,
             )  # fmt: skip
-            pending: Step | None = None
+            pending: tuple[Step, float] | None = None
+            started = time.perf_counter()
             for step in self.show(steps, total, first_step):
                 if pending is not None:
-                    self._log(pending)  # one step late: the device never waits for its numbers to be read
-                pending = step
-                self._cadence(step.step, total)
-                if stop:
-                    self._log(step)
-                    self.save(step.step)
-                    raise Interrupted(f"stopped at step {step.step} of {total}")
+                    self._log(*pending)  # one step late: the device never waits for its numbers to be read
+                pending, started = (step, time.perf_counter() - started), time.perf_counter()
+                if stop or self._due(step.step, total):
+                    self._log(*pending)
+                    pending = None
+                    self._pause(step.step, total, bool(stop))
+                    started = time.perf_counter()
             if pending is not None:
-                self._log(pending)
+                self._log(*pending)
             self._evaluate(total)
         return total
 
@@ -183,11 +183,20 @@ class Session:
             check_step_zero(self.loaded.model, self.reference, self.pack(self.train_groups[:8])[0])
         self._evaluate(0)
 
-    def _cadence(self, step: int, total: int) -> None:
-        if self.config.save_every and step % self.config.save_every == 0 and step < total:
-            self.save(step)
+    def _due(self, step: int, total: int) -> bool:
+        """Whether something is to be done after this step besides going on."""
+        return step < total and any(
+            every and step % every == 0 for every in (self.config.save_every, self.config.eval_every)
+        )
+
+    def _pause(self, step: int, total: int, stop: bool) -> None:
+        """Evaluate and save as is due, and stop if that was asked for. Raises Interrupted."""
         if self.config.eval_every and step % self.config.eval_every == 0 and step < total:
             self._evaluate(step)
+        if stop or (self.config.save_every and step % self.config.save_every == 0):
+            self.save(step)
+        if stop:
+            raise Interrupted(f"stopped at step {step} of {total}")
 
     def _evaluate(self, step: int) -> None:
         if not self.eval_groups:
@@ -195,9 +204,7 @@ class Session:
         found = evaluate(self.loaded.model, self.reference, self.objective, self.eval_groups, self.pack)
         self._record({f"eval/{name}": value for name, value in found.items()}, step)
 
-    def _log(self, step: Step) -> None:
-        now = time.perf_counter()
-        seconds, self._logged_at = now - self._logged_at, now
+    def _log(self, step: Step, seconds: float) -> None:
         metrics = {name: float(value) for name, value in step.metrics.items()}
         metrics["epoch"] = step.epoch
         metrics["throughput/pairs_per_second"] = len(step.groups) / seconds

@@ -1,0 +1,128 @@
+"""Every YAML composes onto its schema; what would have no effect is refused with key and remedy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from dpo_ref import config, schemas
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
+EVALUATE_ONLY = {"generation", "scorer"}
+REQUIRED = {"jsonl": ["data.path=pairs.jsonl"], "other": ["reference.path=lab:strong"]}
+schemas.register()
+
+
+def resolved(*overrides, kind="train"):
+    """Compose and resolve as train.py does."""
+    config.check_command_line(overrides, kind)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(schemas.CONF)):
+        cfg = compose(kind, overrides=list(overrides), return_hydra_config=True)
+    choices = dict(cfg.hydra.runtime.choices)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    HydraConfig.instance().cfg = None
+    if kind == "evaluate":
+        return config.components(cfg, choices, kind)
+    return config.resolve(cfg, choices, overrides)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_file_composes(path):
+    group = path.parent.name
+    kind = "evaluate" if group in EVALUATE_ONLY else "train"
+    choice = f"+experiment={path.stem}" if group == "experiment" else f"{group}={path.stem}"
+    resolved(choice, *REQUIRED.get(path.stem, []), kind=kind)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_file_says_what_it_is(path):
+    """What it is, and unless it is a default, a command."""
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 30
+
+
+def test_beta_goes_to_the_strength_of_the_objective():
+    assert resolved("beta=0.02").objective.function.keywords == {"beta": 0.02}
+    assert resolved().objective.function.keywords == {"beta": 0.1}
+
+
+REFUSED = {
+    "misspelt group": (["objectve=dpo"], "objectve is not an option; did you mean objective?"),
+    "misspelt key": (["objective.bta=1"], "objective.bta is not an option; did you mean objective.beta?"),
+    "added key": (["+objective.bta=1"], "objective.bta is not an option; did you mean objective.beta?"),
+    "added top level": (["+betta=1"], "betta is not an option; did you mean beta?"),
+    "trainer key": (["+trainer.bach_size=1"], "did you mean trainer.batch_size?"),
+    "choice of a value": (["optim.schedule=cosin"], "optim.schedule=cosin is none of constant, linear, cosine"),
+    "beta zero": (["beta=0"], "beta=0.0 must be positive"),
+    "beta twice": (["beta=1", "objective.beta=1"], "beta and objective.beta say the same thing"),
+    "beta without effect": (["objective=sft", "beta=1"], "beta=1.0 has no effect: objective=sft has no KL strength"),
+    "reference without effect": (["objective=sft", "reference=initial"], "reference=initial has no effect"),
+    "missing path": (["data=jsonl"], "data=jsonl needs data.path=..."),
+    "stage": (["stage=tain"], "stage=tain is none of train, cache_reference"),
+    "trainer value": (["trainer.batch_size=0"], "trainer.batch_size=0 must be positive"),
+    "key of another member": (["+data.on_bad_row=skip"], "data.on_bad_row is not an option"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_remedy(case):
+    overrides, message = REFUSED[case]
+    with pytest.raises(ValueError) as error:
+        resolved(*overrides)
+    assert message in str(error.value)
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | environment
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "messages"),
+    [
+        ("objective=dop", ["Could not find 'objective/dop'", "Available options", "dpo"]),
+        ("optim.lr=fast", ["'fast' of type 'str' could not be converted to Float", "optim.lr"]),
+        ("seed=1.5", ["could not be converted to Integer", "seed"]),
+    ],
+)
+def test_hydra_refuses_wrong_choices_and_types_itself(override, messages):
+    shown = command("train.py", override)
+    assert shown.returncode == 1
+    assert all(message in shown.stderr for message in messages), shown.stderr
+
+
+def test_help_shows_real_choices_and_every_option():
+    shown = command("train.py", "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "objective: dpo, sft" in shown.stdout.replace("  ", " ")
+    assert "schema" not in shown.stdout.split("Options and")[0]
+    assert "length_bias" in shown.stdout
+
+
+def test_cfg_job_shows_the_composed_configuration():
+    shown = command("train.py", "--cfg", "job", "objective=sft")
+    assert "_target_: dpo_ref.objectives.likelihood.sft" in shown.stdout
+
+
+def test_a_misspelt_key_costs_no_time_and_no_folder(tmp_path):
+    shown = command("train.py", "objective.bta=1", f"output_dir={tmp_path / 'run'}")
+    assert shown.returncode == 1
+    assert shown.stderr.strip() == "error: objective.bta is not an option; did you mean objective.beta?"
+    assert not (tmp_path / "run").exists()
+
+
+def test_tab_completion():
+    """What the shell asks when TAB is pressed after `objective=`: the real choices and nothing else."""
+    shown = command("train.py", "-sc", "query=bash", COMP_LINE="train.py objective=", COMP_POINT="19")
+    assert set(shown.stdout.split()) == {f"objective={path.stem}" for path in schemas.CONF.glob("objective/*.yaml")}
