@@ -31,6 +31,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    schemas.note_swept_keys(sys.argv[1:])
     try:
         config.check_command_line(sys.argv[1:], "train")
     except ValueError as error:

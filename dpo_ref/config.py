@@ -150,7 +150,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
             f"reference={reference.name} has no effect: objective={objective.name} uses no reference; "
             "leave it out or write reference=none"
         )
-    trainer: TrainerConfig = OmegaConf.to_object(cfg.trainer)  # pyright: ignore[reportAssignmentType]
+    trainer = TrainerConfig(**OmegaConf.to_container(cfg.trainer))  # pyright: ignore[reportCallIssue]
     rest = {group: parts[group] for group in ("model", "data", "optim", "tracking")}
     return TrainRun(
         **rest, objective=objective, reference=reference, trainer=trainer, beta=beta, seed=cfg.seed, stage=cfg.stage

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from dpo_ref import lab_models
+from dpo_ref.attention import resolve_backend
 from dpo_ref.cache import cache_folder
 from dpo_ref.config import TrainRun
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
-from dpo_ref.models import LoadedModel, best_device, load_model, text_identity
+from dpo_ref.models import LoadedModel, best_device, check_folder, load_model, text_identity
 from dpo_ref.references.frozen import weights_digest
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.session import Session, groups_for
@@ -60,8 +61,18 @@ def build_reference(
     return reference
 
 
+def check_paths(run: TrainRun) -> None:
+    """Refuse folders that hold no model and a backend that is not here, before any data is read."""
+    resolve_backend(run.model.options["attention"])
+    for key, component in (("model.path", run.model), ("reference.path", run.reference)):
+        path = component.options.get("path")
+        if path is not None and not path.startswith(lab_models.SCHEME):
+            check_folder(path, key)
+
+
 def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
     """Load the model, the data and the reference of a run."""
+    check_paths(run)
     torch.manual_seed(run.seed)
     device = best_device()
     data = run.data(run.seed)

@@ -7,6 +7,7 @@ is no second list of options and no list of components.
 
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -22,6 +23,7 @@ from dpo_ref.data.tokenise import tokenise
 from dpo_ref.trainer import TrainerConfig
 
 CONF = Path(__file__).parents[1] / "conf"
+SWEPT_KEYS = "DPO_REF_SWEPT_KEYS"  # environment variable
 SHARED = {"data": (tokenise, pack)}  # options every member of a group takes besides its own
 
 
@@ -125,6 +127,22 @@ def slug(overrides: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "-", overrides)[:120] or "defaults"
 
 
+def note_swept_keys(arguments: Sequence[str]) -> None:
+    """Remember which keys a multirun varies, for the names of its jobs' folders; workers inherit it."""
+    varied = ("(", ",")
+    keys = [
+        key.lstrip("+") for key, _, value in (a.partition("=") for a in arguments) if any(v in value for v in varied)
+    ]
+    os.environ[SWEPT_KEYS] = " ".join(keys)
+
+
+def swept(overrides: str) -> str:
+    """The varied part of a job's overrides (all of it where nothing is known of the sweep)."""
+    keys = os.environ.get(SWEPT_KEYS, "").split()
+    parts = [part for part in overrides.split(",") if part.partition("=")[0].lstrip("+") in keys]
+    return slug(",".join(parts) or overrides)
+
+
 def sweep_directory(output_dir: str | None, experiment: str) -> str:
     """Where a multirun's jobs go."""
     return output_dir or f"outputs/{experiment}/{datetime.now():%Y-%m-%d_%H-%M-%S}_sweep"
@@ -147,7 +165,7 @@ def choices_text() -> str:
 
 def register() -> None:
     """Store the schemas of the top level and of everything that `conf/` targets, and our resolvers."""
-    OmegaConf.register_new_resolver("dpo_ref.slug", slug, replace=True)
+    OmegaConf.register_new_resolver("dpo_ref.swept", swept, replace=True)
     OmegaConf.register_new_resolver("dpo_ref.choices", choices_text, replace=True)
     OmegaConf.register_new_resolver("dpo_ref.sweep_dir", sweep_directory, use_cache=True, replace=True)
     store = ConfigStore.instance().store

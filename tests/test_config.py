@@ -3,33 +3,20 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from command import ROOT, composed
 
 from dpo_ref import config, schemas
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
 EVALUATE_ONLY = {"generation", "scorer"}
 REQUIRED = {"jsonl": ["data.path=pairs.jsonl"], "other": ["reference.path=lab:strong"]}
-schemas.register()
 
 
 def resolved(*overrides, kind="train"):
-    """Compose and resolve as train.py does."""
-    config.check_command_line(overrides, kind)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(schemas.CONF)):
-        cfg = compose(kind, overrides=list(overrides), return_hydra_config=True)
-    choices = dict(cfg.hydra.runtime.choices)
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    HydraConfig.instance().cfg = None
+    """Compose and resolve as the entry points do."""
+    cfg, choices = composed(*overrides, kind=kind)
     if kind == "evaluate":
         return config.components(cfg, choices, kind)
     return config.resolve(cfg, choices, overrides)
@@ -84,7 +71,12 @@ def test_refused_with_the_remedy(case):
 
 def command(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | environment
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
     )
 
 

@@ -104,10 +104,16 @@ def test_overfits_one_batch():
 
 def test_schedules():
     """20 steps of which 4 are warm-up."""
-    expected = {"constant": (0.25, 1.0, 1.0, 1.0), "linear": (0.25, 1.0, 0.5, 1 / 16), "cosine": (0.25, 1.0, 0.5, None)}
+    expected = {
+        "constant": (0.25, 1.0, 1.0, 1.0),
+        "linear": (0.25, 1.0, 0.5, 1 / 16),
+        "cosine": (0.25, 1.0, 0.5, None),
+    }
     for name, (start, peak, middle, end) in expected.items():
         factor = partial(SCHEDULES[name], num_steps=20, warmup_steps=4)
-        assert [factor(0), factor(3), factor(12)] == pytest.approx([start, peak, middle if name != "constant" else 1.0])
+        assert [factor(0), factor(3), factor(12)] == pytest.approx(
+            [start, peak, middle if name != "constant" else 1.0]
+        )
         assert end is None or factor(19) == pytest.approx(end)
     assert SCHEDULES["cosine"](19, 20, 4) == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
 
