@@ -1,0 +1,65 @@
+"""`metrics.jsonl`: one JSON object a line, `step` first; the record of a run that needs no service.
+
+Strict JSON: a value that is not finite is written as null. A process may die in the middle of a line, so a last line
+that does not parse is not an error but a line that was never written.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def _strict(value: float) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _parsed(path: Path) -> Iterator[dict[str, Any]]:
+    """The file's objects; a torn last line is left out, a damaged one elsewhere is a ValueError."""
+    lines = path.read_bytes().splitlines()
+    for row, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if row < len(lines):
+                raise ValueError(f"{path} line {row} is not JSON ({error}); delete or mend that line") from error
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file as they were written; values that were not finite are None.
+
+    Raises FileNotFoundError, and ValueError naming the line if one other than the last is damaged.
+    """
+    return list(_parsed(path))
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsFile:
+    """Appends to a `metrics.jsonl`; the file is made by the first line."""
+
+    path: Path
+
+    def append(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Write one line and hand it to the operating system, so that a killed process has lost none."""
+        line = json.dumps({"step": step} | {name: _strict(value) for name, value in metrics.items()}, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines of steps beyond `step` and a torn last line; the file is replaced at once or not at all.
+
+        A resumed run calls it with its checkpoint's step: what came after is about to be measured again.
+        """
+        if not self.path.exists():
+            return
+        kept = [line for line in _parsed(self.path) if line["step"] <= step]
+        temporary = self.path.with_name(self.path.name + ".partial")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)

@@ -1,0 +1,68 @@
+"""Keeps credentials out of what a run hands to a service: its configuration, names and tags.
+
+A text is a credential if its key says so (`judge.api_key`, `hub_token`, `password`) or if it looks like one (the
+published prefixes of API keys, a password inside a URL). Whatever was found under such a key is hidden wherever else
+it appears, because an override given on the command line returns in the run's name.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+HIDDEN = "***"
+ALWAYS_SECRET = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
+KINDS_OF_KEY = {"api", "access", "private", "auth", "secret"}
+TEXT_TOKENS = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "stop", "end", "start"}
+LOOKS_SECRET = re.compile(
+    r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|wandb_v\d_\w{16,}|AKIA[0-9A-Z]{16})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+EMPTY = (None, "", True, False)  # says whether there is a credential, not which
+SHORTEST_HIDDEN_ELSEWHERE = 6  # a shorter one would also hide parts of ordinary words
+
+
+def names_secret(key: str) -> bool:
+    """Whether a key's name says that its value is a credential. `eos_token` and `api_key_env` do not."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
+    *before, last = re.split(r"[^a-z0-9]+", words)
+    kind = before[-1] if before else ""
+    if last == "token":
+        return kind not in TEXT_TOKENS
+    return last in ALWAYS_SECRET or (last == "key" and kind in KINDS_OF_KEY)
+
+
+def _secrets(value: Any, under_secret_key: bool = False) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _secrets(inner, under_secret_key or names_secret(str(key)))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _secrets(inner, under_secret_key)
+    elif under_secret_key and value not in EMPTY:
+        yield str(value)
+    elif isinstance(value, str):
+        yield from LOOKS_SECRET.findall(value)
+
+
+class Redactor:
+    """Hides the credentials found in a configuration; `found` says whether there were any."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        secrets = set(_secrets(config))
+        self.found = bool(secrets)
+        self._elsewhere = sorted((s for s in secrets if len(s) >= SHORTEST_HIDDEN_ELSEWHERE), key=len, reverse=True)
+
+    def text(self, text: str) -> str:
+        """`text` with every known credential replaced by `***`."""
+        for secret in self._elsewhere:
+            text = text.replace(secret, HIDDEN)
+        return LOOKS_SECRET.sub(HIDDEN, text)
+
+    def tree(self, value: Any, key: str = "") -> Any:
+        """A copy of a configuration without credentials, of types that JSON knows."""
+        if isinstance(value, Mapping):
+            return {str(name): self.tree(inner, f"{key}.{name}") for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.tree(inner, key) for inner in value]
+        if value not in EMPTY and any(map(names_secret, key.split("."))):
+            return HIDDEN
+        return value if value is None or isinstance(value, bool | int | float) else self.text(str(value))
