@@ -50,9 +50,10 @@ def items(entries) -> dict:
 
 
 class Offline:
-    """What the wandb folder of a run holds, all its pieces together."""
+    """What the wandb folder of a run holds, all its pieces together, once wandb's background process has ended."""
 
     def __init__(self, directory: Path, pattern: str = "offline-run-*") -> None:
+        wandb.teardown()  # a finished run may still be in that process's memory
         self.files = sorted(directory.glob(f"wandb/{pattern}/*.wandb"))
         self.bytes = b"".join(path.read_bytes() for path in self.files)
         found = [record for path in self.files for record in records(path)]
@@ -314,7 +315,6 @@ def test_a_service_that_vanishes_in_mid_run_costs_no_more_than_the_timeout(info,
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 2
     assert "later: wandb sync --include-online" in out[1]
-    wandb.teardown()  # as at the end of the process
     kept = Offline(info.directory, "run-*").history
     assert [(row["step"], row.get("train/loss")) for row in kept] == [(1, 0.5), (2, 0.25), (2, None)]
     assert any("upsertBucket" in request for request in requests)
