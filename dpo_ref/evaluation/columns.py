@@ -1,0 +1,134 @@
+"""The columns of every table, and how their numbers are written: one list for terminal, page and picture."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dpo_ref.evaluation.records import Evaluation
+
+MISSING = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column: its title, what its numbers mean, and a policy's entry."""
+
+    title: str
+    note: str
+    text: Callable[[Evaluation], str]
+
+
+def number(value: float, decimals: int, signed: bool = False) -> str:
+    """A number with a real minus sign; a dash for what was not measured."""
+    if math.isnan(value):
+        return MISSING
+    return f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal; the space does not break."""
+    return MISSING if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
+
+
+def plus_minus(evaluation: Evaluation, key: str, decimals: int, signed: bool = False) -> str:
+    """A mean and its standard error."""
+    mean, error = number(evaluation.get(key), decimals, signed), number(evaluation.get(f"{key}_se"), decimals)
+    return mean if MISSING in (mean, error) else f"{mean} ± {error}"
+
+
+def win_key(evaluation: Evaluation) -> str:
+    """The key of the win rate against the evaluation's baseline."""
+    return f"winrate/{evaluation.baseline}"
+
+
+def _win_rate(evaluation: Evaluation) -> str:
+    key = win_key(evaluation)
+    mean, low, high = (evaluation.get(f"{key}{part}") for part in ("", "_low", "_high"))
+    return MISSING if math.isnan(mean) else f"{percent(mean)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _accuracy(evaluation: Evaluation) -> str:
+    accuracy = percent(evaluation.get("rewards/accuracies"))
+    return accuracy if accuracy == MISSING else f"{accuracy} ({percent(evaluation.get('rewards/length_baseline'))})"
+
+
+def end_key(evaluation: Evaluation) -> str:
+    """The end token's shift on held-out chosen responses, or on own answers where there are no pairs."""
+    return "eos/chosen_logratio" if "eos/chosen_logratio" in evaluation.metrics else "eos/own_logratio"
+
+
+def columns(scorer: str) -> list[Column]:
+    """The columns of a table of policies scored by `scorer`."""
+    return [
+        Column(
+            f"{scorer.capitalize()} reward",
+            "mean over all answers ± standard error, clustered by prompt",
+            lambda e: plus_minus(e, f"{e.scorer}/mean", 3),
+        ),
+        Column(
+            "Win rate",
+            "paired by prompt against the baseline, ties half; 95 % bootstrap interval over prompts",
+            _win_rate,
+        ),
+        Column(
+            "Length",
+            "tokens per answer, the end token counted, ± standard error",
+            lambda e: plus_minus(e, "lengths/response", 1),
+        ),
+        Column(
+            "Ended",
+            "share of answers that ended by themselves before the token limit",
+            lambda e: percent(e.get("ended/share")),
+        ),
+        Column(
+            "seq-rep-4",
+            "share of an answer's 4-grams that repeat an earlier one",
+            lambda e: number(e.get("repetition/seq_rep_4"), 3),
+        ),
+        Column(
+            "KL to initial",
+            "nats per answer from the policy's own samples, Rao-Blackwellised, ± standard error",
+            lambda e: plus_minus(e, "kl/initial", 2),
+        ),
+        Column(
+            "End-token shift",
+            "log p(end) under the policy minus under the initial policy, after held-out chosen responses, in nats",
+            lambda e: plus_minus(e, end_key(e), 2, signed=True),
+        ),
+        Column(
+            "Pair accuracy",
+            "held-out pairs that the implicit reward ranks as labelled (in brackets: preferring the longer response)",
+            _accuracy,
+        ),
+    ]
+
+
+def brief_columns(scorer: str) -> list[Column]:
+    """The columns that fit a terminal of 80 characters: without the errors of what is known well."""
+    return [
+        Column(scorer, "± standard error", lambda e: plus_minus(e, f"{e.scorer}/mean", 3)),
+        Column("win rate", "95 % interval", _win_rate),
+        Column("tokens", "mean length", lambda e: number(e.get("lengths/response"), 1)),
+        Column("ended", "share", lambda e: percent(e.get("ended/share"))),
+        Column("KL", "nats", lambda e: number(e.get("kl/initial"), 2)),
+        Column("end shift", "nats", lambda e: number(e.get(end_key(e)), 2, signed=True)),
+    ]
+
+
+def titles(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Short names that tell the policies of one table apart."""
+    trained = [e for e in evaluations if e.objective is not None]
+    varies = {name: len({getattr(e, name) for e in trained}) > 1 for name in ("reference", "seed")}
+    names = [_title(e, varies["reference"], varies["seed"]) for e in evaluations]
+    return [e.name if names.count(name) > 1 else name for e, name in zip(evaluations, names, strict=True)]
+
+
+def _title(evaluation: Evaluation, with_reference: bool, with_seed: bool) -> str:
+    if evaluation.objective is None:
+        return f"{evaluation.name} policy" if evaluation.name == "initial" else evaluation.name
+    beta = [] if evaluation.beta is None else [f"β = {evaluation.beta:g}"]
+    reference = [f"reference {evaluation.reference}"] if with_reference else []
+    seed = [f"seed {evaluation.seed}"] if with_seed and evaluation.seed is not None else []
+    name = evaluation.objective.upper() if evaluation.objective in ("dpo", "sft") else evaluation.objective
+    details = [*beta, *reference, *seed]
+    return f"{name} ({', '.join(details)})" if details else name

@@ -1,0 +1,149 @@
+"""The page of a report, piece by piece. Every text that comes from a model, a file or a user is escaped here."""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_ref.evaluation.columns import MISSING, Column, win_key
+from dpo_ref.evaluation.plots import Panel, svg
+from dpo_ref.evaluation.records import Evaluation
+from dpo_ref.evaluation.samples import Comparison, Selection
+from dpo_ref.generation.records import Generation
+
+STYLE_SHEET = Path(__file__).with_name("page.css")
+
+
+def text(value: object) -> str:
+    """A value as HTML text."""
+    return html.escape(str(value), quote=True)
+
+
+def page(title: str, body: str) -> str:
+    """A whole document that needs nothing but itself; the policy forbids even an image from elsewhere."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        'img-src data:">\n'
+        f"<title>{text(title)}</title>\n<style>\n{STYLE_SHEET.read_text(encoding='utf-8')}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A policy in a table."""
+
+    evaluation: Evaluation
+    name: str
+    colour: str
+
+
+def _intervals(evaluation: Evaluation) -> list[float]:
+    return [evaluation.get(f"{win_key(evaluation)}{part}") for part in ("", "_low", "_high")]
+
+
+def _reach(entries: Sequence[Row]) -> float:
+    """How far from one half the win rates of a table reach: half the width of its glyphs' axis."""
+    values = [abs(value - 0.5) for entry in entries for value in _intervals(entry.evaluation) if not math.isnan(value)]
+    return max(0.1, 1.1 * max(values, default=0.0))
+
+
+def _interval_glyph(evaluation: Evaluation, reach: float) -> str:
+    """The win rate's interval on a line around one half, which is marked."""
+    mean, low, high = (50 + 50 * (value - 0.5) / reach for value in _intervals(evaluation))
+    if math.isnan(mean):
+        return ""
+    return (
+        '<svg class="glyph" viewBox="0 0 100 12" aria-hidden="true"><line x1="0" y1="6" x2="100" y2="6"/>'
+        '<line class="half" x1="50" y1="1" x2="50" y2="11"/>'
+        f'<line class="interval" x1="{low:.1f}" y1="6" x2="{high:.1f}" y2="6"/>'
+        f'<circle cx="{mean:.1f}" cy="6" r="3.4"/></svg>'
+    )
+
+
+def _cell(column: Column, evaluation: Evaluation, reach: float) -> str:
+    entry = column.text(evaluation)
+    glyph = _interval_glyph(evaluation, reach) if column.title == "Win rate" else ""
+    empty = ' class="empty"' if entry == MISSING else ""
+    return f'<td data-label="{text(column.title)}"{empty}>{glyph}<span>{text(entry)}</span></td>'
+
+
+def _row(entry: Row, columns: Sequence[Column], reach: float) -> str:
+    broken = "; ".join(entry.evaluation.degenerate)
+    tag = f'<em class="broken" title="{text(broken)}">degenerate</em>' if broken else ""
+    cells = "".join(_cell(column, entry.evaluation, reach) for column in columns)
+    kind = ' class="baseline"' if entry.evaluation.baseline is None else ""
+    dot = f'<i style="background:{entry.colour}"></i>'
+    return f'<tr{kind}><th scope="row">{dot}{text(entry.name)} {tag}</th>{cells}</tr>'
+
+
+def table(entries: Sequence[Row], columns: Sequence[Column], failures: Sequence[tuple[str, str]] = ()) -> str:
+    """Policies as rows; on a narrow screen every row becomes a card. `failures` are names and what went wrong."""
+    head = "".join(f'<th title="{text(c.note)}">{text(c.title)}</th>' for c in columns)
+    reach = _reach(entries)
+    rows = [_row(entry, columns, reach) for entry in entries]
+    rows += [
+        f'<tr class="failed"><th scope="row">{text(name)}</th><td colspan="{len(columns)}">{text(why)}</td></tr>'
+        for name, why in failures
+    ]
+    notes = "".join(f"<dt>{text(c.title)}</dt><dd>{text(c.note)}</dd>" for c in columns)
+    return (
+        f'<div class="wide"><table class="numbers"><thead><tr><th>Policy</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f'<details class="notes"><summary>What the columns mean</summary><dl>{notes}</dl></details>'
+    )
+
+
+def alerts(sentences: Sequence[str]) -> str:
+    """What a reader must not overlook."""
+    lines = "<br>".join(text(sentence) for sentence in sentences)
+    return f'<p class="alert">{lines}</p>' if sentences else ""
+
+
+def pictures(panels: Sequence[Panel]) -> str:
+    """Panels side by side where there is room."""
+    figures = (f"<figure>{svg(p)}<figcaption>{text(p.caption)}</figcaption></figure>" for p in panels)
+    return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def _answer(who: str, generation: Generation, score: float, scorer: str) -> str:
+    cut = "" if generation.finished else '<span class="cut">cut at the limit</span>'
+    level = f"--level:{min(1.0, max(0.0, score)):.3f}"
+    body = text(generation.output) or '<span class="nothing">(empty)</span>'
+    return (
+        f'<div class="answer"><header><b>{text(who)}</b><span class="score" style="{level}">{text(scorer)} '
+        f'{score:.2f}</span><span class="count">{generation.num_tokens} tokens</span>{cut}</header>'
+        f"<p>{body}</p></div>"
+    )
+
+
+def _comparison(pair: Comparison, names: tuple[str, str], scorer: str) -> str:
+    turns = "".join(
+        f'<p class="turn {text(turn["role"])}"><span>{text(turn["role"])}</span>{text(turn["content"])}</p>'
+        for turn in pair.policy.prompt
+    )
+    left = _answer(names[0], pair.baseline, pair.baseline_score, scorer)
+    right = _answer(names[1], pair.policy, pair.policy_score, scorer)
+    return (
+        f'<article class="sample"><div class="prompt">{turns}</div><div class="answers">{left}{right}</div></article>'
+    )
+
+
+def samples(selections: Sequence[Selection], names: tuple[str, str], scorer: str, opened: bool) -> str:
+    """Side-by-side answers of the baseline and one policy."""
+    parts = [
+        f"<h4>{text(selection.title)}</h4>"
+        + "".join(_comparison(pair, names, scorer) for pair in selection.comparisons)
+        for selection in selections
+    ]
+    state = " open" if opened else ""
+    return f'<details class="samples"{state}><summary>{text(names[1])}</summary>{"".join(parts)}</details>'
+
+
+def definitions(pairs: Sequence[tuple[str, str]]) -> str:
+    """Settings, as names and values."""
+    rows = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in pairs)
+    return f'<dl class="settings">{rows}</dl>'

@@ -1,0 +1,206 @@
+"""Pictures of an evaluation. A panel is drawn the same for the page (SVG, one by one) and for papers (PNG, a grid)."""
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_ref.evaluation.columns import titles, win_key
+from dpo_ref.evaluation.records import Evaluated, Evaluation
+
+INITIAL, INK, GRID, BROKEN = "#6b7280", "#1f2937", "#e5e7eb", "#b91c1c"
+SERIES = ("#2563eb", "#d97706", "#059669", "#9333ea", "#0891b2", "#be185d", "#65a30d", "#475569")
+PANEL_INCHES = (4.9, 3.3)
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": "#9ca3af",
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": "#4b5563",
+    "ytick.color": "#4b5563",
+    "text.color": INK,
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
+    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
+    "svg.hashsalt": "dpo_ref",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A picture: what it shows in words, and how it is drawn on a matplotlib Axes."""
+
+    caption: str
+    draw: Callable[[Any], None]
+
+
+@contextmanager
+def _figure(rows: int, columns: int) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure of panels without pyplot, which would look for a display and keep global state."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def svg(panel: Panel) -> str:
+    """One panel as an inline SVG element."""
+    with _figure(1, 1) as (figure, (axes,)):
+        panel.draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def write_png(path: Path, panels: Sequence[Panel], dpi: int = 160) -> None:
+    """The panels as one picture, two in a row; replaced atomically."""
+    columns = min(2, len(panels))
+    with _figure(math.ceil(len(panels) / columns), columns) as (figure, all_axes):
+        for panel, axes in zip(panels, all_axes, strict=False):
+            panel.draw(axes)
+        for axes in all_axes[len(panels) :]:
+            axes.set_visible(False)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        figure.savefig(partial, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    os.replace(partial, path)
+
+
+def colours(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Grey for what others are compared with, one colour for each other policy."""
+    hues = iter(SERIES * (1 + len(evaluations) // len(SERIES)))
+    return [INITIAL if e.baseline is None else next(hues) for e in evaluations]
+
+
+def _half_width(evaluation: Evaluation, key: str) -> float:
+    error = evaluation.get(f"{key}_se")
+    return 0.0 if math.isnan(error) else 1.96 * error
+
+
+def _rows(axes: Any, evaluations: Sequence[Evaluation], title: str, names: bool = True) -> None:
+    """One row per policy, the first on top."""
+    axes.set_title(title)
+    axes.set_ylim(len(evaluations) - 0.4, -0.6)
+    axes.set_yticks(range(len(evaluations)), titles(evaluations) if names else [""] * len(evaluations))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+
+
+def _dot(axes: Any, x: float, y: float, low: float, high: float, evaluation: Evaluation, colour: str) -> None:
+    axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round", alpha=0.55)
+    marker = {"marker": "X", "color": BROKEN} if evaluation.degenerate else {"marker": "o", "color": colour}
+    axes.plot([x], [y], markersize=8, linestyle="none", **marker)
+
+
+def score_panel(evaluations: Sequence[Evaluation]) -> Panel:
+    """Mean score of each policy with its 95 % interval."""
+
+    def draw(axes: Any) -> None:
+        scorer = evaluations[0].scorer
+        _rows(axes, evaluations, f"{scorer.capitalize()} reward")
+        for row, (evaluation, colour) in enumerate(zip(evaluations, colours(evaluations), strict=True)):
+            mean, half = evaluation.get(f"{scorer}/mean"), _half_width(evaluation, f"{scorer}/mean")
+            _dot(axes, mean, row, mean - half, mean + half, evaluation, colour)
+
+    return Panel("Mean reward of the sampled answers; bars are 95 % intervals, clustered by prompt.", draw)
+
+
+def win_panel(evaluations: Sequence[Evaluation]) -> Panel:
+    """Win rate of each trained policy with its bootstrap interval, against an even score."""
+    shown = [
+        (e, c)
+        for e, c in zip(evaluations, colours(evaluations), strict=True)
+        if e.baseline and not math.isnan(e.get(win_key(e)))
+    ]
+
+    def draw(axes: Any) -> None:
+        _rows(axes, [e for e, _ in shown], f"Win rate against {shown[0][0].baseline}")
+        axes.axvline(50, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
+        for row, (evaluation, colour) in enumerate(shown):
+            mean, low, high = (100 * evaluation.get(f"{win_key(evaluation)}{part}") for part in ("", "_low", "_high"))
+            _dot(axes, mean, row, low, high, evaluation, colour)
+        axes.margins(x=0.12)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("% of comparisons, ties half")
+
+    return Panel("Share of paired comparisons won; bars are 95 % bootstrap intervals over prompts.", draw)
+
+
+def frontier_panel(evaluations: Sequence[Evaluation]) -> Panel:
+    """What reward each policy bought with how much KL."""
+
+    def draw(axes: Any) -> None:
+        scorer = evaluations[0].scorer
+        axes.set_title("Reward against distance")
+        axes.set_xlabel("KL to the initial policy (nats per answer)")
+        axes.set_ylabel(f"{scorer.capitalize()} reward")
+        for evaluation, name, colour in zip(evaluations, titles(evaluations), colours(evaluations), strict=True):
+            known = "kl/initial" in evaluation.metrics
+            x, y = evaluation.get("kl/initial") if known else 0.0, evaluation.get(f"{scorer}/mean")
+            bars = {"xerr": _half_width(evaluation, "kl/initial"), "yerr": _half_width(evaluation, f"{scorer}/mean")}
+            marker = "X" if evaluation.degenerate else "s" if evaluation.baseline is None else "o"
+            axes.errorbar(x, y, **bars, fmt=marker, color=colour, markersize=7, elinewidth=1.6, label=name)
+        axes.margins(x=0.1, y=0.12)
+        axes.legend(loc="best", handletextpad=0.2)
+
+    return Panel(
+        "Reward bought with distance: the further a policy is from the initial one, the more it has to show for it. "
+        "Bars are 95 % intervals.",
+        draw,
+    )
+
+
+def length_panel(evaluated: Sequence[Evaluated]) -> Panel:
+    """How long answers are: the share still going on after so many tokens."""
+
+    def draw(axes: Any) -> None:
+        names = titles([e.evaluation for e in evaluated])
+        for one, name, colour in zip(evaluated, names, colours([e.evaluation for e in evaluated]), strict=True):
+            lengths = np.sort([g.num_tokens for g in one.generations])
+            finished = np.sort([g.num_tokens for g in one.generations if g.finished])
+            grid = np.arange(lengths.max() + 1)
+            share = 100 * (1 - np.searchsorted(finished, grid, side="right") / len(lengths))
+            style = {"linestyle": (0, (4, 3))} if one.evaluation.baseline is None else {}
+            axes.step(grid, share, where="post", color=colour, linewidth=1.8, label=name, **style)
+        axes.set_title("Answers still going on")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("% of answers")
+        axes.set_ylim(-2, 102)
+        axes.set_xlim(left=0)
+        axes.legend(loc="upper right")
+
+    return Panel("Share of answers not yet ended after so many tokens; what is left at the limit was cut.", draw)
+
+
+def comparison_panels(evaluated: Sequence[Evaluated]) -> list[Panel]:
+    """The pictures of a report on a few policies, the baseline first."""
+    evaluations = [one.evaluation for one in evaluated]
+    panels = [score_panel(evaluations)]
+    if any(e.baseline and not math.isnan(e.get(win_key(e))) for e in evaluations):
+        panels.append(win_panel(evaluations))
+    if any("kl/initial" in e.metrics for e in evaluations):
+        panels.append(frontier_panel(evaluations))
+    return [*panels, length_panel(evaluated)]

@@ -1,0 +1,113 @@
+"""What one evaluated policy leaves behind: `evaluation.json`, and the scores of its generations in `scores.json`.
+
+`evaluation.json` is one flat object of `metrics` under the names below, beside what was evaluated and how. Values that
+could not be measured are null. For a scorer `gold` and a baseline `initial`:
+
+    gold/mean gold/mean_se                          scorer's mean over prompts
+    winrate/initial (_low _high _ties)              share of comparisons won, 95 % interval, share of ties
+    lengths/response (_se _median _p95), lengths/response_chars, ended/share, repetition/seq_rep_4
+    kl/initial (_se _k1 _k1_se _per_token _share_cut)     nats per answer
+    eos/chosen_logratio, eos/own_logratio (_se)     shift of the end token against the initial policy
+    logratios/chosen, logratios/rejected (_se)      against the initial policy, held-out pairs
+    rewards/accuracies (_se), rewards/ties, rewards/margins, rewards/length_baseline, rewards/num_pairs
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dpo_ref.generation.records import Generation
+from dpo_ref.types import digest
+
+
+RESULTS = "evaluation"  # where an evaluation's files lie in a run's folder
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One policy's metrics, and what they are of. `degenerate` says why it counts as degenerate, if it does."""
+
+    name: str
+    scorer: str
+    metrics: dict[str, float]
+    baseline: str | None = None  # whom the win rate is against; None for the baseline itself
+    objective: str | None = None
+    reference: str | None = None
+    beta: float | None = None
+    seed: int | None = None
+    num_seeds: int = 1  # above 1 where several runs were joined
+    num_prompts: int = 0
+    num_generations: int = 0
+    generation: dict[str, Any] = field(default_factory=dict)  # temperature, top_p, max_new_tokens, seed, ...
+    degenerate: list[str] = field(default_factory=list)
+
+    def get(self, key: str) -> float:
+        """A metric, nan where it was not measured."""
+        return self.metrics.get(key, math.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An evaluation with the answers it rests on and the scorer's number for each of them."""
+
+    evaluation: Evaluation
+    generations: list[Generation]
+    scores: list[float]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file atomically; strict JSON, so no nan may be left in `content`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError, naming the file, for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); run evaluate.py again with stage=all") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object; run evaluate.py again with stage=all")
+    return content
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write `evaluation.json`."""
+    finite = {key: value if math.isfinite(value) else None for key, value in sorted(evaluation.metrics.items())}
+    write_json(folder / "evaluation.json", asdict(evaluation) | {"metrics": finite})
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read `evaluation.json`; metrics that could not be measured are left out. ValueError if there is none."""
+    path = folder / "evaluation.json"
+    content = read_json(path)
+    if missing := [name for name in ("name", "scorer", "metrics") if name not in content]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; run evaluate.py again with stage=all")
+    known = {f.name: content[f.name] for f in fields(Evaluation) if f.name in content}
+    known["metrics"] = {key: value for key, value in content["metrics"].items() if value is not None}
+    return Evaluation(**known)
+
+
+def _answers(generations: Sequence[Generation]) -> str:
+    return digest([[g.prompt, g.sample_index, g.output, g.finish_reason] for g in generations])
+
+
+def write_scores(folder: Path, scorer: str, generations: Sequence[Generation], scores: Sequence[float]) -> None:
+    """Write `scores.json`: one number for each line of `generations.jsonl`, and which answers they belong to."""
+    write_json(
+        folder / "scores.json", {"scorer": scorer, "generations": _answers(generations), "scores": list(scores)}
+    )
+
+
+def read_scores(folder: Path, generations: Sequence[Generation]) -> list[float]:
+    """Read `scores.json`. Raises ValueError if it belongs to other generations."""
+    content = read_json(folder / "scores.json")
+    if content.get("generations") != _answers(generations):
+        raise ValueError(f"{folder / 'scores.json'} belongs to other generations; score again with stage=score")
+    return content["scores"]

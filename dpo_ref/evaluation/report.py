@@ -1,0 +1,78 @@
+"""`report.html`: one page that holds everything, needs no network and reads on a phone; its pictures as PNG."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_ref.evaluation import findings, page
+from dpo_ref.evaluation.columns import columns, titles
+from dpo_ref.evaluation.plots import colours, comparison_panels, write_png
+from dpo_ref.evaluation.records import Evaluated, Evaluation
+from dpo_ref.evaluation.samples import select
+
+SHOWN_PER_SELECTION = 5
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a text file atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def settings(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """How an evaluation was made, as names and values."""
+    asked = f"{evaluation.num_prompts} prompts, {evaluation.num_generations} answers"
+    chosen = [(f"generation.{name}", str(value)) for name, value in evaluation.generation.items()]
+    return [("prompts", asked), ("scorer", evaluation.scorer), *chosen]
+
+
+def sample_sections(evaluated: Sequence[Evaluated]) -> str:
+    """Side-by-side answers of the first policy and each of the others; the best one's are shown open."""
+    baseline, *policies = evaluated
+    names = titles([one.evaluation for one in evaluated])
+    champion = findings.best([one.evaluation for one in policies])
+    return "".join(
+        page.samples(
+            select(policy, baseline, SHOWN_PER_SELECTION),
+            (names[0], name),
+            policy.evaluation.scorer,
+            opened=policy.evaluation is champion,
+        )
+        for policy, name in zip(policies, names[1:], strict=True)
+    )
+
+
+def report(evaluated: Sequence[Evaluated]) -> str:
+    """The page on a few policies, the baseline first. Raises ValueError for none."""
+    if not evaluated:
+        raise ValueError("there is nothing to report on; evaluate a policy first")
+    evaluations = [one.evaluation for one in evaluated]
+    title = findings.headline(evaluations)
+    drift = findings.drift(evaluations[0], evaluations[1:])
+    parts = [
+        '<p class="over">Policy evaluation</p>',
+        f"<h1>{page.text(title)}</h1>",
+        f'<p class="lead">{page.text(drift)}</p>' if drift else "",
+        page.alerts(findings.broken(evaluations)),
+        page.table(
+            list(map(page.Row, evaluations, titles(evaluations), colours(evaluations))),
+            columns(evaluations[0].scorer),
+        ),
+        "<h2>Pictures</h2>",
+        page.pictures(comparison_panels(evaluated)),
+        "<h2>Answers side by side</h2>" + sample_sections(evaluated) if len(evaluated) > 1 else "",
+        "<h2>How it was measured</h2>",
+        page.definitions(settings(evaluations[-1])),
+        "<footer>Made by dpo_ref. All numbers are in evaluation.json, all answers in generations.jsonl.</footer>",
+    ]
+    return page.page(title, "\n".join(parts))
+
+
+def write_report(folder: Path, evaluated: Sequence[Evaluated]) -> Path:
+    """Write `report.html` and `report.png` into `folder`; returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.html"
+    write_text(path, report(evaluated))
+    write_png(folder / "report.png", comparison_panels(evaluated))
+    return path
