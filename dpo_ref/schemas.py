@@ -123,8 +123,8 @@ def groups() -> dict[str, list[Path]]:
 
 
 def slug(overrides: str) -> str:
-    """Command-line overrides as part of a folder's name."""
-    return re.sub(r"[^\w.,=+-]+", "-", overrides)[:120] or "defaults"
+    """Command-line overrides as part of a folder's name: nothing in it needs quoting on a command line."""
+    return re.sub(r"[^\w.-]+", "_", overrides.replace("=", "-")).strip("_")[:120] or "defaults"
 
 
 def note_swept_keys(arguments: Sequence[str]) -> None:

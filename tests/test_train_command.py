@@ -132,7 +132,7 @@ def test_job_two_equals_the_same_job_alone(tmp_path):
     folder, alone = tmp_path / "sweep", tmp_path / "alone"
     typed("train.py", "-m", *SMALL, f"output_dir={folder}", "beta=3,0.1", "trainer.max_steps=3")
     train(*SMALL, f"output_dir={alone}", "beta=0.1", "trainer.max_steps=3")
-    second = folder / "1_beta=0.1"
+    second = folder / "1_beta-0.1"
     assert lines(second) == lines(alone)
     assert same_weights(second, alone)
 

@@ -1,0 +1,181 @@
+"""What `evaluate.py` does: generate, measure, score and report one policy, or every job of a sweep."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_ref import lab_models
+from dpo_ref.cache import cache_folder
+from dpo_ref.config import Component
+from dpo_ref.data.tokenise import end_of_turn_ids, tokenise
+from dpo_ref.evaluation.heldout import heldout_metrics, score_pairs, zero_reference
+from dpo_ref.evaluation.kl import sample_kl
+from dpo_ref.evaluation.records import Evaluated, Evaluation, read_json
+from dpo_ref.evaluation.stages import generate_stage, generation_key, measure_stage, read_evaluated, score_stage
+from dpo_ref.generation.records import Generation, read_generations
+from dpo_ref.generation.sampling import never_sampled
+from dpo_ref.models import best_device, load_model, load_tokenizer, text_identity
+from dpo_ref.references.frozen import weights_digest
+from dpo_ref.tracking.terminal import progress
+from dpo_ref.types import PreferenceData, digest
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A policy to evaluate, and what its run says about it; a plain model folder says nothing."""
+
+    name: str
+    path: str
+    folder: Path  # where results go
+    initial: str | None = None
+    reference: str | None = None  # name of the loss reference
+    reference_path: str | None = None  # None: the initial policy
+    objective: str | None = None
+    beta: float | None = None
+    seed: int | None = None
+
+
+def subject_of(path: str, output_dir: str | None) -> tuple[Subject, DictConfig | None]:
+    """What `policy=` names, and the configuration of its run if it is one. ValueError for a run without a policy."""
+    run = Path(path).expanduser()
+    if not (run / "summary.json").is_file():
+        name = path.removeprefix(lab_models.SCHEME).rstrip("/").rpartition("/")[2]
+        default = Path(output_dir or f"outputs/evaluations/{name}")
+        return Subject(name, path, default), None
+    summary = read_json(run / "summary.json")
+    if not (run / "policy" / "config.json").is_file():
+        raise ValueError(f"policy={path}: the run is {summary['status']} and has saved no policy yet")
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)
+    folder = Path(output_dir) if output_dir else run / "evaluation"
+    subject = Subject(
+        name=run.name,
+        path=str(run / "policy"),
+        folder=folder,
+        initial=config.model.path,
+        reference=summary["reference"],
+        reference_path=config.reference.get("path"),
+        objective=summary["objective"],
+        beta=summary["beta"],
+        seed=summary["seed"],
+    )
+    return subject, config
+
+
+class Loaded:
+    """A model and what determines its answers; loaded once, whatever asks for it."""
+
+    def __init__(self, path: str) -> None:
+        self.place = lab_models.locate(path)
+        self.tokenizer = load_tokenizer(self.place)
+        self.model = load_model(self.place, best_device(), "auto", "policy").eval()
+        self.weights = weights_digest(self.model)
+
+    @cached_property
+    def text(self) -> str:
+        """Digest of tokenizer and template."""
+        return text_identity(self.tokenizer)
+
+
+@lru_cache(maxsize=3)  # the initial policy, a loss reference and the policy at hand
+def loaded(path: str) -> Loaded:
+    """The model at `path`."""
+    return Loaded(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to evaluate: the data, and what was configured."""
+
+    data: PreferenceData
+    data_options: Component
+    generation: Component
+    scorer: Component
+    seed: int
+    stage: str
+
+
+def _answers(subject: Subject, settings: Settings, folder: Path) -> list[Generation]:
+    model = loaded(subject.path)
+    prompts, options = settings.data.test_prompts, settings.generation.options
+    if not prompts:
+        raise ValueError("the data has no prompts to answer: hold some out with data.eval_fraction or data.eval_path")
+    key = generation_key(model.weights, model.text, prompts, settings.seed, options)
+    make = settings.generation.bound(settings.generation.function)
+    return generate_stage(folder, key, lambda: make(model.model, model.tokenizer, prompts, settings.seed, progress))
+
+
+def _measured(subject: Subject, settings: Settings, generations: list[Generation]) -> dict[str, float]:
+    """What needs both models: KL to the initial policy on own samples, held-out pairs."""
+    assert subject.initial is not None
+    ours, initial = loaded(subject.path), loaded(subject.initial)
+    found: dict[str, float] = {}
+    if settings.generation.options["temperature"] == settings.generation.options["top_p"] == 1.0:
+        never = never_sampled(ours.tokenizer, ours.model.get_output_embeddings().weight.shape[0])
+        found |= sample_kl(ours.model, initial.model, generations, never, progress).metrics("initial")
+    groups = settings.data_options.bound(tokenise)(settings.data.eval, ours.tokenizer).groups
+    if any(group.pairs for group in groups):
+        ends = end_of_turn_ids(ours.tokenizer)
+        policy, start = (score_pairs(m.model, groups, ends, progress) for m in (ours, initial))
+        found |= heldout_metrics(policy, start, _reference_scores(subject, start, groups, ends))
+    return found
+
+
+def _reference_scores(subject: Subject, start: Any, groups: Sequence[Any], ends: set[int]) -> Any:
+    """The loss reference's log-probs of the held-out pairs."""
+    if subject.reference == "none":
+        return zero_reference(start)
+    if subject.reference_path is None:
+        return start
+    return score_pairs(loaded(subject.reference_path).model, groups, ends, progress)
+
+
+def _about(subject: Subject, settings: Settings, metrics: Mapping[str, float]) -> Evaluation:
+    return Evaluation(
+        name=subject.name,
+        scorer=settings.scorer.name,
+        metrics=dict(metrics),
+        objective=subject.objective,
+        reference=subject.reference,
+        beta=subject.beta,
+        seed=subject.seed,
+        generation={**settings.generation.options, "seed": settings.seed},
+    )
+
+
+@torch.no_grad()
+def assess(subject: Subject, settings: Settings, baseline: Evaluated | None) -> Evaluated | None:
+    """Run the stages asked for; None after `stage=generate`. `baseline` is what the win rate is against."""
+    folder = subject.folder
+    if settings.stage == "report":
+        return read_evaluated(folder)
+    if settings.stage == "score":
+        generations = read_generations(folder / "generations.jsonl")
+        stored = folder / "measurements.json"
+        metrics = read_json(stored)["metrics"] if stored.is_file() else {}
+    else:
+        generations = _answers(subject, settings, folder)
+        if settings.stage == "generate":
+            return None
+        metrics = {}
+        if subject.initial is not None:
+            key = digest([read_json(folder / "generations.key.json")["key"], loaded(subject.initial).weights])
+            metrics = measure_stage(folder, key, lambda: _measured(subject, settings, generations))
+    scores = settings.scorer(generations)
+    return score_stage(folder, _about(subject, settings, metrics), generations, scores, baseline, settings.seed)
+
+
+def baseline_of(path: str, name: str, settings: Settings) -> Evaluated:
+    """The evaluation that others are compared with. A model's answers are kept in the cache and shared by all runs."""
+    if (Path(path) / "evaluation" / "evaluation.json").is_file():
+        return read_evaluated(Path(path) / "evaluation")
+    key = digest([settings.generation.options, settings.seed, [list(p) for p in settings.data.test_prompts]])
+    folder = cache_folder() / "evaluations" / f"{loaded(path).weights[:16]}-{key[:16]}"
+    found = assess(Subject(name, path, folder), replace(settings, stage="all"), None)
+    assert found is not None
+    return found

@@ -1,0 +1,124 @@
+"""`python evaluate.py ...` from its composed configuration to the table, the page and the tracker."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_ref.assess import Settings, Subject, assess, baseline_of, subject_of
+from dpo_ref.config import Component, components
+from dpo_ref.evaluation.findings import drift, headline
+from dpo_ref.evaluation.records import Evaluated, read_json
+from dpo_ref.evaluation.report import write_report
+from dpo_ref.evaluation.sweep import collect
+from dpo_ref.evaluation.sweep_report import sweep_table, write_sweep
+from dpo_ref.evaluation.terminal import results_table
+from dpo_ref.tracking import RunInfo
+from dpo_ref.tracking.terminal import run_summary
+from dpo_ref.types import PreferenceData
+
+
+class Evaluator:
+    """The configured evaluation; data of the same options and seed is read once."""
+
+    def __init__(self, cfg: DictConfig, choices: dict[str, str], overrides: Sequence[str]) -> None:
+        self.cfg, self.choices = cfg, choices
+        self.own_data = any(override.lstrip("+").startswith("data") for override in overrides)
+        self._data: dict[str, PreferenceData] = {}
+
+    def parts(self, run: DictConfig | None, path: str) -> dict[str, Component]:
+        """Components, with the data of the run that is evaluated unless the command line names another."""
+        cfg, choices = self.cfg.copy(), dict(self.choices)
+        if run is not None and not self.own_data:
+            cfg.data = run.data
+            choices["data"] = read_json(Path(path) / "summary.json")["choices"]["data"]
+        return components(cfg, choices, "evaluate")
+
+    def settings(self, subject: Subject, parts: dict[str, Component]) -> Settings:
+        """How to evaluate a subject: held-out data is drawn with the seed of its run, so that none was trained on."""
+        data, seed = parts["data"], self.cfg.seed if subject.seed is None else subject.seed
+        key = f"{data} {seed}"
+        if key not in self._data:
+            self._data[key] = data(seed)
+        stage, scorer = self.cfg.stage, parts["scorer"]
+        return Settings(self._data[key], data, parts["generation"], scorer, self.cfg.seed, stage)
+
+    def one(self, path: str, output_dir: str | None = None) -> tuple[Evaluated | None, Evaluated | None]:
+        """Evaluate one policy; the baseline's evaluation and its own."""
+        subject, run = subject_of(path, output_dir)
+        parts = self.parts(run, path)
+        settings = self.settings(subject, parts)
+        baseline = self.baseline(subject, settings)
+        found = assess(subject, settings, baseline)
+        if found is not None:
+            self.track(subject, parts["tracking"], found)
+        return baseline, found
+
+    def baseline(self, subject: Subject, settings: Settings) -> Evaluated | None:
+        """Whom the win rate is against: what `baseline=` names, else the run's initial policy."""
+        if self.cfg.baseline is not None:
+            return baseline_of(self.cfg.baseline, Path(self.cfg.baseline).name, settings)
+        return None if subject.initial is None else baseline_of(subject.initial, "initial", settings)
+
+    def track(self, subject: Subject, tracking: Component, found: Evaluated) -> None:
+        """Log an evaluation as a run of its own, in the group of the run it is about."""
+        config: Any = OmegaConf.to_container(self.cfg, resolve=True)
+        info = RunInfo(subject.folder, config, f"evaluate {subject.name}", subject.name, "evaluate", resume=False)
+        tracker = tracking(info)
+        tracker.log({f"evaluation/{key}": value for key, value in found.evaluation.metrics.items()}, step=0)
+        rows = [
+            [g.prompt[-1]["content"], g.output, score] for g, score in zip(found.generations, found.scores, strict=True)
+        ]
+        tracker.table("generations", ["prompt", "output", found.evaluation.scorer], rows[:100], step=0)
+        tracker.summary({**found.evaluation.metrics, "degenerate": "; ".join(found.evaluation.degenerate)})
+        tracker.finish(0)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _evaluate_policy(evaluator: Evaluator, cfg: DictConfig) -> None:
+    baseline, found = evaluator.one(cfg.policy, cfg.output_dir)
+    folder = subject_of(cfg.policy, cfg.output_dir)[0].folder
+    if found is None:
+        run_summary("generated", {"generations": str(folder / "generations.jsonl")}, [])
+        return
+    evaluated = [baseline, found] if baseline else [found]
+    page = write_report(folder, evaluated)
+    evaluations = [each.evaluation for each in evaluated]
+    _print(results_table(evaluations))
+    run_summary(headline(evaluations), {"report": str(page), "plot": str(folder / "report.png")})
+
+
+def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
+    """Evaluate every completed job, then write the table whatever the others came to."""
+    folder = Path(cfg.sweep).expanduser()
+    baseline = None
+    for job in collect(folder):
+        if job.status == "completed":
+            found, _ = evaluator.one(str(folder / job.name))
+            baseline = baseline or found
+    jobs = write_sweep(folder, baseline)
+    initial = baseline.evaluation if baseline else None
+    _print(sweep_table(jobs, initial))
+    evaluations = [*([initial] if initial else []), *(job.evaluation for job in jobs if job.evaluation)]
+    title = headline(evaluations) if len(evaluations) > 1 else "no job has a result"
+    rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png")}
+    if initial and (moved := drift(initial, evaluations[1:])):
+        rows["drift"] = moved
+    run_summary(title, rows)
+
+
+def run_evaluation(cfg: DictConfig, choices: dict[str, str], overrides: Sequence[str]) -> None:
+    """Evaluate `policy=` or `sweep=`. Raises ValueError for neither or both."""
+    if (cfg.policy is None) == (cfg.sweep is None):
+        raise ValueError("give policy=<run or model folder> or sweep=<multirun folder>, one of them")
+    if cfg.sweep is not None and cfg.output_dir is not None:
+        raise ValueError("output_dir has no effect on sweep=: results go into the jobs' folders")
+    evaluator = Evaluator(cfg, choices, overrides)
+    (_evaluate_policy if cfg.sweep is None else _evaluate_sweep)(evaluator, cfg)

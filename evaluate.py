@@ -1,0 +1,31 @@
+"""Evaluate a policy or a sweep: `python evaluate.py policy=<run or model folder>`."""
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from dpo_ref import config, schemas
+
+schemas.register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Generate, measure, score and report."""
+    from dpo_ref.evaluate_command import run_evaluation
+
+    launched = HydraConfig.get()
+    try:
+        run_evaluation(cfg, dict(launched.runtime.choices), list(launched.overrides.task))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    try:
+        config.check_command_line(sys.argv[1:], "evaluate")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    main()
