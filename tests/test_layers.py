@@ -14,7 +14,7 @@ LAYERS = [
         "scoring", "tracking",
     ],
     ["evaluation", "lab_models", "session", "trainer"],
-    ["config", "jobs", "launch", "schemas"],
+    ["assess", "config", "evaluate_command", "jobs", "launch", "schemas", "sweeps"],
 ]  # fmt: skip
 SIDEWAYS = {
     ("logps", "attention"),
@@ -30,8 +30,11 @@ SIDEWAYS = {
     ("launch", "config"),
     ("jobs", "config"),
     ("jobs", "launch"),
+    ("assess", "config"),
+    ("evaluate_command", "assess"),
+    ("evaluate_command", "config"),
 }
-HYDRA_IS_KNOWN_IN = {"schemas", "config", "jobs"}
+HYDRA_IS_KNOWN_IN = {"assess", "config", "evaluate_command", "jobs", "schemas", "sweeps"}
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 
 
