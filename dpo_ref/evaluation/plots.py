@@ -17,6 +17,7 @@ from dpo_ref.evaluation.records import Evaluated, Evaluation
 INITIAL, INK, GRID, BROKEN = "#6b7280", "#1f2937", "#e5e7eb", "#b91c1c"
 SERIES = ("#2563eb", "#d97706", "#059669", "#9333ea", "#0891b2", "#be185d", "#65a30d", "#475569")
 PANEL_INCHES = (4.9, 3.3)
+LONGEST_LABEL = 30  # characters
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#9ca3af",
     "axes.labelcolor": INK,
@@ -40,6 +41,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
     "figure.constrained_layout.h_pad": 0.1,
     "figure.constrained_layout.w_pad": 0.1,
+    "text.parse_math": False,  # a dollar sign in a run's name is a dollar sign
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
     "svg.hashsalt": "dpo_ref",
 }
@@ -100,11 +102,19 @@ def _half_width(evaluation: Evaluation, key: str) -> float:
     return 0.0 if math.isnan(error) else 1.96 * error
 
 
-def _rows(axes: Any, evaluations: Sequence[Evaluation], title: str, names: bool = True) -> None:
+def labels(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Titles short enough to leave room for a picture."""
+    half = LONGEST_LABEL // 2
+    return [
+        title if len(title) <= LONGEST_LABEL else f"{title[:half]}…{title[-half:]}" for title in titles(evaluations)
+    ]
+
+
+def _rows(axes: Any, evaluations: Sequence[Evaluation], title: str) -> None:
     """One row per policy, the first on top."""
     axes.set_title(title)
     axes.set_ylim(len(evaluations) - 0.4, -0.6)
-    axes.set_yticks(range(len(evaluations)), titles(evaluations) if names else [""] * len(evaluations))
+    axes.set_yticks(range(len(evaluations)), labels(evaluations))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
 
@@ -123,7 +133,7 @@ def score_panel(evaluations: Sequence[Evaluation]) -> Panel:
         _rows(axes, evaluations, f"{scorer.capitalize()} reward")
         for row, (evaluation, colour) in enumerate(zip(evaluations, colours(evaluations), strict=True)):
             mean, half = evaluation.get(f"{scorer}/mean"), _half_width(evaluation, f"{scorer}/mean")
-            _dot(axes, mean, row, mean - half, mean + half, evaluation, colour)
+            _dot(axes, mean, float(row), mean - half, mean + half, evaluation, colour)
 
     return Panel("Mean reward of the sampled answers; bars are 95 % intervals, clustered by prompt.", draw)
 
@@ -141,7 +151,7 @@ def win_panel(evaluations: Sequence[Evaluation]) -> Panel:
         axes.axvline(50, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
         for row, (evaluation, colour) in enumerate(shown):
             mean, low, high = (100 * evaluation.get(f"{win_key(evaluation)}{part}") for part in ("", "_low", "_high"))
-            _dot(axes, mean, row, low, high, evaluation, colour)
+            _dot(axes, mean, float(row), low, high, evaluation, colour)
         axes.margins(x=0.12)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("% of comparisons, ties half")
@@ -157,7 +167,7 @@ def frontier_panel(evaluations: Sequence[Evaluation]) -> Panel:
         axes.set_title("Reward against distance")
         axes.set_xlabel("KL to the initial policy (nats per answer)")
         axes.set_ylabel(f"{scorer.capitalize()} reward")
-        for evaluation, name, colour in zip(evaluations, titles(evaluations), colours(evaluations), strict=True):
+        for evaluation, name, colour in zip(evaluations, labels(evaluations), colours(evaluations), strict=True):
             known = "kl/initial" in evaluation.metrics
             x, y = evaluation.get("kl/initial") if known else 0.0, evaluation.get(f"{scorer}/mean")
             bars = {"xerr": _half_width(evaluation, "kl/initial"), "yerr": _half_width(evaluation, f"{scorer}/mean")}
@@ -177,7 +187,7 @@ def length_panel(evaluated: Sequence[Evaluated]) -> Panel:
     """How long answers are: the share still going on after so many tokens."""
 
     def draw(axes: Any) -> None:
-        names = titles([e.evaluation for e in evaluated])
+        names = labels([e.evaluation for e in evaluated])
         for one, name, colour in zip(evaluated, names, colours([e.evaluation for e in evaluated]), strict=True):
             lengths = np.sort([g.num_tokens for g in one.generations])
             finished = np.sort([g.num_tokens for g in one.generations if g.finished])

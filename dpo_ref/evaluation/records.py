@@ -23,7 +23,6 @@ from typing import Any
 from dpo_ref.generation.records import Generation
 from dpo_ref.types import digest
 
-
 RESULTS = "evaluation"  # where an evaluation's files lie in a run's folder
 
 

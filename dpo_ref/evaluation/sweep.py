@@ -79,7 +79,7 @@ def _job(folder: Path) -> Job:
         error=error,
         objective=summary.get("objective"),
         reference=summary.get("reference"),
-        beta=summary.get("beta"),
+        beta=None if summary.get("beta") is None else float(summary["beta"]),
         seed=summary.get("seed"),
         options=tuple(o for o in overrides if o.lstrip("+").partition("=")[0] not in VARIED_WITHIN_A_SERIES),
         evaluation=evaluation,

@@ -122,7 +122,7 @@ def sweep_panels(found: Sequence[Cell], initial: Evaluation | None) -> list[Pane
             f"Win rate against {baseline}, %",
             "Share of paired comparisons won, ties half.",
             level=0.5,
-            scale=100,
+            scale=100.0,
         ),
         Against(
             length, "Answer length, tokens", "Mean over sampled answers, the end token counted.", before.get(length)

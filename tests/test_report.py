@@ -1,0 +1,212 @@
+"""The report: it says what the numbers carry, escapes what it is given, and needs nothing but itself."""
+
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import evaluations as invented
+import pytest
+
+from dpo_ref.evaluation import findings
+from dpo_ref.evaluation.columns import MISSING, columns, number, percent, titles
+from dpo_ref.evaluation.plots import comparison_panels, svg, write_png
+from dpo_ref.evaluation.records import Evaluation
+from dpo_ref.evaluation.report import report, write_report
+from dpo_ref.evaluation.samples import select
+
+VOID = {"meta", "br"}
+
+
+class Structure(HTMLParser):
+    """Checks nesting, collects texts and everything that could be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data") and not v.startswith("#")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href") and not v.startswith("#")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def parsed(page):
+    structure = Structure()
+    structure.feed(page)
+    structure.close()
+    assert structure.open == []
+    return structure
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    baseline = invented.initial(root / "initial", 60)
+    return [baseline, *(invented.trained(root / f"{beta}", baseline, beta, 0) for beta in (0.005, 0.3, 3.0))]
+
+
+def compared(mean, low, high, **changes):
+    metrics = {
+        "winrate/initial": mean,
+        "winrate/initial_low": low,
+        "winrate/initial_high": high,
+        "lengths/response": 9.0,
+    }
+    return Evaluation("run", "gold", metrics, baseline="initial", objective="dpo", beta=0.1, **changes)
+
+
+def test_the_page_is_well_formed_and_fetches_nothing(evaluated):
+    page = report(evaluated)
+    found = parsed(page)
+    assert found.fetched == []
+    assert "script" not in found.tags
+    links = set(re.findall(r"(?:https?:)?//[\w./-]+", page))
+    assert all("w3.org" in link or "purl.org" in link or "creativecommons.org" in link for link in links), links
+    assert not re.search(r"url\((?!#)|@import", page)
+    assert page.count("<figure>") == 4
+
+
+def test_hostile_text_is_shown_and_never_becomes_markup(evaluated):
+    attack = '<script>alert("x")</script><img src=http://evil/>&amp; $\\bad{$ </p>'
+    question = ({"role": attack, "content": attack},)
+
+    def poisoned(one, name):
+        first = replace(one.generations[0], output=attack + "\u202e\x00", prompt=question)
+        evaluation = replace(
+            one.evaluation, name=name, objective=None, degenerate=[attack], generation={attack: attack}
+        )
+        return replace(one, generations=[first, *one.generations[1:]], evaluation=evaluation)
+
+    found = parsed(report([poisoned(evaluated[0], "initial"), poisoned(evaluated[1], attack)]))
+    assert "script" not in found.tags
+    assert "img" not in found.tags
+    assert found.fetched == []
+    assert "".join(found.texts).count(attack) > 5
+
+
+def test_the_headline_claims_what_the_interval_carries():
+    assert findings.headline([compared(0.6, 0.55, 0.65)]) == (
+        "DPO (β = 0.1) beats the initial policy in 60.0\u00a0% of comparisons (95 % interval 55.0–65.0\u00a0%)."
+    )
+    assert "cannot be told from the initial policy" in findings.headline([compared(0.52, 0.49, 0.55)])
+    assert "loses to the initial policy" in findings.headline([compared(0.4, 0.35, 0.45)])
+    assert "no baseline" in findings.headline([Evaluation("x", "gold", {})])
+
+
+def test_the_best_policy_is_the_best_healthy_one():
+    healthy, broken = compared(0.55, 0.5, 0.6), compared(0.7, 0.6, 0.8, degenerate=["loops"])
+    assert findings.best([broken, healthy]) is healthy
+    assert findings.best([broken]) is broken
+    assert findings.headline([healthy, broken]).startswith("Best of 2: ")
+
+
+def test_the_drift_of_the_smallest_beta_is_told(evaluated):
+    sentence = findings.drift(evaluated[0].evaluation, [one.evaluation for one in evaluated[1:]])
+    assert sentence is not None
+    loosest = evaluated[1].evaluation.metrics
+    assert sentence.startswith("At the smallest β, 0.005, answers grow from ")
+    assert f"to {loosest['lengths/response']:.1f} tokens" in sentence
+    assert f"{100 * (1 - loosest['ended/share']):.1f}\u00a0% of them never end" in sentence
+    assert sentence.endswith(f"moved by −{abs(loosest['eos/chosen_logratio']):.2f}.")
+    assert findings.drift(evaluated[0].evaluation, [evaluated[1].evaluation]) is None
+
+
+def test_numbers_as_they_are_written():
+    assert number(-1.234, 2) == "−1.23"
+    assert number(0.5, 1, signed=True) == "+0.5"
+    assert number(math.nan, 2) == MISSING
+    assert percent(0.1234) == "12.3\u00a0%"
+    entries = {column.title: column.text(compared(0.6, 0.55, 0.65)) for column in columns("gold")}
+    assert entries["Win rate"] == "60.0\u00a0% [55.0, 65.0]"
+    assert entries["Gold reward"] == entries["KL to initial"] == entries["Pair accuracy"] == MISSING
+    assert entries["Length"] == "9.0"
+
+
+def test_titles_tell_policies_apart():
+    one, two = compared(0.6, 0.5, 0.7), compared(0.6, 0.5, 0.7)
+    assert titles([Evaluation("initial", "gold", {}), one]) == ["initial policy", "DPO (β = 0.1)"]
+    assert titles([one, replace(two, seed=1)]) == ["DPO (β = 0.1)", "DPO (β = 0.1, seed 1)"]
+    assert titles([replace(one, reference="initial"), replace(two, reference="other")]) == [
+        "DPO (β = 0.1, reference initial)",
+        "DPO (β = 0.1, reference other)",
+    ]
+    assert titles([one, replace(two, name="second")]) == ["run", "second"]
+
+
+def test_every_policy_and_every_number_of_the_table_is_on_the_page(evaluated):
+    texts = "".join(parsed(report(evaluated)).texts)
+    for one in evaluated:
+        for column in columns("gold"):
+            assert column.text(one.evaluation) in texts
+    for title in ("initial policy", "DPO (β = 0.005)", "DPO (β = 0.3)", "DPO (β = 3)"):
+        assert title in texts
+    assert "is degenerate" in texts
+
+
+def test_samples_are_paired_drawn_at_random_first_and_gains_and_losses_are_true(evaluated):
+    baseline, policy = evaluated[0], evaluated[2]
+    drawn, gains, losses = select(policy, baseline, each=4)
+    assert (drawn.title, len(drawn.comparisons)) == ("Drawn at random", 4)
+    for selection in (drawn, gains, losses):
+        for pair in selection.comparisons:
+            assert pair.baseline.prompt == pair.policy.prompt
+            assert pair.gain == pair.policy_score - pair.baseline_score
+    assert [pair.gain for pair in gains.comparisons] == sorted((p.gain for p in gains.comparisons), reverse=True)
+    assert min(pair.gain for pair in gains.comparisons) > 0 > max(pair.gain for pair in losses.comparisons)
+    shown = [pair.policy.prompt_index for s in (drawn, gains, losses) for pair in s.comparisons]
+    assert len(set(shown)) == len(shown)
+    assert select(policy, baseline, each=4) == [drawn, gains, losses]
+
+
+def test_report_files_are_equal_when_made_twice(evaluated, tmp_path):
+    first, second = (write_report(tmp_path / name, evaluated) for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    assert (tmp_path / "a" / "report.png").read_bytes() == (tmp_path / "b" / "report.png").read_bytes()
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["report.html", "report.png"]
+
+
+def test_a_policy_alone_has_a_report_without_comparison(evaluated):
+    alone = [evaluated[0]]
+    found = parsed(report(alone))
+    assert "Answers side by side" not in "".join(found.texts)
+    with pytest.raises(ValueError, match="nothing to report"):
+        report([])
+
+
+def test_a_picture_shows_the_numbers_it_is_given(evaluated, tmp_path):
+    from matplotlib.figure import Figure
+
+    drawn = comparison_panels(evaluated)
+    axes = Figure().subplots()
+    drawn[0].draw(axes)
+    dots = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "None"]
+    assert dots == [one.evaluation.metrics["gold/mean"] for one in evaluated]
+    markers = [line.get_marker() for line in axes.lines if line.get_linestyle() == "None"]
+    assert markers == ["o", "X", "o", "o"]  # beta 0.005 is degenerate
+    assert svg(drawn[0]).startswith("<svg")
+    write_png(tmp_path / "p.png", drawn)
+    assert (tmp_path / "p.png").stat().st_size > 20_000
+
+
+def test_the_last_point_of_the_length_curve_is_the_share_that_was_cut(evaluated):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    comparison_panels(evaluated)[-1].draw(axes)
+    for one, line in zip(evaluated, axes.lines, strict=True):
+        assert line.get_ydata()[0] == 100
+        assert line.get_ydata()[-1] == pytest.approx(100 * (1 - one.evaluation.metrics["ended/share"]))
