@@ -69,6 +69,7 @@ SMALL = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
 }
 MIXED = Stage(competence=0.45, styles="mixed", num_steps=1200, lr=3e-3)
 RECIPES = {
@@ -128,7 +129,6 @@ def _model(recipe: Recipe, tokenizer: Any) -> Any:
         recipe.architecture,
         **recipe.shape,
         vocab_size=len(tokenizer),
-        max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

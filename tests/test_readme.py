@@ -1,0 +1,74 @@
+"""Every command of the README composes, its refusals are real, its code works, and its lists are complete."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from command import ROOT, composed, train
+
+from dpo_ref import config, schemas
+from dpo_ref.objectives import interface
+from dpo_ref.types import PairLogps
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"^python (?:train|evaluate)\.py.*?(?=\s+#|$)", README, re.MULTILINE)))
+REFUSALS = re.findall(r"^\$ python train\.py (.*)\n(error: .*)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command):
+    _, script, *arguments = shlex.split(command)
+    kind = script.removesuffix(".py")
+    overrides = [a for a in arguments if a != "-m"]
+    sweeps = [a.split("=", 1)[0] + "=" + value for a in overrides for value in a.split("=", 1)[1].split(",")]
+    for override in sweeps:
+        others = [o for o in overrides if o.split("=")[0] != override.split("=")[0] and "," not in o]
+        cfg, choices = composed(*others, override, kind=kind)
+        if kind == "evaluate":
+            config.components(cfg, choices, kind)
+        else:
+            config.resolve(cfg, choices, [*others, override])
+
+
+def test_there_are_commands_of_every_sort():
+    assert len(COMMANDS) >= 12
+    assert any("-m " in command for command in COMMANDS)
+    assert len(REFUSALS) == 2
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
+def test_refusals_are_as_shown(arguments, message):
+    try:
+        shown = train(*shlex.split(arguments), "tracking=none").stderr.strip()
+    except ValueError as error:  # the command line itself
+        shown = f"error: {error}"
+    assert shown == message
+
+
+def test_the_table_of_groups_is_complete():
+    rows = dict(re.findall(r"^\| `(\w+)=` \|.*\| (.*) \|$", README, re.MULTILINE))
+    for group, choices in rows.items():
+        assert set(re.findall(r"`(\w+)`", choices)) == {path.stem for path in schemas.CONF.glob(f"{group}/*.yaml")}, (
+            group
+        )
+
+
+def test_the_objective_that_is_added_works():
+    """Margins 0.2 and 1.4 at beta 0.1: losses 0.8 and 0."""
+    code = re.search(r"```python\n(def hinge.*?)```", README, re.DOTALL).group(1)
+    space = {name: getattr(interface, name) for name in ("Strength", "Preference")} | {"PairLogps": PairLogps}
+    exec(code, space)
+    sizes = torch.ones(2, dtype=torch.long)
+    policy = PairLogps(torch.tensor([1.0, 10.0]), torch.tensor([-1.0, -4.0]), sizes, sizes)
+    zeros = PairLogps(torch.zeros(2), torch.zeros(2), sizes, sizes)
+    objective = interface.bind(space["hinge"], beta=0.1)
+    torch.testing.assert_close(objective.function(policy, zeros).losses, torch.tensor([0.8, 0.0]))
+    assert objective.uses_reference
+
+
+def test_the_layout_names_files_that_exist():
+    block = README.split("## How it works")[1].split("```")[1]
+    names = re.findall(r"[\w]+(?:\.py|/)", block)
+    missing = [n for n in names if not (ROOT / n).exists() and not (ROOT / "dpo_ref" / n).exists()]
+    assert not [n for n in missing if n not in ("benchmarks/", "docs/")]
