@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import evaluations as invented
@@ -51,16 +52,22 @@ def test_generations_are_made_once_per_key(tmp_path):
     assert made == [1, 3, 4]
 
 
-def test_a_crash_while_generating_leaves_no_key_behind(tmp_path):
-    first = generate_stage(tmp_path, "k", lambda: invented.answers(2, 1, 5, 1.0, 0.5, seed=1)[0])
+def test_no_crash_leaves_a_key_beside_other_generations(tmp_path):
+    old, new = (invented.answers(2, 1, 5, 1.0, 0.5, seed=seed)[0] for seed in (1, 2))
+    generate_stage(tmp_path, "old", lambda: old)
 
     def crash():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         generate_stage(tmp_path, "new", crash)
-    again = invented.answers(2, 1, 5, 1.0, 0.5, seed=2)[0]
-    assert generate_stage(tmp_path, "new", lambda: again) == again != first
+    assert generate_stage(tmp_path, "old", crash) == old  # nothing was lost
+    obstacle = tmp_path / f".generations.key.json.{os.getpid()}"
+    obstacle.mkdir()  # the generations will be written, their key will not
+    with pytest.raises(OSError, match="directory"):
+        generate_stage(tmp_path, "new", lambda: new)
+    obstacle.rmdir()
+    assert generate_stage(tmp_path, "old", lambda: old) == old
 
 
 def test_measurements_are_made_once_per_key_and_leave_out_what_could_not_be_measured(tmp_path):

@@ -47,7 +47,7 @@ def step_by_step(model, tokenizer, generation):
     return tuple(ids[len(generation.prompt_ids) :])
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "gemma2", "gpt2"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_cached_padded_decoding_equals_one_token_at_a_time(model_type, temperature):
     model = model_for(TOKENIZER, model_type)

@@ -82,20 +82,24 @@ def test_the_page_is_well_formed_and_fetches_nothing(evaluated):
 
 def test_hostile_text_is_shown_and_never_becomes_markup(evaluated):
     attack = '<script>alert("x")</script><img src=http://evil/>&amp; $\\bad{$ </p>'
-    question = ({"role": attack, "content": attack},)
 
     def poisoned(one, name):
-        first = replace(one.generations[0], output=attack + "\u202e\x00", prompt=question)
+        generations = [
+            replace(
+                g, output=attack + "\u202e\x00", prompt=({"role": attack, "content": f"{attack} {g.prompt_index}"},)
+            )
+            for g in one.generations
+        ]
         evaluation = replace(
             one.evaluation, name=name, objective=None, degenerate=[attack], generation={attack: attack}
         )
-        return replace(one, generations=[first, *one.generations[1:]], evaluation=evaluation)
+        return replace(one, generations=generations, evaluation=evaluation)
 
     found = parsed(report([poisoned(evaluated[0], "initial"), poisoned(evaluated[1], attack)]))
     assert "script" not in found.tags
     assert "img" not in found.tags
     assert found.fetched == []
-    assert "".join(found.texts).count(attack) > 5
+    assert "".join(found.texts).count(attack) > 30
 
 
 def test_the_headline_claims_what_the_interval_carries():

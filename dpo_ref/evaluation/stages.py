@@ -52,9 +52,9 @@ def generate_stage(folder: Path, key: str, make: Callable[[], list[Generation]])
     marker, path = folder / "generations.key.json", folder / "generations.jsonl"
     if path.is_file() and _answers(marker, key):
         return read_generations(path)
+    generations = make()
     folder.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)  # a crash between the two files must not leave a key beside other generations
-    generations = make()
     write_generations(path, generations)
     write_json(marker, {"key": key})
     return generations
