@@ -1,12 +1,12 @@
 """`python evaluate.py ...` from its composed configuration to the table, the page and the tracker."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dpo_ref.allocator import keep_memory
 from dpo_ref.assess import Settings, Subject, assess, baseline_of, subject_of
 from dpo_ref.config import Component, components
 from dpo_ref.evaluation.findings import drift, headline
@@ -68,10 +68,9 @@ class Evaluator:
         info = RunInfo(subject.folder, config, f"evaluate {subject.name}", subject.name, "evaluate", resume=False)
         tracker = tracking(info)
         tracker.log({f"evaluation/{key}": value for key, value in found.evaluation.metrics.items()}, step=0)
-        rows = [
-            [g.prompt[-1]["content"], g.output, score] for g, score in zip(found.generations, found.scores, strict=True)
-        ]
-        tracker.table("generations", ["prompt", "output", found.evaluation.scorer], rows[:100], step=0)
+        answers = zip(found.generations[:100], found.scores[:100], strict=True)
+        rows = [[g.prompt[-1]["content"], g.output, score] for g, score in answers]
+        tracker.table("generations", ["prompt", "output", found.evaluation.scorer], rows, step=0)
         tracker.summary({**found.evaluation.metrics, "degenerate": "; ".join(found.evaluation.degenerate)})
         tracker.finish(0)
 
@@ -120,5 +119,6 @@ def run_evaluation(cfg: DictConfig, choices: dict[str, str], overrides: Sequence
         raise ValueError("give policy=<run or model folder> or sweep=<multirun folder>, one of them")
     if cfg.sweep is not None and cfg.output_dir is not None:
         raise ValueError("output_dir has no effect on sweep=: results go into the jobs' folders")
+    keep_memory()
     evaluator = Evaluator(cfg, choices, overrides)
     (_evaluate_policy if cfg.sweep is None else _evaluate_sweep)(evaluator, cfg)

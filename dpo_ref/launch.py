@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dpo_ref import lab_models
+from dpo_ref.allocator import keep_memory
 from dpo_ref.attention import resolve_backend
 from dpo_ref.cache import cache_folder
 from dpo_ref.config import TrainRun
@@ -72,6 +73,7 @@ def check_paths(run: TrainRun) -> None:
 
 def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
     """Load the model, the data and the reference of a run."""
+    keep_memory()
     check_paths(run)
     torch.manual_seed(run.seed)
     device = best_device()

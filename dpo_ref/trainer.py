@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ref.data.packing import collate, optimiser_batches, steps_per_epoch
-from dpo_ref.logps import response_logps
+from dpo_ref.fused import Chunk, fused_loss, part_of
+from dpo_ref.logps import head_of, response_hidden, response_logps
 from dpo_ref.metrics import Values, mean_of, values_of
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.optim import Optimisation
 from dpo_ref.references.interface import Reference
-from dpo_ref.types import PackedBatch, TokenGroup
+from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
 
 Pack = Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # nats per token
@@ -61,11 +62,15 @@ class Step:
 def loss_and_metrics(
     policy: nn.Module, reference: Reference, objective: Objective, batch: PackedBatch
 ) -> tuple[Tensor, Values]:
-    """Summed loss over the pack's items, and their per-item values."""
-    policy_logps = response_logps(policy, batch)
+    """Summed loss over the pack's items, with its gradient ready, and the items' values."""
     reference_logps = reference.logps(batch)
+
+    def loss_of(policy_logps: ResponseLogps, chunk: Chunk) -> Tensor:
+        return objective(policy_logps, part_of(reference_logps, chunk), chunk[2]).losses.sum()
+
+    loss, policy_logps = fused_loss(response_hidden(policy, batch), head_of(policy), batch, loss_of)
     outcome = objective(policy_logps, reference_logps, batch)
-    return outcome.losses.sum(), values_of(outcome, policy_logps, reference_logps, batch)
+    return loss, values_of(outcome, policy_logps, reference_logps, batch)
 
 
 def num_items(objective: Objective, groups: Sequence[TokenGroup]) -> int:
@@ -141,10 +146,12 @@ def evaluate(
     """The training metrics on held-out groups."""
     policy.eval()
     device = next(policy.parameters()).device
-    parts = [
-        loss_and_metrics(policy, reference, objective, collate(pack_groups).to(device))[1]
-        for pack_groups in pack(groups)
-    ]
+    parts = []
+    for pack_groups in pack(groups):
+        batch = collate(pack_groups).to(device)
+        policy_logps, reference_logps = response_logps(policy, batch), reference.logps(batch)
+        outcome = objective(policy_logps, reference_logps, batch)
+        parts.append(values_of(outcome, policy_logps, reference_logps, batch))
     return {name: float(value) for name, value in mean_of(parts).items()}
 
 

@@ -98,6 +98,7 @@ class PackedBatch:
     lengths: Int[Tensor, " N"]
     num_bytes: Int[Tensor, " N"]
     group_index: tuple[int, ...]  # per group; on the host, where cached rows are looked up
+    pairs_per_group: tuple[int, ...]
     chosen: Int[Tensor, " B"]  # positions among the N responses
     rejected: Int[Tensor, " B"]
 

@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dpo_ref"
 LAYERS = [
     ["types"],
-    ["attention", "logps", "objectives", "schedules"],
+    ["attention", "fused", "logps", "objectives", "schedules"],
     [
-        "cache", "checkpoint", "data", "generation", "lab", "metrics", "models", "optim", "provenance", "references",
+        "allocator", "cache", "checkpoint", "data", "generation", "lab", "metrics", "models", "optim", "provenance", "references",
         "scoring", "tracking",
     ],
     ["evaluation", "lab_models", "session", "trainer"],
@@ -18,6 +18,7 @@ LAYERS = [
 ]  # fmt: skip
 SIDEWAYS = {
     ("logps", "attention"),
+    ("fused", "logps"),
     ("metrics", "objectives"),
     ("references", "data"),  # packs
     ("scoring", "generation"),  # the records that are scored

@@ -102,6 +102,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         lengths=torch.tensor(lengths),
         num_bytes=torch.tensor([size for group in groups for size in group.num_bytes]),
         group_index=tuple(group.group_index for group in groups),
+        pairs_per_group=tuple(len(group.pairs) for group in groups),
         chosen=torch.tensor(chosen, dtype=torch.long),
         rejected=torch.tensor(rejected, dtype=torch.long),
     )
