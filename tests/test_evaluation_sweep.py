@@ -123,7 +123,7 @@ def test_terminal_table_fits_80_characters_and_names_failures(folder):
     console.print(sweep_table(collect(sweep), baseline.evaluation))
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert max(map(len, text.splitlines())) <= 80
-    for expected in ("end shift", "initial policy", "seeds)", "degenerate", "12_beta=10", "13_beta=30: missing"):
+    for expected in ("end Δ", "initial policy", "seeds)", "degenerate", "12_beta=10", "13_beta=30: missing"):
         assert expected in text
     assert "…" not in text
 

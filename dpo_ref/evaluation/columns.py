@@ -111,7 +111,7 @@ def brief_columns(scorer: str) -> list[Column]:
         Column("tokens", "mean length", lambda e: number(e.get("lengths/response"), 1)),
         Column("ended", "share", lambda e: percent(e.get("ended/share"))),
         Column("KL", "nats", lambda e: number(e.get("kl/initial"), 2)),
-        Column("end shift", "nats", lambda e: number(e.get(end_key(e)), 2, signed=True)),
+        Column("end Δ", "shift of log p(end), nats", lambda e: number(e.get(end_key(e)), 2, signed=True)),
     ]
 
 
