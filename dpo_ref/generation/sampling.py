@@ -87,6 +87,21 @@ def _sample(
     return [drawn[place] for place in range(len(prompts))]
 
 
+def _answer(tokenizer: Any, token_ids: list[int], ends: set[int]) -> dict[str, Any]:
+    """What a record says about the tokens that were drawn."""
+    finished = token_ids[-1] in ends
+    content = token_ids[:-1] if finished else token_ids
+    # Special tokens are kept: a policy that writes them in mid-answer should be seen to.
+    output = tokenizer.decode(content, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return {
+        "output": output,
+        "token_ids": tuple(token_ids),
+        "finish_reason": "stop" if finished else "length",
+        "num_tokens": len(token_ids),
+        "num_chars": len(output),
+    }
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -118,23 +133,15 @@ def generate(
     rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(samples_per_prompt)]
     streams = torch.tensor(_streams(prompts, seed, samples_per_prompt), dtype=torch.int64)
     drawn = _sample(model, [prompt_ids[prompt] for prompt, _ in rows], streams, rule, batch_size, progress)
-    # Special tokens are kept: a policy that writes them in mid-answer should be seen to.
-    contents = [ids[:-1] if ids[-1] in ends else ids for ids in drawn]
-    texts = [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in contents]
+    asked = {"seed": seed, "temperature": temperature, "top_p": top_p}
     return [
         Generation(
             prompt=tuple(prompts[prompt]),
             prompt_index=prompt,
             sample_index=sample,
-            output=text,
             prompt_ids=tuple(prompt_ids[prompt]),
-            token_ids=tuple(ids),
-            finish_reason="stop" if ids[-1] in ends else "length",
-            num_tokens=len(ids),
-            num_chars=len(text),
-            seed=seed,
-            temperature=temperature,
-            top_p=top_p,
+            **_answer(tokenizer, ids, ends),
+            **asked,
         )
-        for (prompt, sample), ids, text in zip(rows, drawn, texts, strict=True)
+        for (prompt, sample), ids in zip(rows, drawn, strict=True)
     ]
