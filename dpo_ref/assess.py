@@ -12,17 +12,19 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_ref import lab_models
 from dpo_ref.cache import cache_folder
 from dpo_ref.config import Component
-from dpo_ref.data.tokenise import end_of_turn_ids, tokenise
+from dpo_ref.data.tokenise import end_of_turn_ids, render, tokenise
 from dpo_ref.evaluation.heldout import heldout_metrics, score_pairs, zero_reference
 from dpo_ref.evaluation.kl import sample_kl
 from dpo_ref.evaluation.records import Evaluated, Evaluation, read_json
 from dpo_ref.evaluation.stages import generate_stage, generation_key, measure_stage, read_evaluated, score_stage
 from dpo_ref.generation.records import Generation, read_generations
 from dpo_ref.generation.sampling import never_sampled
-from dpo_ref.models import best_device, load_model, load_tokenizer, text_identity
+from dpo_ref.models import LoadedModel, best_device, compute_dtype, load_model, load_tokenizer, text_identity
 from dpo_ref.references.frozen import weights_digest
 from dpo_ref.tracking.terminal import progress
 from dpo_ref.types import PreferenceData, digest
+
+BASELINE_SEED = 1_000_003  # added to the seed: answers that are compared share no random numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Loaded:
         self.tokenizer = load_tokenizer(self.place)
         self.model = load_model(self.place, best_device(), "auto", "policy").eval()
         self.weights = weights_digest(self.model)
+        self.precision = LoadedModel(self.model, self.tokenizer, compute_dtype("auto", best_device())).precision
 
     @cached_property
     def text(self) -> str:
@@ -106,8 +109,10 @@ def _answers(subject: Subject, settings: Settings, folder: Path) -> list[Generat
     if not prompts:
         raise ValueError("the data has no prompts to answer: hold some out with data.eval_fraction or data.eval_path")
     key = generation_key(model.weights, model.text, prompts, settings.seed, options)
-    make = settings.generation.bound(settings.generation.function)
-    return generate_stage(folder, key, lambda: make(model.model, model.tokenizer, prompts, settings.seed, progress))
+    with model.precision():
+        return generate_stage(
+            folder, key, lambda: settings.generation(model.model, model.tokenizer, prompts, settings.seed, progress)
+        )
 
 
 def _measured(subject: Subject, settings: Settings, generations: list[Generation]) -> dict[str, float]:
@@ -126,6 +131,15 @@ def _measured(subject: Subject, settings: Settings, generations: list[Generation
     return found
 
 
+def _measure_key(subject: Subject, settings: Settings) -> str:
+    """Digest of what measurements depend on: the answers, the models they are compared with, the held-out pairs."""
+    assert subject.initial is not None
+    answers = read_json(subject.folder / "generations.key.json")["key"]
+    others = [loaded(path).weights for path in (subject.initial, subject.reference_path) if path is not None]
+    pairs = [group.group_id for group in settings.data.eval]
+    return digest([answers, others, subject.reference, pairs, settings.data_options.options])
+
+
 def _reference_scores(subject: Subject, start: Any, groups: Sequence[Any], ends: set[int]) -> Any:
     """The loss reference's log-probs of the held-out pairs."""
     if subject.reference == "none":
@@ -135,10 +149,10 @@ def _reference_scores(subject: Subject, start: Any, groups: Sequence[Any], ends:
     return score_pairs(loaded(subject.reference_path).model, groups, ends, progress)
 
 
-def _about(subject: Subject, settings: Settings, metrics: Mapping[str, float]) -> Evaluation:
+def _about(subject: Subject, settings: Settings, scorer: str, metrics: Mapping[str, float]) -> Evaluation:
     return Evaluation(
         name=subject.name,
-        scorer=settings.scorer.name,
+        scorer=scorer,
         metrics=dict(metrics),
         objective=subject.objective,
         reference=subject.reference,
@@ -146,6 +160,19 @@ def _about(subject: Subject, settings: Settings, metrics: Mapping[str, float]) -
         seed=subject.seed,
         generation={**settings.generation.options, "seed": settings.seed},
     )
+
+
+def fitting(settings: Settings, tokenizer: Any) -> Settings:
+    """The settings without prompts longer than the data's limit, which training dropped too; says how many."""
+    options = settings.data_options.options
+    limit = options["max_prompt_length"] or options["max_length"]
+    prompts = settings.data.test_prompts
+    texts = [render(tokenizer, prompt, [])[0] for prompt in prompts]
+    sizes = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids] if texts else []
+    kept = [prompt for prompt, size in zip(prompts, sizes, strict=True) if size <= limit]
+    if len(kept) < len(prompts):
+        print(f"{len(prompts) - len(kept)} of {len(prompts)} prompts left out: longer than {limit} tokens")
+    return replace(settings, data=settings.data._replace(test_prompts=kept))
 
 
 @torch.no_grad()
@@ -164,10 +191,12 @@ def assess(subject: Subject, settings: Settings, baseline: Evaluated | None) -> 
             return None
         metrics = {}
         if subject.initial is not None:
-            key = digest([read_json(folder / "generations.key.json")["key"], loaded(subject.initial).weights])
-            metrics = measure_stage(folder, key, lambda: _measured(subject, settings, generations))
+            metrics = measure_stage(
+                folder, _measure_key(subject, settings), lambda: _measured(subject, settings, generations)
+            )
     scores = settings.scorer(generations)
-    return score_stage(folder, _about(subject, settings, metrics), generations, scores, baseline, settings.seed)
+    about = _about(subject, settings, scores.name, metrics)
+    return score_stage(folder, about, generations, scores.values, baseline, settings.seed)
 
 
 def baseline_of(path: str, name: str, settings: Settings) -> Evaluated:
@@ -176,6 +205,7 @@ def baseline_of(path: str, name: str, settings: Settings) -> Evaluated:
         return read_evaluated(Path(path) / "evaluation")
     key = digest([settings.generation.options, settings.seed, [list(p) for p in settings.data.test_prompts]])
     folder = cache_folder() / "evaluations" / f"{loaded(path).weights[:16]}-{key[:16]}"
-    found = assess(Subject(name, path, folder), replace(settings, stage="all"), None)
+    other_draws = replace(settings, stage="all", seed=settings.seed + BASELINE_SEED)
+    found = assess(Subject(name, path, folder), other_draws, None)
     assert found is not None
     return found

@@ -1,5 +1,6 @@
 """`python evaluate.py ...` from its composed configuration to the table, the page and the tracker."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.allocator import keep_memory
-from dpo_ref.assess import Settings, Subject, assess, baseline_of, subject_of
+from dpo_ref.assess import Settings, Subject, assess, baseline_of, fitting, loaded, subject_of
 from dpo_ref.config import Component, components
 from dpo_ref.evaluation.findings import drift, headline
 from dpo_ref.evaluation.records import Evaluated, read_json
 from dpo_ref.evaluation.report import write_report
-from dpo_ref.evaluation.sweep import collect
+from dpo_ref.evaluation.sweep import cells, collect
 from dpo_ref.evaluation.sweep_report import sweep_table, write_sweep
 from dpo_ref.evaluation.terminal import results_table
 from dpo_ref.tracking import RunInfo
@@ -43,7 +44,8 @@ class Evaluator:
         if key not in self._data:
             self._data[key] = data(seed)
         stage, scorer = self.cfg.stage, parts["scorer"]
-        return Settings(self._data[key], data, parts["generation"], scorer, self.cfg.seed, stage)
+        settings = Settings(self._data[key], data, parts["generation"], scorer, self.cfg.seed, stage)
+        return settings if stage in ("score", "report") else fitting(settings, loaded(subject.path).tokenizer)
 
     def one(self, path: str, output_dir: str | None = None) -> tuple[Evaluated | None, Evaluated | None]:
         """Evaluate one policy; the baseline's evaluation and its own."""
@@ -99,13 +101,17 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
     folder = Path(cfg.sweep).expanduser()
     baseline = None
     for job in collect(folder):
-        if job.status == "completed":
+        if job.status != "completed":
+            continue
+        try:
             found, _ = evaluator.one(str(folder / job.name))
             baseline = baseline or found
+        except (ValueError, OSError) as error:
+            print(f"{job.name} could not be evaluated: {error}", file=sys.stderr)
     jobs = write_sweep(folder, baseline)
     initial = baseline.evaluation if baseline else None
     _print(sweep_table(jobs, initial))
-    evaluations = [*([initial] if initial else []), *(job.evaluation for job in jobs if job.evaluation)]
+    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in cells(jobs))]
     title = headline(evaluations) if len(evaluations) > 1 else "no job has a result"
     rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png")}
     if initial and (moved := drift(initial, evaluations[1:])):

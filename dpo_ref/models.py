@@ -36,7 +36,8 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _compute_dtype(requested: str, device: torch.device) -> torch.dtype:
+def compute_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """`model.dtype` as a dtype: auto is bfloat16 on CUDA, float32 on a CPU. ValueError for bfloat16 on a CPU."""
     if requested == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if requested == "bfloat16" and device.type == "cpu":
@@ -115,14 +116,14 @@ def pretrained(
     float32 on a CPU. `gradient_checkpointing` recomputes activations in the backward pass: a third slower, far less
     memory.
     """
-    compute_dtype = _compute_dtype(dtype, device)
+    computes_in = compute_dtype(dtype, device)
     place = locate(path)
     check_folder(place, "model.path")
     tokenizer = load_tokenizer(place)
     model = load_model(place, device, attention)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return LoadedModel(model, tokenizer, compute_dtype)
+    return LoadedModel(model, tokenizer, computes_in)
 
 
 def text_identity(tokenizer: Any) -> str:

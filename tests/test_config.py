@@ -11,7 +11,9 @@ from dpo_ref import config, schemas
 
 FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
 EVALUATE_ONLY = {"generation", "scorer"}
-REQUIRED = {"jsonl": ["data.path=pairs.jsonl"], "other": ["reference.path=lab:strong"]}
+REQUIRED = {"jsonl": ["data.path=pairs.jsonl"], "other": ["reference.path=lab:strong"]} | {
+    "pretrained": ["model.path=lab:tiny"]
+}
 
 
 def resolved(*overrides, kind="train"):

@@ -13,7 +13,7 @@ from dpo_ref.lab.preferences import draw_prompts
 from dpo_ref.lab.tasks import enumeration
 from dpo_ref.scoring.accuracy import pair_accuracy
 from dpo_ref.scoring.estimates import bootstrap_interval, clustered_mean
-from dpo_ref.scoring.gold import gold
+from dpo_ref.scoring.scorers import gold
 from dpo_ref.scoring.text_metrics import seq_rep_4, text_metrics
 from dpo_ref.scoring.winrate import win_rate
 
@@ -167,6 +167,6 @@ def test_gold_scorer_reads_prompt_text_and_whether_the_answer_ended():
         rights.append(right)
         cuts.append(replace(right, finish_reason="length"))
         wrongs.append(replace(right, output="I do not know."))
-    assert min(gold(rights)) > 0.99
-    assert max(gold(cuts)) < 0.8
-    assert gold(wrongs) == [0.0] * 12
+    assert min(gold(rights).values) > 0.99
+    assert max(gold(cuts).values) < 0.8
+    assert gold(wrongs).values == [0.0] * 12

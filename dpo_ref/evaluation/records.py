@@ -99,9 +99,9 @@ def _answers(generations: Sequence[Generation]) -> str:
 
 def write_scores(folder: Path, scorer: str, generations: Sequence[Generation], scores: Sequence[float]) -> None:
     """Write `scores.json`: one number for each line of `generations.jsonl`, and which answers they belong to."""
-    write_json(
-        folder / "scores.json", {"scorer": scorer, "generations": _answers(generations), "scores": list(scores)}
-    )
+    numbers = [None if math.isnan(score) else score for score in scores]  # an answer nobody scored
+    content = {"scorer": scorer, "generations": _answers(generations), "scores": numbers}
+    write_json(folder / "scores.json", content)
 
 
 def read_scores(folder: Path, generations: Sequence[Generation]) -> list[float]:
@@ -109,4 +109,4 @@ def read_scores(folder: Path, generations: Sequence[Generation]) -> list[float]:
     content = read_json(folder / "scores.json")
     if content.get("generations") != _answers(generations):
         raise ValueError(f"{folder / 'scores.json'} belongs to other generations; score again with stage=score")
-    return content["scores"]
+    return [math.nan if score is None else score for score in content["scores"]]

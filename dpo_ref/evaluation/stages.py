@@ -6,6 +6,7 @@ score      scores.json, evaluation.json: what needs only the answers
 report     report.html, from the files alone
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,9 @@ def score_metrics(scorer: str, generations: Sequence[Generation], scores: Sequen
 def compare_metrics(
     generations: Sequence[Generation], scores: Sequence[float], baseline: Evaluated, seed: int
 ) -> dict[str, float]:
-    """The win rate against a baseline, under the baseline's name."""
+    """The win rate against a baseline, under the baseline's name; none where nobody scored the answers."""
+    if any(math.isnan(score) for score in (*scores, *baseline.scores)):
+        return {}
     found = win_rate(generations, scores, baseline.generations, baseline.scores, seed)
     values = {"": found.mean, "_low": found.low, "_high": found.high, "_ties": found.ties}
     return {f"winrate/{baseline.evaluation.name}{part}": value for part, value in values.items()}
