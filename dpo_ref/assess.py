@@ -19,7 +19,15 @@ from dpo_ref.evaluation.records import Evaluated, Evaluation, read_json
 from dpo_ref.evaluation.stages import generate_stage, generation_key, measure_stage, read_evaluated, score_stage
 from dpo_ref.generation.records import Generation, read_generations
 from dpo_ref.generation.sampling import never_sampled
-from dpo_ref.models import LoadedModel, best_device, compute_dtype, load_model, load_tokenizer, text_identity
+from dpo_ref.models import (
+    LoadedModel,
+    best_device,
+    check_folder,
+    compute_dtype,
+    load_model,
+    load_tokenizer,
+    text_identity,
+)
 from dpo_ref.references.frozen import weights_digest
 from dpo_ref.tracking.terminal import progress
 from dpo_ref.types import PreferenceData, digest
@@ -74,6 +82,7 @@ class Loaded:
 
     def __init__(self, path: str) -> None:
         self.place = lab_models.locate(path)
+        check_folder(self.place, "policy")
         self.tokenizer = load_tokenizer(self.place)
         self.model = load_model(self.place, best_device(), "auto", "policy").eval()
         self.weights = weights_digest(self.model)

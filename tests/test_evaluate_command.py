@@ -1,0 +1,126 @@
+"""`python evaluate.py` as a user runs it, on tiny models: stages, repeatability, sweeps with holes."""
+
+import json
+import re
+import shutil
+
+import pytest
+from command import composed, train, typed
+
+from dpo_ref.evaluate_command import run_evaluation
+from dpo_ref.evaluation import stages
+
+DATA = ["data.num_pairs=64", "data.num_eval_pairs=12", "data.num_test_prompts=10"]
+TRAIN = [*DATA, "model.path=lab:tiny", "trainer.batch_size=16", "tracking=none"]
+QUICK = ["tracking=none", "generation.max_new_tokens=12", "generation.samples_per_prompt=2"]
+
+
+def evaluate(*overrides):
+    cfg, choices = composed(*overrides, kind="evaluate")
+    run_evaluation(cfg, choices, list(overrides))
+
+
+def numbers(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert train(*TRAIN, f"output_dir={folder}", "beta=0.1").returncode == 0
+    evaluate(f"policy={folder}", *QUICK)
+    return folder
+
+
+def test_what_is_measured(run):
+    found = numbers(run / "evaluation")
+    assert found["baseline"] == "initial"
+    assert (found["num_prompts"], found["num_generations"], found["beta"]) == (10, 20, 0.1)
+    metrics = found["metrics"]
+    expected = ("gold/mean", "winrate/initial", "winrate/initial_low", "lengths/response", "ended/share")
+    expected += (
+        "repetition/seq_rep_4",
+        "kl/initial",
+        "kl/initial_se",
+        "rewards/accuracies",
+        "rewards/length_baseline",
+    )
+    assert all(metrics[key] is not None for key in (*expected, "eos/chosen_logratio"))
+    assert metrics["kl/initial"] > 0
+    page = (run / "evaluation" / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|url\(["']?http|@import""", page)  # nothing is fetched
+
+
+def test_twice_is_the_same_and_scoring_again_generates_nothing(run, monkeypatch):
+    before = numbers(run / "evaluation")
+    stamp = (run / "evaluation" / "generations.jsonl").stat().st_mtime_ns
+
+    def no_generation(*arguments):
+        raise AssertionError("generated again")
+
+    monkeypatch.setattr(stages, "write_generations", no_generation)
+    for stage in ("all", "score", "report"):
+        evaluate(f"policy={run}", *QUICK, f"stage={stage}")
+        assert numbers(run / "evaluation") == before
+    assert (run / "evaluation" / "generations.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_other_options_generate_anew(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    stamp = (copy / "evaluation" / "generations.jsonl").read_text()
+    evaluate(f"policy={copy}", *QUICK, "seed=1")
+    assert (copy / "evaluation" / "generations.jsonl").read_text() != stamp
+
+
+def test_against_another_run_and_for_a_model_folder(run, tmp_path):
+    evaluate(f"policy={run}", *QUICK, f"baseline={run}", f"output_dir={tmp_path / 'itself'}")
+    metrics = numbers(tmp_path / "itself")["metrics"]
+    assert metrics["winrate/run"] == 0.5
+    evaluate("policy=lab:tiny", *QUICK, f"output_dir={tmp_path / 'plain'}", *DATA)
+    plain = numbers(tmp_path / "plain")
+    assert plain["baseline"] is None
+    assert "kl/initial" not in plain["metrics"]
+
+
+def test_greedy_answers_have_no_kl(run, tmp_path):
+    evaluate(f"policy={run}", "generation=greedy", *QUICK[:2], f"output_dir={tmp_path / 'greedy'}")
+    metrics = numbers(tmp_path / "greedy")["metrics"]
+    assert "kl/initial" not in metrics
+    assert metrics["rewards/accuracies"] is not None
+
+
+def test_a_sweep_with_a_failed_job_and_a_hole(run, tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    shutil.copytree(run, sweep / "0_beta-0.1", ignore=shutil.ignore_patterns("evaluation"))
+    (sweep / "1_beta--1").mkdir()
+    (sweep / "1_beta--1" / "summary.json").write_text(json.dumps({"status": "failed", "error": "beta=-1 is no beta"}))
+    (sweep / "2_beta-1").mkdir()
+    evaluate(f"sweep={sweep}", *QUICK)
+    shown = capsys.readouterr().out
+    assert "beta=-1 is no beta" in shown
+    assert "2_beta-1" in shown
+    assert {"sweep.csv", "sweep.png", "report.html"} <= {path.name for path in sweep.iterdir()}
+    assert len((sweep / "sweep.csv").read_text().splitlines()) == 4
+
+
+BAD = {
+    "nothing": ([], "give policy=<run or model folder> or sweep=<multirun folder>"),
+    "no such model": (["policy=./nowhere"], "policy=./nowhere does not exist"),
+    "no jobs": (["sweep=tests"], "sweep=tests holds no jobs"),
+    "stage": (["policy=lab:tiny", "stage=skore"], "stage=skore is none of all, generate, score, report"),
+    "nothing generated": (["policy=lab:tiny", "stage=score", "output_dir=tests"], "generations.jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    overrides, message = BAD[case]
+    with pytest.raises((ValueError, OSError)) as error:
+        evaluate(*overrides, *QUICK, *DATA)
+    assert message in str(error.value)
+
+
+def test_the_command_itself_exits_with_one_line():
+    done = typed("evaluate.py", "policy=./nowhere", "tracking=none")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: policy=./nowhere does not exist"
