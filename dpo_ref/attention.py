@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache, cached_property
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ class PackedLayout:
         self.device = device
         self.pieces = [size for prompt, responses in layout for size in (prompt + responses[0], *responses[1:])]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def note(self, attention_mask: Any, window: int | None) -> None:
+        """Called once per layer; `packable` listens here."""
 
     def causal_mask(self, num_queries: int, num_keys: int, window: int | None) -> Bool[Tensor, "q k"]:
         """Which of the last `num_queries` positions see which keys: causal, aligned at the bottom right, windowed."""
@@ -185,6 +189,7 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
     ) -> tuple[Tensor, None]:
         if packed is None or dropout != 0.0:
             raise ValueError(f"{type(module).__name__} lost the pack's layout or uses attention dropout: not packable")
+        packed.note(attention_mask, sliding_window)
         special = softcap is not None or s_aux is not None
         if kernel is not None and not special:
             out = run_varlen(kernel, query, key, value, packed, sliding_window, scaling)
@@ -227,5 +232,10 @@ def register(backend: str) -> str:
 
     name = REGISTERED[backend]
     AttentionInterface.register(name, _interface(backend))
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)  # the layout is the mask
+    AttentionMaskInterface.register(name, _mask_rule)
     return name
+
+
+def _mask_rule(*args: Any, mask_function: Callable[..., Any] | None = None, **kwargs: Any) -> SimpleNamespace:
+    """No mask is made, the layout is the mask; the rule travels along for `packable` to ask."""
+    return SimpleNamespace(mask_function=mask_function)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_ref.attention import PackedLayout
+from dpo_ref.attention import REGISTERED, PackedLayout
 from dpo_ref.types import PackedBatch, ResponseLogps
 
 CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32
@@ -93,7 +93,28 @@ def token_logps(hidden: Float[Tensor, "R H"], head: Head, targets: Int[Tensor, "
 
 
 def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
-    """Hidden states from which the pack's response tokens are predicted; `model` has a packed attention installed."""
+    """Hidden states from which the pack's response tokens are predicted: of the whole pack at once where packed
+    attention is installed (see `packable`), else of one response after the other."""
+    causal_lm: Any = model
+    packed = causal_lm.config._attn_implementation in REGISTERED.values()
+    return packed_hidden(model, batch) if packed else separate_hidden(model, batch)
+
+
+def separate_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
+    """The same hidden states with every response forwarded alone behind its prompt, in the model's own attention."""
+    backbone: Any = model.base_model
+    found, place = [], 0
+    for prompt, responses in batch.layout:
+        prompt_ids, place = batch.input_ids[place : place + prompt], place + prompt
+        for size in responses:
+            ids = torch.cat([prompt_ids, batch.input_ids[place : place + size]])
+            found.append(backbone(input_ids=ids[None], use_cache=False)[0][0, prompt - 1 : -1])
+            place += size
+    return torch.cat(found)
+
+
+def packed_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
+    """The same hidden states from one forward pass in which the responses of a group share their prompt."""
     packed = PackedLayout(batch.layout, batch.input_ids.device)
     backbone: Any = model.base_model
     output = backbone(

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dpo_ref.attention import register, resolve_backend
+from dpo_ref.attention import resolve_backend
+from dpo_ref.packable import install
 from dpo_ref.types import digest
 
 
@@ -77,10 +78,8 @@ def _without_dropout(config: Any) -> Any:
 
 
 def load_model(path: str, device: torch.device, attention: str, key: str = "model.path") -> Any:
-    """A causal language model in float32 with packed attention; safetensors only, no code from the folder.
-
-    Raises ValueError naming `key` for what is no model, and for an architecture that does not take our attention.
-    """
+    """A causal language model in float32, packed where its architecture allows; safetensors only, no code from the
+    folder. Raises ValueError naming `key` for what is no model."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -93,11 +92,10 @@ def load_model(path: str, device: torch.device, attention: str, key: str = "mode
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}={path}: no model could be loaded: {str(error).splitlines()[0]}") from error
-    model.to(device)
-    name = register(resolve_backend(attention))
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
-        raise ValueError(f"{key}={path}: {type(model).__name__} does not take an attention function from outside")
+    model.to(device).eval()
+    reason = install(model, resolve_backend(attention))
+    if reason is not None:
+        print(f"{key}={path} runs one response at a time, unpacked: {reason}")
     return model
 
 

@@ -10,7 +10,7 @@ LAYERS = [
     ["types"],
     ["attention", "fused", "logps", "objectives", "schedules"],
     [
-        "allocator", "cache", "checkpoint", "data", "generation", "lab", "metrics", "models", "optim", "provenance", "references",
+        "allocator", "cache", "checkpoint", "data", "generation", "lab", "metrics", "models", "optim", "packable", "provenance", "references",
         "scoring", "tracking",
     ],
     ["evaluation", "lab_models", "session", "trainer"],
@@ -19,7 +19,8 @@ LAYERS = [
 SIDEWAYS = {
     ("logps", "attention"),
     ("fused", "logps"),
-    ("metrics", "objectives"),
+    ("models", "packable"),
+    ("packable", "data"),
     ("references", "data"),  # packs
     ("scoring", "generation"),  # the records that are scored
     ("scoring", "lab"),  # its gold reward
