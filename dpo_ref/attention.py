@@ -173,6 +173,7 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
     """The function transformers calls once per layer. Raises rather than ignore an argument it does not implement."""
     kernel = {"varlen": _varlen_kernel, "flash_attn": _flash_attn_kernel}.get(backend, lambda: None)()
 
+    @torch.compiler.disable  # lengths of pieces are Python numbers: compiling would specialise on every pack
     def attention(
         module: nn.Module,
         query: Float[Tensor, "1 Hq T D"],

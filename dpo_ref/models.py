@@ -1,8 +1,9 @@
 """Load causal language models and their tokenizers through transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,22 +107,60 @@ def pretrained(
     path: str,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     attention: Literal["auto", "flash_attn", "varlen", "sdpa", "eager"] = "auto",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Literal["off", "selective", "full"] = "off",
+    compile: bool = False,
 ) -> LoadedModel:
     """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`).
 
     `locate` turns `path` into what transformers can load. `dtype` is the compute dtype: auto is bfloat16 on CUDA,
-    float32 on a CPU. `gradient_checkpointing` recomputes activations in the backward pass: a third slower, far less
-    memory.
+    float32 on a CPU. `gradient_checkpointing` recomputes activations in the backward pass: `full` keeps the layers'
+    inputs alone and costs a third more time, `selective` keeps the products of matrices and attention as well and
+    recomputes only what is cheap. `compile` compiles every decoder layer with dynamic shapes: packs of any length run
+    without compiling again.
     """
     computes_in = compute_dtype(dtype, device)
     place = locate(path)
     check_folder(place, "model.path")
     tokenizer = load_tokenizer(place)
     model = load_model(place, device, attention)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    CHECKPOINTING[gradient_checkpointing](model)
+    if compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
     return LoadedModel(model, tokenizer, computes_in)
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """The model's decoder layers. Raises ValueError where they are not one list."""
+    count = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ValueError(f"model.compile: {type(model).__name__} has no list of {count} layers to compile")
+
+
+def _full_checkpointing(model: Any) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _selective_checkpointing(model: Any) -> None:
+    """Keep the results of matrix products and attention, recompute norms, activations and rotations."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+        name = str(operator)
+        kept = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "attention", "attn"))
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts})
+
+
+def _no_checkpointing(model: Any) -> None:
+    """Every activation is kept."""
+
+
+CHECKPOINTING = {"off": _no_checkpointing, "selective": _selective_checkpointing, "full": _full_checkpointing}
 
 
 def text_identity(tokenizer: Any) -> str:

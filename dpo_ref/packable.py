@@ -1,7 +1,7 @@
 """Whether an architecture can be packed exactly: asked of the model itself, on a few tokens, before it is used.
 
 No flag of transformers says so. Some architectures keep their own attention, mix tokens outside of attention
-(state-space layers, convolutions), hide a window in the mask alone, or derive positions from the longest sequence of the
+(state-space layers, convolutions), hide a window in the mask alone, or derive positions from the longest sequence of a
 batch. Six conditions catch all of those that were tried; each failure is a sentence for the user.
 """
 

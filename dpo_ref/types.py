@@ -114,6 +114,8 @@ class PackedBatch:
         """The same batch with every tensor on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        if device.type == "cuda":  # from pinned memory the copy overlaps with what the device is doing
+            tensors = {name: value.pin_memory() for name, value in tensors.items()}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 

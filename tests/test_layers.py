@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dpo_ref"
 LAYERS = [
     ["types"],
-    ["attention", "fused", "logps", "objectives", "schedules"],
+    ["attention", "fused", "logps", "objectives", "rounding", "schedules"],
     [
         "allocator", "cache", "checkpoint", "data", "generation", "lab", "metrics", "models", "optim", "packable", "provenance", "references",
         "scoring", "tracking",

@@ -36,9 +36,15 @@ def decoding_mode(model: Any) -> Iterator[None]:
     plain = "sdpa" if getattr(model, "_supports_sdpa", True) and softcap is None else "eager"
     model.eval()
     model.set_attn_implementation(plain)
+    # Layers compiled for training would be compiled again for a cache that grows by one position a step.
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
         model.set_attn_implementation(attention)
         model.train(training)
 
