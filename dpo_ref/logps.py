@@ -92,6 +92,23 @@ def token_logps(hidden: Float[Tensor, "R H"], head: Head, targets: Int[Tensor, "
     return _ChunkedTokenLogps.apply(hidden, head.weight, head.bias, head, targets)  # pyright: ignore
 
 
+@torch.no_grad()
+def token_logps_and_entropy(
+    hidden: Float[Tensor, "R H"], head: Head, targets: Int[Tensor, " R"]
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """Log-probability of each target token and the entropy of the distribution it was drawn from, both in nats, from
+    one product per chunk: H = log Z - sum_v p_v z_v."""
+    rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    logps, entropies = [], []
+    for hidden_c, target_c in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = head.logits(hidden_c)
+        normaliser = logits.logsumexp(dim=-1)
+        logps.append(logits.gather(1, target_c[:, None]).squeeze(1) - normaliser)
+        weights = (logits - normaliser[:, None]).exp_()
+        entropies.append(normaliser - (weights * logits).sum(dim=-1))
+    return torch.cat(logps), torch.cat(entropies)
+
+
 def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
     """Hidden states from which the pack's response tokens are predicted: of the whole pack at once where packed
     attention is installed (see `packable`), else of one response after the other."""

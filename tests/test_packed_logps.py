@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tiny import naive_logps, random_groups, tiny_model
 
 from dpo_ref import attention, logps
@@ -112,6 +114,63 @@ def test_chunked_head_equals_full_logits(monkeypatch, bias, scale, softcap):
     want_gradients = torch.autograd.grad(want @ outer, leaves)
     for ours, theirs in zip(got_gradients, want_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def test_entropy_comes_from_the_same_pass(monkeypatch):
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", 5 * 29)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 7, dtype=torch.float64, generator=generator) for n in (13, 29))
+    targets = torch.randint(29, (13,), generator=generator)
+    found, entropy = logps.token_logps_and_entropy(hidden, logps.Head(weight), targets)
+    full = (hidden @ weight.T).log_softmax(-1)
+    torch.testing.assert_close(found, full.gather(1, targets[:, None]).squeeze(1))
+    torch.testing.assert_close(entropy, -(full.exp() * full).sum(-1))
+
+
+LAYOUTS = st.lists(
+    st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=4).map(tuple)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layout=LAYOUTS, window=st.sampled_from([None, 1, 4]))
+@example(layout=[(1, (1, 1))], window=None)
+@example(layout=[(200, (1, 120))], window=None)
+@example(layout=[(1, (150, 1)), (90, (3, 80))], window=4)
+def test_any_layout(layout, window):
+    """Prompts and responses of one token, huge imbalance, one to four responses, with and without a window."""
+    model = tiny_model("mistral", dtype=torch.float64, sliding_window=window)
+    groups = random_groups(layout)
+    with torch.no_grad():
+        packed = logps.response_logps(model, collate(groups)).token_logps
+        alone = torch.cat([value for group in groups for value in naive_logps(model, group)])
+    torch.testing.assert_close(packed, alone, atol=1e-6, rtol=1e-6)  # its norms compute in float32
+
+
+MORE_ARCHITECTURES = {
+    "qwen2": {},
+    "gemma": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 5},
+    "olmo2": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "mixtral": {"num_local_experts": 2, "sliding_window": 5},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "phi3": {"pad_token_id": 0, "sliding_window": 5},
+    "starcoder2": {"sliding_window": 5},
+    "smollm3": {},
+    "glm": {"head_dim": 8, "pad_token_id": 0},
+    "ministral": {"head_dim": 8, "sliding_window": 5},
+}
+
+
+@pytest.mark.parametrize("model_type", MORE_ARCHITECTURES)
+def test_packed_equals_alone_in_more_architectures(model_type):
+    model = tiny_model(model_type, **MORE_ARCHITECTURES[model_type])
+    packed, alone, packed_gradients, alone_gradients = both_ways(model, random_groups(SHORT))
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    assert (packed_gradients - alone_gradients).norm() <= 1e-5 * alone_gradients.norm()
 
 
 def test_sums_are_float64_sums_of_their_own_tokens():

@@ -1,0 +1,84 @@
+"""What the benchmarks share: the model, a timed step of the trainer, and how results are written."""
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results"
+TINY = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "max_position_embeddings": 8192, "tie_word_embeddings": False, "pad_token_id": 0}
+
+
+def llama(vocab, shape=None):
+    """A Llama with random weights, the same in every process; ~7 M parameters at vocabulary 8k."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(shape or TINY), vocab_size=vocab, attn_implementation="sdpa"))
+
+
+def peak_mib():
+    """Peak resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def machine():
+    """The hardware, and nothing else about the machine."""
+    import torch
+
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), "gpu": gpu}
+
+
+def write(name, content, out=None):
+    """Write a result file with machine and versions."""
+    versions = {package: version(package) for package in ("torch", "transformers")}
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "versions": versions} | content, indent=1) + "\n")
+    print(f"\nwrote {path}")
+
+
+class Stepper:
+    """Optimiser steps of the trainer on given groups, the reference tabulated beforehand."""
+
+    def __init__(self, policy, groups, tokens_per_batch=8192, optimiser="adamw"):
+        import torch
+
+        from dpo_ref import optim as optimisers
+        from dpo_ref.allocator import keep_memory
+        from dpo_ref.data import packing
+        from dpo_ref.objectives.interface import bind
+        from dpo_ref.objectives.margin import dpo
+        from dpo_ref.references.table import Table, row_key
+
+        keep_memory()
+        self.device = next(policy.parameters()).device
+        self.policy, self.objective = policy, bind(dpo, beta=0.1)
+        make = getattr(optimisers, optimiser)
+        self.optim = make(policy, 1000, lr=1e-5, schedule="constant", warmup_ratio=0.0)
+        self.pack = partial(packing.pack, tokens_per_batch=tokens_per_batch)
+        rows = {row_key(g): torch.zeros(sum(map(len, g.response_ids))).numpy() for g in groups}
+        self.reference = Table("initial", "", "", groups, rows, self.device)
+        self.number = 0
+
+    def __call__(self, batch):
+        """One step; seconds until its loss is known."""
+        from dpo_ref.trainer import backward, update
+
+        start = time.perf_counter()
+        metrics, _ = backward(self.policy, self.reference, self.objective, self.pack(batch), self.device)
+        update(self.policy, self.optim, self.number)
+        float(metrics["loss"])
+        self.number += 1
+        return time.perf_counter() - start
