@@ -35,7 +35,8 @@ def machine():
     """The hardware, and nothing else about the machine."""
     import torch
 
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), "gpu": gpu}
 

@@ -14,10 +14,10 @@ import sys
 from common import TINY, Stepper, llama, peak_mib, write
 
 SIZES = {
-    "pairs": [dict(pairs=n) for n in (2, 4, 8, 16, 32)],
-    "response_tokens": [dict(response=n) for n in (50, 100, 200, 400, 800)],
-    "vocabulary": [dict(vocab=n) for n in (4000, 8000, 16000, 32000, 64000)],
-    "prompt_share": [dict(prompt=n, response=(800 - n) // 2) for n in (100, 300, 500, 700)],
+    "pairs": [{"pairs": n} for n in (2, 4, 8, 16, 32)],
+    "response_tokens": [{"response": n} for n in (50, 100, 200, 400, 800)],
+    "vocabulary": [{"vocab": n} for n in (4000, 8000, 16000, 32000, 64000)],
+    "prompt_share": [{"prompt": n, "response": (800 - n) // 2} for n in (100, 300, 500, 700)],
 }
 SWEPT = {"pairs": "pairs", "response_tokens": "response", "vocabulary": "vocab", "prompt_share": "prompt"}
 
@@ -35,7 +35,7 @@ def child(args):
     ids = [4 + i % (args.vocab - 4) for i in range(args.prompt + args.response)]
     response = ids[: args.response]
     groups = [
-        TokenGroup(i, str(i), ids[: args.prompt - 1] + [4 + i], (response, response[::-1]), (1, 1), ((0, 1),))
+        TokenGroup(i, str(i), [*ids[: args.prompt - 1], 4 + i], (response, response[::-1]), (1, 1), ((0, 1),))
         for i in range(args.pairs)
     ]
     step = Stepper(policy, groups, tokens_per_batch=10**9)

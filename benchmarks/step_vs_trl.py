@@ -26,23 +26,13 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-SHAPE = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
-SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 8192, "tie_word_embeddings": False, "pad_token_id": 0}
+sys.path.insert(0, str(Path(__file__).parent))
+from common import ROOT, llama, peak_mib, write  # noqa: E402
+
 LR, BETA, MAX_LENGTH = 1e-5, 0.1, 4096
 TOOLS = ("ours", "ours-live", "trl-default", "trl-nogc", "trl-best")
 CELLS = [(case, 4, 8192) for case in ("ultrafeedback", "hh", "tldr", "long_chat")]
 CELLS += [("ultrafeedback", 16, 8192), ("ultrafeedback", 4, 32000), ("ultrafeedback", 4, 128000)]
-
-
-def model(vocab):
-    """The ~7 M-parameter Llama (at vocabulary 8k), the same weights in every process."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=vocab, attn_implementation="sdpa"))
 
 
 def batches(args):
@@ -70,8 +60,8 @@ def ours(args):
     from dpo_ref.trainer import backward, update
 
     if args.allocator == "kept":
-        keep_memory()
-    policy, device = model(args.vocab).eval(), torch.device("cpu")
+        keep_peak_mib()
+    policy, device = llama(args.vocab).eval(), torch.device("cpu")
     assert install(policy, "sdpa") is None
     steps = batches(args)
     groups = [group for batch in steps for group in batch]
@@ -82,7 +72,7 @@ def ours(args):
         reference = Table("initial", "", "", groups, rows, device)
     optim = adamw(policy, len(steps), lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=1.0)
     pack = partial(packing.pack, tokens_per_batch=8192)
-    before, seconds, losses = memory(), [], []
+    before, seconds, losses = peak_mib(), [], []
     for number, batch in enumerate(steps):
         start = time.perf_counter()
         metrics, _ = backward(policy, reference, bind(dpo, beta=BETA), pack(batch), device)
@@ -123,7 +113,7 @@ def trl(args):
         report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False,
         train_sampling_strategy="sequential", seed=0,
     )  # fmt: skip
-    policy = model(args.vocab)
+    policy = llama(args.vocab)
     reference = None if precomputed else copy.deepcopy(policy).eval().requires_grad_(False)
     stamps, losses = [], []
 
@@ -142,16 +132,11 @@ def trl(args):
         model=policy, ref_model=reference, args=config, train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer, callbacks=[Clock()],
     )  # fmt: skip
-    before = memory()
+    before = peak_mib()
     torch.manual_seed(0)
     trainer.train()
     ends = stamps[1::2]
     return [stamps[1] - stamps[0], *(b - a for a, b in pairwise(ends))], losses, before
-
-
-def memory():
-    """Peak resident set so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def child(args):
@@ -161,12 +146,12 @@ def child(args):
 
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
-    imported = memory()
+    imported = peak_mib()
     seconds, losses, before = (ours if args.tool.startswith("ours") else trl)(args)
     timed = seconds[1:]
     print(json.dumps({
         "pairs_per_second": args.batch * len(timed) / sum(timed), "seconds_per_step": statistics.mean(timed),
-        "peak_mib": memory() - imported, "peak_before_mib": before - imported, "losses": losses,
+        "peak_mib": peak_mib() - imported, "peak_before_mib": before - imported, "losses": losses,
     }))  # fmt: skip
 
 
@@ -226,7 +211,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--allocator", choices=("plain", "kept"), default="kept")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "step_vs_trl.json")
+    parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/step_vs_trl.json")
     for name, kind in (("--tool", str), ("--case", str), ("--batch", int), ("--vocab", int)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -239,17 +224,8 @@ def main():
             continue
         rows.append(compare(cell, args))
         show(rows[-1])
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        versions = {name: version(name) for name in ("torch", "transformers", "trl")}
-        content = {
-            "machine": machine,
-            "threads": args.threads,
-            "steps": args.steps,
-            "versions": versions,
-            "rows": rows,
-        }
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        content = {"threads": args.threads, "steps": args.steps, "trl": version("trl"), "rows": rows}
+        write("step_vs_trl", content, args.out)
 
 
 if __name__ == "__main__":

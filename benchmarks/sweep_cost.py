@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/sweep_cost.py
 
-Both sides run `train.py` on the lab with fresh caches, alternating; the pass that fills the table is part of the price.
-The lab's model is built before the clock starts.
+Both sides run `train.py` on the lab with a fresh cache, alternating; the pass that fills the table is part of the
+price. The lab's model is built before the clock starts.
 """
 
 import argparse
