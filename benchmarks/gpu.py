@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Stepper, llama, write  # noqa: E402
-from pairs import pairs  # noqa: E402
+from common import Stepper, llama, write
+from pairs import pairs
 
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},

@@ -14,8 +14,6 @@ import argparse
 import copy
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import ROOT, llama, peak_mib, write  # noqa: E402
+from common import llama, peak_mib, write
 
 LR, BETA, MAX_LENGTH = 1e-5, 0.1, 4096
 TOOLS = ("ours", "ours-live", "trl-default", "trl-nogc", "trl-best")
@@ -60,7 +58,7 @@ def ours(args):
     from dpo_ref.trainer import backward, update
 
     if args.allocator == "kept":
-        keep_peak_mib()
+        keep_memory()
     policy, device = llama(args.vocab).eval(), torch.device("cpu")
     assert install(policy, "sdpa") is None
     steps = batches(args)
