@@ -32,7 +32,7 @@ from dpo_ref.trainer import TrainerConfig, train
 from dpo_ref.types import digest
 
 SCHEME = "lab:"
-WORLD = 1  # raise it when a change of the world's text makes old checkpoints wrong
+WORLD_SAMPLES = 200  # conversations whose text stands for the world in a model's digest
 TOKENIZERS = {"lab": lab_tokenizer, "foreign": foreign_tokenizer}
 
 
@@ -59,8 +59,9 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """Digest of recipe and world."""
-        return digest([asdict(self), WORLD])[:16]
+        """Digest of the recipe and of what the world says: another wording or fact makes another model."""
+        said = lab_sft(self.seed, num_examples=WORLD_SAMPLES, num_eval_examples=0, num_test_prompts=0).train
+        return digest([asdict(self), [group.group_id for group in said]])[:16]
 
 
 SMALL = {
