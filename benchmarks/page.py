@@ -1,0 +1,107 @@
+"""Fill docs/performance.md and docs/images/performance.png from benchmarks/results: python benchmarks/page.py"""
+
+import json
+import re
+
+from common import RESULTS, ROOT
+
+PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "images" / "performance.png"
+OURS, OTHERS = "#2563eb", ("#94a3b8", "#475569")
+
+
+def read(name):
+    """A committed result, or None."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def title(row):
+    """A cell in words."""
+    extra = f", batch {row['batch']}" if row["batch"] != 4 else ""
+    extra += f", vocabulary {row['vocab'] // 1000}k" if row["vocab"] != 8192 else ""
+    return row["case"].replace("_", " ") + extra
+
+
+def steps_table(found):
+    """Pairs per second, ratios with their spread, memory."""
+    lines = [
+        "| lengths | dpo_ref pairs/s | × TRL default | × TRL best | peak MiB: ours, default, best | losses differ by |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for row in found["rows"]:
+        tools = row["tools"]
+        ratios = [
+            f"{tools[t]['ours_is_faster']:.1f} [{tools[t]['ratio_low']:.1f}, {tools[t]['ratio_high']:.1f}]"
+            for t in ("trl-default", "trl-best")
+        ]
+        memory = ", ".join(f"{tools[t]['peak_mib']:.0f}" for t in ("ours", "trl-default", "trl-best"))
+        speed = f"{tools['ours']['pairs_per_second']:.2f}"
+        gap = f"{row['largest_loss_difference']:.0e}"
+        lines.append(f"| {title(row)} | {speed} | {ratios[0]} | {ratios[1]} | {memory} | {gap} |")
+    return "\n".join(lines)
+
+
+def scaling_table(found):
+    """The exponents."""
+    lines = ["| against | sizes | time grows with exponent |", "|---|---|---|"]
+    names = {"pairs": "pairs", "response_tokens": "response", "vocabulary": "vocab", "prompt_share": "prompt"}
+    for row in found["rows"]:
+        sizes = [point[names[row["against"]]] for point in row["points"]]
+        lines.append(f"| {row['against'].replace('_', ' ')} | {sizes[0]} to {sizes[-1]} | {row['exponent']:.2f} |")
+    return "\n".join(lines)
+
+
+def sweep_text(found):
+    """One sentence."""
+    wall = found["wall_seconds"]
+    return (
+        f"Five runs over beta took {wall['table']:.0f} s with the shared table and {wall['live']:.0f} s with a live "
+        f"reference: {found['ratio']:.2f} of the time, starting Python five times included."
+    )
+
+
+def picture(found):
+    """Speed beside TRL, one group of bars per cell."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    tools = {"ours": (OURS, "dpo_ref"), "trl-best": (OTHERS[0], "TRL best"), "trl-default": (OTHERS[1], "TRL default")}
+    for offset, (tool, (colour, label)) in enumerate(tools.items()):
+        speeds = [row["tools"][tool]["pairs_per_second"] for row in found["rows"]]
+        places = [place + 0.27 * (offset - 1) for place in range(len(speeds))]
+        axes.bar(places, speeds, 0.25, color=colour, label=label)
+        for x, y in zip(places, speeds, strict=True):
+            axes.text(x, y, f"{y:.2g}", ha="center", va="bottom", fontsize=8, color="#334155")
+    names = [title(row).replace(", ", "\n") for row in found["rows"]]
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_ylabel("pairs per second")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(PICTURE, dpi=150)
+
+
+def fill(text, name, content):
+    """Replace what stands between two markers."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
+
+
+def main():
+    text = PAGE.read_text()
+    makers = {"step_vs_trl": steps_table, "scaling": scaling_table, "sweep_cost": sweep_text}
+    for name, make in makers.items():
+        if (found := read(name)) is not None:
+            text = fill(text, name, make(found))
+    if (steps := read("step_vs_trl")) is not None:
+        machine, versions = steps["machine"], steps["versions"]
+        about = f"{machine['processor']}, {steps['threads']} threads; torch {versions['torch']}, "
+        text = fill(text, "machine", about + f"transformers {versions['transformers']}, TRL {steps['trl']}.")
+        picture(steps)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
