@@ -25,7 +25,6 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(BIN)/python
 
 demo: install ## train on the lab with three betas, evaluate, show the table, the plot and the report
 	$(BIN)/python train.py -m +experiment=demo
-	
 test: install-dev ## run the tests
 	$(BIN)/python -m pytest -n 2
 

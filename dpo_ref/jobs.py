@@ -95,6 +95,7 @@ def described(session: Session, steps: int) -> dict[str, Any]:
             "loss_reference_weights": session.reference.weights,
         },
         "steps": steps,
+        "data": session.counts,
         "metrics": session.last_metrics,
         "wandb": session.tracker.location,
     }

@@ -25,8 +25,10 @@ from dpo_ref.types import PreferenceData, TokenGroup
 NUM_SAMPLES = 8  # generations shown in the tracker at the end of a run
 
 
-def tokenised(run: TrainRun, data: PreferenceData, tokenizer: Any) -> tuple[list[TokenGroup], list[TokenGroup]]:
-    """Train and held-out groups as the objective needs them, numbered as one list."""
+def tokenised(
+    run: TrainRun, data: PreferenceData, tokenizer: Any
+) -> tuple[list[TokenGroup], list[TokenGroup], dict[str, int]]:
+    """Train and held-out groups as the objective needs them, numbered as one list, and what happened to rows."""
     found = run.data.bound(tokenise)([*data.train, *data.eval], tokenizer)
     print("data: " + ", ".join(f"{count:,} {what}" for what, count in found.counts.items()))
     groups = groups_for(run.objective, found.groups)
@@ -34,7 +36,7 @@ def tokenised(run: TrainRun, data: PreferenceData, tokenizer: Any) -> tuple[list
     train, held_out = ([g for g in groups if (g.group_index < boundary) is side] for side in (True, False))
     if not train:
         raise ValueError("nothing is left to train on: every row was dropped; see data.max_length, data.over_length")
-    return train, held_out
+    return train, held_out, found.counts
 
 
 def build_reference(
@@ -79,7 +81,7 @@ def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
     device = best_device()
     data = run.data(run.seed)
     loaded: LoadedModel = run.model(lab_models.locate, device)
-    train_groups, eval_groups = tokenised(run, data, loaded.tokenizer)
+    train_groups, eval_groups, counts = tokenised(run, data, loaded.tokenizer)
     optim = run.optim(loaded.model, run.trainer.num_steps(len(train_groups)))
     return Session(
         directory=directory,
@@ -90,6 +92,7 @@ def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
         optim=optim,
         train_groups=train_groups,
         eval_groups=eval_groups,
+        counts=counts,
         sample_prompts=data.test_prompts[:NUM_SAMPLES],
         pack=run.data.bound(pack),
         config=run.trainer,
@@ -107,7 +110,7 @@ def cache_reference(run: TrainRun) -> None:
     device = best_device()
     data = run.data(run.seed)
     loaded = run.model(lab_models.locate, device)
-    train_groups, eval_groups = tokenised(run, data, loaded.tokenizer)
+    train_groups, eval_groups, _ = tokenised(run, data, loaded.tokenizer)
     reference = build_reference(run, loaded, [*train_groups, *eval_groups], device)
     folder = cache_folder() / "reference" / reference.identity
     print(f"cached {len(train_groups) + len(eval_groups):,} groups in {folder}")

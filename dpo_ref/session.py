@@ -71,6 +71,7 @@ class Session:
     optim: Optimisation
     train_groups: Sequence[TokenGroup]
     eval_groups: Sequence[TokenGroup]
+    counts: dict[str, int]  # what became of the data's rows
     sample_prompts: Sequence[Sequence[Message]]
     pack: Pack
     config: TrainerConfig

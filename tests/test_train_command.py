@@ -71,6 +71,7 @@ def test_a_run_leaves_what_it_promises(whole):
         0.3,
         "initial",
     )
+    assert record["data"] == {"groups": 112}
     assert record["identities"]["loss_reference_weights"] == record["identities"]["initial_policy"]
     assert list(whole.glob("**/*.bin")) == list(whole.glob("**/*.pt")) == []
 
@@ -88,6 +89,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, number):
     assert lines(run) == lines(whole)
     assert same_weights(run, whole)
     assert summary(run)["status"] == "completed"
+
+
+def test_a_non_finite_loss_stops_the_run_and_saves_it(tmp_path):
+    """Weights of 1e38 after the first update make the second loss nan: its update is left out, its pairs are named."""
+    run = tmp_path / "run"
+    wild = ["optim.lr=1e38", "optim.warmup_ratio=0", "optim.schedule=constant"]
+    done = train(*SMALL, *wild, f"output_dir={run}", "data.num_eval_pairs=0")
+    assert done.returncode == 1
+    assert "step 2: loss nan" in done.stderr
+    named = json.loads((run / "non_finite_step_2.json").read_text())
+    assert len(named["group_ids"]) == 8
+    assert summary(run)["status"] == "failed"
+    assert list(run.glob("checkpoints/step-*/state.json"))
 
 
 def test_resume_refuses_another_run(whole, tmp_path):
