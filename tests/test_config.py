@@ -35,7 +35,7 @@ def test_every_file_composes(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_file_says_what_it_is(path):
     """What it is, and unless it is a default, a command."""
-    first = path.read_text().splitlines()[0]
+    first = next(line for line in path.read_text().splitlines() if not line.startswith("# @package"))
     assert first.startswith("# ")
     assert len(first) > 30
 
