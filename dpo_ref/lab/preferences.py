@@ -20,11 +20,11 @@ COMPETENCES = (0.15, 0.45, 0.75, 1.0)
 def lab(
     seed: int,
     *,
-    num_pairs: int = 8192,
+    num_pairs: int = 16384,
     num_eval_pairs: int = 512,
     num_test_prompts: int = 400,
     test_split: Literal["validation", "test"] = "test",
-    length_bias: float = 1.0,
+    length_bias: float = 0.5,
     label_noise: float = 0.02,
     label_steepness: float = 10.0,
 ) -> PreferenceData:
