@@ -173,7 +173,6 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
     """The function transformers calls once per layer. Raises rather than ignore an argument it does not implement."""
     kernel = {"varlen": _varlen_kernel, "flash_attn": _flash_attn_kernel}.get(backend, lambda: None)()
 
-    @torch.compiler.disable  # lengths of pieces are Python numbers: compiling would specialise on every pack
     def attention(
         module: nn.Module,
         query: Float[Tensor, "1 Hq T D"],
@@ -232,7 +231,9 @@ def register(backend: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     name = REGISTERED[backend]
-    AttentionInterface.register(name, _interface(backend))
+    # Lengths of pieces are Python numbers: compiled, attention would specialise on every pack.
+    attention: Any = torch.compiler.disable(_interface(backend))
+    AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, _mask_rule)
     return name
 

@@ -10,7 +10,8 @@ LAYERS = [
     ["types"],
     ["attention", "fused", "logps", "objectives", "rounding", "schedules"],
     [
-        "allocator", "cache", "checkpoint", "data", "generation", "lab", "metrics", "models", "optim", "packable", "provenance", "references",
+        "allocator", "cache", "checkpoint", "data", "generation", "lab", "metrics", "models", "optim",
+        "packable", "provenance", "references",
         "scoring", "tracking",
     ],
     ["evaluation", "lab_models", "session", "trainer"],

@@ -93,7 +93,7 @@ def test_sft_weighs_every_response_alike():
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.inf, math.nan])
 def test_bad_beta_is_refused_before_anything_is_loaded(beta):
-    with pytest.raises(ValueError, match="beta=.* must be positive"):
+    with pytest.raises(ValueError, match=r"beta=.* must be positive"):
         bind(dpo, beta=beta).check()
 
 

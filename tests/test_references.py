@@ -106,7 +106,7 @@ def test_a_stale_table_is_refused(context):
     for path in folder.glob("*"):
         path.unlink()
     table.write_shard(folder, {key: values + np.float32(0.1) for key, values in rows.items()})
-    with pytest.raises(ValueError, match="differ from the reference by 0.1 nats.*stale"):
+    with pytest.raises(ValueError, match=r"differ from the reference by 0\.1 nats.*stale"):
         frozen.initial(context)
 
 

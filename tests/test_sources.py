@@ -14,8 +14,7 @@ USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "conte
 
 def write(path, rows):
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    opened = gzip.open(path, "wb") if path.suffix == ".gz" else path.open("wb")
-    with opened as stream:
+    with gzip.open(path, "wb") if path.suffix == ".gz" else path.open("wb") as stream:
         stream.write(b"\n".join(lines) + b"\n")
     return str(path)
 
@@ -114,5 +113,5 @@ def test_options_that_would_have_no_effect(tmp_path):
         sources.jsonl(0, path=path, eval_path=path, eval_fraction=0.1)
     with pytest.raises(ValueError, match=r"eval_fraction=1.0 must lie in \[0, 1\)"):
         sources.jsonl(0, path=path, eval_fraction=1.0)
-    with pytest.raises(ValueError, match="data.subset"):
+    with pytest.raises(ValueError, match=r"data\.subset"):
         sources.hh(0, path=path, subset="harmless-base")

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_here import CHATML, PLAIN, byte_bpe
 
-from dpo_ref.data.tokenise import check_tokenizer, end_of_turn_ids, tokenise
+from dpo_ref.data.tokenise import end_of_turn_ids, tokenise
 from dpo_ref.types import Message, PromptGroup
 
 FAMILIES = {"chatml": byte_bpe(), "bos and leading space": byte_bpe(PLAIN, eos="</s>", bos="<s>")}
@@ -76,10 +76,9 @@ def test_a_cut_prompt_keeps_its_bos():
 )
 def test_unusable_tokenizers(tokenizer, message):
     with pytest.raises(ValueError, match=message):
-        check_tokenizer(tokenizer)
         tokenise([group()], tokenizer)
 
 
 def test_special_text_in_a_response_is_refused_with_its_row():
-    with pytest.raises(ValueError, match="row 7.*special token"):
+    with pytest.raises(ValueError, match=r"row 7.*special token"):
         tokenise([group(responses=("a <|im_end|> b", "no"), origin="row 7")], FAMILIES["chatml"])

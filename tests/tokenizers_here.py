@@ -9,7 +9,8 @@ CHATML = (
 )
 PLAIN = (
     "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}[{{ m.role }}] {{ m.content }} [go]{% endif %}"
+    "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}[{{ m.role }}] {{ m.content }} [go]{% endif %}"
     "{% endfor %}"
 )
 CORPUS = ["the cat sat on the mat and the dog ran", "what is it? a cat. 1 2 3 4 5", "yes no maybe, of course!"] * 20
@@ -23,7 +24,8 @@ def byte_bpe(template: str | None = CHATML, eos: str | None = "<|endoftext|>", b
     specials = ["<|im_start|>", "<|im_end|>", *(token for token in (eos, bos) if token)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, bos_token=bos)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
