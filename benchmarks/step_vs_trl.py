@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     OMP_NUM_THREADS=2 python benchmarks/step_vs_trl.py                      # all cells, tens of minutes
-    OMP_NUM_THREADS=2 python benchmarks/step_vs_trl.py --cases hh --repeats 3 --steps 6
+    OMP_NUM_THREADS=2 python benchmarks/step_vs_trl.py --cells hh/4/8192 --repeats 3 --steps 6
 
 Every measurement is a process of its own, so that peak memory is its own; tools take turns, and the ratio is taken
 within a turn. "default" is TRL as shipped (gradient checkpointing, live reference); "best" has no checkpointing, a
@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import llama, peak_mib, write
+from common import RESULTS, llama, peak_mib, write
 
 LR, BETA, MAX_LENGTH = 1e-5, 0.1, 4096
 TOOLS = ("ours", "ours-live", "trl-default", "trl-nogc", "trl-best")
@@ -171,7 +171,8 @@ def measured(tool, cell, args):
 def compare(cell, args):
     """Alternate the tools; ratios within a turn."""
     turns = [{tool: measured(tool, cell, args) for tool in args.tools} for _ in range(args.repeats)]
-    row = {"case": cell[0], "batch": cell[1], "vocab": cell[2], "allocator": args.allocator, "tools": {}}
+    row = {"case": cell[0], "batch": cell[1], "vocab": cell[2], "allocator": args.allocator}
+    row |= {"steps": args.steps, "repeats": args.repeats, "tools": {}}
     for tool in args.tools:
         speeds = [turn[tool]["pairs_per_second"] for turn in turns]
         ratios = [turn["ours"]["pairs_per_second"] / turn[tool]["pairs_per_second"] for turn in turns]
@@ -203,7 +204,7 @@ def show(row):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", help="cells whose case is listed; all by default")
+    parser.add_argument("--cells", nargs="*", help="such as hh/4/8192 (case/batch/vocabulary); all by default")
     parser.add_argument("--tools", nargs="*", default=["ours", "trl-default", "trl-best"], choices=TOOLS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
@@ -216,14 +217,17 @@ def main():
     if args.tool:
         child(args)
         return
-    rows = []
+    path = args.out or RESULTS / "step_vs_trl.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = {(row["case"], row["batch"], row["vocab"], row["allocator"]): row for row in known}
     for cell in CELLS:
-        if args.cases and cell[0] not in args.cases:
+        if args.cells and "/".join(map(str, cell)) not in args.cells:
             continue
-        rows.append(compare(cell, args))
-        show(rows[-1])
-        content = {"threads": args.threads, "steps": args.steps, "trl": version("trl"), "rows": rows}
-        write("step_vs_trl", content, args.out)
+        row = compare(cell, args)
+        show(row)
+        rows[(*cell, args.allocator)] = row
+        content = {"threads": args.threads, "trl": version("trl"), "rows": list(rows.values())}
+        write("step_vs_trl", content, path)
 
 
 if __name__ == "__main__":

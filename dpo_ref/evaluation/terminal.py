@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_ref.evaluation.columns import brief_columns, titles
+from dpo_ref.evaluation.columns import MISSING, brief_columns, titles
 from dpo_ref.evaluation.records import Evaluation
 
 
@@ -16,7 +16,8 @@ def results_table(evaluations: Sequence[Evaluation], failures: Sequence[tuple[st
     from rich.table import Table
     from rich.text import Text
 
-    shown = brief_columns(evaluations[0].scorer if evaluations else "gold")
+    every = brief_columns(evaluations[0].scorer if evaluations else "gold")
+    shown = [c for c in every if any(c.text(e) != MISSING for e in evaluations)] or every
     reasons = Text("\n".join(f"{name}: {why}" for name, why in failures), style="red")
     table = Table(
         box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=reasons if failures else None,
