@@ -24,7 +24,7 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 demo: install ## train on the lab with three betas, evaluate, show the table, the plot and the report
-	$(BIN)/python train.py -m +experiment=demo
+	OMP_NUM_THREADS=1 $(BIN)/python train.py -m +experiment=demo  # a model this small gains nothing from more threads
 test: install-dev ## run the tests
 	$(BIN)/python -m pytest -n 2
 
