@@ -24,10 +24,8 @@ def title(row):
 
 def steps_table(found):
     """Pairs per second, ratios with their spread, memory."""
-    lines = [
-        "| lengths | dpo_ref pairs/s | × TRL default | × TRL best | peak MiB: ours, default, best | losses differ by |"
-    ]
-    lines.append("|---|---|---|---|---|---|")
+    head = ("lengths", "allocator", "dpo_ref pairs/s", "× TRL default", "× TRL best", "peak MiB: ours, default, best")
+    lines = ["| " + " | ".join((*head, "losses differ by")) + " |", "|---" * 7 + "|"]
     for row in found["rows"]:
         tools = row["tools"]
         ratios = [
@@ -37,7 +35,7 @@ def steps_table(found):
         memory = ", ".join(f"{tools[t]['peak_mib']:.0f}" for t in ("ours", "trl-default", "trl-best"))
         speed = f"{tools['ours']['pairs_per_second']:.2f}"
         gap = f"{row['largest_loss_difference']:.0e}"
-        lines.append(f"| {title(row)} | {speed} | {ratios[0]} | {ratios[1]} | {memory} | {gap} |")
+        lines.append(f"| {title(row)} | {row['allocator']} | {speed} | {ratios[0]} | {ratios[1]} | {memory} | {gap} |")
     return "\n".join(lines)
 
 
@@ -67,15 +65,16 @@ def picture(found):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in found["rows"] if row["allocator"] == "shipped"] or found["rows"]
     figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
     tools = {"ours": (OURS, "dpo_ref"), "trl-best": (OTHERS[0], "TRL best"), "trl-default": (OTHERS[1], "TRL default")}
     for offset, (tool, (colour, label)) in enumerate(tools.items()):
-        speeds = [row["tools"][tool]["pairs_per_second"] for row in found["rows"]]
+        speeds = [row["tools"][tool]["pairs_per_second"] for row in rows]
         places = [place + 0.27 * (offset - 1) for place in range(len(speeds))]
         axes.bar(places, speeds, 0.25, color=colour, label=label)
         for x, y in zip(places, speeds, strict=True):
             axes.text(x, y, f"{y:.2g}", ha="center", va="bottom", fontsize=8, color="#334155")
-    names = [title(row).replace(", ", "\n") for row in found["rows"]]
+    names = [title(row).replace(", ", "\n") for row in rows]
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("pairs per second")
     axes.spines[["top", "right"]].set_visible(False)

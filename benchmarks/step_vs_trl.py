@@ -57,7 +57,7 @@ def ours(args):
     from dpo_ref.references.table import Table, score
     from dpo_ref.trainer import backward, update
 
-    if args.allocator == "kept":
+    if args.allocator != "plain":
         keep_memory()
     policy, device = llama(args.vocab).eval(), torch.device("cpu")
     assert install(policy, "sdpa") is None
@@ -209,7 +209,10 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--allocator", choices=("plain", "kept"), default="kept")
+    parser.add_argument(
+        "--allocator", choices=("shipped", "kept", "plain"), default="shipped",
+        help="glibc told to keep its memory: by us alone as both projects come (shipped), on both sides, on none",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/step_vs_trl.json")
     for name, kind in (("--tool", str), ("--case", str), ("--batch", int), ("--vocab", int)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
