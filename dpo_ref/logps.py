@@ -114,7 +114,10 @@ def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"
     attention is installed (see `packable`), else of one response after the other."""
     causal_lm: Any = model
     packed = causal_lm.config._attn_implementation in REGISTERED.values()
-    return packed_hidden(model, batch) if packed else separate_hidden(model, batch)
+    hidden = packed_hidden(model, batch) if packed else separate_hidden(model, batch)
+    device = hidden.device.type
+    # Autocast leaves the residual stream in float32, and does not reach the head's in-place products.
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
 
 def separate_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:

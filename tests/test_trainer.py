@@ -7,14 +7,15 @@ import pytest
 import torch
 from tiny import naive_logps, random_groups, tiny_model
 
-from dpo_ref.data.packing import pack
+from dpo_ref.data.packing import collate, pack
+from dpo_ref.logps import response_hidden
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.likelihood import sft
 from dpo_ref.objectives.margin import dpo
 from dpo_ref.optim import adamw
 from dpo_ref.references.frozen import Frozen, Zeros
 from dpo_ref.schedules import SCHEDULES
-from dpo_ref.trainer import TrainerConfig, check_step_zero, evaluate, train
+from dpo_ref.trainer import TrainerConfig, backward, check_step_zero, evaluate, train
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + i % 4)) for i in range(10)]
 PLAIN = {"lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
@@ -52,6 +53,24 @@ def test_first_step_equals_brute_force():
     optimizer.step()
     for ours, theirs in zip(policy.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)  # Adam's first step is lr * sign(gradient)
+
+
+def test_half_precision_gives_float32_gradients_close_to_float32s():
+    """What CUDA does by default, here on the CPU: the same step under bfloat16 autocast."""
+    groups = random_groups(LAYOUT[:4])
+    gradients, losses = [], []
+    for half in (False, True):
+        policy = tiny_model(seed=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            batch = collate(groups)
+            assert response_hidden(policy, batch).dtype == (torch.bfloat16 if half else torch.float32)
+            metrics, _ = backward(policy, Zeros(), bind(dpo, beta=0.05), [groups], torch.device("cpu"))
+        losses.append(metrics["loss"].item())
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert gradients[1].dtype == torch.float32
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+    assert losses[1] != losses[0]
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
 
 
 @pytest.mark.parametrize("objective", [bind(dpo, beta=0.3), bind(sft)], ids=["dpo", "sft"])
