@@ -79,10 +79,10 @@ def measure(shape_name, lengths, variant, args):
     with torch.autocast("cuda", torch.bfloat16):
         for batch in batches[:2]:
             step(batch)
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        graphs = models.graphs_compiled()
         torch.cuda.reset_peak_memory_stats()
         seconds = [step(batch) for batch in batches[2:]]
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+        graphs = models.graphs_compiled() - graphs
     second = statistics.median(seconds)
     flops = statistics.mean(useful_flops(batch, shape) for batch in batches[2:])
     tokens = statistics.mean(

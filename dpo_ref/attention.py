@@ -81,15 +81,19 @@ class PackedLayout:
         return cu_q, torch.cat(key_runs).to(self.device), cu_k, max(self.pieces), max(key_sizes)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling: float) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
+    if q.shape[2] == k.shape[2] and window is None:  # the kernel then leaves out what lies above the diagonal
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+    mask = packed.causal_mask(q.shape[2], k.shape[2], window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
 def _formula(softcap: float | None, sinks: Tensor | None) -> Callable[..., Tensor]:
     """Attention written out in matmuls, with Gemma's soft-capping and GPT-OSS's sinks."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling: float) -> Tensor:
+        mask = packed.causal_mask(q.shape[2], k.shape[2], window)
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         scores = (q @ k.transpose(-1, -2)) * scaling
@@ -111,15 +115,12 @@ def _by_piece(attend: Callable, q: Tensor, k: Tensor, v: Tensor, packed: PackedL
     outputs, piece = [], 0
     for prompt, responses in packed.layout:
         k_prompt, v_prompt = k_pieces[piece][:, :, :prompt], v_pieces[piece][:, :, :prompt]
-        first = prompt + responses[0]
-        mask = packed.causal_mask(first, first, window)
-        outputs.append(attend(q_pieces[piece], k_pieces[piece], v_pieces[piece], mask, scaling))
-        for size in responses[1:]:
+        outputs.append(attend(q_pieces[piece], k_pieces[piece], v_pieces[piece], packed, window, scaling))
+        for _ in responses[1:]:
             piece += 1
             keys = torch.cat([k_prompt, k_pieces[piece]], dim=2)
             values = torch.cat([v_prompt, v_pieces[piece]], dim=2)
-            mask = packed.causal_mask(size, prompt + size, window)
-            outputs.append(attend(q_pieces[piece], keys, values, mask, scaling))
+            outputs.append(attend(q_pieces[piece], keys, values, packed, window, scaling))
         piece += 1
     return torch.cat(outputs, dim=2)
 

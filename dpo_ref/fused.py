@@ -80,11 +80,14 @@ class _FusedLoss(torch.autograd.Function):
         for chunk in chunks(batch, max(1, CHUNK_LOGITS // weight.shape[0])):
             hidden_c, targets = hidden[chunk[0]], chunk[2].target_ids
             logits = head.logits(hidden_c)
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            values = (logits.gather(1, targets[:, None]) - normaliser).squeeze(1)
-            loss, coefficients = _coefficients(values, chunk, loss_of)
             slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
-            d_logits = logits.sub_(normaliser).exp_().mul_(-coefficients[:, None])
+            logits.sub_(logits.amax(dim=-1, keepdim=True))
+            target_logits = logits.gather(1, targets[:, None])
+            weights = logits.exp_()  # in place, and once: the softmax is weights / total
+            total = weights.sum(dim=-1, keepdim=True)
+            values = (target_logits - total.log()).squeeze(1)
+            loss, coefficients = _coefficients(values, chunk, loss_of)
+            d_logits = weights.mul_(-coefficients[:, None] / total)
             d_logits.scatter_add_(1, targets[:, None], coefficients[:, None])
             if slope is not None:
                 d_logits.mul_(slope)

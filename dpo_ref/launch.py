@@ -95,6 +95,7 @@ def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
         counts=counts,
         sample_prompts=data.test_prompts[:NUM_SAMPLES],
         pack=run.data.bound(pack),
+        tokens_per_batch=run.data.options["tokens_per_batch"],
         config=run.trainer,
         seed=run.seed,
         tracker=tracker,

@@ -25,6 +25,7 @@ class LoadedModel:
     model: nn.Module
     tokenizer: Any
     compute_dtype: torch.dtype
+    compiled: bool = False
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context in which every forward pass of policy and reference runs."""
@@ -127,7 +128,14 @@ def pretrained(
     if compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
-    return LoadedModel(model, tokenizer, computes_in)
+    return LoadedModel(model, tokenizer, computes_in, compile)
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made so far in this process; constant after the first steps of a run."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
 
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:

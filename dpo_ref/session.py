@@ -13,7 +13,7 @@ import torch
 
 from dpo_ref import checkpoint
 from dpo_ref.generation.sampling import generate
-from dpo_ref.models import LoadedModel
+from dpo_ref.models import LoadedModel, graphs_compiled
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.optim import Optimisation
 from dpo_ref.references.interface import Reference
@@ -74,6 +74,7 @@ class Session:
     counts: dict[str, int]  # what became of the data's rows
     sample_prompts: Sequence[Sequence[Message]]
     pack: Pack
+    tokens_per_batch: int
     config: TrainerConfig
     seed: int
     tracker: Tracker
@@ -210,6 +211,9 @@ class Session:
         metrics["epoch"] = step.epoch
         metrics["throughput/pairs_per_second"] = len(step.groups) / seconds
         metrics["throughput/tokens_per_second"] = step.num_tokens / seconds
+        metrics["throughput/pack_fill"] = step.num_tokens / (step.num_packs * self.tokens_per_batch)
+        if self.loaded.compiled:
+            metrics["throughput/graphs_compiled"] = graphs_compiled()
         metrics["memory/peak_gib"] = peak_memory_gib(next(self.loaded.model.parameters()).device)
         self._record({f"train/{name}": value for name, value in metrics.items()}, step.step)
         self.show.update(metrics)

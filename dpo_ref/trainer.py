@@ -57,6 +57,7 @@ class Step:
     metrics: dict[str, Tensor]
     groups: list[TokenGroup]
     num_tokens: int  # packed tokens forwarded
+    num_packs: int  # micro-batches they were packed into
 
 
 def loss_and_metrics(
@@ -132,11 +133,12 @@ def train(
     for step in range(first_step, config.num_steps(len(groups))):
         _, batch_groups = next(batches)
         policy.train()
-        metrics, num_tokens = backward(policy, reference, objective, pack(batch_groups), device)
+        packs = pack(batch_groups)
+        metrics, num_tokens = backward(policy, reference, objective, packs, device)
         metrics["grad_norm"] = update(policy, optim, step)
         metrics["lr"] = torch.tensor(optim.lr_at(step))
         reference.update(policy, step + 1)
-        yield Step(step + 1, (step + 1) / per_epoch, metrics, batch_groups, num_tokens)
+        yield Step(step + 1, (step + 1) / per_epoch, metrics, batch_groups, num_tokens, len(packs))
 
 
 @torch.no_grad()

@@ -73,6 +73,9 @@ def test_a_run_leaves_what_it_promises(whole):
     )
     assert record["data"] == {"groups": 112}
     assert record["identities"]["loss_reference_weights"] == record["identities"]["initial_policy"]
+    first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[1])
+    tokens_per_step = 8 * first["train/throughput/tokens_per_second"] / first["train/throughput/pairs_per_second"]
+    assert first["train/throughput/pack_fill"] == pytest.approx(tokens_per_step / 8192)  # eight pairs in one pack
     assert list(whole.glob("**/*.bin")) == list(whole.glob("**/*.pt")) == []
 
 
