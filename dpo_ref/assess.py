@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_ref import lab_models
 from dpo_ref.cache import cache_folder
 from dpo_ref.config import Component
-from dpo_ref.data.tokenise import end_of_turn_ids, render, tokenise
+from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids, length_limit, tokenise
 from dpo_ref.evaluation.heldout import heldout_metrics, score_pairs, zero_reference
 from dpo_ref.evaluation.kl import sample_kl
 from dpo_ref.evaluation.records import Evaluated, Evaluation, read_json
@@ -174,10 +174,9 @@ def _about(subject: Subject, settings: Settings, scorer: str, metrics: Mapping[s
 def fitting(settings: Settings, tokenizer: Any) -> Settings:
     """The settings without prompts longer than the data's limit, which training dropped too; says how many."""
     options = settings.data_options.options
-    limit = options["max_prompt_length"] or options["max_length"]
+    limit = options["max_prompt_length"] or length_limit(tokenizer, options["max_length"])
     prompts = settings.data.test_prompts
-    texts = [render(tokenizer, prompt, [])[0] for prompt in prompts]
-    sizes = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids] if texts else []
+    sizes = map(len, encode_prompts(tokenizer, prompts))
     kept = [prompt for prompt, size in zip(prompts, sizes, strict=True) if size <= limit]
     if len(kept) < len(prompts):
         print(f"{len(prompts) - len(kept)} of {len(prompts)} prompts left out: longer than {limit} tokens")

@@ -8,12 +8,12 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.objectives.interface import STRENGTH, Objective, bind
-from dpo_ref.schemas import SCHEMAS, SHARED, STAGES, annotations, configuration, groups, locate
+from dpo_ref.schemas import SCHEMAS, SHARED, STAGES, annotations, choices_of, configuration, groups, locate
 from dpo_ref.trainer import TrainerConfig
 
 
@@ -28,7 +28,7 @@ class Component:
     def __call__(self, *handed_over: Any) -> Any:
         return self.bound(self.function)(*handed_over)
 
-    def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def bound(self, function: Callable[..., Any]) -> "partial[Any]":
         """`function`, the component's own or one its group shares, with its part of the options."""
         return partial(function, **{name: self.options[name] for name in configuration(function)})
 
@@ -91,11 +91,14 @@ def _component(group: str, node: DictConfig, choice: str) -> Component:
     if missing:
         raise ValueError(f"{group}={choice} needs {group}.{missing[0]}=...")
     for name, hint in hints.items():
-        choices = get_args(hint) if get_origin(hint) is Literal else ()
-        if choices and values[name] not in choices:
+        choices = choices_of(hint)
+        if choices and values[name] not in (*choices, *([None] if type(None) in get_args(hint) else [])):
             raise ValueError(f"{group}.{name}={values[name]} is none of {', '.join(choices)}")
         if OmegaConf.is_config(values[name]):
             values[name] = OmegaConf.to_container(values[name], resolve=True)
+    check = getattr(function, "check_options", None)
+    if check is not None:
+        check(**values)
     return Component(choice, function, values)
 
 

@@ -17,7 +17,7 @@ from dpo_ref.evaluation.sweep import cells, collect
 from dpo_ref.evaluation.sweep_report import sweep_table, write_sweep
 from dpo_ref.evaluation.terminal import results_table
 from dpo_ref.tracking import RunInfo
-from dpo_ref.tracking.terminal import run_summary
+from dpo_ref.tracking.terminal import progress, run_summary
 from dpo_ref.types import PreferenceData
 
 
@@ -42,7 +42,7 @@ class Evaluator:
         data, seed = parts["data"], self.cfg.seed if subject.seed is None else subject.seed
         key = f"{data} {seed}"
         if key not in self._data:
-            self._data[key] = data(seed)
+            self._data[key] = data(seed, progress)
         stage, scorer = self.cfg.stage, parts["scorer"]
         settings = Settings(self._data[key], data, parts["generation"], scorer, self.cfg.seed, stage)
         return settings if stage in ("score", "report") else fitting(settings, loaded(subject.path).tokenizer)

@@ -24,7 +24,7 @@ LossOf = Callable[[ResponseLogps, Chunk], Tensor]
 def chunks(batch: PackedBatch, max_tokens: int) -> Iterator[Chunk]:
     """Runs of whole groups with at most `max_tokens` response tokens each (a larger group alone)."""
     first, tokens, responses, pairs = 0, 0, 0, 0
-    sizes = [sum(lengths) for _, lengths in batch.layout]
+    sizes = batch.scored_per_group
     while first < len(sizes):
         last, total = first + 1, sizes[first]
         while last < len(sizes) and total + sizes[last] <= max_tokens:
@@ -45,6 +45,7 @@ def _part(batch: PackedBatch, groups: slice, rows: slice, owners: slice, members
     return replace(
         batch,
         layout=batch.layout[groups],
+        scored_per_group=batch.scored_per_group[groups],
         group_index=batch.group_index[groups],
         pairs_per_group=batch.pairs_per_group[groups],
         head_index=batch.head_index[rows],

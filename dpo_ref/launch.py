@@ -11,8 +11,11 @@ from dpo_ref.allocator import keep_memory
 from dpo_ref.attention import resolve_backend
 from dpo_ref.cache import cache_folder
 from dpo_ref.config import TrainRun
+from dpo_ref.data.hygiene import inspect, short_report, summed_counts
 from dpo_ref.data.packing import pack
-from dpo_ref.data.tokenise import tokenise
+from dpo_ref.data.token_cache import tokenised_once
+from dpo_ref.data.token_groups import Together
+from dpo_ref.data.tokenise import Tokenised, tokenise
 from dpo_ref.models import LoadedModel, best_device, check_folder, load_model, text_identity
 from dpo_ref.references.frozen import weights_digest
 from dpo_ref.references.interface import Reference, ReferenceContext
@@ -25,18 +28,26 @@ from dpo_ref.types import PreferenceData, TokenGroup
 NUM_SAMPLES = 8  # generations shown in the tracker at the end of a run
 
 
-def tokenised(
+def tokenised(run: TrainRun, data: PreferenceData, tokenizer: Any) -> tuple[Tokenised, Tokenised]:
+    """Train and held-out groups, numbered as one list, from the cache where they are."""
+    train, held_out = (
+        tokenised_once(groups, tokenizer, run.data.bound(tokenise), text_identity(tokenizer), cache_folder(), progress)
+        for groups in (data.train, data.eval)
+    )
+    return train, Tokenised(held_out.groups.numbered_from(len(data.train)), held_out.counts)
+
+
+def prepared(
     run: TrainRun, data: PreferenceData, tokenizer: Any
-) -> tuple[list[TokenGroup], list[TokenGroup], dict[str, int]]:
-    """Train and held-out groups as the objective needs them, numbered as one list, and what happened to rows."""
-    found = run.data.bound(tokenise)([*data.train, *data.eval], tokenizer)
-    print("data: " + ", ".join(f"{count:,} {what}" for what, count in found.counts.items()))
-    groups = groups_for(run.objective, found.groups)
-    boundary = len(data.train)
-    train, held_out = ([g for g in groups if (g.group_index < boundary) is side] for side in (True, False))
-    if not train:
+) -> tuple[Sequence[TokenGroup], Sequence[TokenGroup], dict[str, int]]:
+    """Train and held-out groups as the objective needs them, and what happened to rows; prints what they are like."""
+    train, held_out = tokenised(run, data, tokenizer)
+    for line in short_report(inspect(data, train, held_out)):
+        print(line)
+    counts = summed_counts(data.reading, train.counts, held_out.counts)
+    if not len(train.groups):
         raise ValueError("nothing is left to train on: every row was dropped; see data.max_length, data.over_length")
-    return train, held_out, found.counts
+    return groups_for(run.objective, train.groups), groups_for(run.objective, held_out.groups), counts
 
 
 def build_reference(
@@ -79,15 +90,15 @@ def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
     check_paths(run)
     torch.manual_seed(run.seed)
     device = best_device()
-    data = run.data(run.seed)
+    data = run.data(run.seed, progress)
     loaded: LoadedModel = run.model(lab_models.locate, device)
-    train_groups, eval_groups, counts = tokenised(run, data, loaded.tokenizer)
+    train_groups, eval_groups, counts = prepared(run, data, loaded.tokenizer)
     optim = run.optim(loaded.model, run.trainer.num_steps(len(train_groups)))
     return Session(
         directory=directory,
         loaded=loaded,
         policy_weights=weights_digest(loaded.model),
-        reference=build_reference(run, loaded, [*train_groups, *eval_groups], device),
+        reference=build_reference(run, loaded, Together(train_groups, eval_groups), device),
         objective=run.objective,
         optim=optim,
         train_groups=train_groups,
@@ -109,9 +120,9 @@ def cache_reference(run: TrainRun) -> None:
     if not run.objective.uses_reference or run.reference.options.get("cache") != "auto":
         raise ValueError(f"stage=cache_reference: reference={run.reference.name} has no table to fill")
     device = best_device()
-    data = run.data(run.seed)
+    data = run.data(run.seed, progress)
     loaded = run.model(lab_models.locate, device)
-    train_groups, eval_groups, _ = tokenised(run, data, loaded.tokenizer)
-    reference = build_reference(run, loaded, [*train_groups, *eval_groups], device)
+    train_groups, eval_groups, _ = prepared(run, data, loaded.tokenizer)
+    reference = build_reference(run, loaded, Together(train_groups, eval_groups), device)
     folder = cache_folder() / "reference" / reference.identity
     print(f"cached {len(train_groups) + len(eval_groups):,} groups in {folder}")

@@ -123,14 +123,15 @@ def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"
 def separate_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
     """The same hidden states with every response forwarded alone behind its prompt, in the model's own attention."""
     backbone: Any = model.base_model
-    found, place = [], 0
+    found, place = [], 0  # hidden states of the whole pack; the prompt's come from its first response
     for prompt, responses in batch.layout:
         prompt_ids, place = batch.input_ids[place : place + prompt], place + prompt
-        for size in responses:
+        for number, size in enumerate(responses):
             ids = torch.cat([prompt_ids, batch.input_ids[place : place + size]])
-            found.append(backbone(input_ids=ids[None], use_cache=False)[0][0, prompt - 1 : -1])
+            hidden = backbone(input_ids=ids[None], use_cache=False)[0][0]
+            found.append(hidden if number == 0 else hidden[prompt:])
             place += size
-    return torch.cat(found)
+    return torch.cat(found).index_select(0, batch.head_index)
 
 
 def packed_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:

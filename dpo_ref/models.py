@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dpo_ref.attention import resolve_backend
+from dpo_ref.data.templates import install_template
 from dpo_ref.packable import install
 from dpo_ref.types import digest
 
@@ -70,6 +71,18 @@ def load_tokenizer(path: str) -> Any:
         raise ValueError(f"no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}") from error
 
 
+def prepared_tokenizer(
+    place: str, template: str, template_options: dict[str, Any] | None, max_length: int | None
+) -> Any:
+    """The tokenizer at `place` with its chat template and its length as `pretrained` says."""
+    check_folder(place, "model.path")
+    tokenizer = load_tokenizer(place)
+    install_template(tokenizer, template, template_options)
+    if max_length is not None:
+        tokenizer.model_max_length = max_length
+    return tokenizer
+
+
 def _without_dropout(config: Any) -> Any:
     """Dropout off: policy and reference must be the same function."""
     names = [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]
@@ -110,6 +123,9 @@ def pretrained(
     attention: Literal["auto", "flash_attn", "varlen", "sdpa", "eager"] = "auto",
     gradient_checkpointing: Literal["off", "selective", "full"] = "off",
     compile: bool = False,
+    template: str = "auto",
+    template_options: dict[str, Any] | None = None,
+    max_length: int | None = None,
 ) -> LoadedModel:
     """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`).
 
@@ -117,12 +133,13 @@ def pretrained(
     float32 on a CPU. `gradient_checkpointing` recomputes activations in the backward pass: `full` keeps the layers'
     inputs alone and costs a third more time, `selective` keeps the products of matrices and attention as well and
     recomputes only what is cheap. `compile` compiles every decoder layer with dynamic shapes: packs of any length run
-    without compiling again.
+    without compiling again. `template` is the chat template: the tokenizer's own (auto), or zephyr, tulu, llama3,
+    chatml, alpaca or plain; `template_options` are settings that the template looks at, such as enable_thinking.
+    `max_length` is what the model is meant for, in tokens; data.max_length goes before it.
     """
     computes_in = compute_dtype(dtype, device)
     place = locate(path)
-    check_folder(place, "model.path")
-    tokenizer = load_tokenizer(place)
+    tokenizer = prepared_tokenizer(place, template, template_options, max_length)
     model = load_model(place, device, attention)
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:

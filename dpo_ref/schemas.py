@@ -89,12 +89,20 @@ def annotations(component: Callable[..., Any]) -> dict[str, Any]:
     return get_type_hints(function, include_extras=True)
 
 
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """What a Literal, or one that may be left out, allows; empty for any other type."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    inner = [part for part in get_args(hint) if get_origin(part) is Literal]
+    return get_args(inner[0]) if inner else ()
+
+
 def _stored_type(hint: Any) -> Any:
     """The type OmegaConf checks: a Literal is a string there (`resolve` checks the choice), Annotated is bare."""
     if get_origin(hint) is Annotated:
         return _stored_type(get_args(hint)[0])
-    if get_origin(hint) is Literal:
-        return str
+    if choices_of(hint):
+        return str | None if type(None) in get_args(hint) else str
     if get_origin(hint) is tuple:
         return list[get_args(hint)[0]]
     return hint

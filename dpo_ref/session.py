@@ -5,13 +5,14 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpo_ref import checkpoint
+from dpo_ref.data.token_groups import Changed, TokenGroups
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models import LoadedModel, graphs_compiled
 from dpo_ref.objectives.interface import Objective
@@ -239,17 +240,25 @@ class Session:
 def best_response_only(group: TokenGroup) -> TokenGroup:
     """The group reduced to its chosen response: what likelihood objectives fit, so the rest is never forwarded."""
     best = group.pairs[0][0] if group.pairs else 0
-    return TokenGroup(
-        group.group_index, group.group_id, group.prompt_ids, (group.response_ids[best],), (group.num_bytes[best],), ()
+    return replace(
+        group,
+        response_ids=(group.response_ids[best],),
+        num_bytes=(group.num_bytes[best],),
+        pairs=(),
+        scored=None if group.scored is None else (group.scored[best],),
+        labels=None,
     )
 
 
-def groups_for(objective: Objective, groups: Sequence[TokenGroup]) -> list[TokenGroup]:
-    """The groups as the objective needs them. ValueError for a pairwise objective on data without pairs."""
+def groups_for(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+    """The groups as the objective needs them: a likelihood is fitted to wanted responses alone.
+
+    Raises ValueError for a pairwise objective on data without pairs.
+    """
     if not objective.pairwise:
-        return list(map(best_response_only, groups))
-    if any(not group.pairs for group in groups):
+        return Changed(groups.where(groups.wanted), best_response_only)
+    if not groups.have_pairs.all():
         raise ValueError(
             f"objective={objective.name} compares responses, but the data has rows with only one; use sft"
         )
-    return list(groups)
+    return groups

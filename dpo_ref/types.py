@@ -9,9 +9,10 @@ of 2,000 nats is wrong in its fourth decimal and margins are differences of such
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, TypedDict
+from types import MappingProxyType
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -24,10 +25,14 @@ def digest(content: object) -> str:
 
 
 class Message(TypedDict):
-    """One turn of a conversation; `role` is system, user or assistant."""
+    """One turn of a conversation; `role` is system, user, assistant or tool. The other keys belong to tool calls and
+    reach the chat template as they are."""
 
     role: str
     content: str
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +40,9 @@ class PromptGroup:
     """One prompt and the k responses that answer it, before any tokenizer has seen them.
 
     A preference pair is a group of two with `pairs == ((0, 1),)`, an SFT example a group of one without pairs, a
-    ranked list a group of k. `pairs` holds (better, worse) positions in `responses`. `origin` names the source row in
-    messages to the user ("pairs.jsonl row 7").
+    ranked list a group of k. `pairs` holds (better, worse) positions in `responses`, `rewards` their scores, `labels`
+    whether each is wanted (unpaired data). `tools` are the functions that the chat template offers to the assistant.
+    Without a prompt it is plain text. `origin` names the source row in messages to the user ("pairs.jsonl row 7").
     """
 
     prompt: tuple[Message, ...]
@@ -44,11 +50,13 @@ class PromptGroup:
     pairs: tuple[tuple[int, int], ...] = ()
     rewards: tuple[float, ...] | None = None
     origin: str = ""
+    labels: tuple[bool, ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
 
     @property
     def group_id(self) -> str:
         """Digest of the texts: equal for equal content, whatever file, order or limit it came with."""
-        return digest([self.prompt, self.responses])
+        return digest([self.prompt, self.responses, *([self.tools] if self.tools else [])])
 
     @property
     def prompt_id(self) -> str:
@@ -56,17 +64,33 @@ class PromptGroup:
         return digest(self.prompt)
 
 
-class PreferenceData(NamedTuple):
-    """What a `data` source yields: groups to train on, held-out groups, and conversations to generate answers for."""
+class Reading(NamedTuple):
+    """What became of a source's rows: how many were read, how many went which way, and the first few left out."""
 
-    train: list[PromptGroup]
-    eval: list[PromptGroup]
-    test_prompts: list[tuple[Message, ...]]
+    num_rows: int = 0
+    dropped: Mapping[str, int] = MappingProxyType({})
+    examples: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+
+
+class PreferenceData(NamedTuple):
+    """What a `data` source yields: groups to train on, held-out groups, and conversations to generate answers for.
+
+    `reading` says what became of the source's rows; empty where nothing was read.
+    """
+
+    train: Sequence[PromptGroup]
+    eval: Sequence[PromptGroup]
+    test_prompts: Sequence[tuple[Message, ...]]
+    reading: Reading = Reading()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenGroup:
-    """A prompt group as token ids. Each response ends with its end-of-turn token unless it was cut."""
+    """A prompt group as token ids. Each response ends with its end-of-turn token unless it was cut.
+
+    `scored` says which tokens of every response count; None: all of them. `labels` says which responses are wanted.
+    """
 
     group_index: int
     group_id: str
@@ -74,6 +98,13 @@ class TokenGroup:
     response_ids: tuple[list[int], ...]
     num_bytes: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...]
+    scored: tuple[list[bool], ...] | None = None
+    labels: tuple[bool, ...] | None = None
+
+    @property
+    def num_scored(self) -> int:
+        """Response tokens that count."""
+        return sum(map(sum, self.scored)) if self.scored else sum(map(len, self.response_ids))
 
     @property
     def num_tokens(self) -> int:
@@ -85,8 +116,9 @@ class TokenGroup:
 class PackedBatch:
     """Groups laid end to end, each as [prompt | y1 | ... | yk], without padding.
 
-    Token r of the R response tokens is predicted from packed position `head_index[r]`: the last prompt token for the
-    first token of every response (so that position occurs k times), the token before it otherwise.
+    R counts the response tokens that are scored: all of them, unless a group says otherwise. Token r of the R is
+    predicted from packed position `head_index[r]`: the last prompt token for the first token of every response (so
+    that position occurs k times), the token before it otherwise.
     """
 
     input_ids: Int[Tensor, " T"]
@@ -95,8 +127,9 @@ class PackedBatch:
     head_index: Int[Tensor, " R"]
     target_ids: Int[Tensor, " R"]
     response_index: Int[Tensor, " R"]  # which of the N responses token r belongs to, ascending
-    lengths: Int[Tensor, " N"]
+    lengths: Int[Tensor, " N"]  # scored tokens
     num_bytes: Int[Tensor, " N"]
+    scored_per_group: tuple[int, ...]  # scored tokens, on the host
     group_index: tuple[int, ...]  # per group; on the host, where cached rows are looked up
     pairs_per_group: tuple[int, ...]
     chosen: Int[Tensor, " B"]  # positions among the N responses

@@ -12,7 +12,8 @@ from dpo_ref import config, schemas
 FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
 EVALUATE_ONLY = {"generation", "scorer"}
 REQUIRED = {"jsonl": ["data.path=pairs.jsonl"], "other": ["reference.path=lab:strong"]} | {
-    "pretrained": ["model.path=lab:tiny"]
+    "pretrained": ["model.path=lab:tiny"],
+    "mixture": ["data.sources=[{path: a.jsonl}]"],
 }
 
 
@@ -56,7 +57,7 @@ REFUSED = {
     "beta twice": (["beta=1", "objective.beta=1"], "beta and objective.beta say the same thing"),
     "beta without effect": (["objective=sft", "beta=1"], "beta=1.0 has no effect: objective=sft has no KL strength"),
     "reference without effect": (["objective=sft", "reference=initial"], "reference=initial has no effect"),
-    "missing path": (["data=jsonl"], "data=jsonl needs data.path=..."),
+    "missing path": (["data=jsonl"], "data needs data.path=..."),
     "stage": (["stage=tain"], "stage=tain is none of train, cache_reference"),
     "trainer value": (["trainer.batch_size=0"], "trainer.batch_size=0 must be positive"),
     "key of another member": (["+data.on_bad_row=skip"], "data.on_bad_row is not an option"),

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dpo_ref"
 LAYERS = [
     ["types"],
-    ["attention", "fused", "logps", "objectives", "rounding", "schedules"],
+    ["attention", "fused", "logps", "objectives", "progress", "rounding", "schedules"],
     [
         "allocator", "cache", "checkpoint", "data", "generation", "lab", "metrics", "models", "optim",
         "packable", "provenance", "references",
@@ -21,6 +21,8 @@ SIDEWAYS = {
     ("logps", "attention"),
     ("fused", "logps"),
     ("models", "packable"),
+    ("models", "data"),  # chat templates
+    ("data", "cache"),
     ("packable", "data"),
     ("references", "data"),  # packs
     ("scoring", "generation"),  # the records that are scored

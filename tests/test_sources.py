@@ -6,10 +6,16 @@ import json
 import pytest
 
 from dpo_ref.data import sources
-from dpo_ref.data.formats import hh, preference
+from dpo_ref.data.formats.conversations import preference
+from dpo_ref.data.formats.published import hh
 from dpo_ref.types import Message
 
 USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))
 
 
 def write(path, rows):
@@ -55,10 +61,10 @@ BAD = {
     "no chosen": ({"prompt": "a", "rejected": "b"}, "has no chosen; its columns are prompt, rejected"),
     "equal": (row(chosen="x", rejected="x"), "chosen equal to rejected"),
     "empty response": (row(rejected="  "), "empty rejected"),
-    "empty prompt": (row(prompt=" "), "no prompt that ends with a non-empty user turn"),
+    "empty prompt": (row(prompt=" "), "has an empty prompt"),
     "number": (row(chosen=3), "neither text nor a list of messages"),
-    "role": (row(prompt=[{"role": "wizard", "content": "x"}]), "role: system|user|assistant"),
-    "assistant last": (row(prompt=[USER, ANSWER]), "ends with a non-empty user turn"),
+    "role": (row(prompt=[{"role": "wizard", "content": "x"}]), "unknown role 'wizard'"),
+    "assistant last": (row(prompt=[USER, ANSWER]), "ends with a turn of assistant"),
     "json": (b'{"prompt": ', "is not JSON"),
     "utf-8": (b'{"prompt": "\xff"}', "is not UTF-8"),
     "list": (b"[1, 2]", "is a JSON list"),
@@ -70,25 +76,25 @@ def test_bad_rows_name_file_and_row(tmp_path, case):
     bad, message = BAD[case]
     path = write(tmp_path / "pairs.jsonl", [row(), bad, row(prompt="who?")])
     with pytest.raises(ValueError) as error:
-        sources.jsonl(0, path=path)
+        sources.preferences(0, path=path)
     assert "pairs.jsonl row 2" in str(error.value)
     assert message in str(error.value)
     assert "data.on_bad_row=skip" in str(error.value)
-    kept = sources.jsonl(0, path=path, on_bad_row="skip")
+    kept = sources.preferences(0, path=path, on_bad_row="skip", max_bad_share=0.4)
     assert [group.origin for group in kept.train] == ["pairs.jsonl row 1", "pairs.jsonl row 3"]
 
 
 def test_held_out_prompts_are_on_one_side_only(tmp_path):
     rows = [row(prompt=f"question {i % 10}", chosen=f"answer {i}") for i in range(40)]
     path = write(tmp_path / "pairs.jsonl.gz", rows)
-    data = sources.jsonl(3, path=path, eval_fraction=0.3)
+    data = sources.preferences(3, path=path, eval_fraction=0.3)
     train, held_out = ({group.prompt_id for group in side} for side in (data.train, data.eval))
     assert (len(train), len(held_out), len(data.test_prompts)) == (7, 3, 3)
     assert not train & held_out
     assert len(data.train) + len(data.eval) == 40
-    assert sources.jsonl(3, path=path, eval_fraction=0.3).eval == data.eval
-    assert len(sources.jsonl(3, path=path).eval) == 0
-    assert len(sources.jsonl(3, path=str(tmp_path), limit=6).train) == 6
+    assert list(sources.preferences(3, path=path, eval_fraction=0.3).eval) == list(data.eval)
+    assert len(sources.preferences(3, path=path).eval) == 0
+    assert len(sources.preferences(3, path=str(tmp_path), limit=6).train) == 6
 
 
 @pytest.mark.parametrize(
@@ -104,14 +110,14 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        sources.jsonl(0, path=str(path), on_bad_row="skip")
+        sources.preferences(0, path=str(path), on_bad_row="skip")
 
 
 def test_options_that_would_have_no_effect(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [row()])
-    with pytest.raises(ValueError, match="both hold rows out"):
-        sources.jsonl(0, path=path, eval_path=path, eval_fraction=0.1)
+    with pytest.raises(ValueError, match="hold rows out; give one of them"):
+        sources.preferences(0, path=path, eval_path=path, eval_fraction=0.1)
     with pytest.raises(ValueError, match=r"eval_fraction=1.0 must lie in \[0, 1\)"):
-        sources.jsonl(0, path=path, eval_fraction=1.0)
-    with pytest.raises(ValueError, match=r"data\.subset"):
-        sources.hh(0, path=path, subset="harmless-base")
+        sources.preferences(0, path=path, eval_fraction=1.0)
+    with pytest.raises(ValueError, match=r"data\.folder=harmless-base has no effect"):
+        sources.preferences(0, path=path, folder="harmless-base")

@@ -51,7 +51,7 @@ def test_limits_and_counts():
     assert cut.groups[1].response_ids[0][-1] not in end_of_turn_ids(tokenizer)  # an end is never invented
     assert cut.counts["responses cut"] == 1
 
-    prompt_cut = tokenise(groups[1:2], tokenizer, max_length=40, over_length="truncate_prompt")
+    prompt_cut = tokenise(groups[1:2], tokenizer, max_length=40, over_length="truncate_prompt_start")
     (found,) = prompt_cut.groups
     assert len(found.prompt_ids) == 40 - max(map(len, whole[1].response_ids))
     assert found.prompt_ids == whole[1].prompt_ids[-len(found.prompt_ids) :]
@@ -60,7 +60,9 @@ def test_limits_and_counts():
 
 def test_a_cut_prompt_keeps_its_bos():
     tokenizer = FAMILIES["bos and leading space"]
-    (found,) = tokenise([group("the cat " * 30)], tokenizer, max_prompt_length=9, over_length="truncate_prompt").groups
+    (found,) = tokenise(
+        [group("the cat " * 30)], tokenizer, max_prompt_length=9, over_length="truncate_prompt_start"
+    ).groups
     assert len(found.prompt_ids) == 9
     assert found.prompt_ids[0] == tokenizer.bos_token_id
 
@@ -79,6 +81,9 @@ def test_unusable_tokenizers(tokenizer, message):
         tokenise([group()], tokenizer)
 
 
-def test_special_text_in_a_response_is_refused_with_its_row():
-    with pytest.raises(ValueError, match=r"row 7.*special token"):
-        tokenise([group(responses=("a <|im_end|> b", "no"), origin="row 7")], FAMILIES["chatml"])
+def test_special_text_can_be_refused_with_its_row():
+    bad = group(responses=("a <|im_end|> b", "no"), origin="row 7")
+    with pytest.raises(
+        ValueError, match=r"row 7 contains the special token '<\|im_end\|>'.*special_tokens_in_text=text"
+    ):
+        tokenise([bad], FAMILIES["chatml"], special_tokens_in_text="error")

@@ -1,6 +1,7 @@
 """Optimiser batches of groups, and packs of at most `tokens_per_batch` tokens inside each of them."""
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import Literal
 
 import numpy as np
@@ -84,14 +85,16 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         positions.extend(range(prompt_size))
         chosen.extend(len(lengths) + better for better, _ in group.pairs)
         rejected.extend(len(lengths) + worse for _, worse in group.pairs)
-        for response in group.response_ids:
+        masks = group.scored or [None] * len(group.response_ids)
+        for response, mask in zip(group.response_ids, masks, strict=True):
             place, size = len(ids), len(response)
-            heads.extend([start + prompt_size - 1, *range(place, place + size - 1)])
-            targets.extend(response)
-            owners.extend([len(lengths)] * size)
+            before = [start + prompt_size - 1, *range(place, place + size - 1)]
+            heads.extend(before if mask is None else compress(before, mask))
+            targets.extend(response if mask is None else compress(response, mask))
             ids.extend(response)
             positions.extend(range(prompt_size, prompt_size + size))
-            lengths.append(size)
+            lengths.append(size if mask is None else sum(mask))
+            owners.extend([len(lengths) - 1] * lengths[-1])
     return PackedBatch(
         input_ids=torch.tensor(ids),
         position_ids=torch.tensor(positions),
@@ -101,6 +104,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         response_index=torch.tensor(owners),
         lengths=torch.tensor(lengths),
         num_bytes=torch.tensor([size for group in groups for size in group.num_bytes]),
+        scored_per_group=tuple(group.num_scored for group in groups),
         group_index=tuple(group.group_index for group in groups),
         pairs_per_group=tuple(len(group.pairs) for group in groups),
         chosen=torch.tensor(chosen, dtype=torch.long),

@@ -1,72 +1,194 @@
-"""Rows of JSON-lines files, with messages that name file and row."""
+"""Rows of files, of dataset folders and of the hub, each with the name by which messages call it."""
 
+import bz2
+import csv
 import gzip
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+import lzma
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dpo_ref.types import PromptGroup
+from dpo_ref.data.formats.checks import BadRow, Row
+
+Named = tuple[str, Row | BadRow]  # a row, or why there is none
+
+OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": open}
+DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError)
 
 
-class BadRow(ValueError):
-    """A row that cannot be used; the message says why and what a good one looks like."""
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: a file, a folder of files, a folder written by `datasets`, or a name on the hub."""
+
+    path: str
+    name: str | None = None  # of the data set's configuration on the hub
+    folder: str | None = None  # inside the data set on the hub
+    split: str | None = None  # train unless the files have no splits
+    streaming: bool = False
+
+
+class Opened(NamedTuple):
+    """A source's rows, and a digest of all that they hold; None where only reading them could tell."""
+
+    rows: Iterable[Named]
+    content: str | None
+
+
+def open_source(source: Source, key: str) -> Opened:
+    """Find a source. Raises ValueError, naming `key`, for what is not there; its rows raise it for what is damaged."""
+    place = Path(source.path).expanduser()
+    if not place.exists():
+        return _hub(source, key)
+    if place.is_dir() and any((place / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return _saved(source, key)
+    _no_effect(source, key, ("name", "folder", "split", "streaming"), "a file or a folder of files")
+    found = files(source.path, key)
+    hashed = hashlib.sha256()
+    for path in found:
+        with path.open("rb") as stream:
+            hashed.update(f"{path.name}\0".encode() + hashlib.file_digest(stream, "sha256").digest())
+    return Opened(chain.from_iterable(map(_file_rows, found)), hashed.hexdigest())
+
+
+def _no_effect(source: Source, key: str, names: tuple[str, ...], what: str) -> None:
+    for name in names:
+        if getattr(source, name):
+            raise ValueError(f"data.{name}={getattr(source, name)} has no effect: {key}={source.path} is {what}")
+
+
+def _kind(path: Path) -> tuple[str, str]:
+    """The suffix that says what a file holds, and the one that says how it is compressed."""
+    suffixes = path.suffixes[-2:]
+    packed = suffixes[-1] if suffixes and suffixes[-1] in OPEN else ""
+    return (suffixes[-2] if packed and len(suffixes) > 1 else path.suffix), packed
 
 
 def files(path: str, key: str) -> list[Path]:
-    """The .jsonl and .jsonl.gz files that `path` names: itself, or those in the folder; ValueError without any."""
+    """The data files that `path` names: itself, or those in the folder; ValueError without any."""
     place = Path(path).expanduser()
     if place.is_file():
+        if _kind(place)[0] not in READERS:
+            raise ValueError(f"{key}={path} is none of {', '.join(READERS)} (each also .gz, .bz2, .xz)")
         return [place]
-    found = sorted([*place.glob("*.jsonl"), *place.glob("*.jsonl.gz")]) if place.is_dir() else []
+    found = sorted(entry for entry in place.glob("*") if entry.is_file() and _kind(entry)[0] in READERS)
     if not found:
-        what = "holds no .jsonl or .jsonl.gz file" if place.is_dir() else "does not exist"
-        raise ValueError(f"{key}={path} {what}")
+        raise ValueError(f"{key}={path} holds no file of {', '.join(READERS)}")
     return found
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-        try:
-            yield from stream
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path.name}: the compressed file is damaged or cut short ({error})") from error
+def _file_rows(path: Path) -> Iterator[Named]:
+    kind, packed = _kind(path)
+    try:
+        for number, row in enumerate(READERS[kind](path, OPEN[packed]), start=1):
+            if row is not None:
+                yield f"{path.name} row {number}", row
+    except DAMAGED as error:
+        raise ValueError(f"{path.name}: the compressed file is damaged or cut short ({error})") from error
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _json_lines(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow | None]:
+    with opened(path, "rb") as stream:
+        for line in stream:
+            yield _parsed(line) if line.strip() else None
+
+
+def _parsed(line: bytes) -> Row | BadRow:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadRow(f"is not UTF-8 (byte {error.start})") from error
+        return BadRow(f"is not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:
-        raise BadRow(f"is not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(row, dict):
-        raise BadRow(f"is a JSON {type(row).__name__}, not an object")
-    return row
+        return BadRow(f"is not JSON ({error.msg} at column {error.colno})")
+    return row if isinstance(row, dict) else BadRow(f"is a JSON {type(row).__name__}, not an object")
 
 
-def read_groups(
-    paths: list[Path], to_group: Callable[[dict[str, Any], str], PromptGroup], limit: int | None, on_bad_row: str
-) -> tuple[list[PromptGroup], list[str]]:
-    """Groups of all rows (at most `limit`), and what was wrong with the rows skipped.
+def _json(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow | None]:
+    """One list of rows, or a row a line."""
+    with opened(path, "rb") as stream:
+        content = stream.read()
+    if not content.lstrip().startswith(b"["):
+        yield from (_parsed(line) if line.strip() else None for line in content.splitlines())
+        return
+    try:
+        rows = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
+    for row in rows:
+        yield row if isinstance(row, dict) else BadRow(f"is a JSON {type(row).__name__}, not an object")
 
-    `to_group(row, origin)` raises BadRow. With `on_bad_row="error"` the first bad row raises ValueError naming it.
-    """
-    groups: list[PromptGroup] = []
-    skipped: list[str] = []
-    for path in paths:
-        for number, line in enumerate(_lines(path), start=1):
-            if limit is not None and len(groups) >= limit:
-                return groups, skipped
-            if not line.strip():
-                continue
-            origin = f"{path.name} row {number}"
-            try:
-                groups.append(to_group(_parse(line), origin))
-            except BadRow as error:
-                if on_bad_row == "error":
-                    raise ValueError(f"{origin} {error}. data.on_bad_row=skip leaves such rows out") from error
-                skipped.append(f"{origin} {error}")
-    if not groups:
-        raise ValueError(f"{', '.join(map(str, paths))}: no usable row ({len(skipped)} skipped)")
-    return groups, skipped
+
+def _csv(path: Path, opened: Callable[..., Any], delimiter: str) -> Iterator[Row | BadRow | None]:
+    csv.field_size_limit(2**30)
+    with opened(path, "rt", encoding="utf-8", newline="") as stream:
+        try:
+            for row in csv.DictReader(stream, delimiter=delimiter):
+                yield BadRow("has more cells than the header has columns") if None in row else row  # pyright: ignore
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path.name} is not UTF-8 (byte {error.start})") from error
+        except csv.Error as error:
+            raise ValueError(f"{path.name} is not CSV: {error}") from error
+
+
+def _parquet(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow | None]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with opened(path, "rb") as stream:
+            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1024):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path.name} is not Parquet: {error}") from error
+
+
+READERS = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": partial(_csv, delimiter=","),
+    ".tsv": partial(_csv, delimiter="\t"),
+    ".parquet": _parquet,
+}
+
+
+def _saved(source: Source, key: str) -> Opened:
+    """A folder written by `datasets`' save_to_disk."""
+    from datasets import DatasetDict, load_from_disk
+
+    _no_effect(source, key, ("name", "folder", "streaming"), "a folder on this machine")
+    found: Any = load_from_disk(str(Path(source.path).expanduser()))
+    if isinstance(found, DatasetDict):
+        split = source.split or "train"
+        if split not in found:
+            raise ValueError(f"data.split={split}: {source.path} has {', '.join(map(str, found))}")
+        found = found[split]
+    elif source.split:
+        raise ValueError(f"data.split={source.split} has no effect: {source.path} has no splits")
+    return Opened(_numbered(found, Path(source.path).name), found._fingerprint)
+
+
+def _hub(source: Source, key: str) -> Opened:
+    from datasets import load_dataset
+
+    path = source.path
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or _kind(Path(path))[0] in READERS:
+        raise ValueError(f"{key}={source.path} does not exist")
+    try:
+        found: Any = load_dataset(
+            source.path, source.name, data_dir=source.folder, split=source.split or "train", streaming=source.streaming
+        )
+    except Exception as error:  # the hub client raises many kinds; all mean that there are no rows
+        raise ValueError(
+            f"{key}={source.path} is neither a local file or folder nor to be had from the hub: {error}"
+        ) from error
+    rows = _numbered(found, f"{source.path} {source.split or 'train'}")
+    return Opened(rows, None if source.streaming else found._fingerprint)
+
+
+def _numbered(rows: Any, name: str) -> Iterator[Named]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{name} row {number}", row

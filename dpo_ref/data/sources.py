@@ -1,122 +1,192 @@
-"""Sources of preference data on disk or on the hub: `data=jsonl`, `data=hh`."""
+"""Preference data from files, folders and the hub: `data=jsonl` and the presets of published sets."""
 
-import logging
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
 
-from dpo_ref.data.formats import hh as hh_row
-from dpo_ref.data.formats import preference
-from dpo_ref.data.rows import BadRow, files, read_groups
-from dpo_ref.types import PreferenceData, PromptGroup
-
-log = logging.getLogger(__name__)
-
-
-ToGroup = Callable[[dict[str, Any], str], PromptGroup]
+from dpo_ref.cache import cache_folder
+from dpo_ref.data.pairing import Filters
+from dpo_ref.data.reading import Rules, read
+from dpo_ref.data.rows import Source
+from dpo_ref.data.stored import StoredGroups
+from dpo_ref.progress import Progress, silent
+from dpo_ref.types import PreferenceData, Reading
 
 
-def _split(groups: list[PromptGroup], fraction: float, seed: int) -> tuple[list[PromptGroup], list[PromptGroup]]:
+def preferences(
+    seed: int,
+    progress: Progress = silent,
+    *,
+    path: str | None = None,
+    sources: list[Any] | None = None,
+    format: str = "auto",
+    name: str | None = None,
+    folder: str | None = None,
+    split: str | None = None,
+    streaming: bool = False,
+    eval_path: str | None = None,
+    eval_split: str | None = None,
+    eval_fraction: float = 0.0,
+    hub: dict[str, Any] | None = None,
+    pairing: Literal["best_vs_worst", "best_vs_random", "all"] | None = None,
+    rating: str | None = None,
+    min_margin: float | None = None,
+    min_score_ratio: float | None = None,
+    min_chars: int | None = None,
+    max_chars: int | None = None,
+    deduplicate: Literal["off", "exact", "normalised"] = "off",
+    limit: int | None = None,
+    subset: int | None = None,
+    on_bad_row: Literal["error", "skip"] = "error",
+    max_bad_share: float = 0.1,
+) -> PreferenceData:
+    """Preference pairs, ranked or scored responses, unpaired answers or demonstrations, in the formats people have.
+
+    `path` is a file (.jsonl, .json, .csv, .tsv, .parquet, each also compressed), a folder of such files, a folder
+    written by `datasets`, or a name on the hub, with its configuration `name`, `folder` and `split`; `streaming`
+    fetches only the rows that are used. Several at once: `sources`, a list of {path, weight, and any of format, name,
+    folder, split}, where the weight is the share of the source's groups that is used: 0.5 a random half, 2 every group
+    twice. `hub` is where a preset's rows are unless `path` or `sources` says otherwise: {path, name, folder, split,
+    eval_split}. `format` names the layout of the rows (see `formats`); `auto` recognises it.
+
+    Held out are the rows of `eval_path`, those of `eval_split`, or a share `eval_fraction` of the prompts drawn from
+    the seed; by default nothing. `pairing` says which pairs to make of k scored responses (best_vs_worst unless given)
+    and `rating` which of a row's ratings scores them. `min_margin` and `min_score_ratio` compare the scores of chosen
+    and rejected, `min_chars` and `max_chars` bound every response, `deduplicate` drops groups seen before. `limit`
+    takes the first groups of every source, `subset` draws as many training groups by the seed. A bad row stops the run
+    with its file, row and reason, or is counted and skipped as long as no more than `max_bad_share` are.
+
+    Raises ValueError for what cannot be read, and for options that would have no effect.
+    """
+    filters = Filters(min_margin, min_score_ratio, min_chars, max_chars, deduplicate)
+    rules = Rules(format, pairing, rating, filters, limit, on_bad_row, max_bad_share)
+    refuse_ineffective(
+        path=path, sources=sources, hub=hub, eval_path=eval_path, eval_split=eval_split, eval_fraction=eval_fraction,
+        subset=subset, name=name, folder=folder, split=split,
+    )  # fmt: skip
+    if path is None and sources is None and hub is not None:
+        path, name, folder, split, eval_split = _preset(
+            hub, (name, folder, split, eval_split), eval_path, eval_fraction
+        )
+    source = Source(path or "", name, folder, split, streaming)
+    weighted = [(source, rules, 1.0)] if sources is None else [_listed(entry, rules) for entry in sources]
+    train, readings = _joined(weighted, "data.path" if path else "data.sources", seed, progress)
+    held_out = train.select(np.zeros(0, dtype=np.int64))
+    if eval_path is not None or eval_split is not None:
+        other = Source(eval_path or source.path, name, folder, eval_split, streaming)
+        found, reading = read(other, rules, "data.eval_path", cache_folder(), progress)
+        held_out, readings = StoredGroups.load([found]), [*readings, reading]
+    elif eval_fraction:
+        train, held_out = _split(train, eval_fraction, seed)
+    if subset is not None:
+        drawn = np.random.default_rng([seed, 1]).permutation(len(train))[:subset]
+        train = train.select(train.places[np.sort(drawn)])
+    prompts = {group.prompt_id: group.prompt for group in held_out if group.prompt}
+    return PreferenceData(train, held_out, list(prompts.values()), _summed(readings))
+
+
+def _preset(
+    hub: dict[str, Any], given: tuple[str | None, ...], eval_path: str | None, eval_fraction: float
+) -> tuple[str | None, ...]:
+    """Where a preset's rows are: path, name, folder, split, eval_split; what is given goes before the preset."""
+    names = ("name", "folder", "split", "eval_split")
+    unknown = set(hub) - {"path", *names}
+    if unknown or "path" not in hub:
+        raise ValueError(f"data.hub is {{path: ..., {', '.join(names)}}}, not {hub}")
+    found = {name: value or hub.get(name) for name, value in zip(names, given, strict=True)}
+    if (eval_path is not None or eval_fraction) and given[3] is None:
+        found["eval_split"] = None
+    return hub["path"], found["name"], found["folder"], found["split"], found["eval_split"]
+
+
+def refuse_ineffective(
+    *,
+    path: str | None,
+    sources: list[Any] | None,
+    hub: dict[str, Any] | None,
+    eval_path: str | None,
+    eval_split: str | None,
+    eval_fraction: float,
+    subset: int | None,
+    **others: Any,
+) -> None:
+    """Refuse, before anything is read, options of `preferences` of which one would be ignored. Raises ValueError."""
+    if path is None and sources is None and hub is None:
+        raise ValueError("data needs data.path=... (a file, a folder, a name on the hub), or data.sources=[...]")
+    if path is not None and sources is not None:
+        raise ValueError("data.path and data.sources both say where the rows are; give one of them")
+    if sources is not None:
+        for key, value in {**others, "eval_split": eval_split}.items():
+            if key in ("name", "folder", "split", "eval_split") and value:
+                raise ValueError(f"data.{key}={value} has no effect: write it into data.sources")
+    if eval_fraction and (eval_path or eval_split):
+        raise ValueError("data.eval_path, data.eval_split and data.eval_fraction hold rows out; give one of them")
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"data.eval_fraction={eval_fraction} must lie in [0, 1)")
+    if subset is not None and subset < 1:
+        raise ValueError(f"data.subset={subset} must be at least 1 group")
+
+
+preferences.check_options = refuse_ineffective  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _listed(entry: Any, rules: Rules) -> tuple[Source, Rules, float]:
+    """One entry of `data.sources`."""
+    known = {f.name for f in fields(Source)} | {"weight", "format"}
+    unknown = set(entry) - known if isinstance(entry, dict) else {str(entry)}
+    if unknown or "path" not in entry:
+        what = f"{', '.join(sorted(unknown))} is unknown" if unknown else "path is missing"
+        raise ValueError(f"data.sources: {what}; an entry is {{path: ..., {', '.join(sorted(known - {'path'}))}}}")
+    weight = float(entry.get("weight", 1.0))
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"data.sources: weight={weight:g} of {entry['path']} must be positive")
+    own = {**vars(rules), "format": entry.get("format", rules.format)}
+    return Source(**{k: v for k, v in entry.items() if k not in ("weight", "format")}), Rules(**own), weight
+
+
+def _joined(
+    weighted: Sequence[tuple[Source, Rules, float]], key: str, seed: int, progress: Progress
+) -> tuple[StoredGroups, list[Reading]]:
+    """All sources' groups, each in its share."""
+    found = [read(source, rules, key, cache_folder(), progress) for source, rules, _ in weighted]
+    together = StoredGroups.load([path for path, _ in found])
+    sizes = [len(StoredGroups.load([path])) for path, _ in found]
+    starts = np.cumsum([0, *sizes[:-1]])
+    parts = [
+        start + _share(size, weight, np.random.default_rng([seed, 2, number]))
+        for number, (start, size, (_, _, weight)) in enumerate(zip(starts, sizes, weighted, strict=True))
+    ]
+    return together.select(np.concatenate(parts)), [reading for _, reading in found]
+
+
+def _share(size: int, weight: float, rng: np.random.Generator) -> np.ndarray:
+    """Rows of a source: all of them as often as the weight's whole part says, and a random part of the rest."""
+    whole, part = divmod(weight, 1.0)
+    drawn = np.sort(rng.permutation(size)[: round(part * size)])
+    return np.concatenate([*[np.arange(size)] * int(whole), drawn])
+
+
+def _split(groups: StoredGroups, fraction: float, seed: int) -> tuple[StoredGroups, StoredGroups]:
     """Train and held-out groups; a share of the prompts is held out, so that a prompt is on one side only."""
-    if not 0 <= fraction < 1:
-        raise ValueError(f"data.eval_fraction={fraction} must lie in [0, 1)")
-    prompts = list(dict.fromkeys(group.prompt_id for group in groups))
+    found = groups.ids("prompt_id")
+    prompts = list(dict.fromkeys(found))
     drawn = np.random.default_rng(seed).permutation(len(prompts))[: round(fraction * len(prompts))]
     held_out = {prompts[i] for i in drawn}
-    return [g for g in groups if g.prompt_id not in held_out], [g for g in groups if g.prompt_id in held_out]
+    side = np.array([prompt in held_out for prompt in found], dtype=bool)
+    return groups.select(groups.places[~side]), groups.select(groups.places[side])
 
 
-def _report(skipped: list[str], total: int) -> None:
-    if skipped:
-        log.warning(
-            "%d of %d rows skipped (data.on_bad_row=skip), such as: %s", len(skipped), total, "; ".join(skipped[:3])
-        )
-
-
-def _data(train: list[PromptGroup], held_out: list[PromptGroup]) -> PreferenceData:
-    prompts = {group.prompt_id: group.prompt for group in held_out}
-    return PreferenceData(train, held_out, list(prompts.values()))
-
-
-def _from_files(
-    path: str, eval_path: str | None, eval_fraction: float, to_group: ToGroup, limit: int | None, bad: str, seed: int
-) -> PreferenceData:
-    if eval_path is not None and eval_fraction:
-        raise ValueError("data.eval_path and data.eval_fraction both hold rows out; give one of them")
-    train, skipped = read_groups(files(path, "data.path"), to_group, limit, bad)
-    _report(skipped, len(train) + len(skipped))
-    if eval_path is None:
-        return _data(*_split(train, eval_fraction, seed))
-    held_out, skipped = read_groups(files(eval_path, "data.eval_path"), to_group, limit, bad)
-    _report(skipped, len(held_out) + len(skipped))
-    return _data(train, held_out)
-
-
-def jsonl(
-    seed: int,
-    *,
-    path: str,
-    eval_path: str | None = None,
-    eval_fraction: float = 0.0,
-    limit: int | None = None,
-    on_bad_row: Literal["error", "skip"] = "error",
-) -> PreferenceData:
-    """One's own rows: `prompt`, `chosen`, `rejected`, each text or a list of messages, in .jsonl or .jsonl.gz.
-
-    `path` is a file or a folder of such files. Held out are the rows of `eval_path`, or a share `eval_fraction` of the
-    prompts drawn from the seed; by default nothing. `limit` counts usable rows. Raises ValueError naming file and row.
-    """
-    return _from_files(path, eval_path, eval_fraction, preference, limit, on_bad_row, seed)
-
-
-def hh(
-    seed: int,
-    *,
-    path: str = "Anthropic/hh-rlhf",
-    subset: str | None = None,
-    eval_path: str | None = None,
-    eval_fraction: float = 0.0,
-    limit: int | None = None,
-    on_bad_row: Literal["error", "skip"] = "skip",
-) -> PreferenceData:
-    """Anthropic's hh-rlhf dialogues (arXiv:2204.05862) from a local .jsonl(.gz) file or folder, or from the hub.
-
-    On the hub `subset` names a folder such as harmless-base, and the test split is held out unless told otherwise.
-    """
-    if Path(path).expanduser().exists() or path.endswith((".jsonl", ".gz")):
-        if subset is not None:
-            raise ValueError("data.subset names a folder on the hub; with a local data.path it has no effect")
-        return _from_files(path, eval_path, eval_fraction, hh_row, limit, on_bad_row, seed)
-    train = _from_hub(path, subset, "train", limit, on_bad_row)
-    if eval_fraction:
-        return _data(*_split(train, eval_fraction, seed))
-    if eval_path is not None:
-        return _data(train, read_groups(files(eval_path, "data.eval_path"), hh_row, limit, on_bad_row)[0])
-    return _data(train, _from_hub(path, subset, "test", limit, on_bad_row))
-
-
-def _from_hub(name: str, subset: str | None, split: str, limit: int | None, bad: str) -> list[PromptGroup]:
-    from datasets import load_dataset
-
-    try:
-        rows: Iterable[Any] = load_dataset(name, data_dir=subset, split=split)
-    except Exception as error:  # the hub client raises many kinds; all mean that there are no rows
-        raise ValueError(
-            f"data.path={name} is neither a local file or folder nor to be had from the hub: {error}"
-        ) from error
-    groups: list[PromptGroup] = []
-    skipped: list[str] = []
-    row: Any
-    for number, row in enumerate(rows, start=1):
-        if limit is not None and len(groups) >= limit:
-            break
-        try:
-            groups.append(hh_row(row, f"{name} {split} row {number}"))
-        except BadRow as error:
-            if bad == "error":
-                raise ValueError(f"{name} {split} row {number} {error}; data.on_bad_row=skip leaves it out") from error
-            skipped.append(f"row {number} {error}")
-    _report(skipped, len(groups) + len(skipped))
-    return groups
+def _summed(readings: Sequence[Reading]) -> Reading:
+    """What became of the rows of all sources together."""
+    dropped: dict[str, int] = {}
+    for reading in readings:
+        for reason, count in reading.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    return Reading(
+        sum(reading.num_rows for reading in readings),
+        dropped,
+        tuple(example for reading in readings for example in reading.examples),
+        tuple(dict.fromkeys(name for reading in readings for name in reading.formats)),
+    )

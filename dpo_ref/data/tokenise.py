@@ -1,158 +1,111 @@
 """From conversations to token ids: the prompt as in generation, the response exactly as the model would produce it."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from dpo_ref.types import Message, PromptGroup, TokenGroup, conversation
+from dpo_ref.data.encoding import Encoder
+from dpo_ref.data.limits import POLICIES, Ids, Limits
+from dpo_ref.data.templates import ChatText
+from dpo_ref.data.token_groups import TokenGroups, gathered
+from dpo_ref.progress import Progress, silent
+from dpo_ref.types import Message, PromptGroup, TokenGroup
 
-CHUNK = 4096  # texts handed to the tokenizer at once
+CHUNK = 1024  # groups handed to the tokenizer at once
+UNLIMITED = 10**9  # transformers writes 10^30 where a tokenizer states no length
+
+
+def length_limit(tokenizer: Any, max_length: int | None) -> int:
+    """`data.max_length`, or what the tokenizer says its model takes, or 1,024 tokens where it says nothing."""
+    stated = tokenizer.model_max_length
+    return max_length or (stated if stated < UNLIMITED else 1024)
 
 
 class Tokenised(NamedTuple):
     """Token groups in the order of their rows, and how often what happened to rows on the way."""
 
-    groups: list[TokenGroup]
+    groups: TokenGroups
     counts: dict[str, int]
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ValueError, naming the remedy, for a tokenizer without an end-of-turn token or a chat template."""
-    where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{where}: no EOS token, so responses could not end; set eos_token in tokenizer_config.json")
-    if not tokenizer.chat_template:
-        raise ValueError(f"{where}: no chat template; put chat_template.jinja into the model's folder")
-
-
-def render(tokenizer: Any, prompt: Sequence[Message], responses: Sequence[str]) -> tuple[str, list[str]]:
-    """The prompt's text up to where the assistant begins, and what the template puts after it for each response."""
-    start = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    rest = []
-    for response in responses:
-        full = tokenizer.apply_chat_template(conversation(prompt, response), tokenize=False)
-        if not full.startswith(start):
-            raise ValueError(
-                "the chat template writes the prompt differently once it is answered, so the response has no definite "
-                f"beginning: {start[-60:]!r} is not how {full[: len(start)][-60:]!r} goes on"
-            )
-        rest.append(full[len(start) :])
-    return start, rest
 
 
 def end_of_turn_ids(tokenizer: Any) -> set[int]:
     """Tokens that may end the assistant's turn: EOS and the special token that the template writes there."""
-    _, (rest,) = render(tokenizer, [Message(role="user", content="a")], ["b"])
-    return {
-        tokenizer.eos_token_id,
-        _through_terminator(tokenizer(rest, add_special_tokens=False).input_ids, tokenizer)[-1],
-    }
+    return {tokenizer.eos_token_id, ChatText(tokenizer).end_id}
 
 
-def _through_terminator(ids: list[int], tokenizer: Any) -> list[int]:
-    """Cut the template's text after the first special token, which ends the assistant's turn."""
-    specials = _special_ids(tokenizer)
-    for place, token in enumerate(ids):
-        if token in specials:
-            return ids[: place + 1]
-    raise ValueError(
-        "the chat template does not end the assistant's turn with a special token; EOS would never be learnt"
+def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """Prompts as token ids, up to where the assistant begins. Special tokens' strings in their texts are text."""
+    groups = [PromptGroup(tuple(prompt), (), origin=f"prompt {place}") for place, prompt in enumerate(prompts)]
+    return [ids.prompt for ids in Encoder(tokenizer).last_turns(groups)]
+
+
+WRITERS = {"last": Encoder.last_turns, "all": Encoder.all_turns}
+
+
+def _refuse_literals(encoder: Encoder, groups: Sequence[PromptGroup]) -> None:
+    for group in groups:
+        texts = " ".join((*(turn["content"] for turn in group.prompt), *group.responses))
+        found = encoder.chat.special_tokens.search(texts)
+        if found:
+            raise ValueError(
+                f"{group.origin} contains the special token {found.group()!r} in a text; "
+                "data.special_tokens_in_text=text encodes it as the text it is"
+            )
+
+
+def _allow_literals(encoder: Encoder, groups: Sequence[PromptGroup]) -> None:
+    """They are encoded as text."""
+
+
+LITERALS = {"error": _refuse_literals, "text": _allow_literals}
+
+
+def _token_group(number: int, group: PromptGroup, ids: Ids, score: str) -> TokenGroup:
+    before = [turn["content"] for turn in group.prompt if turn["role"] == "assistant"] if score == "all" else []
+    sizes = tuple(sum(len(text.encode()) for text in (*before, response)) for response in group.responses)
+    scored = None if ids.scored is None else tuple(ids.scored)
+    return TokenGroup(
+        number, group.group_id, ids.prompt, tuple(ids.responses), sizes, group.pairs, scored, group.labels
     )
-
-
-def _special_ids(tokenizer: Any) -> set[int]:
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
-
-
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    encoded: list[list[int]] = []
-    for start in range(0, len(texts), CHUNK):
-        encoded += tokenizer(texts[start : start + CHUNK], add_special_tokens=False, verbose=False).input_ids
-    return encoded
-
-
-def _response_ids(prompt_ids: list[int], full_ids: list[int], alone_ids: list[int], counts: Counter) -> list[int]:
-    """The response's ids in the context of its prompt; where a token straddles the boundary, the response's own ids,
-    because generation starts from the prompt's ids and cannot merge backwards."""
-    if full_ids[: len(prompt_ids)] == prompt_ids:
-        return full_ids[len(prompt_ids) :]
-    counts["merged at the boundary"] += 1
-    return alone_ids
-
-
-def _cut_prompt(ids: list[int], size: int, bos: int | None) -> list[int]:
-    """The last `size` tokens of the prompt, keeping a leading BOS."""
-    if len(ids) <= size:
-        return ids
-    return [ids[0], *ids[len(ids) - size + 1 :]] if ids[0] == bos else ids[len(ids) - size :]
-
-
-def _fit(
-    prompt: list[int], responses: list[list[int]], limits: tuple[int, int], over_length: str, bos: int | None
-) -> tuple[list[int], list[list[int]]] | None:
-    """Prompt and responses within the limits under the named policy, or None for a group to drop."""
-    max_length, max_prompt_length = limits
-    longest = max(map(len, responses))
-    if len(prompt) <= max_prompt_length and len(prompt) + longest <= max_length:
-        return prompt, responses
-    if over_length == "truncate_prompt":
-        room = min(max_prompt_length, max_length - longest)
-        return (_cut_prompt(prompt, room, bos), responses) if room >= 2 else None
-    if over_length == "truncate_response":
-        prompt = _cut_prompt(prompt, max_prompt_length, bos)
-        room = max_length - len(prompt)
-        return (prompt, [response[:room] for response in responses]) if room >= 1 else None
-    return None
 
 
 def tokenise(
     groups: Sequence[PromptGroup],
     tokenizer: Any,
+    progress: Progress = silent,
     *,
-    max_length: int = 1024,
+    max_length: int | None = None,
     max_prompt_length: int | None = None,
-    over_length: Literal["drop", "truncate_prompt", "truncate_response"] = "drop",
+    max_response_length: int | None = None,
+    over_length: Literal["drop", "truncate_prompt_start", "truncate_prompt_end", "truncate_response"] = "drop",
+    score: Literal["last", "all"] = "last",
+    special_tokens_in_text: Literal["text", "error"] = "text",
 ) -> Tokenised:
     """Token ids of every group under the tokenizer's chat template.
 
     Scored are the response's tokens and the token that ends the assistant's turn, nothing the template writes after
-    it. Groups longer than `max_length` (prompt plus longest response, tokens) or with a prompt longer than
-    `max_prompt_length` follow `over_length`: dropped; the prompt's beginning cut (a leading BOS kept); or both
-    responses cut, to which no end token is added. Raises ValueError for a tokenizer without EOS or chat template and
-    for responses that contain special tokens.
+    it; with `score=all` those of every assistant turn, the prompt then ending before the first. Groups longer than
+    `max_length` (prompt plus longest response, tokens; the tokenizer's `model_max_length` unless given), with a prompt
+    longer than `max_prompt_length` or a response longer than `max_response_length` follow `over_length` (see
+    `limits.py`), all responses alike; what it cannot cure is dropped. `special_tokens_in_text` says what becomes of
+    special tokens' strings in users' texts: encoded as text,
+    or an error. Raises ValueError for a tokenizer without EOS or chat template and for conversations that the template
+    cannot write, naming the row.
     """
-    check_tokenizer(tokenizer)
-    specials, counts = _special_ids(tokenizer), Counter()
-    rendered = [render(tokenizer, group.prompt, group.responses) for group in groups]
-    prompts = _encode(tokenizer, [start for start, _ in rendered])
-    rests = [(start, rest) for start, all_rest in rendered for rest in all_rest]
-    full = iter(_encode(tokenizer, [start + rest for start, rest in rests]))
-    alone = iter(_encode(tokenizer, [rest for _, rest in rests]))
-    limits = (max_length, max_length if max_prompt_length is None else max_prompt_length)
-    kept = []
-    for index, (group, prompt) in enumerate(zip(groups, prompts, strict=True)):
-        responses = []
-        for text in group.responses:
-            ids = _through_terminator(_response_ids(prompt, next(full), next(alone), counts), tokenizer)
-            if len(ids) == 1 or any(token in text for token in _texts(tokenizer, specials)):
-                raise ValueError(
-                    f"{group.origin}: the response is empty or contains a special token's text: {text[:80]!r}"
-                )
-            responses.append(ids)
-        fitted = _fit(prompt, responses, limits, over_length, tokenizer.bos_token_id)
-        if fitted is None:
-            counts["dropped: too long"] += 1
-            continue
-        counts["prompts cut"] += len(fitted[0]) < len(prompt)
-        counts["responses cut"] += sum(len(a) < len(b) for a, b in zip(fitted[1], responses, strict=True))
-        sizes = tuple(len(text.encode()) for text in group.responses)
-        kept.append(TokenGroup(index, group.group_id, fitted[0], tuple(fitted[1]), sizes, group.pairs))
-    return Tokenised(kept, {"groups": len(kept), **{name: count for name, count in counts.items() if count}})
+    encoder = Encoder(tokenizer)
+    limits = Limits(
+        length_limit(tokenizer, max_length), max_prompt_length, max_response_length, tokenizer.bos_token_id
+    )
+    fit = POLICIES[over_length](limits, encoder.counts, encoder.closing)
 
+    def kept() -> Iterator[TokenGroup]:
+        starts = range(0, len(groups), CHUNK)
+        for start in progress(starts, "tokenising", len(starts)):
+            chunk = [groups[place] for place in range(start, min(start + CHUNK, len(groups)))]
+            LITERALS[special_tokens_in_text](encoder, chunk)
+            for number, (group, ids) in enumerate(zip(chunk, WRITERS[score](encoder, chunk), strict=True), start):
+                found = fit(group, ids)
+                if found is not None:
+                    yield _token_group(number, group, found, score)
 
-def _texts(tokenizer: Any, ids: set[int]) -> list[str]:
-    """The texts of special tokens; cached on the tokenizer because it is asked for every response."""
-    if not hasattr(tokenizer, "_dpo_ref_special_texts"):
-        tokenizer._dpo_ref_special_texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(ids)) if text]
-    return tokenizer._dpo_ref_special_texts
+    made = gathered(kept())
+    return Tokenised(made, {"groups": len(made), **{name: count for name, count in encoder.counts.items() if count}})

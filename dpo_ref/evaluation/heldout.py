@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from dpo_ref.data.packing import collate, pack
-from dpo_ref.generation.sampling import Progress, silent
 from dpo_ref.logps import response_logps
+from dpo_ref.progress import Progress, silent
 from dpo_ref.scoring.accuracy import pair_accuracy
 from dpo_ref.scoring.estimates import clustered_mean
 from dpo_ref.types import TokenGroup

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.generation.records import Generation
-from dpo_ref.generation.sampling import Progress, silent
 from dpo_ref.logps import CHUNK_LOGITS, Head, head_of, response_hidden, sum_by_response
+from dpo_ref.progress import Progress, silent
 from dpo_ref.scoring.estimates import Estimate, clustered_mean
 from dpo_ref.types import PackedBatch, TokenGroup
 

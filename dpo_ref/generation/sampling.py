@@ -1,25 +1,19 @@
 """Engines that answer prompts. This one runs a transformers model here, on CPU or CUDA."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dpo_ref.data.tokenise import check_tokenizer, end_of_turn_ids, render
+from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids
 from dpo_ref.generation.decoding import Rule, decode, decoding_mode
 from dpo_ref.generation.noise import stream_name
 from dpo_ref.generation.records import Generation
+from dpo_ref.progress import Progress, silent
 from dpo_ref.types import Message
-
-Progress = Callable[[Sequence[Any], str, int], Iterable[Any]]
-
-
-def silent(items: Sequence[Any], description: str, total: int) -> Iterable[Any]:
-    """No progress bar."""
-    return items
 
 
 def never_sampled(tokenizer: Any, vocab_size: int) -> Int[Tensor, " B"]:
@@ -46,8 +40,7 @@ def _check(temperature: float, top_p: float, counts: dict[str, int]) -> None:
 
 def _encode(tokenizer: Any, prompts: Sequence[Sequence[Message]], room: int | None) -> list[list[int]]:
     """Prompts as token ids, up to where the assistant begins; `room` is what the model's positions leave for them."""
-    texts = [render(tokenizer, prompt, [])[0] for prompt in prompts]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+    encoded = encode_prompts(tokenizer, prompts)
     for index, ids in enumerate(encoded):
         if room is not None and len(ids) > room:
             raise ValueError(
@@ -124,7 +117,6 @@ def generate(
     """
     counts = {"max_new_tokens": max_new_tokens, "samples_per_prompt": samples_per_prompt, "batch_size": batch_size}
     _check(temperature, top_p, counts)
-    check_tokenizer(tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None)
     prompt_ids = _encode(tokenizer, prompts, None if positions is None else positions - max_new_tokens)
     ends, device = end_of_turn_ids(tokenizer), next(model.parameters()).device

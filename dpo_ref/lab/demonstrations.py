@@ -10,11 +10,13 @@ from dpo_ref.lab.gold import gold_reward
 from dpo_ref.lab.preferences import check_counts, draw_prompts
 from dpo_ref.lab.tasks import Split
 from dpo_ref.lab.writers import STYLE_MIXES, Writer
+from dpo_ref.progress import Progress, silent
 from dpo_ref.types import PreferenceData, PromptGroup
 
 
 def lab_sft(
     seed: int,
+    progress: Progress = silent,
     *,
     num_examples: int = 16384,
     num_eval_examples: int = 512,
@@ -36,7 +38,7 @@ def lab_sft(
     train = draw_demonstrations(writer, "train", random.Random(f"{seed} train demonstrations"))
     held_out = draw_demonstrations(writer, "validation", random.Random(f"{seed} eval demonstrations"))
     return PreferenceData(
-        train=list(islice(train, num_examples)),
+        train=list(progress(islice(train, num_examples), "drawing the lab's data", num_examples)),
         eval=list(islice(held_out, num_eval_examples)),
         test_prompts=draw_prompts(test_split, num_test_prompts),
     )

@@ -11,6 +11,7 @@ from dpo_ref.lab.conversations import FAMILIES, draw_prompt
 from dpo_ref.lab.gold import gold_reward
 from dpo_ref.lab.tasks import Prompt, Split
 from dpo_ref.lab.writers import MIXED, Writer
+from dpo_ref.progress import Progress, silent
 from dpo_ref.types import PreferenceData, PromptGroup
 
 COMPETENCES = (0.15, 0.45, 0.75, 1.0)
@@ -19,6 +20,7 @@ COMPETENCES = (0.15, 0.45, 0.75, 1.0)
 
 def lab(
     seed: int,
+    progress: Progress = silent,
     *,
     num_pairs: int = 16384,
     num_eval_pairs: int = 512,
@@ -48,7 +50,7 @@ def lab(
     train = draw_pairs(judge, "train", random.Random(f"{seed} train pairs"))
     held_out = draw_pairs(judge, "validation", random.Random(f"{seed} eval pairs"))
     return PreferenceData(
-        train=list(islice(train, num_pairs)),
+        train=list(progress(islice(train, num_pairs), "drawing the lab's data", num_pairs)),
         eval=list(islice(held_out, num_eval_pairs)),
         test_prompts=draw_prompts(test_split, num_test_prompts),
     )

@@ -1,13 +1,14 @@
 """The protocol of references, and what is handed over to build one."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from dpo_ref.progress import Progress
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
 
 
@@ -42,6 +43,6 @@ class ReferenceContext:
     text_identity: str  # digest of tokenizer and chat template
     groups: Sequence[TokenGroup]  # everything that will be asked for: training and held-out data
     pack: Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
-    progress: Callable[[Sequence[Any], str, int], Iterable[Any]]  # shows how far a pass is: items, description, total
+    progress: Progress
     device: torch.device
     cache: Path

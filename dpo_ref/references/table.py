@@ -8,6 +8,7 @@ pass goes on: a crash loses at most one shard, and runs that fill the same table
 import hashlib
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from dpo_ref.references.interface import ReferenceContext
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
 
 SHARD_TOKENS = 2**20
+WINDOW = 256  # groups packed together in the pass
 PROBES = 4  # rows scored again whenever a table is reused
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # nats per token; half precision: 0.1
 
@@ -28,9 +30,14 @@ Rows = dict[bytes, np.ndarray]
 
 
 def row_key(group: TokenGroup) -> bytes:
-    """128 bits that name what is scored: the ids of the prompt and of every response."""
+    """128 bits that name what is scored: the ids of the prompt and of every response, and which of them count."""
     sizes = [len(group.prompt_ids), *map(len, group.response_ids)]
-    ids = [*sizes, *group.prompt_ids, *(token for response in group.response_ids for token in response)]
+    ids = [
+        *sizes,
+        *group.prompt_ids,
+        *chain.from_iterable(group.response_ids),
+        *chain.from_iterable(group.scored or ()),
+    ]
     return hashlib.sha256(np.asarray([len(sizes), *ids], dtype=np.int32).tobytes()).digest()[:16]
 
 
@@ -62,20 +69,21 @@ def score(model: nn.Module, groups: Sequence[TokenGroup], device: torch.device) 
     """Per-token log-probs of the groups' responses in one pack."""
     batch = collate(groups).to(device)
     values = response_logps(model, batch).tokens().float().cpu().numpy()
-    bounds = np.cumsum([sum(map(len, group.response_ids)) for group in groups])[:-1]
+    bounds = np.cumsum([group.num_scored for group in groups])[:-1]
     return dict(zip(map(row_key, groups), np.split(values, bounds), strict=True))
 
 
-def _fill(model: nn.Module, missing: Sequence[TokenGroup], folder: Path, context: ReferenceContext) -> Rows:
+def _fill(model: nn.Module, missing: Sequence[int], folder: Path, context: ReferenceContext) -> Rows:
     filled: Rows = {}
     shard: Rows = {}
-    packs = context.pack(missing)
-    for pack in context.progress(packs, "reference log-probs", len(packs)):
-        shard |= score(model, pack, context.device)
-        if sum(map(len, shard.values())) >= SHARD_TOKENS:
-            write_shard(folder, shard)
-            filled |= shard
-            shard = {}
+    starts = range(0, len(missing), WINDOW)
+    for start in context.progress(starts, "reference log-probs", len(starts)):
+        for pack in context.pack([context.groups[place] for place in missing[start : start + WINDOW]]):
+            shard |= score(model, pack, context.device)
+            if sum(map(len, shard.values())) >= SHARD_TOKENS:
+                write_shard(folder, shard)
+                filled |= shard
+                shard = {}
     if shard:
         write_shard(folder, shard)
     return filled | shard
@@ -83,11 +91,10 @@ def _fill(model: nn.Module, missing: Sequence[TokenGroup], folder: Path, context
 
 def _probe(model: nn.Module, groups: Sequence[TokenGroup], rows: Rows, folder: Path, device: torch.device) -> None:
     """Score a few stored rows again; a table whose values the model does not give is refused."""
-    picked = list(groups)[:: max(1, len(groups) // PROBES)][:PROBES]
     tolerance = PROBE_TOLERANCE.get(
         torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else torch.float32, 0.1
     )
-    for key, values in score(model, picked, device).items():
+    for key, values in score(model, groups, device).items():
         gap = float(np.abs(values - rows[key]).max())
         if not gap <= tolerance:
             raise ValueError(
@@ -103,14 +110,16 @@ class Table:
         self, name: str, identity: str, weights: str, groups: Sequence[TokenGroup], rows: Rows, device: torch.device
     ) -> None:
         self.name, self.identity, self.weights = name, identity, weights
-        holes = [group for group in groups if row_key(group) not in rows]
+        places = [(group.group_index, row_key(group)) for group in groups]
+        holes = [number for number, key in places if key not in rows]
         if holes:
-            raise ValueError(f"the reference table lacks {len(holes)} groups, such as {holes[0].group_id}")
-        parts = [rows[row_key(group)] for group in groups]
+            raise ValueError(f"the reference table lacks {len(holes)} groups, such as number {holes[0]}")
+        parts = [rows[key] for _, key in places]
         self._values = torch.from_numpy(np.concatenate(parts)).to(device)
         ends = np.cumsum([len(part) for part in parts]).tolist()
         starts = [0, *ends[:-1]]
-        self._span = {g.group_index: span for g, span in zip(groups, zip(starts, ends, strict=True), strict=True)}
+        numbers = (number for number, _ in places)
+        self._span = dict(zip(numbers, zip(starts, ends, strict=True), strict=True))
         self.values_digest = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()[:32]
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:
@@ -127,9 +136,11 @@ def tabulate(name: str, model: nn.Module, identity: str, weights: str, context: 
     """The table of `model` for all of the context's groups: stored rows reused after a probe, the rest computed."""
     folder = context.cache / "reference" / identity
     stored = read_shards(folder)
-    known = [group for group in context.groups if row_key(group) in stored]
+    keys = [row_key(group) for group in context.groups]
+    known = [place for place, key in enumerate(keys) if key in stored]
     if known:
-        _probe(model, known, stored, folder, context.device)
-    missing = list({key: group for group in context.groups if (key := row_key(group)) not in stored}.values())
+        picked = known[:: max(1, len(known) // PROBES)][:PROBES]
+        _probe(model, [context.groups[place] for place in picked], stored, folder, context.device)
+    missing = list({key: place for place, key in enumerate(keys) if key not in stored}.values())
     rows = stored | _fill(model, missing, folder, context) if missing else stored
     return Table(name, identity, weights, context.groups, rows, context.device)

@@ -1,0 +1,107 @@
+"""Formats of rows, by name; what a row looks like decides which it is unless it is named."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from dpo_ref.data.formats import conversations, published
+from dpo_ref.data.formats.checks import BadRow, Row, columns_of
+from dpo_ref.types import PromptGroup
+
+
+class Format(NamedTuple):
+    """A layout of rows: the columns by which it is known, and how a row becomes a group.
+
+    `rows_of_one_prompt`: consecutive rows with the same prompt are one group.
+    """
+
+    name: str
+    columns: frozenset[str]
+    convert: Callable[..., PromptGroup]
+    rows_of_one_prompt: bool = False
+
+    @property
+    def options(self) -> set[str]:
+        """What else can be said about reading it: the keyword-only parameters of `convert`."""
+        parameters = inspect.signature(self.convert).parameters.values()
+        return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def _format(name: str, columns: str, convert: Callable[..., PromptGroup], *, joined: bool = False) -> Format:
+    return Format(name, frozenset(columns.split()), convert, joined)
+
+
+# The first whose columns a row has is taken: the more particular come first.
+FORMATS = {
+    found.name: found
+    for found in (
+        _format("shp", "history human_ref_A human_ref_B labels", published.shp),
+        _format("stack_exchange", "question answers", published.stack_exchange),
+        _format("tldr", "info summaries choice", published.tldr),
+        _format("ultrafeedback", "instruction completions", published.ultrafeedback),
+        _format("helpsteer3", "context response1 response2 overall_preference", published.helpsteer3),
+        _format("helpsteer", "prompt response helpfulness", published.helpsteer, joined=True),
+        _format("annotated", "output_1 output_2", published.annotated),
+        _format("hh", "chosen rejected", published.hh),
+        _format("preference", "chosen rejected", conversations.preference),
+        _format("ranked", "prompt responses", published.ranked),
+        _format("unpaired", "prompt completion label", conversations.unpaired),
+        _format("completion", "prompt completion", conversations.completion),
+        _format("messages", "messages", conversations.messages),
+        _format("instruction", "instruction output", conversations.instruction),
+        _format("text", "text", conversations.plain_text),
+    )
+}
+
+
+def recognised(row: Row) -> Format | None:
+    """The format whose columns the row has."""
+    for found in FORMATS.values():
+        if found.columns <= row.keys() and (found.name != "hh" or _is_dialogue(row)):
+            return found
+    return None
+
+
+def _is_dialogue(row: Row) -> bool:
+    sides = (row["chosen"], row["rejected"])
+    return row.get("prompt") is None and all(isinstance(s, str) and s.startswith("\n\nHuman:") for s in sides)
+
+
+def format_of(name: str, row: Row) -> Format:
+    """The format called `name`, or what `auto` makes of the row. Raises BadRow for columns that fit none."""
+    if name != "auto":
+        return FORMATS[name]
+    found = recognised(row)
+    if found is None:
+        near = max(FORMATS.values(), key=lambda f: len(f.columns & row.keys()) / len(f.columns))
+        raise BadRow(
+            f"fits no known format; its columns are {columns_of(row)}. The nearest is data.format={near.name}, which "
+            f"needs {', '.join(sorted(near.columns))}"
+        )
+    return found
+
+
+def convert(row: Row, origin: str, expected: Format, options: dict[str, Any]) -> PromptGroup:
+    """The row as a group. Raises BadRow; for a row of another format it says which."""
+    try:
+        return expected.convert(row, origin, **options)
+    except BadRow as error:
+        other = recognised(row)
+        if other is not None and other is not expected and not expected.columns <= row.keys():
+            raise BadRow(
+                f"looks like format {other.name}, while the rows before are {expected.name}: {error}"
+            ) from error
+        if not expected.columns <= row.keys():
+            raise BadRow(
+                f"{error}; data.format={expected.name} expects {', '.join(sorted(expected.columns))}"
+            ) from error
+        raise
+
+
+def check_format(name: str) -> None:
+    """Raise ValueError for a name that is no format."""
+    if name != "auto" and name not in FORMATS:
+        close = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: auto, {', '.join(FORMATS)}"
+        raise ValueError(f"data.format={name} is not a format; {hint}")
