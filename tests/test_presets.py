@@ -1,0 +1,62 @@
+"""Every model preset says how long its texts may be and names a template there is; the guide's commands compose."""
+
+import re
+
+import pytest
+import test_readme as readme
+from command import ROOT
+from omegaconf import OmegaConf
+from test_config import REQUIRED, resolved
+
+from dpo_ref import schemas
+from dpo_ref.data import templates
+from dpo_ref.models import pretrained
+
+PRESETS = sorted(schemas.CONF.glob("model/*.yaml"))
+NO_LENGTH = {
+    "lab": "built here; its tokenizer says 1,024",
+    "lab_large": "as lab",
+    "lab_tiny": "as lab",
+    "pretrained": "any model: what its tokenizer says",
+}
+GUIDE = (ROOT / "docs" / "coming_from.md").read_text()
+COMMANDS = re.findall(r"^python (?:train|evaluate)\.py.*", GUIDE, re.MULTILINE)
+LISTED = re.findall(r"^#   (python train\.py .*)$", "\n".join(path.read_text() for path in PRESETS), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset(path):
+    options = resolved(f"model={path.stem}", *REQUIRED.get(path.stem, [])).model.options
+    assert options["template"] in ("auto", *templates.NAMES)
+    assert (options["max_length"] or 0) > 0 or path.stem in NO_LENGTH
+    assert options["dtype"] == "auto"
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_says_nothing_of_its_own_twice(path):
+    """Options are the signature's, and those of published models name one repository of the hub."""
+    options = OmegaConf.to_container(OmegaConf.load(path))
+    assert set(options) <= {"defaults", "_target_", *schemas.configuration(pretrained)}
+    if path.stem not in NO_LENGTH:
+        assert re.fullmatch(r"[\w-]+/[\w.-]+", options["path"])
+        assert options["path"] in path.read_text().split("defaults:")[0]
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS, *LISTED}))
+def test_commands_compose(command):
+    readme.test_commands_compose(command)
+
+
+def test_there_are_commands_of_every_sort():
+    assert len(COMMANDS) == GUIDE.count("\npython ") >= 12
+    assert any("-m " in command for command in COMMANDS)
+    named = set(re.findall(r" model=(\w+)", " ".join(COMMANDS)))
+    assert {path.stem for path in PRESETS} >= named > {"pretrained"}
+
+
+def test_template_options_are_what_the_template_looks_at():
+    """Qwen3's template writes an empty thinking block before an answer; switched off, it belongs to the prompt."""
+    thinkers = [path.stem for path in PRESETS if "template_options" in OmegaConf.load(path)]
+    assert thinkers == [path.stem for path in PRESETS if path.stem.startswith("qwen3")]
+    for name in thinkers:
+        assert resolved(f"model={name}").model.options["template_options"] == {"enable_thinking": False}
