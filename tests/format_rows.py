@@ -121,8 +121,8 @@ case(
 case(
     "kto_conversational as unpaired",
     r"""{"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
-      {"role": "user", "content": "Bye"}], "label": false, "completion": [{"role": "assistant", "content": "Wait!"}]}""",
-    sft(turns("Hi", "Yes?", "Bye"), "Wait!", labels=(False,)),
+      {"role": "user", "content": "Bye"}], "completion": [{"role": "assistant", "content": "Oh."}], "label": false}""",
+    sft(turns("Hi", "Yes?", "Bye"), "Oh.", labels=(False,)),
 )
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 case(
@@ -216,7 +216,9 @@ case(
     {"info": {"id": "c_2", "post": null, "title": "Rain", "subreddit": null, "site": "cnndm",
       "article": "It rained all day."}, "choice": 0, REST, "summaries": [{"text": "Rain.", "policy": "sup1",
       "note": null}, {"text": "Snow.", "policy": "ref", "note": null}]}""",
-    pair("SUBREDDIT: r/tifu\n\nTITLE: Hat\n\nPOST: I lost my hat.\n\nTL;DR:", "Hat is lost.", "Cat."),
+    PromptGroup(
+        turns("SUBREDDIT: r/tifu\n\nTITLE: Hat\n\nPOST: I lost my hat.\n\nTL;DR:"), ("Cat.", "Hat is lost."), ((1, 0),)
+    ),
     pair("ARTICLE: It rained all day.\n\nTL;DR:", "Rain.", "Snow."),
     REST='"worker": "w1", "batch": "b1", "split": "train", "extra": {"confidence": 7}',
 )
