@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref import checkpoint
 from dpo_ref.config import TrainRun, resolve
-from dpo_ref.launch import build, cache_reference
+from dpo_ref.launch import build, cache_reference, report_data
 from dpo_ref.provenance import provenance
 from dpo_ref.session import Interrupted, Session
 from dpo_ref.tracking import RunInfo
@@ -139,6 +139,9 @@ def run_job(cfg: DictConfig, job: Job) -> int:
         run = resolve(cfg, job.choices, job.overrides)
         if run.stage == "cache_reference":
             cache_reference(run)
+            return 0
+        if run.stage == "data":
+            report_data(run, job.directory, f"{run.data.name} for {cfg.model.path}")
             return 0
         open_folder(cfg, job)
         if not cfg.resume:

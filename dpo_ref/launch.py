@@ -11,20 +11,26 @@ from dpo_ref.allocator import keep_memory
 from dpo_ref.attention import resolve_backend
 from dpo_ref.cache import cache_folder
 from dpo_ref.config import TrainRun
-from dpo_ref.data.hygiene import inspect, short_report, summed_counts
+from dpo_ref.data.example import example_of
+from dpo_ref.data.hygiene import inspect, score_margins, short_report, summed_counts
 from dpo_ref.data.packing import pack
+from dpo_ref.data.templates import ChatText
 from dpo_ref.data.token_cache import tokenised_once
 from dpo_ref.data.token_groups import Together
 from dpo_ref.data.tokenise import Tokenised, tokenise
-from dpo_ref.models import LoadedModel, best_device, check_folder, load_model, text_identity
+from dpo_ref.evaluation.data_page import data_page
+from dpo_ref.evaluation.report import write_text
+from dpo_ref.models import LoadedModel, best_device, check_folder, load_model, prepared_tokenizer, text_identity
 from dpo_ref.references.frozen import weights_digest
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.session import Session, groups_for
 from dpo_ref.tracking import Tracker
+from dpo_ref.tracking.example import show_example
 from dpo_ref.tracking.metrics_file import MetricsFile
-from dpo_ref.tracking.terminal import TrainingProgress, progress
+from dpo_ref.tracking.terminal import TrainingProgress, progress, run_summary
 from dpo_ref.types import PreferenceData, TokenGroup
 
+NUM_EXAMPLES = 8  # on the data page
 NUM_SAMPLES = 8  # generations shown in the tracker at the end of a run
 
 
@@ -38,16 +44,37 @@ def tokenised(run: TrainRun, data: PreferenceData, tokenizer: Any) -> tuple[Toke
 
 
 def prepared(
-    run: TrainRun, data: PreferenceData, tokenizer: Any
+    run: TrainRun, data: PreferenceData, tokenizer: Any, tracker: Tracker
 ) -> tuple[Sequence[TokenGroup], Sequence[TokenGroup], dict[str, int]]:
     """Train and held-out groups as the objective needs them, and what happened to rows; prints what they are like."""
     train, held_out = tokenised(run, data, tokenizer)
-    for line in short_report(inspect(data, train, held_out)):
+    found = inspect(data, train, held_out)
+    for line in short_report(found):
         print(line)
     counts = summed_counts(data.reading, train.counts, held_out.counts)
     if not len(train.groups):
         raise ValueError("nothing is left to train on: every row was dropped; see data.max_length, data.over_length")
+    if ChatText(tokenizer).leaves_out_bos:
+        print("  the chat template writes no BOS, which the tokenizer adds by itself; see model.template")
+    example = example_of(tokenizer, train.groups[0]).rows()
+    show_example(example)
+    tracker.table("data/example", ["part", "text", "scored"], example, step=0)
     return groups_for(run.objective, train.groups), groups_for(run.objective, held_out.groups), counts
+
+
+def report_data(run: TrainRun, directory: Path, title: str) -> None:
+    """`stage=data`: read and tokenise, and write what the data is like to data.html; no model is loaded."""
+    data = run.data(run.seed, progress)
+    options = {name: run.model.options[name] for name in ("template", "template_options", "max_length")}
+    tokenizer = prepared_tokenizer(lab_models.locate(run.model.options["path"]), **options)
+    train, held_out = tokenised(run, data, tokenizer)
+    found = inspect(data, train, held_out)
+    drawn = torch.randperm(len(train.groups), generator=torch.Generator().manual_seed(run.seed))[:NUM_EXAMPLES]
+    examples = [example_of(tokenizer, train.groups[int(place)]) for place in drawn]
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / "data.html", data_page(found, score_margins(data.train), examples, title))
+    print("\n".join(short_report(found)))
+    run_summary(f"data={run.data.name}", {"page": str(directory / "data.html")})
 
 
 def build_reference(
@@ -92,7 +119,7 @@ def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
     device = best_device()
     data = run.data(run.seed, progress)
     loaded: LoadedModel = run.model(lab_models.locate, device)
-    train_groups, eval_groups, counts = prepared(run, data, loaded.tokenizer)
+    train_groups, eval_groups, counts = prepared(run, data, loaded.tokenizer, tracker)
     optim = run.optim(loaded.model, run.trainer.num_steps(len(train_groups)))
     return Session(
         directory=directory,
@@ -122,7 +149,8 @@ def cache_reference(run: TrainRun) -> None:
     device = best_device()
     data = run.data(run.seed, progress)
     loaded = run.model(lab_models.locate, device)
-    train_groups, eval_groups, _ = prepared(run, data, loaded.tokenizer)
+    train, held_out = tokenised(run, data, loaded.tokenizer)
+    train_groups, eval_groups = (groups_for(run.objective, found.groups) for found in (train, held_out))
     reference = build_reference(run, loaded, Together(train_groups, eval_groups), device)
     folder = cache_folder() / "reference" / reference.identity
     print(f"cached {len(train_groups) + len(eval_groups):,} groups in {folder}")

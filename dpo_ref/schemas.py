@@ -45,7 +45,7 @@ class TrainSchema:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-STAGES = {"train": ("train", "cache_reference"), "evaluate": ("all", "generate", "score", "report")}
+STAGES = {"train": ("train", "cache_reference", "data"), "evaluate": ("all", "generate", "score", "report")}
 
 
 @dataclass

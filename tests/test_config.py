@@ -58,7 +58,7 @@ REFUSED = {
     "beta without effect": (["objective=sft", "beta=1"], "beta=1.0 has no effect: objective=sft has no KL strength"),
     "reference without effect": (["objective=sft", "reference=initial"], "reference=initial has no effect"),
     "missing path": (["data=jsonl"], "data needs data.path=..."),
-    "stage": (["stage=tain"], "stage=tain is none of train, cache_reference"),
+    "stage": (["stage=tain"], "stage=tain is none of train, cache_reference, data"),
     "trainer value": (["trainer.batch_size=0"], "trainer.batch_size=0 must be positive"),
     "key of another member": (["+data.on_bad_row=skip"], "data.on_bad_row is not an option"),
 }

@@ -70,7 +70,9 @@ def test_special_strings_in_texts_are_text(name, data):
     written = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
     start = decoded(tokenizer, found.prompt_ids)
     assert start.replace(" ", "") == written.replace(" ", "")  # some write a blank of their own
-    assert decoded(tokenizer, [*found.prompt_ids, *found.response_ids[0]]) == start + family.before + answer + family.end
+    assert (
+        decoded(tokenizer, [*found.prompt_ids, *found.response_ids[0]]) == start + family.before + answer + family.end
+    )
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -1,4 +1,4 @@
-"""Tokenizers of the families in use, built with the `tokenizers` library as the real ones are, and trained on little."""
+"""Tokenizers of the families in use, built with the `tokenizers` library as the real ones are."""
 
 import json
 from collections.abc import Callable
@@ -131,7 +131,9 @@ FAMILIES: dict[str, Callable[[], Family]] = {
         templated(byte_level(LLAMA3, True), "llama3", LLAMA3[0], LLAMA3[4], LLAMA3[1:4]), "", "<|eot_id|>", trims=True
     ),
     "olmo: byte-level, tulu": lambda: Family(
-        templated(byte_level(["<|endoftext|>"], False), "tulu", "<|endoftext|>", "<|endoftext|>", []), "", "<|endoftext|>"
+        templated(byte_level(["<|endoftext|>"], False), "tulu", "<|endoftext|>", "<|endoftext|>", []),
+        "",
+        "<|endoftext|>",
     ),
     "pythia: byte-level, plain": lambda: Family(
         templated(byte_level(["<|endoftext|>"], False), "plain", None, "<|endoftext|>", []), " ", "<|endoftext|>"

@@ -1,12 +1,12 @@
 """What the data is like before anything is trained on it: what was left out, and what would mislead."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from dpo_ref.data.pairing import set_id
 from dpo_ref.data.stored import StoredGroups
@@ -75,6 +75,20 @@ def inspect(data: PreferenceData, train: Tokenised, held_out: Tokenised) -> Hygi
     )
 
 
+def concerns(found: Hygiene) -> dict[str, int]:
+    """What a careful reader asks about, with its count."""
+    return {
+        "duplicates (data.deduplicate=exact drops them)": found.duplicates,
+        "groups contradict another that has the same responses in another order": found.contradictions,
+        "held-out groups have a prompt that is trained on": found.leaked,
+    }
+
+
+def score_margins(groups: Iterable[PromptGroup]) -> Float[np.ndarray, " B"]:
+    """Differences of the scores of every pair's responses; empty where rows have no scores."""
+    return np.array([g.rewards[a] - g.rewards[b] for g in groups if g.rewards is not None for a, b in g.pairs])
+
+
 def quantiles(values: Int[np.ndarray, " G"]) -> str:
     """Median and 95th percentile."""
     return "-" if not len(values) else f"{np.median(values):.0f} (95 % up to {np.quantile(values, 0.95):.0f})"
@@ -95,9 +109,4 @@ def short_report(found: Hygiene) -> list[str]:
     lines += [f"  {count:,} rows left out: {reason}" for reason, count in reading.dropped.items()]
     lines += [f"    such as {example}" for example in reading.examples[:3]]
     lines += [f"  {count:,} {what}" for what, count in found.counts.items() if what != "groups"]
-    concerns = {
-        "duplicates (data.deduplicate=exact drops them)": found.duplicates,
-        "groups contradict another that has the same responses in another order": found.contradictions,
-        "held-out groups have a prompt that is trained on": found.leaked,
-    }
-    return lines + [f"  {count:,} {what}" for what, count in concerns.items() if count]
+    return lines + [f"  {count:,} {what}" for what, count in concerns(found).items() if count]

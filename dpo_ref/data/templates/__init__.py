@@ -81,6 +81,14 @@ class ChatText:
         self.special_tokens = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
         self.ending, self.tail, self.end_id = self._turn_end()
 
+    @property
+    def leaves_out_bos(self) -> bool:
+        """Whether the tokenizer begins texts with BOS by itself, and the template does not."""
+        bos = self.tokenizer.bos_token_id
+        adds_it = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
+        (start,) = self.write([[Message(role="user", content="a")]], start=True)
+        return adds_it and self.tokenizer.bos_token not in start
+
     def write(self, conversations: Sequence[Sequence[Message]], *, start: bool, tools: Any = None) -> list[str]:
         """The template's text of every conversation; with `start` it goes on to where the assistant begins."""
         if not conversations:
