@@ -238,7 +238,7 @@ def test_share_is_judged_while_reading(tmp_path):
     """Bad rows after 1,000 good ones are too many at the 112th: 112 > 0.1 · 1,112, while 111 < 0.1 · 1,111."""
     path = written(tmp_path / "rows.jsonl", [*[GOOD] * 1000, *[BAD] * 2000])
     assert ": 112 of 1112 rows cannot be used, more than data.max_bad_share=0.1" in refused(path, on_bad_row="skip")
-    written(path, [*[BAD] * 300, *[GOOD] * 2700])  # all in the first 1,000 rows, which are not judged yet
+    written(path, [GOOD, *[BAD] * 300, *[GOOD] * 2699])  # all in the first 1,000 rows, which are not judged yet
     found = preferences(0, path=str(path), on_bad_row="skip")
     assert (found.reading.dropped, len(found.train)) == ({"bad rows": 300}, 2700)
     assert ": 300 of 3000 rows" in refused(path, on_bad_row="skip", max_bad_share=0.0999)

@@ -164,14 +164,15 @@ def test_pairing(tmp_path, options, responses, made):
 
 def test_best_against_random_is_drawn_from_content(tmp_path, monkeypatch):
     rows = [{**SCORED, "prompt": f"Pick {i}."} for i in range(40)]
-    rows.append({"prompt": "Close.", "responses": ["x", "y"], "scores": [1, 2]})
+    rows += [{"prompt": f"Tie {i}.", "responses": ["high", "haut", "low"], "scores": [2, 2, 1]} for i in range(9)]
     path = json_lines(tmp_path / "rows.jsonl", rows)
     drawn = answers(read(path, pairing="best_vs_random").train)
     assert {better for better, _ in drawn[:40]} == {"five"}
     assert {worse for _, worse in drawn[:40]} == {"one", "three", "trois"}
+    assert drawn[40:] == [("high", "low")] * 9  # never against an equal one
     far = read(path, pairing="best_vs_random", min_margin=2.5)
     assert answers(far.train) == [pair for pair in drawn if pair == ("five", "one")]
-    assert far.reading.dropped == {"score margin too small": 41 - len(far.train)}
+    assert far.reading.dropped == {"score margin too small": 49 - len(far.train)}
     monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "another"))
     assert answers(read(path, seed=1, pairing="best_vs_random").train) == drawn
 
