@@ -3,8 +3,8 @@
     python benchmarks/data.py                       # 100,000 pairs of UltraFeedback's lengths, minutes
     python benchmarks/data.py --pairs 5000
 
-The pairs are random words in JSON lines; the tokenizer is a byte-level BPE of up to 32,000 tokens trained on such words, with
-ChatML. Each measurement is a process of its own; memory is its peak resident set, imports included.
+The pairs are random words in JSON lines; the tokenizer is a byte-level BPE of up to 32,000 tokens trained on them,
+with ChatML. Each measurement is a process of its own; memory is its peak resident set, imports included.
 """
 
 import argparse

@@ -60,8 +60,9 @@ class PromptGroup:
 
     @property
     def prompt_id(self) -> str:
-        """Digest of the prompt alone: rows with the same one belong on the same side of a split."""
-        return digest(self.prompt)
+        """Digest of the prompt alone (of the text where there is none): rows with the same one belong on the same
+        side of a split."""
+        return digest(self.prompt or self.responses)
 
 
 class Reading(NamedTuple):

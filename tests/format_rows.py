@@ -217,7 +217,7 @@ case(
       "article": "It rained all day."}, "choice": 0, REST, "summaries": [{"text": "Rain.", "policy": "sup1",
       "note": null}, {"text": "Snow.", "policy": "ref", "note": null}]}""",
     PromptGroup(
-        turns("SUBREDDIT: r/tifu\n\nTITLE: Hat\n\nPOST: I lost my hat.\n\nTL;DR:"), ("Cat.", "Hat is lost."), ((1, 0),)
+        turns("SUBREDDIT: r/tifu\n\nTITLE: Hat\n\nPOST: I lost my hat.\n\nTL;DR:"), ("Hat is lost.", "Cat."), ((0, 1),)
     ),
     pair("ARTICLE: It rained all day.\n\nTL;DR:", "Rain.", "Snow."),
     REST='"worker": "w1", "batch": "b1", "split": "train", "extra": {"confidence": 7}',

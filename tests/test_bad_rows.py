@@ -65,7 +65,7 @@ ROWS = {
     "late system": (but(prompt=[USER, SYSTEM, USER]), "of order in prompt: turn 2 is system after a turn of user"),
     "assistant first": (but(prompt=[ANSWER, USER]), "of order in prompt: turn 1 is assistant at the beginning"),
     "two systems": (but(prompt=[SYSTEM, USER], system="Be brief."), "has a system turn in the prompt and a column sy"),
-    "no answer": ({"chosen": [USER], "rejected": [USER, ANSWER]}, "has a chosen that is not one assistant turn after"),
+    "no answer": ({"chosen": [USER], "rejected": [USER, ANSWER]}, "has a chosen that ends with a turn of user"),
     "unequal prompts": (
         {"chosen": [USER, ANSWER], "rejected": [OTHER, ANSWER]},
         "has conversations in chosen and rejected that differ before their last answer: two prompts",
@@ -85,8 +85,8 @@ ROWS = {
     "score": (but(score_chosen="good", score_rejected=1), "has 'good' in score_chosen, where a finite number is exp"),
     "NaN": (but(score_chosen=1, score_rejected=float("nan")), "has nan in score_rejected, where a finite number is"),
     "tools": (but(tools="weather("), "has tools that are not JSON"),
-    "mixed": (CASES["kto"].rows[0], "looks like format unpaired, while the rows before are preference: has no chosen"),
-    "mixed scored": (CASES["shp"].rows[0], "looks like format shp, while the rows before are preference: has no chos"),
+    "mixed": (CASES["kto"].rows[0], "looks like format unpaired, while the rows before are preference"),
+    "mixed scored": (CASES["shp"].rows[0], "looks like format shp, while the rows before are preference"),
 }  # fmt: skip
 
 
@@ -108,20 +108,20 @@ FORMATS = [
     ("sft_messages", {"messages": [USER, turn("assistant", " ")]}, "has an empty response 1"),
     ("sft_text", {"text": " \n"}, "has an empty text"),
     ("alpaca", {"instruction": "", "input": ""}, "has no instruction"),
-    ("kto", {"label": "yes"}, "has 'yes' in label, where true or false is expected"),
+    ("kto", {"label": "yes"}, "has 'yes' in label, where true or false"),
     ("hh", {"chosen": f"{HH} so.\n\nHuman: who?"}, "has a dialogue that does not end with an assistant turn"),
     ("hh", {"chosen": f"{HH} so."}, "has dialogues that differ before their last assistant turn"),
-    ("shp", {"labels": 2}, "has 2 in labels, where 1 (A is preferred) or 0 is expected"),
+    ("shp", {"labels": 2}, "has 2 in labels, where true or false (1 or 0) is expected"),
     ("shp", {"score_B": None}, "has null in score_B"),
-    ("summarize_from_feedback", {"choice": 2}, "has 2 in choice, where 0 or 1 is expected"),
-    ("summarize_from_feedback", {"summaries": [{"text": "Cat."}]}, "is no comparison of two summaries of one post"),
+    ("summarize_from_feedback", {"choice": 2}, "has 2 in choice, where true or false (1 or 0) is expected"),
+    ("summarize_from_feedback", {"summaries": [{"text": "Cat."}]}, "has 1 summaries, where two are compared"),
     ("alpaca_eval", {"preference": 0}, "has 0 in preference, which runs from 1 (the first is better) to 2"),
     ("helpsteer2", {"helpfulness": "much"}, "has 'much' in helpfulness, where a finite number is expected"),
     ("helpsteer3", {"context": 4}, "has a context that is neither text nor a list of messages"),
     ("stack_exchange", {"answers": "none"}, "has a str in answers, where a list is expected"),
     ("stack_exchange", {"answers": [{"text": "<p>a</p>"}]}, "has no pm_score; its columns are text"),
     ("ultrafeedback", {"completions": []}, "has an empty list in completions"),
-    ("ultrafeedback", {"completions": ["A cod."]}, "has completions that are not objects with response and ratings"),
+    ("ultrafeedback", {"completions": ["A cod."]}, "has 'A cod.' in completions, where an object is expected"),
     ("ultrafeedback", {"completions": [{"response": "A cod."}]}, "has a completion without ratings"),
     ("ranked_scores", {"scores": [1, 2]}, "has 3 responses and 2 scores or ranks"),
     ("ranked_scores", {"responses": ["a", None, "b"]}, "has null in responses, where text is expected"),
@@ -162,9 +162,9 @@ def parquet(rows):
 
 MANY = "".join(json.dumps(but(prompt=f"why {i * i}?")) + "\n" for i in range(5000)).encode()
 FILES = {
-    "cut.jsonl.gz": (gzip.compress(MANY)[:-5000], "cut.jsonl.gz: the compressed file is damaged or cut short"),
-    "plain.jsonl.gz": (MANY, "plain.jsonl.gz: the compressed file is damaged or cut short"),
-    "plain.json.xz": (MANY, "plain.json.xz: the compressed file is damaged or cut short"),
+    "cut.jsonl.gz": (gzip.compress(MANY)[:-5000], "cut.jsonl.gz: the file cannot be read, or is damaged or cut short"),
+    "plain.jsonl.gz": (MANY, "plain.jsonl.gz: the file cannot be read, or is damaged or cut short"),
+    "plain.json.xz": (MANY, "plain.json.xz: the file cannot be read, or is damaged or cut short"),
     "cut.parquet": (parquet([GOOD] * 50)[:-60], "cut.parquet is not Parquet: "),
     "text.parquet": (MANY, "text.parquet is not Parquet: "),
     "empty.parquet": (b"", "empty.parquet is not Parquet: "),

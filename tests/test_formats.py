@@ -254,7 +254,7 @@ def test_options_without_effect_are_refused(tmp_path, name, options, message):
 
 SOURCES = [
     ([{"path": "a.jsonl"}], {"split": "test"}, r"data\.split=test has no effect: write it into data\.sources"),
-    ([{"path": "a.jsonl", "weight": 0}], {}, r"data\.sources: weight=0 of a\.jsonl must be positive"),
+    ([{"path": "a.jsonl", "weight": 0}], {}, r"data\.sources: weight=0 of a\.jsonl must be a positive"),
     ([{"path": "a.jsonl", "wieght": 1}], {}, r"data\.sources: wieght is unknown; an entry is {path: \.\.\., "),
     ([{"weight": 1}], {}, r"data\.sources: path is missing"),
     (None, {}, r"data needs data\.path="),

@@ -1,6 +1,5 @@
 """Which pairs to make of scored responses, and which groups the filters leave."""
 
-import hashlib
 import random
 import unicodedata
 from collections.abc import Callable
@@ -36,36 +35,27 @@ PAIRINGS: dict[str, Callable[[PromptGroup, Scores], list[int]]] = {
 }
 
 
-def paired(group: PromptGroup, pairing: str, min_margin: float | None) -> PromptGroup | str:
-    """A scored group with its pairs, the better response of each first; or why there are none.
-
-    `best_vs_worst` and `best_vs_random` keep two responses, `all` keeps every one and pairs those whose scores differ,
-    by at least `min_margin` where it is given.
-    """
-    assert group.rewards is not None
-    kept = PAIRINGS[pairing](group, group.rewards)
-    scores = [group.rewards[place] for place in kept]
-    responses = [group.responses[place] for place in kept]
-    least = 0.0 if min_margin is None else min_margin
-    pairs = tuple(
-        (a, b)
-        for a, b in combinations(range(len(kept)), 2)
-        if scores[a] > scores[b] and scores[a] - scores[b] >= least and responses[a] != responses[b]
-    )
-    if not pairs:
-        return "scores tied" if scores[0] == scores[-1] else "score margin too small"
-    return replace(group, responses=tuple(responses), rewards=tuple(scores), pairs=pairs)
-
-
 @dataclass(frozen=True)
 class Filters:
-    """What a group must be like to be kept; None asks nothing."""
+    """What a group must be like to be kept; None asks nothing. Raises ValueError for what nothing could be like."""
 
     min_margin: float | None = None  # between the scores of chosen and rejected
     min_score_ratio: float | None = None  # of chosen's score to rejected's
     min_chars: int | None = None  # of every response
     max_chars: int | None = None
     deduplicate: Literal["off", "exact", "normalised"] = "off"
+
+    def __post_init__(self) -> None:
+        if self.min_chars is not None and self.max_chars is not None and self.min_chars > self.max_chars:
+            raise ValueError(f"data.min_chars={self.min_chars} is above data.max_chars={self.max_chars}: nothing fits")
+
+    def too_close(self, better: float, worse: float) -> str | None:
+        """Why two scores do not make a pair."""
+        if self.min_margin is not None and better - worse < self.min_margin:
+            return "score margin too small"
+        if self.min_score_ratio is not None and better < self.min_score_ratio * worse:
+            return "score ratio too small"
+        return None
 
     def refusal(self, group: PromptGroup) -> str | None:
         """Why a group is left out."""
@@ -79,12 +69,30 @@ class Filters:
         if group.rewards is None or not group.pairs:
             key = "min_margin" if self.min_margin is not None else "min_score_ratio"
             raise ValueError(f"data.{key} has no effect: {group.origin} has no scores")
-        better, worse = (group.rewards[place] for place in group.pairs[0])
-        if self.min_margin is not None and better - worse < self.min_margin:
-            return "score margin too small"
-        if self.min_score_ratio is not None and better < self.min_score_ratio * worse:
-            return "score ratio too small"
-        return None
+        better, worse = group.pairs[0]
+        return self.too_close(group.rewards[better], group.rewards[worse])
+
+
+def paired(group: PromptGroup, pairing: str, filters: Filters) -> PromptGroup | str:
+    """A scored group with its pairs, the better response of each first; or why there are none.
+
+    `best_vs_worst` and `best_vs_random` keep two responses, `all` keeps every one and pairs those whose scores differ
+    as far as the filters ask.
+    """
+    assert group.rewards is not None
+    kept = PAIRINGS[pairing](group, group.rewards)
+    scores = [group.rewards[place] for place in kept]
+    responses = [group.responses[place] for place in kept]
+    reasons = {
+        (a, b): "scores tied"
+        if scores[a] == scores[b]
+        else ("equal responses" if responses[a] == responses[b] else filters.too_close(scores[a], scores[b]))
+        for a, b in combinations(range(len(kept)), 2)
+    }
+    pairs = tuple(pair for pair, reason in reasons.items() if reason is None)
+    if not pairs:
+        return next(reason for reason in reversed(reasons.values()) if reason is not None)
+    return replace(group, responses=tuple(responses), rewards=tuple(scores), pairs=pairs)
 
 
 class Seen:
@@ -98,8 +106,9 @@ class Seen:
         """Whether an equal group was seen; remembers this one."""
         if self._text is None:
             return False
-        texts = [self._text(text) for text in (*(turn["content"] for turn in group.prompt), *group.responses)]
-        key = hashlib.sha256("\0".join(texts).encode()).digest()[:16]
+        prompt = [turn | {"content": self._text(turn["content"])} for turn in group.prompt]
+        what = [prompt, [self._text(response) for response in group.responses], group.labels, group.tools]
+        key = bytes.fromhex(digest(what))
         known = key in self._keys
         self._keys.add(key)
         return known

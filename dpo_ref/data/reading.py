@@ -82,7 +82,7 @@ class Reader:
                     raise row
                 self.format = self.format or self._chosen(format_of(self.rules.format, row))
                 options = {"rating": self.rules.rating} if self.rules.rating else {}
-                group = convert(row, origin, self.format, options)
+                group = convert(row, origin, self.format, options, self.rules.format != "auto")
             except BadRow as error:
                 self._bad(origin, error)
             else:
@@ -118,7 +118,7 @@ class Reader:
         if group.rewards is not None and not group.pairs:
             if len(group.responses) == 1:
                 return "one response alone"
-            found = paired(group, rules.pairing or "best_vs_worst", rules.filters.min_margin)
+            found = paired(group, rules.pairing or "best_vs_worst", rules.filters)
             if isinstance(found, str):
                 return found
             group = found
@@ -135,7 +135,7 @@ class Reader:
 
     def _judge(self, after: int) -> None:
         bad, share = self.dropped["bad rows"], self.rules.max_bad_share
-        if self.num_rows > after and bad > share * self.num_rows and (self.num_kept or bad < self.num_rows):
+        if self.num_rows > after and bad > share * self.num_rows + 1e-9 and (self.num_kept or bad < self.num_rows):
             raise ValueError(
                 f"{self.source}: {bad} of {self.num_rows} rows cannot be used, more than "
                 f"data.max_bad_share={share:g}, such as: {'; '.join(self.examples[:3])}"

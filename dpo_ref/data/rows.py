@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from dpo_ref.data.formats.checks import BadRow, Row
 Named = tuple[str, Row | BadRow]  # a row, or why there is none
 
 OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": open}
-DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError)
+DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Source:
     name: str | None = None  # of the data set's configuration on the hub
     folder: str | None = None  # inside the data set on the hub
     split: str | None = None  # train unless the files have no splits
+    split_key: str = "data.split"  # by which messages call it
     streaming: bool = False
 
 
@@ -58,7 +60,8 @@ def open_source(source: Source, key: str) -> Opened:
 def _no_effect(source: Source, key: str, names: tuple[str, ...], what: str) -> None:
     for name in names:
         if getattr(source, name):
-            raise ValueError(f"data.{name}={getattr(source, name)} has no effect: {key}={source.path} is {what}")
+            option = source.split_key if name == "split" else f"data.{name}"
+            raise ValueError(f"{option}={getattr(source, name)} has no effect: {key}={source.path} is {what}")
 
 
 def _kind(path: Path) -> tuple[str, str]:
@@ -88,7 +91,7 @@ def _file_rows(path: Path) -> Iterator[Named]:
             if row is not None:
                 yield f"{path.name} row {number}", row
     except DAMAGED as error:
-        raise ValueError(f"{path.name}: the compressed file is damaged or cut short ({error})") from error
+        raise ValueError(f"{path.name}: the file cannot be read, or is damaged or cut short ({error})") from error
 
 
 def _json_lines(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow | None]:
@@ -99,11 +102,13 @@ def _json_lines(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow
 
 def _parsed(line: bytes) -> Row | BadRow:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return BadRow(f"is not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:
         return BadRow(f"is not JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        return BadRow(f"is JSON that cannot be read ({error})")
     return row if isinstance(row, dict) else BadRow(f"is a JSON {type(row).__name__}, not an object")
 
 
@@ -112,6 +117,7 @@ def _json(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow | Non
     with opened(path, "rb") as stream:
         content = stream.read()
     if not content.lstrip().startswith(b"["):
+        _refuse_wrapped(path, content)
         yield from (_parsed(line) if line.strip() else None for line in content.splitlines())
         return
     try:
@@ -122,9 +128,20 @@ def _json(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow | Non
         yield row if isinstance(row, dict) else BadRow(f"is a JSON {type(row).__name__}, not an object")
 
 
+def _refuse_wrapped(path: Path, content: bytes) -> None:
+    """Say what to do about one object around the list of rows."""
+    try:
+        whole = json.loads(content)
+    except ValueError:
+        return  # a row a line
+    lists = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if lists and not {"messages", "completions", "chosen", "answers", "summaries"} & set(whole):
+        raise ValueError(f"{path.name} holds one object; its rows are in {lists[0]!r}: save that list alone")
+
+
 def _csv(path: Path, opened: Callable[..., Any], delimiter: str) -> Iterator[Row | BadRow | None]:
     csv.field_size_limit(2**30)
-    with opened(path, "rt", encoding="utf-8", newline="") as stream:
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
         try:
             for row in csv.DictReader(stream, delimiter=delimiter):
                 yield BadRow("has more cells than the header has columns") if None in row else row  # pyright: ignore
@@ -142,7 +159,7 @@ def _parquet(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow | 
         with opened(path, "rb") as stream:
             for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1024):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path.name} is not Parquet: {error}") from error
 
 
@@ -160,14 +177,17 @@ def _saved(source: Source, key: str) -> Opened:
     from datasets import DatasetDict, load_from_disk
 
     _no_effect(source, key, ("name", "folder", "streaming"), "a folder on this machine")
-    found: Any = load_from_disk(str(Path(source.path).expanduser()))
+    try:
+        found: Any = load_from_disk(str(Path(source.path).expanduser()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}={source.path} is a folder of datasets that cannot be read: {error}") from error
     if isinstance(found, DatasetDict):
         split = source.split or "train"
         if split not in found:
-            raise ValueError(f"data.split={split}: {source.path} has {', '.join(map(str, found))}")
+            raise ValueError(f"{source.split_key}={split}: {source.path} has {', '.join(map(str, found))}")
         found = found[split]
     elif source.split:
-        raise ValueError(f"data.split={source.split} has no effect: {source.path} has no splits")
+        raise ValueError(f"{source.split_key}={source.split} has no effect: {source.path} has no splits")
     return Opened(_numbered(found, Path(source.path).name), found._fingerprint)
 
 

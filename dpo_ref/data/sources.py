@@ -64,19 +64,20 @@ def preferences(
     rules = Rules(format, pairing, rating, filters, limit, on_bad_row, max_bad_share)
     refuse_ineffective(
         path=path, sources=sources, hub=hub, eval_path=eval_path, eval_split=eval_split, eval_fraction=eval_fraction,
-        subset=subset, name=name, folder=folder, split=split,
+        subset=subset, name=name, folder=folder, split=split, streaming=streaming,
     )  # fmt: skip
     if path is None and sources is None and hub is not None:
         path, name, folder, split, eval_split = _preset(
             hub, (name, folder, split, eval_split), eval_path, eval_fraction
         )
-    source = Source(path or "", name, folder, split, streaming)
+    source = Source(path or "", name, folder, split, streaming=streaming)
     weighted = [(source, rules, 1.0)] if sources is None else [_listed(entry, rules) for entry in sources]
     train, readings = _joined(weighted, "data.path" if path else "data.sources", seed, progress)
     held_out = train.select(np.zeros(0, dtype=np.int64))
     if eval_path is not None or eval_split is not None:
-        other = Source(eval_path or source.path, name, folder, eval_split, streaming)
-        found, reading = read(other, rules, "data.eval_path", cache_folder(), progress)
+        other = Source(eval_path or source.path, name, folder, eval_split, "data.eval_split", streaming)
+        where = "data.path" if eval_path is None else "data.eval_path"
+        found, reading = read(other, rules, where, cache_folder(), progress)
         held_out, readings = StoredGroups.load([found]), [*readings, reading]
     elif eval_fraction:
         train, held_out = _split(train, eval_fraction, seed)
@@ -117,9 +118,11 @@ def refuse_ineffective(
         raise ValueError("data needs data.path=... (a file, a folder, a name on the hub), or data.sources=[...]")
     if path is not None and sources is not None:
         raise ValueError("data.path and data.sources both say where the rows are; give one of them")
+    if sources is not None and not sources:
+        raise ValueError("data.sources=[] names no source")
     if sources is not None:
         for key, value in {**others, "eval_split": eval_split}.items():
-            if key in ("name", "folder", "split", "eval_split") and value:
+            if key in ("name", "folder", "split", "eval_split", "streaming") and value:
                 raise ValueError(f"data.{key}={value} has no effect: write it into data.sources")
     if eval_fraction and (eval_path or eval_split):
         raise ValueError("data.eval_path, data.eval_split and data.eval_fraction hold rows out; give one of them")
@@ -134,16 +137,16 @@ preferences.check_options = refuse_ineffective  # pyright: ignore[reportFunction
 
 def _listed(entry: Any, rules: Rules) -> tuple[Source, Rules, float]:
     """One entry of `data.sources`."""
-    known = {f.name for f in fields(Source)} | {"weight", "format"}
+    known = {f.name for f in fields(Source)} - {"split_key"} | {"weight", "format"}
     unknown = set(entry) - known if isinstance(entry, dict) else {str(entry)}
     if unknown or "path" not in entry:
         what = f"{', '.join(sorted(unknown))} is unknown" if unknown else "path is missing"
         raise ValueError(f"data.sources: {what}; an entry is {{path: ..., {', '.join(sorted(known - {'path'}))}}}")
-    weight = float(entry.get("weight", 1.0))
-    if not 0 < weight < float("inf"):
-        raise ValueError(f"data.sources: weight={weight:g} of {entry['path']} must be positive")
+    weight = entry.get("weight", 1.0)
+    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise ValueError(f"data.sources: weight={weight} of {entry['path']} must be a positive number")
     own = {**vars(rules), "format": entry.get("format", rules.format)}
-    return Source(**{k: v for k, v in entry.items() if k not in ("weight", "format")}), Rules(**own), weight
+    return Source(**{k: v for k, v in entry.items() if k not in ("weight", "format")}), Rules(**own), float(weight)
 
 
 def _joined(
@@ -158,6 +161,8 @@ def _joined(
         start + _share(size, weight, np.random.default_rng([seed, 2, number]))
         for number, (start, size, (_, _, weight)) in enumerate(zip(starts, sizes, weighted, strict=True))
     ]
+    if not sum(map(len, parts)):
+        raise ValueError("data.sources: with these weights no group is left")
     return together.select(np.concatenate(parts)), [reading for _, reading in found]
 
 

@@ -74,7 +74,7 @@ def format_of(name: str, row: Row) -> Format:
         return FORMATS[name]
     found = recognised(row)
     if found is None:
-        near = max(FORMATS.values(), key=lambda f: len(f.columns & row.keys()) / len(f.columns))
+        near = max(FORMATS.values(), key=lambda f: (len(f.columns & row.keys()) / len(f.columns), f.name != "hh"))
         raise BadRow(
             f"fits no known format; its columns are {columns_of(row)}. The nearest is data.format={near.name}, which "
             f"needs {', '.join(sorted(near.columns))}"
@@ -82,20 +82,19 @@ def format_of(name: str, row: Row) -> Format:
     return found
 
 
-def convert(row: Row, origin: str, expected: Format, options: dict[str, Any]) -> PromptGroup:
-    """The row as a group. Raises BadRow; for a row of another format it says which."""
+def convert(row: Row, origin: str, expected: Format, options: dict[str, Any], named: bool) -> PromptGroup:
+    """The row as a group. Raises BadRow; for a row of another format than the rows before (unless `named`) it says
+    which."""
+    found = recognised(row)
+    missing = not expected.columns <= row.keys()
+    if found is not None and found is not expected and (missing or not named):
+        raise BadRow(f"looks like format {found.name}, while the rows before are {expected.name}")
     try:
         return expected.convert(row, origin, **options)
     except BadRow as error:
-        other = recognised(row)
-        if other is not None and other is not expected and not expected.columns <= row.keys():
-            raise BadRow(
-                f"looks like format {other.name}, while the rows before are {expected.name}: {error}"
-            ) from error
-        if not expected.columns <= row.keys():
-            raise BadRow(
-                f"{error}; data.format={expected.name} expects {', '.join(sorted(expected.columns))}"
-            ) from error
+        if missing:
+            expects = ", ".join(sorted(expected.columns))
+            raise BadRow(f"{error}; data.format={expected.name} expects {expects}") from error
         raise
 
 

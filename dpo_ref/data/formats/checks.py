@@ -37,6 +37,36 @@ def column(row: Row, name: str) -> Any:
     return row[name]
 
 
+def shown(value: Any) -> str:
+    """A value in a message, short."""
+    found = repr(value)
+    return found if len(found) <= 60 else f"{found[:57]}..."
+
+
+def record(value: Any, name: str) -> Row:
+    """A value that is an object with columns of its own."""
+    if not isinstance(value, dict):
+        raise BadRow(f"has {shown(value)} in {name}, where an object is expected")
+    return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or false, 1 or 0, also spelt as text, as CSV has them."""
+    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    if found is None:
+        raise BadRow(f"has {shown(value)} in {name}, where true or false (1 or 0) is expected")
+    return found
+
+
+def json_value(value: Any, name: str) -> Any:
+    """A nested value without the nulls that Parquet writes into absent fields; its texts can be encoded."""
+    if isinstance(value, dict):
+        return {key: json_value(inner, name) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [json_value(inner, name) for inner in value]
+    return text(value, name) if isinstance(value, str) else value
+
+
 def text(value: Any, name: str) -> str:
     """A text that can be encoded, of bounded size."""
     if not isinstance(value, str):
@@ -63,7 +93,7 @@ def number(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         found = float("nan")
     if found - found != 0:
-        raise BadRow(f"has {value!r} in {name}, where a finite number is expected")
+        raise BadRow(f"has {shown(value)} in {name}, where a finite number is expected")
     return found
 
 
@@ -82,8 +112,10 @@ def turn(value: Any, name: str) -> Message:
         raise BadRow(f"has a {name} with a turn that is not {{role: {'|'.join(ROLES)}, content: text}}")
     role, content = value["role"], value.get("content")
     if role not in ROLES:
-        raise BadRow(f"has the unknown role {role!r} in {name}; known are {', '.join(ROLES)}")
-    extra = {key: value[key] for key in ("name", "tool_calls", "tool_call_id") if value.get(key)}
+        raise BadRow(f"has the unknown role {shown(role)} in {name}; known are {', '.join(ROLES)}")
+    extra = {key: json_value(value[key], name) for key in ("name", "tool_calls", "tool_call_id") if value.get(key)}
+    if not all(isinstance(call, dict) for call in extra.get("tool_calls", [])):
+        raise BadRow(f"has tool_calls in {name} that are not a list of objects")
     if content is None and "tool_calls" in extra:
         content = ""
     return Message(role=role, content=text(content, f"{name} ({role} turn)"), **extra)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from dpo_ref.data.formats.checks import BadRow, Row, column, group, number, text, turns
+from dpo_ref.data.formats.checks import BadRow, Row, column, flag, group, json_value, number, text, turns
 from dpo_ref.types import Message, PromptGroup
 
 
@@ -15,13 +15,13 @@ def preference(row: Row, origin: str) -> PromptGroup:
     `score_rejected` (`chosen_score`, `chosen-rating`) the responses' scores.
     """
     sides = [column(row, name) for name in ("chosen", "rejected")]
-    if row.get("prompt") is not None:
-        prompt, answers = _explicit(turns(row["prompt"], "prompt", "user"), sides)
+    if "prompt" in row:
+        prompt, answers = _explicit(turns(column(row, "prompt"), "prompt", "user"), sides)
     elif all(isinstance(side, str) for side in sides):
         prompt, answers = _common_words(text(sides[0], "chosen"), text(sides[1], "rejected"))
     else:
         prompt, answers = _common_turns(
-            turns(sides[0], "chosen", "assistant"), turns(sides[1], "rejected", "assistant")
+            _ending_with_assistant(sides[0], "chosen"), _ending_with_assistant(sides[1], "rejected")
         )
     return group(
         _with_system(row, prompt),
@@ -34,11 +34,18 @@ def preference(row: Row, origin: str) -> PromptGroup:
     )
 
 
+def _ending_with_assistant(value: Any, name: str) -> list[Message]:
+    found = turns(value, name, "assistant")
+    if found[-1]["role"] != "assistant":
+        raise BadRow(f"has a {name} that ends with a turn of {found[-1]['role']}; it must end with the assistant")
+    return found
+
+
 def _explicit(prompt: list[Message], sides: list[Any]) -> tuple[list[Message], list[list[Message]]]:
     """What comes after the prompt on each side; a side may repeat the prompt or its last turns."""
     answers = []
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        found = turns(side, name, "assistant")
+        found = _ending_with_assistant(side, name)
         users = [place for place, one in enumerate(found) if one["role"] != "assistant"]
         begin = users[-1] + 1 if users else 0
         if begin and found[:begin] not in (prompt, prompt[len(prompt) - begin :]):
@@ -61,10 +68,13 @@ def _common_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[
 
 
 def _common_words(chosen: str, rejected: str) -> tuple[list[Message], list[list[Message]]]:
-    size = next(
-        (n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
-    size = chosen.rfind(" ", 0, size + 1) + 1 if size < len(chosen) else size
+    """The words both texts begin with; where a language has no blanks, the characters."""
+    differ = (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    size = next(differ, min(len(chosen), len(rejected)))
+    common = chosen[:size]
+    whole_word = all(side[size : size + 1].isspace() for side in (chosen, rejected))
+    if not whole_word and any(character.isspace() for character in common):
+        size = max(place for place, character in enumerate(common) if character.isspace()) + 1
     prompt = [Message(role="user", content=chosen[:size].strip())]
     return prompt, [[Message(role="assistant", content=side[size:].strip())] for side in (chosen, rejected)]
 
@@ -106,7 +116,7 @@ def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
         raise BadRow("has tools that are not JSON") from error
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise BadRow("has tools that are not a list of JSON schemas")
-    return tuple(found)
+    return tuple(json_value(found, "tools"))
 
 
 def messages(row: Row, origin: str) -> PromptGroup:
@@ -129,10 +139,8 @@ def completion(row: Row, origin: str) -> PromptGroup:
 def unpaired(row: Row, origin: str) -> PromptGroup:
     """KTO's rows: `prompt`, `completion`, and a `label` that says whether the completion is wanted."""
     found = completion(row, origin)
-    label = column(row, "label")
-    if label not in (True, False):
-        raise BadRow(f"has {label!r} in label, where true or false is expected")
-    return PromptGroup(found.prompt, found.responses, (), None, origin, (bool(label),), found.tools)
+    label = flag(column(row, "label"), "label")
+    return PromptGroup(found.prompt, found.responses, (), None, origin, (label,), found.tools)
 
 
 def instruction(row: Row, origin: str) -> PromptGroup:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dpo_ref.data.formats.checks import BadRow, Row, column, group, number, several, text, turns
+from dpo_ref.data.formats.checks import BadRow, Row, column, flag, group, number, record, several, text, turns
 from dpo_ref.data.formats.conversations import instructed
 from dpo_ref.types import Message, PromptGroup
 
@@ -35,25 +35,24 @@ def ultrafeedback(row: Row, origin: str, *, rating: str | None = None) -> Prompt
     Scores are the mean of the rated aspects, as in the cleaned and binarized sets; `overall_score` is known to be
     wrong in rows where a 1 became a 10. `rating` names another: an aspect, `overall_score` or `fine-grained_score`.
     """
-    completions = several(column(row, "completions"), "completions")
-    if not all(isinstance(one, dict) for one in completions):
-        raise BadRow("has completions that are not objects with response and ratings")
+    completions = [record(one, "completions") for one in several(column(row, "completions"), "completions")]
     prompt = [Message(role="user", content=text(column(row, "instruction"), "instruction"))]
     responses = [text(column(one, "response"), "response") for one in completions]
     return group(prompt, responses, origin, rewards=[_rating(one, rating) for one in completions])
 
 
 def _rating(one: Row, rating: str | None) -> float:
-    aspects = one.get("annotations") or {}
+    found = record(one.get("annotations") or {}, "annotations")
+    aspects = {name: record(aspect, name) for name, aspect in found.items() if aspect is not None}
     if rating in one:
         return number(one[rating], rating or "")
     if rating is not None and rating not in aspects:
         raise BadRow(f"has no rating {rating}; a completion has {', '.join((*one, *aspects))}")
     chosen = aspects.values() if rating is None else [aspects[rating]]
-    found = [aspect["Rating"] for aspect in chosen if aspect.get("Rating") not in (None, "N/A")]
-    if not found:
+    values = [aspect["Rating"] for aspect in chosen if aspect.get("Rating") not in (None, "N/A")]
+    if not values:
         raise BadRow("has a completion without ratings")
-    return sum(number(value, "Rating") for value in found) / len(found)
+    return sum(number(value, "Rating") for value in values) / len(values)
 
 
 def shp(row: Row, origin: str) -> PromptGroup:
@@ -61,16 +60,13 @@ def shp(row: Row, origin: str) -> PromptGroup:
     prompt = [Message(role="user", content=text(column(row, "history"), "history"))]
     responses = [text(column(row, f"human_ref_{side}"), f"human_ref_{side}") for side in "AB"]
     scores = [number(column(row, f"score_{side}"), f"score_{side}") for side in "AB"]
-    label = column(row, "labels")
-    if label not in (0, 1):
-        raise BadRow(f"has {label!r} in labels, where 1 (A is preferred) or 0 is expected")
-    order = slice(None) if label == 1 else slice(None, None, -1)
+    order = slice(None) if flag(column(row, "labels"), "labels") else slice(None, None, -1)
     return group(prompt, responses[order], origin, pairs=((0, 1),), rewards=scores[order])
 
 
 def stack_exchange(row: Row, origin: str) -> PromptGroup:
     """HuggingFaceH4/stack-exchange-preferences: a `question` and its `answers`, scored by votes, all as HTML."""
-    answers = several(column(row, "answers"), "answers")
+    answers = [record(one, "answers") for one in several(column(row, "answers"), "answers")]
     prompt = [Message(role="user", content=_words(column(row, "question"), "question"))]
     responses = [_words(column(one, "text"), "answers.text") for one in answers]
     return group(prompt, responses, origin, rewards=[number(column(one, "pm_score"), "pm_score") for one in answers])
@@ -84,27 +80,20 @@ def _words(html: Any, name: str) -> str:
 
 def tldr(row: Row, origin: str) -> PromptGroup:
     """openai/summarize_from_feedback, comparisons: a post in `info`, two `summaries`, and the `choice` of one."""
-    info, summaries = column(row, "info"), several(column(row, "summaries"), "summaries")
-    if not isinstance(info, dict) or len(summaries) != 2:
-        raise BadRow("is no comparison of two summaries of one post (info, summaries, choice)")
+    info = record(column(row, "info"), "info")
+    summaries = [record(one, "summaries") for one in several(column(row, "summaries"), "summaries")]
+    if len(summaries) != 2:
+        raise BadRow(f"has {len(summaries)} summaries, where two are compared")
     if info.get("post"):
-        heads = {
-            "SUBREDDIT": f"r/{info.get('subreddit')}",
-            "TITLE": info.get("title"),
-            "POST": text(info["post"], "post"),
-        }
-        asked = "\n\n".join(f"{name}: {value}" for name, value in heads.items())
+        heads = {"SUBREDDIT": "subreddit", "TITLE": "title", "POST": "post"}
+        known = {head: text(info[name], name) for head, name in heads.items() if info.get(name)}
+        asked = "\n\n".join(f"{head}: {'r/' * (head == 'SUBREDDIT')}{value}" for head, value in known.items())
     else:
         asked = f"ARTICLE: {text(column(info, 'article'), 'article')}"
     prompt = [Message(role="user", content=f"{asked}\n\nTL;DR:")]
     responses = [text(column(one, "text"), "summaries.text").strip() for one in summaries]
-    return group(prompt, responses, origin, pairs=(_order(column(row, "choice"), "choice", (0, 1)),))
-
-
-def _order(value: Any, name: str, first_or_second: tuple[int, int]) -> tuple[int, int]:
-    if value not in first_or_second:
-        raise BadRow(f"has {value!r} in {name}, where {first_or_second[0]} or {first_or_second[1]} is expected")
-    return (0, 1) if value == first_or_second[0] else (1, 0)
+    order = slice(None, None, -1) if flag(column(row, "choice"), "choice") else slice(None)
+    return group(prompt, responses[order], origin, pairs=((0, 1),))
 
 
 def annotated(row: Row, origin: str) -> PromptGroup:
@@ -146,7 +135,12 @@ def ranked(row: Row, origin: str) -> PromptGroup:
     """A `prompt` and k `responses` with `scores`, or with `ranks` (1 is best), or, without both, the best first."""
     prompt = turns(column(row, "prompt"), "prompt", "user")
     responses = [text(one, "responses") for one in several(column(row, "responses"), "responses")]
-    values = row.get("scores") or [-number(rank, "ranks") for rank in row.get("ranks") or range(len(responses))]
+    if row.get("scores") is not None:
+        values = [number(score, "scores") for score in several(row["scores"], "scores")]
+    elif row.get("ranks") is not None:
+        values = [-number(rank, "ranks") for rank in several(row["ranks"], "ranks")]
+    else:
+        values = [-float(place) for place in range(len(responses))]
     if len(values) != len(responses):
         raise BadRow(f"has {len(responses)} responses and {len(values)} scores or ranks")
-    return group(prompt, responses, origin, rewards=[number(value, "scores") for value in values])
+    return group(prompt, responses, origin, rewards=values)
