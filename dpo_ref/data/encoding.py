@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dpo_ref.data.boundary import Encoded, resume, split
+from dpo_ref.data.boundary import Encode, Encoded, resume, split
 from dpo_ref.data.limits import Ids
 from dpo_ref.data.literals import Literals
 from dpo_ref.data.templates import ChatText, TemplateRefuses
@@ -34,7 +34,7 @@ class Encoder:
         self.literals = Literals(self.chat)
         self.counts: Counter[str] = Counter()
         self._backend, self._anchor = tokenizer.backend_tokenizer, tokenizer.eos_token
-        self._tails: dict[str, list[int]] = {}
+        self._added = {place: token.content for place, token in tokenizer.added_tokens_decoder.items()}
         self._closings: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
@@ -86,26 +86,23 @@ class Encoder:
         rest = [tail + body for (tail, _), text in zip(tails, written, strict=True) for body in text.bodies]
         wholes = iter(self.ids(rest))
         for group, prompt, (_, before), text in zip(groups, prompts, tails, written, strict=True):
-            bodies = [(next(wholes), body) for body in text.bodies]
-            yield Ids(
-                prompt, named(group, lambda b=before, x=bodies: [self._response(b, *one, self.encode) for one in x])
-            )
+            found = [(before, next(wholes), body, self.encode, self._anchor) for body in text.bodies]
+            yield Ids(prompt, named(group, lambda found=found: [self._response(*one) for one in found]))
 
     def _tail(self, start: str, prompt: list[int]) -> tuple[str, list[int]]:
-        """The end of the prompt that decides how a response is encoded: from the last special token on, because a
-        tokenizer encodes what stands between two of them on its own."""
-        last = max((match.start() for match in self.chat.added_tokens.finditer(start)), default=0)
-        tail = start[last:]
-        if tail not in self._tails:
-            self._tails[tail] = self.ids([tail])[0]
-        ids = self._tails[tail]
-        return (tail, ids) if prompt[len(prompt) - len(ids) :] == ids else (start, prompt)
+        """The end of the prompt that decides how a response is encoded, as text and ids: from the last special token
+        on, because a tokenizer encodes what stands between two of them on its own."""
+        written = [match.start() for match in self.chat.added_tokens.finditer(start)]
+        places = [place for place, token in enumerate(prompt) if token in self._added]
+        if not written or not places or not start.startswith(self._added[prompt[places[-1]]], written[-1]):
+            return start, prompt
+        return start[written[-1] :], prompt[places[-1] :]
 
-    def _response(self, before: list[int], whole: list[int], body: str, encode: Any) -> list[int]:
+    def _response(self, before: list[int], whole: list[int], body: str, encode: Encode, anchor: str) -> list[int]:
         found = split(before, whole)
         if found is None:
             self.counts["merged at the boundary"] += 1
-            found = resume(before, whole, body, self._anchor, encode, self.decode)
+            found = resume(before, whole, body, anchor, encode, self.decode)
         return found
 
     def _with_literals(self, group: PromptGroup) -> Ids:
@@ -114,8 +111,8 @@ class Encoder:
         text = self.chat.render(hide(group.prompt), [self.literals.hidden(r) for r in group.responses], group.tools)
         start, bodies = name(text.start), [name(body) for body in text.bodies]
         prompt, *wholes = (found.ids for found in encode([start, *(start + body for body in bodies)]))
-        pairs = zip(wholes, bodies, strict=True)
-        return Ids(prompt, [self._response(prompt, whole, body, encode) for whole, body in pairs])
+        pairs, anchor = zip(wholes, bodies, strict=True), name(self._anchor)
+        return Ids(prompt, [self._response(prompt, whole, body, encode, anchor) for whole, body in pairs])
 
     def _all_turns(self, group: PromptGroup) -> Ids:
         hide, name, encode = list, str, self.encode
@@ -128,7 +125,7 @@ class Encoder:
             text = scored_turns(self.chat, hide(conversation(group.prompt, response)), group.tools, name)
             (prompt, _), whole = encode([text.start, text.start + text.body])
             spans = [(begin + len(text.start), end + len(text.start)) for begin, end in text.spans]
-            responses.append(self._response(prompt, whole.ids, text.body, encode))
+            responses.append(self._response(prompt, whole.ids, text.body, encode, name(self._anchor)))
             mask = mask_of(whole.offsets, spans)
             changed = len(responses[-1]) - _common_end(responses[-1], whole.ids)  # where the boundary was resolved
             masks.append([True] * changed + mask[len(mask) - len(responses[-1]) + changed :])
