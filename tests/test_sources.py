@@ -121,3 +121,45 @@ def test_options_that_would_have_no_effect(tmp_path):
         sources.preferences(0, path=path, eval_fraction=1.0)
     with pytest.raises(ValueError, match=r"data\.folder=harmless-base has no effect"):
         sources.preferences(0, path=path, folder="harmless-base")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_hub_through_a_local_folder(tmp_path, monkeypatch, streaming):
+    """`datasets` is asked for what the preset says, and its rows become groups; here its files lie on this machine."""
+    import datasets
+
+    asked = []
+    files = {
+        split: write(tmp_path / f"{split}.jsonl", [row(prompt=f"{split} {i}") for i in range(count)])
+        for split, count in (("train_prefs", 5), ("test_prefs", 2))
+    }
+    real = datasets.load_dataset
+
+    def local(path, name, *, data_dir, split, streaming):
+        asked.append((path, name, data_dir, split, streaming))
+        return real(
+            "json", data_files={split: files[split]}, split=split, streaming=streaming, cache_dir=str(tmp_path)
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    hub = {"path": "someone/pairs", "split": "train_prefs", "eval_split": "test_prefs"}
+    data = sources.preferences(0, hub=hub, folder="harmless", streaming=streaming, limit=4)
+    assert asked == [("someone/pairs", None, "harmless", split, streaming) for split in ("train_prefs", "test_prefs")]
+    assert [group.prompt[0]["content"] for group in data.train] == [f"train_prefs {i}" for i in range(4)]
+    assert [group.origin for group in data.eval] == [f"someone/pairs test_prefs row {i}" for i in (1, 2)]
+    fewer = sources.preferences(0, hub=hub, eval_fraction=0.5, streaming=streaming)
+    assert len(asked) == 3  # a share held out goes before the preset's split
+    assert len(fewer.train) + len(fewer.eval) == 5
+
+
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        ValueError, match=r"data\.path=someone/pairs is neither a local file or folder nor .* no route"
+    ):
+        sources.preferences(0, path="someone/pairs")

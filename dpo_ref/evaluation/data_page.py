@@ -14,7 +14,8 @@ from dpo_ref.evaluation.plots import INITIAL, SERIES, Panel
 def _bins(*values: np.ndarray) -> np.ndarray:
     """Bins of equal width on a logarithmic axis, which holds short and long texts alike."""
     highest = max((int(found.max()) for found in values if len(found)), default=1)
-    return np.unique(np.geomspace(1, highest + 1, 40).round())
+    lowest = min((int(found.min()) for found in values if len(found)), default=1)
+    return np.unique(np.geomspace(max(lowest, 1), highest + 1, 40).round())
 
 
 def _lengths(found: Hygiene) -> Panel:
