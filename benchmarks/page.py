@@ -62,11 +62,12 @@ def sweep_text(found):
 def data_text(found):
     """Two sentences."""
     cold, warm = found["cold"], found["warm"]
-    parts, start = cold["seconds"], sum(warm["seconds"][part] for part in ("imports", "read", "tokenise"))
+    cores, parts = found["machine"]["cores"], cold["seconds"]
+    start = sum(warm["seconds"][part] for part in ("imports", "read", "tokenise"))
     return (
         f"{found['pairs']:,} pairs of UltraFeedback's lengths ({found['file_mib']:.0f} MiB of JSON lines, "
         f"{cold['tokens'] / 1e6:.0f} M tokens) are read in {parts['read']:.0f} s, rendered and tokenised in "
-        f"{parts['tokenise']:.0f} s and packed in {parts['pack an epoch']:.0f} s on {found['machine']['cores']} cores; "
+        f"{parts['tokenise']:.0f} s and packed in {parts['pack an epoch']:.0f} s on {cores} cores; "
         f"memory peaks at {cold['peak_mib'] / 1024:.1f} GiB. With a warm cache the first pack is ready {start:.1f} s "
         "after the start of Python."
     )

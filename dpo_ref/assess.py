@@ -42,7 +42,9 @@ class Subject:
     name: str
     path: str
     folder: Path  # where results go
+    text: str | None = None  # the folder whose tokenizer and template it is used with; None: its own
     initial: str | None = None
+    initial_text: str | None = None  # as `text`, for the initial policy
     reference: str | None = None  # name of the loss reference
     reference_path: str | None = None  # None: the initial policy
     objective: str | None = None
@@ -68,6 +70,7 @@ def subject_of(path: str, output_dir: str | None) -> tuple[Subject, DictConfig |
         path=str(run / "policy"),
         folder=folder,
         initial=config.model.path,
+        initial_text=_text_of(run, config),
         reference=summary["reference"],
         reference_path=config.reference.get("path"),
         objective=summary["objective"],
@@ -77,27 +80,34 @@ def subject_of(path: str, output_dir: str | None) -> tuple[Subject, DictConfig |
     return subject, config
 
 
-class Loaded:
-    """A model and what determines its answers; loaded once, whatever asks for it."""
+def _text_of(run: Path, config: DictConfig) -> str | None:
+    """The folder whose tokenizer the initial policy is used with: the run's, where the run set a template."""
+    changed = config.model.template != "auto" or config.model.template_options or config.model.max_length
+    return str(run / "policy") if changed else None
 
-    def __init__(self, path: str) -> None:
+
+class Loaded:
+    """A model and what determines its answers; loaded once, whatever asks for it. `text` is the folder whose tokenizer
+    and template it is to be used with, its own unless given."""
+
+    def __init__(self, path: str, text: str | None) -> None:
         self.place = lab_models.locate(path)
         check_folder(self.place, "policy")
-        self.tokenizer = load_tokenizer(self.place)
+        self.tokenizer = load_tokenizer(text or self.place)
         self.model = load_model(self.place, best_device(), "auto", "policy").eval()
         self.weights = weights_digest(self.model)
         self.precision = LoadedModel(self.model, self.tokenizer, compute_dtype("auto", best_device())).precision
 
     @cached_property
-    def text(self) -> str:
+    def text_identity(self) -> str:
         """Digest of tokenizer and template."""
         return text_identity(self.tokenizer)
 
 
 @lru_cache(maxsize=3)  # the initial policy, a loss reference and the policy at hand
-def loaded(path: str) -> Loaded:
-    """The model at `path`."""
-    return Loaded(path)
+def loaded(path: str, text: str | None = None) -> Loaded:
+    """The model at `path`, with the tokenizer of the folder `text`."""
+    return Loaded(path, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +123,11 @@ class Settings:
 
 
 def _answers(subject: Subject, settings: Settings, folder: Path) -> list[Generation]:
-    model = loaded(subject.path)
+    model = loaded(subject.path, subject.text)
     prompts, options = settings.data.test_prompts, settings.generation.options
     if not prompts:
         raise ValueError("the data has no prompts to answer: hold some out with data.eval_fraction or data.eval_path")
-    key = generation_key(model.weights, model.text, prompts, settings.seed, options)
+    key = generation_key(model.weights, model.text_identity, prompts, settings.seed, options)
     with model.precision():
         return generate_stage(
             folder, key, lambda: settings.generation(model.model, model.tokenizer, prompts, settings.seed, progress)
@@ -127,7 +137,7 @@ def _answers(subject: Subject, settings: Settings, folder: Path) -> list[Generat
 def _measured(subject: Subject, settings: Settings, generations: list[Generation]) -> dict[str, float]:
     """What needs both models: KL to the initial policy on own samples, held-out pairs."""
     assert subject.initial is not None
-    ours, initial = loaded(subject.path), loaded(subject.initial)
+    ours, initial = loaded(subject.path), loaded(subject.initial, subject.initial_text)
     found: dict[str, float] = {}
     if settings.generation.options["temperature"] == settings.generation.options["top_p"] == 1.0:
         never = never_sampled(ours.tokenizer, ours.model.get_output_embeddings().weight.shape[0])
@@ -144,7 +154,8 @@ def _measure_key(subject: Subject, settings: Settings) -> str:
     """Digest of what measurements depend on: the answers, the models they are compared with, the held-out pairs."""
     assert subject.initial is not None
     answers = read_json(subject.folder / "generations.key.json")["key"]
-    others = [loaded(path).weights for path in (subject.initial, subject.reference_path) if path is not None]
+    others = [loaded(subject.initial, subject.initial_text).weights]
+    others += [] if subject.reference_path is None else [loaded(subject.reference_path).weights]
     pairs = [group.group_id for group in settings.data.eval]
     return digest([answers, others, subject.reference, pairs, settings.data_options.options])
 
@@ -207,13 +218,14 @@ def assess(subject: Subject, settings: Settings, baseline: Evaluated | None) -> 
     return score_stage(folder, about, generations, scores.values, baseline, settings.seed)
 
 
-def baseline_of(path: str, name: str, settings: Settings) -> Evaluated:
+def baseline_of(path: str, name: str, settings: Settings, text: str | None = None) -> Evaluated:
     """The evaluation that others are compared with. A model's answers are kept in the cache and shared by all runs."""
     if (Path(path) / "evaluation" / "evaluation.json").is_file():
         return read_evaluated(Path(path) / "evaluation")
-    key = digest([settings.generation.options, settings.seed, [list(p) for p in settings.data.test_prompts]])
-    folder = cache_folder() / "evaluations" / f"{loaded(path).weights[:16]}-{key[:16]}"
+    prompts, model = [list(prompt) for prompt in settings.data.test_prompts], loaded(path, text)
+    key = digest([settings.generation.options, settings.seed, prompts, model.text_identity])
+    folder = cache_folder() / "evaluations" / f"{model.weights[:16]}-{key[:16]}"
     other_draws = replace(settings, stage="all", seed=settings.seed + BASELINE_SEED)
-    found = assess(Subject(name, path, folder), other_draws, None)
+    found = assess(Subject(name, path, folder, text), other_draws, None)
     assert found is not None
     return found

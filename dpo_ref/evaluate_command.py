@@ -62,7 +62,11 @@ class Evaluator:
         """Whom the win rate is against: what `baseline=` names, else the run's initial policy."""
         if self.cfg.baseline is not None:
             return baseline_of(self.cfg.baseline, Path(self.cfg.baseline).name, settings)
-        return None if subject.initial is None else baseline_of(subject.initial, "initial", settings)
+        return (
+            None
+            if subject.initial is None
+            else baseline_of(subject.initial, "initial", settings, subject.initial_text)
+        )
 
     def track(self, subject: Subject, tracking: Component, found: Evaluated) -> None:
         """Log an evaluation as a run of its own, in the group of the run it is about."""

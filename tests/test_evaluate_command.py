@@ -9,6 +9,8 @@ from command import composed, train, typed
 
 from dpo_ref.evaluate_command import run_evaluation
 from dpo_ref.evaluation import stages
+from dpo_ref.lab_models import locate
+from dpo_ref.models import load_tokenizer
 
 DATA = ["data.num_pairs=64", "data.num_eval_pairs=12", "data.num_test_prompts=10"]
 TRAIN = [*DATA, "model.path=lab:tiny", "trainer.batch_size=16", "tracking=none"]
@@ -80,6 +82,27 @@ def test_against_another_run_and_for_a_model_folder(run, tmp_path):
     plain = numbers(tmp_path / "plain")
     assert plain["baseline"] is None
     assert "kl/initial" not in plain["metrics"]
+
+
+def test_a_base_model_gets_its_template_from_the_run(tmp_path, monkeypatch):
+    """Its folder has none: policy and initial policy are asked in the words that training used."""
+    monkeypatch.chdir(tmp_path)
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(locate("lab:tiny"), base)
+    (base / "chat_template.jinja").unlink()
+    overrides = [*DATA, f"model.path={base}", "trainer.max_steps=1", "tracking=none", f"output_dir={run}"]
+    refused = train(*overrides)
+    assert refused.returncode == 1
+    assert "no chat template; choose one with model.template=" in refused.stderr
+    shutil.rmtree(run)
+    done = train(*overrides, "model.template=plain")
+    assert done.returncode == 0, done.stderr
+    assert "Human: " in (run / "policy" / "chat_template.jinja").read_text()
+    evaluate(f"policy={run}", *QUICK)
+    found = [json.loads(line) for line in (run / "evaluation" / "generations.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(str(run / "policy"))
+    assert tokenizer.decode(found[0]["prompt_ids"]).endswith("\n\nAssistant:")
+    assert numbers(run / "evaluation")["metrics"]["winrate/initial"] is not None
 
 
 def test_greedy_answers_have_no_kl(run, tmp_path):
