@@ -74,9 +74,10 @@ def child(args):
     begun = time.perf_counter()
     from dpo_ref.data.packing import optimiser_batches, pack
     from dpo_ref.data.sources import preferences
+    from dpo_ref.data.templates import text_identity
     from dpo_ref.data.token_cache import tokenised_once
     from dpo_ref.data.tokenise import tokenise
-    from dpo_ref.models import load_tokenizer, text_identity
+    from dpo_ref.models import load_tokenizer
     from dpo_ref.progress import silent
 
     seconds, marks = {}, [time.perf_counter()]

@@ -1,6 +1,6 @@
 """What `evaluate.py` does: generate, measure, score and report one policy, or every job of a sweep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -11,9 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref import lab_models
 from dpo_ref.cache import cache_folder
-from dpo_ref.config import Component
+from dpo_ref.config import Component, component
+from dpo_ref.data.packing import pack
+from dpo_ref.data.templates import text_identity
+from dpo_ref.data.token_groups import TokenGroups
 from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids, length_limit, tokenise
-from dpo_ref.evaluation.heldout import heldout_metrics, score_pairs, zero_reference
+from dpo_ref.evaluation.heldout import PairScores, heldout_metrics, reference_pairs, score_pairs
 from dpo_ref.evaluation.kl import sample_kl
 from dpo_ref.evaluation.records import Evaluated, Evaluation, read_json
 from dpo_ref.evaluation.stages import generate_stage, generation_key, measure_stage, read_evaluated, score_stage
@@ -26,9 +29,9 @@ from dpo_ref.models import (
     compute_dtype,
     load_model,
     load_tokenizer,
-    text_identity,
 )
 from dpo_ref.references.frozen import weights_digest
+from dpo_ref.references.interface import ReferenceContext
 from dpo_ref.tracking.terminal import progress
 from dpo_ref.types import PreferenceData, digest
 
@@ -46,7 +49,7 @@ class Subject:
     initial: str | None = None
     initial_text: str | None = None  # as `text`, for the initial policy
     reference: str | None = None  # name of the loss reference
-    reference_path: str | None = None  # None: the initial policy
+    loss_reference: Component | None = None  # as the run configured it
     objective: str | None = None
     beta: float | None = None
     seed: int | None = None
@@ -72,7 +75,7 @@ def subject_of(path: str, output_dir: str | None) -> tuple[Subject, DictConfig |
         initial=config.model.path,
         initial_text=_text_of(run, config),
         reference=summary["reference"],
-        reference_path=config.reference.get("path"),
+        loss_reference=component("reference", config.reference, summary["choices"]["reference"]),
         objective=summary["objective"],
         beta=summary["beta"],
         seed=summary["seed"],
@@ -146,7 +149,7 @@ def _measured(subject: Subject, settings: Settings, generations: list[Generation
     if any(group.pairs for group in groups):
         ends = end_of_turn_ids(ours.tokenizer)
         policy, start = (score_pairs(m.model, groups, ends, progress) for m in (ours, initial))
-        found |= heldout_metrics(policy, start, _reference_scores(subject, start, groups, ends))
+        found |= heldout_metrics(policy, start, _reference_scores(subject, settings, start, groups))
     return found
 
 
@@ -154,19 +157,32 @@ def _measure_key(subject: Subject, settings: Settings) -> str:
     """Digest of what measurements depend on: the answers, the models they are compared with, the held-out pairs."""
     assert subject.initial is not None
     answers = read_json(subject.folder / "generations.key.json")["key"]
-    others = [loaded(subject.initial, subject.initial_text).weights]
-    others += [] if subject.reference_path is None else [loaded(subject.reference_path).weights]
+    assert subject.loss_reference is not None
+    others = [loaded(subject.initial, subject.initial_text).weights, subject.loss_reference.options]
     pairs = [group.group_id for group in settings.data.eval]
     return digest([answers, others, subject.reference, pairs, settings.data_options.options])
 
 
-def _reference_scores(subject: Subject, start: Any, groups: Sequence[Any], ends: set[int]) -> Any:
-    """The loss reference's log-probs of the held-out pairs."""
-    if subject.reference == "none":
-        return zero_reference(start)
-    if subject.reference_path is None:
-        return start
-    return score_pairs(loaded(subject.reference_path).model, groups, ends, progress)
+def _reference_scores(subject: Subject, settings: Settings, start: PairScores, groups: TokenGroups) -> PairScores:
+    """The loss reference's log-probs of the held-out pairs, by the run's own configuration of it."""
+    assert subject.initial is not None
+    assert subject.loss_reference is not None
+    initial = loaded(subject.initial, subject.initial_text)
+    context = ReferenceContext(
+        policy=initial.model,
+        tokenizer=initial.tokenizer,
+        uses_reference=subject.reference != "none",
+        load=lambda path: loaded(path).model,
+        load_tokenizer=lambda path: load_tokenizer(lab_models.locate(path)),
+        text_identity=initial.text_identity,
+        groups=groups,
+        texts=lambda number: settings.data.eval[number],
+        pack=settings.data_options.bound(pack),
+        progress=progress,
+        device=best_device(),
+        cache=cache_folder(),
+    )
+    return reference_pairs(subject.loss_reference(context), groups, start)
 
 
 def _about(subject: Subject, settings: Settings, scorer: str, metrics: Mapping[str, float]) -> Evaluation:

@@ -80,7 +80,7 @@ def check_command_line(arguments: Sequence[str], kind: str) -> None:
             _refuse_unknown(f"{head}.", [rest], top[head])
 
 
-def _component(group: str, node: DictConfig, choice: str) -> Component:
+def component(group: str, node: DictConfig, choice: str) -> Component:
     """Check one group's node against the signatures it configures."""
     function = locate(node["_target_"])
     parts = (function, *SHARED.get(group, ()))
@@ -135,7 +135,7 @@ def components(cfg: DictConfig, choices: Mapping[str, str], kind: str) -> dict[s
     if cfg.stage not in STAGES[kind]:
         raise ValueError(f"stage={cfg.stage} is none of {', '.join(STAGES[kind])}")
     chosen = [f.name for f in fields(schema_type) if f.type is Any]
-    return {group: _component(group, cfg[group], choices.get(group, group)) for group in chosen}
+    return {group: component(group, cfg[group], choices.get(group, group)) for group in chosen}
 
 
 def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str] = ()) -> TrainRun:

@@ -1,6 +1,7 @@
 """From a resolved configuration to a finished run folder: builds the parts, runs, and writes down how it ended."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from dpo_ref.config import TrainRun
 from dpo_ref.data.example import example_of
 from dpo_ref.data.hygiene import inspect, score_margins, short_report, summed_counts
 from dpo_ref.data.packing import pack
-from dpo_ref.data.templates import ChatText
+from dpo_ref.data.templates import ChatText, text_identity
 from dpo_ref.data.token_cache import tokenised_once
 from dpo_ref.data.token_groups import Together
 from dpo_ref.data.tokenise import Tokenised, tokenise
 from dpo_ref.evaluation.data_page import data_page
 from dpo_ref.evaluation.report import write_text
-from dpo_ref.models import LoadedModel, best_device, check_folder, load_model, prepared_tokenizer, text_identity
+from dpo_ref.models import LoadedModel, best_device, check_folder, load_model, load_tokenizer, prepared_tokenizer
 from dpo_ref.references.frozen import weights_digest
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.session import Session, groups_for
@@ -28,7 +29,7 @@ from dpo_ref.tracking import Tracker
 from dpo_ref.tracking.example import show_example
 from dpo_ref.tracking.metrics_file import MetricsFile
 from dpo_ref.tracking.terminal import TrainingProgress, progress, run_summary
-from dpo_ref.types import PreferenceData, TokenGroup
+from dpo_ref.types import PreferenceData, PromptGroup, TokenGroup
 
 NUM_EXAMPLES = 8  # on the data page
 NUM_SAMPLES = 8  # generations shown in the tracker at the end of a run
@@ -77,8 +78,13 @@ def report_data(run: TrainRun, directory: Path, title: str) -> None:
     run_summary(f"data={run.data.name}", {"page": str(directory / "data.html")})
 
 
+def text_of(data: PreferenceData, number: int) -> PromptGroup:
+    """The texts of the group with this `group_index`: training and held-out data are numbered as one list."""
+    return data.train[number] if number < len(data.train) else data.eval[number - len(data.train)]
+
+
 def build_reference(
-    run: TrainRun, loaded: LoadedModel, groups: Sequence[TokenGroup], device: torch.device
+    run: TrainRun, loaded: LoadedModel, data: PreferenceData, groups: Sequence[TokenGroup], device: torch.device
 ) -> Reference:
     """The loss reference, tabulated unless told otherwise; prints which one it is."""
 
@@ -87,10 +93,13 @@ def build_reference(
 
     context = ReferenceContext(
         policy=loaded.model,
+        tokenizer=loaded.tokenizer,
         uses_reference=run.objective.uses_reference,
         load=load,
+        load_tokenizer=lambda path: load_tokenizer(lab_models.locate(path)),
         text_identity=text_identity(loaded.tokenizer),
         groups=groups,
+        texts=partial(text_of, data),
         pack=run.data.bound(pack),
         progress=progress,
         device=device,
@@ -125,7 +134,7 @@ def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
         directory=directory,
         loaded=loaded,
         policy_weights=weights_digest(loaded.model),
-        reference=build_reference(run, loaded, Together(train_groups, eval_groups), device),
+        reference=build_reference(run, loaded, data, Together(train_groups, eval_groups), device),
         objective=run.objective,
         optim=optim,
         train_groups=train_groups,
@@ -151,6 +160,6 @@ def cache_reference(run: TrainRun) -> None:
     loaded = run.model(lab_models.locate, device)
     train, held_out = tokenised(run, data, loaded.tokenizer)
     train_groups, eval_groups = (groups_for(run.objective, found.groups) for found in (train, held_out))
-    reference = build_reference(run, loaded, Together(train_groups, eval_groups), device)
+    reference = build_reference(run, loaded, data, Together(train_groups, eval_groups), device)
     folder = cache_folder() / "reference" / reference.identity
     print(f"cached {len(train_groups) + len(eval_groups):,} groups in {folder}")

@@ -13,7 +13,6 @@ from torch import nn
 from dpo_ref.attention import resolve_backend
 from dpo_ref.data.templates import install_template
 from dpo_ref.packable import install
-from dpo_ref.types import digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +185,3 @@ def _no_checkpointing(model: Any) -> None:
 
 
 CHECKPOINTING = {"off": _no_checkpointing, "selective": _selective_checkpointing, "full": _full_checkpointing}
-
-
-def text_identity(tokenizer: Any) -> str:
-    """Digest of everything that turns a conversation into token ids."""
-    return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.all_special_tokens])

@@ -13,7 +13,10 @@ FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
 EVALUATE_ONLY = {"generation", "scorer"}
 REQUIRED = {"jsonl": ["data.path=pairs.jsonl"], "other": ["reference.path=lab:strong"]} | {
     "pretrained": ["model.path=lab:tiny"],
-    "mixture": ["data.sources=[{path: a.jsonl}]"],
+    "mixture": {
+        "data": ["data.sources=[{path: a.jsonl}]"],
+        "reference": ["reference.parts=[{reference: initial}, {reference: prior}]"],
+    },
 }
 
 
@@ -30,7 +33,8 @@ def test_every_file_composes(path):
     group = path.parent.name
     kind = "evaluate" if group in EVALUATE_ONLY else "train"
     choice = f"+experiment={path.stem}" if group == "experiment" else f"{group}={path.stem}"
-    resolved(choice, *REQUIRED.get(path.stem, []), kind=kind)
+    required = REQUIRED.get(path.stem, [])
+    resolved(choice, *(required[group] if isinstance(required, dict) else required), kind=kind)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")

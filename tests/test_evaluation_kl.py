@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import naive_logps, random_groups, tiny_model
 
-from dpo_ref.evaluation.heldout import heldout_metrics, score_pairs, zero_reference
+from dpo_ref.evaluation.heldout import heldout_metrics, reference_pairs, score_pairs
 from dpo_ref.evaluation.kl import sample_kl
 from dpo_ref.generation.decoding import Rule, decode, decoding_mode
 from dpo_ref.generation.records import Generation
+from dpo_ref.references.frozen import Zeros
 
 END, PAD, VOCAB, LONGEST = 2, 4, 5, 3
 NEVER = torch.tensor([PAD])
@@ -160,7 +161,7 @@ def test_held_out_pairs_against_each_response_alone():
         assert ours.chosen_end[row] == pytest.approx(chosen[-1].item(), abs=1e-4)
         assert (ours.chosen_lengths[row], ours.rejected_lengths[row]) == (len(chosen), len(rejected))
     assert ours.chosen_ended.tolist() == [True, False, True, False]
-    found = heldout_metrics(ours, theirs, zero_reference(ours))
+    found = heldout_metrics(ours, theirs, reference_pairs(Zeros(), groups, ours))
     ends = [(chosen[-1] - chosen_0[-1]).item() for chosen, _, chosen_0, _ in expected]
     assert found["eos/chosen_logratio"] == pytest.approx((ends[0] + ends[2]) / 2, abs=1e-4)
     margins = [(chosen.sum() - rejected.sum()).item() for chosen, rejected, *_ in expected]
@@ -173,8 +174,9 @@ def test_held_out_pairs_against_each_response_alone():
 
 def test_rewards_are_measured_against_the_loss_reference():
     model = tiny_model(seed=1)
-    pairs = score_pairs(model, random_groups([(4, (5, 3)), (2, (4, 6))]), {END})
+    groups = random_groups([(4, (5, 3)), (2, (4, 6))])
+    pairs = score_pairs(model, groups, {END})
     assert heldout_metrics(pairs, pairs, pairs)["rewards/ties"] == 1.0
-    assert heldout_metrics(pairs, pairs, zero_reference(pairs))["rewards/ties"] == 0.0
+    assert heldout_metrics(pairs, pairs, reference_pairs(Zeros(), groups, pairs))["rewards/ties"] == 0.0
     with pytest.raises(ValueError, match="no held-out pairs"):
         heldout_metrics(*[score_pairs(model, [], {END})] * 3)

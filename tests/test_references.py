@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 from tiny import random_groups, tiny_model
+from tokenizers_here import byte_bpe
 
 from dpo_ref.data.packing import collate, pack
+from dpo_ref.data.templates import text_identity
 from dpo_ref.references import frozen, table
 from dpo_ref.references.interface import Reference, ReferenceContext
 
 LAYOUT = ((5, (4, 7)), (1, (6, 1)), (12, (3, 8)), (2, (2, 2)))
+
+
+TOKENIZER = byte_bpe(bos="<s>")
 
 
 @pytest.fixture
@@ -27,8 +32,11 @@ def context(tmp_path):
     made = ReferenceContext(
         policy=tiny_model(seed=0),
         uses_reference=True,
+        tokenizer=TOKENIZER,
         load=lambda path: tiny_model(seed=int(path)),
-        text_identity="words",
+        load_tokenizer=lambda path: TOKENIZER,
+        text_identity=text_identity(TOKENIZER),
+        texts=lambda number: pytest.fail("asked for texts"),
         groups=random_groups(LAYOUT),
         pack=partial(pack, tokens_per_batch=25),
         progress=progress,

@@ -11,6 +11,7 @@ from torch import nn
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.logps import response_logps
 from dpo_ref.progress import Progress, silent
+from dpo_ref.references.interface import Reference
 from dpo_ref.scoring.accuracy import pair_accuracy
 from dpo_ref.scoring.estimates import clustered_mean
 from dpo_ref.types import TokenGroup
@@ -27,12 +28,6 @@ class PairScores:
     chosen_lengths: Int[np.ndarray, " B"]
     rejected_lengths: Int[np.ndarray, " B"]
     prompts: tuple[tuple[int, ...], ...]
-
-
-def zero_reference(pairs: PairScores) -> PairScores:
-    """The same pairs as scored by the reference `none`: log-probs of zero."""
-    zeros = np.zeros_like(pairs.chosen)
-    return replace(pairs, chosen=zeros, rejected=zeros, chosen_end=zeros)
 
 
 @torch.no_grad()
@@ -62,6 +57,18 @@ def score_pairs(
     prompts = tuple(tuple(members[place].prompt_ids) for place in order)
     lengths = length.astype(np.int64), rejected_length.astype(np.int64)
     return PairScores(chosen, rejected, end, ended.astype(bool), *lengths, prompts)
+
+
+def reference_pairs(reference: Reference, groups: Sequence[TokenGroup], pairs: PairScores) -> PairScores:
+    """The same pairs as scored by a reference of any kind; it need not know what the end token costs."""
+    found: list[np.ndarray] = [np.empty((2, 0))]
+    for group in groups:
+        if group.pairs:
+            batch = collate([group])
+            sums = reference.logps(batch).sums.cpu()
+            found.append(torch.stack([sums[batch.chosen], sums[batch.rejected]]).numpy())
+    chosen, rejected = np.concatenate(found, axis=1)
+    return replace(pairs, chosen=chosen, rejected=rejected, chosen_end=np.full_like(chosen, np.nan))
 
 
 def heldout_metrics(policy: PairScores, initial: PairScores, reference: PairScores) -> dict[str, float]:

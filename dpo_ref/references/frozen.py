@@ -2,14 +2,18 @@
 
 import copy
 import hashlib
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from dpo_ref.data.templates import install_template, text_identity
+from dpo_ref.data.token_groups import Changed
 from dpo_ref.logps import response_logps
 from dpo_ref.references.interface import Reference, ReferenceContext
-from dpo_ref.references.table import tabulate
+from dpo_ref.references.retokenised import from_text
+from dpo_ref.references.table import Table, rows_of, tabulate
 from dpo_ref.types import PackedBatch, ResponseLogps, digest
 
 Cache = Literal["auto", "off"]
@@ -58,9 +62,9 @@ class Zeros:
         """Nothing moves."""
 
 
-def _identity(weights: str, context: ReferenceContext) -> str:
+def _identity(weights: str, text: str) -> str:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else torch.float32
-    return digest({"weights": weights, "text": context.text_identity, "dtype": str(dtype)})
+    return digest({"weights": weights, "text": text, "dtype": str(dtype)})
 
 
 def initial(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
@@ -70,20 +74,52 @@ def initial(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
     exists; with `off` a copy is asked at every step.
     """
     weights = weights_digest(context.policy)
-    identity = _identity(weights, context)
+    identity = _identity(weights, context.text_identity)
     if cache == "auto":
         return tabulate("initial", context.policy, identity, weights, context)
     return Frozen("initial", copy.deepcopy(context.policy), identity, weights)
 
 
-def other(context: ReferenceContext, *, path: str, cache: Cache = "auto") -> Reference:
-    """Another checkpoint with the policy's tokenizer: a local folder or a hub name."""
+def other(
+    context: ReferenceContext,
+    *,
+    path: str,
+    template: str = "auto",
+    template_options: dict[str, Any] | None = None,
+    terminator: Literal["count", "skip"] = "count",
+    max_altered: float = 0.02,
+    cache: Cache = "auto",
+) -> Reference:
+    """Another causal model: a local folder, a hub name, or a model of the lab.
+
+    With the policy's tokenizer and template it scores the policy's token ids. With any other it scores the same text
+    from messages, under its own template and tokenizer (`retokenised.py`): its log-probs are then per response, not
+    per token. `template` and `template_options` are the reference's, as for the model. `terminator=skip` leaves its
+    end-of-turn token out. `max_altered` is the share of responses that may fail to survive its tokenizer and template
+    byte for byte; above it the run stops.
+    """
+    tokenizer = context.load_tokenizer(path)
+    install_template(tokenizer, template, template_options, "reference")
     model = context.load(path).eval()
-    weights = weights_digest(model)
-    identity = _identity(weights, context)
+    weights, text = weights_digest(model), text_identity(tokenizer)
+    identity = _identity(weights, text)
+    if text != context.text_identity or terminator == "skip":
+        return from_text("other", model, tokenizer, identity, weights, context, terminator, max_altered, cache)
     if cache == "auto":
         return tabulate("other", model, identity, weights, context)
     return Frozen("other", model, identity, weights)
+
+
+def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Reference:
+    """log p(y) of the policy before training, without any prompt: the response behind BOS alone (EOS where there is
+    none). With the objective dpo this is the likelihood reward of arXiv:2407.13709."""
+    tokenizer = context.tokenizer
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    groups = Changed(context.groups, lambda group: replace(group, prompt_ids=[begin]))
+    weights = weights_digest(context.policy)
+    identity = _identity(weights, context.text_identity)
+    rows = rows_of(context.policy, groups, identity, context)
+    return Table("prior", digest([identity, "prior", begin]), "", groups, rows, context.device)
 
 
 def none(context: ReferenceContext) -> Reference:

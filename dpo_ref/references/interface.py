@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from dpo_ref.progress import Progress
-from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
+from dpo_ref.types import PackedBatch, PromptGroup, ResponseLogps, TokenGroup
 
 
 @runtime_checkable
@@ -38,10 +38,13 @@ class ReferenceContext:
     """What references are built from at run time."""
 
     policy: nn.Module  # as it is before training
+    tokenizer: Any  # the policy's
     uses_reference: bool  # whether the objective looks at a reference
     load: Callable[[str], nn.Module]  # another model of the same vocabulary, as the policy was loaded
-    text_identity: str  # digest of tokenizer and chat template
+    load_tokenizer: Callable[[str], Any]
+    text_identity: str  # digest of the policy's tokenizer and chat template
     groups: Sequence[TokenGroup]  # everything that will be asked for: training and held-out data
+    texts: Callable[[int], PromptGroup]  # the texts of the group with this group_index
     pack: Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
     progress: Progress
     device: torch.device

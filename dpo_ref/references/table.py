@@ -73,12 +73,14 @@ def score(model: nn.Module, groups: Sequence[TokenGroup], device: torch.device) 
     return dict(zip(map(row_key, groups), np.split(values, bounds), strict=True))
 
 
-def _fill(model: nn.Module, missing: Sequence[int], folder: Path, context: ReferenceContext) -> Rows:
+def _fill(
+    model: nn.Module, groups: Sequence[TokenGroup], missing: Sequence[int], folder: Path, context: ReferenceContext
+) -> Rows:
     filled: Rows = {}
     shard: Rows = {}
     starts = range(0, len(missing), WINDOW)
     for start in context.progress(starts, "reference log-probs", len(starts)):
-        for pack in context.pack([context.groups[place] for place in missing[start : start + WINDOW]]):
+        for pack in context.pack([groups[place] for place in missing[start : start + WINDOW]]):
             shard |= score(model, pack, context.device)
             if sum(map(len, shard.values())) >= SHARD_TOKENS:
                 write_shard(folder, shard)
@@ -132,15 +134,20 @@ class Table:
         """A table does not move."""
 
 
-def tabulate(name: str, model: nn.Module, identity: str, weights: str, context: ReferenceContext) -> Table:
-    """The table of `model` for all of the context's groups: stored rows reused after a probe, the rest computed."""
+def rows_of(model: nn.Module, groups: Sequence[TokenGroup], identity: str, context: ReferenceContext) -> Rows:
+    """Rows for all groups: stored ones reused after a probe, the rest computed and stored."""
     folder = context.cache / "reference" / identity
     stored = read_shards(folder)
-    keys = [row_key(group) for group in context.groups]
+    keys = [row_key(group) for group in groups]
     known = [place for place, key in enumerate(keys) if key in stored]
     if known:
         picked = known[:: max(1, len(known) // PROBES)][:PROBES]
-        _probe(model, [context.groups[place] for place in picked], stored, folder, context.device)
+        _probe(model, [groups[place] for place in picked], stored, folder, context.device)
     missing = list({key: place for place, key in enumerate(keys) if key not in stored}.values())
-    rows = stored | _fill(model, missing, folder, context) if missing else stored
+    return stored | _fill(model, groups, missing, folder, context) if missing else stored
+
+
+def tabulate(name: str, model: nn.Module, identity: str, weights: str, context: ReferenceContext) -> Table:
+    """The table of `model` for all of the context's groups."""
+    rows = rows_of(model, context.groups, identity, context)
     return Table(name, identity, weights, context.groups, rows, context.device)

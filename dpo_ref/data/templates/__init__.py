@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from dpo_ref.types import Message, conversation
+from dpo_ref.types import Message, conversation, digest
 
 FOLDER = Path(__file__).parent
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
@@ -20,38 +20,43 @@ class TemplateRefuses(ValueError):
     """A conversation that a chat template cannot write; the message says why."""
 
 
-def install_template(tokenizer: Any, name: str, options: Mapping[str, Any] | None = None) -> None:
+def install_template(tokenizer: Any, name: str, options: Mapping[str, Any] | None = None, key: str = "model") -> None:
     """Give the tokenizer the chat template `name`; `auto` keeps its own.
 
     `options` (such as `enable_thinking`) become part of the template's text, and so of everything that is saved with
     it. Raises ValueError for a name that is none, for `auto` where the tokenizer has no template, for a template whose
     special tokens the tokenizer does not know, and for an option that the template does not look at.
     """
-    _install(tokenizer, name)
+    _install(tokenizer, name, key)
     for option, value in (options or {}).items():
         if not re.search(rf"\b{re.escape(option)}\b", tokenizer.chat_template):
-            raise ValueError(f"model.template_options.{option} has no effect: the chat template does not look at it")
+            raise ValueError(f"{key}.template_options.{option} has no effect: the chat template does not look at it")
         tokenizer.chat_template = f"{{%- set {option} = {json.dumps(value)} -%}}{tokenizer.chat_template}"
 
 
-def _install(tokenizer: Any, name: str) -> None:
+def _install(tokenizer: Any, name: str, key: str) -> None:
     if name == "auto":
         if not tokenizer.chat_template:
             where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
-            raise ValueError(f"{where}: no chat template; choose one with model.template={'|'.join(NAMES)}")
+            raise ValueError(f"{where}: no chat template; choose one with {key}.template={'|'.join(NAMES)}")
         return
     if name not in NAMES:
-        raise ValueError(f"model.template={name} is none of auto, {', '.join(NAMES)}")
+        raise ValueError(f"{key}.template={name} is none of auto, {', '.join(NAMES)}")
     text = (FOLDER / f"{name}.jinja").read_text().strip("\n")
     ends_turns = "eos_token" not in text
     missing = (None, tokenizer.unk_token_id)
     unknown = [t for t in dict.fromkeys(_SPECIAL.findall(text)) if tokenizer.convert_tokens_to_ids(t) in missing]
     if ends_turns and unknown:
         raise ValueError(
-            f"model.template={name} needs the special tokens {', '.join(unknown)}, which this tokenizer lacks; "
+            f"{key}.template={name} needs the special tokens {', '.join(unknown)}, which this tokenizer lacks; "
             "zephyr, tulu, alpaca and plain end turns with EOS and suit any tokenizer"
         )
     tokenizer.chat_template = text
+
+
+def text_identity(tokenizer: Any) -> str:
+    """Digest of everything that turns a conversation into token ids."""
+    return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.all_special_tokens])
 
 
 class Rendered(NamedTuple):

@@ -1,0 +1,84 @@
+"""Several references as one."""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dpo_ref.references.frozen import initial, other, prior
+from dpo_ref.references.interface import Reference, ReferenceContext
+from dpo_ref.types import PackedBatch, ResponseLogps, digest
+
+KINDS = {function.__name__: function for function in (initial, other, prior)}
+
+
+class Mixture:
+    """The weighted mean of references: of log-probs (geometric), or of sequence probabilities (arithmetic)."""
+
+    def __init__(self, parts: Sequence[Reference], weights: Sequence[float], mean: str) -> None:
+        self.name, self.weights = "mixture", ""
+        self._parts, self._shares, self._combine = parts, weights, MEANS[mean]
+        self.identity = digest([[part.identity for part in parts], list(weights), mean])
+        self.values_digest = digest([getattr(part, "values_digest", part.identity) for part in parts])
+
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """The combination of what the parts say."""
+        return self._combine([part.logps(batch) for part in self._parts], self._shares)
+
+    def update(self, policy: nn.Module, step: int) -> None:
+        """Its parts do not move."""
+
+
+def _geometric(found: Sequence[ResponseLogps], shares: Sequence[float]) -> ResponseLogps:
+    """sum_i w_i log p_i. Its normaliser depends on the prompt alone and cancels between the responses of a pair."""
+    sums = sum(share * one.sums for share, one in zip(shares, found, strict=True))
+    tokens = None
+    if all(one.token_logps is not None for one in found):
+        tokens = sum(share * one.tokens() for share, one in zip(shares, found, strict=True))
+    return ResponseLogps(sums, found[0].lengths, found[0].num_bytes, tokens)  # pyright: ignore[reportArgumentType]
+
+
+def _arithmetic(found: Sequence[ResponseLogps], shares: Sequence[float]) -> ResponseLogps:
+    """log sum_i w_i p_i of whole sequences; tokens have no values of their own."""
+    logs = torch.stack([one.sums + math.log(share) for share, one in zip(shares, found, strict=True)])
+    return ResponseLogps(logs.logsumexp(dim=0), found[0].lengths, found[0].num_bytes, None)
+
+
+MEANS = {"geometric": _geometric, "arithmetic": _arithmetic}
+
+
+def mixture(
+    context: ReferenceContext,
+    *,
+    parts: list[Any],
+    weights: list[float] | None = None,
+    mean: Literal["geometric", "arithmetic"] = "geometric",
+) -> Reference:
+    """Several references with weights that are made to sum to 1 (equal unless given).
+
+    `parts` is a list of {reference: initial|other|prior, and its options}. `geometric` is the mean of log-probs: not
+    normalised, which cancels within a pair; `arithmetic` the log of the mean of sequence probabilities. Raises
+    ValueError for unknown parts or options, and for weights that are not positive or not as many.
+    """
+    if len(parts) < 2:
+        raise ValueError("reference.parts of a mixture are at least two")
+    shares = [1.0] * len(parts) if weights is None else weights
+    if len(shares) != len(parts) or not all(0 < share < math.inf for share in shares):
+        raise ValueError(f"reference.weights={shares} must be {len(parts)} positive numbers, one for each part")
+    made = [_part(entry, context) for entry in parts]
+    return Mixture(made, [share / sum(shares) for share in shares], mean)
+
+
+def _part(entry: Any, context: ReferenceContext) -> Reference:
+    options = dict(entry) if isinstance(entry, Mapping) else {}
+    kind = options.pop("reference", None)
+    if kind not in KINDS:
+        raise ValueError(f"reference.parts: {entry} is not {{reference: {'|'.join(KINDS)}, and its options}}")
+    known = {n for n, p in inspect.signature(KINDS[kind]).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if set(options) - known:
+        unknown = ", ".join(sorted(set(options) - known))
+        raise ValueError(f"reference.parts: {unknown} is not an option of {kind}; known: {', '.join(sorted(known))}")
+    return KINDS[kind](context, **options)
