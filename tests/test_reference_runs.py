@@ -1,0 +1,72 @@
+"""Every kind of reference in a run as a user types it, on tiny models; a foreign one evaluated."""
+
+import json
+
+import pytest
+from command import composed, train
+
+from dpo_ref.evaluate_command import run_evaluation
+from dpo_ref.lab.vocabularies import foreign_tokenizer
+
+SMALL = ["model.path=lab:tiny", "data.num_pairs=48", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
+SMALL += ["trainer.batch_size=16", "tracking=none", "beta=0.1"]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A model of another vocabulary, tokenizer and template, with random weights."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder, tokenizer = tmp_path_factory.mktemp("foreign"), foreign_tokenizer()
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=512, **shape)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+KINDS = {
+    "initial": ["reference=initial"],
+    "other": ["reference=other", "reference.path=lab:tiny"],
+    "foreign": ["reference=other", "reference.path={foreign}"],
+    "prior": ["reference=prior"],
+    "none": ["reference=none"],
+    "mixture": [
+        "reference=mixture",
+        "reference.parts=[{{reference: initial}}, {{reference: other, path: '{foreign}'}}]",
+        "reference.weights=[1.0, 2.0]",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_with_every_kind(kind, foreign, tmp_path):
+    run = tmp_path / "run"
+    overrides = [override.format(foreign=foreign) for override in KINDS[kind]]
+    done = train(*SMALL, *overrides, f"output_dir={run}")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    at_ln_2 = rows[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert at_ln_2 == (kind in ("initial", "other"))  # the others do not start at the reference
+    by_text = kind in ("foreign", "mixture")
+    assert ("train/eos/chosen_logratio" in rows[1]) != by_text  # no token of theirs corresponds to the end token
+    assert ("reference text: " in done.stdout) == by_text
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["reference"] == {"foreign": "other"}.get(kind, kind)
+    if kind == "foreign":
+        overrides = [f"policy={run}", "tracking=none", "generation.max_new_tokens=8"]
+        cfg, choices = composed(*overrides, kind="evaluate")
+        run_evaluation(cfg, choices, overrides)
+        found = json.loads((run / "evaluation" / "evaluation.json").read_text())["metrics"]
+        assert found["rewards/margins"] == pytest.approx(rows[-1]["eval/rewards/margins"] / 0.1, abs=1e-3)
+
+
+def test_resuming_against_another_reference_is_refused(foreign, tmp_path):
+    run = tmp_path / "run"
+    overrides = [*SMALL, "reference=other", f"reference.path={foreign}", f"output_dir={run}", "trainer.save_every=1"]
+    assert train(*overrides, "trainer.max_steps=2").returncode == 0
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("terminator: count", "terminator: skip"))
+    again = train(f"resume={run}", "tracking=none")
+    assert again.returncode == 1
+    assert "reference was" in again.stderr
