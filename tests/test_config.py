@@ -12,6 +12,7 @@ from dpo_ref import config, schemas
 FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
 EVALUATE_ONLY = {"generation", "scorer"}
 REQUIRED = {"jsonl": ["data.path=pairs.jsonl"], "other": ["reference.path=lab:strong"]} | {
+    "interpolate": ["reference.path=lab:strong", "reference.share=0.5"],
     "pretrained": ["model.path=lab:tiny"],
     "mixture": {
         "data": ["data.sources=[{path: a.jsonl}]"],

@@ -31,6 +31,8 @@ KINDS = {
     "foreign": ["reference=other", "reference.path={foreign}"],
     "prior": ["reference=prior"],
     "none": ["reference=none"],
+    "uniform_token": ["reference=uniform_token"],
+    "interpolate": ["reference=interpolate", "reference.path=lab:tiny", "reference.share=0.5"],
     "mixture": [
         "reference=mixture",
         "reference.parts=[{{reference: initial}}, {{reference: other, path: '{foreign}'}}]",
@@ -47,7 +49,7 @@ def test_a_run_with_every_kind(kind, foreign, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     at_ln_2 = rows[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-6)
-    assert at_ln_2 == (kind in ("initial", "other"))  # the others do not start at the reference
+    assert at_ln_2 == (kind in ("initial", "other", "interpolate"))  # the others do not start at the reference
     by_text = kind in ("foreign", "mixture")
     assert ("train/eos/chosen_logratio" in rows[1]) != by_text  # no token of theirs corresponds to the end token
     assert ("reference text: " in done.stdout) == by_text

@@ -1,6 +1,7 @@
 """Tables equal live models, are shared, find holes, and refuse what is stale."""
 
 import copy
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from tokenizers_here import byte_bpe
 
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.data.templates import text_identity
+from dpo_ref.logps import response_logps
 from dpo_ref.references import frozen, table
 from dpo_ref.references.interface import Reference, ReferenceContext
 
@@ -153,3 +155,28 @@ def test_none_is_zero_and_auto_follows_the_objective(context):
     assert frozen.auto(replace(context, uses_reference=False)).name == "none"
     assert passes == []
     assert frozen.auto(context).name == "initial"
+
+
+def test_uniform_is_minus_length_times_ln_v(context):
+    context, _ = context
+    batch = collate(context.groups)
+    found = frozen.uniform_token(context).logps(batch)
+    assert found.sums.tolist() == pytest.approx([-n * math.log(len(TOKENIZER)) for n in batch.lengths.tolist()])
+    assert found.tokens().shape == batch.target_ids.shape
+
+
+def test_interpolation_lies_between(context):
+    """At share 0 and 1 it is one of the two; between them the weights are their mean."""
+    context, _ = context
+    batch = collate(context.groups)
+    ends = [frozen.interpolate(context, path="3", share=share).logps(batch).sums for share in (0.0, 1.0)]
+    torch.testing.assert_close(ends[0], frozen.initial(context).logps(batch).sums, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ends[1], frozen.other(context, path="3").logps(batch).sums, atol=1e-5, rtol=0)
+    middle = tiny_model(seed=0)
+    with torch.no_grad():
+        for ours, theirs in zip(middle.parameters(), tiny_model(seed=3).parameters(), strict=True):
+            ours.add_(theirs).div_(2)
+    found = frozen.interpolate(context, path="3", share=0.5, cache="off").logps(batch)
+    torch.testing.assert_close(found.sums, response_logps(middle, batch).sums, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="has other weights than the policy"):
+        frozen.interpolate(replace(context, load=lambda path: tiny_model(hidden_size=16)), path="3", share=0.5)

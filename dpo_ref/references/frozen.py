@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -42,6 +44,27 @@ class Frozen:
 
     def update(self, policy: nn.Module, step: int) -> None:
         """A frozen model does not move."""
+
+
+class Uniform:
+    """Every token equally likely: log p(y) = -tokens ln V, V the tokenizer's vocabulary.
+
+    It differs from `none` by a reward for length alone, which is what it is there to show.
+    """
+
+    name, weights = "uniform_token", ""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.identity = f"uniform over {vocabulary} tokens"
+        self._value = -math.log(vocabulary)
+
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """The same value for every scored token."""
+        tokens = torch.full((len(batch.target_ids),), self._value, device=batch.target_ids.device)
+        return ResponseLogps(batch.lengths.double() * self._value, batch.lengths, batch.num_bytes, tokens)
+
+    def update(self, policy: nn.Module, step: int) -> None:
+        """Nothing moves."""
 
 
 class Zeros:
@@ -122,9 +145,38 @@ def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Refe
     return Table("prior", digest([identity, "prior", begin]), "", groups, rows, context.device)
 
 
+def interpolate(context: ReferenceContext, *, path: str, share: float, cache: Cache = "auto") -> Reference:
+    """A model whose weights lie between the policy's before training (share 0) and those of another checkpoint of the
+    same architecture and tokenizer (share 1); beyond either end is allowed. Raises ValueError for other weights."""
+    if not math.isfinite(share):
+        raise ValueError(f"reference.share={share} must be finite")
+    if text_identity(context.load_tokenizer(path)) != context.text_identity:
+        raise ValueError(f"reference=interpolate: {path} has another tokenizer or template than the policy")
+    model = context.load(path).eval()
+    ours, theirs = context.policy.state_dict(), model.state_dict()
+    differing = [name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name)]
+    if differing:
+        raise ValueError(f"reference=interpolate: {path} has other weights than the policy, such as {differing[0]}")
+    model.load_state_dict({name: torch.lerp(ours[name], theirs[name], share) for name in ours})
+    weights = weights_digest(model)
+    identity = _identity(weights, context.text_identity)
+    if cache == "auto":
+        return tabulate("interpolate", model, identity, weights, context)
+    return Frozen("interpolate", model, identity, weights)
+
+
+def _shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
+    return weights[name].shape if name in weights else None
+
+
 def none(context: ReferenceContext) -> Reference:
     """No reference at all."""
     return Zeros()
+
+
+def uniform_token(context: ReferenceContext) -> Reference:
+    """Every token of the vocabulary equally likely."""
+    return Uniform(len(context.tokenizer))
 
 
 def auto(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
