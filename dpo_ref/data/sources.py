@@ -1,7 +1,7 @@
 """Preference data from files, folders and the hub: `data=jsonl` and the presets of published sets."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -75,8 +75,10 @@ def preferences(
     train, readings = _joined(weighted, "data.path" if path else "data.sources", seed, progress)
     held_out = train.select(np.zeros(0, dtype=np.int64))
     if eval_path is not None or eval_split is not None:
-        other = Source(eval_path or source.path, name, folder, eval_split, "data.eval_split", streaming)
-        where = "data.path" if eval_path is None else "data.eval_path"
+        if eval_path is None:
+            other, where = replace(source, split=eval_split, split_key="data.eval_split"), "data.path"
+        else:
+            other, where = Source(eval_path, split=eval_split, split_key="data.eval_split"), "data.eval_path"
         found, reading = read(other, rules, where, cache_folder(), progress)
         held_out, readings = StoredGroups.load([found]), [*readings, reading]
     elif eval_fraction:
