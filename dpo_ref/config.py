@@ -68,7 +68,7 @@ def check_command_line(arguments: Sequence[str], kind: str) -> None:
     top: dict[str, set[str]] = {f.name: set() for f in fields(SCHEMAS[kind])} | {"experiment": set()}
     top["trainer"] = {f.name for f in fields(TrainerConfig)}
     for group in top.keys() & groups().keys():
-        parts = [locate(OmegaConf.load(path)["_target_"]) for path in groups()[group]]  # pyright: ignore
+        parts = [locate(target) for target in set(groups()[group].values())]
         top[group] = {name for part in (*parts, *SHARED.get(group, ())) for name in configuration(part)}
     for argument in arguments:
         key, equals, _ = argument.lstrip("+~").partition("=")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -121,12 +122,19 @@ def schema(component: Callable[..., Any], *shared: Callable[..., Any]) -> type:
     return make_dataclass(component.__name__, [("_target_", str, MISSING), *members])
 
 
-def groups() -> dict[str, list[Path]]:
-    """The config groups whose members target components, with their YAML files."""
-    found: dict[str, list[Path]] = {}
+def target_of(path: Path) -> str | None:
+    """What a YAML file targets, read without parsing the file: --help looks at all of them."""
+    found = re.search(r"^_target_: *(\S+)", path.read_text(), re.MULTILINE)
+    return found and found[1]
+
+
+@cache
+def groups() -> dict[str, dict[Path, str]]:
+    """The config groups whose members target components: their YAML files and the targets."""
+    found: dict[str, dict[Path, str]] = {}
     for path in sorted(CONF.glob("*/*.yaml")):
-        if "_target_" in path.read_text():
-            found.setdefault(path.parent.name, []).append(path)
+        if target := target_of(path):
+            found.setdefault(path.parent.name, {})[path] = target
     return found
 
 
@@ -179,8 +187,8 @@ def register() -> None:
     store = ConfigStore.instance().store
     store(group="schema", name="train", node=TrainSchema)
     store(group="schema", name="evaluate", node=EvaluateSchema)
-    for group, paths in groups().items():
-        for path in paths:
-            component = locate(OmegaConf.load(path)["_target_"])  # pyright: ignore
+    for group, members in groups().items():
+        for target in sorted(set(members.values())):
+            component = locate(target)
             node = schema(component, *SHARED.get(group, ()))
             store(group=f"schema/{group}", name=component.__name__, node=node)
