@@ -162,7 +162,7 @@ def parquet(rows):
 
 MANY = "".join(json.dumps(but(prompt=f"why {i * i}?")) + "\n" for i in range(5000)).encode()
 FILES = {
-    "cut.jsonl.gz": (gzip.compress(MANY)[:-5000], "cut.jsonl.gz: the file cannot be read, or is damaged or cut short"),
+    "cut.jsonl.gz": (gzip.compress(MANY, mtime=0)[:-5000], "cut.jsonl.gz: the file cannot be read, or is damaged or cut short"),
     "plain.jsonl.gz": (MANY, "plain.jsonl.gz: the file cannot be read, or is damaged or cut short"),
     "plain.json.xz": (MANY, "plain.json.xz: the file cannot be read, or is damaged or cut short"),
     "cut.parquet": (parquet([GOOD] * 50)[:-60], "cut.parquet is not Parquet: "),
@@ -173,7 +173,7 @@ FILES = {
     "rows.zip": (b"PK", "rows.zip is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz, .bz2, .xz)"),
     "rows.jsonl.zip": (b"PK", "rows.jsonl.zip is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz,"),
     "rows.txt": (MANY, "rows.txt is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz, .bz2, .xz)"),
-    "rows.gz": (gzip.compress(MANY), "rows.gz is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz,"),
+    "rows.gz": (gzip.compress(MANY, mtime=0), "rows.gz is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz,"),
 }  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def test_folder_without_data(tmp_path):
         ("rows.json", json.dumps([GOOD, [GOOD], GOOD]).encode(), "is a JSON list, not an object"),
         ("rows.json", b"".join(json.dumps(row).encode() + b"\n" for row in (GOOD, BAD, GOOD)), NO_TEXT),
         ("rows.parquet", parquet([GOOD, but(chosen=None), GOOD]), "has null in chosen"),
-        ("rows.jsonl.gz", gzip.compress(b"\n{\n".join([json.dumps(GOOD).encode()] * 2)), "is not JSON"),
+        ("rows.jsonl.gz", gzip.compress(b"\n{\n".join([json.dumps(GOOD).encode()] * 2), mtime=0), "is not JSON"),
     ],
 )  # fmt: skip
 def test_bad_row_of_other_files(tmp_path, name, content, reason):

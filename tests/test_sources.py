@@ -102,7 +102,7 @@ def test_held_out_prompts_are_on_one_side_only(tmp_path):
     [
         ("absent.jsonl", None, "does not exist"),
         ("empty.jsonl", b"", "no usable row"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 500)[:60], "damaged or cut short"),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 500, mtime=0)[:60], "damaged or cut short"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
