@@ -162,7 +162,7 @@ def parquet(rows):
 
 MANY = "".join(json.dumps(but(prompt=f"why {i * i}?")) + "\n" for i in range(5000)).encode()
 FILES = {
-    "cut.jsonl.gz": (gzip.compress(MANY, mtime=0)[:-5000], "cut.jsonl.gz: the file cannot be read, or is damaged or cut short"),
+    "cut.jsonl.gz": (gzip.compress(MANY, mtime=0)[:-5000], "cut.jsonl.gz: the file cannot be read, or is damaged"),
     "plain.jsonl.gz": (MANY, "plain.jsonl.gz: the file cannot be read, or is damaged or cut short"),
     "plain.json.xz": (MANY, "plain.json.xz: the file cannot be read, or is damaged or cut short"),
     "cut.parquet": (parquet([GOOD] * 50)[:-60], "cut.parquet is not Parquet: "),
@@ -173,7 +173,7 @@ FILES = {
     "rows.zip": (b"PK", "rows.zip is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz, .bz2, .xz)"),
     "rows.jsonl.zip": (b"PK", "rows.jsonl.zip is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz,"),
     "rows.txt": (MANY, "rows.txt is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz, .bz2, .xz)"),
-    "rows.gz": (gzip.compress(MANY, mtime=0), "rows.gz is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz,"),
+    "rows.gz": (gzip.compress(MANY, mtime=0), "rows.gz is none of .jsonl, .json, .csv, .tsv, .parquet"),
 }  # fmt: skip
 
 
