@@ -47,7 +47,7 @@ def write(name, content, out=None):
     path = out or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "versions": versions} | content, indent=1) + "\n")
-    print(f"\nwrote {path}")
+    print(f"\nwrote {path}", flush=True)
 
 
 class Stepper:

@@ -13,6 +13,7 @@ is against --peak TFLOP/s (989 for a Hopper card in bfloat16).
 """
 
 import argparse
+import gc
 import statistics
 import sys
 from pathlib import Path
@@ -61,11 +62,12 @@ def measure(shape_name, lengths, variant, args):
     options = VARIANTS[variant]
     shape = SHAPES[shape_name] | {"num_key_value_heads": KV_HEADS, "max_position_embeddings": 8192}
     shape |= {"tie_word_embeddings": False, "pad_token_id": 0}
-    torch.set_default_device("cuda")
     torch.set_default_dtype(torch.bfloat16 if args.optimiser == "adamw_bf16" else torch.float32)
-    policy = llama(VOCAB, shape).eval()
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device("cpu")
+    try:
+        with torch.device("cuda"):
+            policy = llama(VOCAB, shape).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
     reason = install(policy, resolve_backend(options.get("attention", "auto")))
     models.CHECKPOINTING[options.get("gradient_checkpointing", "off")](policy)
     for layer in models.decoder_layers(policy) if options.get("compile") else []:
@@ -96,6 +98,30 @@ def measure(shape_name, lengths, variant, args):
     }  # fmt: skip
 
 
+def attempt(shape, lengths, variant, args):
+    """The row of one configuration; what failed is a row too, and ends nothing else."""
+    import torch
+
+    try:
+        return measure(shape, lengths, variant, args)
+    except torch.OutOfMemoryError:
+        failure = f"out of memory, at {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    except Exception as error:
+        failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return {"shape": shape, "lengths": lengths, "variant": variant, "failure": failure}
+
+
+def line_of(row):
+    """One row of the printed table."""
+    name = f"{row['shape']} {row['lengths']} {row['variant']}"
+    if "failure" in row:
+        return f"{name:34} {row['failure']}"
+    return (
+        f"{name:34} {row['pairs_per_second']:8.2f} {row['tokens_per_second']:9.0f} {row['mfu']:6.1%} "
+        f"{row['peak_gib']:6.1f}  {row['recompilations']}"
+    )
+
+
 def main():
     import torch
 
@@ -117,12 +143,13 @@ def main():
     for shape in args.shapes:
         for lengths in args.lengths:
             for variant in args.variants:
-                rows.append(row := measure(shape, lengths, variant, args))
+                rows.append(attempt(shape, lengths, variant, args))
+                gc.collect()
                 torch.cuda.empty_cache()
-                name = f"{shape} {lengths} {variant}"
-                print(f"{name:34} {row['pairs_per_second']:8.2f} {row['tokens_per_second']:9.0f} {row['mfu']:6.1%} "
-                      f"{row['peak_gib']:6.1f}  {row['recompilations']}", flush=True)  # fmt: skip
-    write("gpu", {"peak_tflops": args.peak, "tokens_per_batch": args.tokens, "rows": rows}, args.out)
+                print(line_of(rows[-1]), flush=True)
+                write("gpu", {"peak_tflops": args.peak, "tokens_per_batch": args.tokens, "rows": rows}, args.out)
+    if any("failure" in row for row in rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Every backend computes exactly that and differs only in how:
 
 `sdpa`        any device. Piece by piece: [prompt | y1] causal, y2.. against prompt + themselves.
 `varlen`      CUDA, the FlashAttention kernel inside torch. One launch: queries are the pieces, the keys of y2.. are
-              gathered as prompt + themselves, and the causal mask is aligned at the bottom right.
+              gathered as prompt + themselves, and the causal mask is aligned at the bottom right. What the kernel does
+              not take (float32, heads whose size is no multiple of 8 or above 256) goes piece by piece.
 `flash_attn`  the same layout on the flash-attn package.
 `eager`       the formula written out in matmuls, for architectures with soft-capping or sinks, and for tests.
 
@@ -33,6 +34,10 @@ REGISTERED = {
     "eager": "packed_formula",
 }
 
+KERNELS = ("flash_attn", "varlen")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+KERNEL_HEADS = range(8, 257, 8)  # head sizes
+
 Layout = tuple[tuple[int, tuple[int, ...]], ...]
 
 
@@ -45,7 +50,7 @@ class PackedLayout:
         self.pieces = [size for prompt, responses in layout for size in (prompt + responses[0], *responses[1:])]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
-    def note(self, attention_mask: Any, window: int | None) -> None:
+    def note(self, attention_mask: Any, window: int | None, head_sizes: tuple[int, int]) -> None:
         """Called once per layer; `packable` listens here."""
 
     def causal_mask(self, num_queries: int, num_keys: int, window: int | None) -> Bool[Tensor, "q k"]:
@@ -190,9 +195,10 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
     ) -> tuple[Tensor, None]:
         if packed is None or dropout != 0.0:
             raise ValueError(f"{type(module).__name__} lost the pack's layout or uses attention dropout: not packable")
-        packed.note(attention_mask, sliding_window)
+        head_sizes = query.shape[-1], value.shape[-1]
+        packed.note(attention_mask, sliding_window, head_sizes)
         special = softcap is not None or s_aux is not None
-        if kernel is not None and not special:
+        if kernel is not None and not special and value.dtype in KERNEL_DTYPES and kernels_take(head_sizes):
             out = run_varlen(kernel, query, key, value, packed, sliding_window, scaling)
         elif backend == "eager" or special:
             out = _by_piece(_formula(softcap, s_aux), query, key, value, packed, sliding_window, scaling)
@@ -201,6 +207,12 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
         return out.transpose(1, 2).contiguous(), None
 
     return attention
+
+
+def kernels_take(head_sizes: tuple[int, int]) -> bool:
+    """Whether the FlashAttention kernels know heads of these sizes, of queries and of values."""
+    of_queries, of_values = head_sizes
+    return of_queries == of_values and of_values in KERNEL_HEADS
 
 
 def available(backend: str) -> bool:

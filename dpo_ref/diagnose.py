@@ -26,6 +26,11 @@ def diagnose_key(subject: Subject, settings: Settings) -> str:
 
 def diagnosed(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> Diagnosed | None:
     """The configured diagnosis of a policy that a run has trained."""
+    with loaded(subject.path).precision():
+        return settings.diagnostic(_context(subject, settings, generations))
+
+
+def _context(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> DiagnosticContext:
     ours, initial = loaded(subject.path), initial_of(subject)
     prepare = settings.data_options.bound(tokenise)
     groups = prepare(settings.data.eval, ours.tokenizer).groups
@@ -38,7 +43,7 @@ def diagnosed(subject: Subject, settings: Settings, generations: Sequence[Genera
         return live_reference(subject, settings, of, text)
 
     temperatures = {(g.temperature, g.top_p) for g in generations}
-    context = DiagnosticContext(
+    return DiagnosticContext(
         policy=ours.model,
         initial=initial.model,
         tokenizer=ours.tokenizer,
@@ -57,8 +62,6 @@ def diagnosed(subject: Subject, settings: Settings, generations: Sequence[Genera
         seed=settings.seed,
         progress=progress,
     )
-    with ours.precision():
-        return settings.diagnostic(context)
 
 
 def _other_samples(found: set[tuple[float, float]]) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dpo_ref.push import HubOptions, publish
 from dpo_ref.stages import COMPATIBILITY, EXPORT, PUSH, WINRATE, check_stage, words
 from dpo_ref.subjects import subject_of
 from dpo_ref.tracking.terminal import run_summary
+from dpo_ref.types import digest
 from dpo_ref.winrate_command import WinRateRequest, annotation_words, run_winrates
 
 
@@ -61,7 +63,7 @@ def _sources(sweep: Any) -> list[str]:
 
 def _shared(baselines: Sequence[Evaluated]) -> Evaluated | None:
     """The baseline of all jobs; None where they have none or several, of which no single one would be true."""
-    if all(one.evaluation == baselines[0].evaluation for one in baselines):
+    if len({digest([asdict(one.evaluation)]) for one in baselines}) <= 1:  # by value: NaN is what was not measured
         return next(iter(baselines), None)
     print("the jobs have different baselines: each is compared with its own, and none is shown", file=sys.stderr)
     return None

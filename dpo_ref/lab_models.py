@@ -23,6 +23,7 @@ from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.lab.demonstrations import lab_sft
 from dpo_ref.lab.vocabularies import foreign_tokenizer, lab_tokenizer
+from dpo_ref.models import best_device
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.likelihood import sft
 from dpo_ref.optim import adamw
@@ -148,7 +149,7 @@ def _build(name: str, recipe: Recipe, folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         tokenizer = TOKENIZERS[recipe.tokenizer]()
-        model = _model(recipe, tokenizer)
+        model = _model(recipe, tokenizer).to(best_device())
         for number, stage in enumerate(recipe.stages):
             _fit(model, tokenizer, stage, seed=recipe.seed + 1000 * number, title=f"lab:{name} {number + 1}")
     partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}")

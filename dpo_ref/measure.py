@@ -25,6 +25,11 @@ from dpo_ref.types import PromptGroup, TokenGroup, digest
 
 def measured(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> dict[str, float]:
     """KL to the initial policy and to the loss reference, where the samples allow it, and the held-out pairs."""
+    with loaded(subject.path).precision():
+        return _measured(subject, settings, generations)
+
+
+def _measured(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> dict[str, float]:
     ours, initial = loaded(subject.path), initial_of(subject)
     groups = settings.data_options.bound(tokenise)(settings.data.eval, ours.tokenizer).groups
     reference = loss_reference(subject, settings, groups, lambda number: settings.data.eval[number])

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from dpo_ref.adapters import add_lora, load_adapter
-from dpo_ref.attention import resolve_backend
+from dpo_ref.attention import KERNELS, resolve_backend
 from dpo_ref.data.templates import install_template
-from dpo_ref.packable import install
+from dpo_ref.packable import install, kernel_refuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,14 @@ def load_model(
     if device is not None:
         model.to(device)
     model.eval()
-    reason = install(model, resolve_backend(attention))
+    backend = resolve_backend(attention)
+    reason = install(model, backend)
     if reason is not None:
         print(f"{key}={path} runs one response at a time, unpacked: {reason}")
+    elif backend in KERNELS and (refusal := kernel_refuses(model, backend)) is not None:
+        if attention != "auto":
+            raise ValueError(f"{key}={path} cannot run with attention={attention}: {refusal}; use auto or sdpa")
+        print(f"{key}={path} attends piece by piece, as with sdpa: {refusal}")
     return model
 
 
@@ -181,8 +186,15 @@ def _adapter(model: Any, adapter: str | None, rank: int | None, alpha: float | N
     return None
 
 
-def _check_options(adapter: str | None, lora_rank: int | None, lora_alpha: float | None, **rest: Any) -> None:
+def _check_options(
+    dtype: str, attention: str, adapter: str | None, lora_rank: int | None, lora_alpha: float | None, **rest: Any
+) -> None:
     """Raise ValueError for options that would have no effect."""
+    if attention in KERNELS and dtype == "float32":
+        raise ValueError(
+            f"model.attention={attention} computes in half precision and has no effect with model.dtype=float32; use "
+            "model.attention=sdpa"
+        )
     if adapter is not None and (lora_rank, lora_alpha) != (None, None):
         raise ValueError("model.adapter has a rank and an alpha of its own; leave model.lora_rank and lora_alpha out")
     if lora_alpha is not None and lora_rank is None:

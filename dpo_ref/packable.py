@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_ref.attention import PackedLayout, register
+from dpo_ref.attention import KERNEL_HEADS, PackedLayout, kernels_take, register
 from dpo_ref.data.packing import collate
 from dpo_ref.logps import head_of, packed_hidden, separate_hidden
 from dpo_ref.types import PackedBatch, TokenGroup
@@ -30,9 +30,11 @@ class _Probe(PackedLayout):
     def __init__(self, layout: Any, device: torch.device) -> None:
         super().__init__(layout, device)
         self.seen: list[tuple[Any, int | None]] = []
+        self.head_sizes: set[tuple[int, int]] = set()
 
-    def note(self, attention_mask: Any, window: int | None) -> None:
+    def note(self, attention_mask: Any, window: int | None, head_sizes: tuple[int, int]) -> None:
         self.seen.append((attention_mask, window))
+        self.head_sizes.add(head_sizes)
 
 
 def _groups(vocab: int) -> list[TokenGroup]:
@@ -67,11 +69,16 @@ def _mask_rule(probe: _Probe) -> str | None:
     return None
 
 
-def _layers(model: Any, device: torch.device) -> str | None:
+def _probed(model: Any, device: torch.device) -> _Probe:
     size = 6
     probe = _Probe(((3, (3,)),), device)
     ids = torch.arange(1, size + 1, device=device)[None]
     model.base_model(input_ids=ids, use_cache=False, packed=probe)
+    return probe
+
+
+def _layers(model: Any, device: torch.device) -> str | None:
+    probe = _probed(model, device)
     expected = model.config.num_hidden_layers
     if len(probe.seen) != expected:
         return f"{len(probe.seen)} of its {expected} layers are attention"
@@ -142,3 +149,29 @@ def install(model: nn.Module, backend: str) -> str | None:
     if reason is not None:
         causal_lm.set_attn_implementation(native)
     return reason
+
+
+@torch.no_grad()
+def kernel_refuses(model: Any, backend: str) -> str | None:
+    """None where the FlashAttention kernel of `backend` runs the packed model in half precision, else why it goes
+    piece by piece. `install` compares in float32, which never reaches the kernel.
+
+    Raises ValueError where the kernel's hidden states are not those of attention piece by piece.
+    """
+    device = next(model.parameters()).device
+    unknown = sorted({size for pair in _probed(model, device).head_sizes if not kernels_take(pair) for size in pair})
+    if unknown:
+        sizes = " and ".join(map(str, unknown))
+        return f"its heads have {sizes} dimensions, and FlashAttention takes multiples of 8 up to {KERNEL_HEADS[-1]}"
+    batch = collate(_groups(model.config.vocab_size)).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        ours = packed_hidden(model, batch)
+        model.set_attn_implementation(register("sdpa"))
+        by_piece = packed_hidden(model, batch)
+        model.set_attn_implementation(register(backend))
+    if not (gap := _gap(ours, by_piece)) <= TOLERANCE_HALF:
+        raise ValueError(
+            f"model.attention={backend}: its hidden states differ by {gap:.1g} from those of sdpa; use "
+            "model.attention=sdpa, and please report it"
+        )
+    return None

@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,19 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # W&B, where tracking=none
+        return None
+
+
 def provenance() -> dict[str, Any]:
-    """Versions, device and git commit, with `dirty` true when the tree differs from the commit."""
+    """Versions (null for what is not installed), device and git commit, with `dirty` true when the tree differs from
+    the commit."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
         "git": {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)},

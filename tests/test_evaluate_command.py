@@ -4,12 +4,15 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from command import composed, train, typed
 
+from dpo_ref import evaluate_command
 from dpo_ref.evaluate_command import run_evaluation
 from dpo_ref.evaluation import stages
+from dpo_ref.evaluation.records import Evaluated, Evaluation
 from dpo_ref.lab_models import locate
 from dpo_ref.models import load_tokenizer
 
@@ -205,3 +208,15 @@ def test_the_command_itself_exits_with_one_line():
     done = typed("evaluate.py", "policy=./nowhere", "tracking=none")
     assert done.returncode == 1
     assert done.stderr.strip() == "error: policy=./nowhere does not exist"
+
+
+def test_baselines_without_a_scorer_are_the_same_baseline(capsys):
+    """What no scorer measured is nan, which is not equal to itself."""
+    first, second = (
+        Evaluated(Evaluation("initial", "none", {"gold/mean": float("nan"), "lengths/response": 3.0}), [], [])
+        for _ in range(2)
+    )
+    assert evaluate_command._shared([first, second]) is first
+    other = Evaluated(replace(first.evaluation, metrics={"gold/mean": 0.5, "lengths/response": 3.0}), [], [])
+    assert evaluate_command._shared([first, other]) is None
+    assert "different baselines" in capsys.readouterr().err

@@ -45,6 +45,17 @@ def test_an_evaluation_may_be_the_first_to_ask(tmp_path, monkeypatch):
     assert torch.is_grad_enabled()
 
 
+def test_models_are_built_where_training_runs(tmp_path, monkeypatch):
+    def stop(model, *_, **__):
+        raise InterruptedError(next(model.parameters()).device.type)
+
+    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path))
+    monkeypatch.setattr(lab_models, "best_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(lab_models, "_fit", stop)
+    with pytest.raises(InterruptedError, match="meta"):
+        lab_models.locate("lab:large")
+
+
 def test_a_folder_is_named_by_its_recipe():
     recipe = lab_models.RECIPES["tiny"]
     assert recipe.key == replace(recipe).key

@@ -1,5 +1,8 @@
 """The record of a run that is interrupted and goes on: first and latest values are the run's, not the process's."""
 
+from importlib.metadata import version
+
+from dpo_ref import provenance
 from dpo_ref.run_record import RunRecord
 from dpo_ref.tracking.metrics_file import read
 from dpo_ref.tracking.none import NoTracker
@@ -38,3 +41,9 @@ def test_a_group_that_is_measured_anew_forgets_what_is_missing(tmp_path):
     made.replace_under("evaluation", {"gold": 0.2}, 2)
     assert made.last == {"evaluation/gold": 0.2, "train/loss": 0.6}
     assert made.first["evaluation/kl"] == 2.0
+
+
+def test_versions_of_what_is_not_installed_are_null(monkeypatch):
+    monkeypatch.setattr(provenance, "LIBRARIES", ("torch", "no-such-library"))
+    assert provenance.provenance()["versions"]["no-such-library"] is None
+    assert provenance.provenance()["versions"]["torch"] == version("torch")

@@ -1,0 +1,42 @@
+"""Programs in benchmarks/ that cannot run here still keep what they measured."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from command import ROOT
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """benchmarks/gpu.py as on a machine with a CUDA device."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some card")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 79 * 2**30)
+    yield importlib.import_module("gpu")
+    for name in ("gpu", "common", "pairs"):
+        sys.modules.pop(name, None)
+
+
+def test_one_shape_out_of_memory_loses_no_other(gpu, monkeypatch, tmp_path, capsys):
+    def measure(shape, lengths, variant, args):
+        if variant == "compiled":
+            raise torch.OutOfMemoryError
+        speed = {"pairs_per_second": 2.0, "tokens_per_second": 9.0, "mfu": 0.5, "peak_gib": 7.0, "recompilations": 0}
+        return {"shape": shape, "lengths": lengths, "variant": variant} | speed
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    path = tmp_path / "gpu.json"
+    variants = ["as shipped", "compiled", "sdpa by piece"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--variants", *variants, "--out", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["variant"] for row in rows] == variants
+    assert rows[1]["failure"] == "out of memory, at 79.0 GiB"
+    assert [row.get("pairs_per_second") for row in rows] == [2.0, None, 2.0]
+    assert "out of memory" in capsys.readouterr().out
