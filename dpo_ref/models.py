@@ -30,10 +30,14 @@ class LoadedModel:
     adapter: Any = None  # peft's view of the model, where an adapter is trained instead of its weights
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The context in which every forward pass of policy and reference runs."""
+        """The context in which every forward pass of policy and reference runs.
+
+        A run stays in it from end to end, so autocast must keep no half-precision copies of the weights: it would go
+        on using them after the optimiser's step.
+        """
         if self.compute_dtype is torch.float32:
             return nullcontext()
-        return torch.autocast("cuda", self.compute_dtype)
+        return torch.autocast(next(self.model.parameters()).device.type, self.compute_dtype, cache_enabled=False)
 
 
 def best_device() -> torch.device:

@@ -244,7 +244,7 @@ def check_step_zero(policy: nn.Module, reference: Reference, groups: Sequence[To
     policy.eval()
     batch = collate(groups).to(device)
     ours, theirs = response_logps(policy, batch).tokens(), reference.logps(batch).tokens()
-    half = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    half = torch.is_autocast_enabled(device.type)
     bound = STEP_ZERO_TOLERANCE_HALF if half else STEP_ZERO_TOLERANCE.get(ours.dtype, STEP_ZERO_TOLERANCE_HALF)
     gap = float((ours - theirs).abs().max())
     if not gap <= bound:

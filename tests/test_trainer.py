@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny import naive_logps, random_groups, tiny_model
 
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.logps import response_hidden
+from dpo_ref.models import LoadedModel
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.likelihood import sft
 from dpo_ref.objectives.margin import dpo
@@ -80,6 +82,25 @@ def test_results_agree_across_pack_sizes(objective):
         for ours, theirs in zip(run(packing, objective=objective)[1], reference_metrics, strict=True):
             for name, value in theirs.items():
                 assert ours.metrics[name].item() == pytest.approx(value.item(), abs=1e-4, rel=1e-5), name
+
+
+def test_half_precision_sees_every_update():
+    """Autocast keeps its half-precision copies of weights until it is left; a run is one context from end to end."""
+
+    def losses(contexts):
+        policy = LoadedModel(tiny_model(), None, torch.bfloat16)
+        optim, groups = adamw(policy.model, 4, **PLAIN), random_groups(LAYOUT)
+        config, packing = TrainerConfig(batch_size=len(groups), epochs=4.0), partial(pack, tokens_per_batch=1000)
+        steps = train(policy.model, Zeros(), bind(dpo, beta=0.3), optim, groups, packing, config, seed=2)
+        found = []
+        for _ in range(contexts):
+            with policy.precision():
+                found += [float(step.metrics["loss"]) for step in islice(steps, 4 // contexts)]
+        return found
+
+    whole = losses(contexts=1)
+    assert whole == losses(contexts=4)
+    assert len(set(whole)) == 4
 
 
 def test_the_same_run_twice_is_the_same_bit_for_bit():
