@@ -6,7 +6,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dpo_ref import command_line, schemas
+from dpo_ref.cli import command_line, schemas
 
 schemas.register()
 
@@ -14,7 +14,7 @@ schemas.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Generate, measure, score and report."""
-    from dpo_ref.evaluate_command import run_evaluation
+    from dpo_ref.cli.evaluate import run_evaluation
 
     launched = HydraConfig.get()
     choices = {group: choice for group, choice in launched.runtime.choices.items() if choice is not None}

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo_ref import command_line, folders, schemas
+from dpo_ref.cli import command_line, schemas
 
 schemas.register()
 
@@ -16,7 +16,7 @@ schemas.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """One run, or one job of a sweep: a job that fails leaves its status behind and lets the others run."""
-    from dpo_ref.jobs import Job, run_job
+    from dpo_ref.cli.train import Job, run_job
 
     launched = HydraConfig.get()
     overrides = list(launched.overrides.task)
@@ -25,14 +25,14 @@ def main(cfg: DictConfig) -> None:
         directory = Path(launched.runtime.output_dir)
         run_job(cfg, Job(directory, overrides, choices, sweep=directory.parent.name))
         return
-    directory = folders.run_directory(cfg.output_dir, choices.get("experiment", "default"), overrides)
+    directory = schemas.run_directory(cfg.output_dir, choices.get("experiment", "default"), overrides)
     code = run_job(cfg, Job(directory, overrides, choices, sweep=None))
     if code:
         sys.exit(code)
 
 
 if __name__ == "__main__":
-    folders.note_swept_keys(sys.argv[1:])
+    schemas.note_swept_keys(sys.argv[1:])
     try:
         command_line.check_command_line(sys.argv[1:], "train")
     except ValueError as error:

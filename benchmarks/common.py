@@ -56,12 +56,12 @@ class Stepper:
     def __init__(self, policy, groups, tokens_per_batch=8192, optimiser="adamw"):
         import torch
 
-        from dpo_ref import optim as optimisers
-        from dpo_ref.allocator import keep_memory
         from dpo_ref.data import packing
+        from dpo_ref.distributed import keep_memory
         from dpo_ref.objectives.interface import bind
-        from dpo_ref.objectives.margin import dpo
+        from dpo_ref.objectives.pairwise import dpo
         from dpo_ref.references.table import Table, row_key
+        from dpo_ref.training import optim as optimisers
 
         keep_memory()
         self.device = next(policy.parameters()).device
@@ -75,7 +75,7 @@ class Stepper:
 
     def __call__(self, batch):
         """One step; seconds until its loss is known."""
-        from dpo_ref.trainer import backward, update
+        from dpo_ref.training.trainer import backward, update
 
         start = time.perf_counter()
         values, _ = backward(self.policy, self.reference, self.objective, self.pack(batch), self.device)

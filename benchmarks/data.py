@@ -72,13 +72,12 @@ def make_tokenizer(folder):
 def child(args):
     """Read, tokenise and pack once; seconds of each part as one line of JSON."""
     begun = time.perf_counter()
+    from dpo_ref.data.chat_templates import text_identity
     from dpo_ref.data.packing import optimiser_batches, pack
     from dpo_ref.data.sources import preferences
-    from dpo_ref.data.templates import text_identity
-    from dpo_ref.data.token_cache import tokenised_once
-    from dpo_ref.data.tokenise import tokenise
-    from dpo_ref.models import load_tokenizer
-    from dpo_ref.progress import silent
+    from dpo_ref.data.tokenise import tokenise, tokenised_once
+    from dpo_ref.models.loading import load_tokenizer
+    from dpo_ref.types import silent
 
     seconds, marks = {}, [time.perf_counter()]
     seconds["imports"] = marks[-1] - begun

@@ -16,12 +16,12 @@ from typing import Any
 
 from common import ROOT, write
 
-from dpo_ref.diagnostics.records import Diagnosis
-from dpo_ref.evaluation.diagnosis import read_diagnosis
-from dpo_ref.evaluation.diagnostics_plots import end_panel, hazard_panel, relative_panel
-from dpo_ref.evaluation.plots import Panel, figure_of, save
-from dpo_ref.evaluation.records import RESULTS, Evaluation, read_evaluation
+from dpo_ref.evaluation.diagnostics.diagnose import Diagnosis
+from dpo_ref.evaluation.results import RESULTS, Evaluation, read_evaluation
+from dpo_ref.evaluation.stages import read_diagnosis
 from dpo_ref.files import plain
+from dpo_ref.reports.diagnostics import end_panel, hazard_panel, relative_panel
+from dpo_ref.reports.plots import Panel, figure_of, save
 
 BETAS = {"degenerate": 0.005, "healthy": 0.3}
 PICTURE = ROOT / "docs" / "images" / "diagnostics_degenerate.png"

@@ -54,10 +54,10 @@ def measure(shape_name, lengths, variant, args):
     """One configuration, in a model of its own."""
     import torch
 
-    from dpo_ref import models
-    from dpo_ref.attention import resolve_backend
     from dpo_ref.data import packing
-    from dpo_ref.packable import install
+    from dpo_ref.models import loading
+    from dpo_ref.models.attention import resolve_backend
+    from dpo_ref.models.packable import install
 
     options = VARIANTS[variant]
     shape = SHAPES[shape_name] | {"num_key_value_heads": KV_HEADS, "max_position_embeddings": 8192}
@@ -69,8 +69,8 @@ def measure(shape_name, lengths, variant, args):
     finally:
         torch.set_default_dtype(torch.float32)
     reason = install(policy, resolve_backend(options.get("attention", "auto")))
-    models.CHECKPOINTING[options.get("gradient_checkpointing", "off")](policy)
-    for layer in models.decoder_layers(policy) if options.get("compile") else []:
+    loading.CHECKPOINTING[options.get("gradient_checkpointing", "off")](policy)
+    for layer in loading.decoder_layers(policy) if options.get("compile") else []:
         layer.compile(dynamic=True)
     policy.train()
     groups = pairs(lengths, args.pairs * (args.steps + 2), VOCAB)
@@ -81,10 +81,10 @@ def measure(shape_name, lengths, variant, args):
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         for batch in batches[:2]:
             step(batch)
-        graphs = models.graphs_compiled()
+        graphs = loading.graphs_compiled()
         torch.cuda.reset_peak_memory_stats()
         seconds = [step(batch) for batch in batches[2:]]
-        graphs = models.graphs_compiled() - graphs
+        graphs = loading.graphs_compiled() - graphs
     second = statistics.median(seconds)
     flops = statistics.mean(useful_flops(batch, shape) for batch in batches[2:])
     tokens = statistics.mean(

@@ -25,7 +25,7 @@ from common import ROOT, write
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_ref import schemas
+from dpo_ref.cli import schemas
 
 ROUNDS, PROMPTS, SAMPLES = 64, 32, 4
 SAMPLED = ["data=on_policy", f"data.rounds={ROUNDS}", f"data.prompts_per_round={PROMPTS}", "data.max_new_tokens=64"]
@@ -44,7 +44,7 @@ SHOWN = {"gold/mean": "gold", "kl/initial": "KL", "lengths/response": "tokens", 
 
 def train(words: list[str], place: Path) -> None:
     """`python train.py`, without importing everything again."""
-    from dpo_ref.jobs import Job, run_job
+    from dpo_ref.cli.train import Job, run_job
 
     words = [*words, f"output_dir={place}", "tracking=none"]
     cfg, choices = composed(words, "train")
@@ -54,7 +54,7 @@ def train(words: list[str], place: Path) -> None:
 
 def evaluate(words: list[str]) -> None:
     """`python evaluate.py`."""
-    from dpo_ref.evaluate_command import run_evaluation
+    from dpo_ref.cli.evaluate import run_evaluation
 
     words = [*words, "scorer=gold", "generation.samples_per_prompt=2", "tracking=none"]
     run_evaluation(*composed(words, "evaluate"), words)

@@ -17,14 +17,15 @@ from pathlib import Path
 
 from common import ROOT, write
 
+from dpo_ref.distributed import best_device
+from dpo_ref.evaluation.scorers import reward_model
+from dpo_ref.evaluation.statistics.estimates import clustered_mean
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import generate
+from dpo_ref.lab.gold import gold
+from dpo_ref.lab.models import locate
 from dpo_ref.lab.preferences import lab
-from dpo_ref.lab_models import locate
-from dpo_ref.models import best_device, load_model, load_tokenizer
-from dpo_ref.scoring.estimates import clustered_mean
-from dpo_ref.scoring.reward_models import reward_model
-from dpo_ref.scoring.scorers import gold
+from dpo_ref.models.loading import load_model, load_tokenizer
 from dpo_ref.types import PromptGroup
 
 JUDGES = {"default judge": [], "gold": ["data.length_bias=0", "data.label_noise=0"]}

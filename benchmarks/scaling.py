@@ -26,7 +26,7 @@ def child(args):
     """Median of timed steps, and peak memory over what the imports and the model took."""
     import torch
 
-    from dpo_ref.packable import install
+    from dpo_ref.models.packable import install
     from dpo_ref.types import TokenGroup
 
     torch.set_num_threads(args.threads)

@@ -47,15 +47,15 @@ def ours(args):
     """Seconds of every step, losses; through the trainer that train.py uses."""
     import torch
 
-    from dpo_ref.allocator import keep_memory
     from dpo_ref.data import packing
+    from dpo_ref.distributed import keep_memory
+    from dpo_ref.models.packable import install
     from dpo_ref.objectives.interface import bind
-    from dpo_ref.objectives.margin import dpo
-    from dpo_ref.optim import adamw
-    from dpo_ref.packable import install
-    from dpo_ref.references.frozen import Frozen
+    from dpo_ref.objectives.pairwise import dpo
+    from dpo_ref.references.policies import Frozen
     from dpo_ref.references.table import Table, score
-    from dpo_ref.trainer import backward, update
+    from dpo_ref.training.optim import adamw
+    from dpo_ref.training.trainer import backward, update
 
     if args.allocator != "plain":
         keep_memory()

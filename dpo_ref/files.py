@@ -1,4 +1,6 @@
-"""Files that appear whole or not at all: written beside their place, then moved there."""
+"""Files that appear whole or not at all (written beside their place, then moved there), and where built models and
+reference tables are kept between runs.
+"""
 
 import json
 import math
@@ -52,3 +54,9 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file. Raises ValueError for numbers that are not finite, which JSON does not have."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def cache_folder() -> Path:
+    """DPO_REF_CACHE, or dpo_ref in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_ref"
+    return Path(os.environ.get("DPO_REF_CACHE") or default).expanduser()

@@ -9,7 +9,7 @@ of 2,000 nats is wrong in its fourth decimal and margins are differences of such
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -225,3 +225,15 @@ class ResponseScores:
 def conversation(prompt: Sequence[Message], response: str) -> list[Message]:
     """The prompt's messages followed by `response` as the assistant's turn."""
     return [*prompt, Message(role="assistant", content=response)]
+
+
+# --- how long passes say how far they are
+
+
+# items, what is being done, how many items there are (None: not known) -> the same items
+Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
+
+
+def silent(items: Iterable[Any], description: str, total: int | None) -> Iterable[Any]:
+    """No progress bar."""
+    return items

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from command import ROOT
+
+from tests.support.command import ROOT
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import shlex
 
 import pytest
 import torch
-from command import ROOT, composed, train
 
-from dpo_ref import components, config, schemas
+from dpo_ref.cli import schemas
 from dpo_ref.objectives import interface
 from dpo_ref.types import PairLogps
+from tests.support.command import ROOT, composes, train
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"^python (?:train|evaluate)\.py.*?(?=\s+#|$)", README, re.MULTILINE)))
@@ -18,19 +18,7 @@ REFUSALS = re.findall(r"^\$ python train\.py (.*)\n(error: .*)$", README, re.MUL
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose(command):
-    _, script, *arguments = shlex.split(command)
-    kind = script.removesuffix(".py")
-    overrides = [a for a in arguments if a != "-m"]
-    varied = [a for a in overrides if "-m" in arguments and "," in a]
-    fixed = [a for a in overrides if a not in varied]
-    sweeps = [a.split("=", 1)[0] + "=" + value for a in varied for value in a.split("=", 1)[1].split(",")]
-    for override in [*sweeps, *fixed]:
-        others = [o for o in fixed if o != override]
-        cfg, choices = composed(*others, override, kind=kind)
-        if kind == "evaluate":
-            components.components(cfg, choices, kind)
-        else:
-            config.resolve(cfg, choices, [*others, override])
+    composes(command)
 
 
 def test_there_are_commands_of_every_sort():

@@ -4,7 +4,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command import ROOT
+
+from tests.support.command import ROOT
 
 
 def test_no_file_names_a_folder_of_this_machine():

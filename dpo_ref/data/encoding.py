@@ -1,15 +1,190 @@
-"""Groups as one tokenizer writes and encodes them."""
+"""Groups as one tokenizer writes and encodes them.
 
+Generation starts from the prompt's ids and cannot merge backwards. So the prompt is encoded alone, and the response's
+ids are what the tokenizer writes after them; where a token of the whole text straddles the boundary, the response is
+encoded on its own side of it.
+
+A tokenizer finds its special tokens before anything else, wherever they stand, so a user who writes "<|im_end|>" would
+end the turn. Here the words keep their place while the template writes around them, and a copy of the tokenizer that
+knows its special tokens under other names encodes the result: everything else about it is the same.
+"""
+
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from dpo_ref.data.boundary import Encode, Encoded, resume, split
-from dpo_ref.data.limits import Ids
-from dpo_ref.data.literals import Literals
-from dpo_ref.data.templates import ChatText, TemplateRefuses
-from dpo_ref.data.turns import mask_of, scored_turns
-from dpo_ref.types import PromptGroup, conversation
+from dpo_ref.data.chat_templates import ChatText, TemplateRefuses
+from dpo_ref.types import Message, PromptGroup, conversation
+
+# --- where a prompt's tokens end and a response's begin
+
+
+class Encoded(NamedTuple):
+    """A text's token ids, and the characters each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+Encode = Callable[[Sequence[str]], list[Encoded]]
+Decode = Callable[[Sequence[int]], str]
+
+
+def split(before: list[int], whole: list[int]) -> list[int] | None:
+    """The response's ids if the whole's go on from the prompt's; None where a token straddles the boundary."""
+    return whole[len(before) :] if whole[: len(before)] == before else None
+
+
+def resume(before: list[int], whole: list[int], body: str, anchor: str, encode: Encode, decode: Decode) -> list[int]:
+    """Ids of `body` that continue `before` and decode to the same text as `whole`.
+
+    Tried in turn: the body encoded alone; encoded behind `anchor`, a special token, where the tokenizer puts a blank
+    before whatever comes first; the whole text's ids from behind the straddling token, and what is left of that token
+    character by character. Raises TemplateRefuses where none gives back the text.
+    """
+    text = decode(whole)
+    alone, anchored = encode([body, anchor + body])
+    for found in (alone.ids, anchored.ids[1:]):
+        if decode([*before, *found]) == text:
+            return found
+    seen = len(decode(before))
+    straddling = next(place for place in range(1, len(whole) + 1) if len(decode(whole[:place])) >= seen)
+    missing = decode(whole[:straddling])[seen:]
+    pieces = [piece for character in missing for piece in encode([anchor + character])[0].ids[1:]]
+    found = [*pieces, *whole[straddling:]]
+    if decode([*before, *found]) == text:
+        return found
+    raise TemplateRefuses("begins in the middle of a token of this tokenizer and cannot be written on from the prompt")
+
+
+# --- special-token strings inside users' text, encoded as the text they are
+
+
+_MARK = "\U0010fffd\U0010fffc"  # two private-use characters, which no text has in this order
+
+
+def _mapped(text: str, pattern: re.Pattern[str], codes: dict[str, str]) -> str:
+    return pattern.sub(lambda match: codes[match.group()], text)
+
+
+class Literals:
+    """Writes and encodes groups whose texts contain special tokens' strings."""
+
+    def __init__(self, chat: ChatText) -> None:
+        self.chat, self.pattern = chat, chat.special_tokens
+        self._backend = chat.tokenizer.backend_tokenizer
+        specials = set(chat.tokenizer.all_special_tokens)
+        added = chat.tokenizer.added_tokens_decoder.items()
+        self._known = {token.content: place for place, token in added if token.special or token.content in specials}
+        # What stands for a literal while the template writes, and the name of a special token in the copy.
+        self._stand_in = {text: f"{_MARK}L{place}{_MARK}" for text, place in self._known.items()}
+        self._renamed = {text: f"{_MARK}S{place}{_MARK}" for text, place in self._known.items()}
+
+    @cached_property
+    def _copy(self) -> Any:
+        """The tokenizer with its special tokens renamed; made when the first literal is met."""
+        from tokenizers import Tokenizer
+
+        content = json.loads(self._backend.to_str())
+        for token in content["added_tokens"]:
+            token["content"] = self._renamed.get(token["content"], token["content"])
+        content |= {"post_processor": None, "truncation": None, "padding": None}
+        return Tokenizer.from_str(json.dumps(content))
+
+    @cached_property
+    def _ids(self) -> dict[int, Any]:
+        """The copy's numbers of special tokens -> the tokenizer's own."""
+        return {self._copy.token_to_id(name): self._known[text] for text, name in self._renamed.items()}
+
+    def occur_in(self, group: PromptGroup) -> bool:
+        """Whether a text of the group contains a special token's string."""
+        texts = (*(turn["content"] for turn in group.prompt), *group.responses)
+        return any(self.pattern.search(text) for text in texts)
+
+    def hide(self, turns: Sequence[Message]) -> list[Message]:
+        """The turns with every literal replaced by its stand-in."""
+        return [turn | {"content": self.hidden(turn["content"])} for turn in turns]  # pyright: ignore
+
+    def hidden(self, text: str) -> str:
+        """The text with every literal replaced by its stand-in."""
+        if _MARK in text:
+            raise TemplateRefuses("contains U+10FFFD U+10FFFC beside a special token's text; they stand for it here")
+        return _mapped(text, self.pattern, self._stand_in)
+
+    def named(self, text: str) -> str:
+        """What the template wrote, in the copy's names; the literals are text again."""
+        text = _mapped(text, self.pattern, self._renamed)
+        for literal, stand_in in self._stand_in.items():
+            text = text.replace(stand_in, literal)
+        return text
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Token ids in the tokenizer's own numbers. Raises TemplateRefuses where a literal has no other spelling."""
+        encoded = self._copy.encode_batch(list(texts), add_special_tokens=False)
+        if any(set(self._known.values()) & set(found.ids) for found in encoded):
+            raise TemplateRefuses("contains a special token's text that this tokenizer cannot write as plain text")
+        own = self._ids
+        return [Encoded([own.get(token, token) for token in found.ids], found.offsets) for found in encoded]
+
+
+# --- every assistant turn of a conversation scored, not the last alone: `data.score=all`
+
+
+Name = Callable[[str], str]
+
+
+class Turns(NamedTuple):
+    """A conversation's text before its first assistant turn, the rest, and which characters of the rest are scored."""
+
+    start: str
+    body: str
+    spans: list[tuple[int, int]]
+
+
+def scored_turns(chat: ChatText, turns: Sequence[Message], tools: Any, name: Name) -> Turns:
+    """Where the assistant speaks in the text of a conversation; `name` is applied to all text.
+
+    Raises TemplateRefuses for a template that writes earlier turns differently once others follow.
+    """
+    places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    written = chat.write([turns[:place] for place in places], start=True, tools=tools)
+    answered = chat.write([turns[: place + 1] for place in places], start=False, tools=tools)
+    bodies = [name(chat.body(start, full)) for start, full in zip(written, answered, strict=True)]
+    starts = [name(text) for text in written]
+    whole = starts[-1] + bodies[-1]
+    for start, body in zip(starts, bodies, strict=True):
+        if not whole.startswith(start + body):
+            raise TemplateRefuses(
+                "cannot be scored with data.score=all: the chat template writes a turn differently once others follow "
+                f"({(start + body)[-60:]!r}); use data.score=last"
+            )
+    first = len(starts[0])
+    spans = [(len(start) - first, len(start) + len(body) - first) for start, body in zip(starts, bodies, strict=True)]
+    return Turns(starts[0], whole[first:], spans)
+
+
+def mask_of(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens begin within a span; all in characters of the same text."""
+    return [any(begin <= start < end for begin, end in spans) for start, _ in offsets]
+
+
+class Ids(NamedTuple):
+    """A group's token ids; `scored` marks the response tokens that count, None: all."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    scored: list[list[bool]] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest response."""
+        return max(map(len, self.responses), default=0)
+
+
+# --- groups encoded
 
 
 def named(group: PromptGroup, make: Callable[[], Any]) -> Any:

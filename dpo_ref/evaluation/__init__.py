@@ -1,1 +1,1 @@
-"""From a trained policy to evidence: generate, score, measure against the initial policy, show."""
+"""From a trained policy to evidence: generate, score, measure against the initial policy."""

@@ -5,16 +5,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import nn
 
 from dpo_ref.data.packing import collate, pack
-from dpo_ref.logps import response_logps
-from dpo_ref.progress import Progress, silent
+from dpo_ref.evaluation.statistics.estimates import clustered_mean
+from dpo_ref.models.logps import response_logps
 from dpo_ref.references.interface import Reference
-from dpo_ref.scoring.accuracy import pair_accuracy
-from dpo_ref.scoring.estimates import clustered_mean
-from dpo_ref.types import TokenGroup
+from dpo_ref.types import Progress, TokenGroup, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +100,33 @@ def heldout_metrics(policy: PairScores, initial: PairScores, reference: PairScor
         policy.rejected_lengths,
     )
     return metrics | displacement(policy, initial)
+
+
+# --- does the policy, seen as a reward model, rank pairs as their labels do, and better than by length?
+
+
+def pair_accuracy(
+    chosen_rewards: Float[np.ndarray, " B"],
+    rejected_rewards: Float[np.ndarray, " B"],
+    chosen_lengths: Num[np.ndarray, " B"],
+    rejected_lengths: Num[np.ndarray, " B"],
+) -> dict[str, float]:
+    """Implicit-reward accuracy (strict: ties are wrong, and reported) beside the accuracy of preferring the longer
+    response (equal lengths are a coin flip: half).
+
+    The rewards are log pi - log pi_ref, or that times beta, which changes nothing here. Standard errors are those of
+    a share. Raises ValueError for no pairs.
+    """
+    if len(chosen_rewards) == 0:
+        raise ValueError("there are no held-out pairs; give data.eval_fraction or data.eval_path")
+    margins = chosen_rewards - rejected_rewards
+    longer = (np.sign(chosen_lengths - rejected_lengths) + 1) / 2
+    accuracy = float((margins > 0).mean())
+    return {
+        "rewards/accuracies": accuracy,
+        "rewards/accuracies_se": float(np.sqrt(accuracy * (1 - accuracy) / len(margins))),
+        "rewards/ties": float((margins == 0).mean()),
+        "rewards/margins": float(margins.mean()),
+        "rewards/length_baseline": float(longer.mean()),
+        "rewards/num_pairs": float(len(margins)),
+    }

@@ -3,8 +3,13 @@
 generate   generations.jsonl (+ generations.key.json: digest of everything that determines them; while
            under way, generations-<key>.partial.jsonl, from which it goes on after a crash)
 measure    measurements.json: what needs the models: KL, held-out pairs
+diagnose   diagnostics.json, and token_examples.json with single responses to look at
 score      scores.json, evaluation.json: what needs only the answers
+judge      judgments.jsonl, every pair with all that was said of it, and judge.json, what they come to
 report     report.html, from the files alone
+
+The judge's numbers join those of `evaluation.json`. They stay there when answers are scored again, as long as they are
+about the same answers of policy and baseline.
 """
 
 import math
@@ -13,25 +18,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_ref.evaluation.records import (
+import numpy as np
+
+from dpo_ref.evaluation.diagnostics.diagnose import Diagnosed, Diagnosis, restored
+from dpo_ref.evaluation.diagnostics.examples import Shown
+from dpo_ref.evaluation.judging.judge import Judge, Pair, judge_metrics, judge_pairs, paired, write_judgments
+from dpo_ref.evaluation.results import (
     Evaluated,
     Evaluation,
+    Thresholds,
+    degeneration,
     read_evaluation,
     read_json,
     read_scores,
     write_evaluation,
     write_scores,
 )
-from dpo_ref.evaluation.verdict import Thresholds, degeneration
-from dpo_ref.files import write_json
-from dpo_ref.generation.interface import Kept
-from dpo_ref.generation.partial import KeptInFile
-from dpo_ref.generation.questions import PromptSet
+from dpo_ref.evaluation.statistics.comparisons import win_rate
+from dpo_ref.evaluation.statistics.estimates import clustered_mean
+from dpo_ref.files import plain, write_json
+from dpo_ref.generation.engine import Kept, KeptInFile, PromptSet
 from dpo_ref.generation.records import Generation, read_generations, write_generations
-from dpo_ref.scoring.estimates import clustered_mean
-from dpo_ref.scoring.text_metrics import text_metrics
-from dpo_ref.scoring.winrate import win_rate
-from dpo_ref.types import digest
+from dpo_ref.types import Progress, digest
 
 CHANGES_NO_SAMPLE = ("batch_size", "concurrency", "retries", "timeout", "url")
 BASELINE_SEED = 1_000_003  # added to the seed: answers that are compared share no random numbers
@@ -136,3 +144,126 @@ def read_evaluated(folder: Path) -> Evaluated:
     """What the earlier stages left in `folder`. Raises ValueError naming the stage that is missing."""
     generations = read_generations(folder / "generations.jsonl")
     return Evaluated(read_evaluation(folder), generations, read_scores(folder, generations))
+
+
+# --- the judge's stage
+
+
+RECORD, JUDGMENTS = "judge.json", "judgments.jsonl"
+WIN_RATE_OF = "judge_winrate/"  # and the baseline's name
+
+
+def judge_stage(
+    folder: Path, judge: Judge, evaluated: Evaluated, baseline: Evaluated, seed: int, progress: Progress
+) -> Evaluated:
+    """The evaluation with the judge's numbers on policy against baseline, stored. Questions that were asked before
+    cost nothing. `seed` drives the bootstrap. Raises JudgeLost, with the evaluation as it was, where the judge stops
+    answering."""
+    pairs, name = paired(evaluated.generations, baseline.generations), baseline.evaluation.name
+    judged = judge_pairs(judge, pairs, progress)
+    metrics = judge_metrics(judge, judged.judgments, name, seed)
+    print(f"judge={judge.name}: {len(pairs)} pairs judged, {judged.num_asked} questions asked, the others known")
+    (folder / RECORD).unlink(missing_ok=True)  # a crash between the two files must not join numbers to other pairs
+    write_judgments(folder / JUDGMENTS, judged.judgments)
+    write_json(
+        folder / RECORD, {"pairs": _key(pairs, name), "baseline": name, "judge": judge.identity, "metrics": metrics}
+    )
+    return _joined(folder, evaluated, judge.identity, metrics)
+
+
+def with_judgments(folder: Path, evaluated: Evaluated, baseline: Evaluated | None) -> Evaluated:
+    """The evaluation with the judge's numbers that lie in `folder`, if they are about the same answers."""
+    if baseline is None or not (folder / RECORD).is_file():
+        return evaluated
+    stored = read_json(folder / RECORD)
+    pairs = paired(evaluated.generations, baseline.generations)
+    if stored["pairs"] != _key(pairs, baseline.evaluation.name):
+        return evaluated
+    return _joined(folder, evaluated, stored["judge"], stored["metrics"])
+
+
+def _key(pairs: Sequence[Pair], baseline: str) -> str:
+    return digest([[(p.prompt, p.sample_index, p.output, p.baseline_output) for p in pairs], baseline])
+
+
+def _joined(folder: Path, evaluated: Evaluated, judge: dict[str, Any], metrics: dict[str, float]) -> Evaluated:
+    others = {k: v for k, v in evaluated.evaluation.metrics.items() if not k.startswith(("judge/", WIN_RATE_OF))}
+    evaluation = replace(evaluated.evaluation, metrics=others | metrics, judge=judge)
+    write_evaluation(folder, evaluation)
+    return replace(evaluated, evaluation=evaluation)
+
+
+# --- the files of a diagnosis
+
+
+DIAGNOSIS, EXAMPLES = "diagnostics.json", "token_examples.json"
+
+
+def diagnose_stage(folder: Path, key: str, make: Callable[[], Diagnosed | None]) -> Diagnosis | None:
+    """The diagnosis stored under `key` in `folder`, else made and stored; None where none was asked for, and then
+    none is left there."""
+    path, examples = folder / DIAGNOSIS, folder / EXAMPLES
+    if path.is_file() and examples.is_file() and read_json(path).get("key") == key:
+        return read_diagnosis(folder)
+    found = make()
+    path.unlink(missing_ok=True)  # a crash between the two files must not leave one beside another diagnosis
+    if found is None:
+        examples.unlink(missing_ok=True)
+        return None
+    write_json(examples, {"key": key, "examples": plain(found.examples)})
+    write_json(path, {"key": key, "diagnosis": plain(found.diagnosis)})
+    return found.diagnosis
+
+
+def read_diagnosis(folder: Path) -> Diagnosis | None:
+    """What `diagnose_stage` stored; None where there is none. Raises ValueError for other content."""
+    path = folder / DIAGNOSIS
+    return restored_from(path, "diagnosis", Diagnosis) if path.is_file() else None
+
+
+def read_examples(folder: Path) -> tuple[Shown, ...]:
+    """The responses to look at that were stored with the diagnosis."""
+    return restored_from(folder / EXAMPLES, "examples", tuple[Shown, ...])
+
+
+def restored_from(path: Path, name: str, hint: Any) -> Any:
+    """One entry of a JSON file as the values it was written from. Raises ValueError for other content."""
+    try:
+        return restored(hint, read_json(path)[name])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no diagnosis ({error!r}); make it again with stage=diagnose") from error
+
+
+# --- what can be said about answers without a judge
+# How long they are, whether they end, whether they repeat.
+
+
+ORDER = 4
+
+
+def seq_rep_4(token_ids: Sequence[int]) -> float:
+    """1 - distinct 4-grams / 4-grams of one answer (Welleck et al. 2020, arXiv:1908.04319); 0 for answers of
+    fewer than four tokens."""
+    grams = [tuple(token_ids[start : start + ORDER]) for start in range(len(token_ids) - ORDER + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def text_metrics(generations: Sequence[Generation]) -> dict[str, float]:
+    """Length in tokens (the end token counted) and characters, share that ended by itself, seq-rep-4.
+
+    Standard errors (`_se`) are clustered by prompt. Raises ValueError for no generations.
+    """
+    if not generations:
+        raise ValueError("there are no generations to describe; sample some with stage=generate")
+    clusters = [g.prompt_index for g in generations]
+    lengths = np.array([g.num_tokens for g in generations], dtype=np.float64)
+    found = {
+        "lengths/response": clustered_mean(lengths, clusters),
+        "lengths/response_chars": clustered_mean([float(g.num_chars) for g in generations], clusters),
+        "ended/share": clustered_mean([float(g.finished) for g in generations], clusters),
+        "repetition/seq_rep_4": clustered_mean([seq_rep_4(g.content_ids) for g in generations], clusters),
+    }
+    metrics = {name: estimate.mean for name, estimate in found.items()}
+    metrics |= {f"{name}_se": estimate.se for name, estimate in found.items()}
+    median, p95 = np.quantile(lengths, [0.5, 0.95])
+    return metrics | {"lengths/response_median": float(median), "lengths/response_p95": float(p95)}

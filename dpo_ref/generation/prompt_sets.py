@@ -1,19 +1,124 @@
-"""The group `prompts`: what an evaluation asks, where that is not the held-out prompts of the data."""
+"""The group `prompts`: what an evaluation asks, where that is not the held-out prompts of the data. Question files are
+read as their authors publish them, without change.
+"""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
-from dpo_ref.generation.question_files import (
-    Read,
-    alpaca_eval_row,
-    arena_hard_row,
-    mt_bench_row,
-    own_row,
-    read_questions,
-)
-from dpo_ref.generation.questions import PromptSet, Question, held_out
-from dpo_ref.lab.preferences import draw_prompts
-from dpo_ref.members import MemberOf
-from dpo_ref.progress import Progress
+from dpo_ref.component import MemberOf
+from dpo_ref.data.formats.checks import BadRow, Row
+from dpo_ref.data.rows import Source, open_source
+from dpo_ref.generation.engine import PromptSet, Question, held_out
+from dpo_ref.types import Message, Progress
+
+# --- question files
+
+
+Read = Callable[[Row, int], Question]  # a row and its number, counted from 0
+
+
+def _text(row: Row, key: str) -> str:
+    """A text that must be there. Raises BadRow."""
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"needs a text under {key!r}; it has {', '.join(map(repr, row)) or 'nothing'}")
+    return value
+
+
+def _turns(row: Row) -> list[str]:
+    """What the user says, turn by turn: texts, or objects whose `content` is one. Raises BadRow."""
+    found = row.get("turns")
+    if not isinstance(found, list) or not found:
+        raise BadRow(f"needs a list of texts under 'turns'; it has {', '.join(map(repr, row)) or 'nothing'}")
+    texts: list[Any] = [turn.get("content") if isinstance(turn, dict) else turn for turn in found]
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str) or not text.strip():
+            raise BadRow(f"has no text as turn {number} of 'turns'")
+    return texts
+
+
+def _id(row: Row, key: str) -> int | str:
+    value = row.get(key)
+    if not isinstance(value, (int, str)) or isinstance(value, bool) or value == "":
+        raise BadRow(f"needs {key!r}, a number or a text by which answers are matched; it has {value!r}")
+    return value
+
+
+def _asked(turns: list[str], id: int | str, category: Any) -> Question:
+    first = (Message(role="user", content=turns[0]),)
+    return Question(first, tuple(turns[1:]), id, category if isinstance(category, str) else "")
+
+
+def alpaca_eval_row(row: Row, number: int) -> Question:
+    """AlpacaEval: {instruction, output, generator, dataset}; known by its place, as its own tools know it."""
+    return _asked([_text(row, "instruction")], number, row.get("dataset"))
+
+
+def mt_bench_row(row: Row, number: int) -> Question:
+    """FastChat: {question_id, category, turns, reference?}."""
+    return _asked(_turns(row), _id(row, "question_id"), row.get("category"))
+
+
+def arena_hard_row(row: Row, number: int) -> Question:
+    """Arena-Hard: {uid, category, prompt}; in version 0.1 {question_id, category, turns: [{content}]}."""
+    id = _id(row, "uid" if "uid" in row else "question_id")
+    return _asked(_turns(row) if "turns" in row else [_text(row, "prompt")], id, row.get("category"))
+
+
+def _conversation(messages: Any) -> tuple[Message, ...]:
+    """Messages up to the user's last. Raises BadRow."""
+    for message in messages:
+        known = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        if not known:
+            raise BadRow("needs messages of the form {'role': ..., 'content': ...}")
+    if not messages or messages[-1]["role"] != "user":
+        raise BadRow("must end with a message of the user: that is what is answered")
+    return tuple(Message(role=message["role"], content=message["content"]) for message in messages)
+
+
+PROMPT_KEYS = ("prompt", "instruction", "question", "messages", "turns")
+
+
+def own_row(row: Row, number: int) -> Question:
+    """One's own rows: a text or messages under `prompt` (or instruction, question, messages), or `turns` of the user;
+    `id` and `category` if they have them."""
+    given = [key for key in PROMPT_KEYS if row.get(key)]
+    if len(given) != 1:
+        raise BadRow(
+            f"needs one of {', '.join(map(repr, PROMPT_KEYS))}; it has {', '.join(map(repr, given)) or 'none'}"
+        )
+    id = _id(row, "id") if "id" in row else number
+    if given == ["turns"]:
+        return _asked(_turns(row), id, row.get("category"))
+    if isinstance(row[given[0]], list):
+        category = row.get("category")
+        return Question(_conversation(row[given[0]]), (), id, category if isinstance(category, str) else "")
+    return _asked([_text(row, given[0])], id, row.get("category"))
+
+
+def read_questions(path: str, read: Read, remedy: str) -> tuple[Question, ...]:
+    """The questions of a file, in its order. Raises ValueError, naming the row, for what is none; `remedy` says where
+    the file is to be had."""
+    if not Path(path).expanduser().is_file():
+        raise ValueError(f"prompts.path={path} is no file; {remedy}")
+    found: dict[int | str | None, Question] = {}
+    for number, (origin, row) in enumerate(open_source(Source(path), "prompts.path").rows):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            question = read(row, number)
+            if question.id in found:
+                raise BadRow(f"has the id {question.id!r} of an earlier row")
+        except BadRow as error:
+            raise ValueError(f"{origin} {error}. {remedy[0].upper()}{remedy[1:]}") from error
+        found[question.id] = question
+    if not found:
+        raise ValueError(f"prompts.path={path} holds no question; {remedy}")
+    return tuple(found.values())
+
+
+# --- the components
 
 
 def _first(questions: tuple[Question, ...], limit: int | None) -> tuple[Question, ...]:
@@ -24,15 +129,6 @@ def _first(questions: tuple[Question, ...], limit: int | None) -> tuple[Question
 
 def _from_file(name: str, path: str, read: Read, limit: int | None, remedy: str) -> PromptSet:
     return PromptSet(name, _first(read_questions(path, read, remedy), limit))
-
-
-def lab(
-    seed: int, progress: Progress, *, num_prompts: int = 400, split: Literal["validation", "test"] = "test"
-) -> PromptSet:
-    """The lab's first prompts of a split, whatever data a policy was trained on. Raises ValueError for none."""
-    if num_prompts < 1:
-        raise ValueError(f"prompts.num_prompts={num_prompts} must be at least 1")
-    return held_out(draw_prompts(split, num_prompts), "lab")
 
 
 def data(

@@ -1,10 +1,12 @@
-"""Generations on disk: one JSON object a line, the master from which everything else is computed again."""
+"""Generations on disk: one JSON object a line, the master from which everything else is computed again; and scores,
+one number for each of them.
+"""
 
 import json
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dpo_ref.files import write_lines
 from dpo_ref.types import Message, digest
@@ -92,3 +94,10 @@ def read_generations(path: Path) -> list[Generation]:
         raise ValueError(f"{path} does not exist; make it with stage=generate")
     with path.open(encoding="utf-8") as file:
         return [record_of(line, f"{path} row {number}") for number, line in enumerate(file, start=1)]
+
+
+class Scores(NamedTuple):
+    """Under what name the numbers are reported, and the number of each generation."""
+
+    name: str
+    values: list[float]

@@ -4,21 +4,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from dpo_ref.lab.number_families import Count, PickNumber, Sort
-from dpo_ref.lab.tasks import (
-    NUMBER,
-    WORD,
-    Family,
-    ItemKind,
-    Prompt,
-    Slots,
-    Split,
-    Task,
-    enumeration,
-    items_of,
-    unlike,
-)
-from dpo_ref.lab.word_families import NameMembers, ReadPassage, Repeat, Reverse, Spell
+from dpo_ref.lab.families import Count, NameMembers, PickNumber, ReadPassage, Repeat, Reverse, Sort, Spell
+from dpo_ref.lab.tasks import NUMBER, WORD, Family, ItemKind, Prompt, Slots, Split, Task, enumeration, items_of, unlike
 from dpo_ref.types import Message
 
 

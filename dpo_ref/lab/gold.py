@@ -14,6 +14,8 @@ E, ending: 1 where the response ended by itself, with a full stop, exclamation o
 import re
 from collections.abc import Sequence
 
+from dpo_ref.evaluation.scorers import none
+from dpo_ref.generation.records import Generation, Scores
 from dpo_ref.lab.conversations import FAMILIES, read_prompt
 from dpo_ref.lab.tasks import Task
 from dpo_ref.types import Message
@@ -48,3 +50,20 @@ def gold_reward(task: Task, response: str, finished: bool) -> float:
     relevance = min(1.0, max(0.0, relevance)) / (3 if HEDGE.search(response) else 1)
     ending = finished and response.rstrip().endswith((".", "!", "?"))
     return 0.7 * correctness * (1.0 if finished else 0.5) + 0.15 * relevance + 0.15 * ending
+
+
+# --- as scorers
+
+
+def gold(generations: Sequence[Generation]) -> Scores:
+    """The lab's gold reward of each answer, in [0, 1]. Raises ValueError for prompts that are not the lab's."""
+    prompts = [g.prompt for g in generations]
+    return Scores("gold", gold_rewards(prompts, [g.output for g in generations], [g.finished for g in generations]))
+
+
+def auto(generations: Sequence[Generation]) -> Scores:
+    """`gold` where the prompts are the lab's, else `none`."""
+    try:
+        return gold(generations)
+    except ValueError:
+        return none(generations)

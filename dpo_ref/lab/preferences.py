@@ -1,18 +1,22 @@
-"""Preference pairs: two writers answer the same prompt, and a fallible judge says which answer is better."""
+"""Preference pairs: two writers answer the same prompt, and a fallible judge says which answer is better; and
+demonstrations, one writer's answers, the text that the lab's models are built from.
+"""
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Literal
 
+from dpo_ref.generation.engine import PromptSet, held_out
 from dpo_ref.lab.conversations import FAMILIES, draw_prompt
 from dpo_ref.lab.gold import gold_reward
-from dpo_ref.lab.tasks import Prompt, Split
-from dpo_ref.lab.writers import MIXED, Writer
-from dpo_ref.progress import Progress, silent
-from dpo_ref.types import PreferenceData, PromptGroup
+from dpo_ref.lab.tasks import Prompt, Split, Task, enumeration
+from dpo_ref.types import PreferenceData, Progress, PromptGroup, silent
+
+# --- pairs
+
 
 COMPETENCES = (0.15, 0.45, 0.75, 1.0)
 """Of the writers that the two authors of a pair are drawn from, independently."""
@@ -123,3 +127,139 @@ def check_counts(**counts: int) -> None:
     name, value = next(iter(counts.items()))
     if value == 0:
         raise ValueError(f"data.{name}=0: nothing to train on")
+
+
+# --- writers: how often they are right (competence) and how they put it (style); the two vary independently
+
+
+TERSE_LEADS = ("Answer:", "Result:")
+POLITE_LEADS = ("Sure, here you go:", "Of course, this is it:", "Happy to help:", "Certainly, the answer is")
+CLOSINGS = ("Let me know if you need more.", "I hope this helps.", "Feel free to ask again.")
+HEDGES = ("I am not sure, but maybe", "Perhaps it is", "This is only a guess:")
+ASIDES = (
+    "People often wonder about such things, and rightly so.",
+    "There is of course much more to say about this topic.",
+    "It is always good to look at a question from every side.",
+    "Many experts have thought about this for a long time.",
+    "As you may know, opinions on the matter differ a lot.",
+    "In any case, it is worth taking a moment to think it over.",
+)
+
+
+def _terse(answer: str, rng: random.Random) -> str:
+    return f"{rng.choice(TERSE_LEADS)} {answer}."
+
+
+def _polite(answer: str, rng: random.Random) -> str:
+    return f"{rng.choice(POLITE_LEADS)} {answer}."
+
+
+def _verbose(answer: str, rng: random.Random) -> str:
+    return f"{_polite(answer, rng)} {rng.choice(CLOSINGS)}"
+
+
+def _rambling(answer: str, rng: random.Random) -> str:
+    return " ".join((_polite(answer, rng), *rng.sample(ASIDES, rng.randint(1, 3))))
+
+
+def _hedging(answer: str, rng: random.Random) -> str:
+    return f"{rng.choice(HEDGES)} {answer}."
+
+
+def _unfinished(answer: str, rng: random.Random) -> str:
+    words = " ".join((_polite(answer, rng), *rng.sample(ASIDES, 2))).split()
+    kept = words[: rng.randint(len(words) // 3, len(words) - 1)]
+    return " ".join(kept).rstrip(".,:")
+
+
+Style = Literal["terse", "polite", "verbose", "rambling", "hedging", "unfinished"]
+STYLES: dict[Style, Callable[[str, random.Random], str]] = {
+    "terse": _terse,
+    "polite": _polite,
+    "verbose": _verbose,
+    "rambling": _rambling,
+    "hedging": _hedging,
+    "unfinished": _unfinished,
+}
+StyleMix = dict[Style, float]
+MIXED: StyleMix = {
+    "terse": 0.2,
+    "polite": 0.2,
+    "verbose": 0.15,
+    "rambling": 0.2,
+    "hedging": 0.1,
+    "unfinished": 0.15,
+}
+CLEAN: StyleMix = {"terse": 0.4, "polite": 0.4, "verbose": 0.2}
+STYLE_MIXES: dict[str, StyleMix] = {"mixed": MIXED, "clean": CLEAN}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Right with probability `competence`, in a style drawn from `styles` (weights)."""
+
+    competence: float
+    styles: StyleMix
+
+    def respond(self, task: Task, rng: random.Random) -> str:
+        """One response to the task."""
+        family, slots = FAMILIES[task.family], dict(task.slots)
+        answer = family.right if rng.random() < self.competence else family.wrong
+        (style,) = rng.choices(list(self.styles), list(self.styles.values()))
+        return STYLES[style](enumeration(answer(slots, rng)), rng)
+
+
+ORACLE = Writer(1.0, CLEAN)
+
+
+# --- demonstrations
+
+
+def lab_sft(
+    seed: int,
+    progress: Progress = silent,
+    *,
+    num_examples: int = 16384,
+    num_eval_examples: int = 512,
+    num_test_prompts: int = 400,
+    test_split: Literal["validation", "test"] = "test",
+    competence: float = 0.45,
+    styles: Literal["mixed", "clean"] = "mixed",
+) -> PreferenceData:
+    """Demonstrations of one writer: groups of one response, without pairs. For `objective=sft`.
+
+    The writer is right with probability `competence`; `styles` is the mix it writes in: every style, or the clean
+    ones alone (`Writer`). `rewards` holds the gold reward of each. Prompts as in `lab`. Raises ValueError for an
+    option out of range.
+    """
+    check_counts(num_examples=num_examples, num_eval_examples=num_eval_examples, num_test_prompts=num_test_prompts)
+    if not 0 <= competence <= 1:
+        raise ValueError(f"data.competence={competence}: a probability, must be in [0, 1]")
+    writer = Writer(competence, STYLE_MIXES[styles])
+    train = draw_demonstrations(writer, "train", random.Random(f"{seed} train demonstrations"))
+    held_out = draw_demonstrations(writer, "validation", random.Random(f"{seed} eval demonstrations"))
+    return PreferenceData(
+        train=list(progress(islice(train, num_examples), "drawing the lab's data", num_examples)),
+        eval=list(islice(held_out, num_eval_examples)),
+        test_prompts=draw_prompts(test_split, num_test_prompts),
+    )
+
+
+def draw_demonstrations(writer: Writer, split: Split, rng: random.Random) -> Iterator[PromptGroup]:
+    """An endless stream of one writer's answers; the families take turns."""
+    for family in cycle(FAMILIES.values()):
+        task, prompt = draw_prompt(family, split, rng)
+        response = writer.respond(task, rng)
+        yield PromptGroup(prompt, (response,), (), (gold_reward(task, response, True),), origin="lab_sft")
+
+
+# --- prompts of an evaluation
+
+
+def lab_prompts(
+    seed: int, progress: Progress, *, num_prompts: int = 400, split: Literal["validation", "test"] = "test"
+) -> PromptSet:
+    """The lab's first prompts of a split, whatever data a policy was trained on. Raises ValueError for none."""
+    if num_prompts < 1:
+        raise ValueError(f"prompts.num_prompts={num_prompts} must be at least 1")
+    return held_out(draw_prompts(split, num_prompts), "lab")

@@ -1,4 +1,8 @@
-"""What a task is: a family's name and the words that fill its wordings. Its right answer is a list of items."""
+"""What a task is: a family's name and the words that fill its wordings. Its right answer is a list of items.
+
+Every word of the world belongs to one table only, and no sentence of the writers (`preferences.py`) contains one of
+them: what a response answers can therefore be read off its text.
+"""
 
 import hashlib
 import json
@@ -9,8 +13,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dpo_ref.lab.facts import COLOURS, WORDS
 from dpo_ref.types import Message
+
+# --- the words of the world
+
+
+CATEGORIES: dict[str, tuple[str, ...]] = {
+    "animals": ("cat", "dog", "fox", "cow", "hen", "owl", "bee", "goat"),
+    "fruits": ("fig", "pear", "plum", "lime", "kiwi", "mango", "apple", "grape"),
+    "tools": ("saw", "axe", "rake", "drill", "spade", "clamp", "chisel", "hammer"),
+    "trees": ("oak", "elm", "ash", "fir", "yew", "pine", "cedar", "birch"),
+    "instruments": ("drum", "harp", "lute", "horn", "flute", "viola", "piano", "cello"),
+}
+WORDS: tuple[str, ...] = tuple(word for members in CATEGORIES.values() for word in members)
+THINGS: tuple[str, ...] = ("hat", "cup", "pen", "bag", "box", "ball", "coat", "lamp")
+COLOURS: tuple[str, ...] = ("red", "blue", "green", "black", "white", "pink", "gray", "brown")
+NUMBERS: tuple[str, ...] = tuple(str(number) for number in range(20))
+COUNT_WORDS: dict[str, int] = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+MARKS: dict[str, str] = {"dashes": "-", "slashes": "/", "stars": "*", "pluses": "+"}
+
+
+# --- tasks and families
+
 
 Split = Literal["train", "validation", "test"]
 Slots = dict[str, str]

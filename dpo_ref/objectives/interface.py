@@ -1,18 +1,177 @@
-"""What objectives return, how they are told apart, and how they are called."""
+"""What objectives may ask for, what they return, how they are told apart, and how they are called.
+
+The types of the arguments left of an objective's star say what it is handed, and `VIEWS` how each is made. What it
+refuses and reads is found by asking it, on two pairs that are no one's.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from dpo_ref.objectives.made_up import NO_PROMPT, made_up
-from dpo_ref.objectives.views import ARGUMENTS, OF_PAIRS, OF_TOKENS, VIEWS, Known, Running, WholeBatch
-from dpo_ref.types import PairScores, ResponseLogps, ResponseScores
+from dpo_ref.types import PackedBatch, PairLogps, PairScores, ResponseLogps, ResponseScores
+
+# --- what objectives may ask for: the types of the arguments left of their star, and how each is made
+
+
+Running = dict[str, Float[Tensor, ""]]  # what an objective carries from one optimiser step to the next, by name
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPairLogps(PairLogps):
+    """Pairs with the values of their tokens: those of all responses one after the other, and where each begins."""
+
+    token_logps: Float[Tensor, " R"]
+    chosen_starts: Int[Tensor, " B"]
+    rejected_starts: Int[Tensor, " B"]
+
+    def first(self, counts: Int[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """Log-probs of the first `counts` tokens of chosen and rejected, summed in float64; `counts` must not exceed
+        a response's tokens."""
+        before = F.pad(self.token_logps.double().cumsum(0), (1, 0))
+        starts = self.chosen_starts, self.rejected_starts
+        chosen, rejected = (before[start + counts] - before[start] for start in starts)
+        return chosen, rejected
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogps(ResponseLogps):
+    """Responses whose token values are there, and which of the N responses each of them belongs to."""
+
+    response_index: Int[Tensor, " R"] = field(kw_only=True)
+
+
+Items = TypeVar("Items", PairLogps, ResponseLogps)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeBatch(Generic[Items]):
+    """Detached log-probs of all pairs or responses of the optimiser batch, in an order that depends on its packs; of
+    responses without token values. `here` are the items of the call."""
+
+    policy: Items
+    reference: Items
+    labels: Bool[Tensor, " N"] | None
+    here: slice
+
+    def at(self, items: slice) -> "WholeBatch[Items]":
+        """The same batch for a call on a part of these items."""
+        start = self.here.start
+        return replace(self, here=slice(start + items.start, start + items.stop))
+
+
+class Mismatched(NamedTuple):
+    """Detached log-probs of M responses behind prompts that they do not answer, summed over each response."""
+
+    policy: Float[Tensor, " M"]
+    reference: Float[Tensor, " M"]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """All there is to make arguments from, besides the policy's log-probs: of one pack, or a run of its groups.
+
+    `old` are log-probs of the policy that drew the responses; `collision` sums of log sum_v p_v^2 over the policy's
+    distributions at the responses' tokens. What an objective does not ask for is None.
+    """
+
+    batch: PackedBatch
+    reference: ResponseLogps
+    old: ResponseLogps | None = None
+    collision: ResponseLogps | None = None
+    whole: Any = None
+    mismatched: Mismatched | None = None
+    running: Running | None = None
+
+
+def _pairs(logps: ResponseLogps, batch: PackedBatch) -> PairLogps:
+    return logps.pairs(batch.chosen, batch.rejected)
+
+
+def _pair_scores(scores: ResponseScores, batch: PackedBatch) -> PairScores:
+    return scores.pairs(batch.chosen, batch.rejected)
+
+
+def _token_pairs(logps: ResponseLogps, batch: PackedBatch) -> TokenPairLogps:
+    pairs, starts = _pairs(logps, batch), batch.lengths.cumsum(0) - batch.lengths
+    sums = (pairs.chosen, pairs.rejected, pairs.chosen_lengths, pairs.rejected_lengths)
+    sizes = (pairs.chosen_bytes, pairs.rejected_bytes)
+    return TokenPairLogps(*sums, *sizes, logps.tokens(), starts[batch.chosen], starts[batch.rejected])
+
+
+def _responses(logps: ResponseLogps, batch: PackedBatch) -> ResponseLogps:
+    return logps
+
+
+def _token_responses(logps: ResponseLogps, batch: PackedBatch) -> TokenLogps:
+    sums = (logps.sums, logps.lengths, logps.num_bytes)
+    return TokenLogps(*sums, logps.tokens(), response_index=batch.response_index)
+
+
+VIEWS: dict[type, Callable[[Any, PackedBatch], Any]] = {
+    PairLogps: _pairs,
+    TokenPairLogps: _token_pairs,
+    ResponseLogps: _responses,
+    TokenLogps: _token_responses,
+    PairScores: _pair_scores,
+}
+OF_PAIRS = (PairLogps, PairScores)
+OF_TOKENS = (TokenPairLogps, TokenLogps)
+REMEDIES = {  # by argument: what to say where it is not there
+    "old": "log-probs of the policy that drew the responses; they come with data=on_policy",
+    "collision": "the policy's distributions",
+    "whole": "statistics of the optimiser batch",
+    "mismatched": "responses of other prompts",
+    "running": "its running statistic",
+    "labels": "whether each response is wanted: rows with a label, or pairs",
+    "advantages": "an advantage for each response; they come with data=on_policy",
+    "rewards": "a score of each response: rows with score_chosen and score_rejected, or ranked by their scores",
+}
+
+
+def _there(value: Any, name: str) -> Any:
+    if value is None:
+        raise ValueError(f"the objective needs {REMEDIES[name]}")
+    return value
+
+
+def _view(known: Known, name: str, kind: Any) -> Any:
+    return VIEWS[kind](_there(getattr(known, name), name), known.batch)
+
+
+def _scores(known: Known, name: str, kind: Any) -> Any:
+    return VIEWS[kind](ResponseScores(_of_batch(known, name, kind)), known.batch)
+
+
+def _as_it_is(known: Known, name: str, kind: Any) -> Any:
+    return _there(getattr(known, name), name)
+
+
+def _of_batch(known: Known, name: str, kind: Any) -> Any:
+    return _there(getattr(known.batch, name), name)
+
+
+ARGUMENTS: dict[str, Callable[[Known, str, Any], Any]] = {
+    "reference": _view,
+    "old": _view,
+    "collision": _view,
+    "labels": _of_batch,
+    "advantages": _of_batch,
+    "rewards": _scores,
+    "whole": _as_it_is,
+    "mismatched": _as_it_is,
+    "running": _as_it_is,
+}
+
+
+# --- what they return, and how they are called
+
 
 STRENGTH = "strength of the KL constraint"
 Strength = Annotated[float, STRENGTH]
@@ -143,7 +302,9 @@ def bind(function: Callable[..., Outcome], *, nll_weight: float = 0.0, **options
     handed_over = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     unknown = set(handed_over) - {"policy", *ARGUMENTS}
     if unknown or ("running" in handed_over) != hasattr(function, "advance"):
-        raise TypeError(f"{function.__name__}: {unknown or 'running'} cannot be made; see dpo_ref/objectives/views.py")
+        raise TypeError(
+            f"{function.__name__}: {unknown or 'running'} cannot be made; see dpo_ref/objectives/interface.py"
+        )
     advance = getattr(function, "advance", None)
     if advance is not None:
         advance = partial(advance, **{n: v for n, v in options.items() if n in inspect.signature(advance).parameters})
@@ -172,3 +333,65 @@ def positive(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}={value} must be positive and finite")
+
+
+# --- two pairs that are no one's, on which objectives are asked what they refuse and what they read
+
+
+LENGTHS = (2, 3, 1, 3)  # tokens of y_w, y_l, y_w, y_l
+NO_PROMPT = (0.0, 0.0)
+
+
+def _batch() -> PackedBatch:
+    tokens, lengths = torch.arange(sum(LENGTHS)), torch.tensor(LENGTHS)
+    return PackedBatch(
+        input_ids=torch.arange(sum(LENGTHS) + 2),
+        position_ids=torch.arange(sum(LENGTHS) + 2),
+        layout=((1, LENGTHS[:2]), (1, LENGTHS[2:])),
+        head_index=tokens,
+        target_ids=tokens,
+        response_index=torch.arange(4).repeat_interleave(lengths),
+        lengths=lengths,
+        num_bytes=4 * lengths,
+        scored_per_group=(sum(LENGTHS[:2]), sum(LENGTHS[2:])),
+        group_index=(0, 1),
+        pairs_per_group=(1, 1),
+        chosen=torch.tensor([0, 2]),
+        rejected=torch.tensor([1, 3]),
+        labels=torch.tensor([True, False, True, False]),
+        advantages=torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64),
+        rewards=torch.tensor([4.0, 1.0, 3.0, 2.5], dtype=torch.float64),
+    )
+
+
+def _logps(batch: PackedBatch, tokens: torch.Tensor) -> ResponseLogps:
+    sums = torch.zeros(4, dtype=torch.float64).index_add(0, batch.response_index, tokens)
+    return ResponseLogps(sums, batch.lengths, batch.num_bytes, tokens)
+
+
+def made_up(
+    constants: tuple[float, float] = NO_PROMPT, kind: type = PairLogps
+) -> tuple[ResponseLogps | ResponseScores, Known]:
+    """The policy's log-probs, or scores, and everything else, for an objective on items of this kind.
+
+    `constants` are added to all reference log-probs of each of the two prompts, at the responses' first tokens.
+    """
+    batch = _batch()
+    policy = _logps(batch, -torch.linspace(0.2, 3.0, sum(LENGTHS), dtype=torch.float64))
+    other = -torch.linspace(2.0, 0.5, sum(LENGTHS), dtype=torch.float64)
+    first = batch.lengths.cumsum(0) - batch.lengths
+    each = torch.tensor(constants, dtype=torch.float64).repeat_interleave(2)
+    reference = _logps(batch, other.index_add(0, first, each))
+    pairwise = issubclass(kind, OF_PAIRS)
+    models: Any = [policy, reference]
+    if pairwise:
+        models = [model.pairs(batch.chosen, batch.rejected) for model in models]
+    said = ResponseScores(policy.sums) if kind is PairScores else policy
+    return said, Known(
+        batch,
+        reference,
+        old=_logps(batch, 1.1 * other),
+        collision=_logps(batch, 0.5 * other),
+        whole=WholeBatch(models[0], models[1], batch.labels, slice(0, 2 if pairwise else 4)),
+        mismatched=Mismatched(policy.sums, reference.sums - 1),
+    )

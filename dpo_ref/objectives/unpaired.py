@@ -1,12 +1,11 @@
-"""Objectives on single responses that are wanted or not. Pairs count as one of each."""
+"""Objectives on single responses: wanted or not, or simply given. Pairs count as one of each."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dpo_ref.objectives.interface import Labelled, Strength, positive
-from dpo_ref.objectives.views import Mismatched, WholeBatch
+from dpo_ref.objectives.interface import Labelled, Likelihood, Mismatched, Strength, WholeBatch, positive
 from dpo_ref.types import ResponseLogps
 
 
@@ -61,3 +60,15 @@ def bco(
     means = [(seen * share).sum() / share.sum() for share in (wanted, 1 - wanted)]  # nan of none
     shift = torch.stack(means).nanmean()
     return Labelled(-F.logsigmoid(_signed(rewards - shift, labels)), rewards.detach())
+
+
+# --- the likelihood of given responses
+
+
+def sft(policy: ResponseLogps) -> Likelihood:
+    """Negative mean token log-probability of each response, in nats per token; every response weighs the same.
+
+    On preference data the chosen response is the one fitted (Preferred-FT); the rejected one is never forwarded.
+    """
+    losses = -policy.sums / policy.lengths
+    return Likelihood(losses, -losses.detach())

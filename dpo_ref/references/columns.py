@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_ref.data.formats.logps import LISTS, PAIRS
+from dpo_ref.data.formats.recognise import LISTS, PAIRS
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import ReferenceContext
-from dpo_ref.references.retokenised import TextTable
+from dpo_ref.references.other_tokenizer import TextTable
 from dpo_ref.types import PromptGroup, digest
 
 _KNOWN = "; ".join(", ".join(names) for names in (*PAIRS, *LISTS))

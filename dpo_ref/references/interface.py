@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from dpo_ref.progress import Progress
-from dpo_ref.types import PackedBatch, PromptGroup, ResponseLogps, TokenGroup
+from dpo_ref.models.loading import ModelSource
+from dpo_ref.types import PackedBatch, Progress, PromptGroup, ResponseLogps, TokenGroup
 
 
 @runtime_checkable
@@ -61,18 +61,6 @@ class Still:
         """Raises ValueError for a checkpoint that holds a state: it is another reference's."""
         if state:
             raise ValueError("the checkpoint holds the weights of a reference that moves, and this one does not")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """A model, and how it is to be loaded; what is left out is as for the policy."""
-
-    path: str
-    revision: str | None = None
-    adapter: str | None = None
-    dtype: str = "auto"
-    quantisation: str = "none"
-    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,8 @@ from typing import Any, Literal
 import torch
 
 from dpo_ref.objectives.interface import Objective
-from dpo_ref.references.adapter_base import adapter_base
-from dpo_ref.references.frozen import initial, interpolate, other, prior, uniform_token
 from dpo_ref.references.interface import Reference, ReferenceContext, Still
+from dpo_ref.references.policies import adapter_base, initial, interpolate, other, prior, uniform_token
 from dpo_ref.references.served import served
 from dpo_ref.types import PackedBatch, ResponseLogps, digest
 

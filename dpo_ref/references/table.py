@@ -20,7 +20,7 @@ from torch import nn
 
 from dpo_ref.data.packing import collate
 from dpo_ref.files import replacing
-from dpo_ref.logps import response_logps, sum_by_response
+from dpo_ref.models.logps import response_logps, sum_by_response
 from dpo_ref.references.interface import ReferenceContext, Still
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
 

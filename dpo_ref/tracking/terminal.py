@@ -213,3 +213,34 @@ def _framed(title: str, rows: Mapping[str, str]) -> None:
     for name, text in rows.items():
         grid.add_row(Text(name, style="dim"), Text(text))  # Text: brackets in overrides are not markup
     Console().print(Panel(grid, title=Text(title), title_align="left", expand=False))
+
+
+# --- an example of the data: what is masked is dim, what is scored is coloured
+
+
+SHOWN = 400  # characters of each part
+
+
+def _short(text: str) -> str:
+    half = SHOWN // 2
+    return text if len(text) <= SHOWN else f"{text[:half]} [...] {text[-half:]}"
+
+
+def show_example(rows: list[list[str]]) -> None:
+    """Print parts of an example: (part, text, "yes" if it is scored)."""
+    if not on_terminal():
+        print("example (what is scored is marked with |):")
+        for part, text, scored in rows:
+            mark = "|" if scored == "yes" else " "
+            print("\n".join(f"  {part:9} {mark} {line}" for line in _short(text).split("\n")))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    styles = {"chosen": "green", "rejected": "red"}
+    whole: Any = Text("example: what is masked is dim, what is scored is coloured\n")
+    for part, text, scored in rows:
+        style = styles.get(part, "cyan") if scored == "yes" else "dim"
+        whole.append(f"{part:9} ", style="bold")
+        whole.append(_short(text) + "\n", style=style)
+    Console().print(whole)

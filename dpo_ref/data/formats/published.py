@@ -3,7 +3,7 @@
 from typing import Any
 
 from dpo_ref.data.formats.checks import BadRow, Row, column, flag, group, number, record, several, text, turns
-from dpo_ref.data.formats.conversations import instructed
+from dpo_ref.data.formats.standard import instructed
 from dpo_ref.types import Message, PromptGroup
 
 

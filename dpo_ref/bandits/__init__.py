@@ -1,1 +1,0 @@
-"""Objectives compared in the bandits of `dpo_ref.lab.bandits`: training, findings, pictures and page."""

@@ -1,0 +1,385 @@
+"""`evaluate.py stage=compatibility`: candidate references beside a policy, before any training.
+
+Every candidate is built as `train.py` would build it, for a random part of the training pairs and through the same
+cache, so that a run that follows finds these log-probs. A candidate that cannot be built is a finding: it keeps its
+reason, and the others go on.
+"""
+
+import io
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from dpo_ref.cli.build import build_reference, check_paths, tokenised
+from dpo_ref.cli.command_line import composed, reference_words
+from dpo_ref.cli.resolve import TrainRun, resolve
+from dpo_ref.component import Component, annotations, choices_of
+from dpo_ref.data.chat_templates import install_template
+from dpo_ref.data.encoding import Encoder
+from dpo_ref.data.groups import TokenGroups
+from dpo_ref.data.packing import collate
+from dpo_ref.data.tokenise import encode_prompts, tokenise
+from dpo_ref.distributed import best_device
+from dpo_ref.evaluation import compatibility as numbers
+from dpo_ref.evaluation.compatibility import (
+    Candidate,
+    CompatibilityOptions,
+    Pairs,
+    Refused,
+    Report,
+    TokenOverlap,
+    metrics_of,
+)
+from dpo_ref.evaluation.kl import NOT_NORMALISED, Divergence, Scored, both_by_text, by_tokens
+from dpo_ref.files import plain, write_json
+from dpo_ref.generation.records import Generation
+from dpo_ref.generation.sampling import generate
+from dpo_ref.lab.models import locate
+from dpo_ref.models.checkpoint import weights_digest
+from dpo_ref.models.loading import LoadedModel, ModelSource, load_reference, load_tokenizer
+from dpo_ref.references.interface import Reference
+from dpo_ref.reports.compatibility import cells, entries, headline, terminal_table, verdict, write_page
+from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.tracking.tracker import RunInfo
+from dpo_ref.types import Message, PreferenceData, PromptGroup, ResponseLogps, TokenGroup
+
+# --- a candidate: built, and asked about pairs and samples
+
+
+CHUNK = 64  # groups looked up at once
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all candidates are measured on: the policy, pairs drawn from the training data, prompts to answer."""
+
+    run: TrainRun  # the training run that would follow, with reference=initial
+    loaded: LoadedModel
+    data: PreferenceData
+    groups: Sequence[TokenGroup]
+    prompts: Sequence[tuple[Message, ...]]
+    max_new_tokens: int
+    seed: int
+    device: torch.device
+
+    def build(self, reference: Component, groups: Sequence[TokenGroup], data: PreferenceData) -> Reference:
+        """The reference for these groups; their texts are those of `data`."""
+        return build_reference(replace(self.run, reference=reference), self.loaded, data, groups, self.device)
+
+    def samples(self, model: nn.Module, tokenizer: Any, prompts: Sequence[tuple[Message, ...]]) -> list[Generation]:
+        """One answer of a model to each prompt that leaves room for it, at temperature 1."""
+        causal_lm: Any = model
+        positions = getattr(causal_lm.config, "max_position_embeddings", 10**9)
+        sizes = map(len, encode_prompts(tokenizer, prompts))
+        fits = [place for place, size in enumerate(sizes) if size + self.max_new_tokens <= positions]
+        if not fits:
+            raise ValueError(f"no prompt leaves room for compatibility.max_new_tokens={self.max_new_tokens}")
+        drawn = generate(
+            model, tokenizer, [prompts[place] for place in fits], self.seed, progress,
+            max_new_tokens=self.max_new_tokens,
+        )  # fmt: skip
+        return [replace(sample, prompt_index=fits[sample.prompt_index]) for sample in drawn]
+
+
+def draw(groups: TokenGroups, num_pairs: int, seed: int) -> list[TokenGroup]:
+    """Groups at random until they hold `num_pairs` pairs, in the data's order. ValueError for data without pairs."""
+    paired = groups.where(groups.have_pairs)
+    if not len(paired):
+        raise ValueError("the data has no preference pairs to look at: choose other data=")
+    chosen, count = [], 0
+    for place in np.random.default_rng(seed).permutation(len(paired)).tolist():
+        if count >= num_pairs:
+            break
+        chosen.append(place)
+        count += len(paired[place].pairs)
+    return [paired[place] for place in sorted(chosen)]
+
+
+def pairs_of(groups: Sequence[TokenGroup]) -> Pairs:
+    """The pairs of groups as positions among all their responses."""
+    starts = np.cumsum([0, *(len(group.response_ids) for group in groups)])[:-1].tolist()
+    chosen = [start + pair[0] for start, group in zip(starts, groups, strict=True) for pair in group.pairs]
+    rejected = [start + pair[1] for start, group in zip(starts, groups, strict=True) for pair in group.pairs]
+    names: dict[tuple[int, ...], int] = {}
+    prompts = [names.setdefault(tuple(g.prompt_ids), len(names)) for g in groups for _ in g.response_ids]
+    num_bytes = [size for group in groups for size in group.num_bytes]
+    return Pairs(np.array(chosen), np.array(rejected), np.array(num_bytes), np.array(prompts))
+
+
+@torch.no_grad()
+def responses(reference: Reference, groups: Sequence[TokenGroup], bench: Bench) -> list[ResponseLogps]:
+    """What a reference says about groups, a chunk of them at a time."""
+    starts = range(0, len(groups), CHUNK)
+    with bench.loaded.precision():
+        return [reference.logps(collate(groups[at : at + CHUNK]).to(bench.device)) for at in starts]
+
+
+def sums_of(found: Sequence[ResponseLogps]) -> Float[np.ndarray, " N"]:
+    """Log-probs of all responses, in order."""
+    return np.concatenate([one.sums.cpu().numpy() for one in found])
+
+
+def divergences(
+    bench: Bench, component: Component, reference: Reference, by_token: bool, ours: Sequence[Generation]
+) -> tuple[Divergence, Divergence]:
+    """KL(policy || reference) on `ours`, the policy's samples, and KL(reference || policy). `by_token` says that the
+    reference has values for the policy's tokens."""
+    if not reference.normalised:
+        return Divergence(reason=NOT_NORMALISED), Divergence(reason=NOT_NORMALISED)
+    model = _own_model(bench, component, reference) if by_token else None
+    policy, tokenizer = bench.loaded.model, bench.loaded.tokenizer
+    with bench.loaded.precision():
+        if model is not None and _outputs(model) == _outputs(policy):
+            theirs = bench.samples(model, tokenizer, bench.prompts)
+            return by_tokens(policy, model, tokenizer, ours), by_tokens(model, policy, tokenizer, theirs)
+        drawn = _drawn_by(bench, component, reference)
+    return both_by_text(ours, drawn, bench.prompts, lambda texts: _scored(bench, component, texts))
+
+
+def _outputs(model: Any) -> int:
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def _own_model(bench: Bench, component: Component, reference: Reference) -> nn.Module | None:
+    """The model behind a reference of the policy's tokens; None where it is no single one that can be asked."""
+    asked = getattr(reference, "model", None)
+    if asked is not None or "off" not in choices_of(annotations(component.function).get("cache")):
+        return asked
+    live = replace(component, options=component.options | {"cache": "off"})
+    with redirect_stdout(io.StringIO()):  # it was built before, and has said what there is to say
+        return getattr(bench.build(live, bench.groups[:1], bench.data), "model", None)
+
+
+def _drawn_by(bench: Bench, component: Component, reference: Reference) -> list[Generation] | None:
+    """Samples of the model that the reference's options name, if its weights are the reference's."""
+    options = component.options
+    if not options.get("path") or not reference.weights:
+        return None
+    source = ModelSource(**{f.name: options[f.name] for f in fields(ModelSource) if f.name in options})
+    model = load_reference(source, locate(source.path), bench.device, bench.run.model.options["attention"])
+    if weights_digest(model) != reference.weights:
+        return None
+    system = options.get("system_prompt")
+    prompts = bench.prompts if system is None else [_under(system, prompt) for prompt in bench.prompts]
+    return bench.samples(model.eval(), tokenizer_of(component), prompts)
+
+
+def _under(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    turns = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
+    return (Message(role="system", content=system), *turns)
+
+
+def _scored(bench: Bench, component: Component, texts: Sequence[PromptGroup]) -> Scored:
+    """Log-probs of texts under policy and reference, and which of them fit the data's limits."""
+    made = bench.run.data.bound(tokenise)(texts, bench.loaded.tokenizer).groups
+    if not len(made):
+        return np.zeros(0), np.zeros(0), []
+    data, groups = PreferenceData(texts, [], []), list(made)
+    with redirect_stdout(io.StringIO()):
+        both = [bench.build(one, groups, data) for one in (bench.run.reference, component)]
+    scored = [sums_of(responses(reference, groups, bench)) for reference in both]
+    return scored[0], scored[1], [group.group_index for group in groups]
+
+
+def tokenizer_of(component: Component) -> Any:
+    """The tokenizer of the model that a reference's options name, with the template it is used with."""
+    options = component.options
+    tokenizer = load_tokenizer(locate(options["path"]), options.get("revision"))
+    install_template(tokenizer, options.get("template", "auto"), options.get("template_options"), "reference")
+    return tokenizer
+
+
+def _words(tokenizer: Any) -> set[str]:
+    """The vocabulary without special tokens. A word's leading blank is ▁ in SentencePiece and Ġ in byte-level BPE."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return {word.replace("\N{LOWER ONE EIGHTH BLOCK}", "Ġ") for word in tokenizer.get_vocab() if word not in special}
+
+
+def tokenizer_overlap(bench: Bench, component: Component) -> TokenOverlap | None:
+    """How a model's tokenizer differs from the policy's; None where it does not, or the reference is no model."""
+    if not component.options.get("path"):
+        return None
+    ours, theirs = bench.loaded.tokenizer, tokenizer_of(component)
+    if ours.get_vocab() == theirs.get_vocab():
+        return None
+    texts = [bench.data.train[group.group_index] for group in bench.groups]
+    found = Encoder(theirs).last_turns(texts)
+    reference_tokens = sum(len(ids) for one in found for ids in one.responses)
+    policy_tokens = sum(len(ids) for group in bench.groups for ids in group.response_ids)
+    words = _words(ours)
+    return TokenOverlap(len(words & _words(theirs)) / len(words), reference_tokens / policy_tokens)
+
+
+# --- the stage
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for. `words` are the policy and the data as one types them after train.py."""
+
+    name: str
+    words: tuple[str, ...]
+    data: Component
+    data_seed: int
+    tracking: Component
+    references: tuple[Any, ...]
+    options: CompatibilityOptions
+    seed: int
+    output_dir: str | None
+    config: dict[str, Any]
+
+
+def title_of(entry: Any) -> str:
+    """A short name of an entry of `references`."""
+    if isinstance(entry, str):
+        parts = entry.rstrip("/").split("/")
+        return "/".join(parts[-2:])
+    options = {key: value for key, value in entry.items() if key != "reference"}
+    said = sorted((_told(key, value) for key, value in options.items()), key=lambda text: "=" in text)
+    return f"{entry['reference']} ({', '.join(said)})" if said else entry["reference"]
+
+
+def _told(key: str, value: Any) -> str:
+    if key == "path":
+        return title_of(value)
+    if isinstance(value, list) and all(isinstance(part, Mapping) and "reference" in part for part in value):
+        return " + ".join(_part(part) for part in value)
+    return f"{key}={value}"
+
+
+def _part(entry: Mapping[str, Any]) -> str:
+    return title_of(entry["path"]) if set(entry) == {"reference", "path"} else title_of(entry)
+
+
+def _runs(request: Request) -> dict[str, tuple[list[str], TrainRun]]:
+    """For every candidate by title the words that select it and the training run it would be in; all options are
+    checked before anything is loaded. Raises ValueError for one that is named twice."""
+    found: dict[str, tuple[list[str], TrainRun]] = {}
+    for entry in request.references:
+        words = reference_words(entry)
+        cfg, choices = composed([*request.words, *words])
+        run = replace(resolve(cfg, choices, words), data=request.data)
+        check_paths(run)
+        title = title_of(entry)
+        if title in found:
+            raise ValueError(f"references: {title} is there twice")
+        found[title] = words, run
+    return found
+
+
+def _bench(request: Request) -> Bench:
+    """Load the policy and draw the pairs."""
+    cfg, choices = composed([*request.words, "reference=initial"])
+    run, device = replace(resolve(cfg, choices), data=request.data), best_device()
+    data = run.data(request.data_seed, progress)
+    loaded: LoadedModel = run.model(locate, device)
+    groups = draw(tokenised(run, data, loaded.tokenizer)[0].groups, request.options.num_pairs, request.seed)
+    asked = dict.fromkeys(group.group_index for group in groups)
+    prompts = list({data.train[number].prompt_id: data.train[number].prompt for number in asked}.values())
+    return Bench(
+        run, loaded, data, groups, [prompt for prompt in prompts if prompt][: request.options.num_prompts],
+        request.options.max_new_tokens, request.seed, device,
+    )  # fmt: skip
+
+
+def _report(request: Request, runs: Mapping[str, tuple[list[str], TrainRun]]) -> Report:
+    bench = _bench(request)
+    pairs = pairs_of(bench.groups)
+    policy = sums_of(responses(bench.build(bench.run.reference, bench.groups, bench.data), bench.groups, bench))
+    with bench.loaded.precision():
+        samples = bench.samples(bench.loaded.model, bench.loaded.tokenizer, bench.prompts)
+    candidates, refused = [], []
+
+    def measured(title: str, words: Sequence[str], component: Component) -> Candidate:
+        reference = bench.build(component, bench.groups, bench.data)
+        found = responses(reference, bench.groups, bench)
+        logps, by_token = sums_of(found), found[0].token_logps is not None
+        margins = pairs.margins(logps)
+        forward, reverse = divergences(bench, component, reference, by_token, samples)
+        audit = getattr(reference, "audit", None)
+        return Candidate(
+            title=title,
+            kind=component.name,
+            words=tuple(words),
+            margins=margins,
+            alone=numbers.alone(logps, pairs),
+            beside=numbers.beside(policy, logps, pairs, request.seed),
+            start=numbers.start(pairs.margins(policy) - margins, request.options.betas, pairs.clusters),
+            forward=forward,
+            reverse=reverse,
+            tokens=tokenizer_overlap(bench, component),
+            audit=audit and audit.line(),
+        )
+
+    for title, (words, run) in runs.items():
+        print(f"{title}:")
+        try:
+            candidates.append(measured(title, words, run.reference))
+        except ValueError as error:
+            refused.append(Refused(title, str(error)))
+    if not candidates:
+        raise ValueError("; ".join(f"{one.title}: {one.reason}" for one in refused))
+    return Report(
+        policy=request.name,
+        policy_alone=numbers.alone(policy, pairs),
+        policy_margins=pairs.margins(policy),
+        candidates=tuple(candidates),
+        refused=tuple(refused),
+        options=request.options,
+        data=request.data.name,
+        num_pairs=len(pairs.chosen),
+        num_prompts=len(samples),
+        seed=request.seed,
+    )
+
+
+def next_command(request: Request, one: Candidate) -> str:
+    """How to train with a candidate and the beta suggested for it."""
+    beta = one.start.listed if one.start.listed is not None else one.start.unit
+    chosen = [] if one.start.unit is None else [f"beta={beta:.2g}"]
+    return shlex.join(["python", "train.py", *request.words, *one.words, *chosen])
+
+
+def _track(request: Request, folder: Path, report: Report) -> None:
+    info = RunInfo(
+        folder, request.config, f"compatibility {request.name}", request.name, "compatibility", resume=False
+    )
+    tracker = request.tracking(info)
+    names, rows = cells(report, entries(report))
+    tracker.table("compatibility", names, rows, step=0)
+    tracker.image("compatibility", folder / "compatibility.png")
+    for name in ("compatibility.html", "compatibility.json"):
+        tracker.file(folder / name)
+    tracker.summary({f"compatibility/{name}": value for name, value in metrics_of(report).items()})
+    tracker.finish(0)
+
+
+def run_compatibility(request: Request) -> None:
+    """Measure, write and show the report. Raises ValueError for bad options, for data without pairs, and if none of
+    the references can be built."""
+    from rich.console import Console
+
+    folder = Path(request.output_dir or f"outputs/compatibility/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
+    report = _report(request, _runs(request))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_page(folder, report)
+    verdicts = {one.title: verdict(one, report) for one in report.candidates}
+    write_json(folder / "compatibility.json", {**plain(report), "verdicts": verdicts})
+    Console().print(terminal_table(report))
+    print(*(f"{title}: {said}" for title, said in verdicts.items()), sep="\n")
+    _track(request, folder, report)
+    run_summary(
+        headline(report),
+        {name: str(folder / f"compatibility.{end}") for name, end in
+         (("report", "html"), ("plot", "png"), ("numbers", "json"))},
+        [next_command(request, one) for one in report.candidates],
+    )  # fmt: skip

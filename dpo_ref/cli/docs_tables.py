@@ -1,0 +1,202 @@
+"""The tables of docs/ that are written by a program.
+
+    python -m dpo_ref.cli.docs_tables objectives > docs/objectives.md
+    python -m dpo_ref.cli.docs_tables references      (rewrites its table in docs/references.md)
+
+The one comes from the objectives' signatures and behaviour and from the YAML files that configure them; the other says
+which reference composes with which objective, found by composing all of them.
+"""
+
+import re
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_ref.cli.command_line import composed
+from dpo_ref.cli.resolve import resolve, strength
+from dpo_ref.cli.schemas import CONF, groups, locate, register
+from dpo_ref.objectives.interface import OF_TOKENS, Objective, bind, made_up
+from dpo_ref.types import ResponseLogps
+
+# --- docs/objectives.md
+
+
+FIELDS = ("loss", "reward", "convention", "TRL", "HALOs")
+COLUMNS = ("objective", "loss", "reward", "convention", "needs", "TRL", "HALOs", "strength", "paper")
+SIZES = {"lengths": "lengths", "bytes": "num_bytes"}
+WORDS = {
+    "whole": "the whole batch",
+    "mismatched": "responses of other prompts",
+    "old": "the sampling policy",
+    "collision": "sum of p^2",
+    "running": "a running statistic",
+    "rewards": "the rows' scores",
+}
+PREAMBLE = """\
+# Objectives
+
+Written by `python -m dpo_ref.cli.docs_tables objectives > docs/objectives.md`, from `dpo_ref/objectives/` and
+`conf/objective/`.
+
+- **log pi** is the policy's log-probability of a whole response, in nats, end of turn included; **log-ratio** is
+  log pi - log pi_ref; **length** is in the policy's tokens, **bytes** are of the text in UTF-8. The loss is one number
+  a pair (`sft`, `kto`, `bco` and objectives on samples: a response), and a step minimises their mean.
+- **margin** is the chosen reward minus the rejected reward. Rewards are what `rewards/*` in the metrics are. Where the
+  loss names nothing else it is a fixed function of their margin.
+- **strength** is the option that top-level `beta=` sets, with its default. Objectives without one refuse `beta=`.
+  Values of different objectives do not compare: look at the units.
+- **needs** is found by asking: what the signature takes, and whether the loss changes with lengths or bytes.
+- **the whole batch** is the optimiser batch, whatever its packs: a forward pass over all of it comes before the first
+  gradient. A reference that has no values of **tokens** is refused where they are needed.
+- Every objective on pairs takes `objective.nll_weight`: that many times the chosen response's mean negative token
+  log-prob is added to each pair's loss (RPO, arXiv:2404.19733); `cpo` and `orpo` have such a term of their own.
+- The rewards of arXiv:2407.13709 are references, not objectives: `objective=dpo reference=none` has the
+  posterior-probability reward beta log pi(y|x), `objective=dpo reference=prior` the likelihood reward
+  beta (log pi(y|x) - log p(y)).
+- `tests/objectives/test_objectives_trl.py` runs TRL 1.16's code beside ours: values and gradients are equal where the
+  TRL column names an equivalent, and differ by what the row says for `cpo` and `orpo`.
+- IPO is where implementations part most. With h the difference of the log-ratios, its target is 1 / (2 tau) for summed
+  h (the paper as printed, DPO's authors) or for per-token means (TRL, HALOs); it is 1 / (2 tau^2) for each position
+  and tau itself in two programs of Tajwar et al. 2024. At tau 0.1 and h = 0, 2, 5, `ipo_sum` is 25, 9, 0.
+"""
+
+
+class Header(NamedTuple):
+    """The comment that opens a YAML file in conf/objective/: title with source, command, and the named fields."""
+
+    title: str
+    command: str
+    fields: dict[str, str]
+
+
+def header(path: Path) -> Header:
+    """Read it; ValueError naming the file where a part is missing."""
+    comment = [line[1:].strip() for line in path.read_text().split("\ndefaults:")[0].splitlines()]
+    found = dict(line.split(": ", 1) for line in comment[2:] if ": " in line)
+    if tuple(found) != FIELDS or not comment[1].startswith(f"python train.py objective={path.stem}"):
+        raise ValueError(f"{path.name}: its comment must be a title, a command, then {', '.join(FIELDS)}")
+    return Header(comment[0].removesuffix("."), comment[1], found)
+
+
+def _losses(objective: Objective, doubled: str | None = None) -> torch.Tensor:
+    """On made-up items, with one of the policy's sizes doubled."""
+    policy, known = made_up(kind=objective.takes["policy"])
+    changed = {doubled: 2 * getattr(policy, doubled)} if doubled else {}
+    return objective(replace(policy, **changed), replace(known, running={})).losses
+
+
+def needs(function: Callable[..., Any]) -> list[str]:
+    """What an objective reads: pairs or responses, other arguments left of its star, token values, lengths, bytes."""
+    objective = bind(function)
+    usual = _losses(objective)
+    known = {name: field for name, field in SIZES.items() if objective.asks is ResponseLogps}
+    sizes = [name for name, field in known.items() if not torch.equal(_losses(objective, field), usual)]
+    tokens = ["tokens"] if {*objective.takes.values()} & {*OF_TOKENS} else []
+    others = [WORDS.get(name, name) for name in objective.takes if name != "policy"]
+    return ["pairs" if objective.pairwise else "responses", *others, *tokens, *sizes]
+
+
+def row(path: Path, target: str) -> dict[str, str]:
+    """One objective's cells, by column."""
+    function, read = locate(target), header(path)
+    key = strength(function)
+    default = OmegaConf.select(OmegaConf.load(path), key) if key else None
+    papers = ", ".join(re.findall(r"arXiv:[\d.]+\d|[\w.]+/\w+\.pdf|this project", read.title))
+    return {
+        "objective": f"`{path.stem}`: {read.title.split(' (')[0]}",
+        **read.fields,
+        "needs": ", ".join(needs(function)),
+        "strength": f"`{key}` {default}" if key else "-",
+        "paper": papers,
+    }
+
+
+def objectives_page() -> str:
+    """The whole of docs/objectives.md."""
+    rows = [row(path, target) for path, target in sorted(groups()["objective"].items())]
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([cells[name] for name in COLUMNS] for cells in rows)]
+    return PREAMBLE + "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+# --- the table of docs/references.md
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "references.md"
+BEGIN, END = (
+    "<!-- written by python -m dpo_ref.cli.docs_tables references -->",
+    "<!-- end of what is written by it -->",
+)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The command lines in the comment that opens a reference's YAML file, as overrides; without one its name."""
+    comment = re.sub(r"\\\n# +", "", path.read_text().split("\ndefaults:")[0])
+    lines = re.findall(r"^#  +python train\.py (.*)$", comment, re.MULTILINE)
+    return [shlex.split(re.split(r" {3,}", line)[0]) for line in lines] or [[f"reference={path.stem}"]]
+
+
+def refusal(reference: DictConfig, objective: DictConfig, names: tuple[str, str]) -> str | None:
+    """Why a reference does not go with an objective, or None."""
+    both = reference.copy()
+    both.objective, both.beta = objective.objective, None
+    choices = {"reference": names[0], "objective": names[1], "data": "lab", "model": "lab"}
+    try:
+        resolve(both, choices)
+    except ValueError as error:
+        return str(error).replace(f"objective={names[1]}", "the objective")
+    return None
+
+
+def _row(shown: str, reference: DictConfig, kind: str, objectives: dict[str, DictConfig], with_one: set[str]) -> str:
+    outcomes: dict[str | None, list[str]] = defaultdict(list)
+    for name, objective in objectives.items():
+        outcomes[refusal(reference, objective, (kind, name))].append(name)
+    good = set(outcomes.pop(None, []))
+    told = "all objectives" if good == set(objectives) else "all that have a reference" if good == with_one else None
+    told = told or "all that have a reference but those on the right"
+    unused = [why for why, names in outcomes.items() if set(names) == set(objectives) - with_one]
+    reasons = [f"{_listed(names)}: {why}" for why, names in outcomes.items() if why not in unused]
+    return f"| `{shown}` | {told} | {'; '.join(reasons).replace('|', chr(92) + '|')} |"
+
+
+def _listed(names: Sequence[str] | set[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def table() -> str:
+    """The table in Markdown."""
+    objectives = {path.stem: composed([f"objective={path.stem}"])[0] for path in sorted(CONF.glob("objective/*.yaml"))}
+    without = {name for name, cfg in objectives.items() if refusal(cfg, cfg, ("initial", name))}
+    with_one = set(objectives) - without
+    rows = []
+    for path in sorted(CONF.glob("reference/*.yaml")):
+        for words in commands(path):
+            kept = [word for word in words if not word.startswith(("beta=", "data", "stage", "optim"))]
+            shown = " ".join(word for word in kept if word.startswith(("reference=", "reference.mean")))
+            rows.append(_row(shown, composed(kept)[0], path.stem, objectives, with_one))
+    head = ["| reference | goes with | refused, and why |", "|---|---|---|"]
+    return "\n".join([*head, *dict.fromkeys(rows), "", f"Objectives without a reference: {_listed(without)}."])
+
+
+def references_page() -> str:
+    """docs/references.md with its table as it should be."""
+    register()
+    before, rest = PAGE.read_text().split(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["objectives"]:
+            print(objectives_page(), end="")
+        case ["references"]:
+            PAGE.write_text(references_page())
+        case _:
+            sys.exit("python -m dpo_ref.cli.docs_tables objectives > docs/objectives.md, or references")

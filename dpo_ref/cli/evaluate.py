@@ -1,0 +1,391 @@
+"""`python evaluate.py ...` from its composed configuration to the table, the page and the tracker."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from dpo_ref.cli.command_line import typed_words
+from dpo_ref.cli.compatibility import Request, run_compatibility, title_of
+from dpo_ref.cli.exports import STAGE as EXPORT
+from dpo_ref.cli.exports import check_export, publish, run_export
+from dpo_ref.cli.resolve import component, components
+from dpo_ref.cli.schemas import HubOptions
+from dpo_ref.cli.winrates import STAGE as WINRATE
+from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, run_winrates
+from dpo_ref.component import Component
+from dpo_ref.distributed import keep_memory
+from dpo_ref.evaluation.compatibility import CompatibilityOptions
+from dpo_ref.evaluation.evaluate import assess, at_each, at_other, baseline_of, check_temperature, prompts_of
+from dpo_ref.evaluation.judging.judge import JudgeLost
+from dpo_ref.evaluation.policy import Settings, Subject, against
+from dpo_ref.evaluation.results import RESULTS, Evaluated, Thresholds, joined, read_json, with_curve
+from dpo_ref.evaluation.sweep import cells, collect, results_folder, results_of_checkpoint
+from dpo_ref.lab import models as lab_models
+from dpo_ref.models import checkpoint
+from dpo_ref.models.checkpoint import run_of
+from dpo_ref.reports.model_card import write_card
+from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
+from dpo_ref.reports.sweep import sweep_tables, track_sweep, write_sweep
+from dpo_ref.reports.tables import drift, headline, results_table
+from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.types import PreferenceData, digest
+
+# --- one policy evaluated as it was configured, and its baseline
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Whom an evaluation was about, as what it was configured, and what it came to; `found` is None after
+    `stage=generate`."""
+
+    subject: Subject
+    config: dict[str, Any]
+    training: dict[str, Any] | None  # the configuration of the run that trained the policy
+    baseline: Evaluated | None
+    found: Evaluated | None
+
+
+class Evaluator:
+    """The configured evaluation; data of the same options and seed is read once."""
+
+    def __init__(self, cfg: DictConfig, choices: dict[str, str], overrides: Sequence[str]) -> None:
+        self.cfg, self.choices, self.overrides = cfg, choices, overrides
+        said = [override.lstrip("+").partition("=")[0] for override in overrides]
+        self.own_data = any(key.partition(".")[0] == "data" for key in said)
+        self.thresholds = Thresholds(**OmegaConf.to_container(cfg.degeneration))  # pyright: ignore[reportCallIssue]
+        self._data: dict[str, PreferenceData] = {}
+        self.tracking = component("tracking", cfg.tracking, choices["tracking"])
+        self.lost: JudgeLost | None = None  # why the judge is asked no more
+
+    def tree(self, run: DictConfig | None, path: str) -> tuple[DictConfig, dict[str, str]]:
+        """Configuration and choices, with the data of the evaluated run unless the command line names another."""
+        cfg, choices = self.cfg.copy(), dict(self.choices)
+        if run is not None and not self.own_data:
+            cfg.data = run.data
+            folder = run_of(Path(path)) or Path(path)
+            choices["data"] = read_json(folder / "summary.json")["choices"]["data"]
+        return cfg, choices
+
+    def parts(self, run: DictConfig | None, path: str) -> dict[str, Component]:
+        """The components of an evaluation."""
+        parts = components(*self.tree(run, path), "evaluate")
+        check_temperature(parts, self.overrides)
+        return parts
+
+    def settings(self, subject: Subject, parts: dict[str, Component]) -> Settings:
+        """How to evaluate a subject: held-out data is drawn with the seed of its run, so that none was trained on."""
+        data, seed = parts["data"], self.cfg.seed if subject.seed is None else subject.seed
+        key = f"{data} {seed}"
+        if key not in self._data:
+            self._data[key] = data(seed, progress)
+        asked, named = prompts_of(subject, parts, self._data[key], seed), (parts["generation"], parts["scorer"])
+        how = (*named, self.cfg.seed, self.cfg.stage, self.thresholds, parts["diagnostic"], parts.get("judge"))
+        return Settings(self._data[key], data, asked, *how)
+
+    def one(self, path: str, output_dir: str | None = None) -> Outcome:
+        """Evaluate one policy. Where the judge stops answering, this one and all that follow do without it."""
+        try:
+            return self._one(path, output_dir)
+        except JudgeLost as lost:
+            self.lost, self.cfg = lost, self.cfg.copy()
+            self.cfg.judge = None
+            return self._one(path, output_dir)
+
+    def _one(self, path: str, output_dir: str | None) -> Outcome:
+        subject, run = subject_of(path, output_dir)
+        parts = self.parts(run, path)
+        if "reference" in parts:
+            subject = against(subject, parts["reference"])
+        settings, *others = at_each(self.settings(subject, parts), subject)
+        curve = [self.at_temperature(subject, other) for other in others]
+        baseline = self.baseline(subject, settings)
+        config: Any = OmegaConf.to_container(self.tree(run, path)[0], resolve=True)
+        found = assess(subject, settings, baseline)
+        if found is not None and curve:
+            found = joined(subject.folder, found, [other for other, _ in curve if other is not None])
+        if baseline is not None and curve:
+            baseline = with_curve(baseline, [other for _, other in curve if other is not None])
+        return Outcome(subject, config, _plain(run), baseline, found)
+
+    def at_temperature(self, subject: Subject, settings: Settings) -> tuple[Evaluated | None, Evaluated | None]:
+        """One policy at a further temperature, and the baseline at the same."""
+        baseline = self.baseline(subject, settings)
+        return assess(at_other(subject, settings, baseline), settings, baseline), baseline
+
+    def baseline(self, subject: Subject, settings: Settings) -> Evaluated | None:
+        """Whom the win rate is against: what `baseline=` names, else the run's initial policy."""
+        if self.cfg.baseline is not None:
+            return baseline_of(self.cfg.baseline, Path(self.cfg.baseline).name, settings)
+        return (
+            None
+            if subject.initial is None
+            else baseline_of(subject.initial, "initial", settings, subject.initial_text, subject.initial_adapter)
+        )
+
+    def conclude(self, outcome: Outcome, files: Sequence[Path] = ()) -> None:
+        """Fill in the policy's model card, and log the evaluation as a run of its own."""
+        subject, found, run = outcome.subject, outcome.found, outcome.subject.run
+        assert found is not None
+        if run is not None and subject.folder == run / RESULTS:
+            write_card(run, read_json(run / "summary.json"), outcome.training or {}, found.evaluation)
+        track_evaluation(self.tracking, outcome.config, subject, found, outcome.baseline, files)
+
+
+def _plain(cfg: DictConfig | None) -> dict[str, Any] | None:
+    return None if cfg is None else OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportReturnType]
+
+
+# --- the command
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _evaluate_policy(evaluator: Evaluator, cfg: DictConfig) -> None:
+    outcome = evaluator.one(cfg.policy, cfg.output_dir)
+    folder, baseline, found = outcome.subject.folder, outcome.baseline, outcome.found
+    if found is None:
+        run_summary("generated", {"generations": str(folder / "generations.jsonl")}, [])
+        return
+    evaluated = [baseline, found] if baseline else [found]
+    page = write_report(folder, evaluated)
+    pictures = [path for name in ("report.png", DIAGNOSTICS) if (path := folder / name).is_file()]
+    evaluator.conclude(outcome, [page, *pictures])
+    evaluations = [each.evaluation for each in evaluated]
+    _print(results_table(evaluations))
+    run_summary(headline(evaluations), {"report": str(page), "plot": str(folder / "report.png")})
+
+
+def _sources(sweep: Any) -> list[str]:
+    """`sweep=` as a list. Raises ValueError for anything but a folder, a pattern or a list of these."""
+    found = list(sweep) if isinstance(sweep, ListConfig) else [sweep]
+    if not found or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"sweep={sweep} must be a folder, a pattern or a list of these")
+    return found
+
+
+def _shared(baselines: Sequence[Evaluated]) -> Evaluated | None:
+    """The baseline of all jobs; None where they have none or several, of which no single one would be true."""
+    if len({digest([asdict(one.evaluation)]) for one in baselines}) <= 1:  # by value: NaN is what was not measured
+        return next(iter(baselines), None)
+    print("the jobs have different baselines: each is compared with its own, and none is shown", file=sys.stderr)
+    return None
+
+
+def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
+    """Evaluate every completed job, then write the table whatever the others came to."""
+    sources, baselines = _sources(cfg.sweep), []
+    folder = Path(cfg.output_dir).expanduser() if cfg.output_dir else results_folder(sources)
+    for job in collect(*sources):
+        if not job.finished:
+            continue
+        try:
+            outcome = evaluator.one(str(job.folder))
+        except (ValueError, OSError) as error:
+            print(f"{job.name} could not be evaluated: {error}", file=sys.stderr)
+            continue
+        baselines += [outcome.baseline] if outcome.baseline else []
+        if outcome.found is not None:
+            evaluator.conclude(outcome)
+    jobs, baseline = collect(*sources), _shared(baselines)
+    write_sweep(folder, jobs, baseline)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    track_sweep(evaluator.tracking, config, folder, jobs)
+    initial = baseline.evaluation if baseline else None
+    for table in sweep_tables(jobs, initial):
+        _print(table)
+    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in cells(jobs))]
+    title = headline(evaluations) if len(evaluations) > 1 else "no job has a result"
+    rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png"), "panels": str(folder / "panels")}
+    if initial and (moved := drift(initial, evaluations[1:])):
+        rows["drift"] = moved
+    run_summary(title, rows)
+
+
+def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) -> Request:
+    """The run that would be trained with each reference: a run's policy brings its data and model options."""
+    subject, run = subject_of(cfg.policy, None)
+    parts = evaluator.parts(run, cfg.policy)
+    folder = run_of(Path(cfg.policy)) or Path(cfg.policy)
+    said = overrides if run is None or evaluator.own_data else read_json(folder / "summary.json")["overrides"]
+    words = [] if subject.path == "lab:initial" else ["model=pretrained", *typed_words({"model.path": subject.path})]
+    if run is not None:
+        changed = {name: run.model[name] for name in ("dtype", "attention") if run.model[name] != "auto"}
+        words += typed_words({f"model.{name}": value for name, value in changed.items()})
+    seed = cfg.seed if subject.seed is None else subject.seed
+    words += typed_words({"seed": seed}) if seed else []
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    return Request(
+        name=subject.name if run is not None else title_of(cfg.policy),
+        words=(*words, *(word for word in said if word.lstrip("+").startswith("data"))),
+        data=parts["data"],
+        data_seed=seed,
+        tracking=parts["tracking"],
+        references=tuple(config["references"]),
+        options=CompatibilityOptions(**config["compatibility"]),
+        seed=cfg.seed,
+        output_dir=cfg.output_dir,
+        config=config,
+    )
+
+
+def _export(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Write the file of `export=` from the evaluation of `policy=`."""
+    export = component("export", cfg.export, evaluator.choices["export"])
+    check_export(export, words(overrides), cfg.policy)
+    subject, run = subject_of(cfg.policy, cfg.output_dir)
+    run_export(subject, export, lambda: evaluator.settings(subject, evaluator.parts(run, cfg.policy)))
+
+
+def _win_rates(cfg: DictConfig, choices: dict[str, str]) -> WinRateRequest:
+    """What is asked about models that were judged before."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    annotations, tracking = annotation_words(config["annotations"]), components(cfg, choices, "evaluate")["tracking"]
+    return WinRateRequest(annotations, cfg.df_gamed, tracking, cfg.seed, cfg.output_dir, config)
+
+
+def run_evaluation(cfg: DictConfig, choices: dict[str, str], overrides: Sequence[str]) -> None:
+    """Evaluate `policy=` or `sweep=`, or look at `references=` or at `annotations=`. Raises ValueError for what does
+    not go together."""
+    check_stage(cfg, overrides)
+    if cfg.stage == PUSH:
+        publish(cfg.policy, HubOptions(**cfg.hub))
+        return
+    if cfg.stage == COMPATIBILITY:
+        keep_memory()
+        run_compatibility(_request(Evaluator(cfg, choices, overrides), cfg, overrides))
+        return
+    if cfg.stage == WINRATE:
+        run_winrates(_win_rates(cfg, choices))
+        return
+    if (cfg.policy is None) == (cfg.sweep is None) and cfg.stage != EXPORT:
+        raise ValueError("give policy=<run or model folder> or sweep=<multirun folder, runs, patterns>, one of them")
+    keep_memory()
+    evaluator = Evaluator(cfg, choices, overrides)
+    if cfg.stage == EXPORT:
+        _export(evaluator, cfg, overrides)
+        return
+    (_evaluate_policy if cfg.sweep is None else _evaluate_sweep)(evaluator, cfg)
+    if evaluator.lost is not None:
+        raise evaluator.lost
+
+
+# --- the stages that stand apart, and which words of the command line have an effect on which stage
+
+
+COMPATIBILITY, PUSH = "compatibility", "push"
+STAGES_OF = {  # where options that belong to single stages have an effect
+    "degeneration": ("all", "score"),
+    "judge": ("all", "judge"),
+    "diagnostic": ("all", "diagnose"),
+    "annotations": (WINRATE,),
+    "df_gamed": (WINRATE,),
+    "hub": (PUSH,),
+    "export": (EXPORT,),
+    "prompts": ("all", "generate", "score", "judge"),  # the baseline answers the same
+}
+
+
+def words(overrides: Sequence[str]) -> set[str]:
+    """The top-level keys that the command line says something about."""
+    return {override.lstrip("+").partition("=")[0].partition(".")[0] for override in overrides}
+
+
+def check_stage(cfg: Any, overrides: Sequence[str]) -> None:
+    """Raise ValueError for options that have no effect on the stage, and for those it lacks."""
+    given = words(overrides)
+    for key, stages in STAGES_OF.items():
+        if key in given and cfg.stage not in stages:
+            raise ValueError(f"{key} has no effect on stage={cfg.stage}: it belongs to stage={' and '.join(stages)}")
+    if cfg.stage == "judge" and cfg.judge is None:
+        raise ValueError("stage=judge needs judge=<who compares the answers>, such as judge=alpaca_eval")
+    if cfg.stage == WINRATE:
+        check_words(given)
+    if cfg.stage == PUSH and (others := given - {"policy", "stage", "hub"}):
+        raise ValueError(f"{min(others)} has no effect on stage=push; leave it out")
+    if cfg.stage == EXPORT and cfg.export is None:
+        raise ValueError("stage=export needs export=<format>, such as export=alpaca_eval")
+    if cfg.stage == COMPATIBILITY:
+        _check_compatibility(cfg, given)
+        return
+    for key in ("references", "compatibility"):
+        if key in given:
+            raise ValueError(f"{key} has no effect: it belongs to stage=compatibility")
+
+
+def _check_compatibility(cfg: Any, given: set[str]) -> None:
+    for key in ("baseline", "sweep", "reference", "prompts", "generation", "scorer"):
+        if key in given:
+            hint = "candidates are listed in references=[...]" if key == "reference" else "leave it out"
+            raise ValueError(f"{key} has no effect on stage=compatibility; {hint}")
+    if cfg.policy is None:
+        raise ValueError("stage=compatibility needs policy=<run or model folder>")
+    if not cfg.references:
+        raise ValueError("stage=compatibility needs references, such as references='[initial, none, some/model]'")
+
+
+# --- what `policy=` names
+
+
+def subject_of(path: str, output_dir: str | None) -> tuple[Subject, DictConfig | None]:
+    """What `policy=` names, and the configuration of its run if it is one or a checkpoint of one. ValueError for a
+    run without a policy."""
+    place = Path(path).expanduser()
+    run = checkpoint.run_of(place) or place
+    if not (run / "summary.json").is_file():
+        name = path.removeprefix(lab_models.SCHEME).rstrip("/").rpartition("/")[2]
+        default = Path(output_dir or f"outputs/evaluations/{name}")
+        return Subject(name, path, default), None
+    summary = read_json(run / "summary.json")
+    if not (run / "policy" / "config.json").is_file():
+        raise ValueError(f"policy={path}: the run is {summary['status']} and has saved no policy yet")
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)
+    folder = Path(output_dir) if output_dir else run / "evaluation"
+    if run != place:
+        return _at_checkpoint(_of_run(run, config, summary, folder), place, output_dir), config
+    return _of_run(run, config, summary, folder), config
+
+
+def _at_checkpoint(subject: Subject, place: Path, output_dir: str | None) -> Subject:
+    """The policy as a checkpoint of its run has it."""
+    steps = checkpoint.read_state(place)["step"]
+    folder = Path(output_dir) if output_dir else results_of_checkpoint(place)
+    return replace(
+        subject, name=f"{subject.name} {place.name}", path=str(place), folder=folder, checkpoint=place, steps=steps
+    )
+
+
+def _of_run(run: Path, config: DictConfig, summary: Mapping[str, Any], folder: Path) -> Subject:
+    """The policy a run ended with."""
+    return Subject(
+        name=run.name,
+        path=str(run / "policy"),
+        folder=folder,
+        initial=config.model.path,
+        initial_text=_text_of(run, config),
+        initial_adapter=config.model.get("adapter"),
+        reference=summary["reference"],
+        loss_reference=component("reference", config.reference, summary["choices"]["reference"]),
+        checkpoint=next(iter(checkpoint.found(run / "checkpoints")[::-1]), None),
+        identities=summary["identities"],
+        objective=summary["objective"],
+        beta=summary["beta"],
+        seed=summary["seed"],
+        run=run,
+        group=summary.get("sweep") or run.name,
+        steps=summary["steps"],
+    )
+
+
+def _text_of(run: Path, config: DictConfig) -> str | None:
+    """The folder whose tokenizer the initial policy is used with: the run's, where the run set a template."""
+    changed = config.model.template != "auto" or config.model.template_options or config.model.max_length
+    return str(run / "policy") if changed else None

@@ -1,0 +1,178 @@
+"""What leaves an evaluation or a run: with `stage=export` answers in the files that other tools read, with
+`stage=push` a run's policy folder and its card to the Hugging Face hub, when asked for by name.
+"""
+
+import logging
+import shlex
+from collections.abc import Callable, Collection, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from dpo_ref.cli.schemas import HubOptions
+from dpo_ref.component import Component, annotations
+from dpo_ref.data.tokenise import end_of_turn_ids, tokenise
+from dpo_ref.distributed import best_device
+from dpo_ref.evaluation.evaluate import loss_reference
+from dpo_ref.evaluation.heldout import PairScores, reference_pairs, score_pairs
+from dpo_ref.evaluation.policy import Settings, Subject, loaded
+from dpo_ref.files import write_text
+from dpo_ref.generation.records import read_generations
+from dpo_ref.reports.exports import Answers, Export, RewardedPair, RewardedPairs
+from dpo_ref.reports.model_card import CARD
+from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.types import PromptGroup, TokenGroup
+
+STAGE, FOLDER = "export", "exports"
+WORDS = {"policy", "stage", "export", "output_dir", "tracking"}
+WORDS_OF_PAIRS = {"data"}  # of what is measured for the export
+
+
+def asks_pairs(export: Component) -> bool:
+    """Whether a format is one of pairs, and not of answers."""
+    return RewardedPairs in annotations(export.function).values()
+
+
+def check_export(export: Component, given: Collection[str], policy: str | None) -> None:
+    """Raise ValueError for words that have no effect on an export, and for no policy."""
+    if policy is None:
+        raise ValueError("stage=export needs policy=<run or model folder>, whose evaluation is exported")
+    known = WORDS | (WORDS_OF_PAIRS if asks_pairs(export) else set())
+    if others := set(given) - known:
+        raise ValueError(f"{min(others)} has no effect on stage=export export={export.name}; leave it out")
+
+
+def _answers(subject: Subject) -> Answers:
+    path = subject.folder / "generations.jsonl"
+    return Answers(subject.name, read_generations(path), path.stat().st_mtime)
+
+
+def _pairs(subject: Subject, settings: Settings) -> RewardedPairs:
+    """The held-out pairs with their rewards against the run's loss reference; those too long are left out."""
+    if subject.loss_reference is None:
+        raise ValueError(
+            f"export=rewardbench wants implicit rewards, which are measured against a run's reference; "
+            f"policy={subject.path} is no run"
+        )
+    ours, held_out = loaded(subject.path), settings.data.eval
+    groups = settings.data_options.bound(tokenise)(held_out, ours.tokenizer).groups
+    members = sorted((group for group in groups if group.pairs), key=lambda group: group.group_index)
+    if not members:
+        return RewardedPairs(subject.name, settings.data_options.name, [])
+    reference = loss_reference(subject, settings, members, lambda number: held_out[number])
+    policy = score_pairs(ours.model, members, end_of_turn_ids(ours.tokenizer), progress)
+    against = reference_pairs(reference, members, policy, best_device())
+    found = rewarded(held_out, members, policy, against)
+    if left_out := sum(len(group.pairs) for group in held_out) - len(found):
+        print(f"{left_out} of {left_out + len(found)} pairs left out: they are longer than data.max_length")
+    return RewardedPairs(subject.name, settings.data_options.name, found)
+
+
+def rewarded(
+    held_out: Sequence[PromptGroup], groups: Sequence[TokenGroup], policy: PairScores, reference: PairScores
+) -> list[RewardedPair]:
+    """The texts of the pairs in `groups`, which are in their source's order, with log policy - log reference."""
+    places = [(held_out[group.group_index], pair) for group in groups for pair in group.pairs]
+    chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    return [
+        RewardedPair(source.prompt, source.responses[better], source.responses[worse], up, down, source.origin)
+        for (source, (better, worse)), up, down in zip(places, chosen.tolist(), rejected.tolist(), strict=True)
+    ]
+
+
+def run_export(subject: Subject, export: Component, settings: Callable[[], Settings]) -> Path:
+    """Write the file of `export`, replaced atomically, and say where it is. Raises ValueError for answers that do not
+    fit the format."""
+    source = _pairs(subject, settings()) if asks_pairs(export) else _answers(subject)
+    made: Export = export(source)
+    path = subject.folder / FOLDER / made.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, made.text)
+    run_summary(f"{made.num_rows} rows for {export.name}", {"file": str(path)})
+    return path
+
+
+# --- `stage=push`
+# The token is the hub client's own: HF_TOKEN, or what `hf auth login` has stored. Only files of the policy folder that
+# belong to a model are uploaded.
+
+
+ALLOWED = (
+    CARD, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja",
+    "adapter/adapter_config.json", "adapter/*.safetensors",
+)  # fmt: skip
+
+
+def chosen(folder: Path) -> tuple[list[str], list[str]]:
+    """The folder's files that are uploaded, and those left out, as paths inside it."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    taken = [name for name in names if any(fnmatch(name, pattern) and _level(name, pattern) for pattern in ALLOWED)]
+    return taken, [name for name in names if name not in taken]
+
+
+def _level(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/")  # fnmatch's star takes slashes too
+
+
+def _check(options: HubOptions, folder: Path) -> str:
+    """The repository's name. Raises ValueError, with what to type, for all that can be known before asking the hub."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if options.repo is None or options.repo.count("/") != 1:
+        raise ValueError(f"stage=push needs hub.repo=<organisation or user>/<name>; it is {options.repo}")
+    try:
+        validate_repo_id(options.repo)
+    except HFValidationError as error:
+        raise ValueError(f"hub.repo={options.repo}: {error}") from error
+    if not (folder / CARD).is_file():
+        raise ValueError(f"{folder / CARD} is missing; evaluating the run again writes it")
+    if constants.is_offline_mode():
+        raise ValueError("the hub is not asked while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set; unset it")
+    if get_token() is None:
+        raise ValueError("no Hugging Face token here: type `hf auth login`, or set HF_TOKEN, and push again")
+    return options.repo
+
+
+def push(run: Path, options: HubOptions) -> tuple[str, list[str]]:
+    """Upload a run's policy folder; the address of the commit, and the files left out.
+
+    Raises ValueError, naming what to type, without a repository's name, a card or a token, for a repository that is
+    public where hub.private=true was asked for, and where the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter: of its transport, whichever it is
+
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for every request
+    folder = run / "policy"
+    repo, (files, left_out) = _check(options, folder), chosen(folder)
+    again = shlex.join(["python", "evaluate.py", f"policy={run}", "stage=push", f"hub.repo={repo}"])
+    try:
+        return _upload(HfApi(), repo, options.private, folder, files), left_out
+    except HfHubHTTPError as error:
+        code = error.response.status_code
+        raise ValueError(f"the hub refuses {repo} ({code}): may the token write there? Then: {again}") from error
+    except (HTTPError, OSError) as error:
+        raise ValueError(f"the hub cannot be reached ({error}); nothing is lost, later: {again}") from error
+
+
+def _upload(api: Any, repo: str, private: bool, folder: Path, files: list[str]) -> str:
+    api.create_repo(repo, private=private, exist_ok=True)
+    if private and not api.repo_info(repo).private:
+        raise ValueError(f"{repo} exists and is public; hub.private=false publishes the policy there")
+    done = api.upload_folder(
+        repo_id=repo, folder_path=folder, allow_patterns=files, commit_message="Policy trained with dpo_ref"
+    )
+    return str(done.commit_url)
+
+
+def publish(policy: str | None, options: HubOptions) -> None:
+    """`stage=push`: publish the policy of a run and say where it is. Raises ValueError for anything that is no run."""
+    run = Path(policy or "").expanduser()
+    if policy is None or not (run / "summary.json").is_file():
+        raise ValueError(f"stage=push needs policy=<run folder>, as train.py made it; {policy} is none")
+    address, left_out = push(run, options)
+    rows = {"commit": address} | ({"left out": ", ".join(left_out)} if left_out else {})
+    run_summary(f"pushed to {options.repo}", rows)

@@ -1,0 +1,257 @@
+"""From a composed tree to plain dataclasses: its groups as components, every option checked against the signature it
+configures.
+
+`resolve` walks the tree before anything is loaded and refuses what would have no effect: an unknown key (Hydra
+composes those added with `+`), a wrong value, a combination in which an option would be ignored.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, get_args
+
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_ref.cli.command_line import refuse_unknown
+from dpo_ref.cli.schemas import SCHEMAS, SHARED, STAGES, groups, locate, parts_of
+from dpo_ref.component import (
+    Component,
+    annotations,
+    choices_of,
+    configuration,
+    mapped_to,
+    member_group,
+    one_or_several,
+)
+from dpo_ref.evaluation.results import Thresholds
+from dpo_ref.models.reward_model import check_reward_run
+from dpo_ref.objectives.interface import STRENGTH, Objective, bind
+from dpo_ref.training.trainer import TrainerConfig
+from dpo_ref.types import ResponseScores
+
+
+def _defaults(parts: Sequence[Callable[..., Any]]) -> dict[str, Any]:
+    options = {name: option.default for part in parts for name, option in configuration(part).items()}
+    return {name: value for name, value in options.items() if value is not inspect.Parameter.empty}
+
+
+def component(group: str, node: DictConfig, choice: str, key: str | None = None) -> Component:
+    """Check one group's node, which stands at `key` of the tree, against the signatures it configures."""
+    key = key or group
+    function = locate(node["_target_"])
+    parts = parts_of(group, function)
+    hints = {name: hint for part in parts for name, hint in annotations(part).items() if name in configuration(part)}
+    values = {str(name): node[name] for name in node if name != "_target_" and not OmegaConf.is_missing(node, name)}
+    refuse_unknown(f"{key}.", values, list(hints))
+    values = _defaults(parts) | values  # the saved configuration of a run may be older than an option
+    missing = [name for name in hints if name not in values]
+    if missing:
+        raise ValueError(f"{key}={choice} needs {key}.{missing[0]}=...")
+    values |= {name: _value(f"{key}.{name}", values[name], hint) for name, hint in hints.items()}
+    check = getattr(function, "check_options", None)
+    if check is not None:
+        check(**values)
+    return Component(choice, function, _shared_by_members(group, hints, values) | values)
+
+
+def _value(key: str, value: Any, hint: Any) -> Any:
+    """An option as components take it; a member of a group becomes a Component."""
+    choices, inner = choices_of(hint), member_group(hint)
+    if inner is not None:
+        return component(inner, value, value["_target_"].rpartition(".")[2], key)
+    if choices and value not in (*choices, *([None] if type(None) in get_args(hint) else [])):
+        raise ValueError(f"{key}={value} is none of {', '.join(choices)}")
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    single = one_or_several(hint)
+    if single is not None:
+        return _one_or_several(key, plain, single)
+    return plain if plain is None or mapped_to(hint) is None else _mapping(key, plain, mapped_to(hint))
+
+
+READ = {float: (int, float), str: (str,)}  # what may be written for an option that takes one or several
+
+
+def _single(key: str, value: Any, kind: Any) -> Any:
+    if not isinstance(value, READ[kind]) or isinstance(value, bool):
+        raise ValueError(f"{key}={value} is no {'number' if kind is float else 'text'}")
+    return kind(value)
+
+
+def _one_or_several(key: str, value: Any, kind: Any) -> Any:
+    return [_single(key, one, kind) for one in value] if isinstance(value, list) else _single(key, value, kind)
+
+
+def _mapping(key: str, value: Any, kind: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}={value} must be a dictionary: {key}={{name: value}}")
+    return {name: one if kind is Any else _single(f"{key}.{name}", one, kind) for name, one in value.items()}
+
+
+def _shared_by_members(group: str, hints: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a group shares, where a member inside this one brings them."""
+    shared = {name for part in SHARED.get(group, ()) for name in configuration(part)}
+    inside = [values[name] for name, hint in hints.items() if member_group(hint) == group]
+    return {name: value for member in inside for name, value in member.options.items() if name in shared}
+
+
+def _sections(cfg: DictConfig, schema_type: type) -> None:
+    """Refuse unknown keys at the top level and in its plain sections."""
+    known = [f.name for f in fields(schema_type)]
+    refuse_unknown("", map(str, cfg), known)
+    for f in fields(schema_type):
+        if is_dataclass(f.type):
+            given = map(str, cfg.get(f.name) or {})  # a run's configuration may be older than the section
+            refuse_unknown(f"{f.name}.", given, [inner.name for inner in fields(f.type)])
+
+
+def components(cfg: DictConfig, choices: Mapping[str, str], kind: str) -> dict[str, Component]:
+    """Every group of a composed tree, checked; `kind` is train or evaluate. Raises ValueError."""
+    schema_type = SCHEMAS[kind]
+    _sections(cfg, schema_type)
+    if cfg.stage not in STAGES[kind]:
+        raise ValueError(f"stage={cfg.stage} is none of {', '.join(STAGES[kind])}")
+    chosen = [f.name for f in fields(schema_type) if f.name in groups() and cfg.get(f.name) is not None]
+    found = {group: component(group, cfg[group], choices.get(group, group)) for group in chosen}
+    if "scorer" in found:
+        refuse_relative(found["scorer"])
+    return found
+
+
+def refuse_relative(scorer: Component) -> None:
+    """Raise ValueError for a scorer that ranks answers to one prompt, where policies are to be compared."""
+    if getattr(scorer.function, "relative", False):
+        raise ValueError(
+            f"scorer={scorer.name} ranks a policy's answers among themselves, and their mean says nothing about the "
+            "policy; evaluate.py has judge=..., which compares with the baseline's answers"
+        )
+
+
+# --- a training run
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRun:
+    """A training run, resolved: every option checked, nothing loaded yet."""
+
+    model: Component
+    data: Component
+    objective: Objective
+    reference: Component
+    optim: Component
+    tracking: Component
+    trainer: TrainerConfig
+    beta: float | None
+    seed: int
+    stage: str
+    evaluation: Component | None = None  # while training
+    degeneration: Thresholds = field(default_factory=Thresholds)
+    bandit: Component | None = None  # trained instead of the model
+
+
+def strength(function: Callable[..., Any]) -> str | None:
+    """The option of an objective that top-level `beta` sets, if it has one."""
+    marked = (name for name, hint in annotations(function).items() if STRENGTH in getattr(hint, "__metadata__", ()))
+    return next(marked, None)
+
+
+def strength_of(cfg: DictConfig) -> float | None:
+    """How strong the KL constraint of a composed run is."""
+    key = strength(locate(cfg.objective["_target_"]))
+    return cfg.beta if cfg.beta is not None or key is None else cfg.objective[key]
+
+
+def _objective(component: Component, beta: float | None, overrides: Sequence[str]) -> Objective:
+    """Bind the objective; a top-level beta goes to the parameter it marks as its strength."""
+    options, name = dict(component.options), strength(component.function)
+    if beta is not None and name is None:
+        raise ValueError(f"beta={beta} has no effect: objective={component.name} has no KL strength; leave beta out")
+    if beta is not None:
+        key = f"objective.{name}"
+        if any(override.split("=")[0].lstrip("+~") == key for override in overrides):
+            raise ValueError(f"beta and {key} say the same thing; give one of them")
+        options[str(name)] = beta
+    objective = bind(component.function, **options)
+    objective.check()
+    return objective
+
+
+def _keys(overrides: Sequence[str]) -> set[str]:
+    """What the command line says something about."""
+    return {override.lstrip("+~").partition("=")[0] for override in overrides}
+
+
+def _asked_live(reference: Component) -> Component:
+    """The reference where responses come while the run goes on, so that no table can hold them beforehand."""
+    cache = annotations(reference.function).get("cache")
+    if cache is None or reference.options["cache"] == "off":
+        return reference
+    if "off" not in choices_of(cache):
+        raise ValueError(
+            f"reference={reference.name} scores what is known before training, and the data samples while the run "
+            "goes on: use reference=initial, other, interpolate, moving, uniform_token or none"
+        )
+    return replace(reference, options=reference.options | {"cache": "off"})
+
+
+def _while_training(
+    evaluation: Component | None, trainer: TrainerConfig, overrides: Sequence[str]
+) -> Component | None:
+    """The evaluation in training where one is asked for, with `evaluation.every`. Raises ValueError for what has no
+    effect without it."""
+    if evaluation is not None and evaluation.options["every"] is not None:
+        refuse_relative(evaluation.options["scorer"])
+        return evaluation
+    asked = ("evaluation.", "scorer@evaluation.", "degeneration.")
+    without = [key for key in _keys(overrides) if key.startswith(asked)]
+    if changed := sorted(set(without) - {"evaluation.every"}):
+        raise ValueError(f"{changed[0]} has no effect without evaluation.every=<optimiser steps>")
+    if trainer.stop_when_degenerate:
+        raise ValueError(
+            "trainer.stop_when_degenerate=true has no effect without evaluations: add evaluation.every=<optimiser "
+            "steps>, or leave it out"
+        )
+    return None
+
+
+def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str] = ()) -> TrainRun:
+    """The composed tree of `train.py` as plain dataclasses.
+
+    `choices` maps group to the member chosen, `overrides` is the command line. Raises ValueError naming the key and
+    what to write instead.
+    """
+    parts = components(cfg, choices, "train")
+    beta = cfg.beta
+    objective = _objective(parts["objective"], beta, overrides)
+    reference = parts["reference"]
+    if "bandit" in parts:
+        parts["bandit"].function.check_run(reference.name, overrides)  # pyright: ignore[reportFunctionMemberAccess]
+    if not objective.uses_reference and reference.name not in ("auto", "none"):
+        raise ValueError(
+            f"reference={reference.name} has no effect: objective={objective.name} uses no reference; "
+            "leave it out or write reference=none"
+        )
+    if objective.asks is ResponseScores:
+        check_reward_run(objective.name, parts)
+    check = getattr(reference.function, "check_run", None)
+    if check is not None:
+        check(objective, parts["model"].options, reference.options)
+    trainer = TrainerConfig(**OmegaConf.to_container(cfg.trainer))  # pyright: ignore[reportCallIssue]
+    check = getattr(parts["data"].function, "check_run", None)
+    if check is not None:
+        changed = {f"trainer.{f.name}" for f in fields(trainer) if getattr(trainer, f.name) != f.default}
+        check(objective, parts["data"].options, _keys(overrides) | changed)  # a resumed run's changes are in the tree
+        reference = _asked_live(reference) if objective.uses_reference else reference
+    evaluation = _while_training(parts.get("evaluation"), trainer, overrides)
+    rest = {group: parts[group] for group in ("model", "data", "optim", "tracking")}
+    return TrainRun(
+        **rest,
+        objective=objective,
+        reference=reference,
+        trainer=trainer,
+        beta=beta,
+        seed=cfg.seed,
+        stage=cfg.stage,
+        evaluation=evaluation,
+        degeneration=Thresholds(**OmegaConf.to_container(cfg.get("degeneration") or OmegaConf.create())),  # pyright: ignore
+        bandit=parts.get("bandit"),
+    )

@@ -1,0 +1,95 @@
+"""`evaluate.py stage=winrate`: win rates of models that were judged before, by AlpacaEval's judges or ours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dpo_ref.component import Component
+from dpo_ref.evaluation.statistics.length_control import length_control
+from dpo_ref.evaluation.winrates import WinRates, annotation_files, read_matches, win_rates
+from dpo_ref.files import write_json, write_text
+from dpo_ref.reports.plots import write_png
+from dpo_ref.reports.winrates import columns, csv_text, headline, panels, rates_table, strengths_table, summary_metrics
+from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.tracking.tracker import RunInfo
+
+STAGE = "winrate"
+HAVE_AN_EFFECT = {"stage", "annotations", "df_gamed", "seed", "output_dir", "tracking", "hydra"}
+
+
+@dataclass(frozen=True, slots=True)
+class WinRateRequest:
+    """What was asked for. `annotations` are files and folders, `df_gamed` is a path, `hub` or None."""
+
+    annotations: tuple[str, ...]
+    df_gamed: str | None
+    tracking: Component
+    seed: int
+    output_dir: str | None
+    config: dict[str, Any]
+
+
+def check_words(given: set[str]) -> None:
+    """Refuse what has no effect on win rates of models that were judged before."""
+    for key in sorted(given - HAVE_AN_EFFECT):
+        raise ValueError(f"{key} has no effect on stage=winrate, which reads annotations=... alone; leave it out")
+
+
+def annotation_words(annotations: Any) -> tuple[str, ...]:
+    """`annotations=` as a list. Raises ValueError for anything but a path or a list of paths."""
+    listed = annotations if isinstance(annotations, list) else [annotations]
+    if not listed or not all(isinstance(one, str) and one for one in listed):
+        raise ValueError(
+            "stage=winrate needs annotations=<annotations.json, judgments.jsonl or a folder with such files>, or a "
+            "list of them: annotations='[a.json, b.json]'"
+        )
+    return tuple(listed)
+
+
+def _write(folder: Path, found: WinRates, request: WinRateRequest, files: Sequence[Path]) -> dict[str, str]:
+    """The files, and their names for the summary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {"annotations": list(map(str, files)), "df_gamed": request.df_gamed, "seed": request.seed}
+    write_json(folder / "winrates.json", {**sources, **found.plain()})
+    write_text(folder / "winrates.csv", csv_text(found))
+    written = {"numbers": str(folder / "winrates.json"), "table": str(folder / "winrates.csv")}
+    if shown := panels(found):
+        write_png(folder / "winrates.png", shown)
+        written["plot"] = str(folder / "winrates.png")
+    return written
+
+
+def _track(folder: Path, found: WinRates, request: WinRateRequest) -> None:
+    info = RunInfo(folder, request.config, f"winrate {folder.name}", None, "winrate", resume=False)
+    tracker = request.tracking(info)
+    shown = columns(found.rates)
+    rows = [[rate.model, *(column.text(rate) for column in shown)] for rate in found.rates]
+    tracker.table("winrates", ["model", *(column.title for column in shown)], rows, step=0)
+    if (folder / "winrates.png").is_file():
+        tracker.image("winrates", folder / "winrates.png")
+    tracker.file(folder / "winrates.json")
+    tracker.summary({f"winrate/{name}": value for name, value in summary_metrics(found).items()})
+    tracker.finish(0)
+
+
+def run_winrates(request: WinRateRequest) -> None:
+    """Read, compute, write and show. Raises ValueError for what cannot be read, and for what may not be called
+    length-controlled AlpacaEval."""
+    from rich.console import Console
+
+    files = annotation_files(request.annotations)
+    matches = read_matches(files)
+    control = request.df_gamed and length_control(request.df_gamed, [match.prompts for match in matches])
+    found = win_rates(matches, control or None, request.seed, progress)
+    default = f"outputs/winrates/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    folder = Path(request.output_dir or default).expanduser()
+    written = _write(folder, found, request, files)
+    console = Console()
+    console.print(rates_table(found))
+    for judge, parts in found.strengths.items():
+        for part in parts:
+            console.print(strengths_table(judge, part))
+    _track(folder, found, request)
+    run_summary(headline(found), written)

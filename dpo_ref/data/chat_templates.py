@@ -1,0 +1,153 @@
+"""Chat templates: a tokenizer's own, or one of these by name, and what they write for a conversation."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from dpo_ref.types import Message, conversation, digest
+
+FOLDER = Path(__file__).with_name("templates")
+NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
+_SPECIAL = re.compile(r"<\|[a-z_]+\|>")
+_ANSWERS = ("⟦b⟧", "⟦c⟧")  # stand for any words: nothing that a template writes itself
+
+
+class TemplateRefuses(ValueError):
+    """A conversation that a chat template cannot write; the message says why."""
+
+
+def install_template(tokenizer: Any, name: str, options: Mapping[str, Any] | None = None, key: str = "model") -> None:
+    """Give the tokenizer the chat template `name`; `auto` keeps its own.
+
+    `options` (such as `enable_thinking`) become part of the template's text, and so of everything that is saved with
+    it. Raises ValueError for a name that is none, for `auto` where the tokenizer has no template, for a template whose
+    special tokens the tokenizer does not know, and for an option that the template does not look at.
+    """
+    _install(tokenizer, name, key)
+    for option, value in (options or {}).items():
+        if not re.search(rf"\b{re.escape(option)}\b", tokenizer.chat_template):
+            raise ValueError(f"{key}.template_options.{option} has no effect: the chat template does not look at it")
+        tokenizer.chat_template = f"{{%- set {option} = {json.dumps(value)} -%}}{tokenizer.chat_template}"
+
+
+def _install(tokenizer: Any, name: str, key: str) -> None:
+    if name == "auto":
+        if not tokenizer.chat_template:
+            where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+            raise ValueError(f"{where}: no chat template; choose one with {key}.template={'|'.join(NAMES)}")
+        return
+    if name not in NAMES:
+        raise ValueError(f"{key}.template={name} is none of auto, {', '.join(NAMES)}")
+    text = (FOLDER / f"{name}.jinja").read_text().strip("\n")
+    ends_turns = "eos_token" not in text
+    missing = (None, tokenizer.unk_token_id)
+    unknown = [t for t in dict.fromkeys(_SPECIAL.findall(text)) if tokenizer.convert_tokens_to_ids(t) in missing]
+    if ends_turns and unknown:
+        raise ValueError(
+            f"{key}.template={name} needs the special tokens {', '.join(unknown)}, which this tokenizer lacks; "
+            "zephyr, tulu, alpaca and plain end turns with EOS and suit any tokenizer"
+        )
+    tokenizer.chat_template = text
+
+
+def text_identity(tokenizer: Any) -> str:
+    """Digest of everything that turns a conversation into token ids."""
+    return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.all_special_tokens])
+
+
+class Rendered(NamedTuple):
+    """What a template writes: the prompt up to where the assistant begins, and for each response everything that is
+    scored, from there through the token that ends the turn."""
+
+    start: str
+    bodies: list[str]
+
+
+class ChatText:
+    """How one tokenizer writes conversations. Raises ValueError for a tokenizer without EOS or chat template, and for
+    a template that does not end the assistant's turn with a token of its own."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"{where}: no EOS token, so responses could not end; set eos_token in tokenizer_config.json"
+            )
+        install_template(tokenizer, "auto")
+        self.tokenizer = tokenizer
+        texts = sorted({token.content for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
+        self.added_tokens = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+        specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        specials += [token for token in tokenizer.all_special_tokens if token not in specials]
+        self.special_tokens = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
+        self.ending, self.tail, self.end_id = self._turn_end()
+
+    @property
+    def leaves_out_bos(self) -> bool:
+        """Whether the tokenizer begins texts with BOS by itself, and the template does not."""
+        bos = self.tokenizer.bos_token_id
+        adds_it = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
+        (start,) = self.write([[Message(role="user", content="a")]], start=True)
+        return adds_it and self.tokenizer.bos_token not in start
+
+    def write(self, conversations: Sequence[Sequence[Message]], *, start: bool, tools: Any = None) -> list[str]:
+        """The template's text of every conversation; with `start` it goes on to where the assistant begins."""
+        if not conversations:
+            return []
+        try:
+            return self.tokenizer.apply_chat_template(
+                [list(turns) for turns in conversations],
+                tokenize=False, add_generation_prompt=start, tools=list(tools) if tools else None,
+            )  # fmt: skip
+        except TemplateError as error:
+            raise TemplateRefuses(f"cannot be written by the chat template: {error.message}") from error
+
+    def render(self, prompt: Sequence[Message], responses: Sequence[str], tools: Any = None) -> Rendered:
+        """One prompt and its responses. Raises TemplateRefuses where the response has no definite beginning or end."""
+        if not prompt:  # plain text: what begins it is BOS, or EOS where there is none
+            begin = self.tokenizer.bos_token or self.tokenizer.eos_token
+            return Rendered(begin, [response + self.tokenizer.eos_token for response in responses])
+        (start,) = self.write([prompt], start=True, tools=tools)
+        fulls = self.write([conversation(prompt, response) for response in responses], start=False, tools=tools)
+        return Rendered(start, [self.body(start, full) for full in fulls])
+
+    def body(self, start: str, full: str) -> str:
+        """What of an answered conversation is scored: from `start` through the token that ends the turn."""
+        if not full.startswith(start):
+            raise TemplateRefuses(
+                "cannot be written by the chat template: it writes the prompt differently once it is answered, so the "
+                f"response has no definite beginning: {start[-60:]!r} is not how {full[: len(start)][-60:]!r} goes on"
+            )
+        if not full.endswith(self.ending + self.tail):
+            raise TemplateRefuses(
+                f"cannot be written by the chat template: its turn does not end with {self.ending!r} but "
+                f"with {full[-40:]!r}"
+            )
+        return full[len(start) : len(full) - len(self.tail)]
+
+    def closing(self, role: str) -> str:
+        """What the template writes between the words of a prompt's last turn and where the assistant begins."""
+        first = [Message(role="user", content="a")] if role != "user" else []
+        (text,) = self.write([[*first, Message(role=role, content=_ANSWERS[0])]], start=True)
+        return text.partition(_ANSWERS[0])[2]
+
+    def _turn_end(self) -> tuple[str, str, int]:
+        """What the template writes after an assistant's words: through the token that ends the turn, what follows it,
+        and that token's id."""
+        question = Message(role="user", content="a")
+        (start,) = self.write([[question]], start=True)
+        rests = self.write([conversation([question], answer) for answer in _ANSWERS], start=False)
+        if not all(rest.startswith(start) for rest in rests):
+            self.body(start, next(rest for rest in rests if not rest.startswith(start)))
+        after = [rest[len(start) :].partition(answer)[2] for rest, answer in zip(rests, _ANSWERS, strict=True)]
+        found = self.added_tokens.search(after[0])
+        if after[0] != after[1] or found is None:
+            raise ValueError(
+                "the chat template does not end the assistant's turn with a special token; EOS would never be learnt"
+            )
+        end_id = self.tokenizer.convert_tokens_to_ids(found.group())
+        return after[0][: found.end()], after[0][found.end() :], end_id

@@ -1,0 +1,331 @@
+"""Groups in bulk: tokens as flat arrays, 4 bytes a token, memory-mapped where they come from the cache; texts in an
+Arrow file, read once, memory-mapped by every later run, of any size.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice, pairwise
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from dpo_ref.data.pairing import set_id
+from dpo_ref.files import replacing
+from dpo_ref.types import Message, PromptGroup, TokenGroup, digest
+
+# --- tokens
+
+
+KINDS = {
+    "tokens": np.int32,  # of all segments; a group's segments are its prompt and its responses
+    "scored": np.bool_,  # beside tokens; empty where all response tokens count
+    "ends": np.int64,  # of segments, in tokens
+    "segments": np.int64,  # of groups, in segments: where each ends
+    "num_bytes": np.int64,  # of responses
+    "labels": np.int8,  # of responses: 1 wanted, 0 not, -1 not labelled
+    "advantages": np.float64,  # of responses; nan where there are none
+    "pairs": np.int32,  # better, worse, better, worse, ...
+    "pair_ends": np.int64,  # of groups, in entries of pairs
+    "numbers": np.int64,  # of groups: group_index
+    "ids": np.uint8,  # of groups: 16 bytes of group_id
+}
+_CODES = {np.int32: "i", np.int64: "q", np.int8: "b", np.uint8: "B", np.bool_: "B", np.float64: "d"}
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """The flat arrays of `KINDS`, by name."""
+
+    found: dict[str, np.ndarray]
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        return self.found[name]
+
+
+def _mapped(path: Path) -> np.ndarray:
+    empty = np.load(path, allow_pickle=False).size == 0 if path.stat().st_size < 256 else False
+    return np.load(path, mmap_mode=None if empty else "r", allow_pickle=False)  # nothing cannot be mapped
+
+
+class TokenGroups(Sequence[TokenGroup]):
+    """A sequence of token groups; slices and selections share its arrays."""
+
+    def __init__(self, arrays: Arrays, places: Int[np.ndarray, " G"] | None = None, first_number: int = 0) -> None:
+        self.arrays, self.first_number = arrays, first_number
+        self.places = np.arange(len(arrays.segments)) if places is None else places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenGroup: ...
+    @overload
+    def __getitem__(self, place: slice) -> "TokenGroups": ...
+    def __getitem__(self, place: int | slice) -> "TokenGroup | TokenGroups":
+        if isinstance(place, slice):
+            return TokenGroups(self.arrays, self.places[place], self.first_number)
+        return self._group(int(self.places[place]))
+
+    def where(self, chosen: Bool[np.ndarray, " G"]) -> "TokenGroups":
+        """The groups for which `chosen` is true."""
+        return TokenGroups(self.arrays, self.places[chosen], self.first_number)
+
+    def numbered_from(self, first_number: int) -> "TokenGroups":
+        """The same groups, `first_number` added to their `group_index`."""
+        return TokenGroups(self.arrays, self.places, first_number)
+
+    @property
+    def rows(self) -> Int[np.ndarray, " G"]:
+        """The place of every group among what was tokenised."""
+        return self.arrays.numbers[self.places]
+
+    @property
+    def have_pairs(self) -> Bool[np.ndarray, " G"]:
+        """Which groups say that one response is better than another."""
+        return np.diff(self.arrays.pair_ends, prepend=0)[self.places] > 0
+
+    @property
+    def wanted(self) -> Bool[np.ndarray, " G"]:
+        """Which groups have a first response that is not labelled as unwanted."""
+        return (self.arrays.labels[self._first_responses()] != 0)[self.places]
+
+    @property
+    def labelled(self) -> Bool[np.ndarray, " G"]:
+        """Which groups say whether each response is wanted."""
+        return (self.arrays.labels[self._first_responses()] >= 0)[self.places]
+
+    @property
+    def have_advantages(self) -> Bool[np.ndarray, " G"]:
+        """Which groups have an advantage for each response."""
+        return ~np.isnan(self.arrays.advantages[self._first_responses()])[self.places]
+
+    @property
+    def undecided(self) -> Bool[np.ndarray, " G"]:
+        """Which groups have a response that their pairs call both better and worse, or neither."""
+        at, firsts = self.arrays, self._first_responses()
+        owners = np.repeat(firsts, np.diff(at.pair_ends, prepend=0) // 2)
+        better, worse = np.zeros((2, len(at.num_bytes)), dtype=bool)
+        better[at.pairs[::2] + owners] = worse[at.pairs[1::2] + owners] = True
+        return np.logical_or.reduceat(better == worse, firsts)[self.places]
+
+    def _first_responses(self) -> Int[np.ndarray, " G"]:
+        """The place of every group's first response among all responses."""
+        counts = np.diff(self.arrays.segments, prepend=0) - 1
+        return counts.cumsum() - counts
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of every prompt, of the better and the worse response of every pair, and of responses in no pair."""
+        at = self.arrays
+        sizes, counts = np.diff(at.ends, prepend=0), np.diff(at.segments, prepend=0)
+        firsts = at.segments - counts
+        owners = np.repeat(firsts, np.diff(at.pair_ends, prepend=0) // 2)
+        better, worse = at.pairs[::2] + owners + 1, at.pairs[1::2] + owners + 1
+        alone = np.ones(len(sizes), dtype=bool)
+        alone[firsts] = alone[better] = alone[worse] = False
+        return sizes[firsts], sizes[better], sizes[worse], sizes[alone]
+
+    def _group(self, group: int) -> TokenGroup:
+        at = self.arrays
+        first, last = (int(at.segments[group - 1]) if group else 0), int(at.segments[group])
+        bounds = at.ends[max(first - 1, 0) : last].tolist()
+        bounds = bounds if first else [0, *bounds]
+        prompt, *responses = (at.tokens[a:b].tolist() for a, b in pairwise(bounds))
+        masks = [at.scored[a:b].tolist() for a, b in pairwise(bounds[1:])] if len(at.scored) else []
+        pairs = at.pairs[(int(at.pair_ends[group - 1]) if group else 0) : int(at.pair_ends[group])].tolist()
+        begin = first - group  # responses of the groups before: their segments less one prompt each
+        labels = at.labels[begin : begin + len(responses)].tolist()
+        advantages = at.advantages[begin : begin + len(responses)].tolist()
+        return TokenGroup(
+            group_index=int(at.numbers[group]) + self.first_number,
+            group_id=at.ids[16 * group : 16 * group + 16].tobytes().hex(),
+            prompt_ids=prompt,
+            response_ids=tuple(responses),
+            num_bytes=tuple(at.num_bytes[begin : begin + len(responses)].tolist()),
+            pairs=tuple(zip(pairs[::2], pairs[1::2], strict=True)),
+            scored=tuple(masks) if masks and not all(map(all, masks)) else None,
+            labels=tuple(label == 1 for label in labels) if labels and labels[0] >= 0 else None,
+            advantages=None if not advantages or math.isnan(advantages[0]) else tuple(advantages),
+        )
+
+    def save(self, folder: Path, notes: dict[str, str]) -> None:
+        """Write the arrays of all groups, and `notes` by file name; `folder` appears at once or not at all."""
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, text in notes.items():
+            (partial / name).write_text(text)
+        for name, values in self.arrays.found.items():
+            np.save(partial / f"{name}.npy", values, allow_pickle=False)
+        if folder.exists():
+            shutil.rmtree(partial)
+        else:
+            os.replace(partial, folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> "TokenGroups":
+        """What `save` wrote, memory-mapped."""
+        return cls(Arrays({name: _mapped(folder / f"{name}.npy") for name in KINDS}))
+
+
+class Together(Sequence[TokenGroup]):
+    """Several sequences of groups as one."""
+
+    def __init__(self, *parts: Sequence[TokenGroup]) -> None:
+        self.parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, place: int) -> TokenGroup: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[TokenGroup]: ...
+    def __getitem__(self, place: int | slice) -> TokenGroup | list[TokenGroup]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        part = bisect_right(self._ends, place)
+        if part == len(self.parts):
+            raise IndexError(place)
+        return self.parts[part][place - (self._ends[part - 1] if part else 0)]
+
+
+class Changed(Sequence[TokenGroup]):
+    """Groups seen through a function, made when they are asked for."""
+
+    def __init__(self, groups: Sequence[TokenGroup], change: Callable[[TokenGroup], TokenGroup]) -> None:
+        self.groups, self.change = groups, change
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenGroup: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Changed": ...
+    def __getitem__(self, place: int | slice) -> "TokenGroup | Changed":
+        if isinstance(place, slice):
+            return Changed(self.groups[place], self.change)
+        return self.change(self.groups[place])
+
+
+def gathered(groups: Iterable[TokenGroup]) -> TokenGroups:
+    """Groups written one after the other into flat arrays."""
+    flat = {name: array(_CODES[kind]) for name, kind in KINDS.items()}
+    masked = False
+    for group in groups:
+        segments = [group.prompt_ids, *group.response_ids]
+        masks = group.scored or [[True] * len(response) for response in group.response_ids]
+        masked = masked or group.scored is not None
+        for segment, mask in zip(segments, [[False] * len(group.prompt_ids), *masks], strict=True):
+            flat["tokens"].extend(segment)
+            flat["scored"].extend(mask)
+            flat["ends"].append(len(flat["tokens"]))
+        flat["segments"].append(len(flat["ends"]))
+        flat["num_bytes"].extend(group.num_bytes)
+        flat["labels"].extend(group.labels or [-1] * len(group.response_ids))
+        flat["advantages"].extend(group.advantages or [math.nan] * len(group.response_ids))
+        flat["pairs"].extend(place for pair in group.pairs for place in pair)
+        flat["pair_ends"].append(len(flat["pairs"]))
+        flat["numbers"].append(group.group_index)
+        flat["ids"].extend(bytes.fromhex(group.group_id))
+    if not masked:
+        flat["scored"] = array("B")
+    return TokenGroups(Arrays({name: np.frombuffer(flat[name], dtype=kind) for name, kind in KINDS.items()}))
+
+
+# --- texts
+
+
+BATCH = 1000  # groups written at once
+IDS = ("group_id", "prompt_id", "set_id", "whole_id")
+
+
+def whole_id(group: PromptGroup) -> str:
+    """Digest of all that tokenising depends on: the texts, and what is said about them; not where they came from, nor
+    log-probs that came along: data with them and without shares its tokens."""
+    return digest([group.group_id, group.pairs, group.labels])
+
+
+def write(groups: Iterable[PromptGroup], path: Path) -> None:
+    """Write groups to an Arrow file, which appears at once or not at all."""
+    import pyarrow as pa
+
+    schema = pa.schema([("content", pa.large_string()), *((name, pa.binary(16)) for name in IDS)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rest = iter(groups)
+    with replacing(path) as partial, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        while batch := list(islice(rest, BATCH)):
+            columns = [list(map(_packed, batch))]
+            columns += [[bytes.fromhex(found) for found in map(of, batch)] for of in _IDENTIFIES]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+_IDENTIFIES = (lambda group: group.group_id, lambda group: group.prompt_id, set_id, whole_id)
+
+
+def _packed(group: PromptGroup) -> str:
+    texts = (group.prompt, group.responses, group.pairs)
+    values = (*texts, group.rewards, group.origin, group.labels, group.tools, group.logps)
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+
+
+def _unpacked(content: str) -> PromptGroup:
+    prompt, responses, pairs, rewards, origin, *more = json.loads(content)
+    turns: tuple[Message, ...] = tuple(prompt)
+    optional: list[Any] = [None if value is None else tuple(value) for value in (rewards, *more)]
+    return PromptGroup(turns, tuple(responses), tuple(map(tuple, pairs)), optional[0], origin, *optional[1:])  # pyright: ignore
+
+
+class StoredGroups(Sequence[PromptGroup]):
+    """Groups of one or several Arrow files; selections share them. Groups are made when they are asked for."""
+
+    def __init__(self, table: Any, places: Int[np.ndarray, " G"]) -> None:
+        self.table, self.places = table, places
+
+    @classmethod
+    def load(cls, paths: Sequence[Path]) -> "StoredGroups":
+        """What `write` wrote, one file after the other."""
+        import pyarrow as pa
+
+        table = pa.concat_tables([pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths])
+        return cls(table, np.arange(len(table)))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> PromptGroup: ...
+    @overload
+    def __getitem__(self, place: slice) -> "StoredGroups": ...
+    def __getitem__(self, place: int | slice) -> "PromptGroup | StoredGroups":
+        if isinstance(place, slice):
+            return self.select(self.places[place])
+        return _unpacked(self.table["content"][int(self.places[place])].as_py())
+
+    def __iter__(self) -> Iterator[PromptGroup]:
+        for start in range(0, len(self), BATCH):
+            rows = self.table["content"].take(self.places[start : start + BATCH])
+            yield from (_unpacked(content) for content in rows.to_pylist())
+
+    def select(self, places: Int[np.ndarray, " G"]) -> "StoredGroups":
+        """The groups at these rows of the table."""
+        return StoredGroups(self.table, places)
+
+    def ids(self, name: str) -> list[bytes]:
+        """One of `IDS` for every group, without making the groups."""
+        return self.table[name].take(self.places).to_pylist()
+
+    @property
+    def content(self) -> str:
+        """Digest of all groups in their order."""
+        return hashlib.sha256(b"".join(self.ids("whole_id"))).hexdigest()[:32]

@@ -1,0 +1,294 @@
+"""The members of the group `diagnostic`: what is looked at once the policy's answers have been sampled; and a
+diagnosis as values, as JSON, and as the flat numbers that stand in `evaluation.json`.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from dpo_ref.evaluation.diagnostics.examples import Looks, Shown, drawn_answers, drawn_pairs
+from dpo_ref.evaluation.diagnostics.logratios import (
+    EndShift,
+    Hazard,
+    Ranks,
+    Shift,
+    Vocabulary,
+    classes_of,
+    end_shift,
+    hazard,
+    ranks_of,
+    relative_hazard,
+    shift_of,
+)
+from dpo_ref.evaluation.diagnostics.pairs import Displacements, Ranking, check_pairs, displacements, read_pairs
+from dpo_ref.evaluation.diagnostics.pairs import ranking as ranking_of
+from dpo_ref.evaluation.diagnostics.token_statistics import (
+    SAME,
+    DiagnosticContext,
+    PairPlaces,
+    Read,
+    margins,
+    pair_places,
+    read,
+)
+from dpo_ref.evaluation.statistics.estimates import Estimate
+
+# --- a diagnosis
+
+
+HELD_OUT, FILES = "held-out pairs", "all files"  # names of rankings beside the files' subsets
+
+
+@dataclass(frozen=True, slots=True)
+class Entropy:
+    """Mean next-token entropy at the tokens of a set of responses, nats; the loss reference's where it is a model."""
+
+    policy: Estimate
+    initial: Estimate
+    reference: Estimate | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextDiagnosis:
+    """One set of responses: chosen, rejected, or the policy's own answers."""
+
+    num_responses: int
+    shift: Shift  # against the initial policy
+    reference_shift: Shift | None  # against the loss reference, where that is another and knows tokens
+    end: EndShift
+    hazard: Hazard
+    relative_hazard: Hazard
+    ranks: Ranks
+    entropy: Entropy
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What was found. `absent` says why a part is not there, by its name."""
+
+    reference: str
+    ends: tuple[str, ...]  # texts of the tokens that end a turn
+    texts: dict[str, TextDiagnosis]
+    displacement: Displacements | None
+    rankings: dict[str, Ranking]
+    absent: dict[str, str]
+
+
+class Diagnosed(NamedTuple):
+    """A diagnosis, and responses to look at."""
+
+    diagnosis: Diagnosis
+    examples: tuple[Shown, ...]
+
+
+def restored(hint: Any, value: Any) -> Any:
+    """What `files.plain` made of a value of this type; a null where a number belongs is nan. Raises KeyError or
+    TypeError for other content."""
+    if isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields")):
+        return hint(**{name: restored(inner, value[name]) for name, inner in get_type_hints(hint).items()})
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return None if value is None else restored(parts[0], value)
+    if origin is tuple:
+        return tuple(restored(parts[0], inner) for inner in value)
+    if origin in (dict, Mapping):
+        return {name: restored(parts[1], inner) for name, inner in value.items()}
+    return math.nan if hint is float and value is None else value
+
+
+def _of_texts(name: str, found: TextDiagnosis) -> dict[str, float]:
+    values = {
+        f"tokens/{name}_abs": found.shift.mean_abs,
+        f"tokens/{name}_top_1_percent": found.shift.top_1_percent,
+        f"tokens/{name}_top_10_percent": found.shift.top_10_percent,
+        f"entropy/{name}": found.entropy.policy.mean,
+        f"entropy/{name}_se": found.entropy.policy.se,
+        f"entropy/{name}_initial": found.entropy.initial.mean,
+        f"entropy/{name}_initial_se": found.entropy.initial.se,
+    }
+    if found.entropy.reference is not None:
+        values[f"entropy/{name}_reference"] = found.entropy.reference.mean
+    return values
+
+
+def _of_displacement(found: Displacements) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for name, side in (("chosen", found.chosen), ("rejected", found.rejected)):
+        values |= {
+            f"displacement/{name}_median": side.median,
+            f"displacement/{name}_share_down": side.share_down.mean,
+            f"displacement/{name}_share_down_se": side.share_down.se,
+            f"displacement/{name}_per_token": side.per_token.mean,
+            f"displacement/{name}_per_token_se": side.per_token.se,
+        }
+    quadrants = ("both_up", "chosen_up_rejected_down", "chosen_down_rejected_up", "both_down")
+    return values | {f"displacement/{name}": getattr(found, name) for name in quadrants}
+
+
+def _of_file(name: str, found: Ranking) -> dict[str, float]:
+    return {
+        f"pairs/{name}/{score}{suffix}": value
+        for score, estimate in found.accuracy.items()
+        for suffix, value in (("", estimate.mean), ("_se", estimate.se))
+    }
+
+
+def metrics_of(found: Diagnosis) -> dict[str, float]:
+    """The flat numbers; what was not measured is left out."""
+    values: dict[str, float] = {}
+    for name, text in found.texts.items():
+        values |= _of_texts(name, text)
+    if "rejected" in found.texts:
+        end = found.texts["rejected"].end.logratio
+        values |= {"eos/rejected_logratio": end.mean, "eos/rejected_logratio_se": end.se}
+    values |= _of_displacement(found.displacement) if found.displacement else {}
+    for name, ranking in found.rankings.items():
+        if name == HELD_OUT:
+            above = ranking.above_length
+            values |= {"rewards/above_length": above.mean, "rewards/above_length_se": above.se} if above else {}
+        else:
+            values |= _of_file(name, ranking)
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+# --- the components
+
+
+class _Findings:
+    """What is found one part after the other."""
+
+    def __init__(self, context: DiagnosticContext, top_tokens: int, min_count: int, examples: int) -> None:
+        self.context, self.top, self.least, self.num_examples = context, top_tokens, min_count, examples
+        self.vocabulary = Vocabulary(context.tokenizer)
+        self.texts: dict[str, TextDiagnosis] = {}
+        self.rankings: dict[str, Ranking] = {}
+        self.absent: dict[str, str] = {}
+        self.examples: list[Shown] = []
+        self.displacement = None
+
+    def text(self, name: str, found: Read, responses: np.ndarray | None = None) -> None:
+        """All about one set of responses: those at these places, or all."""
+        whole = np.arange(found.tokens.num_responses) if responses is None else np.unique(responses)
+        tokens = found.tokens.of(whole)
+        classes = classes_of(tokens, self.vocabulary)
+        asked = (tokens, classes, self.vocabulary, self.top, self.least)
+        theirs, entropy = tokens.reference, found.beside.entropy
+        kept = np.isin(found.tokens.response, whole)
+        self.texts[name] = TextDiagnosis(
+            num_responses=tokens.num_responses,
+            shift=shift_of(tokens.logratios, *asked),
+            reference_shift=None if theirs is None else shift_of(tokens.policy.logps - theirs, *asked),
+            end=end_shift(tokens),
+            hazard=hazard(tokens),
+            relative_hazard=relative_hazard(tokens),
+            ranks=ranks_of(tokens),
+            entropy=Entropy(
+                tokens.per_token(tokens.policy.entropy),
+                tokens.per_token(tokens.initial.entropy),
+                None if entropy is None else tokens.per_token(entropy[kept]),
+            ),
+        )
+        if found.beside.why not in (None, SAME):
+            self.absent[f"loss reference, token by token, on {name}"] = str(found.beside.why)
+
+    def heldout(self) -> None:
+        """Chosen and rejected responses held out from training."""
+        context = self.context
+        groups = [group for group in context.heldout if group.pairs]
+        if not groups:
+            self.absent[HELD_OUT] = "the data holds none out: data.eval_fraction or data.eval_path"
+            return
+        found = read(context, groups, context.never[:0], context.heldout_reference, HELD_OUT)
+        pairs = pair_places(groups)
+        self.text("chosen", found, pairs.chosen)
+        self.text("rejected", found, pairs.rejected)
+        self.displacement = displacements(found.tokens, pairs)
+        self._rank(HELD_OUT, found, pairs)
+        looks = Looks(context.tokenizer, groups, found.tokens)
+        self.examples += drawn_pairs(looks, self.num_examples, context.seed)
+
+    def own(self) -> None:
+        """The policy's own answers."""
+        context = self.context
+        if context.why_no_samples is not None:
+            self.absent["own answers"] = context.why_no_samples
+            return
+        found = read(context, context.samples, context.never, context.samples_reference, "own answers")
+        self.text("own", found)
+        looks = Looks(context.tokenizer, context.samples, found.tokens)
+        self.examples += drawn_answers(looks, self.num_examples, context.seed)
+
+    def files(self, paths: Sequence[str]) -> None:
+        """Pairs of files, and those of each subset."""
+        context, labelled = self.context, read_pairs(paths)
+        groups = context.tokenise(labelled.groups)
+        if len(groups) < len(labelled.groups):
+            dropped = Counter(labelled.subsets) - Counter(labelled.subsets[group.group_index] for group in groups)
+            listed = ", ".join(f"{count} of {name}" for name, count in dropped.items())
+            self.absent["pairs of files"] = f"{listed} are longer than data.max_length and were left out"
+        if not groups:
+            return
+        found = read(
+            context, groups, context.never[:0],
+            lambda: context.reference_on(groups, labelled.groups.__getitem__), "pairs of files",
+        )  # fmt: skip
+        pairs = pair_places(groups)
+        owners = np.array([labelled.subsets[group.group_index] for group in groups for _ in group.pairs])
+        if found.beside.sums is None:
+            self.absent["implicit reward on files"] = str(found.beside.why)
+        for name in dict.fromkeys(owners.tolist()):
+            inside = owners == name
+            self._rank(name, found, PairPlaces(pairs.chosen[inside], pairs.rejected[inside]))
+        if len(set(owners.tolist())) > 1:
+            self._rank(FILES, found, pairs)
+
+    def _rank(self, name: str, found: Read, pairs: PairPlaces) -> None:
+        lengths = found.tokens.lengths
+        gaps = lengths[pairs.chosen] - lengths[pairs.rejected]
+        prompts = found.tokens.prompts[pairs.chosen].tolist()
+        self.rankings[name] = ranking_of(margins(found, pairs), gaps, prompts)
+
+
+def tokens(
+    context: DiagnosticContext,
+    *,
+    pairs: list[str] | None = None,
+    examples: int = 3,
+    top_tokens: int = 12,
+    min_count: int = 5,
+) -> Diagnosed:
+    """Log-ratios of single tokens against the initial policy and the loss reference, on held-out chosen and rejected
+    responses and on the policy's own answers; when answers end; entropy; what became of held-out pairs as wholes.
+
+    `pairs` are files of labelled pairs, or folders of them, that are ranked as well (RewardBench's layout, LLMBar's,
+    or any that `data` reads). `examples` pairs and as many answers are shown token by token. Of the vocabulary's
+    entries that moved most `top_tokens` are listed, by mean those that occur at least `min_count` times. Raises
+    ValueError for files that are no pairs.
+    """
+    found = _Findings(context, top_tokens, min_count, examples)
+    found.heldout()
+    found.own()
+    if pairs:
+        found.files(pairs)
+    texts = tuple(found.vocabulary.text(token) for token in sorted(context.ends))
+    parts = (found.texts, found.displacement, found.rankings, found.absent)
+    return Diagnosed(Diagnosis(context.reference_name, texts, *parts), tuple(found.examples))
+
+
+def _check(*, pairs: list[str] | None, examples: int, top_tokens: int, min_count: int) -> None:
+    for name, value, least in (("examples", examples, 0), ("top_tokens", top_tokens, 1), ("min_count", min_count, 1)):
+        if value < least:
+            raise ValueError(f"diagnostic.{name}={value} must be at least {least}")
+    check_pairs(pairs)
+
+
+tokens.check_options = _check  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def none(context: DiagnosticContext) -> None:
+    """No diagnosis."""

@@ -1,0 +1,504 @@
+"""Pairs of answers judged by a language model: the questions, what is kept of the answers, what they come to.
+
+Every answer a judge ever gave lies in one SQLite file, stored the moment it arrives, so that it is asked only what it
+has not been asked before. Judged pairs are `judgments.jsonl`: one JSON object a line with everything that was said
+about a pair. All numbers are shares of a win: 1 won, 0.5 tied, 0 lost.
+"""
+
+import json
+import math
+import re
+import sqlite3
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_ref.evaluation.judging.templates import Template, Verdict
+from dpo_ref.evaluation.statistics.comparisons import preference_metrics
+from dpo_ref.files import write_lines
+from dpo_ref.generation.records import Generation
+from dpo_ref.types import Message, Progress, digest
+
+# --- pairs of answers to one prompt, and the questions about them: which is shown first, and whether twice
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The policy's and the baseline's answer to one prompt."""
+
+    prompt: tuple[Message, ...]
+    prompt_index: int
+    sample_index: int
+    output: str
+    baseline_output: str
+
+    @property
+    def identical(self) -> bool:
+        """Whether there is nothing to judge: the pair is a tie."""
+        return self.output == self.baseline_output
+
+    def orders(self, both: bool) -> tuple[bool, ...]:
+        """Whether the policy's answer is shown first, once for each question about the pair: both orders, or one drawn
+        by the pair's own digest, so that it depends on nothing else."""
+        if both:
+            return (False, True)
+        return (int(digest([self.prompt, self.output, self.baseline_output]), 16) % 2 == 1,)
+
+
+def _by_prompt(generations: Sequence[Generation]) -> dict[tuple[str, int], dict[int, Generation]]:
+    """Samples by their index, under the prompt's digest and how often the prompt occurred before."""
+    found: dict[tuple[str, int], dict[int, Generation]] = defaultdict(dict)
+    seen: Counter[str] = Counter()
+    places: dict[int, tuple[str, int]] = {}
+    for generation in generations:
+        if generation.prompt_index not in places:
+            name = digest(generation.prompt)
+            places[generation.prompt_index] = (name, seen[name])
+            seen[name] += 1
+        found[places[generation.prompt_index]][generation.sample_index] = generation
+    return found
+
+
+def paired(generations: Sequence[Generation], baseline: Sequence[Generation]) -> list[Pair]:
+    """Every answer beside the baseline's of the same sample index, as far as both have it.
+
+    Answers that were drawn with the same random numbers (same seed and index) are no independent draws where the
+    policies are alike: there the baseline's next sample is taken, if there are several. Raises ValueError where the
+    prompts differ, and for conversations of several turns: their later answers have no prompt in common.
+    """
+    if any(generation.turn > 1 for generation in (*generations, *baseline)):
+        raise ValueError(
+            "judge= compares two answers to one prompt, and these questions have further turns; stage=export "
+            "export=mt_bench hands them to FastChat's judge"
+        )
+    ours, theirs = _by_prompt(generations), _by_prompt(baseline)
+    if ours.keys() != theirs.keys() or not ours:
+        raise ValueError(
+            f"answers are judged prompt by prompt, but only {len(ours.keys() & theirs.keys())} prompts are shared by "
+            f"the policy's {len(ours)} and the baseline's {len(theirs)}; generate both from the same prompts"
+        )
+    return [pair for place, samples in ours.items() for pair in _pairs(samples, theirs[place])]
+
+
+def _pairs(ours: dict[int, Generation], theirs: dict[int, Generation]) -> list[Pair]:
+    shared = sorted(ours.keys() & theirs.keys())
+    same_draws = bool(shared) and ours[shared[0]].seed == theirs[shared[0]].seed
+    partners = shared[1:] + shared[:1] if same_draws else shared
+    return [
+        Pair(ours[one].prompt, ours[one].prompt_index, one, ours[one].output, theirs[other].output)
+        for one, other in zip(shared, partners, strict=True)
+    ]
+
+
+# --- one request to a judge, and what is kept of its answer
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question. `parameters` are everything beside the messages that determines the answer, the model's name
+    first of all."""
+
+    messages: tuple[Message, ...]
+    parameters: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Digest of model, parameters and full prompt."""
+        return digest([self.messages, dict(self.parameters)])
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a judge wrote. `candidates` are the likeliest first tokens with their log-probs in nats, None where none
+    were asked for."""
+
+    text: str
+    candidates: tuple[tuple[str, float], ...] | None
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str | None
+
+
+class Refused(Exception):
+    """The judge will not answer this question, however often it is asked; the message is its reason."""
+
+
+class Unavailable(Exception):
+    """No usable answer after all retries; the message is the last reason."""
+
+
+Store = Callable[[Request, Answer | Refused], None]
+# Asks all requests, hands every outcome to the store the moment it arrives, and yields the request then. Raises
+# Unavailable when the judge is lost.
+Asker = Callable[[Sequence[Request], Store], Iterator[Request]]
+
+
+# --- from a judge's answers to a preference
+
+
+TIE = 0.5
+
+
+def label_of(verdict: Verdict, text: str) -> str | None:
+    """The label that an answer names, None if it names none."""
+    if verdict.pattern is None:
+        said = text.strip()
+    else:
+        said = next((match[1] for match in reversed(list(re.finditer(verdict.pattern, text)))), None)
+    return said if said in verdict.labels else None
+
+
+def first_wins(verdict: Verdict, answer: Answer) -> float | None:
+    """How far the first answer wins; None where the judge's answer names no label (a parse failure).
+
+    With log-probs it is P(first) + P(tie) / 2 with probabilities normalised over the labels, as AlpacaEval 2 has it
+    (Dubois et al. 2024, arXiv:2404.04475); a label that is not among the likeliest tokens counts as impossible, and
+    tokens that differ by the space around them count together.
+    """
+    if answer.candidates is None:
+        label = label_of(verdict, answer.text)
+        return None if label is None else verdict.labels[label]
+    weights = dict.fromkeys(verdict.labels, 0.0)
+    # Relative to the likeliest label: all of them may be too small for exp.
+    known = [(token.strip(), logp) for token, logp in answer.candidates if token.strip() in weights]
+    top = max((logp for _, logp in known), default=-math.inf)
+    if top == -math.inf:
+        return None
+    for label, logp in known:
+        weights[label] += math.exp(logp - top)
+    return sum(share * weights[label] for label, share in verdict.labels.items()) / sum(weights.values())
+
+
+def winner(share: float) -> int:
+    """1, 0 or -1: won, tied, lost."""
+    return (share > TIE) - (share < TIE)
+
+
+def combined(wins: list[float | None], soft: bool) -> float | None:
+    """One preference from the wins that the same answer has in each order; None if an order gave no verdict.
+
+    Probabilities are averaged; verdicts without them must agree, or the pair is a tie (Zheng et al. 2023,
+    arXiv:2306.05685).
+    """
+    known = [win for win in wins if win is not None]
+    if len(known) < len(wins):
+        return None
+    if soft:
+        return sum(known) / len(known)
+    return known[0] if len(set(known)) == 1 else TIE
+
+
+# --- every answer a judge ever gave
+
+
+FILE = "judge_answers.sqlite"
+WAIT = 60.0  # seconds for another process's write
+AT_ONCE = 500  # keys in one query
+TABLE = """CREATE TABLE IF NOT EXISTS answers (
+    key TEXT PRIMARY KEY, model TEXT NOT NULL, stored REAL NOT NULL, answer TEXT NOT NULL) WITHOUT ROWID"""
+
+
+class AnswerCache:
+    """Answers by the digest of what was asked. Threads and processes may use the same file; a power cut loses at most
+    the last answers, never the file (write-ahead log)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        try:
+            # No transactions of Python's own: every statement is one, and is on the disk when it returns.
+            self._connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute(TABLE)
+        except sqlite3.OperationalError as error:
+            raise ValueError(f"{path} cannot be opened: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{path} is no cache of answers ({error}); move it away to begin a new one") from error
+
+    def __enter__(self) -> "AnswerCache":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def store(self, request: Request, answer: Answer) -> None:
+        """Keep an answer; the first one to a question stays."""
+        row = (request.key, str(request.parameters.get("model")), time.time(), json.dumps(asdict(answer)))
+        with self._lock:
+            self._connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
+
+    def known(self, requests: Iterable[Request]) -> dict[str, Answer]:
+        """The stored answers to `requests`, by their keys."""
+        keys = list(dict.fromkeys(request.key for request in requests))
+        found: dict[str, Answer] = {}
+        for start in range(0, len(keys), AT_ONCE):
+            some = keys[start : start + AT_ONCE]
+            query = f"SELECT key, answer FROM answers WHERE key IN ({','.join('?' * len(some))})"
+            with self._lock:
+                found |= {key: _answer(json.loads(text)) for key, text in self._connection.execute(query, some)}
+        return found
+
+
+def _answer(row: dict[str, Any]) -> Answer:
+    candidates = row.pop("candidates")
+    return Answer(**row, candidates=None if candidates is None else tuple((token, logp) for token, logp in candidates))
+
+
+# --- asking what has not been asked before
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Answers and refusals by the keys of their requests; `num_asked` questions went to the judge this time. `lost`
+    says why it was given up, if it was."""
+
+    answers: dict[str, Answer]
+    refusals: dict[str, str] = field(default_factory=dict)
+    num_asked: int = 0
+    lost: str | None = None
+
+
+def collect(requests: Sequence[Request], cache: AnswerCache, ask: Asker, progress: Progress) -> Outcome:
+    """The outcome of every request: from the cache, or asked once however often it occurs, and stored."""
+    outcome = Outcome(cache.known(requests))
+    missing = list({request.key: request for request in requests if request.key not in outcome.answers}.values())
+
+    def keep(request: Request, answer: Answer | Refused) -> None:
+        if isinstance(answer, Refused):
+            outcome.refusals[request.key] = str(answer)
+            return
+        cache.store(request, answer)
+        outcome.answers[request.key] = answer
+
+    try:
+        for _ in progress(ask(missing, keep), "judging", len(missing)) if missing else ():
+            outcome.num_asked += 1
+    except Unavailable as error:
+        outcome.lost = str(error)
+    return outcome
+
+
+# --- judged pairs
+
+
+class JudgeLost(ValueError):
+    """The judge stopped answering; what it said before is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Whom to ask and how. `parameters` determine an answer beside the question itself; `soft` says that answers come
+    with log-probs; `prices` are per million tokens of prompt and answer, None where they are not known."""
+
+    name: str
+    model: str
+    template: Template
+    parameters: Mapping[str, Any]
+    both_orders: bool
+    soft: bool
+    ask: Asker
+    cache: Path
+    prices: tuple[float, float] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the verdicts depend on, under names for a reader."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "template": self.template.name,
+            "template_digest": self.template.identity,
+            "orders": "both" if self.both_orders else "one, drawn by the pair's digest",
+            "preferences": "log-probs of the labels" if self.soft else "written verdicts",
+            "parameters": dict(self.parameters),
+        }
+
+    def request(self, pair: Pair, policy_first: bool) -> Request:
+        """The question about a pair, with the policy's answer first or second."""
+        answers = (pair.output, pair.baseline_output) if policy_first else (pair.baseline_output, pair.output)
+        return Request(self.template.filled(pair.prompt, *answers), self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """The answer to one question. `win` is the policy's share, None where the answer names no label or was refused."""
+
+    policy_first: bool
+    win: float | None
+    answer: str
+    refusal: str | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judgment:
+    """A pair and what was said about it. `preference` is the policy's share of the win, None where an opinion has
+    none. A pair of identical answers is a tie about which nobody was asked."""
+
+    pair: Pair
+    opinions: tuple[Opinion, ...]
+    preference: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """All judgments, and how many questions they took this time."""
+
+    judgments: list[Judgment]
+    num_asked: int
+
+
+def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress) -> Judged:
+    """What the judge says of every pair; what it was asked before comes from the cache.
+
+    Raises JudgeLost, once all that was answered is stored, when the judge stops answering, and ValueError where it
+    refuses everything.
+    """
+    asked = [[] if pair.identical else _requests(judge, pair) for pair in pairs]
+    path = judge.cache / FILE
+    with AnswerCache(path) as cache:
+        outcome = collect([request for some in asked for request in some], cache, judge.ask, progress)
+    if outcome.lost is not None:
+        done = sum(all(_settled(outcome, request) for request in some) for some in asked)
+        raise JudgeLost(
+            f"{done} of {len(pairs)} pairs are judged, then judge={judge.name} gave no answer: {outcome.lost}. Every "
+            f"answer so far is kept in {path}: type the same command again when the judge is back (stage=judge judges "
+            "alone), and only the others are asked"
+        )
+    if outcome.refusals and not outcome.answers:
+        raise ValueError(f"judge={judge.name} refuses every question: {next(iter(outcome.refusals.values()))}")
+    return Judged([_judgment(judge, pair, outcome) for pair in pairs], outcome.num_asked)
+
+
+def _requests(judge: Judge, pair: Pair) -> list[Request]:
+    return [judge.request(pair, policy_first) for policy_first in pair.orders(judge.both_orders)]
+
+
+def _settled(outcome: Outcome, request: Request) -> bool:
+    return request.key in outcome.answers or request.key in outcome.refusals
+
+
+def _judgment(judge: Judge, pair: Pair, outcome: Outcome) -> Judgment:
+    if pair.identical:
+        return Judgment(pair, (), TIE)
+    opinions = tuple(_opinion(judge, pair, first, outcome) for first in pair.orders(judge.both_orders))
+    return Judgment(pair, opinions, combined([opinion.win for opinion in opinions], judge.soft))
+
+
+def _opinion(judge: Judge, pair: Pair, policy_first: bool, outcome: Outcome) -> Opinion:
+    key = judge.request(pair, policy_first).key
+    if key in outcome.refusals:
+        return Opinion(policy_first, None, "", outcome.refusals[key], 0, 0)
+    answer = outcome.answers[key]
+    share = first_wins(judge.template.verdict, answer)
+    win = share if share is None or policy_first else 1 - share
+    return Opinion(policy_first, win, answer.text, None, answer.prompt_tokens, answer.completion_tokens)
+
+
+def write_judgments(path: Path, judgments: Iterable[Judgment]) -> None:
+    """Replace a `.jsonl` file atomically."""
+    write_lines(path, (json.dumps(_row(judgment), ensure_ascii=False) + "\n" for judgment in judgments))
+
+
+def _row(judgment: Judgment) -> dict[str, Any]:
+    opinions = [asdict(opinion) for opinion in judgment.opinions]
+    return asdict(judgment.pair) | {"preference": judgment.preference, "opinions": opinions}
+
+
+def read_judgments(path: Path) -> list[Judgment]:
+    """The judgments in a file, in its order. Raises ValueError, naming the row, for what is none."""
+    with path.open(encoding="utf-8") as file:
+        return [_read(line, f"{path} row {number}") for number, line in enumerate(file, start=1)]
+
+
+def _read(line: str, where: str) -> Judgment:
+    try:
+        row = json.loads(line)
+        opinions = tuple(Opinion(**opinion) for opinion in row.pop("opinions"))
+        preference = row.pop("preference")
+        return Judgment(Pair(**row | {"prompt": tuple(row["prompt"])}), opinions, preference)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is no judgment ({error}); judge again with stage=judge") from error
+
+
+# --- what judgments come to
+# How often the policy wins, how sure that is, and how far the judge can be trusted.
+
+
+WIN_RATE = {  # of `preference_metrics`: what follows the win rate's key
+    "win_rate": "",
+    "win_rate_se": "_se",
+    "win_rate_low": "_low",
+    "win_rate_high": "_high",
+    "discrete_win_rate": "_discrete",
+    "length_adjusted": "_length_adjusted",
+    "length_adjusted_low": "_length_adjusted_low",
+    "length_adjusted_high": "_length_adjusted_high",
+}
+BESIDE_IT = {
+    "ties": "judge/ties",
+    "win_rate_longer": "judge/winrate_longer",
+    "win_rate_shorter": "judge/winrate_shorter",
+    "longer_share": "judge/longer_share",
+    "num_compared": "judge/num_judged",
+    "num_missing": "judge/num_missing",
+}
+
+
+def judge_metrics(judge: Judge, judgments: Sequence[Judgment], baseline: str, seed: int) -> dict[str, float]:
+    """The numbers of `judge_winrate/<baseline>` and `judge/...`, as far as there is something to count; lengths are
+    those in characters. `seed` drives the bootstraps over prompts."""
+    preferences = np.array([np.nan if j.preference is None else j.preference for j in judgments])
+    ours = np.array([len(judgment.pair.output) for judgment in judgments])
+    theirs = np.array([len(judgment.pair.baseline_output) for judgment in judgments])
+    prompts = [digest(judgment.pair.prompt) for judgment in judgments]
+    found = preference_metrics(preferences, ours, theirs, prompts, seed)
+    metrics = {f"judge_winrate/{baseline}{part}": found[name] for name, part in WIN_RATE.items()}
+    metrics |= {key: found[name] for name, key in BESIDE_IT.items()}
+    metrics |= _bias(judgments) | _bill(judge, judgments)
+    return {key: value for key, value in metrics.items() if value == value}
+
+
+def consistent(judgment: Judgment) -> bool:
+    """Whether both orders have the same winner."""
+    return len({winner(opinion.win) for opinion in judgment.opinions if opinion.win is not None}) == 1
+
+
+def _bias(judgments: Sequence[Judgment]) -> dict[str, float]:
+    """How often both orders have the same winner, and how often the answer shown first wins (ties half)."""
+    judged = [judgment for judgment in judgments if judgment.opinions and judgment.preference is not None]
+    first = [
+        (1 + (winner(opinion.win) if opinion.policy_first else -winner(opinion.win))) / 2
+        for judgment in judged
+        for opinion in judgment.opinions
+        if opinion.win is not None
+    ]
+    agree = [float(consistent(judgment)) for judgment in judged if len(judgment.opinions) == 2]
+    shares = {"judge/position_consistency": agree, "judge/first_position": first}
+    return {key: float(np.mean(values)) for key, values in shares.items() if values}
+
+
+def _bill(judge: Judge, judgments: Sequence[Judgment]) -> dict[str, float]:
+    """What was asked, what failed, and what it costs (also what was known before, so that the numbers repeat)."""
+    opinions = [opinion for judgment in judgments for opinion in judgment.opinions]
+    tokens = [sum(o.prompt_tokens for o in opinions), sum(o.completion_tokens for o in opinions)]
+    counts = {
+        "judge/num_pairs": len(judgments),
+        "judge/identical": sum(judgment.pair.identical for judgment in judgments),
+        "judge/parse_failures": sum(o.win is None and o.refusal is None for o in opinions),
+        "judge/refusals": sum(o.refusal is not None for o in opinions),
+        "judge/prompt_tokens": tokens[0],
+        "judge/completion_tokens": tokens[1],
+    }
+    found = {key: float(count) for key, count in counts.items()}
+    if judge.prices is not None:
+        found["judge/cost"] = sum(price * count for price, count in zip(judge.prices, tokens, strict=True)) / 1e6
+    return found

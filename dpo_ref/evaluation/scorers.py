@@ -1,0 +1,197 @@
+"""Scorers: handed generations, they return a name and one number for each, nan for an answer that nobody scored."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import combinations
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+
+from dpo_ref.component import MemberOf
+from dpo_ref.data.chat_templates import text_identity
+from dpo_ref.data.encoding import Encoder
+from dpo_ref.distributed import best_device
+from dpo_ref.evaluation.judging.judge import Judge, Pair, judge_pairs
+from dpo_ref.evaluation.judging.judges import JudgeContext
+from dpo_ref.files import cache_folder
+from dpo_ref.generation.records import Generation, Scores
+from dpo_ref.models.checkpoint import state_digest
+from dpo_ref.models.loading import check_folder, compute_dtype, load_tokenizer
+from dpo_ref.types import PromptGroup, digest, silent
+
+
+def none(generations: Sequence[Generation]) -> Scores:
+    """No score: lengths, KL and held-out pairs are measured, and there is no win rate."""
+    return Scores("none", [math.nan] * len(generations))
+
+
+# --- a reward model: any sequence classifier with one output
+
+
+KEY = "scorer.path"
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class _Loaded(NamedTuple):
+    model: Any
+    tokenizer: Any
+    max_length: int | None
+
+
+def _check_classifier(config: Any) -> None:
+    """Raise ValueError for an architecture that is no sequence classifier with one output."""
+    kind = (config.architectures or ["model of no known architecture"])[0]
+    outputs = f" with {config.num_labels} outputs" if "Classification" in kind else ""
+    if not kind.endswith("ForSequenceClassification") or config.num_labels != 1:
+        raise ValueError(
+            f"it is a {kind}{outputs}, and a reward model is a sequence classifier with one; objective=reward_model "
+            "trains one"
+        )
+
+
+@lru_cache(maxsize=2)  # one that chooses among answers and one that judges the chosen ones
+def _loaded(path: str, dtype: str) -> _Loaded:
+    """The classifier at `path`. Raises ValueError for what is none, or has no head of one output."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    check_folder(path, KEY)
+    device = best_device()
+    options: Any = {"dtype": compute_dtype(dtype, device, "scorer.dtype"), "use_safetensors": True}
+    try:
+        config = AutoConfig.from_pretrained(path)
+        _check_classifier(config)
+        found: Any = AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{KEY}={path}: {str(error).splitlines()[0]}") from error
+    model, info = found
+    if info["missing_keys"]:
+        raise ValueError(f"{KEY}={path} lacks weights, such as {sorted(info['missing_keys'])[0]}")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return _Loaded(model.to(device).eval(), load_tokenizer(path), positions)
+
+
+def _sequences(loaded: _Loaded, generations: Sequence[Generation]) -> list[list[int]]:
+    """Prompt and answer as the reward model's own template and tokenizer write them, end of turn included."""
+    rows = [PromptGroup(g.prompt, (g.output,), origin=f"generation {n}") for n, g in enumerate(generations, 1)]
+    written = [ids.prompt + ids.responses[0] for ids in Encoder(loaded.tokenizer).last_turns(rows)]
+    for number, ids in enumerate(written, 1):
+        if loaded.max_length is not None and len(ids) > loaded.max_length:
+            raise ValueError(
+                f"generation {number} has {len(ids)} tokens with its prompt, and the reward model has positions for "
+                f"{loaded.max_length}; lower max_new_tokens or max_prompt_length"
+            )
+    return written
+
+
+def _batches(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Places of sequences of similar length."""
+    by_length = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))
+    for start in range(0, len(by_length), batch_size):
+        yield by_length[start : start + batch_size]
+
+
+def _padding(model: Any, sequences: Sequence[Sequence[int]]) -> int:
+    """What the model takes for padding; where it does not say so, a token with which no sequence ends."""
+    stated = model.config.get_text_config().pad_token_id
+    if stated is not None:
+        return stated
+    last = {ids[-1] for ids in sequences}
+    return next(token for token in range(len(last) + 1) if token not in last)
+
+
+@torch.no_grad()
+def score_sequences(model: Any, sequences: Sequence[list[int]], batch_size: int) -> list[float]:
+    """The model's output for each sequence of token ids, read where its architecture reads it; padded on the right."""
+    device, found = next(model.parameters()).device, torch.empty(len(sequences), dtype=torch.float64)
+    text_config = model.config.get_text_config()
+    stated = text_config.pad_token_id
+    for places in _batches(sequences, batch_size):
+        rows = [sequences[place] for place in places]
+        text_config.pad_token_id = padding = _padding(model, rows)
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+        found[places] = model(input_ids=ids, attention_mask=mask).logits[:, 0].double().cpu()
+        text_config.pad_token_id = stated
+    return found.tolist()
+
+
+def reward_model(
+    generations: Sequence[Generation], *, path: str, dtype: Precision = "auto", batch_size: int = 16
+) -> Scores:
+    """What the sequence classifier in the folder or on the hub at `path` gives each answer, in its own unit.
+
+    Prompt and answer are written with its own chat template; an answer that was cut is judged as if it ended there.
+    `dtype` auto is bfloat16 on CUDA, float32 on a CPU; `batch_size` counts answers. Raises ValueError for what has no
+    scalar head and for answers longer than its positions.
+    """
+    loaded = _loaded(path, dtype)
+    return Scores("reward_model", score_sequences(loaded.model, _sequences(loaded, generations), batch_size))
+
+
+def _check_options(path: str, dtype: str, batch_size: int) -> None:
+    check_folder(path, KEY)
+    if batch_size < 1:
+        raise ValueError(f"scorer.batch_size={batch_size} must be at least 1")
+
+
+def _identity(*, path: str, dtype: Precision = "auto") -> str:
+    """Digest of what the scores mean: weights, their dtype, tokenizer and template."""
+    loaded = _loaded(path, dtype)
+    return digest([state_digest(loaded.model.state_dict()), text_identity(loaded.tokenizer)])
+
+
+reward_model.check_options = _check_options  # pyright: ignore[reportFunctionMemberAccess]
+reward_model.identity = _identity  # pyright: ignore[reportFunctionMemberAccess]
+
+
+# --- a judge: the answers to one prompt are compared with each other, two by two
+
+
+def judge(generations: Sequence[Generation], *, judge: Annotated[Any, MemberOf("judge")]) -> Scores:
+    """Of each answer the mean share of the win against the other answers to its prompt, in [0, 1]: its rank among
+    them, and nothing about other prompts or policies. n answers to a prompt are n (n - 1) / 2 pairs.
+
+    nan for an answer about which the judge gave no verdict. Raises ValueError where a prompt has one answer, and when
+    the judge is lost; what it said until then is kept, and the same command goes on.
+    """
+    chosen: Judge = judge(JudgeContext(judge.name, cache_folder(), _judge_model, silent))
+    by_prompt: dict[int, list[int]] = defaultdict(list)
+    for place, generation in enumerate(generations):
+        by_prompt[generation.prompt_index].append(place)
+    if alone := [places[0] for places in by_prompt.values() if len(places) == 1]:
+        raise ValueError(
+            f"scorer=judge compares answers to the same prompt, and prompt {generations[alone[0]].prompt_index} has "
+            "one; draw at least two"
+        )
+    duels = [duel for places in by_prompt.values() for duel in combinations(places, 2)]
+    shares: dict[int, list[float]] = defaultdict(list)
+    judgments = judge_pairs(chosen, [_pair(generations, *duel) for duel in duels], silent).judgments
+    for (one, other), judgment in zip(duels, judgments, strict=True):
+        if judgment.preference is not None:
+            shares[one].append(judgment.preference)
+            shares[other].append(1 - judgment.preference)
+    means = {place: sum(values) / len(values) for place, values in shares.items()}
+    return Scores("judge", [means.get(place, float("nan")) for place in range(len(generations))])
+
+
+judge.relative = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _pair(generations: Sequence[Generation], one: int, other: int) -> Pair:
+    first, second = generations[one], generations[other]
+    return Pair(first.prompt, first.prompt_index, first.sample_index, first.output, second.output)
+
+
+def _judge_model(path: str) -> Any:
+    from dpo_ref.evaluation.policy import loaded
+    from dpo_ref.lab import models as lab_models
+
+    check_folder(lab_models.locate(path), "judge.model")
+    return loaded(path)

@@ -1,0 +1,306 @@
+"""Families of single-turn instructions: about words, and about numbers."""
+
+import random
+from typing import ClassVar
+
+from dpo_ref.lab.tasks import (
+    CATEGORIES,
+    COLOUR,
+    COLOURS,
+    COUNT_WORDS,
+    MARKS,
+    NUMBER,
+    NUMBERS,
+    PARTIAL_CREDIT,
+    SPELLING,
+    THINGS,
+    WORD,
+    WORDS,
+    Family,
+    ItemKind,
+    Slots,
+    enumerated,
+    enumeration,
+    graded,
+    items_of,
+    shuffled,
+    unlike,
+)
+
+# --- about words
+
+
+_WORD = "|".join(WORDS)
+
+
+class NameMembers(Family):
+    """Name so many members of a category, other than the given ones."""
+
+    name = "name"
+    wordings = (
+        "Name {count} {category}, but not {excluded}.",
+        "Give me {count} {category} without {excluded}.",
+        "Please list {count} {category} other than {excluded}.",
+        "I need {count} {category}. Leave out {excluded}.",
+        "Which {count} {category} come to mind, apart from {excluded}?",
+    )
+    slot_patterns: ClassVar = {
+        "count": "two|three|four",
+        "category": "|".join(CATEGORIES),
+        "excluded": enumerated(_WORD),
+    }
+
+    def draw_slots(self, rng: random.Random) -> Slots:
+        category = rng.choice(list(CATEGORIES))
+        excluded = rng.sample(CATEGORIES[category], rng.choice((1, 2)))
+        count = rng.choice(("two", "three", "four"))
+        return {"count": count, "category": category, "excluded": enumeration(excluded)}
+
+    def kind(self, slots: Slots) -> ItemKind:
+        return WORD
+
+    def right(self, slots: Slots, rng: random.Random) -> list[str]:
+        return rng.sample(_allowed(slots), COUNT_WORDS[slots["count"]])
+
+    def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
+        count, allowed = COUNT_WORDS[slots["count"]], _allowed(slots)
+        other = rng.choice([name for name in CATEGORIES if name != slots["category"]])
+        forbidden = [*rng.sample(allowed, count - 1), rng.choice(items_of(slots["excluded"]))]
+        return rng.choice(
+            (
+                rng.sample(CATEGORIES[other], count),
+                rng.sample(allowed, count + rng.choice((-1, 1))),
+                rng.sample(forbidden, count),
+            )
+        )
+
+    def correctness(self, slots: Slots, items: list[str]) -> float:
+        """1 for exactly so many different allowed members; else 0.4 times the share of good ones."""
+        count, good = COUNT_WORDS[slots["count"]], len(set(items) & set(_allowed(slots)))
+        return 1.0 if good == len(items) == count else PARTIAL_CREDIT * min(good, count) / max(len(items), count)
+
+
+def _allowed(slots: Slots) -> list[str]:
+    excluded = items_of(slots["excluded"])
+    return [word for word in CATEGORIES[slots["category"]] if word not in excluded]
+
+
+class Spell(Family):
+    """Spell a word with a given mark between its letters."""
+
+    name = "spell"
+    wordings = (
+        "Spell {word} with {mark} between the letters.",
+        "Please spell the word {word} using {mark}.",
+        "How do you spell {word}? Put {mark} between the letters.",
+        "Use {mark} to spell {word}.",
+        "Take the word {word} and spell it with {mark}.",
+    )
+    words = tuple(word for word in (*WORDS, *THINGS, *COLOURS) if len(word) <= 4)
+    slot_patterns: ClassVar = {"word": "|".join(words), "mark": "|".join(MARKS)}
+
+    def draw_slots(self, rng: random.Random) -> Slots:
+        return {"word": rng.choice(self.words), "mark": rng.choice(list(MARKS))}
+
+    def kind(self, slots: Slots) -> ItemKind:
+        return SPELLING
+
+    def right(self, slots: Slots, rng: random.Random) -> list[str]:
+        return [MARKS[slots["mark"]].join(slots["word"])]
+
+    def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
+        word = slots["word"]
+        other_mark = MARKS[rng.choice([mark for mark in MARKS if mark != slots["mark"]])]
+        other_word = rng.choice([other for other in self.words if len(other) == len(word) and other != word])
+        place = rng.randrange(len(word))
+        slip = word[:place] + rng.choice("abcdefghijklmnopqrstuvwxyz".replace(word[place], "")) + word[place + 1 :]
+        mark = MARKS[slots["mark"]]
+        return [rng.choice((other_mark.join(word), mark.join(other_word), mark.join(slip), mark.join(word[:-1])))]
+
+    def correctness(self, slots: Slots, items: list[str]) -> float:
+        """Graded by character, marks included."""
+        right = self.right(slots, random.Random(0))
+        return graded(list("".join(items)), list("".join(right)))
+
+
+class Repeat(Family):
+    """Write a word so many times."""
+
+    name = "repeat"
+    wordings = (
+        "Write {word} {count} times.",
+        "Repeat the word {word} {count} times.",
+        "Please say {word} {count} times.",
+        "I want to read {word} {count} times.",
+        "Can you write the word {word} {count} times?",
+    )
+    slot_patterns: ClassVar = {"word": _WORD, "count": "|".join(COUNT_WORDS)}
+
+    def draw_slots(self, rng: random.Random) -> Slots:
+        return {"word": rng.choice(WORDS), "count": rng.choice(list(COUNT_WORDS))}
+
+    def kind(self, slots: Slots) -> ItemKind:
+        return WORD
+
+    def right(self, slots: Slots, rng: random.Random) -> list[str]:
+        return [slots["word"]] * COUNT_WORDS[slots["count"]]
+
+    def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
+        right = self.right(slots, rng)
+        return unlike(right, lambda: [slots["word"]] * rng.randint(1, 8))
+
+
+class Reverse(Family):
+    """Write words in reverse order."""
+
+    name = "reverse"
+    wordings = (
+        "Write {words} in reverse order.",
+        "Reverse the list {words}.",
+        "Please turn around the order of {words}.",
+        "Here are some words: {words}. Reverse them.",
+        "Say {words} backwards, word by word.",
+    )
+    slot_patterns: ClassVar = {"words": enumerated(_WORD)}
+
+    def draw_slots(self, rng: random.Random) -> Slots:
+        return {"words": enumeration(rng.sample(WORDS, rng.choice((3, 4))))}
+
+    def kind(self, slots: Slots) -> ItemKind:
+        return WORD
+
+    def right(self, slots: Slots, rng: random.Random) -> list[str]:
+        return items_of(slots["words"])[::-1]
+
+    def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
+        right = self.right(slots, rng)
+        return rng.choice((shuffled(right, rng), right[::-1], right[:-1]))
+
+
+class ReadPassage(Family):
+    """Answer a question about the passage before it."""
+
+    name = "passage"
+    wordings = (
+        "Look, {passage}. What colour is the {thing}?",
+        "Suppose {passage}. Tell me the colour of the {thing}.",
+        "I see that {passage}. Which colour has the {thing}?",
+        "Read this: {passage}. Now name the colour of the {thing}.",
+        "What colour is the {thing}, if {passage}?",
+    )
+    _entry = f"the (?:{'|'.join(THINGS)}) is (?:{'|'.join(COLOURS)})"
+    slot_patterns: ClassVar = {"passage": enumerated(_entry), "thing": "|".join(THINGS)}
+
+    def draw_slots(self, rng: random.Random) -> Slots:
+        things = rng.sample(THINGS, 3)
+        entries = [f"the {thing} is {colour}" for thing, colour in zip(things, rng.sample(COLOURS, 3), strict=True)]
+        return {"passage": enumeration(entries), "thing": rng.choice(things)}
+
+    def kind(self, slots: Slots) -> ItemKind:
+        return COLOUR
+
+    def right(self, slots: Slots, rng: random.Random) -> list[str]:
+        entries = (entry.split() for entry in items_of(slots["passage"]))
+        return [next(entry[-1] for entry in entries if entry[1] == slots["thing"])]
+
+    def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
+        return unlike(self.right(slots, rng), lambda: [rng.choice(COLOUR.find(slots["passage"]))])
+
+
+# --- about numbers
+
+
+_NUMBERS = enumerated("|".join(reversed(NUMBERS)))
+
+
+class Count(Family):
+    """Count up or down between two numbers, in steps of one or two."""
+
+    name = "count"
+    wordings = (
+        "Count from {start} to {end} by {step}.",
+        "Please count by {step} from {start} to {end}.",
+        "Write the numbers from {start} to {end}, counting by {step}.",
+        "Start at {start} and count by {step} until {end}.",
+        "Can you count from {start} to {end} by {step}?",
+    )
+    slot_patterns: ClassVar = {"start": "1?[0-9]", "end": "1?[0-9]", "step": "ones|twos"}
+    steps: ClassVar = {"ones": 1, "twos": 2}
+
+    def draw_slots(self, rng: random.Random) -> Slots:
+        step = rng.choice(list(self.steps))
+        span = self.steps[step] * rng.randint(2, 5)
+        low = rng.randint(0, len(NUMBERS) - 1 - span)
+        start, end = rng.choice(((low, low + span), (low + span, low)))
+        return {"start": str(start), "end": str(end), "step": step}
+
+    def kind(self, slots: Slots) -> ItemKind:
+        return NUMBER
+
+    def right(self, slots: Slots, rng: random.Random) -> list[str]:
+        start, end = int(slots["start"]), int(slots["end"])
+        direction = 1 if start < end else -1
+        return [str(number) for number in range(start, end + direction, direction * self.steps[slots["step"]])]
+
+    def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
+        right = self.right(slots, rng)
+        start, end = int(slots["start"]), int(slots["end"])
+        overshoot = [*right, str(abs(end + (end - start) // (len(right) - 1)))]
+        skipping = rng.randrange(1, len(right) - 1)
+        return rng.choice((right[:-1], overshoot, right[::-1], right[:skipping] + right[skipping + 1 :]))
+
+
+class Sort(Family):
+    """Sort three or four numbers."""
+
+    name = "sort"
+    wordings = (
+        "Sort {numbers} in {direction} order.",
+        "Put {numbers} into {direction} order.",
+        "Please arrange {numbers} in {direction} order.",
+        "In {direction} order, what are {numbers}?",
+        "Write {numbers} again, but in {direction} order.",
+    )
+    slot_patterns: ClassVar = {"numbers": _NUMBERS, "direction": "ascending|descending"}
+
+    def draw_slots(self, rng: random.Random) -> Slots:
+        numbers = rng.sample(NUMBERS, rng.choice((3, 4)))
+        return {"numbers": enumeration(numbers), "direction": rng.choice(("ascending", "descending"))}
+
+    def kind(self, slots: Slots) -> ItemKind:
+        return NUMBER
+
+    def right(self, slots: Slots, rng: random.Random) -> list[str]:
+        return sorted(items_of(slots["numbers"]), key=int, reverse=slots["direction"] == "descending")
+
+    def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
+        right = self.right(slots, rng)
+        return rng.choice((shuffled(right, rng), shuffled(right, rng), right[::-1]))
+
+
+class PickNumber(Family):
+    """Pick the largest or smallest of three or four numbers."""
+
+    name = "pick"
+    wordings = (
+        "Which of {numbers} is the {extreme}?",
+        "Pick the {extreme} of {numbers}.",
+        "What is the {extreme} number among {numbers}?",
+        "Please tell me the {extreme} of these numbers: {numbers}.",
+        "Among {numbers}, find the {extreme}.",
+    )
+    slot_patterns: ClassVar = {"numbers": _NUMBERS, "extreme": "largest|smallest"}
+
+    def draw_slots(self, rng: random.Random) -> Slots:
+        numbers = rng.sample(NUMBERS, rng.choice((3, 4)))
+        return {"numbers": enumeration(numbers), "extreme": rng.choice(("largest", "smallest"))}
+
+    def kind(self, slots: Slots) -> ItemKind:
+        return NUMBER
+
+    def right(self, slots: Slots, rng: random.Random) -> list[str]:
+        ordered = sorted(items_of(slots["numbers"]), key=int)
+        return [ordered[-1] if slots["extreme"] == "largest" else ordered[0]]
+
+    def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
+        return unlike(self.right(slots, rng), lambda: [rng.choice(items_of(slots["numbers"]))])

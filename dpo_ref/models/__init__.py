@@ -1,0 +1,1 @@
+"""Models as objects: loading, attention over packs, log-probabilities, adapters, checkpoints, servers."""

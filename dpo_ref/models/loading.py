@@ -1,0 +1,337 @@
+"""Load causal language models and their tokenizers through transformers: the policy, and models that are asked, not
+trained, in another precision, quantised, elsewhere than the policy, with an adapter.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dpo_ref.data.chat_templates import install_template
+from dpo_ref.models.adapters import add_lora, load_adapter
+from dpo_ref.models.attention import KERNELS, resolve_backend
+from dpo_ref.models.packable import install, kernel_refuses
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model with packed attention installed, its tokenizer, and the dtype it computes in.
+
+    Weights are float32 whatever the compute dtype: at lr 5e-7 an update vanishes in bfloat16.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    compute_dtype: torch.dtype
+    compiled: bool = False
+    adapter: Any = None  # peft's view of the model, where an adapter is trained instead of its weights
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context in which every forward pass of policy and reference runs.
+
+        A run stays in it from end to end, so autocast must keep no half-precision copies of the weights: it would go
+        on using them after the optimiser's step.
+        """
+        if self.compute_dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(next(self.model.parameters()).device.type, self.compute_dtype, cache_enabled=False)
+
+
+def compute_dtype(requested: str, device: torch.device, key: str = "model.dtype") -> torch.dtype:
+    """The dtype asked for: auto is bfloat16 on CUDA, float32 on a CPU. ValueError, naming `key`, for bfloat16 on a
+    CPU."""
+    if requested == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if requested == "bfloat16" and device.type == "cpu":
+        raise ValueError(f"{key}=bfloat16 needs a CUDA device; on a CPU write {key}=float32 (or auto)")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
+
+
+def check_folder(path: str, key: str, needed: str = "config.json") -> None:
+    """Raise ValueError if `path` is a local folder without the file `needed`, or looks local and does not exist."""
+    place = Path(path).expanduser()
+    if place.is_dir() and not (place / needed).is_file():
+        inner = place / "policy" / "config.json"
+        hint = f"; the run's policy is in {place / 'policy'}" if inner.is_file() else ""
+        raise ValueError(f"{key}={path} is not a model folder: it has no {needed}{hint}")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not place.exists() and looks_local and "/" in path:
+        raise ValueError(f"{key}={path} does not exist")
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """The tokenizer in a local folder or on the hub."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}") from error
+
+
+def prepared_tokenizer(
+    place: str, template: str, template_options: dict[str, Any] | None, max_length: int | None
+) -> Any:
+    """The tokenizer at `place` with its chat template and its length as `pretrained` says."""
+    check_folder(place, "model.path")
+    tokenizer = load_tokenizer(place)
+    install_template(tokenizer, template, template_options)
+    if max_length is not None:
+        tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+def _without_dropout(config: Any) -> Any:
+    """Dropout off: policy and reference must be the same function."""
+    names = [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]
+    for name in names:
+        if isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _check_writes(config: Any) -> None:
+    """Raise ValueError for a classifier, which transformers would give a language-model head of random weights."""
+    kinds = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
+    if kinds:
+        raise ValueError(f"it is a {kinds[0]}, which scores answers and writes none: scorer=reward_model scorer.path=")
+
+
+def load_model(
+    path: str,
+    device: torch.device | None,
+    attention: str,
+    key: str = "model.path",
+    revision: str | None = None,
+    **how: Any,
+) -> Any:
+    """A causal language model in float32, packed where its architecture allows; safetensors only, no code from the
+    folder. `how` is handed to transformers: another dtype, a quantisation; with `device=None` it also says where the
+    weights go. Raises ValueError naming `key` for what is no model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # one bar at a time, ours
+    check_folder(path, key)
+    try:
+        config = _without_dropout(AutoConfig.from_pretrained(path, revision=revision or "main"))
+        _check_writes(config)
+        options = {"dtype": torch.float32, "revision": revision or "main", "use_safetensors": True} | how
+        model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}={path}: no model could be loaded: {str(error).splitlines()[0]}") from error
+    if device is not None:
+        model.to(device)
+    model.eval()
+    backend = resolve_backend(attention)
+    reason = install(model, backend)
+    if reason is not None:
+        print(f"{key}={path} runs one response at a time, unpacked: {reason}")
+    elif backend in KERNELS and (refusal := kernel_refuses(model, backend)) is not None:
+        if attention != "auto":
+            raise ValueError(f"{key}={path} cannot run with attention={attention}: {refusal}; use auto or sdpa")
+        print(f"{key}={path} attends piece by piece, as with sdpa: {refusal}")
+    return model
+
+
+def pretrained(
+    locate: Callable[[str], str],
+    device: torch.device,
+    *,
+    path: str,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    attention: Literal["auto", "flash_attn", "varlen", "sdpa", "eager"] = "auto",
+    gradient_checkpointing: Literal["off", "selective", "full"] = "off",
+    compile: bool = False,
+    template: str = "auto",
+    template_options: dict[str, Any] | None = None,
+    max_length: int | None = None,
+    adapter: str | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+) -> LoadedModel:
+    """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`).
+
+    `locate` turns `path` into what transformers can load. `dtype` is the compute dtype: auto is bfloat16 on CUDA,
+    float32 on a CPU. `gradient_checkpointing` recomputes activations in the backward pass: `full` keeps the layers'
+    inputs alone and costs a third more time, `selective` keeps the products of matrices and attention as well and
+    recomputes only what is cheap. `compile` compiles every decoder layer with dynamic shapes: packs of any length run
+    without compiling again. `template` is the chat template: the tokenizer's own (auto), or zephyr, tulu, llama3,
+    chatml, alpaca or plain; `template_options` are settings that the template looks at, such as enable_thinking.
+    `max_length` is what the model is meant for, in tokens; data.max_length goes before it. `lora_rank` trains a LoRA
+    adapter on all linear layers instead of the weights (`lora_alpha`: twice the rank unless given), `adapter` goes on
+    training a saved one, a folder or hub name.
+    """
+    computes_in = compute_dtype(dtype, device)
+    place = locate(path)
+    tokenizer = prepared_tokenizer(place, template, template_options, max_length)
+    model = load_model(place, device, attention)
+    trained = _adapter(model, adapter, lora_rank, lora_alpha)
+    CHECKPOINTING[gradient_checkpointing](model)
+    if compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
+    return LoadedModel(model, tokenizer, computes_in, compile, trained)
+
+
+def _adapter(model: Any, adapter: str | None, rank: int | None, alpha: float | None) -> Any:
+    if adapter is not None:
+        return load_adapter(model, adapter, "model.adapter", trainable=True)
+    if rank is not None:
+        return add_lora(model, rank, alpha)
+    return None
+
+
+def _check_options(
+    dtype: str, attention: str, adapter: str | None, lora_rank: int | None, lora_alpha: float | None, **rest: Any
+) -> None:
+    """Raise ValueError for options that would have no effect."""
+    if attention in KERNELS and dtype == "float32":
+        raise ValueError(
+            f"model.attention={attention} computes in half precision and has no effect with model.dtype=float32; use "
+            "model.attention=sdpa"
+        )
+    if adapter is not None and (lora_rank, lora_alpha) != (None, None):
+        raise ValueError("model.adapter has a rank and an alpha of its own; leave model.lora_rank and lora_alpha out")
+    if lora_alpha is not None and lora_rank is None:
+        raise ValueError(f"model.lora_alpha={lora_alpha:g} has no effect without model.lora_rank")
+
+
+pretrained.check_options = _check_options  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made so far in this process; constant after the first steps of a run."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """The model's decoder layers. Raises ValueError where they are not one list."""
+    count = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ValueError(f"model.compile: {type(model).__name__} has no list of {count} layers to compile")
+
+
+def _full_checkpointing(model: Any) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _selective_checkpointing(model: Any) -> None:
+    """Keep the results of matrix products and attention, recompute norms, activations and rotations."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+        name = str(operator)
+        kept = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "attention", "attn"))
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts})
+
+
+def _no_checkpointing(model: Any) -> None:
+    """Every activation is kept."""
+
+
+CHECKPOINTING = {"off": _no_checkpointing, "selective": _selective_checkpointing, "full": _full_checkpointing}
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Whom an engine lets answer. The model and the digest of its weights are had by calling: a model that is served
+    elsewhere need not be loaded here. `place` is its folder or hub name; `on_top` is what changes the weights of that
+    folder when it is loaded here, if anything does."""
+
+    path: str  # as the user wrote it
+    place: str
+    tokenizer: Any
+    model: Callable[[], Any]
+    weights: Callable[[], str]
+    precision: Callable[[], AbstractContextManager[Any]]
+    on_top: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model, and how it is to be loaded; what is left out is as for the policy."""
+
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+    dtype: str = "auto"
+    quantisation: str = "none"
+    device: str = "auto"
+
+
+# --- models that are asked, not trained
+
+
+KEY = "reference.path"
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+SMALLER = (
+    "reference.device=cpu, reference.dtype=bfloat16 or reference.quantisation=4bit take less of it; "
+    "stage=cache_reference computes the table alone, before a run that then loads no second model; reference=served "
+    "asks a server"
+)
+
+
+def _quantised(quantisation: str) -> dict[str, Any]:
+    """What transformers is told. Raises ValueError without bitsandbytes."""
+    if quantisation == "none":
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"reference.quantisation={quantisation} needs bitsandbytes: pip install -r requirements-reference.txt"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    bits = BitsAndBytesConfig(
+        load_in_8bit=quantisation == "8bit", load_in_4bit=quantisation == "4bit", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return {"quantization_config": bits}
+
+
+def _placed(device: str, quantised: bool, policy: torch.device) -> tuple[torch.device | None, dict[str, Any]]:
+    """Where the model is moved after loading, or how transformers spreads it while loading."""
+    if device == "spread":
+        try:
+            import accelerate  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                "reference.device=spread needs accelerate: pip install -r requirements-reference.txt"
+            ) from error
+        return None, {"device_map": "auto"}
+    place = policy if device == "auto" else torch.device(device)
+    return (None, {"device_map": {"": place}}) if quantised else (place, {})
+
+
+def load_reference(source: ModelSource, place: str, policy_device: torch.device, attention: str) -> nn.Module:
+    """The model of `source`, which lies at `place`, ready to be asked for log-probs.
+
+    Raises ValueError for what is no model, for packages that are missing, and for a second model that does not fit
+    into memory, with the options that avoid it.
+    """
+    how = _quantised(source.quantisation)
+    device, placing = _placed(source.device, bool(how), policy_device)
+    try:
+        model = load_model(
+            place, device, attention, KEY, source.revision, dtype=DTYPES[source.dtype], **how, **placing
+        )
+        if source.adapter is not None:
+            load_adapter(model, source.adapter, "reference.adapter", trainable=False)
+        return model
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise ValueError(f"{KEY}={source.path} does not fit into memory beside the policy: {SMALLER}") from error

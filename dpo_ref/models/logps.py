@@ -1,0 +1,352 @@
+"""Log-probabilities of responses: the one function that policy and references share.
+
+The language-model head is applied to response positions only, a chunk of tokens at a time, and each chunk's logits are
+recomputed in the backward pass: no [tokens, vocabulary] tensor outlives its chunk.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dpo_ref.models.attention import REGISTERED, PackedLayout
+from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores
+
+CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last linear layer and what its architecture does to the logits: logits = cap(scale * (h W^T + b))."""
+
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
+        """Logits in at least float32, whatever the dtype of the product."""
+        weight = self.weight.to(hidden.dtype)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = nn.functional.linear(hidden, weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a transformers causal language model, with its architecture's post-processing of the logits."""
+    causal_lm: Any = model
+    output, config = causal_lm.get_output_embeddings(), causal_lm.config
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None) is not None:  # Granite
+        scale = 1.0 / float(config.logits_scaling)
+    return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+class _ChunkedTokenLogps(torch.autograd.Function):
+    """log softmax(logits)[target] per token; saves hidden states and log-normalisers, recomputes logits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, targets: Tensor) -> Tensor:
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        logps, normalisers = [], []
+        for hidden_c, target_c in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = head.logits(hidden_c)
+            normaliser = logits.logsumexp(dim=-1)
+            logps.append(logits.gather(1, target_c[:, None]).squeeze(1) - normaliser)
+            normalisers.append(normaliser)
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
+        ctx.rows, ctx.scale, ctx.softcap = rows, head.scale, head.softcap
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        head = Head(weight, bias, ctx.scale, ctx.softcap)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=normalisers.dtype)
+        d_bias = torch.zeros(weight.shape[0], dtype=normalisers.dtype, device=weight.device)
+        weight_h = weight.to(hidden.dtype)
+        chunks = (x.split(ctx.rows) for x in (hidden, targets, normalisers, grads[0], grad_hidden))
+        for hidden_c, target_c, normaliser_c, grad_c, out_c in zip(*chunks, strict=True):
+            logits = head.logits(hidden_c)
+            d_logits = (logits - normaliser_c[:, None]).exp_().mul_(-grad_c[:, None])
+            d_logits.scatter_add_(1, target_c[:, None], grad_c[:, None].to(d_logits.dtype))
+            if ctx.softcap is not None:
+                d_logits.mul_(1 - (logits / ctx.softcap).square())
+            d_product = d_logits.mul_(ctx.scale).to(hidden.dtype)
+            torch.mm(d_product, weight_h, out=out_c)
+            grad_weight += d_product.T @ hidden_c
+            if bias is not None:
+                d_bias += d_logits.sum(dim=0)
+        grad_bias = None if bias is None else d_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
+
+
+def token_logps(hidden: Float[Tensor, "R H"], head: Head, targets: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
+    """Log-probability of each target token in nats, at least float32, differentiable in hidden states and head."""
+    return _ChunkedTokenLogps.apply(hidden, head.weight, head.bias, head, targets)  # pyright: ignore
+
+
+@torch.no_grad()
+def token_logps_and_entropy(
+    hidden: Float[Tensor, "R H"], head: Head, targets: Int[Tensor, " R"]
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """Log-probability of each target token and the entropy of the distribution it was drawn from, both in nats, from
+    one product per chunk: H = log Z - sum_v p_v z_v."""
+    rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    logps, entropies = [], []
+    for hidden_c, target_c in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = head.logits(hidden_c)
+        normaliser = logits.logsumexp(dim=-1)
+        logps.append(logits.gather(1, target_c[:, None]).squeeze(1) - normaliser)
+        weights = (logits - normaliser[:, None]).exp_()
+        entropies.append(normaliser - (weights * logits).sum(dim=-1))
+    return torch.cat(logps), torch.cat(entropies)
+
+
+@torch.no_grad()
+def token_collisions(hidden: Float[Tensor, "R H"], head: Head) -> Float[Tensor, " R"]:
+    """log sum_v p_v^2 of the distribution at each token: the log-probability that two draws from it agree, nats."""
+    rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    found = []
+    for hidden_c in hidden.split(rows):
+        logits = head.logits(hidden_c)
+        normaliser = logits.logsumexp(dim=-1)
+        found.append(logits.mul_(2).logsumexp(dim=-1) - 2 * normaliser)
+    return torch.cat(found)
+
+
+def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
+    """Hidden states from which the pack's response tokens are predicted: of the whole pack at once where packed
+    attention is installed (see `packable`), else of one response after the other."""
+    return hidden_at(model, batch, batch.head_index)
+
+
+def hidden_at(model: nn.Module, batch: PackedBatch, places: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
+    """Last hidden states at these positions of the pack, computed as `response_hidden` says."""
+    causal_lm: Any = model
+    packed = causal_lm.config._attn_implementation in REGISTERED.values()
+    hidden = (_packed_states if packed else _separate_states)(model, batch).index_select(0, places)
+    device = hidden.device.type
+    # Autocast leaves the residual stream in float32, and does not reach the head's in-place products.
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+def separate_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
+    """The same hidden states with every response forwarded alone behind its prompt, in the model's own attention."""
+    return _separate_states(model, batch).index_select(0, batch.head_index)
+
+
+def _separate_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "T H"]:
+    backbone: Any = model.base_model
+    found, place = [], 0  # hidden states of the whole pack; the prompt's come from its first response
+    for prompt, responses in batch.layout:
+        prompt_ids, place = batch.input_ids[place : place + prompt], place + prompt
+        for number, size in enumerate(responses):
+            ids = torch.cat([prompt_ids, batch.input_ids[place : place + size]])
+            hidden = backbone(input_ids=ids[None], use_cache=False)[0][0]
+            found.append(hidden if number == 0 else hidden[prompt:])
+            place += size
+    return torch.cat(found)
+
+
+def packed_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
+    """The same hidden states from one forward pass in which the responses of a group share their prompt."""
+    return _packed_states(model, batch).index_select(0, batch.head_index)
+
+
+def _packed_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "T H"]:
+    packed = PackedLayout(batch.layout, batch.input_ids.device)
+    backbone: Any = model.base_model
+    output = backbone(
+        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, packed=packed
+    )
+    return output[0][0]
+
+
+def sum_by_response(values: Float[Tensor, " R"], batch: PackedBatch) -> Float[Tensor, " N"]:
+    """Per-token values summed over each response, in float64."""
+    zeros = torch.zeros(len(batch.lengths), dtype=torch.float64, device=values.device)
+    return zeros.index_add(0, batch.response_index, values.double())
+
+
+def response_logps(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
+    """Log-probabilities `model` gives the responses of a pack: DPO's log pi(y|x), summed over y and its end token."""
+    values = token_logps(response_hidden(model, batch), head_of(model), batch.target_ids)
+    return ResponseLogps(sum_by_response(values, batch), batch.lengths, batch.num_bytes, values)
+
+
+def last_places(batch: PackedBatch) -> Int[Tensor, " N"]:
+    """Where in the pack each response's last token lies: its end-of-turn token unless it was cut."""
+    found, place = [], 0
+    for prompt, responses in batch.layout:
+        place += prompt
+        for size in responses:
+            place += size
+            found.append(place - 1)
+    return torch.tensor(found, device=batch.input_ids.device)
+
+
+def response_scores(model: nn.Module, batch: PackedBatch) -> ResponseScores:
+    """What a model with a scalar head (`model.score`, see `reward_model`) says about the responses of a pack: the
+    head's product with the hidden state of each response's own last token, in at least float32."""
+    reward_model: Any = model
+    hidden = hidden_at(model, batch, last_places(batch))
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return ResponseScores((hidden * reward_model.score.weight.to(hidden.dtype)).sum(dim=-1).double())
+
+
+@torch.no_grad()
+def response_collisions(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
+    """`token_collisions` of the model at the pack's response tokens, and their sums over responses."""
+    values = token_collisions(response_hidden(model, batch), head_of(model))
+    return ResponseLogps(sum_by_response(values, batch), batch.lengths, batch.num_bytes, values)
+
+
+# --- the loss of a pack with its gradient made in the forward pass
+# When an objective separates by group and the reference's log-probs are known, the coefficient of every token's
+# log-prob is known as soon as the logits of its group are: the gradient is taken while they are alive, with three
+# products of the head (logits, hidden states, weights) instead of the four that recomputing needs. Chunks end at group
+# boundaries; the memory above the result is one chunk of logits.
+
+
+class Chunk(NamedTuple):
+    """A run of groups of a pack: its response tokens, its responses, its pairs, and its part of the batch."""
+
+    rows: slice
+    owners: slice
+    members: slice
+    batch: PackedBatch
+
+
+LossOf = Callable[[ResponseLogps, Chunk], Tensor]
+
+
+def chunks(batch: PackedBatch, max_tokens: int) -> Iterator[Chunk]:
+    """Runs of whole groups with at most `max_tokens` response tokens each (a larger group alone)."""
+    first, tokens, responses, pairs = 0, 0, 0, 0
+    sizes = batch.scored_per_group
+    while first < len(sizes):
+        last, total = first + 1, sizes[first]
+        while last < len(sizes) and total + sizes[last] <= max_tokens:
+            total += sizes[last]
+            last += 1
+        num_responses = sum(len(lengths) for _, lengths in batch.layout[first:last])
+        num_pairs = sum(batch.pairs_per_group[first:last])
+        rows, owners, members = (
+            slice(start, start + size)
+            for start, size in ((tokens, total), (responses, num_responses), (pairs, num_pairs))
+        )
+        yield Chunk(rows, owners, members, _part(batch, slice(first, last), rows, owners, members))
+        first, tokens, responses, pairs = last, rows.stop, owners.stop, members.stop
+
+
+def _part(batch: PackedBatch, groups: slice, rows: slice, owners: slice, members: slice) -> PackedBatch:
+    """What objectives look at, for a run of groups; token ids and positions are left as they are."""
+    return replace(
+        batch,
+        layout=batch.layout[groups],
+        scored_per_group=batch.scored_per_group[groups],
+        group_index=batch.group_index[groups],
+        pairs_per_group=batch.pairs_per_group[groups],
+        head_index=batch.head_index[rows],
+        target_ids=batch.target_ids[rows],
+        response_index=batch.response_index[rows] - owners.start,
+        lengths=batch.lengths[owners],
+        num_bytes=batch.num_bytes[owners],
+        chosen=batch.chosen[members] - owners.start,
+        rejected=batch.rejected[members] - owners.start,
+        labels=None if batch.labels is None else batch.labels[owners],
+        advantages=None if batch.advantages is None else batch.advantages[owners],
+    )
+
+
+def part_of(logps: ResponseLogps, chunk: Chunk) -> ResponseLogps:
+    """The chunk's responses of a whole pack's log-probs."""
+    tokens = None if logps.token_logps is None else logps.token_logps[chunk.rows]
+    owners = chunk.owners
+    return ResponseLogps(logps.sums[owners], logps.lengths[owners], logps.num_bytes[owners], tokens)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Summed loss and detached token log-probs; the gradient is ready when the forward pass ends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, batch: PackedBatch, loss_of: LossOf
+    ) -> tuple[Tensor, Tensor]:
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=accumulate)
+        d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device)
+        weight_h = weight.to(hidden.dtype)
+        losses, parts = [], []
+        for chunk in chunks(batch, max(1, CHUNK_LOGITS // weight.shape[0])):
+            hidden_c, targets = hidden[chunk.rows], chunk.batch.target_ids
+            logits = head.logits(hidden_c)
+            slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
+            logits.sub_(logits.amax(dim=-1, keepdim=True))
+            target_logits = logits.gather(1, targets[:, None])
+            weights = logits.exp_()  # in place, and once: the softmax is weights / total
+            total = weights.sum(dim=-1, keepdim=True)
+            values = (target_logits - total.log()).squeeze(1)
+            loss, coefficients = _coefficients(values, chunk, loss_of)
+            d_logits = weights.mul_(-coefficients[:, None] / total)
+            d_logits.scatter_add_(1, targets[:, None], coefficients[:, None])
+            if slope is not None:
+                d_logits.mul_(slope)
+            d_product = (d_logits if head.scale == 1.0 else d_logits.mul_(head.scale)).to(hidden.dtype)
+            torch.mm(d_product, weight_h, out=d_hidden[chunk.rows])
+            _add_product(d_weight, d_product, hidden_c)
+            if bias is not None:
+                d_bias += d_product.sum(dim=0)
+            losses.append(loss)
+            parts.append(values)
+        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype))
+        values = torch.cat(parts)
+        ctx.mark_non_differentiable(values)
+        return torch.stack(losses).sum(), values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        factor = grads[0]
+        scaled = [None if d is None else d.mul_(factor.to(d.dtype)) for d in (d_hidden, d_weight, d_bias)]
+        return scaled[0], scaled[1], scaled[2], None, None, None  # pyright: ignore[reportReturnType]
+
+
+def _add_product(total: Tensor, d_product: Tensor, hidden: Tensor) -> None:
+    """total += d_product^T hidden, in the total's precision."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(d_product.T, hidden)
+    else:
+        total += d_product.T @ hidden
+
+
+def _coefficients(values: Tensor, chunk: Chunk, loss_of: LossOf) -> tuple[Tensor, Tensor]:
+    """The chunk's loss, and its derivative by every token's log-prob."""
+    batch = chunk.batch
+    with torch.enable_grad():
+        leaf = values.detach().requires_grad_()
+        policy = ResponseLogps(sum_by_response(leaf, batch), batch.lengths, batch.num_bytes, leaf)
+        loss = loss_of(policy, chunk)
+        (coefficients,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), coefficients
+
+
+def fused_loss(
+    hidden: Float[Tensor, "R H"], head: Head, batch: PackedBatch, loss_of: LossOf
+) -> tuple[Float[Tensor, ""], ResponseLogps]:
+    """Summed loss of a pack, differentiable in hidden states and head, and the policy's detached log-probs.
+
+    `loss_of(policy, chunk)` is the summed loss of one run of groups, differentiable in the policy's log-probs; what it
+    returns must not depend on other groups.
+    """
+    loss, values = _FusedLoss.apply(hidden, head.weight, head.bias, head, batch, loss_of)  # pyright: ignore
+    return loss, ResponseLogps(sum_by_response(values, batch), batch.lengths, batch.num_bytes, values)

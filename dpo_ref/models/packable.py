@@ -1,0 +1,177 @@
+"""Whether an architecture can be packed exactly: asked of the model itself, on a few tokens, before it is used.
+
+No flag of transformers says so. Some architectures keep their own attention, mix tokens outside of attention
+(state-space layers, convolutions), hide a window in the mask alone, or derive positions from the longest sequence of a
+batch. Six conditions catch all of those that were tried; each failure is a sentence for the user.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_ref.data.packing import collate
+from dpo_ref.models.attention import KERNEL_HEADS, PackedLayout, kernels_take, register
+from dpo_ref.models.logps import head_of, packed_hidden, separate_hidden
+from dpo_ref.types import PackedBatch, TokenGroup
+
+FAR = 2**20  # positions at which masks are asked what they hide
+DISTANCES = (0, 1, 4096, 8192, 2**19)
+# Of hidden states, relative to the largest; exact architectures stay below 3e-6 in float32. In half precision rounding
+# alone comes to a few times 2^-8, and what is wrong (another mask, other positions) to more than a tenth.
+TOLERANCE = {torch.float32: 3e-5}
+TOLERANCE_HALF = 5e-2
+LEAK = 1e-5
+
+
+class _Probe(PackedLayout):
+    """A layout that writes down what each attention layer was handed."""
+
+    def __init__(self, layout: Any, device: torch.device) -> None:
+        super().__init__(layout, device)
+        self.seen: list[tuple[Any, int | None]] = []
+        self.head_sizes: set[tuple[int, int]] = set()
+
+    def note(self, attention_mask: Any, window: int | None, head_sizes: tuple[int, int]) -> None:
+        self.seen.append((attention_mask, window))
+        self.head_sizes.add(head_sizes)
+
+
+def _groups(vocab: int) -> list[TokenGroup]:
+    def ids(start: int, size: int) -> list[int]:
+        return [(start + 7 * i) % vocab for i in range(size)]
+
+    first = TokenGroup(0, "", ids(3, 4), (ids(11, 3), ids(5, 2)), (1, 1), ((0, 1),))
+    second = TokenGroup(1, "", ids(8, 2), (ids(2, 1), ids(9, 3)), (1, 1), ((0, 1),))
+    return [first, second]
+
+
+def _rope(config: Any) -> str | None:
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if kind in ("dynamic", "longrope"):
+        return f"its {kind} positions depend on the longest sequence of a batch"
+    return None
+
+
+def _mask_rule(probe: _Probe) -> str | None:
+    """On a plain sequence the mask must say causal, plus the window that the layer is told about."""
+    for mask, window in probe.seen:
+        rule = getattr(mask, "mask_function", None)
+        if rule is None:
+            continue
+        distances = (*DISTANCES, *((window - 1, window) if window else ()))
+        for distance in distances:
+            query, key = torch.tensor(FAR), torch.tensor(FAR - distance)
+            if bool(rule(0, 0, query, key)) != (window is None or distance < window):
+                return "its masks hide tokens that its attention layers are not told about"
+        if bool(rule(0, 0, torch.tensor(FAR), torch.tensor(FAR + 1))):
+            return "its attention is not causal"
+    return None
+
+
+def _probed(model: Any, device: torch.device) -> _Probe:
+    size = 6
+    probe = _Probe(((3, (3,)),), device)
+    ids = torch.arange(1, size + 1, device=device)[None]
+    model.base_model(input_ids=ids, use_cache=False, packed=probe)
+    return probe
+
+
+def _layers(model: Any, device: torch.device) -> str | None:
+    probe = _probed(model, device)
+    expected = model.config.num_hidden_layers
+    if len(probe.seen) != expected:
+        return f"{len(probe.seen)} of its {expected} layers are attention"
+    return _mask_rule(probe)
+
+
+def _gap(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def _leaks(model: Any, groups: list[TokenGroup], batch: PackedBatch, hidden: Tensor) -> bool:
+    """Whether another token in the first response changes what any other response is predicted from."""
+    changed = [(token + 1) % model.config.vocab_size for token in groups[0].response_ids[0]]
+    first = TokenGroup(0, "", groups[0].prompt_ids, (changed, groups[0].response_ids[1]), (1, 1), ((0, 1),))
+    moved = packed_hidden(model, collate([first, groups[1]]).to(batch.input_ids.device))
+    others = batch.response_index != 0
+    return _gap(moved[others], hidden[others]) > LEAK
+
+
+def _checked(model: Any, native: str, name: str) -> str | None:
+    device = next(model.parameters()).device
+    if (reason := _rope(model.config) or _layers(model, device)) is not None:
+        return reason
+    groups = _groups(model.config.vocab_size)
+    batch = collate(groups).to(device)
+    hidden = packed_hidden(model, batch)
+    if _leaks(model, groups, batch, hidden):
+        return "responses see each other when packed"
+    model.set_attn_implementation(native)
+    alone = separate_hidden(model, batch)
+    model.set_attn_implementation(name)
+    if not (gap := _gap(hidden, alone)) <= tolerance(model):
+        return f"packed and separate hidden states differ by {gap:.1g}"
+    return None
+
+
+def _same_logits(model: Any) -> bool:
+    """Whether our head on the hidden states gives the model's own logits."""
+    ids = torch.arange(1, 5, device=next(model.parameters()).device)[None]
+    hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]
+    return _gap(head_of(model).logits(hidden), model(input_ids=ids, use_cache=False).logits[0].float()) <= tolerance(
+        model
+    )
+
+
+def tolerance(model: Any) -> float:
+    """How far equal hidden states may differ, by the dtype that the model computes in."""
+    return TOLERANCE.get(model.dtype, TOLERANCE_HALF)
+
+
+@torch.no_grad()
+def install(model: nn.Module, backend: str) -> str | None:
+    """Install packed attention into a model in eval mode. Returns None, or why it cannot be packed; then the
+    model keeps its own attention and runs one response at a time.
+
+    Raises ValueError for a model whose logits are not its head's product with the last hidden states.
+    """
+    causal_lm: Any = model
+    native, name = causal_lm.config._attn_implementation, register(backend)
+    if not _same_logits(causal_lm):
+        raise ValueError(f"{type(model).__name__} makes its logits in a way that is not known here")
+    try:
+        causal_lm.set_attn_implementation(name)
+        switched = causal_lm.config._attn_implementation == name
+        reason = _checked(causal_lm, native, name) if switched else "it keeps its own attention"
+    except (TypeError, ValueError) as error:
+        reason = str(error)
+    if reason is not None:
+        causal_lm.set_attn_implementation(native)
+    return reason
+
+
+@torch.no_grad()
+def kernel_refuses(model: Any, backend: str) -> str | None:
+    """None where the FlashAttention kernel of `backend` runs the packed model in half precision, else why it goes
+    piece by piece. `install` compares in float32, which never reaches the kernel.
+
+    Raises ValueError where the kernel's hidden states are not those of attention piece by piece.
+    """
+    device = next(model.parameters()).device
+    unknown = sorted({size for pair in _probed(model, device).head_sizes if not kernels_take(pair) for size in pair})
+    if unknown:
+        sizes = " and ".join(map(str, unknown))
+        return f"its heads have {sizes} dimensions, and FlashAttention takes multiples of 8 up to {KERNEL_HEADS[-1]}"
+    batch = collate(_groups(model.config.vocab_size)).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        ours = packed_hidden(model, batch)
+        model.set_attn_implementation(register("sdpa"))
+        by_piece = packed_hidden(model, batch)
+        model.set_attn_implementation(register(backend))
+    if not (gap := _gap(ours, by_piece)) <= TOLERANCE_HALF:
+        raise ValueError(
+            f"model.attention={backend}: its hidden states differ by {gap:.1g} from those of sdpa; use "
+            "model.attention=sdpa, and please report it"
+        )
+    return None

@@ -1,0 +1,118 @@
+"""A scalar head on a causal language model: put on before training, saved as transformers' sequence classifier.
+
+The classifiers of transformers read a text's score from its last token that is not padding. Ours reads it from the
+response's last token, so the saved folder's padding token must be none that ends a turn.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_ref.data.tokenise import end_of_turn_ids
+from dpo_ref.models.checkpoint import fill_folder
+from dpo_ref.models.loading import LoadedModel
+
+
+def check_reward_run(objective: str, parts: Mapping[str, Any]) -> None:
+    """Raise ValueError for a part of the run, by its group's name, that does not go with a scalar head."""
+    for key in ("adapter", "lora_rank"):
+        if parts["model"].options.get(key) is not None:
+            raise ValueError(f"objective={objective} trains all weights and a new head; leave model.{key} out")
+    if parts["data"].name == "on_policy":
+        raise ValueError(f"objective={objective} trains a model that writes no answers; data=on_policy needs one")
+    if "evaluation" in parts and parts["evaluation"].options["every"] is not None:
+        raise ValueError(
+            f"objective={objective} trains a model that writes no answers to evaluate; leave evaluation.every out "
+            "(trainer.eval_every measures held-out pairs)"
+        )
+    if "bandit" in parts:
+        raise ValueError(f"objective={objective} has no meaning in a bandit, whose rewards are known")
+
+
+def padding_id(tokenizer: Any) -> int:
+    """A token to pad with that ends no turn: the tokenizer's padding token, else another special token.
+
+    Raises ValueError where there is none.
+    """
+    ends = end_of_turn_ids(tokenizer)
+    special = (place for place, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special)
+    found = next((place for place in (tokenizer.pad_token_id, *special) if place not in (None, *ends)), None)
+    if found is None:
+        raise ValueError(
+            "a reward model needs a padding token that ends no turn, and this tokenizer has no special token besides "
+            "its end of turn; add one to the tokenizer (tokenizer.add_special_tokens) and save it"
+        )
+    return found
+
+
+def classifier_of(model: Any) -> Any:
+    """The architecture's sequence classifier with one label, its weights not yet there (on the meta device).
+
+    Raises ValueError for an architecture of which transformers has none with a scalar `score` layer.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            classifier: Any = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"transformers has no sequence classifier for {type(model).__name__}") from error
+    head = getattr(classifier, "score", None)
+    if not isinstance(head, nn.Linear) or head.weight.shape[0] != 1 or head.bias is not None:
+        raise ValueError(f"{type(classifier).__name__} has no linear layer `score` without bias; it is not known here")
+    return classifier
+
+
+def with_own_head(loaded: LoadedModel, seed: int) -> LoadedModel:
+    """A language model as it is."""
+    return loaded
+
+
+def with_score_head(loaded: LoadedModel, seed: int) -> LoadedModel:
+    """The model with a linear layer `score` from the hidden state to one number, trained with the rest; the language
+    model's own head is not trained where it is not the embedding.
+
+    Weights are drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020, arXiv:2009.01325, B.1) by `seed` alone. Raises
+    ValueError for an architecture or a tokenizer that a saved reward model could not be read with.
+    """
+    model: Any = loaded.model
+    classifier_of(model)
+    padding_id(loaded.tokenizer)
+    embedding = model.get_input_embeddings().weight
+    head = nn.Linear(embedding.shape[1], 1, bias=False)
+    with torch.no_grad():
+        head.weight.normal_(0.0, math.sqrt(1 / (embedding.shape[1] + 1)), generator=_generator(seed))
+    model.score = head.to(embedding.device)
+    if model.get_output_embeddings().weight is not embedding:
+        model.get_output_embeddings().requires_grad_(False)
+    return replace(loaded, model=model)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def save_reward_model(folder: Path, model: Any, tokenizer: Any, adapter: None = None) -> None:
+    """A folder that transformers' AutoModelForSequenceClassification loads: backbone and head, config, tokenizer."""
+    classifier = classifier_of(model)
+    state: dict[str, Tensor] = model.base_model.state_dict()
+    classifier.base_model.load_state_dict(state, assign=True)
+    classifier.score.weight = nn.Parameter(model.score.weight.detach())
+    saved_tokenizer = copy.deepcopy(tokenizer)
+    padding = padding_id(tokenizer)
+    saved_tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    classifier.config.pad_token_id = padding
+
+    def fill(partial: Path) -> None:
+        classifier.save_pretrained(partial)
+        saved_tokenizer.save_pretrained(partial)
+
+    fill_folder(folder, fill)

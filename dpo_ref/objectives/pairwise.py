@@ -1,0 +1,514 @@
+"""Objectives on pairs: a chosen response and a rejected one.
+
+Most are functions of implicit rewards, beta (log pi - log pi_ref) of each response, and a loss of their margin. They
+differ in the function, in what the reward is of (divergence, length, tokens), in whether it looks at more than the
+margin (anchored), at other pairs (coupled), or at no reference.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dpo_ref.objectives.interface import (
+    Preference,
+    Running,
+    Strength,
+    TokenPairLogps,
+    WholeBatch,
+    fits_chosen,
+    positive,
+)
+from dpo_ref.types import PairLogps
+
+# --- functions of the margin
+# Of DPO's implicit rewards, beta (log pi - log pi_ref) summed over each response. What differs between these
+# objectives is only the function of the margin.
+
+
+def dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+    """-log sigmoid(margin), rewards beta log(pi/pi_ref) summed over the response (arXiv:2305.18290, eq. 7).
+
+    `beta` in 1/nats: a larger one keeps the policy closer to the reference. The other rewards of arXiv:2407.13709 are
+    this function with another reference: `reference=none` gives log-probabilities 0 and the posterior-probability
+    reward beta log pi(y|x); `reference=prior` gives log pi(y|x) - log p(y), the likelihood reward. TRL:
+    loss_type="sigmoid"; HALOs: dpo.
+    """
+    positive(beta=beta)
+    rewards = log_ratio_rewards(policy, reference, beta)
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+def cdpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, eps: float = 0.1) -> Preference:
+    """-(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin): DPO with smoothed labels (Mitchell 2023).
+
+    Least where sigmoid(margin) = 1 - eps, so margins stay bounded. Rewards are dpo's, sums over the response. `eps` in
+    (0, 0.5) is the share of labels taken to be flipped. TRL's loss_type="sigmoid" ignores label_smoothing; HALOs: cdpo
+    with epsilon.
+    """
+    positive(beta=beta)
+    between(0.0, 0.5, "eps=0 is objective=dpo", eps=eps)
+    rewards = log_ratio_rewards(policy, reference, beta)
+    margins = rewards.margins
+    return rewards.with_losses(-(1 - eps) * F.logsigmoid(margins) - eps * F.logsigmoid(-margins))
+
+
+def robust_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.01, eps: float = 0.1) -> Preference:
+    """[-(1 - eps) log sigmoid(margin) + eps log sigmoid(-margin)] / (1 - 2 eps) (rDPO, arXiv:2403.00409, section 3.1).
+
+    Its mean over labels flipped with probability `eps` in (0, 0.5) is DPO's loss on clean labels. Unbounded below for
+    large margins. Rewards are dpo's, sums over the response. TRL: loss_type="robust", label_smoothing=eps.
+    """
+    positive(beta=beta)
+    between(0.0, 0.5, "eps=0 is objective=dpo", eps=eps)
+    rewards = log_ratio_rewards(policy, reference, beta)
+    margins = rewards.margins
+    losses = (eps * F.logsigmoid(-margins) - (1 - eps) * F.logsigmoid(margins)) / (1 - 2 * eps)
+    return rewards.with_losses(losses)
+
+
+def hinge(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+    """max(0, 1 - margin): SLiC's rank calibration loss (arXiv:2305.10425) on log-ratios to the reference, as in RSO
+    (arXiv:2309.06657).
+
+    SLiC's margin delta is 1/beta here: max(0, delta - h) = max(0, 1 - beta h) / beta. Rewards are dpo's, sums over the
+    response; no cross-entropy term. TRL: loss_type="hinge"; HALOs' slic has no reference and adds the cross-entropy.
+    """
+    positive(beta=beta)
+    rewards = log_ratio_rewards(policy, reference, beta)
+    return rewards.with_losses(F.relu(1 - rewards.margins))
+
+
+def exo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, eps: float = 1e-3) -> Preference:
+    """KL(q || p) of q = (sigmoid(margin), sigmoid(-margin)) from p = (1 - eps, eps) (EXO, arXiv:2402.00856, eq. 16).
+
+    The reverse of the KL that cdpo minimises up to a constant; zero where sigmoid(margin) = 1 - eps. Rewards are
+    dpo's, sums over the response. TRL: loss_type="exo_pair", label_smoothing=eps.
+    """
+    positive(beta=beta)
+    between(0.0, 0.5, "the paper takes 0.001", eps=eps)
+    rewards = log_ratio_rewards(policy, reference, beta)
+    margins = rewards.margins
+    first = margins.sigmoid() * (F.logsigmoid(margins) - math.log1p(-eps))
+    second = (-margins).sigmoid() * (F.logsigmoid(-margins) - math.log(eps))
+    return rewards.with_losses(first + second)
+
+
+def discopop(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.05, tau: float = 0.05) -> Preference:
+    """-log sigmoid(margin) (1 - s) + exp(-margin) s with s = sigmoid(margin / tau) (LRML, arXiv:2406.08414, eq. 5).
+
+    `tau` is the temperature of the blend in (0, 1]: above 1 the exponential would outgrow its weight. Not convex: the
+    slope at margin 0 is (1 - log 2) / (4 tau) - 3/4, positive below tau 0.1, so a run that starts at the reference
+    starts by lowering margins. Rewards are dpo's, sums over the response. TRL: loss_type="discopop", discopop_tau=tau;
+    it multiplies the two factors, which gives inf * 0 at very negative margins, where this one adds their logarithms.
+    """
+    positive(beta=beta, tau=tau)
+    if tau > 1:
+        raise ValueError(f"tau={tau} must be at most 1, else the loss of a wrongly ordered pair has no bound")
+    rewards = log_ratio_rewards(policy, reference, beta)
+    margins = rewards.margins
+    logistic = -F.logsigmoid(margins) * (-margins / tau).sigmoid()
+    exponential = (F.logsigmoid(margins / tau) - margins).exp()
+    return rewards.with_losses(logistic + exponential)
+
+
+# --- log-ratios regressed onto targets
+# IPO and SPPO. No logistic function, so pairs already in order still pull.
+
+
+def ipo_sum(policy: PairLogps, reference: PairLogps, *, tau: Strength = 0.1) -> Preference:
+    """(h - 1 / (2 tau))^2 with h the difference of summed log-ratios (IPO, arXiv:2310.12036, eq. 17).
+
+    In terms of rewards tau log(pi/pi_ref): (margin / tau - 1 / (2 tau))^2. The equation as printed and as in the DPO
+    authors' code; TRL and HALOs divide by response lengths (`ipo_mean`). CPOTrainer's "ipo" has no reference.
+    """
+    positive(tau=tau)
+    rewards = log_ratio_rewards(policy, reference, tau)
+    return rewards.with_losses((rewards.margins / tau - 1 / (2 * tau)) ** 2)
+
+
+def ipo_mean(policy: PairLogps, reference: PairLogps, *, tau: Strength = 0.1) -> Preference:
+    """(h - 1 / (2 tau))^2 with h the difference of per-token mean log-ratios (IPO, arXiv:2310.12036, eq. 17).
+
+    Each response's log-ratio is divided by its own number of tokens (the policy's, end of turn included); rewards are
+    tau times that. The authors of IPO told TRL that the paper's results are of this form. The target is per token, so
+    a given `tau` pulls far harder than in `ipo_sum`. TRL: loss_type="ipo", beta=tau; HALOs: ipo.
+    """
+    positive(tau=tau)
+    ratios = log_ratios(policy, reference)
+    rewards = Rewards(tau * ratios.chosen / policy.chosen_lengths, tau * ratios.rejected / policy.rejected_lengths)
+    return rewards.with_losses((rewards.margins / tau - 1 / (2 * tau)) ** 2)
+
+
+def sppo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.001) -> Preference:
+    """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, r summed log-ratios (SPPO, arXiv:2405.00675, eq. 4.7).
+
+    Hard labels: the chosen response wins with probability 1. `beta` is 1/eta of the paper, whose eta is 1000. Not a
+    function of the margin; rewards are beta r, with targets +1/2 and -1/2. TRL: loss_type="sppo_hard".
+    """
+    positive(beta=beta)
+    rewards = log_ratio_rewards(policy, reference, beta)
+    losses = ((rewards.chosen - 0.5) / beta) ** 2 + ((rewards.rejected + 0.5) / beta) ** 2
+    return rewards.with_losses(losses)
+
+
+# --- other divergences
+# f-DPO: the same logistic loss under other divergences from the reference (arXiv:2309.16240). The reward is
+# beta f'(u) with u = pi/pi_ref of the whole response; reverse KL, f' = log u + 1, gives dpo. Constants of f' cancel in
+# the margin and are chosen so that the reward is 0 where policy and reference agree.
+
+
+LARGEST_EXPONENT = 40.0  # nats; the square of its exponential, summed over a gradient, is still a float32
+
+
+def _expm1(exponent: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """exp(x) - 1, continued by its tangent above 40: a response that the policy all but excludes has a large, finite
+    gradient, where the exponential itself would overflow."""
+    beyond = F.relu(exponent - LARGEST_EXPONENT)
+    return torch.expm1(exponent.clamp(max=LARGEST_EXPONENT)) + math.exp(LARGEST_EXPONENT) * beyond
+
+
+def forward_kl_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+    """-log sigmoid(margin), rewards beta (1 - pi_ref/pi): DPO under KL(pi_ref || pi) (f-DPO, arXiv:2309.16240).
+
+    f(u) = -log u. The ratio is of whole responses; its exponential is exact up to 40 nats below the reference and
+    linear beyond. TRL: f_divergence_type="forward_kl" with loss_type="sigmoid".
+    """
+    positive(beta=beta)
+    ratios = log_ratios(policy, reference)
+    rewards = Rewards(-beta * _expm1(-ratios.chosen), -beta * _expm1(-ratios.rejected))
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+def js_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+    """-log sigmoid(margin), rewards beta log(2u / (1 + u)): DPO under Jensen-Shannon (f-DPO, arXiv:2309.16240).
+
+    f(u) = u log u - (u + 1) log((u + 1) / 2), u = pi/pi_ref of whole responses. No reward exceeds beta log 2. TRL:
+    f_divergence_type="js_divergence" with loss_type="sigmoid".
+    """
+    positive(beta=beta)
+    ratios = log_ratios(policy, reference)
+    rewards = Rewards(*(beta * (math.log(2) + F.logsigmoid(ratio)) for ratio in ratios))
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+def alpha_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, alpha: float = 0.5) -> Preference:
+    """-log sigmoid(margin), rewards beta (1 - u^-alpha) / alpha: DPO under an alpha-divergence (arXiv:2309.16240).
+
+    f(u) = (u^(1 - alpha) - (1 - alpha) u - alpha) / (alpha (alpha - 1)), u = pi/pi_ref of whole responses, alpha in
+    (0, 1): towards 0 it is dpo, towards 1 forward_kl_dpo. Powers are exact up to exp(40) and linear beyond. TRL:
+    f_divergence_type="alpha_divergence" with f_alpha_divergence_coef = 1 - alpha.
+    """
+    positive(beta=beta)
+    between(0.0, 1.0, "0 is objective=dpo, 1 is objective=forward_kl_dpo", alpha=alpha)
+    ratios = log_ratios(policy, reference)
+    rewards = Rewards(*(-beta / alpha * _expm1(-alpha * ratio) for ratio in ratios))
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+# --- rewards that know how long a response is
+
+
+def dpo_norm(policy: PairLogps, reference: PairLogps, *, beta: Strength = 5.0) -> Preference:
+    """-log sigmoid(margin), rewards beta log(pi/pi_ref) per token of the response (Tulu 3, arXiv:2411.15124).
+
+    Both models' sums are divided by the policy's token count, end of turn included, also where the reference has
+    another tokenizer. TRL: loss_type="sigmoid_norm"; open-instruct: dpo_norm, whose default beta this is; HALOs:
+    loss.length_normalization, with rewards per 100 tokens.
+    """
+    positive(beta=beta)
+    ratios = log_ratios(policy, reference)
+    rewards = Rewards(beta * ratios.chosen / policy.chosen_lengths, beta * ratios.rejected / policy.rejected_lengths)
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+def dpo_per_byte(policy: PairLogps, reference: PairLogps, *, beta: Strength = 20.0) -> Preference:
+    """-log sigmoid(margin), rewards beta log(pi/pi_ref) per UTF-8 byte of the response's text.
+
+    A byte is the same for every tokenizer, so one `beta` means the same for policies, references and responses of
+    any vocabulary and length; the default is dpo_norm's at four bytes a token. An empty response counts as one byte:
+    its end of turn is scored but has no text.
+    """
+    positive(beta=beta)
+    ratios = log_ratios(policy, reference)
+    rewards = Rewards(
+        beta * ratios.chosen / policy.chosen_bytes.clamp(min=1),
+        beta * ratios.rejected / policy.rejected_bytes.clamp(min=1),
+    )
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+def r_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, alpha: float = 0.01) -> Preference:
+    """-log sigmoid(margin), rewards beta log(pi/pi_ref) + alpha length (R-DPO, arXiv:2403.19159).
+
+    The reward that DPO fits when the policy pays `alpha` for every token: a longer chosen response explains part of
+    the preference by its length, and raises the policy less. Sums over the response, lengths in the policy's tokens.
+    """
+    positive(beta=beta)
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha={alpha} must be positive and finite; alpha=0 is objective=dpo")
+    rewards = log_ratio_rewards(policy, reference, beta)
+    rewards = Rewards(
+        rewards.chosen + alpha * policy.chosen_lengths, rewards.rejected + alpha * policy.rejected_lengths
+    )
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+# --- single tokens
+# Logistic losses that look at them: how far they lie behind, how likely the policy finds them.
+
+
+def ld_dpo(
+    policy: TokenPairLogps, reference: TokenPairLogps, *, beta: Strength = 0.1, alpha: float = 0.5
+) -> Preference:
+    """-log sigmoid(margin), rewards beta log(pi/pi_ref) in which tokens beyond the shorter response's length count
+    `alpha` times (LD-DPO, arXiv:2409.06411, eq. 9).
+
+    Policy and reference alike, as in TRL (ld_alpha=alpha); LLaMA-Factory's version leaves the reference whole.
+    `alpha` in [0, 1): what of a response's extra length still counts. Sums over the response, end of turn included.
+    """
+    positive(beta=beta)
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha={alpha} must lie in [0, 1); alpha=1 is objective=dpo")
+    shared = torch.minimum(policy.chosen_lengths, policy.rejected_lengths)
+    heads = [ours - theirs for ours, theirs in zip(policy.first(shared), reference.first(shared), strict=True)]
+    ratios = zip(log_ratios(policy, reference), heads, strict=True)
+    rewards = Rewards(*(beta * (alpha * whole + (1 - alpha) * head) for whole, head in ratios))
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+def wpo(policy: PairLogps, reference: PairLogps, collision: PairLogps, *, beta: Strength = 0.01) -> Preference:
+    """-w log sigmoid(margin), w = w(chosen) w(rejected), w(y) = exp(mean over tokens of log p(y_t) - log sum_v p_v^2)
+    (WPO, arXiv:2406.11827, eq. 2, with its sampled alignment).
+
+    The weights are the policy's of now, held fixed: a pair counts as much as it is like what the policy would write;
+    p_v is its distribution at the token. They can exceed 1, as in TRL (use_weighting=True). Rewards are dpo's, sums
+    over the response; not a function of their margin alone.
+    """
+    positive(beta=beta)
+    rewards = log_ratio_rewards(policy, reference, beta)
+    chosen = (policy.chosen - collision.chosen) / policy.chosen_lengths
+    rejected = (policy.rejected - collision.rejected) / policy.rejected_lengths
+    weights = (chosen + rejected).detach().exp()
+    return rewards.with_losses(-weights * F.logsigmoid(rewards.margins))
+
+
+# --- anchored
+# These also say where the chosen log-ratio itself should go, not only how far it leads the rejected one.
+
+
+def dpo_positive(
+    policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.3, penalty: float = 50.0
+) -> Preference:
+    """-log sigmoid(margin) with chosen reward beta (r_w - penalty max(0, -r_w)) (DPOP of Smaug, arXiv:2402.13228).
+
+    r are summed log-ratios; the rejected reward is beta r_l. `penalty` (lambda of the paper) makes every nat that the
+    chosen response loses against the reference count 1 + penalty times.
+    """
+    positive(beta=beta)
+    if not 0 < penalty < float("inf"):
+        raise ValueError(f"penalty={penalty} must be positive and finite; penalty=0 is objective=dpo")
+    ratios = log_ratios(policy, reference)
+    rewards = Rewards(beta * (ratios.chosen - penalty * F.relu(-ratios.chosen)), beta * ratios.rejected)
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+def nca(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.01) -> Preference:
+    """-log sigmoid(R_w) - 1/2 log sigmoid(-R_w) - 1/2 log sigmoid(-R_l) (pairwise NCA, arXiv:2402.05369).
+
+    R = beta log(pi/pi_ref), summed over the response, are the rewards; not a function of their margin. Least in R_w at
+    log 2. `beta` is alpha of the paper. TRL: loss_type="nca_pair".
+    """
+    positive(beta=beta)
+    rewards = log_ratio_rewards(policy, reference, beta)
+    chosen, rejected = rewards
+    losses = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    return rewards.with_losses(losses)
+
+
+def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+    """sigmoid(-R_w) + sigmoid(R_l): chosen up, rejected down, from where they are (APO, arXiv:2408.06266, eq. 7).
+
+    R = beta log(pi/pi_ref), summed over the response, are the rewards; not a function of their margin. For chosen
+    responses better than the policy's own. TRL: loss_type="apo_zero".
+    """
+    positive(beta=beta)
+    rewards = log_ratio_rewards(policy, reference, beta)
+    return rewards.with_losses((-rewards.chosen).sigmoid() + rewards.rejected.sigmoid())
+
+
+def apo_down(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+    """sigmoid(R_w) + sigmoid(R_l - R_w): both down, rejected further (APO, arXiv:2408.06266, eq. 8).
+
+    R = beta log(pi/pi_ref), summed over the response, are the rewards; not a function of their margin. For chosen
+    responses worse than the policy's own. TRL: loss_type="apo_down".
+    """
+    positive(beta=beta)
+    rewards = log_ratio_rewards(policy, reference, beta)
+    return rewards.with_losses(rewards.chosen.sigmoid() + (-rewards.margins).sigmoid())
+
+
+# --- coupled
+# The loss of a pair depends on the other pairs of the optimiser batch, which are held fixed.
+
+
+def aot(policy: PairLogps, reference: PairLogps, whole: WholeBatch[PairLogps], *, beta: Strength = 0.1) -> Preference:
+    """-log sigmoid(beta (h - h_ref)), h = log pi(chosen) - log pi(rejected) of the policy and h_ref that of the
+    reference for the pair of the same rank (paired AOT, arXiv:2406.05882).
+
+    Ranks are over the optimiser batch: sorted policy margins are compared with sorted reference margins, so that the
+    one distribution comes to dominate the other. Sorting is a permutation, so the gradient is that of the sorted loss.
+    Rewards are dpo's, sums over the response; not a function of their margin. TRL: loss_type="aot".
+    """
+    positive(beta=beta)
+    ranks = (whole.policy.chosen - whole.policy.rejected).argsort(stable=True).argsort()
+    theirs = (whole.reference.chosen - whole.reference.rejected).sort().values
+    gap = policy.chosen - policy.rejected - theirs[ranks[whole.here]]
+    return log_ratio_rewards(policy, reference, beta).with_losses(-F.logsigmoid(beta * gap))
+
+
+def _mean_margin(whole: WholeBatch[PairLogps], beta: float) -> Float[Tensor, ""]:
+    return log_ratio_rewards(whole.policy, whole.reference, beta).margins.mean()
+
+
+def beta_dpo(
+    policy: PairLogps,
+    reference: PairLogps,
+    whole: WholeBatch[PairLogps],
+    running: Running,
+    *,
+    beta: Strength = 0.1,
+    alpha: float = 0.6,
+    momentum: float = 0.9,
+    min_beta: float = 0.001,
+) -> Preference:
+    """-log sigmoid(margin), rewards b log(pi/pi_ref) with b = max(min_beta, beta (1 + alpha (M - M0))) (beta-DPO,
+    arXiv:2407.08639, section 4.1).
+
+    M is the mean margin of the optimiser batch at strength `beta`, M0 its moving average over steps: M0 <- momentum M0
+    + (1 - momentum) M, from 0, before it is used, as in the authors' code, whose M lacks the factor `beta` (its a is
+    alpha beta here). Batches with larger margins than usual get a larger b; b is held fixed. Without the paper's
+    random filter of pairs. On held-out data the batch is all of it, and M0 stays.
+    """
+    positive(beta=beta, alpha=alpha, min_beta=min_beta)
+    between(0.0, 1.0, momentum=momentum)
+    gap = _mean_margin(whole, beta) - running.get("mean_margin", 0.0)
+    strength = (beta * (1 + alpha * gap)).clamp(min=min_beta)
+    rewards = Rewards(*(strength * ratio for ratio in log_ratios(policy, reference)))
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+def _advance(running: Running, whole: WholeBatch[PairLogps], *, beta: float = 0.1, momentum: float = 0.9) -> Running:
+    mean = _mean_margin(whole, beta)
+    return {"mean_margin": momentum * running.get("mean_margin", 0 * mean) + (1 - momentum) * mean}
+
+
+beta_dpo.advance = _advance  # pyright: ignore[reportFunctionMemberAccess]
+
+
+# --- without a reference: on the policy's own log-probabilities
+
+
+def simpo(policy: PairLogps, *, beta: Strength = 2.0, gamma: float = 1.0) -> Preference:
+    """-log sigmoid(margin - gamma), rewards beta log pi per token of the response (SimPO, arXiv:2405.14734).
+
+    `gamma` is the margin that the rewards should reach, in units of reward; authors and HALOs configure gamma / beta.
+    TRL: CPOTrainer with loss_type="simpo", simpo_gamma=gamma, cpo_alpha=0; HALOs: simpo.
+    """
+    positive(beta=beta)
+    if not 0 < gamma < float("inf"):
+        raise ValueError(f"gamma={gamma} must be positive and finite; 0 is objective=dpo_norm reference=none")
+    rewards = Rewards(beta * policy.chosen / policy.chosen_lengths, beta * policy.rejected / policy.rejected_lengths)
+    return rewards.with_losses(-F.logsigmoid(rewards.margins - gamma))
+
+
+@fits_chosen
+def cpo(policy: PairLogps, *, beta: Strength = 0.1, alpha: float = 1.0) -> Preference:
+    """-log sigmoid(beta (log pi_w - log pi_l)) - alpha log pi_w / length (CPO, arXiv:2401.08417, eq. 3).
+
+    Rewards are beta log pi, summed over the response; the second term is the chosen response's mean token negative
+    log-likelihood, of weight `alpha`, so the loss is not a function of the margin alone. TRL: CPOTrainer with
+    loss_type="sigmoid", cpo_alpha=alpha, whose likelihood term is a mean over all chosen tokens of the micro-batch
+    instead of one per pair.
+    """
+    positive(beta=beta)
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha={alpha} must be positive and finite; alpha=0 is objective=dpo reference=none")
+    rewards = Rewards(beta * policy.chosen, beta * policy.rejected)
+    return rewards.with_losses(-F.logsigmoid(rewards.margins) - alpha * policy.chosen / policy.chosen_lengths)
+
+
+def _log_odds(sums: Float[Tensor, " B"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """log(p / (1 - p)) of p = exp(mean token log-prob), bounded where p rounds to 1."""
+    surprisal = (-sums / lengths).clamp(min=torch.finfo(sums.dtype).eps)
+    return -surprisal - torch.log(-torch.expm1(-surprisal))
+
+
+@fits_chosen
+def orpo(policy: PairLogps, *, weight: float = 0.1) -> Preference:
+    """-log pi_w / length - weight log sigmoid(log odds_w - log odds_l) (ORPO, arXiv:2403.07691, eq. 4 and 7).
+
+    odds = p / (1 - p) with p = exp(mean token log-prob). Rewards are the log odds; the likelihood term keeps the loss
+    from being a function of their margin alone. `weight` is lambda of the paper and `beta` of TRL's ORPOTrainer; it
+    binds the policy to nothing, so it is no strength of a KL constraint. The likelihood is of the response, a mean per
+    pair; TRL's is of prompt and response, over all tokens of the micro-batch.
+    """
+    positive(weight=weight)
+    rewards = Rewards(
+        _log_odds(policy.chosen, policy.chosen_lengths), _log_odds(policy.rejected, policy.rejected_lengths)
+    )
+    likelihood = policy.chosen / policy.chosen_lengths
+    return rewards.with_losses(-likelihood - weight * F.logsigmoid(rewards.margins))
+
+
+def unlikelihood(policy: PairLogps, *, alpha: float = 0.1) -> Preference:
+    """-log pi_w + alpha log pi_l, summed over each response: the DPO paper's unlikelihood baseline (arXiv:2305.18290).
+
+    Rewards are log pi, summed over the response; with alpha below 1 the loss is not a function of their margin. It has
+    no lower bound. `alpha` in (0, 1].
+    """
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha={alpha} must lie in (0, 1]; alpha=0 only fits the chosen response: objective=sft")
+    return Rewards(policy.chosen, policy.rejected).with_losses(alpha * policy.rejected - policy.chosen)
+
+
+# --- implicit rewards of pairs, and the option checks that objectives share
+
+
+class Rewards(NamedTuple):
+    """Implicit rewards of B pairs, with their gradient."""
+
+    chosen: Float[Tensor, " B"]
+    rejected: Float[Tensor, " B"]
+
+    @property
+    def margins(self) -> Float[Tensor, " B"]:
+        """How much more the chosen response earns."""
+        return self.chosen - self.rejected
+
+    def with_losses(self, losses: Float[Tensor, " B"]) -> Preference:
+        """The outcome of an objective: the losses, and these rewards detached."""
+        return Preference(losses, self.chosen.detach(), self.rejected.detach())
+
+
+def log_ratios(policy: PairLogps, reference: PairLogps) -> Rewards:
+    """log pi - log pi_ref summed over each response, in nats: the rewards at beta 1."""
+    return Rewards(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
+
+
+def log_ratio_rewards(policy: PairLogps, reference: PairLogps, beta: float) -> Rewards:
+    """beta (log pi - log pi_ref), summed over each response: DPO's implicit rewards."""
+    ratios = log_ratios(policy, reference)
+    return Rewards(beta * ratios.chosen, beta * ratios.rejected)
+
+
+def between(low: float, high: float, remedy: str = "", **values: float) -> None:
+    """Raise ValueError naming the first value that is not strictly between `low` and `high`."""
+    for name, value in values.items():
+        if not low < value < high:
+            raise ValueError(
+                f"{name}={value} must lie strictly between {low:g} and {high:g}{remedy and '; ' + remedy}"
+            )

@@ -1,0 +1,383 @@
+"""A reference with a tokenizer or template of its own scores the same text, from messages.
+
+The response's characters are those the policy is scored on, between what each template writes around them; the token
+that ends the turn counts once on each side unless `terminator=skip`. Where the policy's response was cut, the
+reference scores the characters that were left and no end. A cut prompt is read whole: what the reference conditions on
+is its own.
+
+Its log-probs are sums over responses. Where tokens do not correspond they are carried to the policy's tokens byte by
+byte, for looking at: a token's log-prob is spread evenly over the bytes it writes. That keeps the sum of every stretch
+that begins and ends at a border of both tokenizers exact, and it keeps the token that ends the turn apart: it writes
+no byte of the response. Between common borders it is a convention, not a log-prob of the model.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from dpo_ref.data.chat_templates import text_identity
+from dpo_ref.data.encoding import Encoder, Ids
+from dpo_ref.data.groups import TokenGroups, gathered
+from dpo_ref.references.interface import ReferenceContext, Still
+from dpo_ref.references.table import Rows, Scorer, Table, row_key, rows_of
+from dpo_ref.types import Message, PackedBatch, PromptGroup, ResponseLogps, TokenGroup, digest
+
+# --- the policy's groups as the reference reads them
+
+
+CHUNK = 1024  # groups written at once
+EXAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OwnText:
+    """How a reference reads: in which tokens and template, under which system prompt, with or without the token that
+    ends the turn; and which share of responses may come back changed."""
+
+    tokenizer: Any
+    system_prompt: str | None
+    terminator: Literal["count", "skip"]
+    max_altered: float
+
+    def differs(self, context: ReferenceContext) -> bool:
+        """Whether that is another text than the policy's."""
+        same = text_identity(self.tokenizer) == context.text_identity
+        return not same or self.terminator == "skip" or self.system_prompt is not None
+
+
+@dataclass
+class Audit:
+    """What became of the responses on their way through the reference's template and tokenizer."""
+
+    num_responses: int = 0
+    altered: int = 0  # responses that do not come back byte for byte
+    unknown: int = 0  # tokens that stand for what the tokenizer cannot write
+    cut: int = 0
+    policy_tokens: int = 0
+    reference_tokens: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Of responses that were altered."""
+        return self.altered / max(1, self.num_responses)
+
+    def check(self, max_altered: float) -> None:
+        """Print the audit; raise ValueError if more than a share of `max_altered` was altered."""
+        print(f"reference text: {self.line()}")
+        if self.share > max_altered:
+            raise ValueError(
+                f"{self.share:.1%} of the responses are not what they were after the reference's template and "
+                f"tokenizer (reference.max_altered={max_altered:g}), such as {'; '.join(self.examples)}"
+            )
+
+    def line(self) -> str:
+        """The audit in a line."""
+        ratio = self.reference_tokens / max(1, self.policy_tokens)
+        return (
+            f"{1 - self.share:.2%} of {self.num_responses:,} responses survive its tokenizer and template byte for "
+            f"byte; {ratio:.2f} of its tokens for one of the policy's; {self.unknown:,} unknown tokens; {self.cut:,} "
+            "responses were cut"
+        )
+
+
+class Writer:
+    """Writes the policy's groups as the reference reads them."""
+
+    def __init__(self, context: ReferenceContext, own: OwnText) -> None:
+        self.context, self.skip, self.system_prompt = context, own.terminator == "skip", own.system_prompt
+        tokenizer = own.tokenizer
+        self.policy, self.reference = Encoder(context.tokenizer), Encoder(tokenizer)
+        self.unknown = tokenizer.unk_token_id
+        self.ends = {context.tokenizer.eos_token_id, self.policy.chat.end_id}
+        self.audit = Audit()
+
+    def groups(self) -> Iterator[TokenGroup]:
+        """Every group of the context in the reference's tokens."""
+        starts = range(0, len(self.context.groups), CHUNK)
+        for start in self.context.progress(starts, "text for the reference", len(starts)):
+            chunk = [self.context.groups[i] for i in range(start, min(start + CHUNK, len(self.context.groups)))]
+            texts = [self.text(group) for group in chunk]
+            for group, text, ids in zip(chunk, texts, self._ids(chunk, texts), strict=True):
+                yield self._written(group, text, ids)
+
+    def _ids(self, groups: Sequence[TokenGroup], texts: Sequence[PromptGroup]) -> list[Ids]:
+        """The last turn of every text, or all of the assistant's turns where the policy is scored on them."""
+        found = dict(zip(range(len(texts)), self.reference.last_turns(texts), strict=True))
+        several = [place for place, group in enumerate(groups) if group.scored is not None]
+        found.update(zip(several, self.reference.all_turns([texts[place] for place in several]), strict=True))
+        return [found[place] for place in range(len(texts))]
+
+    def text(self, group: TokenGroup) -> PromptGroup:
+        """The group's texts as the reference reads them."""
+        text = self._kept_text(group)
+        if self.system_prompt is None:
+            return text
+        turns = text.prompt[1:] if text.prompt and text.prompt[0]["role"] == "system" else text.prompt
+        return replace(text, prompt=(Message(role="system", content=self.system_prompt), *turns))
+
+    def _kept_text(self, group: TokenGroup) -> PromptGroup:
+        """The group's texts, cut responses as far as the policy is scored on them."""
+        text = self.context.texts(group.group_index)
+        cut = [ids[-1] not in self.ends for ids in group.response_ids]
+        if not any(cut):
+            return text
+        if group.scored is not None:
+            raise ValueError(
+                f"{text.origin} was cut, and every turn of it is scored (data.score=all): what a reference with "
+                "another tokenizer is to read cannot be said; use data.over_length=drop or data.score=last"
+            )
+        bodies = self.policy.chat.render(text.prompt, text.responses, text.tools).bodies
+        before = self.policy.decode(group.prompt_ids)
+        responses = list(text.responses)
+        for place in (place for place, short in enumerate(cut) if short):
+            scored = self.policy.decode([*group.prompt_ids, *group.response_ids[place]])[len(before) :]
+            lead = max(0, bodies[place].find(text.responses[place].strip()))
+            responses[place] = scored[lead:].rstrip("\N{REPLACEMENT CHARACTER}")
+        return replace(text, responses=tuple(responses))
+
+    def _written(self, group: TokenGroup, text: PromptGroup, ids: Ids) -> TokenGroup:
+        responses = []
+        before = self.reference.decode(ids.prompt)
+        for policy_ids, response, found in zip(group.response_ids, text.responses, ids.responses, strict=True):
+            cut = policy_ids[-1] not in self.ends
+            self._look(before, text, response, ids.prompt, found, cut)
+            responses.append(found[:-1] if cut or self.skip else found)
+            self.audit.policy_tokens += len(policy_ids)
+        if not all(responses):
+            raise ValueError(f"{text.origin} leaves the reference nothing to score: a response is empty in its tokens")
+        masks = ids.scored and tuple(
+            mask[: len(response)] for mask, response in zip(ids.scored, responses, strict=True)
+        )
+        return replace(group, prompt_ids=ids.prompt, response_ids=tuple(responses), scored=masks or None)
+
+    def _look(
+        self, before: str, text: PromptGroup, response: str, prompt: list[int], ids: list[int], cut: bool
+    ) -> None:
+        audit = self.audit
+        audit.num_responses += 1
+        audit.cut += cut
+        audit.reference_tokens += len(ids)
+        audit.unknown += 0 if self.unknown is None else ids.count(self.unknown) + prompt.count(self.unknown)
+        back = self.reference.decode([*prompt, *ids])[len(before) :]
+        said = [turn["content"].strip() for turn in text.prompt]
+        if response not in back or not all(words in before + back for words in said):
+            audit.altered += 1
+            if len(audit.examples) < EXAMPLES:
+                lost = (
+                    "a turn of the prompt is missing"
+                    if response in back
+                    else f"{response[:60]!r} became {back[:60]!r}"
+                )
+                audit.examples.append(f"{text.origin}: {lost}")
+
+
+# --- the reference
+
+
+class TextTable(Still):
+    """A reference whose response log-probs were computed beforehand from text.
+
+    `sums` are log-probs of responses by `group_index`, `aligned` those carried to the policy's tokens, if any.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        identity: str,
+        weights: str,
+        sums: dict[int, np.ndarray],
+        device: torch.device,
+        aligned: dict[int, np.ndarray] | None = None,
+        audit: Audit | None = None,
+    ) -> None:
+        self.name, self.identity, self.weights, self.audit = name, identity, weights, audit
+        self.own_text = True
+        self._sums, self._aligned = sums, aligned
+        self._device = device
+        self.values_digest = hashlib.sha256(np.concatenate(list(sums.values())).tobytes()).hexdigest()[:32]
+
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """Look the pack's responses up; there are no values of tokens."""
+        sums = np.concatenate([self._sums[number] for number in batch.group_index])
+        aligned = None
+        if self._aligned is not None:
+            tokens = np.concatenate([self._aligned[number] for number in batch.group_index])
+            aligned = torch.from_numpy(tokens).to(self._device)
+        return ResponseLogps(torch.from_numpy(sums).to(self._device), batch.lengths, batch.num_bytes, None, aligned)
+
+
+def _sums(groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
+    """Log-probs of every group's responses, summed in float64."""
+    found = {}
+    for group in groups:
+        values = rows[row_key(group)].astype(np.float64)
+        found[group.group_index] = np.add.reduceat(values, [0, *_ends(group)[:-1]])
+    return found
+
+
+def _ends(group: TokenGroup) -> list[int]:
+    """Where each response's scored tokens end among all of the group's."""
+    counts = map(sum, group.scored) if group.scored else map(len, group.response_ids)
+    return list(accumulate(counts))
+
+
+def from_text(
+    name: str,
+    scorer: Scorer,
+    own: OwnText,
+    identity: str,
+    weights: str,
+    context: ReferenceContext,
+    cache: Literal["auto", "off"],
+) -> TextTable | Table:
+    """The reference's log-probs of the context's responses under its own template and tokenizer.
+
+    Prints an audit. A Table of tokens where its response tokens turn out to be the policy's. Raises ValueError if more
+    than `own.max_altered` of the responses come back changed, and for an objective that needs values of tokens.
+    """
+    writer = Writer(context, own)
+    groups = gathered(writer.groups())
+    writer.audit.check(own.max_altered)
+    same = all(ours.response_ids == theirs.response_ids for ours, theirs in zip(context.groups, groups, strict=True))
+    if context.needs_tokens and not same:
+        raise ValueError(
+            f"the objective looks at single tokens of the reference, and the tokens of reference={name} are not the "
+            "policy's: use a reference with the policy's tokenizer and template, or an objective on sums such as dpo"
+        )
+    rows = ROWS[cache](scorer, groups, identity, context)
+    identity = digest([identity, own.terminator, own.system_prompt])
+    if same:
+        table = Table(name, identity, weights, groups, rows, context.device)
+        table.own_text = True
+        return table
+    aligned = None if any(group.scored for group in groups) else _Aligner(writer, own.tokenizer).carried(groups, rows)
+    return TextTable(name, identity, weights, _sums(groups, rows), context.device, aligned, writer.audit)
+
+
+def _computed(scorer: Scorer, groups: TokenGroups, identity: str, context: ReferenceContext) -> Rows:
+    """Rows that are not kept."""
+    packs: Sequence[list[TokenGroup]] = context.pack(list(groups))
+    return {key: row for pack in packs for key, row in scorer(pack).items()}
+
+
+ROWS = {"auto": rows_of, "off": _computed}
+
+
+class _Aligner:
+    """Carries a reference's token log-probs to the policy's tokens."""
+
+    def __init__(self, writer: Writer, tokenizer: Any) -> None:
+        self.writer = writer
+        self.policy, self.reference = ByteSizes(writer.context.tokenizer), ByteSizes(tokenizer)
+
+    def carried(self, groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
+        """For every group the values on the policy's response tokens; nan where a response does not come back."""
+        return {
+            ours.group_index: np.concatenate(self._group(ours, theirs, rows))
+            for ours, theirs in zip(self.writer.context.groups, groups, strict=True)
+        }
+
+    def _group(self, ours: TokenGroup, theirs: TokenGroup, rows: Rows) -> list[np.ndarray]:
+        texts = self.writer.text(ours).responses
+        parts = np.split(rows[row_key(theirs)].astype(np.float64), _ends(theirs)[:-1])
+        found = []
+        for place, (text, logps) in enumerate(zip(texts, parts, strict=True)):
+            here = self.policy.spans(ours.prompt_ids, ours.response_ids[place], text)
+            there = self.reference.spans(theirs.prompt_ids, theirs.response_ids[place], text)
+            values = np.full(len(ours.response_ids[place]), np.nan)
+            if here is not None and there is not None:
+                values = carried(there, logps, here)
+            found.append(values.astype(np.float32))
+        return found
+
+
+# --- one text in two tokenizers: where every token ends, in bytes, and log-probs carried from one to the other
+
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Spans(NamedTuple):
+    """The bytes [begin, end) of a response that each of S tokens writes; beyond `size` stands what ends the turn."""
+
+    begin: Int[np.ndarray, " S"]
+    end: Int[np.ndarray, " S"]
+    size: int
+
+
+class ByteSizes:
+    """How many bytes of text each token of a tokenizer writes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+        measure = _bytes_of_characters if "ByteLevel" in decoder else _bytes_of_piece
+        added = {place: token.content for place, token in tokenizer.added_tokens_decoder.items()}
+        pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        sizes = [len(added[i].encode()) if i in added else measure(piece or "") for i, piece in enumerate(pieces)]
+        self._sizes = np.array(sizes, dtype=np.int64)
+
+    def spans(self, prompt_ids: Sequence[int], ids: Sequence[int], response: str) -> Spans | None:
+        """Where each of `ids`, written after the prompt, stands in the response; None where it does not come back."""
+        before = prompt_ids[-1:]
+        text = self._text([*before, *ids])[len(self._text(before)) :]
+        place = text.find(response)
+        if place < 0:
+            return None
+        ends = self._sizes[np.asarray(ids, dtype=np.int64)].cumsum()
+        if ends[-1] != len(text.encode()):  # a tokenizer that writes a token differently beside others
+            ends = self._decoded(before, ids)
+        size = len(response.encode())
+        borders = (np.concatenate([[0], ends]) - len(text[:place].encode())).clip(0, size)
+        return Spans(borders[:-1], borders[1:], size)
+
+    def _decoded(self, before: Sequence[int], ids: Sequence[int]) -> Int[np.ndarray, " S"]:
+        texts = [self._text([*before, *ids[:count]]) for count in range(len(ids) + 1)]
+        sizes = [len(text.rstrip(REPLACEMENT).encode()) for text in texts]
+        return np.maximum.accumulate(np.array(sizes[1:]) - sizes[0])
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _bytes_of_characters(piece: str) -> int:
+    """Byte-level vocabularies write one character for a byte."""
+    return len(piece)
+
+
+def _bytes_of_piece(piece: str) -> int:
+    """SentencePiece vocabularies write U+2581 for a blank and <0x0A> for a byte that no piece holds."""
+    if len(piece) == 6 and piece.startswith("<0x"):
+        return 1
+    return len(piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode())
+
+
+def byte_logps(tokens: Spans, logps: Float[np.ndarray, " S"]) -> Float[np.ndarray, " bytes"]:
+    """Log-probs per byte of the response, and behind them one entry for what ends the turn; the sum is the tokens'."""
+    wide = tokens.end > tokens.begin
+    widths = np.where(wide, tokens.end - tokens.begin, 1)
+    slopes = np.zeros(tokens.size + 2)
+    ends = np.where(wide, tokens.end, tokens.begin + 1)
+    np.add.at(slopes, tokens.begin, logps / widths)
+    np.subtract.at(slopes, ends, logps / widths)
+    return slopes.cumsum()[:-1]
+
+
+def carried(theirs: Spans, logps: Float[np.ndarray, " R"], ours: Spans) -> Float[np.ndarray, " S"]:
+    """The log-probs of their R tokens on our S tokens of the same response; the sum stays what it was where both end
+    the turn. A token of ours that ends the turn where theirs is not scored has nan."""
+    per_byte = byte_logps(theirs, logps)
+    total = np.concatenate([[0.0], per_byte.cumsum()])
+    found = total[ours.end] - total[ours.begin]
+    if ours.begin[-1] >= ours.size:
+        found[ours.begin >= ours.size] = 0.0  # what stands between the words and the end goes with the end
+        found[-1] = per_byte[-1] if theirs.begin[-1] >= theirs.size else np.nan
+    return found

@@ -1,0 +1,313 @@
+"""References that are models of the policy's tokens, or none: the initial policy, another checkpoint, the model below
+an adapter, one that follows the policy.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dpo_ref.data.chat_templates import install_template, text_identity
+from dpo_ref.data.groups import Changed
+from dpo_ref.models.adapters import adapter_off, base_weights, effective
+from dpo_ref.models.checkpoint import state_digest, weights_digest
+from dpo_ref.models.loading import ModelSource
+from dpo_ref.models.logps import response_logps
+from dpo_ref.objectives.interface import Objective
+from dpo_ref.references.interface import Reference, ReferenceContext, Still
+from dpo_ref.references.other_tokenizer import OwnText, from_text
+from dpo_ref.references.table import Rows, Scorer, Table, rows_of, scorer_of, tabulate
+from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup, digest
+
+Cache = Literal["auto", "off"]
+
+
+@torch.no_grad()
+def asked(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
+    """A model's log-probs of a batch, on the batch's device, which may be another than the model's."""
+    here, there = batch.input_ids.device, next(model.parameters()).device
+    if here == there:
+        return response_logps(model, batch)
+    found = response_logps(model, batch.to(there))
+    values = (found.sums, found.lengths, found.num_bytes, found.tokens())
+    return ResponseLogps(*(value.to(here) for value in values))
+
+
+class Frozen(Still):
+    """A model that is asked at every step (`reference.cache=off`)."""
+
+    def __init__(self, name: str, model: nn.Module, identity: str, weights: str) -> None:
+        self.name, self.identity, self.weights = name, identity, weights
+        self.model = model.eval().requires_grad_(False)
+
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """A forward pass of the model, wherever it is."""
+        return asked(self.model, batch)
+
+
+class Uniform(Still):
+    """Every token equally likely: log p(y) = -tokens ln V, V the tokenizer's vocabulary.
+
+    It differs from `none` by a reward for length alone, which is what it is there to show.
+    """
+
+    name, weights = "uniform_token", ""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.identity = f"uniform over {vocabulary} tokens"
+        self._value = -math.log(vocabulary)
+
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """The same value for every scored token."""
+        tokens = torch.full((len(batch.target_ids),), self._value, device=batch.target_ids.device)
+        return ResponseLogps(batch.lengths.double() * self._value, batch.lengths, batch.num_bytes, tokens)
+
+
+class Zeros(Still):
+    """No reference: log-probability 0 for every response, at no cost.
+
+    The reward is then beta log pi itself, the convention of arXiv:2407.13709 (posterior probability).
+    """
+
+    name, identity, weights, normalised = "none", "none", "", False
+
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """Zeros of the pack's shape."""
+        device = batch.target_ids.device
+        sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=device)
+        return ResponseLogps(sums, batch.lengths, batch.num_bytes, torch.zeros(len(batch.target_ids), device=device))
+
+
+def identity_of(model: nn.Module, weights: str, text: str) -> str:
+    """Digest of weights, of the text they are used with, and of the dtype they compute in."""
+    device = next(model.parameters()).device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return digest({"weights": weights, "text": text, "dtype": str(dtype)})
+
+
+def initial(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
+    """The policy as it is before training (standard DPO).
+
+    With `cache=auto` its log-probabilities are computed by the policy itself before the first step and no second copy
+    exists; with `off` a copy is asked at every step.
+    """
+    weights = weights_digest(context.policy)
+    identity = identity_of(context.policy, weights, context.text_identity)
+    if cache == "auto":
+        return tabulate("initial", context.policy, identity, weights, context)
+    return Frozen("initial", copy.deepcopy(context.policy), identity, weights)
+
+
+def other(
+    context: ReferenceContext,
+    *,
+    path: str,
+    revision: str | None = None,
+    adapter: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    quantisation: Literal["none", "8bit", "4bit"] = "none",
+    device: str = "auto",
+    template: str = "auto",
+    template_options: dict[str, Any] | None = None,
+    system_prompt: str | None = None,
+    terminator: Literal["count", "skip"] = "count",
+    max_altered: float = 0.02,
+    cache: Cache = "auto",
+) -> Reference:
+    """Another causal model: a local folder, a hub name, or a model of the lab.
+
+    With the policy's tokenizer and template it scores the policy's token ids. With any other it scores the same text
+    from messages, under its own template and tokenizer (`other_tokenizer.py`): its log-probs are then per response,
+    not per token. `revision` is a branch, tag or commit on the hub, `adapter` a PEFT adapter on top (folder or hub
+    name).
+    `dtype=bfloat16` and `quantisation` (bitsandbytes) hold the weights in less memory, `device` puts them elsewhere
+    than the policy (cpu, cuda:1; spread: over all GPUs). `template` and `template_options` are the reference's, as for
+    the model; `system_prompt` is the system turn it reads, in place of the data's. `terminator=skip` leaves its
+    end-of-turn token out. `max_altered` is the share of responses that may fail to survive its tokenizer and template
+    byte for byte; above it the run stops.
+    """
+    tokenizer = context.load_tokenizer(path, revision)
+    install_template(tokenizer, template, template_options, "reference")
+    model = context.load(ModelSource(path, revision, adapter, dtype, quantisation, device)).eval()
+    weights = weights_digest(model)
+    identity = identity_of(model, weights, text_identity(tokenizer))
+    own = OwnText(tokenizer, system_prompt, terminator, max_altered)
+    if own.differs(context):
+        return from_text("other", scorer_of(model), own, identity, weights, context, cache)
+    if cache == "auto":
+        return tabulate("other", model, identity, weights, context)
+    return Frozen("other", model, identity, weights)
+
+
+def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Reference:
+    """log p(y) of the policy before training, without any prompt: the response behind BOS alone (EOS where there is
+    none). With the objective dpo this is the likelihood reward of arXiv:2407.13709."""
+    tokenizer = context.tokenizer
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    groups = Changed(context.groups, lambda group: replace(group, prompt_ids=[begin]))
+    weights = weights_digest(context.policy)
+    identity = identity_of(context.policy, weights, context.text_identity)
+    rows = rows_of(scorer_of(context.policy), groups, identity, context)
+    return Table("prior", digest([identity, "prior", begin]), "", groups, rows, context.device)
+
+
+def interpolate(context: ReferenceContext, *, path: str, share: float, cache: Cache = "auto") -> Reference:
+    """A model whose weights lie between the policy's before training (share 0) and those of another checkpoint of the
+    same architecture and tokenizer (share 1); beyond either end is allowed. Raises ValueError for other weights."""
+    if not math.isfinite(share):
+        raise ValueError(f"reference.share={share} must be finite")
+    if text_identity(context.load_tokenizer(path)) != context.text_identity:
+        raise ValueError(f"reference=interpolate: {path} has another tokenizer or template than the policy")
+    model = context.load(ModelSource(path)).eval()
+    ours, theirs = context.policy.state_dict(), model.state_dict()
+    differing = [name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name)]
+    if differing:
+        raise ValueError(f"reference=interpolate: {path} has other weights than the policy, such as {differing[0]}")
+    model.load_state_dict({name: torch.lerp(ours[name], theirs[name], share) for name in ours})
+    weights = weights_digest(model)
+    identity = identity_of(model, weights, context.text_identity)
+    if cache == "auto":
+        return tabulate("interpolate", model, identity, weights, context)
+    return Frozen("interpolate", model, identity, weights)
+
+
+def _shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
+    return weights[name].shape if name in weights else None
+
+
+def none(context: ReferenceContext) -> Reference:
+    """No reference at all."""
+    return Zeros()
+
+
+def uniform_token(context: ReferenceContext) -> Reference:
+    """Every token of the vocabulary equally likely."""
+    return Uniform(len(context.tokenizer))
+
+
+def auto(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
+    """`initial` where the objective has a reference, else `none`."""
+    return initial(context, cache=cache) if context.uses_reference else Zeros()
+
+
+# --- the model below an adapter that is trained: no second copy of it is needed
+
+
+class AdapterBase(Still):
+    """The policy with its adapter switched off, asked at every step (`reference.cache=off`)."""
+
+    name = "adapter_base"
+
+    def __init__(self, policy: nn.Module, identity: str, weights: str) -> None:
+        self.policy, self.identity, self.weights = policy, identity, weights
+
+    @torch.no_grad()
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """A forward pass without the adapter."""
+        with adapter_off(self.policy):
+            return response_logps(self.policy, batch)
+
+
+def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
+    """The base model of a policy that trains an adapter, with the adapter off.
+
+    For a fresh adapter that is the policy before training; for one that goes on from a saved adapter
+    (`model.adapter`) it is the model below it, where `initial` is the model with that adapter.
+    """
+    policy = context.policy
+    weights = state_digest(base_weights(effective(policy)))
+    identity = identity_of(policy, weights, context.text_identity)
+    if cache == "off":
+        return AdapterBase(policy, identity, weights)
+    whole = scorer_of(policy)
+
+    def scored(groups: Sequence[TokenGroup]) -> Rows:
+        with adapter_off(policy):
+            return whole(groups)
+
+    rows = rows_of(Scorer(scored, whole.tolerance), context.groups, identity, context)
+    return Table("adapter_base", identity, weights, context.groups, rows, context.device)
+
+
+def _check_run(objective: Objective, model: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse a policy without an adapter."""
+    if model["adapter"] is None and model["lora_rank"] is None:
+        raise ValueError(
+            "reference=adapter_base: the policy has no adapter; train one with model.lora_rank=... or go on with one "
+            "with model.adapter=..., or use reference=initial"
+        )
+
+
+adapter_base.check_run = _check_run  # pyright: ignore[reportFunctionMemberAccess]
+
+
+# --- references that follow the policy: the trust-region methods of TR-DPO (arXiv:2404.09656)
+
+
+class Moving:
+    """A copy of the policy that takes a step of `share` towards it every `every` optimiser steps."""
+
+    name, normalised, own_text = "moving", True, False
+
+    def __init__(self, model: nn.Module, identity: str, weights: str, share: float, every: int) -> None:
+        self.identity, self.weights, self.share, self.every = identity, weights, share, every
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """A forward pass of the copy as it is now."""
+        return response_logps(self.model, batch)
+
+    @torch.no_grad()
+    def update(self, policy: nn.Module, step: int) -> None:
+        """reference <- share policy + (1 - share) reference, where the step is due."""
+        if step % self.every:
+            return
+        ours = dict(policy.named_parameters())
+        for name, weight in self.model.named_parameters():
+            weight.lerp_(ours[name], self.share)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The copy's weights."""
+        return {name: weight.detach() for name, weight in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take the copy's weights from a checkpoint. Raises ValueError if they are another model's."""
+        weights = dict(self.model.named_parameters())
+        if state.keys() != weights.keys():
+            raise ValueError("the checkpoint's reference has other weights than this one, or none")
+        for name, weight in weights.items():
+            weight.copy_(state[name])
+
+
+def moving(context: ReferenceContext, *, share: float = 0.6, every: int = 512, cache: str = "off") -> Reference:
+    """The policy as it was, following it as it is trained (arXiv:2404.09656).
+
+    Every `every` optimiser steps reference <- share policy + (1 - share) reference: `share=1` is the paper's hard
+    update, a share between its soft one; `every=1` with a small share is an exponential moving average. Its
+    log-probs are computed at every step: `cache` can only be off.
+    """
+    weights = weights_digest(context.policy)
+    identity = digest([identity_of(context.policy, weights, context.text_identity), "moving", share, every])
+    print("reference: it moves, so it is asked at every step and nothing is cached")
+    return Moving(copy.deepcopy(context.policy), identity, weights, share, every)
+
+
+def _check(share: float, every: int, cache: str) -> None:
+    if cache != "off":
+        raise ValueError(
+            f"reference.cache={cache}: reference=moving changes while the policy is trained, so its log-probs cannot "
+            "be cached; leave reference.cache out"
+        )
+    if not 0 < share <= 1:
+        raise ValueError(f"reference.share={share} must lie in (0, 1]: 1 replaces the reference by the policy")
+    if every < 1:
+        raise ValueError(f"reference.every={every} must be at least 1 optimiser step")
+
+
+moving.check_options = _check  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,0 +1,169 @@
+"""`policy/README.md`: the model card of a trained policy, as the Hugging Face hub shows it.
+
+It is written at the end of training and filled in by every evaluation of the run. Its last line holds a digest of the
+others: a card that somebody has written or edited is recognised by it, and stays as it is.
+"""
+
+import hashlib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_ref.evaluation.results import Evaluation
+from dpo_ref.files import write_text
+from dpo_ref.reports.policy import settings
+from dpo_ref.reports.tables import columns, win_key
+from dpo_ref.tracking.redaction import Places, Redactor
+
+CARD = "README.md"
+MARK = re.compile(r"<!-- dpo_ref ([0-9a-f]{64}) -->\n\Z")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")
+ABOUT_THE_MACHINE = ("output_dir", "resume", "stage", "tracking")  # of a run's configuration
+MEASURED = ("kl/initial", "lengths/response", "ended/share", "rewards/accuracies")  # in the front matter
+
+
+def on_hub(path: Any) -> list[str]:
+    """The path of a model or data set if it is a name on the hub and no folder here."""
+    return [path] if isinstance(path, str) and HUB_NAME.fullmatch(path) and not Path(path).exists() else []
+
+
+def _datasets(data: Mapping[str, Any]) -> list[str]:
+    path = data.get("path")
+    return on_hub((data.get("hub") or {}).get("path") if path is None and data.get("folder") is None else path)
+
+
+def front_matter(name: str, about: Mapping[str, Any], config: Mapping[str, Any], found: Evaluation | None) -> str:
+    """The card's metadata as YAML: what the model derives from, and its results as a model index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = None
+    if found is not None:
+        keys = [f"{found.scorer}/mean", win_key(found), *MEASURED]
+        data = about["choices"]["data"]
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=data,
+                dataset_name=f"{data}, {found.num_prompts} held-out prompts",
+                metric_type=key,
+                metric_value=found.metrics[key],
+                metric_name=key,
+            )
+            for key in keys
+            if key in found.metrics
+        ]
+    base, datasets = on_hub(config["model"].get("path")), _datasets(config["data"])
+    card = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo_ref", "preference-optimisation", about["objective"]],
+        base_model=base[0] if base else None,
+        datasets=datasets or None,
+        eval_results=results or None,
+    )
+    return f"---\n{card.to_yaml()}\n---"
+
+
+def _table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("", "")) -> str:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells])
+
+
+def _facts(about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    identities, commit = about["identities"], about["git"]["commit"]
+    changed = ", with changes" if about["git"]["dirty"] else ""
+    rows = [
+        ("initial policy", f"{config['model'].get('path')} (weights `{identities['initial_policy']}`)"),
+        ("objective", f"{about['objective']}" + ("" if about["beta"] is None else f", beta {about['beta']:g}")),
+        ("reference in the loss", f"{about['reference']} (`{identities['loss_reference']}`)"),
+        ("KL measured to", f"the initial policy (`{identities['kl_reference']}`)"),
+        ("data", f"{about['choices']['data']}: " + ", ".join(f"{k} {v}" for k, v in about["data"].items())),
+        ("optimiser steps", about["steps"]),
+        ("seed", about["seed"]),
+        ("dpo_ref", f"commit {commit}{changed}" if commit else "commit unknown"),
+        ("versions", ", ".join(f"{library} {version}" for library, version in about["versions"].items())),
+    ]
+    return _table([row for row in rows if row[1] not in (None, "")])
+
+
+def _results(found: Evaluation | None, run: str) -> str:
+    if found is None:
+        return f"Not evaluated yet. `python evaluate.py policy={run}` fills this in."
+    shown = [(column.title, column.text(found), column.note) for column in columns(found.scorer)]
+    broken = [f"**Degenerate**: {'; '.join(found.degenerate)}.\n"] if found.degenerate else []
+    against = f"against the policy `{found.baseline}`" if found.baseline else "against no other policy"
+    how = ", ".join(f"{name} {value}" for name, value in settings(found))
+    return "\n".join([*broken, _table(shown, ("metric", "value", "what it is")), "", f"Compared {against}; {how}."])
+
+
+def card(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], found: Evaluation | None) -> str:
+    """The model card of a run's policy: its configuration, what it was trained against, what was measured."""
+    import yaml
+
+    redactor, places = Redactor(config), Places({**config, "run": str(run)})
+    about, options = (places.tree(redactor.tree(tree)) for tree in (summary, config))
+    options = {name: value for name, value in options.items() if name not in ABOUT_THE_MACHINE}
+    words = [word for word in about["overrides"] if word.lstrip("+").partition("=")[0] not in ABOUT_THE_MACHINE]
+    words = [word for word in words if not word.lstrip("+").startswith("tracking.")]
+    name = redactor.text(run.resolve().name)
+    adapter = "\n`adapter/` holds the LoRA adapter by itself." if (run / "policy" / "adapter").is_dir() else ""
+    body = f"""{front_matter(name, about, config, found)}
+
+# {name}
+
+{options["model"].get("path")} trained with **{about["objective"]}** against the reference **{about["reference"]}**.
+
+{_facts(about, options)}
+
+## Results
+
+{_results(found, name)}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # or the repository's name on the hub
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+```
+{adapter}
+## Configuration
+
+```bash
+{shlex.join(["python", "train.py", *words])}
+```
+
+<details><summary>every option</summary>
+
+```yaml
+{yaml.safe_dump(options, sort_keys=False, allow_unicode=True).rstrip()}
+```
+
+</details>
+
+"""
+    return body + f"<!-- dpo_ref {_digest(body)} -->\n"
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def is_ours(text: str) -> bool:
+    """Whether a card is as this module wrote it."""
+    mark = MARK.search(text)
+    return mark is not None and mark[1] == _digest(text[: mark.start()])
+
+
+def write_card(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], found: Evaluation | None) -> None:
+    """Write `policy/README.md`, with results where there are any. One that was edited by hand is kept, and it is said
+    so."""
+    path = run / "policy" / CARD
+    if path.is_file() and not is_ours(path.read_text(encoding="utf-8")):
+        print(f"{path} was edited by hand and stays as it is; delete it to have it written again")
+        return
+    write_text(path, card(run, summary, config, found))

@@ -1,0 +1,177 @@
+"""The tables of arXiv 2407.13709: KL strengths as rows; for each model or reference what was won, and how long
+answers are. As a page's table, for the terminal, as CSV, Markdown and LaTeX."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_ref.evaluation.results import measure_of
+from dpo_ref.evaluation.sweep import Cell
+from dpo_ref.reports import page
+from dpo_ref.reports.plots import short_names, spread
+from dpo_ref.reports.tables import MISSING, number
+
+BROKEN = "†"
+IN_A_TERMINAL = 3  # series beside each other in 80 characters
+LATEX = {"\\": r"\textbackslash{}", "β": r"$\beta$", "±": r"$\pm$", "−": "$-$", "†": r"$^\dagger$", "–": "--",
+         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{m: f"\\{m}" for m in "&%$#_{}"}}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one cell of the table says; `best` of its column."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PaperTable:
+    """`rows` hold a label and, for each of the `groups`, an entry for each of the `measures`."""
+
+    corner: str
+    groups: list[str]
+    measures: list[str]
+    rows: list[tuple[str, list[Entry]]]
+    note: str
+
+    def part(self, first: int, last: int) -> "PaperTable":
+        """The table of some of its groups."""
+        width = len(self.measures)
+        rows = [(label, entries[width * first : width * last]) for label, entries in self.rows]
+        return PaperTable(self.corner, self.groups[first:last], self.measures, rows, self.note)
+
+
+def _text(cell: Cell, key: str, scale: float, decimals: int) -> str:
+    value = number(scale * cell.evaluation.get(key), decimals)
+    bar = spread(cell, key)
+    return value if value == MISSING or not bar else f"{value} ± {number(scale * bar, decimals)}"
+
+
+def paper_table(found: Sequence[Cell]) -> PaperTable:
+    """The cells of a sweep as the paper's table; the best sound entry of every column is marked. Raises ValueError for
+    no cells."""
+    if not found:
+        raise ValueError("there are no cells to make a table of")
+    measure, short = measure_of([cell.evaluation for cell in found]), short_names(found)
+    keys = [(measure.key, measure.scale, measure.decimals), ("lengths/response", 1.0, 1)]
+    at = {(cell.series, cell.point): cell for cell in found}
+    champions = {
+        name: max(
+            (cell for cell in found if cell.series == name and not cell.evaluation.degenerate),
+            key=lambda cell: cell.evaluation.get(measure.key),
+            default=None,
+        )
+        for name in short
+    }
+
+    def entries(name: str, point: float | None) -> list[Entry]:
+        cell = at.get((name, point))
+        if cell is None:
+            return [Entry(MISSING) for _ in keys]
+        first, *rest = (_text(cell, *key) for key in keys)
+        marked = f"{first}{BROKEN}" if cell.evaluation.degenerate else first
+        return [Entry(marked, cell is champions[name]), *map(Entry, rest)]
+
+    points = sorted({cell.point for cell in found}, key=lambda point: math.inf if point is None else point)
+    rows = [
+        (MISSING if point is None else f"{point:g}", [one for name in short for one in entries(name, point)])
+        for point in points
+    ]
+    several = any(len(cell.jobs) > 1 for cell in found)
+    chance = "standard deviation over seeds" if several else "standard error over prompts"
+    broken = f" {BROKEN} degenerate." if any(cell.evaluation.degenerate for cell in found) else ""
+    title = f"{measure.title[0].upper()}{measure.title[1:]}, and mean length"
+    corner = "step" if any(cell.step is not None for cell in found) else "β"
+    return PaperTable(corner, list(short.values()), [measure.short, "tokens"], rows, f"{title}; ± {chance}.{broken}")
+
+
+def html_table(table: PaperTable) -> str:
+    """The table on a page; it scrolls sideways where it does not fit."""
+    width = len(table.measures)
+    groups = "".join(f'<th scope="colgroup" colspan="{width}">{page.text(name)}</th>' for name in table.groups)
+    measures = "".join(f'<th scope="col">{page.text(name)}</th>' for name in table.measures) * len(table.groups)
+    rows = "".join(
+        f'<tr><th scope="row">{page.text(label)}</th>'
+        + "".join(f"<td{' class=best' if one.best else ''}>{page.text(one.text)}</td>" for one in entries)
+        + "</tr>"
+        for label, entries in table.rows
+    )
+    return (
+        f'<div class="wide"><table class="paper"><thead><tr><th scope="col" rowspan="2">{page.text(table.corner)}</th>'
+        f"{groups}</tr><tr>{measures}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f'<p class="small">{page.text(table.note)} Bold: best of its column.</p>'
+    )
+
+
+def terminal_tables(table: PaperTable) -> list[Any]:
+    """The table as rich tables, a few series in each."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    made, (measure, length) = [], table.measures
+    for first in range(0, len(table.groups), IN_A_TERMINAL):
+        part = table.part(first, first + IN_A_TERMINAL)
+        drawn = Table(
+            box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, title=f"{measure} and {length}"
+        )
+        drawn.add_column(Text(table.corner))
+        for group in part.groups:
+            drawn.add_column(Text(group), justify="right", overflow="fold", max_width=24)
+            drawn.add_column(length, justify="right")
+        for label, entries in part.rows:
+            texts = (Text(one.text.replace(" ± ", "±"), style="bold" if one.best else "") for one in entries)
+            drawn.add_row(Text(label), *texts)
+        made.append(drawn)
+    return made
+
+
+def csv_table(table: PaperTable) -> str:
+    """The table with one header line."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([table.corner, *(f"{group}: {name}" for group in table.groups for name in table.measures)])
+    writer.writerows([label, *(one.text for one in entries)] for label, entries in table.rows)
+    return buffer.getvalue()
+
+
+def markdown_table(table: PaperTable) -> str:
+    """The table in Markdown, which knows one header line only."""
+    names = [table.corner, *(f"{group}: {name}" for group in table.groups for name in table.measures)]
+    lines = [names, ["---:" for _ in names]]
+    lines += [[label, *(f"**{one.text}**" if one.best else one.text for one in row)] for label, row in table.rows]
+    body = "".join("| " + " | ".join(part.replace("|", r"\|") for part in line) + " |\n" for line in lines)
+    return f"{body}\n{table.note}\n"
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(mark, mark) for mark in text)
+
+
+def latex_table(table: PaperTable) -> str:
+    """The table as a LaTeX tabular; needs the package booktabs."""
+    width = len(table.measures)
+    spans = [f"\\multicolumn{{{width}}}{{c}}{{{_latex(group)}}}" for group in table.groups]
+    rules = [f"\\cmidrule(lr){{{2 + width * i}-{1 + width * (i + 1)}}}" for i in range(len(table.groups))]
+    measures = [_latex(name) for name in table.measures] * len(table.groups)
+    body = [
+        " & ".join([_latex(label), *(f"\\textbf{{{_latex(e.text)}}}" if e.best else _latex(e.text) for e in entries)])
+        for label, entries in table.rows
+    ]
+    lines = [
+        f"% {table.note}",
+        f"\\begin{{tabular}}{{r{'r' * width * len(table.groups)}}}",
+        "\\toprule",
+        " & ".join(["", *spans]) + r" \\",
+        "".join(rules),
+        " & ".join([_latex(table.corner), *measures]) + r" \\",
+        "\\midrule",
+        *(line + r" \\" for line in body),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,340 @@
+"""Pictures of an evaluation. A panel is drawn the same for the page (SVG, one by one) and for papers (PNG, a grid;
+every panel a file of its own, at the size of a column).
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from dpo_ref.evaluation.results import Evaluated, Evaluation
+from dpo_ref.evaluation.sweep import Cell
+from dpo_ref.files import replacing
+from dpo_ref.reports.tables import leading_key, titles
+
+INITIAL, INK, GRID, BROKEN = "#6b7280", "#1f2937", "#e5e7eb", "#b91c1c"
+SERIES = ("#2563eb", "#d97706", "#059669", "#9333ea", "#0891b2", "#be185d", "#65a30d", "#475569")
+PANEL_INCHES = (4.9, 3.3)
+LONGEST_LABEL = 30  # characters
+TICKS, EDGE = "#4b5563", "#9ca3af"
+THEMED = {  # colours that a page shows in its own shade, by the name of its variable
+    "#000000": "ink", INK: "ink", TICKS: "soft", EDGE: "edge", GRID: "grid", INITIAL: "initial", BROKEN: "bad",
+    **{hue: f"series-{place}" for place, hue in enumerate(SERIES)},
+}  # fmt: skip
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": EDGE,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": TICKS,
+    "ytick.color": TICKS,
+    "text.color": INK,
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
+    "text.parse_math": False,  # a dollar sign in a run's name is a dollar sign
+    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
+    "svg.hashsalt": "dpo_ref",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A picture: what it shows in words, and how it is drawn on a matplotlib Axes."""
+
+    caption: str
+    draw: Callable[[Any], None]
+
+
+@contextmanager
+def figure_of(
+    rows: int,
+    columns: int,
+    inches: tuple[float, float] = PANEL_INCHES,
+    style: Mapping[Any, Any] = MappingProxyType({}),
+) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure of panels, and their Axes, without pyplot, which would look for a display and keep global state."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({**STYLE, **style}):
+        figure = Figure(figsize=(inches[0] * columns, inches[1] * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def themed(colour: str) -> str:
+    """A colour as CSS: the page's shade of it, which may differ in light and dark, where the page has one."""
+    return f"var(--{THEMED[colour]}, {colour})" if colour in THEMED else colour
+
+
+def svg(panel: Panel) -> str:
+    """One panel as an inline SVG element in the page's colours."""
+    with figure_of(1, 1) as (figure, (axes,)):
+        panel.draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda found: themed(found[0]), text[text.index("<svg") :])
+
+
+def write_png(path: Path, panels: Sequence[Panel], dpi: int = 160) -> None:
+    """The panels as one picture, two in a row; replaced atomically."""
+    columns = min(2, len(panels))
+    with figure_of(math.ceil(len(panels) / columns), columns) as (figure, all_axes):
+        for panel, axes in zip(panels, all_axes, strict=False):
+            panel.draw(axes)
+        for axes in all_axes[len(panels) :]:
+            axes.set_visible(False)
+        save(figure, path, dpi=dpi, metadata={"Software": None})
+
+
+def save(figure: Any, path: Path, **options: Any) -> None:
+    """Write a figure, replacing what was there atomically."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], facecolor="white", **options)
+
+
+def colours(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Grey for what others are compared with, one colour for each other policy."""
+    hues = iter(SERIES * (1 + len(evaluations) // len(SERIES)))
+    return [INITIAL if e.baseline is None else next(hues) for e in evaluations]
+
+
+def _half_width(evaluation: Evaluation, key: str) -> float:
+    error = evaluation.get(f"{key}_se")
+    return 0.0 if math.isnan(error) else 1.96 * error
+
+
+def labels(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Titles short enough to leave room for a picture."""
+    half = LONGEST_LABEL // 2
+    return [
+        title if len(title) <= LONGEST_LABEL else f"{title[:half]}…{title[-half:]}" for title in titles(evaluations)
+    ]
+
+
+def _rows(axes: Any, evaluations: Sequence[Evaluation], title: str) -> None:
+    """One row per policy, the first on top."""
+    axes.set_title(title)
+    axes.set_ylim(len(evaluations) - 0.4, -0.6)
+    axes.set_yticks(range(len(evaluations)), labels(evaluations))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+
+
+def _dot(axes: Any, x: float, y: float, low: float, high: float, evaluation: Evaluation, colour: str) -> None:
+    axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round", alpha=0.55)
+    marker = {"marker": "X", "color": BROKEN} if evaluation.degenerate else {"marker": "o", "color": colour}
+    axes.plot([x], [y], markersize=8, linestyle="none", **marker)
+
+
+def score_panel(evaluations: Sequence[Evaluation]) -> Panel:
+    """Mean score of each policy with its 95 % interval."""
+
+    def draw(axes: Any) -> None:
+        scorer = evaluations[0].scorer
+        _rows(axes, evaluations, f"{scorer.capitalize()} reward")
+        for row, (evaluation, colour) in enumerate(zip(evaluations, colours(evaluations), strict=True)):
+            mean, half = evaluation.get(f"{scorer}/mean"), _half_width(evaluation, f"{scorer}/mean")
+            _dot(axes, mean, float(row), mean - half, mean + half, evaluation, colour)
+
+    return Panel("Mean reward of the sampled answers; bars are 95 % intervals, clustered by prompt.", draw)
+
+
+def win_panel(evaluations: Sequence[Evaluation]) -> Panel:
+    """Win rate of each trained policy with its bootstrap interval, against an even score."""
+    shown = [
+        (e, c)
+        for e, c in zip(evaluations, colours(evaluations), strict=True)
+        if e.baseline and not math.isnan(e.get(leading_key(e)))
+    ]
+
+    def draw(axes: Any) -> None:
+        _rows(axes, [e for e, _ in shown], f"Win rate against {shown[0][0].baseline}")
+        axes.axvline(50, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
+        for row, (evaluation, colour) in enumerate(shown):
+            mean, low, high = (
+                100 * evaluation.get(f"{leading_key(evaluation)}{part}") for part in ("", "_low", "_high")
+            )
+            _dot(axes, mean, float(row), low, high, evaluation, colour)
+        axes.margins(x=0.12)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("% of comparisons, ties half")
+
+    return Panel("Share of paired comparisons won; bars are 95 % bootstrap intervals over prompts.", draw)
+
+
+def frontier_panel(evaluations: Sequence[Evaluation]) -> Panel:
+    """What reward each policy bought with how much KL."""
+
+    def draw(axes: Any) -> None:
+        scorer = evaluations[0].scorer
+        axes.set_title("Reward against distance")
+        axes.set_xlabel("KL to the initial policy (nats per answer)")
+        axes.set_ylabel(f"{scorer.capitalize()} reward")
+        for evaluation, name, colour in zip(evaluations, labels(evaluations), colours(evaluations), strict=True):
+            known = "kl/initial" in evaluation.metrics
+            x, y = evaluation.get("kl/initial") if known else 0.0, evaluation.get(f"{scorer}/mean")
+            bars = {"xerr": _half_width(evaluation, "kl/initial"), "yerr": _half_width(evaluation, f"{scorer}/mean")}
+            marker = "X" if evaluation.degenerate else "s" if evaluation.baseline is None else "o"
+            axes.errorbar(x, y, **bars, fmt=marker, color=colour, markersize=7, elinewidth=1.6, label=name)
+        axes.margins(x=0.1, y=0.12)
+        axes.legend(loc="best", handletextpad=0.2)
+
+    return Panel(
+        "Reward bought with distance: the further a policy is from the initial one, the more reward it should show "
+        "for it. Bars are 95 % intervals.",
+        draw,
+    )
+
+
+def length_panel(evaluated: Sequence[Evaluated]) -> Panel:
+    """How long answers are: the share still going on after so many tokens."""
+
+    def draw(axes: Any) -> None:
+        names = labels([e.evaluation for e in evaluated])
+        for one, name, colour in zip(evaluated, names, colours([e.evaluation for e in evaluated]), strict=True):
+            lengths = np.sort([g.num_tokens for g in one.generations])
+            finished = np.sort([g.num_tokens for g in one.generations if g.finished])
+            grid = np.arange(lengths.max() + 1)
+            share = 100 * (1 - np.searchsorted(finished, grid, side="right") / len(lengths))
+            style = {"linestyle": (0, (4, 3))} if one.evaluation.baseline is None else {}
+            axes.step(grid, share, where="post", color=colour, linewidth=1.8, label=name, **style)
+        axes.set_title("Answers still going on")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("% of answers")
+        axes.set_ylim(-2, 102)
+        axes.set_xlim(left=0)
+        axes.legend(loc="upper right")
+
+    return Panel("Share of answers not yet ended after so many tokens; what is left at the limit was cut.", draw)
+
+
+def comparison_panels(evaluated: Sequence[Evaluated]) -> list[Panel]:
+    """The pictures of a report on a few policies, the baseline first."""
+    evaluations = [one.evaluation for one in evaluated]
+    panels = [score_panel(evaluations)]
+    if any(e.baseline and not math.isnan(e.get(leading_key(e))) for e in evaluations):
+        panels.append(win_panel(evaluations))
+    if any("kl/initial" in e.metrics for e in evaluations):
+        panels.append(frontier_panel(evaluations))
+    return [*panels, length_panel(evaluated)]
+
+
+# --- a file for each panel
+
+
+PAPER_INCHES = (3.4, 2.45)  # a column of a two-column page
+PAPER_STYLE: dict[Any, Any] = {"font.size": 7.5, "axes.titlesize": 8, "axes.titlepad": 5, "legend.fontsize": 6.5,
+                               "lines.markersize": 4, "pdf.fonttype": 42}  # fmt: skip
+
+
+def write_panels(folder: Path, panels: Sequence[Panel]) -> None:
+    """Every panel at the size of a paper's column: as PNG and SVG, named by its place and its title, and as a page of
+    `panels.pdf`. Panels of an earlier call are deleted."""
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written, metadata = set(), {"Creator": None, "Producer": None, "CreationDate": None}
+    with replacing(folder / "panels.pdf") as partial, PdfPages(partial, metadata=metadata) as document:
+        for place, panel in enumerate(panels, start=1):
+            with figure_of(1, 1, PAPER_INCHES, PAPER_STYLE) as (figure, (axes,)):
+                panel.draw(axes)
+                figure.draw_without_rendering()
+                figure.set_layout_engine("none")  # found, and the same for all three
+                title = re.sub(r"[^a-z0-9]+", "_", axes.get_title(loc="left").lower()).strip("_")
+                png, svg = (folder / f"{place}_{title}.{kind}" for kind in ("png", "svg"))
+                save(figure, png, dpi=300, metadata={"Software": None})
+                save(figure, svg, metadata={"Date": None, "Creator": None})
+                document.savefig(figure)
+                written |= {png, svg}
+    for old in {*folder.glob("[0-9]*_*.png"), *folder.glob("[0-9]*_*.svg")} - written:
+        old.unlink()
+
+
+# --- what the pictures and tables of a sweep share: names and colours of series, axes, legends, lengths of bars
+
+
+FEW_ENTRIES = 5  # of a legend that stands among the curves
+LONGEST_ENTRY = 34  # characters
+SMALLER = 0.88  # the letters of a legend below the curves
+ROW = 1.7  # its lines, in letters
+
+
+def series_colours(found: Sequence[Cell]) -> dict[str, str]:
+    """One colour per series, in their order."""
+    names = list(dict.fromkeys(cell.series for cell in found))
+    return {name: SERIES[place % len(SERIES)] for place, name in enumerate(names)}
+
+
+def short_names(found: Sequence[Cell]) -> dict[str, str]:
+    """What tells each series from the others: its name without the parts that all of them share."""
+    parts = {cell.series: cell.series.split(", ") for cell in found}
+    shared = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
+    return {name: ", ".join(part for part in own if part not in shared) or name for name, own in parts.items()}
+
+
+def error(cell: Cell, key: str) -> float:
+    """The standard error over prompts, root mean square over the cell's seeds; nan if unknown."""
+    known = [job.evaluation for job in cell.jobs if job.evaluation]
+    intervals = [(one.get(f"{key}_high") - one.get(f"{key}_low")) / (2 * 1.96) for one in known]
+    errors = [one.get(f"{key}_se") for one in known]
+    found = [e if math.isnan(interval) else interval for e, interval in zip(errors, intervals, strict=True)]
+    return math.sqrt(sum(e**2 for e in found) / len(found)) if found else math.nan
+
+
+def spread(cell: Cell, key: str) -> float:
+    """Half the length of a bar: over seeds if there are several, else of the one evaluation; 0 if unknown."""
+    values = cell.values(key)
+    if len(values) > 1:
+        return float(np.std(values, ddof=1))
+    alone = error(cell, key)
+    return 0.0 if math.isnan(alone) else alone
+
+
+def point_axis(axes: Any, found: Sequence[Cell]) -> None:
+    """The axis of the KL strengths, logarithmic, or of a run's steps."""
+    if any(cell.step is not None for cell in found):
+        axes.set_xlabel("optimiser step")
+        return
+    betas = sorted({cell.beta for cell in found if cell.beta})
+    axes.set_xscale("log")
+    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("β (larger: closer to the reference)")
+
+
+def legend(axes: Any) -> None:
+    """Inside where it leaves room for the curves, else below them in two columns, for which the picture grows."""
+    from matplotlib import rcParams
+
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= FEW_ENTRIES:
+        axes.legend(loc="best")
+        return
+    half = LONGEST_ENTRY // 2
+    short = [name if len(name) <= LONGEST_ENTRY else f"{name[:half]}…{name[-half:]}" for name in names]
+    points = SMALLER * rcParams["legend.fontsize"]
+    axes.figure.set_figheight(axes.figure.get_figheight() + ROW * points / 72 * math.ceil(len(names) / 2))
+    axes.legend(handles, short, loc="upper left", bbox_to_anchor=(-0.12, -0.2), ncols=2, fontsize=points)

@@ -1,0 +1,508 @@
+"""The page of a sweep, its table for the terminal, its files and pictures, and its run in the tracker."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from dpo_ref.component import Component
+from dpo_ref.evaluation.results import Evaluated, Evaluation, Measure, measure_of
+from dpo_ref.evaluation.stages import read_evaluated
+from dpo_ref.evaluation.sweep import Cell, Job, cells, csv_text, without_result
+from dpo_ref.files import write_text
+from dpo_ref.reports import page, tables
+from dpo_ref.reports.paper_table import (
+    csv_table,
+    html_table,
+    latex_table,
+    markdown_table,
+    paper_table,
+    terminal_tables,
+)
+from dpo_ref.reports.plots import (
+    BROKEN,
+    INITIAL,
+    INK,
+    Panel,
+    error,
+    legend,
+    point_axis,
+    score_panel,
+    series_colours,
+    short_names,
+    spread,
+    win_panel,
+    write_panels,
+    write_png,
+)
+from dpo_ref.reports.policy import Curve, log_files, sample_sections, settings, temperature_panels
+from dpo_ref.reports.tables import MISSING, columns, end_key, judge_columns, number, results_table, titles, win_key
+from dpo_ref.tracking.tracker import RunInfo
+from dpo_ref.tracking.weights_and_biases import known_id
+
+IN_ONE_PICTURE = 4
+SEEDS_NOTE = "Where a row joins several seeds, ± is the standard deviation over seeds."
+
+
+def _rows(found: Sequence[Cell], initial: Evaluation | None) -> list[page.Row]:
+    hues, front = series_colours(found), front_of(found)
+    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in found)]
+    colours = [*([INITIAL] if initial else []), *(hues[cell.series] for cell in found)]
+    on_front = [*([False] if initial else []), *(cell in front for cell in found)]
+    return list(map(page.Row, evaluations, titles(evaluations), colours, on_front))
+
+
+def _shown(found: Sequence[Cell], baseline: Evaluated) -> list[Evaluated]:
+    """The baseline, the best cell and the one with the smallest beta, each by its first seed's answers."""
+    champion = tables.best([cell.evaluation for cell in found])
+    picked = [cell for cell in found if cell.evaluation is champion]
+    loosest = min((cell for cell in found if cell.beta), key=lambda cell: cell.beta or 0, default=None)
+    picked += [loosest] if loosest is not None and loosest not in picked else []
+    return [baseline, *(one for cell in picked if (one := _answers(cell.jobs[0].results)))]
+
+
+def _answers(folder: Path) -> Evaluated | None:
+    """A job's answers, or None where they cannot be read: the page is made from what there is."""
+    try:
+        return read_evaluated(folder)
+    except ValueError:
+        return None
+
+
+def _pictures(jobs: Sequence[Job], found: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
+    """All pictures of a sweep."""
+    if not found:
+        return []
+    before = [Curve(initial, "initial policy", INITIAL)] if initial else []
+    return [*panels(jobs, found, initial), *temperature_panels([*before, *temperature_curves(found)])]
+
+
+def _points_section(found: Sequence[Cell]) -> str:
+    """The best strength of every series and the paper's table, where there are several strengths or steps."""
+    if len({cell.point for cell in found}) < 2:
+        return ""
+    names, rows = strength_table(found)
+    hues = [*series_colours(found).values()]
+    return (
+        f"<h2>Best {names[1].removeprefix('Best ')} of each series</h2>{page.plain_table(names, rows, hues)}"
+        f'<p class="small">{page.text(NOTE)}</p><h2>Table for a paper</h2>{html_table(paper_table(found))}'
+    )
+
+
+def sweep_page(jobs: Sequence[Job], baseline: Evaluated | None) -> str:
+    """The page of a sweep; jobs without a result are rows of its table."""
+    found, initial = cells(jobs), baseline.evaluation if baseline else None
+    evaluations = [cell.evaluation for cell in found]
+    shown = [*([initial] if initial else []), *evaluations]
+    title = tables.headline(shown) if found else f"None of the {len(jobs)} jobs left a result."
+    drift = tables.drift(initial, evaluations) if initial else None
+    scorer = shown[0].scorer if shown else "gold"
+    failures = [(job.name, job.state) for job in without_result(jobs)]
+    pictures = _pictures(jobs, found, initial)
+    parts = [
+        f'<p class="over">Sweep of {len(jobs)} runs</p>',
+        f"<h1>{page.text(title)}</h1>",
+        f'<p class="lead">{page.text(drift)}</p>' if drift else "",
+        page.alerts(tables.broken(evaluations)),
+        page.pictures(pictures) + f'<p class="small">{BARS}</p>' if pictures else "",
+        _points_section(found),
+        "<h2>Numbers</h2>",
+        page.policy_table(_rows(found, initial), [*columns(scorer), *judge_columns(shown)], failures),
+        f'<p class="small">{SEEDS_NOTE}</p>' if any(e.num_seeds > 1 for e in evaluations) else "",
+    ]
+    if found and baseline:
+        parts += ["<h2>Answers side by side</h2>", sample_sections(_shown(found, baseline))]
+    if found:
+        parts += ["<h2>How it was measured</h2>", page.definitions(settings(evaluations[-1]))]
+    parts.append("<footer>Made by dpo_ref. Every job's numbers are in sweep.csv.</footer>")
+    return page.page(title, "\n".join(parts))
+
+
+def sweep_tables(jobs: Sequence[Job], initial: Evaluation | None) -> list[Any]:
+    """The sweep for the terminal: the initial policy, a row per cell, a row per job without a result; then the paper's
+    table, where there are several strengths or steps."""
+    found = cells(jobs)
+    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in found)]
+    everything = results_table(evaluations, [(job.name, job.state) for job in without_result(jobs)])
+    several = len({cell.point for cell in found}) > 1
+    return [everything, *(terminal_tables(paper_table(found)) if several else [])]
+
+
+def write_sweep(folder: Path, jobs: Sequence[Job], baseline: Evaluated | None) -> None:
+    """Write what there is to say about jobs into `folder`, whatever they came to: `sweep.csv`, `report.html`, and
+    where any has a result `frontier.csv`, `paper_table.csv`, `.md` and `.tex`, `sweep.png` and `panels/`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "sweep.csv", csv_text(jobs))
+    found, initial = cells(jobs), baseline.evaluation if baseline else None
+    if found:
+        write_text(folder / "frontier.csv", frontier_csv(found))
+        table = paper_table(found)
+        for kind, written in {"csv": csv_table, "md": markdown_table, "tex": latex_table}.items():
+            write_text(folder / f"paper_table.{kind}", written(table))
+        pictures = _pictures(jobs, found, initial)
+        write_png(folder / "sweep.png", pictures[:IN_ONE_PICTURE])
+        write_panels(folder / "panels", pictures)
+    write_text(folder / "report.html", sweep_page(jobs, baseline))
+
+
+# --- pictures: reward, win rate, length and KL against beta or the step, one line per series
+
+
+FEW = 5  # lines of a picture over temperatures
+BARS = "Bars are standard deviations over seeds (faint dots); with one seed, standard errors over prompts."
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """A metric to draw against beta or the step: its key, the initial policy's value, and a factor for its unit."""
+
+    key: str
+    title: str
+    caption: str
+    level: float
+    scale: float = 1.0
+
+
+def _line(axes: Any, found: Sequence[Cell], against: Against, colour: str, label: str) -> None:
+    key, scale = against.key, against.scale
+    points = [cell.point for cell in found]
+    means = [scale * cell.evaluation.get(key) for cell in found]
+    bars = [scale * spread(cell, key) for cell in found]
+    axes.errorbar(
+        points, means, yerr=bars, color=colour, linewidth=1.8, elinewidth=1.4, capsize=3, marker="o", label=label
+    )
+    for cell, mean in zip(found, means, strict=True):
+        dots = [scale * value for value in cell.values(key)]
+        if len(dots) > 1:
+            axes.plot([cell.point] * len(dots), dots, ".", color=colour, alpha=0.35, markersize=6)
+        if cell.evaluation.degenerate:
+            axes.plot([cell.point], [mean], "X", color=BROKEN, markersize=9, zorder=4)
+
+
+def point_panel(found: Sequence[Cell], against: Against, with_legend: bool) -> Panel:
+    """One metric against beta or the step, one line per series."""
+    short = short_names(found)
+
+    def draw(axes: Any) -> None:
+        for name, colour in series_colours(found).items():
+            _line(axes, [cell for cell in found if cell.series == name], against, colour, short[name])
+        if not math.isnan(against.level):
+            level = against.scale * against.level
+            axes.axhline(level, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.4, label="initial policy")
+        if any(cell.evaluation.degenerate for cell in found):
+            axes.plot([], [], "X", color=BROKEN, markersize=8, label="degenerate")
+        axes.set_title(against.title)
+        point_axis(axes, found)
+        if with_legend:
+            legend(axes)
+
+    return Panel(against.caption, draw)
+
+
+def sweep_panels(found: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
+    """The pictures against beta or the step, up to four. Every cell of `found` has one."""
+    scorer, baseline = found[0].evaluation.scorer, found[0].evaluation.baseline
+    before = initial or Evaluation("", scorer, {})
+    reward, length = f"{scorer}/mean", "lengths/response"
+    drawn = [
+        Against(reward, f"{scorer.capitalize()} reward", "Mean reward of sampled answers.", before.get(reward)),
+        Against(
+            f"winrate/{baseline}",
+            f"Win rate against {baseline}, %",
+            "Share of paired comparisons won, ties half.",
+            level=0.5,
+            scale=100.0,
+        ),
+        Against(
+            length, "Answer length, tokens", "Mean over sampled answers, the end token counted.", before.get(length)
+        ),
+        Against(
+            "kl/initial", "KL to the initial policy, nats", "Per answer, from the policy's own samples.", math.nan
+        ),
+    ]
+    measured = [a for a in drawn if all(a.key in cell.evaluation.metrics for cell in found)]
+    return [point_panel(found, against, with_legend=against is drawn[0]) for against in measured]
+
+
+def temperature_curves(found: Sequence[Cell]) -> list[Curve]:
+    """Lines over sampling temperatures: every cell where these are few, else the best of each series. Those of one
+    series share its colour, the fainter the smaller beta or step."""
+    hues, short = series_colours(found), short_names(found)
+    shown = found if len(found) <= FEW else [one.best for one in best_strengths(found) if one.best]
+    curves = []
+    for cell in shown:
+        members = [other.point for other in shown if other.series == cell.series]
+        faint = 1 - 0.6 * sum((other or 0) > (cell.point or 0) for other in members) / len(members)
+        colour = f"{hues[cell.series]}{round(255 * faint):02x}"
+        curves.append(Curve(cell.evaluation, f"{short[cell.series]}{_point(cell)}", colour))
+    return curves
+
+
+def _point(cell: Cell) -> str:
+    """Where a cell stands in its series."""
+    if cell.step is not None:
+        return f", step {cell.step}"
+    return "" if cell.beta is None else f", β = {cell.beta:g}"
+
+
+def panels(jobs: Sequence[Job], found: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
+    """Pictures against beta or the step where there are several, else of the jobs beside each other."""
+    swept = [cell for cell in found if cell.point]
+    if len({cell.point for cell in swept}) < 2:
+        evaluations = [*([initial] if initial else []), *(job.evaluation for job in jobs if job.evaluation)]
+        return [score_panel(evaluations), *([win_panel(evaluations)] if initial else [])]
+    measured = all("kl/initial" in cell.evaluation.metrics for cell in swept)
+    end = Against(
+        end_key(swept[0].evaluation),
+        "End-token shift, nats",
+        "Change of log p(end) against the initial policy, after held-out chosen responses.",
+        level=0.0,
+    )
+    extra = [frontier_panel(swept, initial), point_panel(swept, end, with_legend=False)] if measured else []
+    return [*sweep_panels(swept, initial), *extra]
+
+
+# --- what reward each policy bought with how much KL, over runs, KL strengths and checkpoints
+
+
+DISTANCE = "kl/initial"
+
+
+def undominated(distances: Float[np.ndarray, " N"], rewards: Float[np.ndarray, " N"]) -> list[int]:
+    """Places of the points that no other beats: none has at least their reward at no more distance, and is better in
+    one of both. Ascending in distance; points that are not known (nan) are left out."""
+    known = [place for place in range(len(distances)) if not math.isnan(distances[place] + rewards[place])]
+    front, best = [], -math.inf
+    for place in sorted(known, key=lambda one: (distances[one], -rewards[one])):
+        equal = bool(front) and distances[front[-1]] == distances[place] and rewards[front[-1]] == rewards[place]
+        if rewards[place] > best or equal:
+            front.append(place)
+            best = rewards[place]
+    return front
+
+
+def _kl_and_score(found: Sequence[Cell]) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """KL to the initial policy and mean score of each cell."""
+    scorer = found[0].evaluation.scorer if found else ""
+    distances = [cell.evaluation.get(DISTANCE) for cell in found]
+    return np.array(distances, float), np.array([cell.evaluation.get(f"{scorer}/mean") for cell in found], float)
+
+
+def front_of(found: Sequence[Cell]) -> list[Cell]:
+    """The cells on the Pareto front of KL and mean score, ascending in KL; degenerate ones never are."""
+    sound = [cell for cell in found if not cell.evaluation.degenerate]
+    return [sound[place] for place in undominated(*_kl_and_score(sound))]
+
+
+def _draw_series(axes: Any, members: Sequence[Cell], colour: str, label: str) -> None:
+    distances, rewards = _kl_and_score(members)
+    bars = {"xerr": [spread(cell, DISTANCE) for cell in members],
+            "yerr": [spread(cell, f"{cell.evaluation.scorer}/mean") for cell in members]}  # fmt: skip
+    axes.errorbar(
+        distances, rewards, **bars, fmt="-o", color=colour, linewidth=1.5, elinewidth=0.9, markersize=5, label=label
+    )
+    for cell, *place in zip(members, distances, rewards, strict=True):
+        axes.annotate(f"{cell.point:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
+        if cell.evaluation.degenerate:
+            axes.plot(*place, "X", color=BROKEN, markersize=8, zorder=4)
+
+
+def _draw_front(axes: Any, found: Sequence[Cell], initial: Evaluation | None) -> None:
+    """The best reward to be had at or below each distance, from the initial policy on, and rings at its corners."""
+    front = front_of(found)
+    distances, rewards = _kl_and_score(front)
+    start = [] if initial is None else [initial.get(f"{initial.scorer}/mean")]
+    above = rewards > max(start, default=-math.inf)
+    x, y = [*(0.0 for _ in start), *distances[above]], [*start, *rewards[above]]
+    axes.step(x, y, where="post", color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1, label="Pareto front")
+    axes.plot(distances[above], rewards[above], "o", markersize=11, fillstyle="none", color=INK, zorder=3)
+
+
+def frontier_panel(found: Sequence[Cell], initial: Evaluation | None) -> Panel:
+    """The curve that each series draws between distance and reward, and the Pareto front of all of them."""
+    short = short_names(found)
+
+    def draw(axes: Any) -> None:
+        scorer = found[0].evaluation.scorer
+        for name, colour in series_colours(found).items():
+            _draw_series(axes, [cell for cell in found if cell.series == name], colour, short[name])
+        if initial is not None:
+            axes.plot(0, initial.get(f"{scorer}/mean"), "s", color=INITIAL, markersize=7, label="initial policy")
+        _draw_front(axes, found, initial)
+        axes.set_title("Reward against distance")
+        axes.set_xlabel("KL to the initial policy (nats per answer)")
+        axes.set_ylabel(f"{scorer.capitalize()} reward")
+        axes.margins(x=0.08, y=0.14)
+        legend(axes)
+
+    steps = any(cell.step is not None for cell in found)
+    return Panel(
+        f"Reward bought with distance; the numbers at the points are {'steps' if steps else 'β'}. Rings are on the "
+        "Pareto front: no sound policy had more reward at less KL. Degenerate ones are crossed out.",
+        draw,
+    )
+
+
+def frontier_csv(found: Sequence[Cell]) -> str:
+    """One line per cell: KL, reward, win rate, length with their spread, and whether it is on the Pareto front."""
+    front = {id(cell) for cell in front_of(found)}
+    scorer = found[0].evaluation.scorer if found else "score"
+    win = f"winrate/{found[0].evaluation.baseline}" if found else "winrate"
+    keys = (DISTANCE, f"{DISTANCE}_se", f"{scorer}/mean", f"{scorer}/mean_se", win, f"{win}_low", f"{win}_high",
+            "lengths/response", "lengths/response_se")  # fmt: skip
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["series", "beta", "step", "seeds", *keys, "degenerate", "pareto"])
+    for cell in found:
+        values = [cell.evaluation.metrics.get(key) for key in keys]
+        broken = "; ".join(cell.evaluation.degenerate)
+        writer.writerow(
+            [cell.series, cell.beta, cell.step, cell.evaluation.num_seeds, *values, broken, int(id(cell) in front)]
+        )
+    return buffer.getvalue()
+
+
+# --- the best KL strength of every series, how sure that is, and which strengths are as good
+
+
+NOTE = (
+    "Intervals are 95 % and hold both kinds of chance: that of the prompts and, with several seeds, that of training "
+    "(Student's t). That the best was picked among several is not in them. As good: its difference to the best, "
+    "paired by seed where there are several, is not told from zero."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Strength:
+    """The best sound cell of a series, the 95 % interval of its measure, and what became of the other strengths."""
+
+    series: str
+    best: Cell | None  # None where every strength is degenerate
+    low: float
+    high: float
+    as_good: list[float]
+    degenerate: list[float]
+
+
+def quantile(seeds: int) -> float:
+    """How many standard errors make a 95 % interval: Student's t for several seeds, the normal's for one."""
+    from scipy.stats import norm, t
+
+    return float(t.ppf(0.975, seeds - 1) if seeds > 1 else norm.ppf(0.975))
+
+
+def interval(cell: Cell, key: str) -> tuple[float, float]:
+    """The 95 % interval of a cell's mean: prompts are the same for every seed, so seeds do not shrink their part."""
+    values = cell.values(key)
+    training = np.var(values, ddof=1) / len(values) if len(values) > 1 else 0.0
+    half = quantile(len(values)) * math.sqrt(error(cell, key) ** 2 + training)
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def _by_seed(cell: Cell, key: str) -> dict[int | None, float]:
+    return {job.seed: job.evaluation.get(key) for job in cell.jobs if job.evaluation}
+
+
+def told_apart(one: Cell, other: Cell, key: str) -> bool:
+    """Whether two cells' means differ by more than chance: paired over two or more common seeds, else by the standard
+    errors of both."""
+    mine, theirs = _by_seed(one, key), _by_seed(other, key)
+    seeds = [seed for seed in mine if seed in theirs]
+    if len(seeds) > 1:
+        gaps = np.array([mine[seed] - theirs[seed] for seed in seeds])
+        return bool(abs(gaps.mean()) > quantile(len(gaps)) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
+    gap = one.evaluation.get(key) - other.evaluation.get(key)
+    return abs(gap) > quantile(1) * math.hypot(error(one, key), error(other, key))
+
+
+def _strength(series: str, members: Sequence[Cell], key: str) -> Strength:
+    sound = [cell for cell in members if not cell.evaluation.degenerate]
+    degenerate = [cell.point for cell in members if cell.evaluation.degenerate and cell.point is not None]
+    if not sound:
+        return Strength(series, None, math.nan, math.nan, [], degenerate)
+    best = max(sound, key=lambda cell: cell.evaluation.get(key))
+    as_good = [cell.point for cell in sound if cell is not best and not told_apart(best, cell, key)]
+    return Strength(series, best, *interval(best, key), [point for point in as_good if point is not None], degenerate)
+
+
+def best_strengths(found: Sequence[Cell]) -> list[Strength]:
+    """The best strength of every series, in the series' order, by the sweep's measure."""
+    key = measure_of([cell.evaluation for cell in found]).key
+    names = dict.fromkeys(cell.series for cell in found)
+    return [_strength(name, [cell for cell in found if cell.series == name], key) for name in names]
+
+
+def _strengths_text(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values) or MISSING
+
+
+def _entries(one: Strength, name: str, measure: Measure) -> list[str]:
+    if one.best is None:
+        return [name, MISSING, MISSING, MISSING, MISSING, MISSING, _strengths_text(one.degenerate)]
+    found, scale = one.best.evaluation, measure.scale
+    value, low, high = (number(scale * x, measure.decimals) for x in (found.get(measure.key), one.low, one.high))
+    return [
+        name,
+        _strengths_text([one.best.point] if one.best.point is not None else []),
+        f"{value} [{low}, {high}]",
+        number(found.get("lengths/response"), 1),
+        number(found.get("kl/initial"), 2),
+        _strengths_text(one.as_good),
+        _strengths_text(one.degenerate),
+    ]
+
+
+def strength_table(found: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """The best strength of every series: titles, and a row of texts each."""
+    measure, short = measure_of([cell.evaluation for cell in found]), short_names(found)
+    point = "step" if any(cell.step is not None for cell in found) else "β"
+    title = measure.title[0].upper() + measure.title[1:]
+    names = ["Series", f"Best {point}", title, "Tokens", "KL to initial", f"As good: {point}", f"Degenerate: {point}"]
+    return names, [_entries(one, short[one.series], measure) for one in best_strengths(found)]
+
+
+# --- in the tracker: one run for a sweep as a whole, in the group of the training
+
+
+FRONTIER = (
+    "job", "training_run", "objective", "reference", "beta", "seed", "kl", "kl_se", "score", "score_se", "win_rate",
+    "win_rate_low", "win_rate_high", "tokens", "ended", "degenerate", "frontier",
+)  # fmt: skip
+FILES_OF_A_SWEEP = ("sweep.png", "sweep.csv", "frontier.csv", "paper_table.csv", "report.html")
+
+
+def _frontier_row(job: Job) -> list[Any]:
+    """What a job bought with how much KL, in the order of `FRONTIER` but for its last."""
+    assert job.evaluation is not None
+    evaluation, scorer, win = job.evaluation, job.evaluation.scorer, win_key(job.evaluation)
+    keys = ["kl/initial", "kl/initial_se", f"{scorer}/mean", f"{scorer}/mean_se", win, f"{win}_low", f"{win}_high"]
+    numbers = [evaluation.get(key) for key in (*keys, "lengths/response", "ended/share")]
+    about = [job.name, known_id(job.folder, "train"), job.objective, job.reference, job.beta, job.seed]
+    return [*about, *numbers, bool(evaluation.degenerate)]
+
+
+def frontier(jobs: Sequence[Job]) -> list[list[Any]]:
+    """A row per evaluated job, columns `FRONTIER`; on the frontier is what no other sound job beats."""
+    rows = [_frontier_row(job) for job in jobs if job.evaluation is not None]
+    kl, score, broken = (FRONTIER.index(name) for name in ("kl", "score", "degenerate"))
+    sound = [place for place, row in enumerate(rows) if not row[broken]]
+    numbers = np.array([[rows[place][kl], rows[place][score]] for place in sound], float).reshape(-1, 2)
+    front = {sound[place] for place in undominated(numbers[:, 0], numbers[:, 1])}
+    return [[*row, place in front] for place, row in enumerate(rows)]
+
+
+def track_sweep(tracking: Component, config: dict[str, Any], folder: Path, jobs: Sequence[Job]) -> None:
+    """Log a sweep as a whole: the table and picture of reward against KL, and its files."""
+    name = folder.resolve().name
+    tracker = tracking(RunInfo(folder, config, f"sweep {name}", name, "sweep", resume=False))
+    rows = frontier(jobs)
+    tracker.scatter("frontier", FRONTIER, rows, x="kl", y="score", title="Reward against KL to the initial policy")
+    log_files(tracker, [path for name in FILES_OF_A_SWEEP if (path := folder / name).is_file()])
+    tracker.summary({"num_jobs": len(jobs), "num_evaluated": len(rows)})
+    tracker.finish(0)

@@ -1,0 +1,282 @@
+"""The columns of every table, how their numbers are written (one list for terminal, page and picture), the table of
+results in a terminal, and what the numbers say, in sentences.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_ref.evaluation.results import Evaluation
+
+MISSING = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column: its title, what its numbers mean, and a policy's entry."""
+
+    title: str
+    note: str
+    text: Callable[[Evaluation], str]
+
+
+def number(value: float, decimals: int, signed: bool = False) -> str:
+    """A number with a real minus sign; a dash for what was not measured."""
+    if math.isnan(value):
+        return MISSING
+    return f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal; the space does not break."""
+    return MISSING if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
+
+
+def plus_minus(evaluation: Evaluation, key: str, decimals: int, signed: bool = False) -> str:
+    """A mean and its standard error."""
+    mean, error = number(evaluation.get(key), decimals, signed), number(evaluation.get(f"{key}_se"), decimals)
+    return mean if MISSING in (mean, error) else f"{mean} ± {error}"
+
+
+def win_key(evaluation: Evaluation) -> str:
+    """The key of the win rate against the evaluation's baseline."""
+    return f"winrate/{evaluation.baseline}"
+
+
+def judge_key(evaluation: Evaluation) -> str:
+    """The key of the judge's win rate against the evaluation's baseline."""
+    return f"judge_winrate/{evaluation.baseline}"
+
+
+def _share_of_wins(evaluation: Evaluation, key: str) -> str:
+    mean, low, high = (evaluation.get(f"{key}{part}") for part in ("", "_low", "_high"))
+    return MISSING if math.isnan(mean) else f"{percent(mean)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def leading_key(evaluation: Evaluation) -> str:
+    """The key of the win rate that is spoken of first: the scorer's, or the judge's where nobody scored."""
+    return win_key(evaluation) if win_key(evaluation) in evaluation.metrics else judge_key(evaluation)
+
+
+def _judge_in_brief(evaluation: Evaluation) -> str:
+    mean, error = (100 * evaluation.get(f"{judge_key(evaluation)}{part}") for part in ("", "_se"))
+    return MISSING if math.isnan(mean) else f"{mean:.1f} ± {number(error, 1)}\u00a0%"
+
+
+def _accuracy(evaluation: Evaluation) -> str:
+    accuracy = percent(evaluation.get("rewards/accuracies"))
+    return accuracy if accuracy == MISSING else f"{accuracy} ({percent(evaluation.get('rewards/length_baseline'))})"
+
+
+def end_key(evaluation: Evaluation) -> str:
+    """The end token's shift on held-out chosen responses, or on own answers where there are no pairs."""
+    return "eos/chosen_logratio" if "eos/chosen_logratio" in evaluation.metrics else "eos/own_logratio"
+
+
+def columns(scorer: str) -> list[Column]:
+    """The columns of a table of policies scored by `scorer`."""
+    return [
+        Column(
+            f"{scorer.capitalize()} reward",
+            "mean over all answers ± standard error, clustered by prompt",
+            lambda e: plus_minus(e, f"{e.scorer}/mean", 3),
+        ),
+        Column(
+            "Win rate",
+            "paired by prompt against the baseline, ties half; 95 % bootstrap interval over prompts",
+            lambda e: _share_of_wins(e, win_key(e)),
+        ),
+        Column(
+            "Length",
+            "tokens per answer, the end token counted, ± standard error",
+            lambda e: plus_minus(e, "lengths/response", 1),
+        ),
+        Column(
+            "Ended",
+            "share of answers that ended by themselves before the token limit",
+            lambda e: percent(e.get("ended/share")),
+        ),
+        Column(
+            "seq-rep-4",
+            "share of an answer's 4-grams that repeat an earlier one",
+            lambda e: number(e.get("repetition/seq_rep_4"), 3),
+        ),
+        Column(
+            "KL to initial",
+            "nats per answer from the policy's own samples, Rao-Blackwellised, ± standard error",
+            lambda e: plus_minus(e, "kl/initial", 2),
+        ),
+        Column(
+            "End-token shift",
+            "log p(end) under the policy minus under the initial policy, after held-out chosen responses, in nats",
+            lambda e: plus_minus(e, end_key(e), 2, signed=True),
+        ),
+        Column(
+            "Pair accuracy",
+            "held-out pairs that the implicit reward ranks as labelled (in brackets: preferring the longer response)",
+            _accuracy,
+        ),
+    ]
+
+
+def brief_columns(scorer: str) -> list[Column]:
+    """The columns that fit a terminal of 80 characters: without the errors of what is known well."""
+    return [
+        Column(scorer, "± standard error", lambda e: plus_minus(e, f"{e.scorer}/mean", 3)),
+        Column("win rate", "95 % interval", lambda e: _share_of_wins(e, win_key(e))),
+        Column("judge", "± standard error", _judge_in_brief),
+        Column("tokens", "mean length", lambda e: number(e.get("lengths/response"), 1)),
+        Column("ended", "share", lambda e: percent(e.get("ended/share"))),
+        Column("KL", "nats", lambda e: number(e.get("kl/initial"), 2)),
+        Column("end Δ", "shift of log p(end), nats", lambda e: number(e.get(end_key(e)), 2, signed=True)),
+    ]
+
+
+def judge_columns(evaluations: Sequence[Evaluation]) -> list[Column]:
+    """What a judge says of the policies, if it was asked about any."""
+    judges = dict.fromkeys(str(evaluation.judge["model"]) for evaluation in evaluations if evaluation.judge)
+    if not judges:
+        return []
+    name = ", ".join(judges)
+    return [
+        Column(
+            "Judge's win rate",
+            f"mean preference of {name} against the baseline; 95 % bootstrap interval over prompts",
+            lambda e: _share_of_wins(e, judge_key(e)),
+        ),
+        Column(
+            "Same in both orders",
+            f"share of pairs for which {name} has the same winner whichever answer is shown first",
+            lambda e: percent(e.get("judge/position_consistency")),
+        ),
+    ]
+
+
+def titles(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Short names that tell the policies of one table apart."""
+    trained = [e for e in evaluations if e.objective is not None]
+    varies = {name: len({getattr(e, name) for e in trained}) > 1 for name in ("reference", "seed")}
+    names = [_title(e, varies["reference"], varies["seed"]) for e in evaluations]
+    return [e.name if names.count(name) > 1 else name for e, name in zip(evaluations, names, strict=True)]
+
+
+def _title(evaluation: Evaluation, with_reference: bool, with_seed: bool) -> str:
+    if evaluation.objective is None:
+        return f"{evaluation.name} policy" if evaluation.name == "initial" else evaluation.name
+    beta = [] if evaluation.beta is None else [f"β = {evaluation.beta:g}"]
+    reference = [f"reference {evaluation.reference}"] if with_reference else []
+    seed = [f"seed {evaluation.seed}"] if with_seed and evaluation.seed is not None else []
+    name = evaluation.objective.upper() if evaluation.objective in ("dpo", "sft") else evaluation.objective
+    details = [*beta, *reference, *seed]
+    return f"{name} ({', '.join(details)})" if details else name
+
+
+# --- the table in a terminal
+
+
+def results_table(evaluations: Sequence[Evaluation], failures: Sequence[tuple[str, str]] = ()) -> Any:
+    """A rich table with a row per policy, 80 characters wide for short names.
+
+    `failures` are names of runs without numbers, and what went wrong: rows too, their reasons below the table.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    every = brief_columns(evaluations[0].scorer if evaluations else "gold")
+    shown = [c for c in every if any(c.text(e) != MISSING for e in evaluations)] or every
+    reasons = Text("\n".join(f"{name}: {why}" for name, why in failures), style="red")
+    table = Table(
+        box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=reasons if failures else None,
+        caption_justify="left",
+    )  # fmt: skip
+    table.add_column("policy", overflow="fold", min_width=14)
+    for column in shown:
+        table.add_column(column.title, justify="right", no_wrap=True)
+    for evaluation, name in zip(evaluations, titles(evaluations), strict=True):
+        seeds = f" ({evaluation.num_seeds} seeds)" if evaluation.num_seeds > 1 else ""
+        label = Text(name + seeds)
+        if evaluation.degenerate:
+            label.append(" degenerate", style="bold red")
+        table.add_row(label, *(Text(_narrow(column.text(evaluation))) for column in shown))
+    for name, _ in failures:
+        table.add_row(Text(name, style="red"), *("–" for _ in shown))
+    return table
+
+
+def _narrow(entry: str) -> str:
+    """Without the spaces that a page has room for."""
+    return entry.replace(" ± ", "±").replace(", ", ",").replace("\u00a0%", "%")
+
+
+# --- what the numbers say, in sentences
+# All are computed: nothing is claimed that an interval does not carry.
+
+
+def _interval(evaluation: Evaluation) -> tuple[float, float, float]:
+    key = leading_key(evaluation)
+    return evaluation.get(key), evaluation.get(f"{key}_low"), evaluation.get(f"{key}_high")
+
+
+def _opponent(evaluation: Evaluation) -> str:
+    return "the initial policy" if evaluation.baseline == "initial" else str(evaluation.baseline)
+
+
+def verdict_on(evaluation: Evaluation, title: str) -> str:
+    """Whether a policy beats its baseline, as far as the 95 % interval of its win rate says."""
+    mean, low, high = _interval(evaluation)
+    seeds = f", {evaluation.num_seeds} seeds" if evaluation.num_seeds > 1 else ""
+    judge = "" if leading_key(evaluation) == win_key(evaluation) else f", judge {evaluation.judge.get('model')}"
+    share = f"{percent(mean)} of comparisons (95 % interval {100 * low:.1f}–{100 * high:.1f}\u00a0%{seeds}{judge})"
+    if low > 0.5:
+        return f"{title} beats {_opponent(evaluation)} in {share}."
+    if high < 0.5:
+        return f"{title} loses to {_opponent(evaluation)}: it wins {share}."
+    return f"{title} cannot be told from {_opponent(evaluation)}: it wins {share}."
+
+
+def best(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """The trained policy with the highest win rate, degenerate ones last; None without win rates."""
+    known = [e for e in evaluations if not math.isnan(_interval(e)[0])]
+    return max(known, key=lambda e: (not e.degenerate, _interval(e)[0]), default=None)
+
+
+def headline(evaluations: Sequence[Evaluation]) -> str:
+    """The main finding of an evaluation; the first of `evaluations` may be the baseline."""
+    champion = best(evaluations)
+    if champion is None:
+        return f"{len(evaluations)} policies, no baseline to compare with."
+    sentence = verdict_on(champion, titles(evaluations)[list(evaluations).index(champion)])
+    compared = sum(not math.isnan(_interval(e)[0]) for e in evaluations)
+    return sentence if compared == 1 else f"Best of {compared}: {sentence}"
+
+
+def drift(initial: Evaluation, evaluations: Sequence[Evaluation]) -> str | None:
+    """What the smallest KL strength did, where several of one objective were tried: those of different objectives are
+    in different units."""
+    swept = [e for e in evaluations if e.beta is not None]
+    if len({e.beta for e in swept}) < 2 or len({e.objective for e in swept}) > 1:
+        return None
+    loosest = min(swept, key=lambda e: e.beta or 0)
+    before, after = (e.get("lengths/response") for e in (initial, loosest))
+    parts = [
+        f"answers {'grow' if after > before else 'shrink'} from {number(before, 1)} to {number(after, 1)} tokens",
+        f"{percent(1 - loosest.get('ended/share'))} of them never end (initially "
+        f"{percent(1 - initial.get('ended/share'))})",
+    ]
+    if "kl/initial" in loosest.metrics:
+        parts.append(f"the policy is {number(loosest.get('kl/initial'), 1)} nats from the initial one")
+    if "eos/chosen_logratio" in loosest.metrics:
+        parts.append(f"the end token's log-prob moved by {number(loosest.get('eos/chosen_logratio'), 2, signed=True)}")
+    return f"At the smallest β, {loosest.beta:g}, " + ", ".join(parts[:-1]) + f", and {parts[-1]}."
+
+
+def broken(evaluations: Sequence[Evaluation]) -> list[str]:
+    """One sentence for every degenerate policy."""
+    names = titles(evaluations)
+    return [
+        f"{name} is degenerate: {'; '.join(e.degenerate)}."
+        for name, e in zip(names, evaluations, strict=True)
+        if e.degenerate
+    ]

@@ -1,1 +1,0 @@
-"""What sampled answers are worth, and how sure one can be of it."""

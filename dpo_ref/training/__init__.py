@@ -1,0 +1,1 @@
+"""From groups to a trained policy: rounds, steps, metrics, and the run around them."""

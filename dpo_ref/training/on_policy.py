@@ -1,0 +1,457 @@
+"""`data=on_policy`: sample from the policy, score, form groups, and train on them, round by round; resumable in the
+middle of one.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from dpo_ref.component import MemberOf
+from dpo_ref.data.groups import Together, TokenGroups, gathered
+from dpo_ref.data.packing import epoch_order, steps_per_epoch
+from dpo_ref.files import write_json
+from dpo_ref.generation.records import Generation, Scores, read_generations, write_generations
+from dpo_ref.generation.sampling import generate
+from dpo_ref.objectives.interface import Objective
+from dpo_ref.references.table import Rows, Table, read_shards, score, write_shard
+from dpo_ref.training.advantages import ADVANTAGES, PAIRS, Grouping, Picked, all_with, best_of_n, bradley_terry
+from dpo_ref.training.rounds import Round, Supply, SupplyContext, groups_for
+from dpo_ref.types import Message, PreferenceData, Progress, PromptGroup, TokenGroup, digest, silent
+
+# --- the samples of one round: drawn from the policy, scored, kept as files from which a resumed run goes on
+
+
+GENERATIONS, RECORD = "generations.jsonl", "record.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Answers to one round's prompts, ordered by prompt and sample, and their rewards; seconds of either."""
+
+    generations: list[Generation]
+    rewards: list[float]
+    sample_seconds: float
+    score_seconds: float
+
+    def by_prompt(self) -> list[tuple[list[Generation], list[float]]]:
+        """The samples of each prompt and their rewards."""
+        size = max(generation.sample_index for generation in self.generations) + 1
+        starts = range(0, len(self.generations), size)
+        return [(self.generations[at : at + size], self.rewards[at : at + size]) for at in starts]
+
+    def metrics(self) -> dict[str, float]:
+        """What the round's samples are like. `reward_spread` is the standard deviation among a prompt's samples,
+        `reward_best` the mean of each prompt's highest reward, `length` in tokens."""
+        rewards = [rewards for _, rewards in self.by_prompt()]
+        found = {
+            "reward_mean": fmean(self.rewards),
+            "reward_best": fmean(map(max, rewards)),
+            "reward_spread": fmean(map(pstdev, rewards)),
+            "length": fmean(generation.num_tokens for generation in self.generations),
+            "ended": fmean(generation.finished for generation in self.generations),
+            "sample_seconds": self.sample_seconds,
+            "score_seconds": self.score_seconds,
+        }
+        return {f"on_policy/{name}": value for name, value in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """The policy that is trained, and who scores its answers."""
+
+    policy: Any
+    tokenizer: Any
+    scorer: Callable[[Sequence[Generation]], Scores]
+    options: dict[str, Any]  # of `generate`
+    progress: Progress
+
+    def draw(self, prompts: Sequence[Sequence[Message]], seed: int) -> Samples:
+        """Answers of the policy as it is now. Raises ValueError where the scorer has no number for one."""
+        started = time.perf_counter()
+        generations = generate(self.policy, self.tokenizer, prompts, seed, self.progress, **self.options)
+        drawn = time.perf_counter()
+        scores = self.scorer(generations)
+        unscored = sum(not math.isfinite(value) for value in scores.values)
+        if unscored:
+            raise ValueError(
+                f"scorer {scores.name} has no finite reward for {unscored} of {len(generations)} samples, such as "
+                f"an answer to {prompts[0][-1]['content']!r}; choose another with scorer@data.scorer=..."
+            )
+        return Samples(generations, list(scores.values), drawn - started, time.perf_counter() - drawn)
+
+
+def store(folder: Path, samples: Samples) -> None:
+    """Write a round's files; the record comes last and says that the folder is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_generations(folder / GENERATIONS, samples.generations)
+    content = {name: getattr(samples, name) for name in ("rewards", "sample_seconds", "score_seconds")}
+    write_json(folder / RECORD, content)
+
+
+def stored(folder: Path) -> Samples | None:
+    """What `store` wrote; None where it did not come to its end. Raises ValueError for a damaged file."""
+    if not (folder / RECORD).is_file():
+        return None
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        samples = Samples(read_generations(folder / GENERATIONS), **record)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{folder / RECORD} is damaged ({error}); the round's samples are lost") from error
+    if len(samples.rewards) != len(samples.generations):
+        raise ValueError(
+            f"{folder}: {len(samples.generations)} samples and {len(samples.rewards)} rewards; a file was changed"
+        )
+    return samples
+
+
+def token_group(number: int, generations: Sequence[Generation], picked: Picked) -> TokenGroup:
+    """The samples that were kept, as the tokens that were drawn: text tokenised again may be other tokens."""
+    kept = [generations[place] for place in picked.places]
+    return TokenGroup(
+        group_index=number,
+        group_id=PromptGroup(kept[0].prompt, tuple(sample.output for sample in kept)).group_id,
+        prompt_ids=list(kept[0].prompt_ids),
+        response_ids=tuple(list(sample.token_ids) for sample in kept),
+        num_bytes=tuple(len(sample.output.encode()) for sample in kept),
+        pairs=picked.pairs,
+        advantages=picked.advantages,
+    )
+
+
+def groups_of(samples: Samples, grouping: Grouping, first_number: int, seed: int) -> list[TokenGroup]:
+    """The groups that the samples give, numbered from `first_number`: a prompt whose samples say nothing gives none,
+    nor does a pair of equal answers."""
+    chance = random.Random(f"{seed} pairs")
+    found = []
+    for number, (generations, rewards) in enumerate(samples.by_prompt(), first_number):
+        picked = grouping(rewards, chance)
+        if picked is not None:
+            found.append(token_group(number, generations, picked))
+    return [group for group in found if not group.pairs or len(set(map(tuple, group.response_ids))) > 1]
+
+
+# --- what is refused before anything is loaded, and which grouping an objective gets
+
+
+COUNTS = (
+    "rounds", "prompts_per_round", "samples_per_prompt", "max_new_tokens", "generation_batch_size", "inner_epochs",
+    "sample_every",
+)  # fmt: skip
+TWO_DRAWS = ("random_two", "bradley_terry")
+
+
+def grouping_of(objective: Objective, pairs: str | None, scale: float | None, advantage: str | None) -> Grouping:
+    """What becomes of a prompt's samples: a pair, all of them with advantages, or the best one."""
+    if takes_pairs(objective):
+        return PAIRS[pairs or "best_vs_worst"] if scale is None else partial(bradley_terry, scale=scale)
+    return all_with(_advantage(objective, advantage)) if takes_advantages(objective) else best_of_n
+
+
+def takes_pairs(objective: Objective) -> bool:
+    """Whether it learns from a better and a worse response."""
+    return objective.pairwise or "labels" in objective.takes
+
+
+def takes_advantages(objective: Objective) -> bool:
+    """Whether it learns from all samples and what they are worth."""
+    return "advantages" in objective.takes
+
+
+def _advantage(objective: Objective, advantage: str | None) -> str:
+    return advantage or objective.function.func.published_advantage  # pyright: ignore
+
+
+def check_options(**options: Any) -> None:
+    """Refuse values out of range. Raises ValueError naming the key."""
+    for name in COUNTS:
+        if options[name] < 1:
+            raise ValueError(f"data.{name}={options[name]} must be at least 1")
+    if hasattr(options["prompts"].function, "supply"):
+        raise ValueError("data.prompts are rows of other data, not on_policy itself; see data@data.prompts=...")
+    if options["sample_every"] > options["rounds"]:
+        raise ValueError(f"data.sample_every={options['sample_every']} exceeds data.rounds={options['rounds']}")
+    if not 0 <= options["mix_offline"] < 1:
+        raise ValueError(f"data.mix_offline={options['mix_offline']} must lie in [0, 1): a share of offline pairs")
+    if not 0 <= options["temperature"] < float("inf"):
+        raise ValueError(f"data.temperature={options['temperature']} must be 0 (greedy) or positive")
+    if options["temperature"] == 0 and options["samples_per_prompt"] > 1:
+        raise ValueError("data.temperature=0 gives every sample of a prompt alike; use data.samples_per_prompt=1")
+    scale = options["preference_scale"]
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"data.preference_scale={scale} must be positive and finite")
+    if scale is not None and options["pairs"] != "bradley_terry":
+        raise ValueError(f"data.preference_scale={scale} has no effect without data.pairs=bradley_terry")
+
+
+def check_run(objective: Objective, options: Mapping[str, Any], given: Set[str]) -> None:
+    """Refuse options that this objective leaves without effect or sense. Raises ValueError with the remedy."""
+    if "trainer.epochs" in given:
+        raise ValueError(
+            "trainer.epochs has no effect on data=on_policy: data.rounds and data.inner_epochs say how long it trains"
+        )
+    if takes_pairs(objective):
+        _check_pairs(objective, options)
+    elif options["pairs"] is not None:
+        raise ValueError(
+            f"data.pairs={options['pairs']} has no effect: objective={objective.name} takes no pairs; leave it out"
+        )
+    if takes_advantages(objective):
+        _check_advantages(objective, options)
+    elif options["advantage"] is not None:
+        raise ValueError(
+            f"data.advantage={options['advantage']} has no effect: objective={objective.name} takes no advantages; "
+            "leave it out"
+        )
+
+
+def _check_pairs(objective: Objective, options: Mapping[str, Any]) -> None:
+    samples, pairs = options["samples_per_prompt"], options["pairs"]
+    if samples < 2:
+        raise ValueError(f"data.samples_per_prompt={samples}: objective={objective.name} compares two; use 2 or more")
+    if pairs in TWO_DRAWS and samples > 2:
+        raise ValueError(
+            f"data.pairs={pairs} looks at two of {samples} samples, and the others' rewards would have no effect; "
+            "use data.samples_per_prompt=2"
+        )
+
+
+def _check_advantages(objective: Objective, options: Mapping[str, Any]) -> None:
+    samples, advantage = options["samples_per_prompt"], _advantage(objective, options["advantage"])
+    if advantage != "none" and samples < 2:
+        raise ValueError(
+            f"data.samples_per_prompt={samples}: data.advantage={advantage} compares samples; use 2 or more"
+        )
+    if options["mix_offline"]:
+        raise ValueError(
+            f"data.mix_offline={options['mix_offline']}: the data's own answers have no advantages, which "
+            f"objective={objective.name} needs; leave it out"
+        )
+    if options["temperature"] != 1:
+        raise ValueError(
+            f"data.temperature={options['temperature']}: objective={objective.name} is a gradient of the expected "
+            "reward of the policy's own samples, which are those of temperature 1"
+        )
+    assert advantage in ADVANTAGES
+
+
+# --- the component, and the rounds it makes
+
+
+def on_policy(seed: int, progress: Progress = silent, *, prompts: Annotated[Any, MemberOf("data")]) -> PreferenceData:
+    """The data whose prompts the policy answers: its training prompts in the rounds, its pairs as `mix_offline`; held
+    out are its own held-out pairs and test prompts."""
+    return prompts(seed, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many rounds of what."""
+
+    rounds: int
+    prompts_per_round: int
+    samples_per_prompt: int
+    num_offline: int  # groups of the data among a round's
+    steps: int  # optimiser steps of a round
+    sample_every: int
+    grouping: Grouping
+
+
+class Rounds:
+    """On-policy rounds. Everything a round is made of depends on the run's seed, the round's number and the policy at
+    its beginning; samples, rewards and the sampling policy's log-probs are files in the run's folder."""
+
+    live = True
+
+    def __init__(self, context: SupplyContext, sampler: Sampler, plan: Plan) -> None:
+        self.num_groups = len(context.groups)
+        self.num_steps = min(plan.rounds * plan.steps, context.config.max_steps or plan.rounds * plan.steps)
+        self._context, self._sampler, self._plan = context, sampler, plan
+        self.known = self.held_out(context.groups) if plan.num_offline else []
+        if plan.num_offline and not len(self.known):
+            raise ValueError("data.mix_offline: data.prompts has no pairs to mix in; leave it out")
+        count = plan.rounds * plan.prompts_per_round
+        self._prompts = draw_prompts(context, sampler.options["max_new_tokens"], count)
+
+    def held_out(self, groups: TokenGroups) -> Sequence[TokenGroup]:
+        """Those that have what a round's groups have: pairs, or one wanted answer; none have advantages."""
+        objective = self._context.objective
+        if takes_advantages(objective):
+            return []
+        return groups_for(objective, groups.where(groups.have_pairs) if takes_pairs(objective) else groups)
+
+    def rounds(self, first_step: int) -> Iterator[Round]:
+        """The rounds that are not over after `first_step` steps, each sampled when it is asked for."""
+        for begin in range(first_step - first_step % self._plan.steps, self.num_steps, self._plan.steps):
+            number = begin // self._plan.steps
+            samples = self._samples(number, max(begin, first_step))
+            fresh = self._groups(number, samples)
+            groups = Together(groups_for(self._context.objective, gathered(fresh)), self._offline(number))
+            if not len(groups):
+                raise ValueError(
+                    f"round {number + 1}: the samples of every prompt have equal rewards or texts, so there is no "
+                    "pair to learn from; raise data.samples_per_prompt, data.prompts_per_round or data.temperature"
+                )
+            steps = min(self._plan.steps, self.num_steps - begin)
+            config = replace(self._context.config, epochs=float(steps), max_steps=steps)
+            old = self._old(number, fresh) if self._needs_old else None
+            yield Round(begin, groups, config, self._seed(number), old, self._metrics(number, samples, fresh))
+
+    @property
+    def _needs_old(self) -> bool:
+        return "old" in self._context.objective.takes
+
+    def _seed(self, number: int) -> int:
+        return int(digest(["round", self._context.seed, number])[:8], 16)
+
+    def _folder(self, number: int) -> Path:
+        return self._context.directory / "rounds" / f"{number + 1:04d}"
+
+    def _samples(self, number: int, step: int) -> Samples:
+        """The round's samples: from its files, or drawn now if now is when they are due. Raises ValueError if they are
+        lost: the policy that drew them is gone."""
+        first = number - number % self._plan.sample_every
+        if step == first * self._plan.steps:
+            due = range(first, min(first + self._plan.sample_every, self._plan.rounds))
+            for one in (one for one in due if stored(self._folder(one)) is None):
+                self._draw(one)
+        found = stored(self._folder(number))
+        if found is None:
+            raise ValueError(
+                f"{self._folder(number)} is not complete, and the policy that drew its samples has been trained "
+                "since: put the folder back, or start a new run"
+            )
+        return found
+
+    def _draw(self, number: int) -> None:
+        size = self._plan.prompts_per_round
+        samples = self._sampler.draw(self._prompts[number * size : (number + 1) * size], self._seed(number))
+        if self._needs_old:
+            write_shard(self._folder(number) / "old", self._scored(self._groups(number, samples)))
+        store(self._folder(number), samples)
+
+    def _scored(self, groups: list[TokenGroup]) -> Rows:
+        policy, device = self._context.policy.eval(), self._context.device
+        found: Rows = {}
+        for pack in self._context.pack(groups):
+            found |= score(policy, pack, device)
+        return found
+
+    def _groups(self, number: int, samples: Samples) -> list[TokenGroup]:
+        first = self._context.first_number + number * self._plan.prompts_per_round
+        return groups_of(samples, self._plan.grouping, first, self._seed(number))
+
+    def _offline(self, number: int) -> list[TokenGroup]:
+        """The round's pairs of the data; none comes again before all have come."""
+        count, total = self._plan.num_offline, len(self.known)
+        places = range(number * count, (number + 1) * count)
+        return [self.known[epoch_order(total, self._context.seed, at // total)[at % total]] for at in places]
+
+    def _old(self, number: int, groups: list[TokenGroup]) -> Table:
+        rows = read_shards(self._folder(number) / "old")
+        return Table("old", "", "", groups, rows, self._context.device)
+
+    def _metrics(self, number: int, samples: Samples, fresh: list[TokenGroup]) -> dict[str, float]:
+        size = self._plan.prompts_per_round
+        return {
+            "on_policy/round": float(number + 1),
+            "on_policy/reward_queries": float((number + 1) * size * self._plan.samples_per_prompt),
+            "on_policy/prompts_used": len(fresh) / size,
+            **samples.metrics(),
+        }
+
+
+def sampled(
+    context: SupplyContext,
+    *,
+    scorer: Annotated[Any, MemberOf("scorer")],
+    rounds: int = 32,
+    prompts_per_round: int = 64,
+    samples_per_prompt: int = 4,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    generation_batch_size: int = 256,
+    pairs: Literal["best_vs_worst", "random_two", "bradley_terry"] | None = None,
+    preference_scale: float | None = None,
+    advantage: Literal["none", "group_mean", "leave_one_out", "group_standardised"] | None = None,
+    inner_epochs: int = 1,
+    mix_offline: float = 0.0,
+    sample_every: int = 1,
+) -> Supply:
+    """Rounds of sampling from the policy, scoring, and training on what came of it (as in arXiv:2404.14367).
+
+    In each of `rounds` rounds the policy as it is then answers `prompts_per_round` prompts `samples_per_prompt` times
+    and `scorer` scores the answers. A pairwise objective gets a pair of each prompt's samples, as `pairs` says; one
+    that takes advantages gets them all, with the `advantage` made of their rewards; any other the best of them.
+    `inner_epochs` passes are made over a round's groups: the number of optimiser steps is fixed, so where prompts give
+    no pair (equal rewards), what is left is seen more often. `mix_offline` is the share of the data's own pairs among
+    a round's groups. `sample_every` rounds are sampled at once, so that all but the first train on samples of a stale
+    policy. Raises ValueError if no prompt leaves room for `max_new_tokens`.
+    """
+    plan = Plan(
+        rounds=rounds,
+        prompts_per_round=prompts_per_round,
+        samples_per_prompt=samples_per_prompt,
+        num_offline=(num_offline := round(prompts_per_round * mix_offline / (1 - mix_offline))),
+        steps=inner_epochs * steps_per_epoch(prompts_per_round + num_offline, context.config.batch_size),
+        sample_every=sample_every,
+        grouping=grouping_of(context.objective, pairs, preference_scale, advantage),
+    )
+    options = {
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "samples_per_prompt": samples_per_prompt,
+        "batch_size": generation_batch_size,
+    }
+    made = Rounds(context, Sampler(context.policy, context.tokenizer, scorer, options, context.progress), plan)
+    queries = rounds * prompts_per_round * samples_per_prompt
+    print(
+        f"on-policy: {rounds} rounds of {prompts_per_round} prompts x {samples_per_prompt} samples, "
+        f"{queries:,} rewards from {scorer.name}, {made.num_steps} steps"
+    )
+    return made
+
+
+on_policy.supply = sampled  # pyright: ignore[reportFunctionMemberAccess]
+on_policy.check_options = check_options  # pyright: ignore[reportFunctionMemberAccess]
+on_policy.check_run = check_run  # pyright: ignore[reportFunctionMemberAccess]
+
+
+# --- the prompts of all rounds, drawn from the rows of other data
+
+
+def draw_prompts(context: SupplyContext, max_new_tokens: int, count: int) -> Sequence[tuple[Message, ...]]:
+    """`count` prompts in an order drawn from the seed; none comes again before all have come.
+
+    Prompts that leave no room for `max_new_tokens` are left out, and counted on the terminal. Raises ValueError for a
+    row without a prompt, and where none is left.
+    """
+    sizes, rows = context.groups.lengths()[0][context.groups.places], context.groups.rows
+    room, seen, too_long = context.max_length - max_new_tokens, {}, 0
+    for place in np.random.default_rng([context.seed, 3]).permutation(len(rows)).tolist():
+        if len(seen) == count:
+            break
+        if sizes[place] > room:
+            too_long += 1
+            continue
+        row = context.texts[int(rows[place])]
+        if not row.prompt:
+            raise ValueError(f"{row.origin} has no prompt that the policy could answer; choose other data.prompts")
+        seen.setdefault(row.prompt_id, row.prompt)
+    if not seen:
+        raise ValueError(
+            f"no prompt leaves room for data.max_new_tokens={max_new_tokens} in {context.max_length} tokens; lower "
+            "it, or raise data.prompts.max_length"
+        )
+    if too_long:
+        print(f"  {too_long} prompts left out: with data.max_new_tokens they exceed {context.max_length} tokens")
+    found = list(seen.values())
+    return [found[place % len(found)] for place in range(count)]

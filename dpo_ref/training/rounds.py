@@ -1,0 +1,262 @@
+"""How a run's training groups come about: at once, as offline data, or round by round; and the groups as an objective
+needs them: pairs, wanted responses, labels, advantages, other prompts' responses.
+
+A data component that makes its groups while the run goes on has an attribute `supply`: a function of a
+`SupplyContext` that returns a `Supply`; `at_hand` is that of all others, one round that is there already.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, overload, runtime_checkable
+
+import numpy as np
+import torch
+
+from dpo_ref.data.groups import Changed, TokenGroups
+from dpo_ref.objectives.interface import Objective
+from dpo_ref.references.interface import Reference
+from dpo_ref.training.trainer import Pack, TrainerConfig
+from dpo_ref.types import Progress, PromptGroup, TokenGroup, digest
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Groups to train on from optimiser step `begin` (0-based) on.
+
+    `config` says how many steps that is; `old` are log-probs of the policy that drew the responses; `metrics` what is
+    to be told of the round itself.
+    """
+
+    begin: int
+    groups: Sequence[TokenGroup]
+    config: TrainerConfig
+    seed: int  # of the order
+    old: Reference | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SupplyContext:
+    """What a supply is made from at run time."""
+
+    directory: Path  # the run's
+    policy: Any
+    tokenizer: Any
+    objective: Objective
+    groups: TokenGroups  # the data's training groups
+    texts: Sequence[PromptGroup]  # the rows they are from, by `group_index`
+    text_of: Callable[[int], PromptGroup]  # the row of a training or held-out group, by `group_index`
+    first_number: int  # from here on `group_index` is free
+    max_length: int  # tokens of prompt and response
+    pack: Pack
+    config: TrainerConfig
+    seed: int
+    device: torch.device
+    progress: Progress
+
+
+@runtime_checkable
+class Supply(Protocol):
+    """Training groups, round by round."""
+
+    known: Sequence[TokenGroup]  # what is known before training: what a reference can tabulate
+    num_groups: int  # of the data; a resumed run must have as many
+    num_steps: int  # optimiser steps of the whole run
+    live: bool  # whether there are groups besides the known ones, which the reference is asked about as they come
+
+    def held_out(self, groups: TokenGroups) -> Sequence[TokenGroup]:
+        """Of held-out groups those that the objective can be evaluated on, as it needs them."""
+        ...
+
+    def rounds(self, first_step: int) -> Iterator[Round]:
+        """The rounds that are not over after `first_step` steps. The policy is trained on each before the next is
+        asked for. Raises ValueError where a round cannot be gone on with."""
+        ...
+
+
+class AtHand:
+    """Offline data: one round."""
+
+    live = False
+
+    def __init__(self, context: SupplyContext) -> None:
+        self._context = context
+        self.known = self.held_out(context.groups)
+        self.num_groups = len(self.known)
+        self.num_steps = context.config.num_steps(self.num_groups)
+
+    def held_out(self, groups: TokenGroups) -> Sequence[TokenGroup]:
+        """All of them."""
+        objective = self._context.objective
+        return with_rewards(objective, groups_for(objective, groups), self._context.text_of)
+
+    def rounds(self, first_step: int) -> Iterator[Round]:
+        """The one round."""
+        yield Round(0, self.known, self._context.config, self._context.seed)
+
+
+def at_hand(context: SupplyContext) -> Supply:
+    """The data's training groups as they are. Raises ValueError if they are not what the objective needs."""
+    return AtHand(context)
+
+
+# --- groups as an objective needs them
+
+
+def best_response_only(group: TokenGroup) -> TokenGroup:
+    """The group reduced to its chosen response: what likelihood objectives fit, so the rest is never forwarded."""
+    best = group.pairs[0][0] if group.pairs else 0
+    return replace(
+        group,
+        response_ids=(group.response_ids[best],),
+        num_bytes=(group.num_bytes[best],),
+        pairs=(),
+        scored=None if group.scored is None else (group.scored[best],),
+        labels=None,
+        advantages=None,
+    )
+
+
+def labelled(group: TokenGroup) -> TokenGroup:
+    """The group with its labels, or with those that its pairs say: what is better in a pair is wanted."""
+    if group.labels is not None:
+        return group
+    better = {place for place, _ in group.pairs}
+    return replace(group, labels=tuple(place in better for place in range(len(group.response_ids))))
+
+
+def _likelihood(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+    return Changed(groups.where(groups.wanted), best_response_only)
+
+
+def _pairwise(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+    if not groups.have_pairs.all():
+        raise ValueError(
+            f"objective={objective.name} compares responses, but the data has rows with only one; use sft, or kto for "
+            "rows with a label"
+        )
+    return groups
+
+
+def _unpaired(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+    said = groups.have_pairs | groups.labelled
+    if not said.all():
+        raise ValueError(
+            f"objective={objective.name} learns from wanted and unwanted responses, but {(~said).sum():,} of "
+            f"{len(said):,} rows have neither a label nor a second response; use sft"
+        )
+    if (ranked := groups.undecided & ~groups.labelled).any():
+        raise ValueError(
+            f"objective={objective.name}: {ranked.sum():,} of {len(said):,} rows rank several responses, and whether "
+            "a middle one is wanted is not said; data.pairing=best_vs_worst keeps the ends"
+        )
+    return Changed(groups, labelled)
+
+
+def _sampled(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+    if not groups.have_advantages.all():
+        raise ValueError(
+            f"objective={objective.name} learns from scored samples, and the data has rows without advantages; use "
+            "data=on_policy"
+        )
+    return groups
+
+
+KINDS: dict[str, Callable[[Objective, TokenGroups], Sequence[TokenGroup]]] = {
+    "pairwise": _pairwise,
+    "labels": _unpaired,
+    "advantages": _sampled,
+    "likelihood": _likelihood,
+}
+
+
+def groups_for(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+    """The groups as the objective needs them: a likelihood is fitted to wanted responses alone, pairs are split for
+    one that asks for labels. Raises ValueError for data that lacks what the objective needs."""
+    asked = [name for name in ("labels", "advantages") if name in objective.takes]
+    kind = "pairwise" if objective.pairwise else (asked or ["likelihood"])[0]
+    found = KINDS[kind](objective, groups)
+    return WithMismatched(found) if "mismatched" in objective.takes and len(found) else found
+
+
+def with_rewards(
+    objective: Objective, groups: Sequence[TokenGroup], text_of: Callable[[int], PromptGroup]
+) -> Sequence[TokenGroup]:
+    """The groups with the scores of their rows, where the objective asks for them. `text_of` gives the row of a
+    `group_index`. Raises ValueError naming the first row without scores."""
+    if "rewards" not in objective.takes:
+        return groups
+    rows = {group.group_index: text_of(group.group_index) for group in groups}
+    unscored = next((row for row in rows.values() if row.rewards is None), None)
+    if unscored is not None:
+        raise ValueError(
+            f"objective={objective.name}: {unscored.origin or 'a pair of this data'} has no scores to make a margin "
+            "of (score_chosen and score_rejected, or a score of each response); use objective=reward_model"
+        )
+    rewards = {number: row.rewards for number, row in rows.items()}
+    return Changed(groups, lambda group: replace(group, rewards=rewards[group.group_index]))
+
+
+class WithMismatched(Sequence[TokenGroup]):
+    """Groups with the responses of the next group behind their prompt, as `mismatched`.
+
+    Next is cyclic in the data's order and skips groups with the same prompt; so the responses are the same in every
+    run, and a table can hold their reference log-probs. They are cut where they would be longer behind this prompt
+    than the longest sequence of the data. Raises ValueError for data with only one prompt.
+    """
+
+    def __init__(self, groups: Sequence[TokenGroup]) -> None:
+        self.groups = groups
+        self.numbers = np.array([group.group_index for group in groups])
+        self.longest = max(len(group.prompt_ids) + max(map(len, group.response_ids)) for group in groups)
+        self._next(0)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenGroup: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[TokenGroup]: ...
+    def __getitem__(self, place: int | slice) -> TokenGroup | list[TokenGroup]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        if place >= len(self):
+            raise IndexError(place)
+        group, other = self.groups[place], self._next(place)
+        size = self.longest - len(group.prompt_ids)
+        mismatched = TokenGroup(
+            group_index=-1 - group.group_index,
+            group_id=digest([group.group_id, other.group_id]),
+            prompt_ids=group.prompt_ids,
+            response_ids=tuple(ids[:size] for ids in other.response_ids),
+            num_bytes=other.num_bytes,
+            pairs=(),
+            scored=None if other.scored is None else tuple(mask[:size] for mask in other.scored),
+        )
+        return replace(group, mismatched=mismatched)
+
+    def _next(self, place: int) -> TokenGroup:
+        prompt = self.groups[place].prompt_ids
+        for step in range(1, len(self)):
+            other = self.groups[(place + step) % len(self)]
+            if other.prompt_ids != prompt:
+                return other
+        raise ValueError("a KL on responses of other prompts needs data with at least two prompts")
+
+    @property
+    def mismatched(self) -> Sequence[TokenGroup]:
+        """The groups of other prompts' responses alone; their `group_index` is -1 minus the prompt's."""
+        return Changed(self, _mismatched)
+
+    def text(self, number: int, texts: Callable[[int], PromptGroup]) -> PromptGroup:
+        """The texts of the mismatched group with this `group_index`."""
+        (place,) = np.flatnonzero(self.numbers == -1 - number)
+        prompt, other = texts(-1 - number), texts(self._next(int(place)).group_index)
+        return replace(other, prompt=prompt.prompt, tools=prompt.tools, pairs=(), logps=None)
+
+
+def _mismatched(group: TokenGroup) -> TokenGroup:
+    assert group.mismatched is not None
+    return group.mismatched

@@ -1,0 +1,129 @@
+"""Every YAML composes onto its schema; what would have no effect is refused with key and remedy."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dpo_ref.cli import schemas
+from tests.support.command import REQUIRED, ROOT, resolved
+
+FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
+EVALUATE_ONLY = {"diagnostic", "export", "generation", "judge", "prompts", "scorer"}
+INSIDE = {"scorer=judge": ["data=on_policy", "scorer@data.scorer=judge", "data.scorer.judge.model=big"]}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_file_composes(path):
+    group = path.parent.name
+    if inside := INSIDE.get(f"{group}={path.stem}"):  # a choice that only has a place in another
+        resolved(*inside)
+        return
+    kind = "evaluate" if group in EVALUATE_ONLY else "train"
+    choice = f"+experiment={path.stem}" if group == "experiment" else f"{group}={path.stem}"
+    required = REQUIRED.get(path.stem, [])
+    resolved(choice, *(required[group] if isinstance(required, dict) else required), kind=kind)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_file_says_what_it_is(path):
+    """What it is, and unless it is a default, a command."""
+    first = next(line for line in path.read_text().splitlines() if not line.startswith("# @package"))
+    assert first.startswith("# ")
+    assert len(first) > 30
+
+
+def test_beta_goes_to_the_strength_of_the_objective():
+    assert resolved("beta=0.02").objective.function.keywords == {"beta": 0.02}
+    assert resolved().objective.function.keywords == {"beta": 0.1}
+
+
+def test_an_option_that_may_be_a_mapping_is_given_as_one():
+    run = resolved("model.template_options={enable_thinking: false}")
+    assert run.model.options["template_options"] == {"enable_thinking": False}
+    assert resolved("data=tldr", "data.hub={path: mine}").data.options["hub"]["path"] == "mine"
+
+
+REFUSED = {
+    "misspelt group": (["objectve=dpo"], "objectve is not an option; did you mean objective?"),
+    "misspelt key": (["objective.bta=1"], "objective.bta is not an option; did you mean objective.beta?"),
+    "added key": (["+objective.bta=1"], "objective.bta is not an option; did you mean objective.beta?"),
+    "added top level": (["+betta=1"], "betta is not an option; did you mean beta?"),
+    "trainer key": (["+trainer.bach_size=1"], "did you mean trainer.batch_size?"),
+    "choice of a value": (["optim.schedule=cosin"], "optim.schedule=cosin is none of constant, linear, cosine"),
+    "beta zero": (["beta=0"], "beta=0.0 must be positive"),
+    "beta twice": (["beta=1", "objective.beta=1"], "beta and objective.beta say the same thing"),
+    "beta without effect": (["objective=sft", "beta=1"], "beta=1.0 has no effect: objective=sft has no KL strength"),
+    "reference without effect": (["objective=sft", "reference=initial"], "reference=initial has no effect"),
+    "missing path": (["data=jsonl"], "data needs data.path=..."),
+    "stage": (["stage=tain"], "stage=tain is none of train, cache_reference, data"),
+    "trainer value": (["trainer.batch_size=0"], "trainer.batch_size=0 must be positive"),
+    "no dictionary": (["model.template_options=5"], "model.template_options=5 must be a dictionary"),
+    "key of another member": (["+data.on_bad_row=skip"], "data.on_bad_row is not an option"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_remedy(case):
+    overrides, message = REFUSED[case]
+    with pytest.raises(ValueError) as error:
+        resolved(*overrides)
+    assert message in str(error.value)
+
+
+def test_a_dictionary_may_stand_where_null_was():
+    """OmegaConf 2.3 fails to merge one into a typed null."""
+    assert resolved("model.template_options={a: 1}").model.options["template_options"] == {"a": 1}
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "messages"),
+    [
+        ("objective=dop", ["Could not find 'objective/dop'", "Available options", "dpo"]),
+        ("optim.lr=fast", ["'fast' of type 'str' could not be converted to Float", "optim.lr"]),
+        ("seed=1.5", ["could not be converted to Integer", "seed"]),
+    ],
+)
+def test_hydra_refuses_wrong_choices_and_types_itself(override, messages):
+    shown = command("train.py", override)
+    assert shown.returncode == 1
+    assert all(message in shown.stderr for message in messages), shown.stderr
+
+
+def test_help_shows_real_choices_and_every_option():
+    shown = command("train.py", "--help")
+    assert shown.returncode == 0, shown.stderr
+    objectives = sorted(path.stem for path in schemas.CONF.glob("objective/*.yaml"))
+    assert f"objective: {', '.join(objectives)}\n" in shown.stdout
+    assert "schema" not in shown.stdout.split("Options and")[0]
+    assert "length_bias" in shown.stdout
+
+
+def test_cfg_job_shows_the_composed_configuration():
+    shown = command("train.py", "--cfg", "job", "objective=sft")
+    assert "_target_: dpo_ref.objectives.unpaired.sft" in shown.stdout
+
+
+def test_a_misspelt_key_costs_no_time_and_no_folder(tmp_path):
+    shown = command("train.py", "objective.bta=1", f"output_dir={tmp_path / 'run'}")
+    assert shown.returncode == 1
+    assert shown.stderr.strip() == "error: objective.bta is not an option; did you mean objective.beta?"
+    assert not (tmp_path / "run").exists()
+
+
+def test_tab_completion():
+    """What the shell asks when TAB is pressed after `objective=`: the real choices and nothing else."""
+    shown = command("train.py", "-sc", "query=bash", COMP_LINE="train.py objective=", COMP_POINT="19")
+    assert set(shown.stdout.split()) == {f"objective={path.stem}" for path in schemas.CONF.glob("objective/*.yaml")}

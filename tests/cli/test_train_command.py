@@ -1,0 +1,179 @@
+"""`python train.py` as a user runs it: killed and resumed, interrupted, swept, and given bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.command import ROOT, train, typed
+
+SMALL = ["model.path=lab:tiny", "data.num_pairs=96", "data.num_eval_pairs=16", "trainer.batch_size=8", "tracking=none"]
+
+
+def arguments(*overrides):
+    return [sys.executable, "train.py", *overrides]
+
+
+def lines(run):
+    """Metrics without what depends on the clock and the process."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "throughput" not in k and "memory" not in k} for row in rows]
+
+
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = train(*SMALL, f"output_dir={run}", "beta=0.3", "trainer.save_every=3")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def stopped(run, number, *overrides):
+    """Start a run, wait for its fourth step, send it a signal; the exit code."""
+    overrides = [*SMALL, f"output_dir={run}", "beta=0.3", "trainer.save_every=3", *overrides]
+    process = subprocess.Popen(arguments(*overrides), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 5:
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def same_weights(one, other):
+    ours, theirs = (load_file(run / "policy" / "model.safetensors") for run in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    assert {path.name for path in whole.iterdir()} >= {
+        "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "policy",
+    }  # fmt: skip
+    found = lines(whole)
+    assert [row["step"] for row in found] == [0, *range(1, 13), 12]
+    assert found[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert found[1]["train/loss"] == pytest.approx(0.693147, abs=1e-6)
+    record = summary(whole)
+    assert (record["status"], record["steps"], record["beta"], record["reference"]) == (
+        "completed",
+        12,
+        0.3,
+        "initial",
+    )
+    assert record["data"] == {"groups": 112}
+    assert record["identities"]["loss_reference_weights"] == record["identities"]["initial_policy"]
+    first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[1])
+    tokens_per_step = 8 * first["train/throughput/tokens_per_second"] / first["train/throughput/pairs_per_second"]
+    assert first["train/throughput/pack_fill"] == pytest.approx(tokens_per_step / 8192)  # eight pairs in one pack
+    assert list(whole.glob("**/*.bin")) == list(whole.glob("**/*.pt")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, number):
+    run = tmp_path / "run"
+    code, output = stopped(run, number)
+    assert code != 0
+    if number != signal.SIGKILL:
+        assert summary(run)["status"] == "interrupted"
+        assert f"python train.py resume={run}" in output
+    again = train(f"resume={run}", "tracking=none")
+    assert again.returncode == 0, again.stderr
+    assert lines(run) == lines(whole)
+    assert same_weights(run, whole)
+    assert summary(run)["status"] == "completed"
+
+
+def test_a_non_finite_loss_stops_the_run_and_saves_it(tmp_path):
+    """Weights of 1e38 after the first update make the second loss nan: its update is left out, its pairs are named."""
+    run = tmp_path / "run"
+    wild = ["optim.lr=1e38", "optim.warmup_ratio=0", "optim.schedule=constant"]
+    done = train(*SMALL, *wild, f"output_dir={run}", "data.num_eval_pairs=0")
+    assert done.returncode == 1
+    assert "step 2: loss nan" in done.stderr
+    named = json.loads((run / "non_finite_step_2.json").read_text())
+    assert len(named["group_ids"]) == 8
+    assert summary(run)["status"] == "failed"
+    assert list(run.glob("checkpoints/step-*/state.json"))
+
+
+def test_resume_refuses_another_run(whole, tmp_path):
+    refused = train(f"resume={whole}", "reference=none")
+    assert refused.returncode == 1
+    assert "reference=none cannot change when a run goes on" in refused.stderr
+    assert "is not a run's folder" in train(f"resume={tmp_path}").stderr
+    taken = train(*SMALL, f"output_dir={whole}")
+    assert f"already holds a run: resume={whole} goes on with it" in taken.stderr
+
+
+def test_resume_refuses_another_reference(whole, tmp_path):
+    """The reference behind the same words has changed: the run's own record of its identity says so."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    (state,) = run.glob("checkpoints/*/state.json")
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps(content | {"reference": "another"}))
+    refused = train(f"resume={run}", "trainer.epochs=2", "tracking=none")
+    assert refused.returncode == 1
+    assert "reference was another and is" in refused.stderr
+
+
+def test_a_longer_resume_equals_a_longer_run(whole, tmp_path):
+    flat = ["optim.schedule=constant", "optim.warmup_ratio=0"]
+    short, long = tmp_path / "short", tmp_path / "long"
+    for run, steps in ((short, 5), (long, 9)):
+        assert train(*SMALL, *flat, f"output_dir={run}", f"trainer.max_steps={steps}").returncode == 0
+    assert train(f"resume={short}", "trainer.max_steps=9").returncode == 0
+    assert same_weights(short, long)
+
+
+def test_a_sweep_survives_a_failing_job(tmp_path):
+    folder = tmp_path / "sweep"
+    done = typed("train.py", "-m", *SMALL, f"output_dir={folder}", "beta=0.3,-1", "trainer.max_steps=2")
+    jobs = [summary(place) for place in sorted(folder.iterdir()) if place.is_dir() and place.name != "panels"]
+    assert [job["status"] for job in jobs] == ["completed", "failed"], done.stderr
+    assert "beta=-1.0 must be positive" in jobs[1]["error"]
+
+
+def test_job_two_equals_the_same_job_alone(tmp_path):
+    folder, alone = tmp_path / "sweep", tmp_path / "alone"
+    typed("train.py", "-m", *SMALL, f"output_dir={folder}", "beta=3,0.1", "trainer.max_steps=3")
+    train(*SMALL, f"output_dir={alone}", "beta=0.1", "trainer.max_steps=3")
+    second = folder / "1_beta-0.1"
+    assert lines(second) == lines(alone)
+    assert same_weights(second, alone)
+
+
+BAD = {
+    "no such folder": (["model.path=./nowhere"], "model.path=./nowhere does not exist"),
+    "no model in it": (["model.path=tests"], "model.path=tests is not a model folder: it has no config.json"),
+    "no such lab model": (["model.path=lab:huge"], "lab:huge is no model of the lab"),
+    "no such file": (["data=jsonl", "data.path=nowhere.jsonl"], "data.path=nowhere.jsonl does not exist"),
+    "everything too long": (["data.max_length=3"], "every row was dropped; see data.max_length"),
+    "output folder": (["output_dir=LICENSE/run"], "cannot be written"),
+    "dtype": (["model.dtype=bfloat16"], "model.dtype=bfloat16 needs a CUDA device"),
+    "attention": (["model.attention=flash_attn"], "pip install -r requirements-flash.txt"),
+    "nothing to cache": (["stage=cache_reference", "reference=none"], "reference=none has no table to fill"),
+    "no pairs": (["data=lab_sft", "data.num_examples=20"], "objective=dpo compares responses"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_message(case, tmp_path):
+    overrides, message = BAD[case]
+    base = ["tracking=none", f"output_dir={tmp_path / 'run'}", "model.path=lab:tiny", "data.num_pairs=20"]
+    keys = {o.partition("=")[0] for o in overrides} | ({"data.num_pairs"} if "data=" in str(overrides) else set())
+    done = train(*(o for o in base if o.partition("=")[0] not in keys), *overrides)
+    assert done.returncode == 1
+    assert message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr

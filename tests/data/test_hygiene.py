@@ -1,0 +1,123 @@
+"""What is said about the data is so: counted by hand, and on real dialogues against a plain implementation."""
+
+import gzip
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo_ref.data import sources
+from dpo_ref.data.inspection import example_of, inspect, score_margins, short_report
+from dpo_ref.data.tokenise import tokenise
+from dpo_ref.types import Message, PreferenceData, PromptGroup, Reading
+from tests.support.command import train
+from tests.support.tokenizer_families import FAMILIES
+
+HH = Path(os.environ.get("DPO_REF_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "hh_harmless"
+TOKENIZER = FAMILIES["qwen: byte-level, no BOS, ChatML"]().tokenizer
+
+
+def group(prompt, *responses, rewards=None):
+    return PromptGroup((Message(role="user", content=prompt),), responses, ((0, 1),), rewards)
+
+
+def test_counts_by_hand():
+    train_groups = [
+        group("a", "yes yes yes", "no"),
+        group("a", "yes yes yes", "no"),  # again
+        group("b", "x", "y y y", rewards=(3.0, 1.0)),
+        group("b", "y y y", "x", rewards=(1.0, 3.0)),  # the other way round
+        group("c", "same", "size"),
+    ]
+    held_out = [group("c", "1", "2"), group("d", "1", "2")]
+    data = PreferenceData(train_groups, held_out, [], Reading(9, {"bad rows": 2}, ("f row 1 is bad",), ("ranked",)))
+    found = inspect(data, *(tokenise(part, TOKENIZER) for part in (train_groups, held_out)))
+    assert (found.num_train, found.num_eval) == (5, 2)
+    assert (found.duplicates, found.contradictions, found.leaked) == (1, 2, 1)
+    assert found.longer_chosen == pytest.approx((2 + 1 + 0.5) / 5)
+    lengths = [len(TOKENIZER.encode(text)) + 1 for text in ("yes yes yes", "yes yes yes", "x", "y y y", "same")]
+    assert found.chosen.tolist() == lengths
+    assert score_margins(train_groups).tolist() == [2.0, -2.0]
+    said = "\n".join(short_report(found))
+    assert "5 groups to train on, 2 held out from 9 rows (ranked)" in said
+    assert "the longer response is chosen in 70%" in said
+    for line in ("2 rows left out: bad rows", "f row 1 is bad", "1 duplicates", "2 groups contradict", "1 held-out"):
+        assert line in said
+
+
+def test_lengths_of_groups_of_every_shape():
+    groups = [
+        PromptGroup((Message(role="user", content="a"),), ("b",), ()),
+        PromptGroup((Message(role="user", content="a b c"),), ("b", "c d", "e f g"), ((2, 0), (1, 0))),
+        PromptGroup((Message(role="user", content="a"),), ("b c", "d"), ((1, 0),)),
+    ]
+    made = tokenise(groups, TOKENIZER).groups
+    prompts, chosen, rejected, alone = made.lengths()
+    ids = [[len(r) for r in g.response_ids] for g in made]
+    assert prompts.tolist() == [len(g.prompt_ids) for g in made]
+    assert chosen.tolist() == [ids[1][2], ids[1][1], ids[2][1]]
+    assert rejected.tolist() == [ids[1][0], ids[1][0], ids[2][0]]
+    assert alone.tolist() == [ids[0][0]]
+
+
+def test_an_example_shows_every_scored_token():
+    text = "naïve 日本 \N{GRINNING FACE} ok"
+    prompt = (Message(role="user", content="a"), Message(role="assistant", content="b"))
+    given = PromptGroup((*prompt, Message(role="user", content="c")), (text, "no"), ((1, 0),))
+    (found,) = tokenise([given], TOKENIZER, score="all").groups
+    example = example_of(TOKENIZER, found)
+    assert list(example.responses) == ["rejected", "chosen"]
+    assert "".join(piece.text for piece in example.responses["rejected"]) == TOKENIZER.decode(found.response_ids[0])
+    scored = "".join(piece.text for piece in example.responses["rejected"] if piece.scored)
+    assert scored == f"b<|im_end|>{text}<|im_end|>"
+    assert example.rows()[0] == ["prompt", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "no"]
+
+
+def plain_hh(row):
+    """A dialogue pair read with one regular expression; None for what cannot be compared."""
+    sides = []
+    for side in (row["chosen"], row["rejected"]):
+        parts = re.split(r"\n\n(Human|Assistant):", side)[1:]
+        sides.append([(role, text.strip()) for role, text in zip(parts[::2], parts[1::2], strict=True)])
+    chosen, rejected = sides
+    alternates = [role for role, _ in chosen] == ["Human", "Assistant"] * (len(chosen) // 2)
+    usable = chosen[:-1] == rejected[:-1] and alternates and chosen[-1][1] and rejected[-1][1]
+    return (chosen, rejected[-1]) if usable and chosen[-1] != rejected[-1] and chosen[-2][1] else None
+
+
+@pytest.mark.skipif(not HH.is_dir(), reason="hh-rlhf's rows are not here")
+def test_hh_equals_a_plain_implementation(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path))
+    path = HH / "test.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        rows = [plain_hh(json.loads(line)) for line in stream]
+    expected = [row for row in rows if row is not None]
+    data = sources.preferences(0, path=str(path), format="hh", on_bad_row="skip")
+    assert data.reading.num_rows == len(rows) == 2312
+    assert data.reading.dropped["bad rows"] == 2312 - len(expected)
+    made = tokenise(data.train, TOKENIZER, max_length=10**6).groups
+    assert len(made) == len(expected)
+    names = {"Human": "user", "Assistant": "assistant"}
+    for found, (chosen, rejected) in zip(made, expected, strict=True):
+        turns = "".join(f"<|im_start|>{names[role]}\n{text}<|im_end|>\n" for role, text in chosen[:-1])
+        prompt = TOKENIZER.encode(turns + "<|im_start|>assistant\n", add_special_tokens=False)
+        answers = [
+            TOKENIZER.encode(text + "<|im_end|>", add_special_tokens=False) for _, text in (chosen[-1], rejected)
+        ]
+        assert found.prompt_ids == prompt
+        assert list(found.response_ids) == answers
+
+
+def test_stage_data_writes_a_page_and_loads_no_model(tmp_path):
+    rows = [{"prompt": f"why {i}?", "chosen": "because " * (i + 1), "rejected": "<b>no</b>"} for i in range(12)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    done = train("stage=data", "data=jsonl", f"data.path={path}", "model=lab_tiny", f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "run" / "data.html").read_text()
+    assert "12 groups to train on" in page
+    assert "&lt;" in page
+    assert "<b>no" not in page
+    assert not re.search(r'(src|href)="(?!#)', page)

@@ -1,0 +1,124 @@
+"""Groups in flat arrays are the groups that went in; what is masked is not scored, by any path."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_ref.data.groups import Changed, Together, TokenGroups, gathered
+from dpo_ref.data.packing import collate
+from dpo_ref.data.tokenise import tokenise, tokenised_once
+from dpo_ref.models.logps import head_of, packed_hidden, response_logps, separate_hidden, token_logps
+from dpo_ref.references.table import row_key, score
+from dpo_ref.types import TokenGroup, silent
+from tests.support.tiny import random_groups, tiny_model
+
+IDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=6)
+
+
+@st.composite
+def token_groups(draw, number):
+    responses = draw(st.lists(IDS, min_size=1, max_size=4))
+    masks = tuple(draw(st.lists(st.booleans(), min_size=len(r), max_size=len(r))) for r in responses)
+    everything = all(map(all, masks))
+    pair = st.tuples(st.integers(0, len(responses) - 1), st.integers(0, len(responses) - 1))
+    return TokenGroup(
+        group_index=number,
+        group_id=f"{draw(st.integers(0, 2**128 - 1)):032x}",
+        prompt_ids=draw(IDS),
+        response_ids=tuple(responses),
+        num_bytes=tuple(draw(st.integers(0, 10**9)) for _ in responses),
+        pairs=tuple(draw(st.lists(pair, max_size=3))),
+        scored=None if everything or draw(st.booleans()) else masks,
+        labels=draw(st.none() | st.just(tuple(draw(st.booleans()) for _ in responses))),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), count=st.integers(1, 5))
+def test_what_goes_in_comes_out(data, count, tmp_path_factory):
+    groups = [data.draw(token_groups(number)) for number in range(count)]
+    made = gathered(groups)
+    assert list(made) == groups
+    folder = tmp_path_factory.mktemp("kept") / "groups"
+    made.save(folder, {"note.txt": "so"})
+    assert list(TokenGroups.load(folder)) == groups
+    assert list(made[1:]) == groups[1:]
+    assert [g.group_index for g in made.numbered_from(10)] == list(range(10, 10 + count))
+    assert made.have_pairs.tolist() == [bool(g.pairs) for g in groups]
+    assert made.wanted.tolist() == [g.labels is None or g.labels[0] for g in groups]
+    assert list(made.where(made.have_pairs)) == [g for g in groups if g.pairs]
+    both = Together(made[:1], groups, made)
+    assert list(both) == [groups[0], *groups, *groups]
+    assert both[1:3] == [*groups, *groups][:2]
+    assert [g.pairs for g in Changed(made, lambda g: g)[1:]] == [g.pairs for g in groups[1:]]
+
+
+def masked(group, *masks):
+    return TokenGroup(
+        group.group_index, group.group_id, group.prompt_ids, group.response_ids, group.num_bytes, group.pairs, masks
+    )
+
+
+@pytest.mark.parametrize("path", ["packed", "one response at a time"])
+def test_only_scored_tokens_count(path):
+    """The masked sums are sums over a choice of the unmasked per-token values."""
+    model = tiny_model(seed=1)
+    plain = random_groups([(3, (4, 2)), (2, (5, 3, 1))])
+    first = [True, False, True, True], [False, True]
+    second = [False, False, True, False, True], [True, True, True], [True]
+    chosen = [masked(plain[0], *first), masked(plain[1], *second)]
+    keep = torch.tensor([flag for mask in (*first, *second) for flag in mask])
+    whole, batch = collate(plain), collate(chosen)
+    everything = response_logps(model, whole).tokens()
+    forward = {"packed": packed_hidden, "one response at a time": separate_hidden}[path]
+    if path != "packed":
+        model.set_attn_implementation("eager")
+    found = token_logps(forward(model, batch), head_of(model), batch.target_ids)
+    torch.testing.assert_close(found, everything[keep], atol=1e-5, rtol=0)
+    assert batch.lengths.tolist() == [3, 1, 2, 3, 1]
+    assert batch.scored_per_group == (4, 6)
+
+
+def test_the_table_tells_masks_apart():
+    model = tiny_model(seed=1)
+    (plain,) = random_groups([(3, (4, 2))])
+    other = masked(plain, [True, False, True, True], [True, True])
+    assert row_key(plain) != row_key(other)
+    rows = score(model, [plain, other], torch.device("cpu"))
+    assert rows[row_key(other)].tolist() == pytest.approx(rows[row_key(plain)][[0, 2, 3, 4, 5]].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("cause", ["none", "text", "pairs", "limit", "tokenizer"])
+def test_tokens_are_kept_for_what_they_depend_on(cause, tmp_path):
+    """A second run tokenises again when anything changed that matters, and only then."""
+    from functools import partial
+
+    from dpo_ref.types import Message, PromptGroup
+    from tests.support.tokenizers_here import byte_bpe
+
+    passes = []
+
+    def counting(items, description, total):
+        passes.append(description)
+        return silent(items, description, total)
+
+    def groups(text="why", pairs=((0, 1),), origin="a"):
+        return [PromptGroup((Message(role="user", content=text),), ("so", "no no"), pairs, origin=origin)]
+
+    tokenizer = byte_bpe()
+    make = partial(tokenise, max_length=100)
+    first = tokenised_once(groups(), tokenizer, make, "words", tmp_path, counting)
+    changed = {
+        "none": (groups(origin="b"), partial(tokenise, max_length=100), "words"),
+        "text": (groups(text="who"), make, "words"),
+        "pairs": (groups(pairs=((1, 0),)), make, "words"),
+        "limit": (groups(), partial(tokenise, max_length=99), "words"),
+        "tokenizer": (groups(), make, "other words"),
+    }
+    data, tokenised, identity = changed[cause]
+    second = tokenised_once(data, tokenizer, tokenised, identity, tmp_path, counting)
+    assert len(passes) == (1 if cause == "none" else 2)
+    if cause == "none":
+        assert list(second.groups) == list(first.groups)
+        assert second.counts == first.counts

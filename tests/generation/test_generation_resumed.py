@@ -1,0 +1,108 @@
+"""A generation that was killed goes on where it was, with the same bits."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+
+import pytest
+
+from dpo_ref.evaluation.stages import generate_stage
+from dpo_ref.generation.engine import PromptSet, Question, Sampling, answered
+from dpo_ref.generation.records import read_generations
+from dpo_ref.generation.sampling import Local
+from dpo_ref.types import silent
+from tests.support.command import ROOT
+from tests.support.tiny import tiny_model
+from tests.support.tokenizers_here import byte_bpe
+
+TOKENIZER = byte_bpe()
+ASKED = PromptSet(
+    "", tuple(Question(({"role": "user", "content": f"{n} cats" * (n % 4 + 1)},), ("why?",)) for n in range(7))
+)
+
+
+@dataclass
+class Counted:
+    """Batches that were decoded; the power fails before batch `last`."""
+
+    last: int | None = None
+    done: int = 0
+
+    def __call__(self, items, description, total):
+        for item in items:
+            if self.done == self.last:
+                raise KeyboardInterrupt
+            self.done += 1
+            yield item
+
+
+def engine():
+    model = tiny_model("llama", vocab_size=len(TOKENIZER))
+    return Local(TOKENIZER, Sampling(1.0, 1.0, 9, 2), 4, lambda: model)
+
+
+def run(folder, counted):
+    return generate_stage(folder, "0123456789abcdef-key", lambda kept: answered(engine(), ASKED, 3, counted, kept))
+
+
+@pytest.mark.parametrize("last", [0, 1, 3, 4, 6])
+def test_a_killed_generation_goes_on_with_the_same_bits(last, tmp_path):
+    whole, first, second = Counted(), Counted(last), Counted()
+    expected = run(tmp_path / "whole", whole)
+    assert whole.done == 8  # 14 samples of two turns, four at a time
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", first)
+    assert not (tmp_path / "killed" / "generations.jsonl").exists()
+    assert run(tmp_path / "killed", second) == expected
+    assert (first.done, second.done) == (last, 8 - last)
+    written = [(tmp_path / name / "generations.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert written[0] == written[1]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
+        "generations.jsonl",
+        "generations.key.json",
+    ]
+
+
+def test_a_torn_line_costs_its_batch_alone(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Counted(3))
+    (partial,) = tmp_path.glob("*.partial.jsonl")
+    partial.write_bytes(partial.read_bytes()[:-40])
+    second = Counted()
+    found = run(tmp_path, second)
+    assert second.done == 6
+    assert found == answered(engine(), ASKED, 3)
+
+
+def test_other_answers_are_not_taken_over(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Counted(3))
+    other = Counted()
+    generate_stage(tmp_path, "fedcba9876543210", lambda kept: answered(engine(), ASKED, 4, other, kept))
+    assert other.done == 8
+    assert len(list(tmp_path.glob("*.partial.jsonl"))) == 1  # the first may still go on
+
+
+def test_a_process_that_is_killed_leaves_what_it_had(tmp_path):
+    """SIGKILL in the middle, as by a scheduler."""
+    code = f"""
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        from tests.generation.test_generation_resumed import *
+        def slow(items, description, total):
+            for number, item in enumerate(items):
+                if number == 2:
+                    print("now", flush=True); sys.stdin.read()
+                yield item
+        from pathlib import Path
+        run(Path({str(tmp_path)!r}), slow)
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes) as process:
+        assert process.stdout.readline() == b"now\n"
+        process.send_signal(signal.SIGKILL)
+    second = Counted()
+    assert run(tmp_path, second) == answered(engine(), ASKED, 3, silent)
+    assert second.done == 6
+    assert read_generations(tmp_path / "generations.jsonl")[0].prompt == ASKED.questions[0].prompt

@@ -1,0 +1,93 @@
+"""The lab's checkpoints: built once, by one process, into a folder that names what they depend on."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_ref.generation.sampling import generate
+from dpo_ref.lab import models as lab_models
+from dpo_ref.lab.gold import gold_rewards
+from dpo_ref.lab.preferences import lab
+from dpo_ref.models.loading import load_model, load_tokenizer
+from tests.support.command import ROOT
+
+LOCATE = "from dpo_ref.lab import models as lab_models; print(lab_models.locate('lab:tiny'))"
+
+
+def test_two_processes_build_it_once(tmp_path):
+    environment = os.environ | {"DPO_REF_CACHE": str(tmp_path)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", LOCATE], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert sum("building lab:tiny, once per machine" in output for output in outputs) == 1
+    (folder,) = {output.splitlines()[-1] for output in outputs}
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [os.path.basename(folder)]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+
+
+def test_an_evaluation_may_be_the_first_to_ask(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path))
+    recipe = lab_models.RECIPES["tiny"]
+    monkeypatch.setitem(
+        lab_models.RECIPES, "tiny", replace(recipe, stages=(replace(recipe.stages[0], num_steps=1, batch_size=4),))
+    )
+    with torch.no_grad():
+        assert os.listdir(lab_models.locate("lab:tiny"))
+    assert torch.is_grad_enabled()
+
+
+def test_models_are_built_where_training_runs(tmp_path, monkeypatch):
+    def stop(model, *_, **__):
+        raise InterruptedError(next(model.parameters()).device.type)
+
+    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path))
+    monkeypatch.setattr(lab_models, "best_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(lab_models, "_fit", stop)
+    with pytest.raises(InterruptedError, match="meta"):
+        lab_models.locate("lab:large")
+
+
+def test_a_folder_is_named_by_its_recipe():
+    recipe = lab_models.RECIPES["tiny"]
+    assert recipe.key == replace(recipe).key
+    assert recipe.key != replace(recipe, seed=1).key
+    assert len({r.key for r in lab_models.RECIPES.values()}) == len(lab_models.RECIPES)
+
+
+def test_names_and_sizes():
+    with pytest.raises(ValueError, match=r"lab:huge is no model of the lab; there are lab:initial"):
+        lab_models.locate("lab:huge")
+    assert lab_models.locate("some/model") == "some/model"
+    sizes = {}
+    for name in ("initial", "large", "foreign"):
+        recipe = lab_models.RECIPES[name]
+        model = lab_models._model(recipe, lab_models.TOKENIZERS[recipe.tokenizer]())
+        sizes[name] = sum(p.numel() for p in model.parameters()) / 1e6
+    assert 0.3 <= sizes["initial"] <= 1
+    assert 0.3 <= sizes["foreign"] <= 1
+    assert 30 <= sizes["large"] <= 100
+
+
+@pytest.mark.slow
+def test_the_world_is_hard_but_not_too_hard():
+    """Mean gold at temperature 1 over 400 test prompts and 4 samples. Minutes, if the models have to be built."""
+    prompts = lab(0, num_pairs=1, num_eval_pairs=0).test_prompts
+    means = {}
+    for name in ("initial", "strong"):
+        folder = lab_models.locate(f"lab:{name}")
+        made = generate(
+            load_model(folder, torch.device("cpu"), "auto"), load_tokenizer(folder), prompts, 0, samples_per_prompt=4
+        )
+        rewards = gold_rewards([g.prompt for g in made], [g.output for g in made], [g.finished for g in made])
+        means[name] = sum(rewards) / len(rewards)
+    assert 0.3 <= means["initial"] <= 0.55
+    assert means["strong"] >= means["initial"] + 0.2

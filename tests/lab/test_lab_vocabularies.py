@@ -1,0 +1,89 @@
+"""The two tokenizers: any text survives, templates are prefix-stable, the end of a turn is the EOS token."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from dpo_ref.lab.models import foreign_tokenizer, lab_tokenizer
+from dpo_ref.lab.preferences import lab_sft
+from dpo_ref.types import Message, conversation
+
+LAB, FOREIGN = lab_tokenizer(), foreign_tokenizer()
+BOTH = pytest.mark.parametrize("tokenizer", [LAB, FOREIGN], ids=["lab", "foreign"])
+ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40).filter(lambda text: "<|" not in text)
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def rendered(tokenizer, messages, generate: bool = False) -> list[int]:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    ids = tokenizer.apply_chat_template(list(messages), tokenize=True, add_generation_prompt=generate)["input_ids"]
+    assert ids == encode(tokenizer, text)
+    return ids
+
+
+@BOTH
+@given(text=ANY_TEXT)
+@settings(deadline=None, max_examples=60)
+def test_any_text_survives(tokenizer, text):
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+@BOTH
+@given(question=ANY_TEXT, answer=ANY_TEXT, follow_up=ANY_TEXT, response=ANY_TEXT)
+@settings(deadline=None, max_examples=60)
+def test_prompt_is_a_token_prefix_and_the_response_ends_with_eos(tokenizer, question, answer, follow_up, response):
+    contents = zip(("system", "user", "assistant", "user"), ("Be brief.", question, answer, follow_up), strict=True)
+    prompt = [Message(role=role, content=content) for role, content in contents]
+    before = rendered(tokenizer, prompt, generate=True)
+    whole = rendered(tokenizer, conversation(prompt, response))
+    assert whole == [*before, *encode(tokenizer, response), tokenizer.eos_token_id]
+
+
+@BOTH
+def test_specials(tokenizer, tmp_path):
+    assert tokenizer.pad_token_id is not None
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.unk_token is None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = [Message(role="user", content="Sort 3, 1, 2 in ascending order.")]
+    assert rendered(loaded, prompt, generate=True) == rendered(tokenizer, prompt, generate=True)
+    assert (loaded.eos_token, loaded.pad_token, loaded.bos_token) == (
+        tokenizer.eos_token,
+        tokenizer.pad_token,
+        tokenizer.bos_token,
+    )
+    odd = " a , b .  don 't\n\t字 <|pad"
+    assert loaded.decode(encode(loaded, odd)) == odd
+    assert len(loaded) == len(tokenizer)
+
+
+def test_the_foreign_tokenizer_is_another_one():
+    prompt = [Message(role="user", content="Name two trees, but not oak.")]
+    assert LAB.bos_token_id is not None
+    assert FOREIGN.bos_token is None
+    assert len(LAB) == 800
+    assert len(FOREIGN) == 480
+    assert not set(LAB.all_special_tokens) & set(FOREIGN.all_special_tokens)
+    assert len(rendered(FOREIGN, prompt)) != len(rendered(LAB, prompt))
+    assert rendered(LAB, prompt)[0] == LAB.bos_token_id
+    assert rendered(LAB, prompt).count(LAB.bos_token_id) == 1
+
+
+def test_a_token_is_about_a_word():
+    texts = [group.responses[0] for group in lab_sft(1, num_examples=500).train]
+    tokens = sum(len(encode(LAB, text)) for text in texts)
+    assert tokens < 2.0 * sum(len(text.split()) for text in texts)
+
+
+def test_another_process_trains_the_same_vocabulary():
+    code = "from dpo_ref.lab.models import lab_tokenizer as t; print(t()._tokenizer.to_str(), end='')"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert other == LAB._tokenizer.to_str()

@@ -1,0 +1,85 @@
+"""Architectures that can be packed are recognised, and those that cannot run one response at a time, with a reason."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_ref.data.packing import collate
+from dpo_ref.generation.sampling import decoding_mode
+from dpo_ref.models.attention import REGISTERED
+from dpo_ref.models.logps import response_logps
+from dpo_ref.models.packable import install
+from tests.support.tiny import SHAPE, naive_logps, random_groups
+
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+WINDOW = {"head_dim": 8, "sliding_window": 5}
+LAYOUT = ((9, (13, 11)), (1, (5, 8)), (17, (1, 4)))
+PACKABLE = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {},
+    "gemma2": WINDOW,
+    "gemma3_text": WINDOW,
+    "olmo2": {},
+    "gpt2": GPT,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 512},
+    "mixtral": {"num_local_experts": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 5},
+}
+REFUSED = {
+    "bloom": ({}, "keeps its own attention"),
+    "gptj": (GPT | {"rotary_dim": 4}, "keeps its own attention"),
+    "mamba": ({}, "0 of its 2 layers are attention"),
+    "falcon_h1": ({}, "responses see each other"),
+    "stablelm": ({}, "lost the pack's layout"),
+    "llama": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic positions"),
+    "qwen2_moe": (
+        {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 3, "num_experts": 4},
+        "hide tokens that its attention layers are not told about",
+    ),
+}
+
+
+def made(model_type, **options):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(SHAPE | options))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def compare(model):
+    groups = random_groups(LAYOUT)
+    with torch.no_grad():
+        found = response_logps(model, collate(groups)).token_logps
+        alone = torch.cat([value for group in groups for value in naive_logps(model, group)])
+    torch.testing.assert_close(found, alone, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", PACKABLE)
+def test_packable(model_type):
+    model = made(model_type, **PACKABLE[model_type])
+    native = model.config._attn_implementation
+    assert install(model, "sdpa") is None
+    assert model.config._attn_implementation == REGISTERED["sdpa"]
+    with decoding_mode(model):
+        assert model.config._attn_implementation == native
+    assert model.config._attn_implementation == REGISTERED["sdpa"]
+    if model_type != "gpt_oss":  # its own eager attention has no plain path to compare with here
+        compare(model)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_with_a_reason_and_run_separately(model_type):
+    options, reason = REFUSED[model_type]
+    model = made(model_type, **options)
+    native = model.config._attn_implementation
+    assert reason in install(model, "sdpa")
+    assert model.config._attn_implementation == native
+    groups = random_groups(LAYOUT)
+    with torch.no_grad():
+        found = response_logps(model, collate(groups)).token_logps
+        for group, values in zip(groups, found.split([sum(map(len, g.response_ids)) for g in groups]), strict=True):
+            ids = torch.tensor([[*group.prompt_ids, *group.response_ids[0]]])
+            logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            size, start = len(group.response_ids[0]), len(group.prompt_ids) - 1
+            want = logps[start:-1].gather(1, ids[0, start + 1 :, None]).squeeze(1)
+            torch.testing.assert_close(values[:size], want, atol=2e-5, rtol=1e-5)

@@ -1,0 +1,195 @@
+"""Objectives that look beyond a pair: loss and gradient of the optimiser batch, written out, whatever its packs."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dpo_ref.data.groups import gathered
+from dpo_ref.data.packing import pack
+from dpo_ref.models import checkpoint, logps
+from dpo_ref.objectives.interface import bind
+from dpo_ref.objectives.pairwise import aot, beta_dpo, dpo, ld_dpo, wpo
+from dpo_ref.objectives.unpaired import bco, kto
+from dpo_ref.references.policies import Frozen
+from dpo_ref.training.optim import adamw
+from dpo_ref.training.rounds import groups_for
+from dpo_ref.training.trainer import TrainerConfig, backward, evaluate, train
+from tests.support.tiny import VOCAB, naive_logps, random_groups, tiny_model
+
+LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + 3 * i % 5)) for i in range(9)]
+GROUPS = gathered(
+    replace(group, group_id=f"{number:032x}") for number, group in enumerate(random_groups(LAYOUT, seed=3))
+)
+PACKINGS = {
+    "one pack": partial(pack, tokens_per_batch=10_000),
+    "several packs": partial(pack, tokens_per_batch=30),
+    "one group each": partial(pack, tokens_per_batch=1, packing="one_group"),
+}
+BETA, M0 = 0.3, 0.7
+
+
+def model(seed):
+    """Without RMSNorm, which computes in float32."""
+    return tiny_model("gpt_neox", seed=seed, dtype=torch.float64)
+
+
+def reference():
+    return Frozen("other", model(1), "id", "weights")
+
+
+def each(scores, part):
+    """Of every group: the sums over its chosen (0) or rejected (1) response."""
+    return torch.stack([group[part].sum() for group in scores])
+
+
+def ratios(ours, theirs):
+    return [each(ours, part) - each(theirs, part) for part in (0, 1)]
+
+
+def aot_loss(ours, theirs, policy, groups):
+    margins = [(each(scores, 0) - each(scores, 1)).sort().values for scores in (ours, theirs)]
+    return F.softplus(-BETA * (margins[0] - margins[1])).mean()
+
+
+def beta_dpo_loss(ours, theirs, policy, groups):
+    chosen, rejected = ratios(ours, theirs)
+    mean = BETA * (chosen - rejected).detach().mean()
+    strength = BETA * (1 + 0.6 * (mean - (0.9 * M0 + 0.1 * mean)))
+    assert strength > 0.001
+    return F.softplus(-strength * (chosen - rejected)).mean()
+
+
+def kto_loss(ours, theirs, policy, groups):
+    """The KL is positive here (else it would count as 0). Responses are cut where the data's longest sequence ends."""
+    gaps, longest = [], max(len(g.prompt_ids) + len(ids) for g in groups for ids in g.response_ids)
+    for group, after in zip(groups, [*groups[1:], groups[0]], strict=True):
+        both = replace(group, response_ids=tuple(ids[: longest - len(group.prompt_ids)] for ids in after.response_ids))
+        for a, b in zip(naive_logps(policy, both), naive_logps(model(1), both), strict=True):
+            gaps.append(float((a - b).detach().sum()))
+    kl = sum(gaps) / len(gaps)
+    assert kl > 0.1
+    chosen, rejected = ratios(ours, theirs)
+    losses = [1.5 * torch.sigmoid(BETA * (kl - chosen)), 0.5 * torch.sigmoid(BETA * (rejected - kl))]
+    return torch.cat(losses).mean()
+
+
+def bco_loss(ours, theirs, policy, groups):
+    chosen, rejected = (BETA * ratio for ratio in ratios(ours, theirs))
+    shift = ((chosen.mean() + rejected.mean()) / 2).detach()
+    return torch.cat([F.softplus(shift - chosen), F.softplus(rejected - shift)]).mean()
+
+
+def ld_dpo_loss(ours, theirs, policy, groups):
+    def reward(part, a, b):
+        shared = min(len(a[0]), len(a[1]))
+        gaps = a[part] - b[part]
+        return BETA * (gaps[:shared].sum() + 0.4 * gaps[shared:].sum())
+
+    margins = [reward(0, a, b) - reward(1, a, b) for a, b in zip(ours, theirs, strict=True)]
+    return F.softplus(-torch.stack(margins)).mean()
+
+
+def wpo_loss(ours, theirs, policy, groups):
+    def weight(group, part, logps):
+        ids = torch.tensor([[*group.prompt_ids, *group.response_ids[part]]])
+        policy.set_attn_implementation("sdpa")
+        shares = policy(input_ids=ids, use_cache=False).logits[0].softmax(-1)[len(group.prompt_ids) - 1 : -1]
+        return (logps[part] - shares.square().sum(-1).log()).mean().exp().detach()
+
+    backend = policy.config._attn_implementation
+    weights = [weight(g, 0, a) * weight(g, 1, a) for g, a in zip(groups, ours, strict=True)]
+    policy.set_attn_implementation(backend)
+    chosen, rejected = ratios(ours, theirs)
+    return (torch.stack(weights) * F.softplus(-BETA * (chosen - rejected))).mean()
+
+
+WRITTEN_OUT = {
+    "aot": (bind(aot, beta=BETA), aot_loss),
+    "beta_dpo": (bind(beta_dpo, beta=BETA, alpha=0.6, momentum=0.9), beta_dpo_loss),
+    "kto": (bind(kto, beta=BETA, desirable_weight=1.5, undesirable_weight=0.5), kto_loss),
+    "bco": (bind(bco, beta=BETA), bco_loss),
+    "ld_dpo": (bind(ld_dpo, beta=BETA, alpha=0.4), ld_dpo_loss),
+    "wpo": (bind(wpo, beta=BETA), wpo_loss),
+}
+
+
+@pytest.fixture(scope="module", params=WRITTEN_OUT)
+def case(request):
+    """Objective, loss and gradients of all weights by autograd through the formula, one response at a time."""
+    objective, formula = WRITTEN_OUT[request.param]
+    policy, theirs = model(0), model(1)
+    plain = list(GROUPS)
+    scores = [[naive_logps(m, group) for group in plain] for m in (policy, theirs)]
+    loss = formula(scores[0], [[x.detach() for x in pair] for pair in scores[1]], policy, plain)
+    return objective, loss.detach(), torch.autograd.grad(loss, list(policy.parameters()))
+
+
+@pytest.mark.parametrize("tokens_per_chunk", [10, 10_000], ids=["chunks", "one chunk"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_loss_and_gradient_of_the_whole_batch(case, packing, tokens_per_chunk, monkeypatch):
+    objective, loss, gradients = case
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", tokens_per_chunk * VOCAB)
+    policy, running = model(0), {"mean_margin": torch.tensor(M0, dtype=torch.float64)}
+    packs = PACKINGS[packing](list(groups_for(objective, GROUPS)))
+    assert (len(packs) == 1) == (packing == "one pack")
+    values, _ = backward(policy, reference(), objective, packs, torch.device("cpu"), running=running)
+    torch.testing.assert_close(values["loss"].mean(), loss, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(policy.parameters(), gradients, strict=True):
+        torch.testing.assert_close(ours.grad, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["aot", "kto", "bco", "beta_dpo"])
+def test_held_out_data_is_one_batch_and_leaves_the_running_statistic(name):
+    objective, running = WRITTEN_OUT[name][0], {"mean_margin": torch.tensor(M0, dtype=torch.float64)}
+    groups = list(groups_for(objective, GROUPS))
+    found = [evaluate(model(0), reference(), objective, groups, p, running=running) for p in PACKINGS.values()]
+    for one in found[1:]:
+        torch.testing.assert_close(one["loss"].mean(), found[0]["loss"].mean(), rtol=1e-9, atol=1e-9)
+    assert running == {"mean_margin": M0}
+
+
+def steps(policy, optim, running, first_step=0):
+    config = TrainerConfig(batch_size=4, max_steps=5)
+    objective, packing = WRITTEN_OUT["beta_dpo"][0], PACKINGS["several packs"]
+    return train(
+        policy, reference(), objective, optim, GROUPS, packing, config, seed=1, first_step=first_step, running=running
+    )
+
+
+def test_a_resumed_run_has_the_running_statistic_it_had(tmp_path):
+    whole, running = model(0), {}
+    optim = adamw(whole, 5, lr=1e-2)
+    first = [step.metrics["loss"].item() for step in steps(whole, optim, running)]
+
+    half, kept = model(0), {}
+    half_optim = adamw(half, 5, lr=1e-2)
+    for step in steps(half, half_optim, kept):
+        if step.step == 3:
+            state = {"step": 3, "running": {name: float(value) for name, value in kept.items()}}
+            checkpoint.save(tmp_path, half, half_optim.optimizer, {}, state)
+            break
+    again = model(5)
+    again_optim = adamw(again, 5, lr=1e-2)
+    (saved,) = checkpoint.found(tmp_path)
+    checkpoint.load(saved, again, again_optim.optimizer)
+    known = {n: torch.tensor(v, dtype=torch.float64) for n, v in checkpoint.read_state(saved)["running"].items()}
+    assert float(known["mean_margin"]) != 0
+    rest = [step.metrics["loss"].item() for step in steps(again, again_optim, known, first_step=3)]
+    assert rest == first[3:]
+    assert known == running
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_what_nothing_declares_is_not_computed(monkeypatch):
+    """One forward pass of the policy for each pack, unless an objective asks for more."""
+    counts = {}
+    for name, objective in {"dpo": bind(dpo), **{name: WRITTEN_OUT[name][0] for name in WRITTEN_OUT}}.items():
+        policy, passes = model(0), []
+        policy.base_model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        packs = PACKINGS["several packs"](list(groups_for(objective, GROUPS)))
+        backward(policy, reference(), objective, packs, torch.device("cpu"), running={})
+        counts[name] = len(passes) / len(packs)
+    assert counts == {"dpo": 1, "aot": 2, "beta_dpo": 2, "kto": 2, "bco": 2, "ld_dpo": 1, "wpo": 2}

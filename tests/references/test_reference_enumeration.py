@@ -1,0 +1,142 @@
+"""Every kind's log-probs confirmed by enumeration: all responses of a toy vocabulary, from trees of next-token
+distributions that are computed prefix by prefix in float64."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpo_ref.data.packing import collate
+from dpo_ref.models.adapters import add_lora
+from dpo_ref.references import policies
+from dpo_ref.references.mixture import mixture
+from dpo_ref.references.policies import adapter_base, moving
+from dpo_ref.types import TokenGroup, digest
+from tests.support.reference_contexts import context_for
+from tests.support.tiny import disturbed, tiny_model
+
+V, END, LONGEST = 6, 2, 3
+PROMPT = [3, 5, 4, 1]
+BEGIN = 1  # of the tokenizer: what `prior` starts from
+WORDS = [token for token in range(V) if token != END]
+# Every response there is: words and the end, or words up to the limit, the last of which may be the end.
+RESPONSES = [[*words, END] for size in range(LONGEST) for words in itertools.product(WORDS, repeat=size)]
+RESPONSES += [list(words) for words in itertools.product(WORDS, repeat=LONGEST)]
+
+
+class Toy:
+    """A tokenizer of six tokens, as far as references ask."""
+
+    bos_token_id, eos_token_id = BEGIN, END
+
+    def __len__(self):
+        return V
+
+
+def model(seed):
+    return tiny_model(seed=seed, vocab_size=V, pad_token_id=0)
+
+
+@torch.no_grad()
+def tree(net, start):
+    """log p of every response, one forward pass of the whole prefix a token, full logits in float64."""
+    net = net.double()
+    used = net.config._attn_implementation
+    net.set_attn_implementation("eager")
+    prefixes = {tuple(response[:size]) for response in RESPONSES for size in range(len(response))}
+    tables = {p: net(torch.tensor([[*start, *p]])).logits[0, -1].log_softmax(-1) for p in prefixes}
+    net.set_attn_implementation(used)
+    net.float()
+    return torch.stack([sum(tables[tuple(r[:i])][token] for i, token in enumerate(r)) for r in RESPONSES])
+
+
+@pytest.fixture
+def context(tmp_path):
+    ids = tuple(map(list, RESPONSES))
+    group = TokenGroup(0, digest("all"), PROMPT, ids, (1,) * len(ids), ((0, 1),))
+    made = context_for(tmp_path, policy=model(0), tokenizer=Toy(), groups=[group], text_identity="toy")
+    return replace(made, load=lambda source: model(int(source.path)))
+
+
+def between(share):
+    """Weights between model 0 and model 3."""
+    one, other = model(0), model(3)
+    with torch.no_grad():
+        for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+            ours.mul_(1 - share).add_(share * theirs)
+    return one
+
+
+def moved(context):
+    reference = moving(context, share=0.25, every=1)
+    reference.update(model(3), 1)
+    return reference
+
+
+def with_adapter(context, **options):
+    add_lora(context.policy, 2, None)
+    disturbed(context.policy)
+    return adapter_base(context, **options)
+
+
+PARTS = [{"reference": "initial"}, {"reference": "interpolate", "path": "3", "share": 1.0}, {"reference": "prior"}]
+WEIGHTS = [2.0, 1.0, 1.0]
+
+
+def parts():
+    return torch.stack([tree(model(0), PROMPT), tree(model(3), PROMPT), tree(model(0), [BEGIN])])
+
+
+SHARES = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)[:, None]
+KINDS = {
+    "initial": (policies.initial, lambda: tree(model(0), PROMPT)),
+    "initial, live": (lambda c: policies.initial(c, cache="off"), lambda: tree(model(0), PROMPT)),
+    "interpolate": (lambda c: policies.interpolate(c, path="3", share=0.3), lambda: tree(between(0.3), PROMPT)),
+    "prior": (policies.prior, lambda: tree(model(0), [BEGIN])),
+    "moving": (moved, lambda: tree(between(0.25), PROMPT)),
+    "adapter_base": (with_adapter, lambda: tree(model(0), PROMPT)),
+    "adapter_base, live": (lambda c: with_adapter(c, cache="off"), lambda: tree(model(0), PROMPT)),
+    "arithmetic mixture": (
+        lambda c: mixture(c, parts=PARTS, weights=WEIGHTS, mean="arithmetic"),
+        lambda: (SHARES * parts().exp()).sum(0).log(),
+    ),
+    "geometric mixture": (
+        lambda c: mixture(c, parts=PARTS, weights=WEIGHTS, mean="geometric"),
+        lambda: (SHARES * parts()).sum(0),
+    ),
+    "uniform_token": (
+        policies.uniform_token,
+        lambda: torch.tensor([-len(r) * math.log(V) for r in RESPONSES], dtype=torch.float64),
+    ),
+    "none": (policies.none, lambda: torch.zeros(len(RESPONSES), dtype=torch.float64)),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_text(monkeypatch):
+    """The toy tokenizer has no template; other models are used with the same text."""
+    monkeypatch.setattr(policies, "text_identity", lambda tokenizer: "toy")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_response_there_is(kind, context):
+    make, expected = KINDS[kind]
+    reference = make(context)
+    found = reference.logps(collate(list(context.groups))).sums
+    torch.testing.assert_close(found, expected(), atol=2e-4, rtol=0)
+    total = float(found.exp().sum())
+    if reference.normalised:
+        assert total == pytest.approx(1.0, abs=2e-4)
+    else:
+        assert total < 0.99 or total > 1.01
+
+
+def test_the_normaliser_of_a_geometric_mixture_cancels_within_a_pair(context):
+    """pi_ref proportional to the product: its log-ratios of two responses are those of the normalised one."""
+    mixed = KINDS["geometric mixture"][0](context).logps(collate(list(context.groups))).sums
+    normalised = mixed - mixed.logsumexp(0)
+    assert float(normalised.exp().sum()) == pytest.approx(1.0)
+    torch.testing.assert_close(mixed[3] - mixed[40], normalised[3] - normalised[40])
+    assert abs(float(mixed.logsumexp(0))) > 0.01

@@ -1,0 +1,33 @@
+"""docs/references.md: its table is what composing every reference with every objective gives."""
+
+import re
+
+from dpo_ref.cli.docs_tables import PAGE, commands, refusal
+from dpo_ref.cli.schemas import CONF
+from tests.support.command import composed, typed
+
+
+def test_the_page_is_up_to_date():
+    """Made in a process of its own, as by the command that rewrites it."""
+    done = typed("-c", "from dpo_ref.cli.docs_tables import references_page as page; print(page(), end='')")
+    assert PAGE.read_text() == done.stdout, "python -m dpo_ref.cli.docs_tables references: " + done.stderr
+
+
+def test_every_kind_is_described_and_has_its_command():
+    described = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.MULTILINE))
+    assert described >= {path.stem for path in CONF.glob("reference/*.yaml")}
+    served = commands(CONF / "reference" / "served.yaml")
+    assert served == [
+        ["reference=served", "reference.url=http://host:8000/v1", "reference.model=Qwen/Qwen3-32B",
+         "reference.tokenizer=Qwen/Qwen3-32B"],
+    ]  # fmt: skip
+    assert len(commands(CONF / "reference" / "moving.yaml")) == 3
+
+
+def test_refusals_are_those_of_a_run():
+    mixture = composed(*commands(CONF / "reference" / "mixture.yaml")[0])[0]
+    objectives = {name: composed(f"objective={name}")[0] for name in ("dpo", "nca", "sft")}
+    told = {name: refusal(mixture, cfg, ("mixture", name)) for name, cfg in objectives.items()}
+    assert told["dpo"] is None
+    assert "does not cancel in the objective" in told["nca"]
+    assert "has no effect" in told["sft"]

@@ -1,0 +1,103 @@
+"""`train.py` as a user types it: in a process of its own, or composed and run in this one, which saves the imports."""
+
+import io
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from dpo_ref.cli import command_line, resolve, schemas
+from dpo_ref.cli.train import Job, run_job
+
+ROOT = Path(__file__).parents[2]
+schemas.register()
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def typed(*arguments: str):
+    """Run a command in a process of its own, from the project's folder."""
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def composed(*overrides: str, kind: str = "train"):
+    """The composed tree and the choices, as Hydra hands them to the entry point."""
+    command_line.check_command_line(overrides, kind)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(schemas.CONF)):
+        cfg = compose(kind, overrides=list(overrides), return_hydra_config=True)
+    chosen = cfg.hydra.runtime.choices.items()
+    choices = {key: value for key, value in chosen if value is not None and not key.startswith("hydra/")}
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return cfg, choices
+
+
+def resolved(*overrides: str, kind: str = "train"):
+    """Composed and checked as the entry points do."""
+    cfg, choices = composed(*overrides, kind=kind)
+    if kind == "evaluate":
+        return resolve.components(cfg, choices, kind)
+    return resolve.resolve(cfg, choices, overrides)
+
+
+def train(*overrides: str) -> Done:
+    """`python train.py ...` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        cfg, choices = composed(*overrides)
+        directory = schemas.run_directory(cfg.output_dir, "default", overrides)
+        code = run_job(cfg, Job(directory, list(overrides), choices, sweep=None))
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def composes(command):
+    """Raises what keeps a documented command line from being composed and resolved."""
+    _, script, *arguments = shlex.split(command)
+    kind = script.removesuffix(".py")
+    overrides = [a for a in arguments if a != "-m"]
+    varied = [a for a in overrides if "-m" in arguments and "," in a]
+    fixed = [a for a in overrides if a not in varied]
+    sweeps = [a.split("=", 1)[0] + "=" + value for a in varied for value in a.split("=", 1)[1].split(",")]
+    for override in [*sweeps, *fixed]:
+        others = [o for o in fixed if o != override]
+        cfg, choices = composed(*others, override, kind=kind)
+        if kind == "evaluate":
+            resolve.components(cfg, choices, kind)
+        else:
+            resolve.resolve(cfg, choices, [*others, override])
+
+
+REQUIRED = {
+    "jsonl": {"data": ["data.path=pairs.jsonl"], "prompts": ["prompts.path=questions.jsonl"]},
+    "alpaca_eval": {"export": [], "judge": ["judge.model=big"], "prompts": ["prompts.path=alpaca_eval.json"]},
+    "mt_bench": {"export": [], "judge": ["judge.model=big"], "prompts": ["prompts.path=question.jsonl"]},
+    "arena_hard": {"export": [], "prompts": ["prompts.path=question.jsonl"]},
+    "other": ["reference.path=lab:strong"],
+    "interpolate": ["reference.path=lab:strong", "reference.share=0.5"],
+    "pretrained": ["model.path=lab:tiny"],
+    "reward_model": {"objective": [], "scorer": ["scorer.path=some/reward-model"]},
+    "adapter_base": ["model.lora_rank=4"],
+    "columns": ["reference.provenance=lab:tiny"],
+    **{name: ["judge.model=big"] for name in ("dialogue", "local")},
+    "template": ["judge.model=big", "judge.template=tldr"],
+    "tldr": {"data": [], "judge": ["judge.model=big"]},
+    "served": {
+        "generation": ["generation.url=http://host:8000/v1"],
+        "reference": ["reference.url=http://host:8000/v1", "reference.model=big", "reference.tokenizer=lab:tiny"],
+    },
+    "mixture": {
+        "data": ["data.sources=[{path: a.jsonl}]"],
+        "reference": ["reference.parts=[{reference: initial}, {reference: prior}]"],
+    },
+}

@@ -1,0 +1,20 @@
+"""`python evaluate.py` in this process, and small options for it."""
+
+import json
+
+from dpo_ref.cli.evaluate import run_evaluation
+from tests.support.command import composed
+
+DATA = ["data.num_pairs=64", "data.num_eval_pairs=12", "data.num_test_prompts=10"]
+TRAIN = [*DATA, "model.path=lab:tiny", "trainer.batch_size=16", "tracking=none"]
+QUICK = ["tracking=none", "generation.max_new_tokens=12", "generation.samples_per_prompt=2"]
+PLAIN = [*QUICK, "diagnostic=none"]
+
+
+def evaluate(*overrides):
+    cfg, choices = composed(*overrides, kind="evaluate")
+    run_evaluation(cfg, choices, list(overrides))
+
+
+def numbers(folder):
+    return json.loads((folder / "evaluation.json").read_text())

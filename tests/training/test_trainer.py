@@ -1,0 +1,180 @@
+"""One step equals the formula by brute force; packing and micro-batching change nothing; bad numbers do no harm."""
+
+import math
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+
+from dpo_ref.data.packing import collate, pack
+from dpo_ref.models.loading import LoadedModel
+from dpo_ref.models.logps import response_hidden
+from dpo_ref.objectives.interface import bind
+from dpo_ref.objectives.pairwise import dpo
+from dpo_ref.objectives.unpaired import sft
+from dpo_ref.references.policies import Frozen, Zeros
+from dpo_ref.training.optim import SCHEDULES, adamw
+from dpo_ref.training.trainer import TrainerConfig, backward, check_step_zero, evaluate, train
+from tests.support.tiny import naive_logps, random_groups, tiny_model
+
+LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + i % 4)) for i in range(10)]
+PLAIN = {"lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
+
+
+def run(packing=None, steps=3, objective=None, **options):
+    policy = tiny_model(seed=0)
+    reference = Frozen("other", tiny_model(seed=1), "id", "weights")
+    optim = adamw(policy, steps, **(PLAIN | options))
+    config = TrainerConfig(batch_size=4, max_steps=steps)
+    groups = random_groups(LAYOUT)
+    packing = packing or partial(pack, tokens_per_batch=1000)
+    found = list(train(policy, reference, objective or bind(dpo, beta=0.3), optim, groups, packing, config, seed=2))
+    return policy, found
+
+
+def test_first_step_equals_brute_force():
+    """Loss, accuracy, margins and the update of plain DPO written out: one response at a time, full logits."""
+    policy, (step,) = run(steps=1, max_grad_norm=None)
+    again, reference = tiny_model(seed=0), tiny_model(seed=1)
+    margins = []
+    for group in step.groups:
+        ours = [x.double().sum() for x in naive_logps(again, group)]
+        theirs = [x.double().sum().detach() for x in naive_logps(reference, group)]
+        margins.append(0.3 * ((ours[0] - theirs[0]) - (ours[1] - theirs[1])))
+    margins = torch.stack(margins)
+    loss = -torch.nn.functional.logsigmoid(margins).mean()
+    assert step.metrics["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
+    assert step.metrics["rewards/margins"].item() == pytest.approx(margins.mean().item(), abs=1e-5)
+    assert step.metrics["rewards/accuracies"].item() == (margins > 0).double().mean().item()
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in again.parameters()]).norm()
+    assert step.metrics["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+    optimizer = torch.optim.AdamW(again.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer.step()
+    for ours, theirs in zip(policy.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)  # Adam's first step is lr * sign(gradient)
+
+
+def test_half_precision_gives_float32_gradients_close_to_float32s():
+    """What CUDA does by default, here on the CPU: the same step under bfloat16 autocast."""
+    groups = random_groups(LAYOUT[:4])
+    gradients, losses = [], []
+    for half in (False, True):
+        policy = tiny_model(seed=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            batch = collate(groups)
+            assert response_hidden(policy, batch).dtype == (torch.bfloat16 if half else torch.float32)
+            values, _ = backward(policy, Zeros(), bind(dpo, beta=0.05), [groups], torch.device("cpu"))
+        losses.append(values["loss"].mean().item())
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert gradients[1].dtype == torch.float32
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+    assert losses[1] != losses[0]
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("objective", [bind(dpo, beta=0.3), bind(sft)], ids=["dpo", "sft"])
+def test_results_agree_across_pack_sizes(objective):
+    reference_metrics = [step.metrics for step in run(objective=objective)[1]]
+    for packing in (partial(pack, tokens_per_batch=23), partial(pack, tokens_per_batch=1, packing="one_group")):
+        for ours, theirs in zip(run(packing, objective=objective)[1], reference_metrics, strict=True):
+            for name, value in theirs.items():
+                assert ours.metrics[name].item() == pytest.approx(value.item(), abs=1e-4, rel=1e-5), name
+
+
+def test_half_precision_sees_every_update():
+    """Autocast keeps its half-precision copies of weights until it is left; a run is one context from end to end."""
+
+    def losses(contexts):
+        policy = LoadedModel(tiny_model(), None, torch.bfloat16)
+        optim, groups = adamw(policy.model, 4, **PLAIN), random_groups(LAYOUT)
+        config, packing = TrainerConfig(batch_size=len(groups), epochs=4.0), partial(pack, tokens_per_batch=1000)
+        steps = train(policy.model, Zeros(), bind(dpo, beta=0.3), optim, groups, packing, config, seed=2)
+        found = []
+        for _ in range(contexts):
+            with policy.precision():
+                found += [float(step.metrics["loss"]) for step in islice(steps, 4 // contexts)]
+        return found
+
+    whole = losses(contexts=1)
+    assert whole == losses(contexts=4)
+    assert len(set(whole)) == 4
+
+
+def test_the_same_run_twice_is_the_same_bit_for_bit():
+    first, second = run()[0], run()[0]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_policy_that_is_its_own_reference_starts_at_ln_2():
+    policy = tiny_model(seed=0)
+    reference = Frozen("initial", tiny_model(seed=0), "id", "weights")
+    groups = random_groups(LAYOUT)
+    found = evaluate(policy, reference, bind(dpo, beta=0.1), groups, partial(pack, tokens_per_batch=40))
+    assert found["loss"].mean().item() == pytest.approx(math.log(2), abs=1e-6)
+    check_step_zero(policy, reference, groups)
+    with pytest.raises(ValueError, match="step 0: policy and reference have the same weights"):
+        check_step_zero(policy, Frozen("initial", tiny_model(seed=1), "id", "weights"), groups)
+
+
+def test_a_non_finite_gradient_leaves_the_weights_untouched():
+    policy = tiny_model(seed=0)
+    policy.lm_head.weight.register_hook(lambda grad: grad * float("nan"))
+    before = [p.detach().clone() for p in policy.parameters()]
+    optim = adamw(policy, 1, **PLAIN)
+    config = TrainerConfig(batch_size=4, max_steps=1)
+    packing = partial(pack, tokens_per_batch=1000)
+    (step,) = train(policy, Zeros(), bind(dpo, beta=0.3), optim, random_groups(LAYOUT), packing, config, seed=0)
+    assert not step.metrics["grad_norm"].isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_overfits_one_batch():
+    policy = tiny_model(seed=0)
+    groups = random_groups(LAYOUT[:4])
+    config, packing = TrainerConfig(batch_size=4, epochs=25.0), partial(pack, tokens_per_batch=1000)
+    optim = adamw(policy, 25, lr=1e-2, schedule="constant")
+    history = list(train(policy, Zeros(), bind(dpo, beta=0.1), optim, groups, packing, config, seed=0))
+    assert history[-1].metrics["loss"] < 0.05 < history[0].metrics["loss"]
+    assert history[-1].metrics["rewards/accuracies"] == 1.0
+    assert history[-1].epoch == 25
+
+
+def test_schedules():
+    """20 steps of which 4 are warm-up."""
+    expected = {
+        "constant": (0.25, 1.0, 1.0, 1.0),
+        "linear": (0.25, 1.0, 0.5, 1 / 16),
+        "cosine": (0.25, 1.0, 0.5, None),
+    }
+    for name, (start, peak, middle, end) in expected.items():
+        factor = partial(SCHEDULES[name], num_steps=20, warmup_steps=4)
+        assert [factor(0), factor(3), factor(12)] == pytest.approx(
+            [start, peak, middle if name != "constant" else 1.0]
+        )
+        assert end is None or factor(19) == pytest.approx(end)
+    assert SCHEDULES["cosine"](19, 20, 4) == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
+
+
+def test_decay_is_for_matrices_only_and_lr_follows_the_schedule():
+    policy = tiny_model("gpt_neox")
+    optim = adamw(policy, 10, lr=1.0, weight_decay=0.1, schedule="linear", warmup_ratio=0.2)
+    decayed, plain = optim.optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert all(p.ndim < 2 for p in plain["params"])
+    assert [optim.lr_at(step) for step in (0, 1, 6)] == pytest.approx([0.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("options", [{"lr": -1.0}, {"warmup_ratio": 1.5}, {"max_grad_norm": 0.0}])
+def test_optimiser_options_out_of_range(options):
+    with pytest.raises(ValueError, match=f"optim.{next(iter(options))}"):
+        adamw(tiny_model(), 10, **options)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "epochs", "max_steps", "eval_every", "save_every"])
+def test_trainer_options_out_of_range(name):
+    zero = 0.0 if name == "epochs" else 0
+    with pytest.raises(ValueError, match=f"trainer.{name}={zero} must be positive"):
+        TrainerConfig(**{name: zero})
