@@ -84,7 +84,10 @@ def test_all_assistant_turns_are_scored_and_nothing_else(name, data):
     prompt, (answer, _) = data.draw(conversations(family.words))
     (found,) = tokenise([PromptGroup(prompt, (answer,))], tokenizer, score="all", max_length=10**6).groups
     (last,) = tokenise([PromptGroup(prompt, (answer,))], tokenizer, max_length=10**6).groups
-    assert [*found.prompt_ids, *found.response_ids[0]] == [*last.prompt_ids, *last.response_ids[0]]
+    both = [[*group.prompt_ids, *group.response_ids[0]] for group in (found, last)]
+    assert decoded(tokenizer, both[0]) == decoded(tokenizer, both[1])
+    if not any(turn["role"] == "assistant" and turn["content"][0].isspace() for turn in prompt):
+        assert both[0] == both[1]
     answers = [turn["content"] for turn in prompt if turn["role"] == "assistant"] + [answer]
     mask = found.scored[0] if found.scored else [True] * len(found.response_ids[0])
     scored = [token for token, counts in zip(found.response_ids[0], mask, strict=True) if counts]
@@ -121,3 +124,19 @@ def test_tokenised_at_once_equals_tokenised_alone():
             assert (alone.prompt_ids, alone.response_ids) == (
                 together[place].prompt_ids, together[place].response_ids,
             )  # fmt: skip
+
+
+def test_a_scored_turn_keeps_its_own_side_of_a_token_that_straddles():
+    """ChatML opens a turn with a line break. In the history a turn that begins with one shares a token with it; as a
+    turn that is scored it cannot: generation starts behind the template's own."""
+    tokenizer = MADE["qwen: byte-level, no BOS, ChatML"].tokenizer
+    prompt = (
+        Message(role="user", content="0"),
+        Message(role="assistant", content="\n0"),
+        Message(role="user", content="0"),
+    )
+    (found,) = tokenise([PromptGroup(prompt, ("0",))], tokenizer, score="all").groups
+    (last,) = tokenise([PromptGroup(prompt, ("0",))], tokenizer).groups
+    assert tokenizer.convert_ids_to_tokens(found.response_ids[0][:2]) == ["Ċ", "0"]
+    assert "ĊĊ" in tokenizer.convert_ids_to_tokens(last.prompt_ids)
+    assert "ĊĊ" not in tokenizer.convert_ids_to_tokens([*found.prompt_ids, *found.response_ids[0]])
