@@ -12,7 +12,7 @@ from dpo_ref.cli.command_line import typed_words
 from dpo_ref.cli.compatibility import Request, run_compatibility, title_of
 from dpo_ref.cli.exports import STAGE as EXPORT
 from dpo_ref.cli.exports import check_export, publish, run_export
-from dpo_ref.cli.resolve import component, components
+from dpo_ref.cli.resolve import component, components, saved_config
 from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.cli.winrates import STAGE as WINRATE
 from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, run_winrates
@@ -346,8 +346,7 @@ def subject_of(path: str, output_dir: str | None) -> tuple[Subject, DictConfig |
     summary = read_json(run / "summary.json")
     if not (run / "policy" / "config.json").is_file():
         raise ValueError(f"policy={path}: the run is {summary['status']} and has saved no policy yet")
-    config = OmegaConf.load(run / "config.yaml")
-    assert isinstance(config, DictConfig)
+    config = saved_config(run, f"policy={path}")
     folder = Path(output_dir) if output_dir else run / "evaluation"
     if run != place:
         return _at_checkpoint(_of_run(run, config, summary, folder), place, output_dir), config

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.bandit import run_bandit
 from dpo_ref.cli.build import build, cache_reference, report_data
-from dpo_ref.cli.resolve import TrainRun, resolve, strength_of
+from dpo_ref.cli.resolve import TrainRun, resolve, saved_config, strength_of
 from dpo_ref.files import write_json
 from dpo_ref.reports import training_curve
 from dpo_ref.reports.model_card import write_card
@@ -63,8 +63,7 @@ def restored(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
     directory = Path(cfg.resume).expanduser()
     if not (directory / "config.yaml").is_file():
         raise ValueError(f"resume={cfg.resume} is not a run's folder: it has no config.yaml")
-    saved = OmegaConf.load(directory / "config.yaml")
-    assert isinstance(saved, DictConfig)
+    saved = saved_config(directory, f"resume={cfg.resume}")
     saved.setdefault("evaluation", cfg.evaluation)  # runs from before there was one
     if saved.get("bandit") is not None:
         raise ValueError(f"resume={cfg.resume} is the run of a bandit, which has no checkpoints; start it anew")

@@ -1,6 +1,7 @@
 """`python train.py` as a user runs it: killed and resumed, interrupted, swept, and given bad input."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.command import ROOT, train, typed
+from tests.support.evaluate_command import evaluate
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=96", "data.num_eval_pairs=16", "trainer.batch_size=8", "tracking=none"]
 
@@ -115,6 +117,18 @@ def test_resume_refuses_another_run(whole, tmp_path):
     assert "is not a run's folder" in train(f"resume={tmp_path}").stderr
     taken = train(*SMALL, f"output_dir={whole}")
     assert f"already holds a run: resume={whole} goes on with it" in taken.stderr
+
+
+def test_a_run_of_an_older_version_is_refused_with_the_commit_that_reads_it(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("dpo_ref.references.policies.", "dpo_ref.references.frozen."))
+    commit, had = summary(run)["git"]["commit"], "dpo_ref.references.frozen.auto"
+    said = f"the run was saved by another version of dpo_ref, which had {had}; git checkout {commit} reads it"
+    assert f"resume={run}: {said}" in train(f"resume={run}").stderr
+    with pytest.raises(ValueError, match=re.escape(f"policy={run}: {said}")):
+        evaluate(f"policy={run}", "tracking=none")
 
 
 def test_resume_refuses_another_reference(whole, tmp_path):
