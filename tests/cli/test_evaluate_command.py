@@ -13,8 +13,9 @@ from dpo_ref.evaluation import stages
 from dpo_ref.evaluation.results import Evaluated, Evaluation
 from dpo_ref.lab.models import locate
 from dpo_ref.models.loading import load_tokenizer
+from dpo_ref.reports.diagnostics import diagnostics_section
 from tests.support.command import train, typed
-from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, numbers
+from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, measure, numbers
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_all_checkpoints_of_a_run_are_evaluated(tmp_path):
     run = tmp_path / "run"
     steps = ["trainer.max_steps=4", "trainer.save_every=2", "trainer.keep_checkpoints=null"]
     assert train(*TRAIN, *steps, f"output_dir={run}", "beta=0.1").returncode == 0
-    evaluate(f"policy={run}", *QUICK)
+    measure(f"policy={run}", *QUICK)
     evaluate(f"sweep={run}/checkpoints", *QUICK)
     found = run / "evaluation" / "checkpoints"
     rows = list(csv.DictReader((found / "frontier.csv").read_text().splitlines()))
@@ -67,8 +68,8 @@ def test_twice_is_the_same_and_scoring_again_generates_nothing(run, monkeypatch)
         raise AssertionError("generated again")
 
     monkeypatch.setattr(stages, "write_generations", no_generation)
-    for stage in ("all", "score", "report"):
-        evaluate(f"policy={run}", *QUICK, f"stage={stage}")
+    for stage, command in (("all", measure), ("score", measure), ("report", evaluate)):
+        command(f"policy={run}", *QUICK, f"stage={stage}")
         assert numbers(run / "evaluation") == before
     assert (run / "evaluation" / "generations.jsonl").stat().st_mtime_ns == stamp
 
@@ -76,12 +77,12 @@ def test_twice_is_the_same_and_scoring_again_generates_nothing(run, monkeypatch)
 def test_other_options_generate_anew(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     stamp = (copy / "evaluation" / "generations.jsonl").read_text()
-    evaluate(f"policy={copy}", *PLAIN, "seed=1")
+    measure(f"policy={copy}", *PLAIN, "seed=1")
     assert (copy / "evaluation" / "generations.jsonl").read_text() != stamp
 
 
 def test_against_another_run_and_for_a_model_folder(run, tmp_path):
-    evaluate(f"policy={run}", *PLAIN, f"baseline={run}", f"output_dir={tmp_path / 'itself'}")
+    measure(f"policy={run}", *PLAIN, f"baseline={run}", f"output_dir={tmp_path / 'itself'}")
     metrics = numbers(tmp_path / "itself")["metrics"]
     assert metrics["winrate/run"] == 0.5
     evaluate("policy=lab:tiny", *PLAIN, f"output_dir={tmp_path / 'plain'}", *DATA)
@@ -104,7 +105,7 @@ def test_a_base_model_gets_its_template_from_the_run(tmp_path, monkeypatch):
     done = train(*overrides, "model.template=plain")
     assert done.returncode == 0, done.stderr
     assert "Human: " in (run / "policy" / "chat_template.jinja").read_text()
-    evaluate(f"policy={run}", *PLAIN)
+    measure(f"policy={run}", *PLAIN)
     found = [json.loads(line) for line in (run / "evaluation" / "generations.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(str(run / "policy"))
     assert tokenizer.decode(found[0]["prompt_ids"]).endswith("\n\nAssistant:")
@@ -112,10 +113,13 @@ def test_a_base_model_gets_its_template_from_the_run(tmp_path, monkeypatch):
 
 
 def test_greedy_answers_have_no_kl(run, tmp_path):
-    evaluate(f"policy={run}", "generation=greedy", *QUICK[:2], f"output_dir={tmp_path / 'greedy'}")
+    measure(f"policy={run}", "generation=greedy", *QUICK[:2], f"output_dir={tmp_path / 'greedy'}")
     metrics = numbers(tmp_path / "greedy")["metrics"]
     assert "kl/initial" not in metrics
     assert metrics["rewards/accuracies"] is not None
+    assert "they were drawn with temperature 0 and top-p 1, not from the policy" in diagnostics_section(
+        tmp_path / "greedy"
+    )
 
 
 def test_a_sweep_with_a_failed_job_and_a_hole(run, tmp_path, capsys):
@@ -134,7 +138,7 @@ def test_a_sweep_with_a_failed_job_and_a_hole(run, tmp_path, capsys):
 
 def test_against_another_reference_on_purpose(run, tmp_path):
     """A run whose reference has changed since is refused, unless another one is asked for by name."""
-    evaluate(f"policy={run}", *PLAIN, "reference=none", f"output_dir={tmp_path / 'none'}")
+    measure(f"policy={run}", *PLAIN, "reference=none", f"output_dir={tmp_path / 'none'}")
     free, own = (numbers(folder)["metrics"] for folder in (tmp_path / "none", run / "evaluation"))
     assert free["rewards/margins"] != own["rewards/margins"]
     assert "kl/loss_reference" not in free
@@ -145,8 +149,8 @@ def test_against_another_reference_on_purpose(run, tmp_path):
     with pytest.raises(
         ValueError, match=r"was trained against reference=initial 000000000000, and that is \w{12} now"
     ):
-        evaluate(f"policy={changed}", *PLAIN)
-    evaluate(f"policy={changed}", *PLAIN, "reference=initial")
+        measure(f"policy={changed}", *PLAIN)
+    measure(f"policy={changed}", *PLAIN, "reference=initial")
     assert numbers(changed / "evaluation")["metrics"]["rewards/margins"] == own["rewards/margins"]
 
 
@@ -157,7 +161,7 @@ def test_thresholds_are_options_and_are_kept(run, tmp_path):
     assert numbers(run / "evaluation")["thresholds"]["min_ended_share"] == 0.8
     for limit, broken in ((share / 2, False), ((1 + share) / 2, True)):
         asked = ("degeneration.max_seq_rep_4=1", "degeneration.max_length_ratio=99")
-        evaluate(f"policy={copy}", *QUICK, "stage=score", f"degeneration.min_ended_share={limit}", *asked)
+        measure(f"policy={copy}", *QUICK, "stage=score", f"degeneration.min_ended_share={limit}", *asked)
         found = numbers(copy / "evaluation")
         assert bool(found["degenerate"]) == broken
         assert found["thresholds"] == {"min_ended_share": limit, "max_seq_rep_4": 1.0, "max_length_ratio": 99.0}

@@ -1,17 +1,14 @@
 """A diagnosis on disk and on the page, and files of labelled pairs: RewardBench's layout and LLMBar's."""
 
-import io
 import json
 import math
 import os
 import re
 import shutil
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from dpo_ref.cli.evaluate import Evaluator
 from dpo_ref.evaluation.diagnostics.diagnose import Diagnosis, metrics_of, restored
 from dpo_ref.evaluation.diagnostics.pairs import check_pairs, content_of, read_pairs
 from dpo_ref.evaluation.stages import read_diagnosis, read_examples
@@ -19,13 +16,12 @@ from dpo_ref.files import plain
 from dpo_ref.reports import page
 from dpo_ref.reports.diagnostics import BLUE, ORANGE, colour, diagnostics_section
 from tests.support import chromium
-from tests.support.command import composed, train
+from tests.support.command import train
+from tests.support.evaluate_command import DATA, QUICK, measure
 from tests.support.foreign import foreign  # noqa: F401  (a fixture)
 from tests.support.pages import parsed
 
 LLMBAR = Path(os.environ.get("DPO_REF_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "llmbar"
-DATA = ["data.num_pairs=64", "data.num_eval_pairs=12", "data.num_test_prompts=10"]
-QUICK = ["tracking=none", "generation.max_new_tokens=12", "generation.samples_per_prompt=2"]
 INPUTS = [
     {
         "input": "Name a fruit.",
@@ -42,13 +38,6 @@ PAIRS = [
 ]
 
 
-def evaluate(*overrides):
-    """The stages without the page, which takes longer than they do."""
-    cfg, choices = composed(*overrides, kind="evaluate")
-    with redirect_stdout(io.StringIO()):
-        Evaluator(cfg, choices, list(overrides)).one(cfg.policy, cfg.output_dir)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
@@ -62,7 +51,7 @@ def run(tmp_path_factory, files):
     folder = tmp_path_factory.mktemp("trained") / "run"
     done = train(*DATA, "model.path=lab:tiny", "trainer.batch_size=16", "tracking=none", f"output_dir={folder}")
     assert done.returncode == 0, done.stderr
-    evaluate(f"policy={folder}", *QUICK, f"diagnostic.pairs=[{files}]", "diagnostic.examples=2")
+    measure(f"policy={folder}", *QUICK, f"diagnostic.pairs=[{files}]", "diagnostic.examples=2")
     return folder / "evaluation"
 
 
@@ -95,12 +84,12 @@ def test_what_is_no_pair_is_named(tmp_path, content, message):
 
 def test_files_are_looked_for_before_anything_is_generated(files, tmp_path):
     with pytest.raises(ValueError, match=r"pairs=\./nowhere does not exist"):
-        evaluate("policy=lab:tiny", "diagnostic.pairs=[./nowhere]", *QUICK, *DATA, f"output_dir={tmp_path / 'out'}")
+        measure("policy=lab:tiny", "diagnostic.pairs=[./nowhere]", *QUICK, *DATA, f"output_dir={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"names Natural\.json twice"):
         check_pairs([str(files), str(files / "Natural.json")])
     with pytest.raises(ValueError, match=r"diagnostic\.examples=-1 must be at least 0"):
-        evaluate("policy=lab:tiny", "diagnostic.examples=-1", *QUICK)
+        measure("policy=lab:tiny", "diagnostic.examples=-1", *QUICK)
 
 
 @pytest.mark.skipif(not LLMBAR.is_dir(), reason="no LLMBar here")
@@ -147,19 +136,19 @@ def test_twice_is_the_same_and_is_read_not_made(run, files):
     options = (f"policy={run.parent}", *QUICK, f"diagnostic.pairs=[{files}]", "diagnostic.examples=2")
     path, known = run / "diagnostics.json", metrics(run)
     before, stamp = path.read_text(), path.stat().st_mtime_ns
-    evaluate(*options, "stage=diagnose")
+    measure(*options, "stage=diagnose")
     assert path.stat().st_mtime_ns == stamp
     path.unlink()
-    evaluate(*options, "stage=diagnose")
+    measure(*options, "stage=diagnose")
     assert path.read_text() == before
     assert metrics(run) == known
-    evaluate(f"policy={run.parent}", *QUICK, "stage=score")
+    measure(f"policy={run.parent}", *QUICK, "stage=score")
     assert metrics(run) == known
 
 
 def test_none_leaves_none(run, tmp_path):
     copy = shutil.copytree(run.parent, tmp_path / "run")
-    evaluate(f"policy={copy}", *QUICK, "stage=diagnose", "diagnostic=none")
+    measure(f"policy={copy}", *QUICK, "stage=diagnose", "diagnostic=none")
     assert read_diagnosis(copy / "evaluation") is None
     kept = metrics(copy / "evaluation")
     assert kept.keys() < metrics(run).keys()
@@ -210,7 +199,7 @@ def test_a_loss_reference_without_tokens_is_absent_with_its_reason(run, foreign,
     other = ["reference=other", f"reference.path={foreign}"]
     words = other if reference == "foreign" else [f"reference={reference}"]
     out = tmp_path / "out"
-    evaluate(f"policy={run.parent}", *QUICK, *words, f"output_dir={out}", "diagnostic.examples=1")
+    measure(f"policy={run.parent}", *QUICK, *words, f"output_dir={out}", "diagnostic.examples=1")
     found = read_diagnosis(out)
     said = "".join(parsed(diagnostics_section(out)).texts)
     if reference == "uniform_token":

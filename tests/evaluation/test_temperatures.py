@@ -7,7 +7,7 @@ import pytest
 from dpo_ref.cli import resolve
 from dpo_ref.generation.records import read_generations
 from tests.support.command import composed, train
-from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, numbers
+from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, measure, numbers
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def test_each_is_as_if_it_had_been_evaluated_alone(run, tmp_path):
     curve = numbers(run / "evaluation")["metrics"]
     for written, options in (("0.7", []), ("0", ["generation.samples_per_prompt=1"])):
         folder = tmp_path / written
-        evaluate(f"policy={run}", *PLAIN, f"generation.temperature={written}", *options, f"output_dir={folder}")
+        measure(f"policy={run}", *PLAIN, f"generation.temperature={written}", *options, f"output_dir={folder}")
         alone = numbers(folder)["metrics"]
         part = {
             key.split("/", 2)[2]: value for key, value in curve.items() if key.startswith(f"temperature/{written}/")
@@ -37,7 +37,7 @@ def test_each_is_as_if_it_had_been_evaluated_alone(run, tmp_path):
 
 
 def test_temperature_1_is_the_evaluation_proper(run, tmp_path):
-    evaluate(f"policy={run}", *PLAIN, f"output_dir={tmp_path / 'one'}")
+    measure(f"policy={run}", *PLAIN, f"output_dir={tmp_path / 'one'}")
     alone, found = numbers(tmp_path / "one")["metrics"], numbers(run / "evaluation")["metrics"]
     assert alone == {key: value for key, value in found.items() if not key.startswith("temperature/")}
     assert found["kl/initial"] is not None
@@ -59,7 +59,7 @@ def test_the_page_draws_the_policy_beside_the_initial_one(run):
 
 def test_scoring_again_keeps_the_curve(run):
     before = (run / "evaluation" / "evaluation.json").read_bytes()
-    evaluate(f"policy={run}", *QUICK, "stage=score")
+    measure(f"policy={run}", *QUICK, "stage=score")
     after = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert after == json.loads(before)
     evaluate(f"policy={run}", *QUICK, "stage=report", "generation.temperature=[0,0.7,1]")
@@ -70,10 +70,8 @@ def test_a_baseline_that_lacks_a_temperature_is_refused(run, tmp_path):
     with pytest.raises(
         ValueError, match=r"the baseline was evaluated at temperature 1.0 and not at 0.3: evaluate it with the same"
     ):
-        evaluate(
-            f"policy={run}", *PLAIN, f"baseline={run}", "generation.temperature=[0.3,1]", f"output_dir={tmp_path}"
-        )
-    evaluate(f"policy={run}", *PLAIN, f"baseline={run}", "generation.temperature=[0.7,1]", f"output_dir={tmp_path}")
+        measure(f"policy={run}", *PLAIN, f"baseline={run}", "generation.temperature=[0.3,1]", f"output_dir={tmp_path}")
+    measure(f"policy={run}", *PLAIN, f"baseline={run}", "generation.temperature=[0.7,1]", f"output_dir={tmp_path}")
     metrics = numbers(tmp_path)["metrics"]
     assert metrics["temperature/0.7/winrate/run"] == metrics["temperature/1/winrate/run"] == 0.5
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_ref.cli.evaluate import run_evaluation
 from dpo_ref.evaluation.in_training import FOLDER
 from dpo_ref.generation.records import read_generations
 from dpo_ref.models import checkpoint
 from dpo_ref.reports.plots import svg
 from dpo_ref.reports.training_curve import evaluations, in_words, training_panels
 from dpo_ref.training.run import Session
-from tests.support.command import composed, train
+from tests.support.command import train
+from tests.support.evaluate_command import evaluate, measure
 from tests.support.training_evaluation import SMALL, lines
 
 EVALUATED = ["evaluation.every=5", "evaluation.num_prompts=24", "evaluation.max_new_tokens=40"]
@@ -74,8 +74,7 @@ def test_before_training_nothing_has_moved_and_the_initial_answers_are_other_dra
 def test_the_last_numbers_are_those_of_evaluate(evaluated, tmp_path):
     """The same prompts, random numbers and options: every metric that both have agrees, from models loaded anew."""
     options = ["generation.samples_per_prompt=1", "generation.max_new_tokens=40", "tracking=none"]
-    cfg, choices = composed(f"policy={evaluated}", *options, f"output_dir={tmp_path}", kind="evaluate")
-    run_evaluation(cfg, choices, options)
+    measure(f"policy={evaluated}", *options, f"output_dir={tmp_path}")
     theirs = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
     ours = {name.removeprefix("evaluation/"): value for name, value in lines(evaluated, "evaluation/")[-1].items()}
     assert (ours.pop("step"), ours.pop("degenerate")) == (12, 0)
@@ -157,8 +156,7 @@ def test_a_stopped_run_goes_on_only_where_that_is_said(degenerating, tmp_path):
 def test_a_sweep_evaluates_a_stopped_job_too(degenerating, tmp_path):
     shutil.copytree(degenerating[0], tmp_path / "0_beta=0.0001")
     options = ["generation.samples_per_prompt=1", "generation.max_new_tokens=40", "tracking=none"]
-    cfg, choices = composed(f"sweep={tmp_path}", *options, kind="evaluate")
-    run_evaluation(cfg, choices, options)
+    evaluate(f"sweep={tmp_path}", *options)
     found = json.loads((tmp_path / "0_beta=0.0001" / "evaluation" / "evaluation.json").read_text())
     assert found["degenerate"]
     assert "stopped" in (tmp_path / "sweep.csv").read_text()

@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dpo_ref.cli import resolve
-from dpo_ref.cli.evaluate import run_evaluation
 from dpo_ref.data.packing import collate
 from dpo_ref.lab.models import locate
 from dpo_ref.models.adapters import add_lora, merged
@@ -18,6 +17,7 @@ from dpo_ref.models.checkpoint import weights_digest
 from dpo_ref.models.logps import response_logps
 from dpo_ref.references.policies import adapter_base, initial
 from tests.support.command import composed, train
+from tests.support.evaluate_command import measure
 from tests.support.reference_contexts import LAYOUT, context_for
 from tests.support.tiny import disturbed, random_groups, tiny_model
 
@@ -71,8 +71,7 @@ def test_a_run_with_a_fresh_adapter(tmp_path):
     changed = {name for name in base if not torch.equal(base[name], policy[name])}
     assert changed == {name for name in base if "_proj" in name}
     overrides = [f"policy={run}", "tracking=none", "generation.max_new_tokens=8"]
-    cfg, choices = composed(*overrides, kind="evaluate")
-    run_evaluation(cfg, choices, overrides)
+    measure(*overrides)
     found = json.loads((run / "evaluation" / "evaluation.json").read_text())["metrics"]
     assert found["rewards/margins"] == pytest.approx(rows[-1]["eval/rewards/margins"] / 0.1, abs=1e-3)
     assert found["kl/loss_reference"] == found["kl/initial"] > 0

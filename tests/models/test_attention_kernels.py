@@ -8,12 +8,12 @@ import torch
 from torch.nn.attention import varlen
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_ref.cli.evaluate import run_evaluation
 from dpo_ref.data.packing import collate
 from dpo_ref.evaluation import evaluate
 from dpo_ref.models import attention, loading
 from dpo_ref.models.logps import response_logps
-from tests.support.command import composed, resolved, train
+from tests.support.command import resolved, train
+from tests.support.evaluate_command import measure
 from tests.support.tiny import SHAPE, random_groups
 
 CPU = torch.device("cpu")
@@ -134,6 +134,5 @@ def test_evaluation_computes_in_the_dtype_of_the_policy(monkeypatch, tmp_path):
     for name in ("score_pairs", "sample_kl", "reference_pairs", "loss_reference"):
         noting(name)
     words = [f"policy={tmp_path / 'run'}", "tracking=none", "generation.max_new_tokens=8"]
-    cfg, choices = composed(*words, kind="evaluate")
-    run_evaluation(cfg, choices, words)
+    measure(*words)
     assert precisions == dict.fromkeys(("score_pairs", "sample_kl", "reference_pairs", "loss_reference"), True)

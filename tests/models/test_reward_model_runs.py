@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dpo_ref.cli import resolve
-from dpo_ref.cli.evaluate import run_evaluation
 from dpo_ref.evaluation import scorers
 from dpo_ref.generation.records import read_generations
 from dpo_ref.lab.models import locate
 from tests.support.command import ROOT, composed, train
+from tests.support.evaluate_command import measure
 from tests.support.evaluations import answer
 from tests.support.reward_models import SMALL, classified
 
@@ -81,8 +81,7 @@ def test_a_resumed_run_is_the_same(run, tmp_path):
 
 def evaluated(folder, *overrides):
     overrides = ["policy=lab:tiny", *LAB[2:], "generation.max_new_tokens=10", f"output_dir={folder}", *overrides]
-    cfg, choices = composed(*overrides, kind="evaluate")
-    run_evaluation(cfg, choices, overrides)
+    measure(*overrides)
     return json.loads((folder / "evaluation.json").read_text()), read_generations(folder / "generations.jsonl")
 
 

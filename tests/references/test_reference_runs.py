@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dpo_ref.cli.evaluate import run_evaluation
-from tests.support.command import composed, train
+from tests.support.command import train
+from tests.support.evaluate_command import measure
 from tests.support.foreign import foreign  # noqa: F401
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=48", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
@@ -56,8 +56,7 @@ def test_a_run_with_every_kind(kind, foreign, tmp_path):  # noqa: F811
     assert summary["identities"]["loss_reference"]
     if kind == "foreign":
         overrides = [f"policy={run}", "tracking=none", "generation.max_new_tokens=8"]
-        cfg, choices = composed(*overrides, kind="evaluate")
-        run_evaluation(cfg, choices, overrides)
+        measure(*overrides)
         found = json.loads((run / "evaluation" / "evaluation.json").read_text())["metrics"]
         assert found["rewards/margins"] == pytest.approx(rows[-1]["eval/rewards/margins"] / 0.1, abs=1e-3)
         assert found["kl/loss_reference_share_cut"] == found["kl/initial_share_cut"] == 1 - found["ended/share"]

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dpo_ref.cli import resolve
-from dpo_ref.cli.evaluate import run_evaluation
 from dpo_ref.data.packing import collate
 from dpo_ref.models.logps import response_logps
 from dpo_ref.references.policies import moving
 from tests.support.command import composed, train
+from tests.support.evaluate_command import measure
 from tests.support.reference_contexts import LAYOUT, context_for
 from tests.support.tiny import random_groups, tiny_model
 
@@ -65,8 +65,7 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(tmp_path):
 
     assert losses(parts)[3:] == losses(whole)[3:]
     overrides = [f"policy={whole}", "tracking=none", "generation.max_new_tokens=8"]
-    cfg, choices = composed(*overrides, kind="evaluate")
-    run_evaluation(cfg, choices, overrides)
+    measure(*overrides)
     found = json.loads((whole / "evaluation" / "evaluation.json").read_text())["metrics"]
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     assert found["rewards/margins"] == pytest.approx(last["eval/rewards/margins"] / 0.1, abs=1e-3)

@@ -14,7 +14,7 @@ from dpo_ref.reports.exports import Answers, RewardedPairs, alpaca_eval, arena_h
 from dpo_ref.reports.exports import rewardbench as rewardbench_rows
 from dpo_ref.types import Message, silent
 from tests.support.command import train
-from tests.support.evaluate_command import DATA, PLAIN, TRAIN, evaluate, numbers
+from tests.support.evaluate_command import DATA, PLAIN, TRAIN, evaluate, measure, numbers
 from tests.support.evaluations import pair
 from tests.support.questions import ALPACA, MT_BENCH, TOKENIZER, engine, written
 from tests.support.tiny import tiny_model
@@ -146,7 +146,7 @@ def run(tmp_path_factory):
 
 def test_the_rewards_are_those_the_evaluation_measures(run):
     """Accuracy and margins of the exported pairs are the evaluation's, which another function computes."""
-    evaluate(f"policy={run}", *PLAIN)
+    measure(f"policy={run}", *PLAIN)
     evaluate(f"policy={run}", "stage=export", "export=rewardbench")
     path = run / "evaluation" / "exports" / "rewardbench" / "pairs.jsonl"
     rows, metrics = list(map(json.loads, path.read_text().splitlines())), numbers(run / "evaluation")["metrics"]

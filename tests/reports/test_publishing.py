@@ -10,23 +10,17 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, constants
 
-from dpo_ref.cli.evaluate import run_evaluation
 from dpo_ref.cli.exports import chosen, push
 from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.models import checkpoint
 from dpo_ref.reports.model_card import is_ours, on_hub
 from dpo_ref.tracking.redaction import Places
-from tests.support.command import ROOT, composed, train
+from tests.support.command import ROOT, train
+from tests.support.evaluate_command import DATA, evaluate
 from tests.support.hub_server import hub
 
-DATA = ["data.num_pairs=64", "data.num_eval_pairs=12", "data.num_test_prompts=10"]
-QUICK = ["tracking=none", "generation.max_new_tokens=12"]
+PLAIN = ["tracking=none", "generation.max_new_tokens=12", "diagnostic=none"]
 TOKEN = "hf_afaketokenforthetest0123456789"
-
-
-def evaluate(*overrides):
-    cfg, choices = composed(*overrides, kind="evaluate")
-    run_evaluation(cfg, choices, list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +41,19 @@ def card_of(run: Path) -> ModelCard:
     return ModelCard.load(run / "policy" / "README.md")
 
 
-def test_the_card_is_filled_in_by_an_evaluation_and_says_no_path(run):
+@pytest.fixture(scope="module")
+def evaluated(run, tmp_path_factory):
+    """A copy of the run, evaluated; its path may not be published either."""
+    copy = shutil.copytree(run, tmp_path_factory.mktemp("secret user") / "another run")
+    evaluate(f'policy="{copy}"', *PLAIN)
+    return copy
+
+
+def test_the_card_is_filled_in_by_an_evaluation_and_says_no_path(run, evaluated):
     before = card_of(run)
     assert before.data.eval_results is None
     assert "Not evaluated yet" in before.text
-    evaluate(f'policy="{run}"', *QUICK)
-    card = card_of(run)
+    run, card = evaluated, card_of(evaluated)
     metrics = json.loads((run / "evaluation" / "evaluation.json").read_text())["metrics"]
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     expected = ("gold/mean", "winrate/initial", "kl/initial", "lengths/response", "ended/share", "rewards/accuracies")
@@ -69,13 +70,12 @@ def test_the_card_is_filled_in_by_an_evaluation_and_says_no_path(run):
     assert is_ours(card.content)
 
 
-def test_a_card_edited_by_hand_is_kept_also_by_longer_training(run, tmp_path, capsys):
-
-    copy = shutil.copytree(run, tmp_path / "run")
+def test_a_card_edited_by_hand_is_kept_also_by_longer_training(evaluated, tmp_path, capsys):
+    copy = shutil.copytree(evaluated, tmp_path / "run")
     path = copy / "policy" / "README.md"
     edited = path.read_text().replace("## Use", "## My words\n\n## Use")
     path.write_text(edited)
-    evaluate(f"policy={copy}", *QUICK, "stage=score")
+    evaluate(f"policy={copy}", *PLAIN[:-1], "stage=score")
     assert "README.md was edited by hand and stays as it is" in capsys.readouterr().out
     done = train(f"resume={copy}", "trainer.epochs=2", "tracking=none")
     assert done.returncode == 0, done.stderr

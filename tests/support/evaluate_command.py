@@ -1,8 +1,8 @@
-"""`python evaluate.py` in this process, and small options for it."""
+"""`python evaluate.py` in this process, whole or without its page, and small options for it."""
 
 import json
 
-from dpo_ref.cli.evaluate import run_evaluation
+from dpo_ref.cli.evaluate import Evaluator, check_stage, run_evaluation
 from tests.support.command import composed
 
 DATA = ["data.num_pairs=64", "data.num_eval_pairs=12", "data.num_test_prompts=10"]
@@ -14,6 +14,13 @@ PLAIN = [*QUICK, "diagnostic=none"]
 def evaluate(*overrides):
     cfg, choices = composed(*overrides, kind="evaluate")
     run_evaluation(cfg, choices, list(overrides))
+
+
+def measure(*overrides):
+    """The stages on one policy, without its page and pictures, which take longer than all the rest."""
+    cfg, choices = composed(*overrides, kind="evaluate")
+    check_stage(cfg, overrides)
+    Evaluator(cfg, choices, list(overrides)).one(cfg.policy, cfg.output_dir)
 
 
 def numbers(folder):

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpo_ref.cli.evaluate import run_evaluation
 from dpo_ref.generation.records import read_generations
 from dpo_ref.lab import models as lab_models
 from dpo_ref.lab.gold import gold_rewards
@@ -20,7 +19,8 @@ from dpo_ref.references.table import read_shards, row_key
 from dpo_ref.training.advantages import PAIRS, all_with
 from dpo_ref.training.on_policy import groups_of, stored
 from dpo_ref.training.run import Session
-from tests.support.command import ROOT, composed, resolved, train
+from tests.support.command import ROOT, resolved, train
+from tests.support.evaluate_command import measure
 from tests.support.on_policy import SMALL
 from tests.support.tiny import naive_logps
 
@@ -170,8 +170,7 @@ def test_an_on_policy_run_is_evaluated_as_any_other(tmp_path):
     """On the held-out pairs and test prompts of the data its prompts are from, against no reference, as it had."""
     folder = run(tmp_path / "run", "objective=sft", "data.rounds=1", "data.prompts.num_test_prompts=4")
     words = [f"policy={folder}", "generation.max_new_tokens=8", "generation.samples_per_prompt=2", "tracking=none"]
-    cfg, choices = composed(*words, kind="evaluate")
-    run_evaluation(cfg, choices, words)
+    measure(*words)
     found = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     assert (found["num_prompts"], found["metrics"]["rewards/num_pairs"]) == (4, 8)
 
