@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from dpo_ref.models import server as model_server
+from tests.support.cache import empty_cache
 from tests.support.command import train
-from tests.support.evaluate_command import DATA, QUICK, TRAIN, evaluate, numbers
+from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, measure, numbers
 from tests.support.judge_server import JudgeServer
 
 KEY = "sk-not-a-real-key-0123456789"
@@ -28,7 +29,7 @@ def asked(server, *more):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     assert train(*TRAIN, f"output_dir={folder}", "beta=0.02", "optim.lr=3e-3").returncode == 0
-    evaluate(f"policy={folder}", *QUICK)
+    measure(f"policy={folder}", *PLAIN)
     return folder
 
 
@@ -36,7 +37,7 @@ def test_all_stages_then_judging_alone_then_scoring_again(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     with JudgeServer(key=KEY, faults=["429", "cut"]) as server:
         priced = ["judge.prompt_price=2.0", "judge.completion_price=8.0"]
-        evaluate(f"policy={copy}", *QUICK, *asked(server, *priced))
+        evaluate(f"policy={copy}", *PLAIN, *asked(server, *priced))
         first, requests = numbers(copy / "evaluation"), server.asked.total()
         lines = (copy / "evaluation" / "judgments.jsonl").read_text().splitlines()
         judged = [json.loads(line) for line in lines]
@@ -49,21 +50,21 @@ def test_all_stages_then_judging_alone_then_scoring_again(run, tmp_path):
         means = [sum(row["preference"] for row in rows) / 2 for rows in by_prompt]
         assert metrics["judge_winrate/initial"] == pytest.approx(sum(means) / 10)
         assert first["judge"]["model"] == "big"
-        evaluate(f"policy={copy}", *QUICK, *asked(server, *priced), "stage=judge")
+        measure(f"policy={copy}", *QUICK, *asked(server, *priced), "stage=judge")
         assert numbers(copy / "evaluation") == first
-        evaluate(f"policy={copy}", *QUICK, "stage=score")
-        evaluate(f"policy={copy}", *QUICK)
+        measure(f"policy={copy}", *QUICK, "stage=score")
+        measure(f"policy={copy}", *PLAIN)
         assert numbers(copy / "evaluation") == first
         assert server.asked.total() == requests
-    evaluate(f"policy={copy}", *QUICK, "seed=3")
+    measure(f"policy={copy}", *PLAIN, "seed=3")
     assert "judge_winrate/initial" not in numbers(copy / "evaluation")["metrics"]  # other answers
 
 
 def test_no_file_holds_the_key(run, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))
+    empty_cache(monkeypatch, tmp_path / "cache")
     copy = shutil.copytree(run, tmp_path / "run")
     with JudgeServer(key=KEY) as server:
-        evaluate(f"policy={copy}", *(o for o in QUICK if "tracking" not in o), *asked(server))
+        evaluate(f"policy={copy}", *(o for o in PLAIN if "tracking" not in o), *asked(server))
         server.faults.extend(["tells"] * 500)
         with pytest.raises(ValueError, match=r"bad Bearer \*\*\*"):
             evaluate(
@@ -108,11 +109,11 @@ def test_a_model_folder_has_no_baseline_of_its_own(tmp_path):
 
 def test_a_judge_that_dies_costs_its_own_numbers_only(run, tmp_path, monkeypatch):
     """The table and the page are written, the error comes last, and the next run asks for the rest."""
-    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))
+    empty_cache(monkeypatch, tmp_path / "cache")
     copy = shutil.copytree(run, tmp_path / "run")
     with JudgeServer(key=KEY, dies_after=7) as server:
         with pytest.raises(ValueError, match=r"\d+ of 20 pairs are judged, then judge=alpaca_eval gave no answer"):
-            evaluate(f"policy={copy}", *QUICK, *asked(server, "judge.retries=1"))
+            evaluate(f"policy={copy}", *PLAIN, *asked(server, "judge.retries=1"))
         assert server.answered.total() == 7
     found = numbers(copy / "evaluation")
     assert "winrate/initial" in found["metrics"]
@@ -129,7 +130,7 @@ def test_a_sweep_is_judged_by_a_model_here(run, tmp_path, capsys):
     sweep = tmp_path / "sweep"
     shutil.copytree(run, sweep / "0_beta-0.02", ignore=shutil.ignore_patterns("evaluation"))
     local = ["judge=local", "judge.model=lab:tiny", "judge.template=mt_bench", "judge.both_orders=false"]
-    evaluate(f"sweep={sweep}", *QUICK, *local)
+    evaluate(f"sweep={sweep}", *PLAIN, *local)
     found = numbers(sweep / "0_beta-0.02" / "evaluation")
     assert (found["judge"]["template"], found["judge"]["orders"]) == ("mt_bench", "one, drawn by the pair's digest")
     assert found["metrics"]["judge/num_judged"] == 20

@@ -2,13 +2,12 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
 from dpo_ref.cli import resolve
 from dpo_ref.generation.records import read_generations
-from dpo_ref.lab import models as lab_models
+from tests.support.cache import empty_cache
 from tests.support.command import composed, train
 from tests.support.judge_server import JudgeServer, longer_wins
 from tests.support.on_policy import SMALL
@@ -19,10 +18,7 @@ WORDS = ["scorer@data.scorer=judge", "data.scorer.judge.model=big", "objective=d
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch, tmp_path):
     """The session's models, and nothing that a judge ever said."""
-    models = Path(lab_models.locate("lab:tiny")).parent
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "models").symlink_to(models)
-    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))
+    empty_cache(monkeypatch, tmp_path / "cache")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 

@@ -11,6 +11,7 @@ from dpo_ref.models.adapters import add_lora
 from dpo_ref.references import policies
 from dpo_ref.references.mixture import mixture
 from dpo_ref.references.policies import adapter_base
+from tests.support.cache import empty_cache
 from tests.support.command import train
 from tests.support.reference_texts import OTHERS, POLICY, SIZE, TEXTS, context_of, data
 from tests.support.tiny import disturbed, tiny_model
@@ -111,20 +112,10 @@ RUN += ["trainer.max_steps=1", "tracking=none", "reference=prior"]
 
 def test_a_sweep_over_beta_seed_and_lr_pays_one_pass(tmp_path, monkeypatch):
     """As a user runs it: other betas, objectives and learning rates leave every file of the table as it is."""
-    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
-    models = tmp_path / "cache" / "models"
-    from dpo_ref.files import cache_folder
-    from dpo_ref.lab.models import locate
-
-    monkeypatch.delenv("DPO_REF_CACHE")
-    built = cache_folder() / "models"
-    locate("lab:tiny")
-    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))
-    models.symlink_to(built)
+    cache = empty_cache(monkeypatch, tmp_path / "cache")
 
     def table():
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "reference").rglob("*.safetensors")}
+        return {path: path.stat().st_mtime_ns for path in (cache / "reference").rglob("*.safetensors")}
 
     found = []
     for number, options in enumerate((["beta=0.1"], ["beta=3"], ["optim.lr=0.01"], ["objective=ipo_sum"])):
