@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from hydra.errors import HydraException
 
 from dpo_ref.cli import schemas
-from tests.support.command import REQUIRED, ROOT, resolved
+from tests.support.command import REQUIRED, ROOT, composed, resolved
 
 FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
 EVALUATE_ONLY = {"diagnostic", "export", "generation", "judge", "prompts", "scorer"}
@@ -91,15 +92,21 @@ def command(*arguments, **environment):
 @pytest.mark.parametrize(
     ("override", "messages"),
     [
-        ("objective=dop", ["Could not find 'objective/dop'", "Available options", "dpo"]),
         ("optim.lr=fast", ["'fast' of type 'str' could not be converted to Float", "optim.lr"]),
         ("seed=1.5", ["could not be converted to Integer", "seed"]),
     ],
 )
-def test_hydra_refuses_wrong_choices_and_types_itself(override, messages):
-    shown = command("train.py", override)
+def test_hydra_refuses_wrong_types_itself(override, messages):
+    with pytest.raises(HydraException) as error:
+        composed(override)
+    shown = f"{error.value} {error.value.__cause__}"
+    assert all(message in shown for message in messages), shown
+
+
+def test_hydra_refuses_a_wrong_choice_itself():
+    shown = command("train.py", "objective=dop")
     assert shown.returncode == 1
-    assert all(message in shown.stderr for message in messages), shown.stderr
+    assert all(message in shown.stderr for message in ("Could not find 'objective/dop'", "Available options", "dpo"))
 
 
 def test_help_shows_real_choices_and_every_option():

@@ -62,20 +62,16 @@ def train(*overrides: str) -> Done:
 
 
 def composes(command):
-    """Raises what keeps a documented command line from being composed and resolved."""
+    """Raises what keeps a documented command line from being composed and resolved, with each value that it sweeps
+    over."""
     _, script, *arguments = shlex.split(command)
     kind = script.removesuffix(".py")
     overrides = [a for a in arguments if a != "-m"]
     varied = [a for a in overrides if "-m" in arguments and "," in a]
     fixed = [a for a in overrides if a not in varied]
     sweeps = [a.split("=", 1)[0] + "=" + value for a in varied for value in a.split("=", 1)[1].split(",")]
-    for override in [*sweeps, *fixed]:
-        others = [o for o in fixed if o != override]
-        cfg, choices = composed(*others, override, kind=kind)
-        if kind == "evaluate":
-            resolve.components(cfg, choices, kind)
-        else:
-            resolve.resolve(cfg, choices, [*others, override])
+    for one in sweeps or [None]:
+        resolved(*fixed, *([] if one is None else [one]), kind=kind)
 
 
 REQUIRED = {
