@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tests.support.command import ROOT, train, typed
 from tests.support.evaluate_command import evaluate
 
-SMALL = ["model.path=lab:tiny", "data.num_pairs=96", "data.num_eval_pairs=16", "trainer.batch_size=8", "tracking=none"]
+SMALL = ["model.path=lab:tiny", "data.num_pairs=96", "data.num_eval_pairs=16", "data.num_test_prompts=8"]
+SMALL += ["trainer.batch_size=8", "tracking=none"]
 
 
 def arguments(*overrides):
@@ -151,21 +152,27 @@ def test_a_longer_resume_equals_a_longer_run(whole, tmp_path):
     assert same_weights(short, long)
 
 
-def test_a_sweep_survives_a_failing_job(tmp_path):
-    folder = tmp_path / "sweep"
-    done = typed("train.py", "-m", *SMALL, f"output_dir={folder}", "beta=0.3,-1", "trainer.max_steps=2")
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept") / "sweep"
+    done = typed("train.py", "-m", *SMALL, f"output_dir={folder}", "beta=3,-1,0.1", "trainer.max_steps=3")
+    return folder, done.stderr
+
+
+def test_a_sweep_survives_a_failing_job(sweep):
+    folder, errors = sweep
     jobs = [summary(place) for place in sorted(folder.iterdir()) if place.is_dir() and place.name != "panels"]
-    assert [job["status"] for job in jobs] == ["completed", "failed"], done.stderr
+    assert [job["status"] for job in jobs] == ["completed", "failed", "completed"], errors
     assert "beta=-1.0 must be positive" in jobs[1]["error"]
 
 
-def test_job_two_equals_the_same_job_alone(tmp_path):
-    folder, alone = tmp_path / "sweep", tmp_path / "alone"
-    typed("train.py", "-m", *SMALL, f"output_dir={folder}", "beta=3,0.1", "trainer.max_steps=3")
+def test_a_later_job_equals_the_same_job_alone(sweep, tmp_path):
+    """After another that trained and one that failed."""
+    folder, alone = sweep[0], tmp_path / "alone"
     train(*SMALL, f"output_dir={alone}", "beta=0.1", "trainer.max_steps=3")
-    second = folder / "1_beta-0.1"
-    assert lines(second) == lines(alone)
-    assert same_weights(second, alone)
+    later = folder / "2_beta-0.1"
+    assert lines(later) == lines(alone)
+    assert same_weights(later, alone)
 
 
 BAD = {
