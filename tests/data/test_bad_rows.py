@@ -148,8 +148,8 @@ def test_first_row_that_fits_no_format(tmp_path):
 
 
 def test_row_number_far_into_a_file(tmp_path):
-    path = written(tmp_path / "rows.jsonl", [*[GOOD] * 6999, BAD, GOOD])
-    assert refused(path) == f"rows.jsonl row 7000 {NO_TEXT}{REMEDY}"
+    path = written(tmp_path / "rows.jsonl", [*[GOOD] * 1999, BAD, GOOD])
+    assert refused(path) == f"rows.jsonl row 2000 {NO_TEXT}{REMEDY}"
     written(path, [GOOD, b"", b"  ", BAD])
     assert refused(path) == f"rows.jsonl row 4 {NO_TEXT}{REMEDY}"  # the number is the line's
 
@@ -160,9 +160,9 @@ def parquet(rows):
     return sink.getvalue().to_pybytes()
 
 
-MANY = "".join(json.dumps(but(prompt=f"why {i * i}?")) + "\n" for i in range(5000)).encode()
+MANY = "".join(json.dumps(but(prompt=f"why {i * i}?")) + "\n" for i in range(1000)).encode()
 FILES = {
-    "cut.jsonl.gz": (gzip.compress(MANY, mtime=0)[:-5000], "cut.jsonl.gz: the file cannot be read, or is damaged"),
+    "cut.jsonl.gz": (gzip.compress(MANY, mtime=0)[:-1000], "cut.jsonl.gz: the file cannot be read, or is damaged"),
     "plain.jsonl.gz": (MANY, "plain.jsonl.gz: the file cannot be read, or is damaged or cut short"),
     "plain.json.xz": (MANY, "plain.json.xz: the file cannot be read, or is damaged or cut short"),
     "cut.parquet": (parquet([GOOD] * 50)[:-60], "cut.parquet is not Parquet: "),
