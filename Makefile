@@ -3,8 +3,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ROOM := objectives
 
-.PHONY: help install install-dev demo test lint format flash clean
+.PHONY: help install install-dev demo test test-fast lint format flash clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +27,10 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(BIN)/python
 demo: install ## train on the lab with three betas, evaluate, show the table, the plot and the report
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m +experiment=demo  # a model this small gains nothing from more threads
 test: install-dev ## run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal  # each worker gets whole files: what a file trains is trained once
+
+test-fast: install-dev ## run the tests of one room: make test-fast ROOM=data
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/$(ROOM)
 
 lint: install-dev ## formatting, lint, types
 	$(BIN)/ruff format --check .
