@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ROOM := objectives
+# worksteal: workers take whole files, so that what a file trains is trained once. Bytecode is kept: every worker and
+# every command that a test starts would compile the project again.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install install-dev demo test test-fast lint format flash clean
 
@@ -27,10 +30,10 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(BIN)/python
 demo: install ## train on the lab with three betas, evaluate, show the table, the plot and the report
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m +experiment=demo  # a model this small gains nothing from more threads
 test: install-dev ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal  # each worker gets whole files: what a file trains is trained once
+	$(PYTEST)
 
 test-fast: install-dev ## run the tests of one room: make test-fast ROOM=data
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/$(ROOM)
+	$(PYTEST) tests/$(ROOM)
 
 lint: install-dev ## formatting, lint, types
 	$(BIN)/ruff format --check .

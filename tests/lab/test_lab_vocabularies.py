@@ -12,9 +12,22 @@ from dpo_ref.lab.models import foreign_tokenizer, lab_tokenizer
 from dpo_ref.lab.preferences import lab_sft
 from dpo_ref.types import Message, conversation
 
-LAB, FOREIGN = lab_tokenizer(), foreign_tokenizer()
-BOTH = pytest.mark.parametrize("tokenizer", [LAB, FOREIGN], ids=["lab", "foreign"])
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40).filter(lambda text: "<|" not in text)
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return lab_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def foreign():
+    return foreign_tokenizer()
+
+
+@pytest.fixture(scope="module", params=["lab", "foreign"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -28,14 +41,12 @@ def rendered(tokenizer, messages, generate: bool = False) -> list[int]:
     return ids
 
 
-@BOTH
 @given(text=ANY_TEXT)
 @settings(deadline=None, max_examples=60)
 def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
-@BOTH
 @given(question=ANY_TEXT, answer=ANY_TEXT, follow_up=ANY_TEXT, response=ANY_TEXT)
 @settings(deadline=None, max_examples=60)
 def test_prompt_is_a_token_prefix_and_the_response_ends_with_eos(tokenizer, question, answer, follow_up, response):
@@ -46,7 +57,6 @@ def test_prompt_is_a_token_prefix_and_the_response_ends_with_eos(tokenizer, ques
     assert whole == [*before, *encode(tokenizer, response), tokenizer.eos_token_id]
 
 
-@BOTH
 def test_specials(tokenizer, tmp_path):
     assert tokenizer.pad_token_id is not None
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -65,25 +75,25 @@ def test_specials(tokenizer, tmp_path):
     assert len(loaded) == len(tokenizer)
 
 
-def test_the_foreign_tokenizer_is_another_one():
+def test_the_foreign_tokenizer_is_another_one(lab, foreign):
     prompt = [Message(role="user", content="Name two trees, but not oak.")]
-    assert LAB.bos_token_id is not None
-    assert FOREIGN.bos_token is None
-    assert len(LAB) == 800
-    assert len(FOREIGN) == 480
-    assert not set(LAB.all_special_tokens) & set(FOREIGN.all_special_tokens)
-    assert len(rendered(FOREIGN, prompt)) != len(rendered(LAB, prompt))
-    assert rendered(LAB, prompt)[0] == LAB.bos_token_id
-    assert rendered(LAB, prompt).count(LAB.bos_token_id) == 1
+    assert lab.bos_token_id is not None
+    assert foreign.bos_token is None
+    assert len(lab) == 800
+    assert len(foreign) == 480
+    assert not set(lab.all_special_tokens) & set(foreign.all_special_tokens)
+    assert len(rendered(foreign, prompt)) != len(rendered(lab, prompt))
+    assert rendered(lab, prompt)[0] == lab.bos_token_id
+    assert rendered(lab, prompt).count(lab.bos_token_id) == 1
 
 
-def test_a_token_is_about_a_word():
+def test_a_token_is_about_a_word(lab):
     texts = [group.responses[0] for group in lab_sft(1, num_examples=500).train]
-    tokens = sum(len(encode(LAB, text)) for text in texts)
+    tokens = sum(len(encode(lab, text)) for text in texts)
     assert tokens < 2.0 * sum(len(text.split()) for text in texts)
 
 
-def test_another_process_trains_the_same_vocabulary():
+def test_another_process_trains_the_same_vocabulary(lab):
     code = "from dpo_ref.lab.models import lab_tokenizer as t; print(t()._tokenizer.to_str(), end='')"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert other == LAB._tokenizer.to_str()
+    assert other == lab._tokenizer.to_str()
