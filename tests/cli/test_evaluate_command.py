@@ -79,6 +79,10 @@ def test_other_options_generate_anew(run, tmp_path):
     stamp = (copy / "evaluation" / "generations.jsonl").read_text()
     measure(f"policy={copy}", *PLAIN, "seed=1")
     assert (copy / "evaluation" / "generations.jsonl").read_text() != stamp
+    page = copy / "evaluation" / "report.html"
+    page.unlink()
+    evaluate(f"policy={copy}", *QUICK, "stage=report")
+    assert page.is_file()
 
 
 def test_against_another_run_and_for_a_model_folder(run, tmp_path):

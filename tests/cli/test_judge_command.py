@@ -37,7 +37,7 @@ def test_all_stages_then_judging_alone_then_scoring_again(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     with JudgeServer(key=KEY, faults=["429", "cut"]) as server:
         priced = ["judge.prompt_price=2.0", "judge.completion_price=8.0"]
-        evaluate(f"policy={copy}", *PLAIN, *asked(server, *priced))
+        measure(f"policy={copy}", *PLAIN, *asked(server, *priced))
         first, requests = numbers(copy / "evaluation"), server.asked.total()
         lines = (copy / "evaluation" / "judgments.jsonl").read_text().splitlines()
         judged = [json.loads(line) for line in lines]

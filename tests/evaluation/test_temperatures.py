@@ -62,7 +62,7 @@ def test_scoring_again_keeps_the_curve(run):
     measure(f"policy={run}", *QUICK, "stage=score")
     after = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert after == json.loads(before)
-    evaluate(f"policy={run}", *QUICK, "stage=report", "generation.temperature=[0,0.7,1]")
+    measure(f"policy={run}", *QUICK, "stage=report", "generation.temperature=[0,0.7,1]")
     assert (run / "evaluation" / "evaluation.json").read_bytes() == before
 
 

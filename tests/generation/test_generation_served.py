@@ -23,7 +23,7 @@ ASKED = PromptSet(
         Question((Message(role="user", content=f"{n} cats " * (n % 3 + 1)),), ("why?",) * (n % 2)) for n in range(8)
     ),
 )
-GREEDY = Sampling(0.0, 1.0, 24, 1)
+GREEDY = Sampling(0.0, 1.0, 12, 1)
 NUM_ANSWERS = 12  # 8 first turns and 4 second ones
 KEY = "sk-not-a-real-key-0123456789"
 
@@ -60,7 +60,7 @@ def unneeded():
 
 def engine(*servers, **options):
     policy = Policy("my/policy", "my/policy", TOKENIZER, unneeded, unneeded, unneeded)
-    defaults = {"temperature": 0.0, "max_new_tokens": 24, "concurrency": 3, "retries": 3, "timeout": 20.0}
+    defaults = {"temperature": 0.0, "max_new_tokens": 12, "concurrency": 3, "retries": 3, "timeout": 20.0}
     return served(policy, url=[server.url for server in servers], **(defaults | options))
 
 
@@ -97,7 +97,7 @@ def test_what_a_server_is_asked(serve):
         1,
         -1,
         0,
-        24,
+        12,
     )
     assert (body["repetition_penalty"], body["presence_penalty"], body["frequency_penalty"]) == (1, 0, 0)
     ends = {TOKENIZER.eos_token_id, TOKENIZER.convert_tokens_to_ids("<|im_end|>")}
@@ -110,7 +110,7 @@ def test_what_a_server_is_asked(serve):
 def test_an_answer_that_the_server_cut_before_the_limit_is_refused(serve):
     """A server may have a limit of its own; what it cut would count as too long for ours."""
     server = serve(most=10)
-    with pytest.raises(ValueError, match=r"cut an answer at 10 tokens, before generation.max_new_tokens=24: start it"):
+    with pytest.raises(ValueError, match=r"cut an answer at 10 tokens, before generation.max_new_tokens=12: start it"):
         answered(engine(server), ASKED, 7)
     short = {g.prompt_index: g for g in answered(engine(server, max_new_tokens=10), ASKED, 7)}
     assert {g.num_tokens for g in short.values() if not g.finished} == {10}

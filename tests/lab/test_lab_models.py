@@ -67,12 +67,13 @@ def test_names_and_sizes():
     with pytest.raises(ValueError, match=r"lab:huge is no model of the lab; there are lab:initial"):
         lab_models.locate("lab:huge")
     assert lab_models.locate("some/model") == "some/model"
-    sizes = {}
+    sizes, tokenizers = {}, {}
     for name in ("initial", "large", "foreign"):
         recipe = lab_models.RECIPES[name]
-        tokenizer = lab_models.TOKENIZERS[recipe.tokenizer]()
+        if recipe.tokenizer not in tokenizers:
+            tokenizers[recipe.tokenizer] = lab_models.TOKENIZERS[recipe.tokenizer]()
         with torch.device("meta"):  # sizes need no weights
-            model = lab_models._model(recipe, tokenizer)
+            model = lab_models._model(recipe, tokenizers[recipe.tokenizer])
         sizes[name] = sum(p.numel() for p in model.parameters()) / 1e6
     assert 0.3 <= sizes["initial"] <= 1
     assert 0.3 <= sizes["foreign"] <= 1
