@@ -9,10 +9,13 @@ of 2,000 nats is wrong in its fourth decimal and margins are differences of such
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar, get_args, get_origin
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -121,8 +124,47 @@ class TokenGroup:
         return len(self.prompt_ids) + sum(map(len, self.response_ids))
 
 
+# --- a pack, what models say about it, and parts of both
+
+
+Span = Mapping[str, slice]  # a run of whole groups of a pack: their slice of each axis (G T R N B)
+POSITIONS_ON = "positions on"  # a field's mark: the axis that its entries are positions on
+Whole = TypeVar("Whole")
+
+
+@cache
+def axes_of(kind: type) -> tuple[tuple[str, str, str | None], ...]:
+    """Of every field its name, its axis (R of `Float[Tensor, " R"]`, G of a tuple), and the axis that its entries are
+    positions on. Raises TypeError for a field without an axis, which could not be cut."""
+    axes = []
+    for f in fields(kind):
+        kinds = [f.type, *get_args(f.type)]
+        shapes = [hint.dim_str for hint in kinds if hasattr(hint, "dim_str")]
+        shapes += ["G" for hint in kinds if get_origin(hint) is tuple]
+        if not shapes:
+            raise TypeError(f"{kind.__name__}.{f.name} has no axis; annotate it with its shape")
+        axes.append((f.name, shapes[0], f.metadata.get(POSITIONS_ON)))
+    return tuple(axes)
+
+
+class HasParts:
+    """A dataclass of values along axes, which can be cut to those of a run of groups."""
+
+    __slots__ = ()
+
+    def part(self: Whole, span: Span) -> Whole:
+        """What it holds of these groups: every field cut along its axis, positions counted from where it begins."""
+        values: dict[str, Any] = {}
+        for name, axis, target in axes_of(type(self)):
+            value = getattr(self, name)
+            if value is not None:
+                cut = value[span[axis]]
+                values[name] = cut if target is None else cut - span[target].start
+        return replace(self, **values)  # pyright: ignore[reportArgumentType]
+
+
 @dataclass(frozen=True, slots=True)
-class PackedBatch:
+class PackedBatch(HasParts):
     """Groups laid end to end, each as [prompt | y1 | ... | yk], without padding.
 
     R counts the response tokens that are scored: all of them, unless a group says otherwise. Token r of the R is
@@ -133,16 +175,16 @@ class PackedBatch:
     input_ids: Int[Tensor, " T"]
     position_ids: Int[Tensor, " T"]  # restart after the prompt for every response
     layout: tuple[tuple[int, tuple[int, ...]], ...]  # per group: prompt length, response lengths
-    head_index: Int[Tensor, " R"]
+    head_index: Int[Tensor, " R"] = field(metadata={POSITIONS_ON: "T"})
     target_ids: Int[Tensor, " R"]
-    response_index: Int[Tensor, " R"]  # which of the N responses token r belongs to, ascending
+    response_index: Int[Tensor, " R"] = field(metadata={POSITIONS_ON: "N"})  # whose token r is, ascending
     lengths: Int[Tensor, " N"]  # scored tokens
     num_bytes: Int[Tensor, " N"]
     scored_per_group: tuple[int, ...]  # scored tokens, on the host
     group_index: tuple[int, ...]  # per group; on the host, where cached rows are looked up
     pairs_per_group: tuple[int, ...]
-    chosen: Int[Tensor, " B"]  # positions among the N responses
-    rejected: Int[Tensor, " B"]
+    chosen: Int[Tensor, " B"] = field(metadata={POSITIONS_ON: "N"})
+    rejected: Int[Tensor, " B"] = field(metadata={POSITIONS_ON: "N"})
     labels: Bool[Tensor, " N"] | None = None  # whether each is wanted
     advantages: Float[Tensor, " N"] | None = None
     rewards: Float[Tensor, " N"] | None = None  # the rows' scores
@@ -154,6 +196,22 @@ class PackedBatch:
     @property
     def num_groups(self) -> int:
         return len(self.layout)
+
+    def spans(self, max_tokens: int) -> Iterator[Span]:
+        """Runs of whole groups with at most `max_tokens` response tokens each (a larger group alone)."""
+        sizes = {
+            "G": [1] * self.num_groups,
+            "T": [prompt + sum(responses) for prompt, responses in self.layout],
+            "R": self.scored_per_group,
+            "N": [len(responses) for _, responses in self.layout],
+            "B": self.pairs_per_group,
+        }
+        ends = {axis: [0, *accumulate(counts)] for axis, counts in sizes.items()}
+        first, tokens = 0, ends["R"]
+        while first < self.num_groups:
+            last = max(first + 1, bisect_right(tokens, tokens[first] + max_tokens) - 1)
+            yield {axis: slice(at[first], at[last]) for axis, at in ends.items()}
+            first = last
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with every tensor on `device`."""
@@ -177,7 +235,7 @@ class PairLogps:
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseLogps:
+class ResponseLogps(HasParts):
     """What one model says about N responses.
 
     `token_logps` holds the R per-token values in the order of the batch's `target_ids`; it is None where the model's
@@ -212,7 +270,7 @@ class PairScores:
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseScores:
+class ResponseScores(HasParts):
     """What a reward model says about N responses: one score each, in its own unit."""
 
     scores: Float[Tensor, " N"]

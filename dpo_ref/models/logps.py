@@ -4,16 +4,16 @@ The language-model head is applied to response positions only, a chunk of tokens
 recomputed in the backward pass: no [tokens, vocabulary] tensor outlives its chunk.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_ref.models.attention import REGISTERED, PackedLayout
-from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores
+from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores, Span
 
 CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32
 
@@ -216,62 +216,7 @@ def response_collisions(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
 # boundaries; the memory above the result is one chunk of logits.
 
 
-class Chunk(NamedTuple):
-    """A run of groups of a pack: its response tokens, its responses, its pairs, and its part of the batch."""
-
-    rows: slice
-    owners: slice
-    members: slice
-    batch: PackedBatch
-
-
-LossOf = Callable[[ResponseLogps, Chunk], Tensor]
-
-
-def chunks(batch: PackedBatch, max_tokens: int) -> Iterator[Chunk]:
-    """Runs of whole groups with at most `max_tokens` response tokens each (a larger group alone)."""
-    first, tokens, responses, pairs = 0, 0, 0, 0
-    sizes = batch.scored_per_group
-    while first < len(sizes):
-        last, total = first + 1, sizes[first]
-        while last < len(sizes) and total + sizes[last] <= max_tokens:
-            total += sizes[last]
-            last += 1
-        num_responses = sum(len(lengths) for _, lengths in batch.layout[first:last])
-        num_pairs = sum(batch.pairs_per_group[first:last])
-        rows, owners, members = (
-            slice(start, start + size)
-            for start, size in ((tokens, total), (responses, num_responses), (pairs, num_pairs))
-        )
-        yield Chunk(rows, owners, members, _part(batch, slice(first, last), rows, owners, members))
-        first, tokens, responses, pairs = last, rows.stop, owners.stop, members.stop
-
-
-def _part(batch: PackedBatch, groups: slice, rows: slice, owners: slice, members: slice) -> PackedBatch:
-    """What objectives look at, for a run of groups; token ids and positions are left as they are."""
-    return replace(
-        batch,
-        layout=batch.layout[groups],
-        scored_per_group=batch.scored_per_group[groups],
-        group_index=batch.group_index[groups],
-        pairs_per_group=batch.pairs_per_group[groups],
-        head_index=batch.head_index[rows],
-        target_ids=batch.target_ids[rows],
-        response_index=batch.response_index[rows] - owners.start,
-        lengths=batch.lengths[owners],
-        num_bytes=batch.num_bytes[owners],
-        chosen=batch.chosen[members] - owners.start,
-        rejected=batch.rejected[members] - owners.start,
-        labels=None if batch.labels is None else batch.labels[owners],
-        advantages=None if batch.advantages is None else batch.advantages[owners],
-    )
-
-
-def part_of(logps: ResponseLogps, chunk: Chunk) -> ResponseLogps:
-    """The chunk's responses of a whole pack's log-probs."""
-    tokens = None if logps.token_logps is None else logps.token_logps[chunk.rows]
-    owners = chunk.owners
-    return ResponseLogps(logps.sums[owners], logps.lengths[owners], logps.num_bytes[owners], tokens)
+LossOf = Callable[[ResponseLogps, Span], Tensor]
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -287,8 +232,9 @@ class _FusedLoss(torch.autograd.Function):
         d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device)
         weight_h = weight.to(hidden.dtype)
         losses, parts = [], []
-        for chunk in chunks(batch, max(1, CHUNK_LOGITS // weight.shape[0])):
-            hidden_c, targets = hidden[chunk.rows], chunk.batch.target_ids
+        for span in batch.spans(max(1, CHUNK_LOGITS // weight.shape[0])):
+            rows = span["R"]
+            hidden_c, targets = hidden[rows], batch.target_ids[rows]
             logits = head.logits(hidden_c)
             slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
             logits.sub_(logits.amax(dim=-1, keepdim=True))
@@ -296,13 +242,13 @@ class _FusedLoss(torch.autograd.Function):
             weights = logits.exp_()  # in place, and once: the softmax is weights / total
             total = weights.sum(dim=-1, keepdim=True)
             values = (target_logits - total.log()).squeeze(1)
-            loss, coefficients = _coefficients(values, chunk, loss_of)
+            loss, coefficients = _coefficients(values, batch, span, loss_of)
             d_logits = weights.mul_(-coefficients[:, None] / total)
             d_logits.scatter_add_(1, targets[:, None], coefficients[:, None])
             if slope is not None:
                 d_logits.mul_(slope)
             d_product = (d_logits if head.scale == 1.0 else d_logits.mul_(head.scale)).to(hidden.dtype)
-            torch.mm(d_product, weight_h, out=d_hidden[chunk.rows])
+            torch.mm(d_product, weight_h, out=d_hidden[rows])
             _add_product(d_weight, d_product, hidden_c)
             if bias is not None:
                 d_bias += d_product.sum(dim=0)
@@ -329,13 +275,14 @@ def _add_product(total: Tensor, d_product: Tensor, hidden: Tensor) -> None:
         total += d_product.T @ hidden
 
 
-def _coefficients(values: Tensor, chunk: Chunk, loss_of: LossOf) -> tuple[Tensor, Tensor]:
-    """The chunk's loss, and its derivative by every token's log-prob."""
-    batch = chunk.batch
+def _coefficients(values: Tensor, batch: PackedBatch, span: Span, loss_of: LossOf) -> tuple[Tensor, Tensor]:
+    """The loss of a run of groups, and its derivative by every token's log-prob."""
+    lengths, num_bytes = batch.lengths[span["N"]], batch.num_bytes[span["N"]]
+    owners = batch.response_index[span["R"]] - span["N"].start
     with torch.enable_grad():
         leaf = values.detach().requires_grad_()
-        policy = ResponseLogps(sum_by_response(leaf, batch), batch.lengths, batch.num_bytes, leaf)
-        loss = loss_of(policy, chunk)
+        sums = leaf.new_zeros(len(lengths), dtype=torch.float64).index_add(0, owners, leaf.double())
+        loss = loss_of(ResponseLogps(sums, lengths, num_bytes, leaf), span)
         (coefficients,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), coefficients
 
@@ -345,7 +292,7 @@ def fused_loss(
 ) -> tuple[Float[Tensor, ""], ResponseLogps]:
     """Summed loss of a pack, differentiable in hidden states and head, and the policy's detached log-probs.
 
-    `loss_of(policy, chunk)` is the summed loss of one run of groups, differentiable in the policy's log-probs; what it
+    `loss_of(policy, span)` is the summed loss of one run of groups, differentiable in the policy's log-probs; what it
     returns must not depend on other groups.
     """
     loss, values = _FusedLoss.apply(hidden, head.weight, head.bias, head, batch, loss_of)  # pyright: ignore

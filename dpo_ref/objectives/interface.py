@@ -6,7 +6,7 @@ refuses and reads is found by asking it, on two pairs that are no one's.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_type_hints
 
@@ -15,7 +15,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpo_ref.types import PackedBatch, PairLogps, PairScores, ResponseLogps, ResponseScores
+from dpo_ref.types import (
+    POSITIONS_ON,
+    HasParts,
+    PackedBatch,
+    PairLogps,
+    PairScores,
+    ResponseLogps,
+    ResponseScores,
+    Span,
+)
 
 # --- what objectives may ask for: the types of the arguments left of their star, and how each is made
 
@@ -44,14 +53,14 @@ class TokenPairLogps(PairLogps):
 class TokenLogps(ResponseLogps):
     """Responses whose token values are there, and which of the N responses each of them belongs to."""
 
-    response_index: Int[Tensor, " R"] = field(kw_only=True)
+    response_index: Int[Tensor, " R"] = field(kw_only=True, metadata={POSITIONS_ON: "N"})
 
 
 Items = TypeVar("Items", PairLogps, ResponseLogps)
 
 
 @dataclass(frozen=True, slots=True)
-class WholeBatch(Generic[Items]):
+class WholeBatch(HasParts, Generic[Items]):
     """Detached log-probs of all pairs or responses of the optimiser batch, in an order that depends on its packs; of
     responses without token values. `here` are the items of the call."""
 
@@ -60,9 +69,9 @@ class WholeBatch(Generic[Items]):
     labels: Bool[Tensor, " N"] | None
     here: slice
 
-    def at(self, items: slice) -> "WholeBatch[Items]":
+    def part(self, span: Span) -> "WholeBatch[Items]":
         """The same batch for a call on a part of these items."""
-        start = self.here.start
+        start, items = self.here.start, span["B" if isinstance(self.policy, PairLogps) else "N"]
         return replace(self, here=slice(start + items.start, start + items.stop))
 
 
@@ -88,6 +97,13 @@ class Known:
     whole: Any = None
     mismatched: Mismatched | None = None
     running: Running | None = None
+
+    def part(self, span: Span) -> "Known":
+        """What is known of these groups. What speaks of the whole optimiser batch stays."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{name: value.part(span) for name, value in values.items() if isinstance(value, HasParts)}
+        )
 
 
 def _pairs(logps: ResponseLogps, batch: PackedBatch) -> PairLogps:

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from dpo_ref.data.packing import collate, optimiser_batches, steps_per_epoch
 from dpo_ref.models.logps import (
-    Chunk,
     fused_loss,
     head_of,
-    part_of,
     response_collisions,
     response_hidden,
     response_logps,
@@ -26,7 +24,7 @@ from dpo_ref.objectives.interface import Known, Mismatched, Objective, Running, 
 from dpo_ref.references.interface import Reference
 from dpo_ref.training.metrics import Values, joined, mean_of, values_of
 from dpo_ref.training.optim import Optimisation
-from dpo_ref.types import PackedBatch, PairLogps, ResponseLogps, ResponseScores, TokenGroup
+from dpo_ref.types import PackedBatch, PairLogps, ResponseLogps, ResponseScores, Span, TokenGroup
 
 # --- a look ahead
 # What objectives that couple the items of an optimiser batch must know before the first gradient: a forward pass over
@@ -161,8 +159,8 @@ def _loss_of_scores(policy: nn.Module, objective: Objective, known: Known) -> tu
 
 
 def _loss_of_logps(policy: nn.Module, objective: Objective, known: Known) -> tuple[Tensor, Values]:
-    def loss_of(policy_logps: ResponseLogps, chunk: Chunk) -> Tensor:
-        return objective(policy_logps, _part(known, objective, chunk)).losses.sum()
+    def loss_of(policy_logps: ResponseLogps, span: Span) -> Tensor:
+        return objective(policy_logps, known.part(span)).losses.sum()
 
     loss, policy_logps = fused_loss(response_hidden(policy, known.batch), head_of(policy), known.batch, loss_of)
     outcome = objective(policy_logps, known)
@@ -171,17 +169,6 @@ def _loss_of_logps(policy: nn.Module, objective: Objective, known: Known) -> tup
 
 LOSSES = {ResponseLogps: _loss_of_logps, ResponseScores: _loss_of_scores}
 ASKED = {ResponseLogps: response_logps, ResponseScores: response_scores}
-
-
-def _part(known: Known, objective: Objective, chunk: Chunk) -> Known:
-    """What is known of a chunk's groups."""
-    models = {
-        name: part_of(logps, chunk)
-        for name in ("reference", "old", "collision")
-        if (logps := getattr(known, name)) is not None
-    }
-    items = chunk.members if objective.pairwise else chunk.owners
-    return replace(known, batch=chunk.batch, whole=known.whole and known.whole.at(items), **models)
 
 
 def known_of(

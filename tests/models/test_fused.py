@@ -48,8 +48,8 @@ def test_fused_equals_full_logits(objective, bias, scale, softcap, layout, token
     want = objective(want_policy, Known(batch, reference)).losses.sum()
     want_gradients = torch.autograd.grad(0.3 * want, inputs)
 
-    def loss_of(policy, chunk):
-        return objective(policy, Known(chunk.batch, logps.part_of(reference, chunk))).losses.sum()
+    def loss_of(policy, span):
+        return objective(policy, Known(batch, reference).part(span)).losses.sum()
 
     before, logps.CHUNK_LOGITS = logps.CHUNK_LOGITS, tokens_per_chunk * VOCAB
     try:
@@ -60,17 +60,3 @@ def test_fused_equals_full_logits(objective, bias, scale, softcap, layout, token
     torch.testing.assert_close(policy.sums, want_policy.sums, atol=1e-10, rtol=1e-10)
     for ours, theirs in zip(torch.autograd.grad(0.3 * got, inputs), want_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
-
-
-@given(layout=LAYOUTS, tokens_per_chunk=st.integers(1, 30))
-def test_chunks_are_whole_groups_in_order(layout, tokens_per_chunk):
-    batch = collate(random_groups(layout))
-    found = list(logps.chunks(batch, tokens_per_chunk))
-    assert [g for *_, part in found for g in part.group_index] == list(batch.group_index)
-    assert torch.equal(torch.cat([part.target_ids for *_, part in found]), batch.target_ids)
-    for rows, owners, _, part in found:
-        assert rows.stop - rows.start == int(part.lengths.sum())
-        assert len(part.layout) == 1 or rows.stop - rows.start <= tokens_per_chunk
-        assert torch.equal(
-            part.chosen + owners.start, batch.chosen[[g in part.group_index for g in batch.group_index]]
-        )
