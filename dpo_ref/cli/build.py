@@ -1,7 +1,5 @@
 """From a resolved configuration to a finished run folder: builds the parts, runs, and writes down how it ended."""
 
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,7 @@ import torch
 
 from dpo_ref.cli.resolve import TrainRun
 from dpo_ref.data.chat_templates import ChatText, text_identity
-from dpo_ref.data.groups import Together, TokenGroups
+from dpo_ref.data.groups import Groups, Together, TokenGroups
 from dpo_ref.data.inspection import example_of, inspect, score_margins, short_report, summed_counts
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import Tokenised, length_limit, tokenise, tokenised_once
@@ -35,9 +33,9 @@ from dpo_ref.reports.data import data_page
 from dpo_ref.tracking.run_record import RunRecord
 from dpo_ref.tracking.terminal import TrainingProgress, progress, run_summary, show_example
 from dpo_ref.tracking.tracker import Tracker
-from dpo_ref.training.rounds import Supply, SupplyContext, WithMismatched, at_hand, groups_for
+from dpo_ref.training.rounds import Supply, SupplyContext, at_hand, groups_for
 from dpo_ref.training.run import Session
-from dpo_ref.types import PreferenceData, PromptGroup, ResponseLogps, ResponseScores, TokenGroup
+from dpo_ref.types import PreferenceData, ResponseLogps, ResponseScores
 
 NUM_EXAMPLES = 8  # on the data page
 NUM_SAMPLES = {ResponseLogps: 8, ResponseScores: 0}  # generations shown in the tracker at the end of a run
@@ -82,8 +80,6 @@ def supply_of(
         tokenizer=loaded.tokenizer,
         objective=run.objective,
         groups=groups,
-        texts=data.train,
-        text_of=partial(text_of, data, ()),
         first_number=len(data.train) + len(data.eval),
         max_length=length_limit(loaded.tokenizer, run.data.options["max_length"]),
         pack=run.data.bound(pack),
@@ -110,23 +106,8 @@ def report_data(run: TrainRun, directory: Path, title: str) -> None:
     run_summary(f"data={run.data.name}", {"page": str(directory / "data.html")})
 
 
-def text_of(data: PreferenceData, parts: Sequence[Sequence[TokenGroup]], number: int) -> PromptGroup:
-    """The texts of the group with this `group_index`: training and held-out data are numbered as one list, below 0 are
-    those with responses of other prompts."""
-    if number < 0:
-        held_out = -1 - number >= len(data.train)
-        part = parts[held_out]
-        assert isinstance(part, WithMismatched)
-        return part.text(number, partial(text_of, data, parts))
-    return data.train[number] if number < len(data.train) else data.eval[number - len(data.train)]
-
-
-def build_reference(
-    run: TrainRun, loaded: LoadedModel, data: PreferenceData, groups: Sequence[TokenGroup], device: torch.device
-) -> Reference:
+def build_reference(run: TrainRun, loaded: LoadedModel, groups: Groups, device: torch.device) -> Reference:
     """The loss reference, tabulated unless told otherwise; prints which one it is."""
-    parts = groups.parts if isinstance(groups, Together) else (groups,)
-    others = [part.mismatched for part in parts if isinstance(part, WithMismatched)]
 
     def load(source: ModelSource) -> torch.nn.Module:
         return load_reference(source, lab_models.locate(source.path), device, run.model.options["attention"])
@@ -138,8 +119,7 @@ def build_reference(
         load=load,
         load_tokenizer=lambda path, revision=None: load_tokenizer(lab_models.locate(path), revision),
         text_identity=text_identity(loaded.tokenizer),
-        groups=Together(groups, *others),
-        texts=partial(text_of, data, parts),
+        groups=Together(groups, *groups.others),
         pack=run.data.bound(pack),
         progress=progress,
         device=device,
@@ -153,13 +133,11 @@ def build_reference(
     return reference
 
 
-def reference_of(
-    run: TrainRun, loaded: LoadedModel, data: PreferenceData, supply: Supply, eval_groups: Sequence[TokenGroup]
-) -> Reference:
+def reference_of(run: TrainRun, loaded: LoadedModel, supply: Supply, eval_groups: Groups) -> Reference:
     """The run's loss reference. Raises ValueError for one that only knows rows from before training, where the run
     makes others."""
     device = next(loaded.model.parameters()).device
-    reference = build_reference(run, loaded, data, Together(supply.known, eval_groups), device)
+    reference = build_reference(run, loaded, Together(supply.known, eval_groups), device)
     if supply.live and any(isinstance(part, Table | TextTable) for part in getattr(reference, "parts", [reference])):
         raise ValueError(
             f"reference={reference.name} is a table of what is known before training, and data={run.data.name} "
@@ -228,7 +206,7 @@ def build(run: TrainRun, directory: Path, tracker: Tracker) -> Session:
         directory=directory,
         loaded=loaded,
         policy_weights=weights_digest(loaded.model),
-        reference=reference_of(run, loaded, data, supply, eval_groups),
+        reference=reference_of(run, loaded, supply, eval_groups),
         objective=run.objective,
         optim=optim,
         supply=supply,
@@ -255,6 +233,6 @@ def cache_reference(run: TrainRun) -> None:
     loaded = run.model(lab_models.locate, device)
     train, held_out = tokenised(run, data, loaded.tokenizer)
     train_groups, eval_groups = (groups_for(run.objective, found.groups) for found in (train, held_out))
-    reference = build_reference(run, loaded, data, Together(train_groups, eval_groups), device)
+    reference = build_reference(run, loaded, Together(train_groups, eval_groups), device)
     folder = cache_folder() / "reference" / reference.identity
     print(f"cached {len(train_groups) + len(eval_groups):,} groups in {folder}")

@@ -25,7 +25,7 @@ from dpo_ref.cli.resolve import TrainRun, resolve
 from dpo_ref.component import Component, annotations, choices_of
 from dpo_ref.data.chat_templates import install_template
 from dpo_ref.data.encoding import Encoder
-from dpo_ref.data.groups import TokenGroups
+from dpo_ref.data.groups import Groups, TokenGroups
 from dpo_ref.data.packing import collate
 from dpo_ref.data.tokenise import encode_prompts, tokenise
 from dpo_ref.distributed import best_device
@@ -50,7 +50,7 @@ from dpo_ref.references.interface import Reference
 from dpo_ref.reports.compatibility import cells, entries, headline, terminal_table, verdict, write_page
 from dpo_ref.tracking.terminal import progress, run_summary
 from dpo_ref.tracking.tracker import RunInfo
-from dpo_ref.types import Message, PreferenceData, PromptGroup, ResponseLogps, TokenGroup
+from dpo_ref.types import Message, PromptGroup, ResponseLogps, TokenGroup
 
 # --- a candidate: built, and asked about pairs and samples
 
@@ -64,16 +64,15 @@ class Bench:
 
     run: TrainRun  # the training run that would follow, with reference=initial
     loaded: LoadedModel
-    data: PreferenceData
-    groups: Sequence[TokenGroup]
+    groups: TokenGroups
     prompts: Sequence[tuple[Message, ...]]
     max_new_tokens: int
     seed: int
     device: torch.device
 
-    def build(self, reference: Component, groups: Sequence[TokenGroup], data: PreferenceData) -> Reference:
-        """The reference for these groups; their texts are those of `data`."""
-        return build_reference(replace(self.run, reference=reference), self.loaded, data, groups, self.device)
+    def build(self, reference: Component, groups: Groups) -> Reference:
+        """The reference for these groups."""
+        return build_reference(replace(self.run, reference=reference), self.loaded, groups, self.device)
 
     def samples(self, model: nn.Module, tokenizer: Any, prompts: Sequence[tuple[Message, ...]]) -> list[Generation]:
         """One answer of a model to each prompt that leaves room for it, at temperature 1."""
@@ -90,18 +89,18 @@ class Bench:
         return [replace(sample, prompt_index=fits[sample.prompt_index]) for sample in drawn]
 
 
-def draw(groups: TokenGroups, num_pairs: int, seed: int) -> list[TokenGroup]:
+def draw(groups: TokenGroups, num_pairs: int, seed: int) -> TokenGroups:
     """Groups at random until they hold `num_pairs` pairs, in the data's order. ValueError for data without pairs."""
     paired = groups.where(groups.have_pairs)
     if not len(paired):
         raise ValueError("the data has no preference pairs to look at: choose other data=")
-    chosen, count = [], 0
+    chosen, count = np.zeros(len(paired), dtype=bool), 0
     for place in np.random.default_rng(seed).permutation(len(paired)).tolist():
         if count >= num_pairs:
             break
-        chosen.append(place)
+        chosen[place] = True
         count += len(paired[place].pairs)
-    return [paired[place] for place in sorted(chosen)]
+    return paired.where(chosen)
 
 
 def pairs_of(groups: Sequence[TokenGroup]) -> Pairs:
@@ -156,7 +155,7 @@ def _own_model(bench: Bench, component: Component, reference: Reference) -> nn.M
         return asked
     live = replace(component, options=component.options | {"cache": "off"})
     with redirect_stdout(io.StringIO()):  # it was built before, and has said what there is to say
-        return getattr(bench.build(live, bench.groups[:1], bench.data), "model", None)
+        return getattr(bench.build(live, bench.groups[:1]), "model", None)
 
 
 def _drawn_by(bench: Bench, component: Component, reference: Reference) -> list[Generation] | None:
@@ -183,11 +182,10 @@ def _scored(bench: Bench, component: Component, texts: Sequence[PromptGroup]) ->
     made = bench.run.data.bound(tokenise)(texts, bench.loaded.tokenizer).groups
     if not len(made):
         return np.zeros(0), np.zeros(0), []
-    data, groups = PreferenceData(texts, [], []), list(made)
     with redirect_stdout(io.StringIO()):
-        both = [bench.build(one, groups, data) for one in (bench.run.reference, component)]
-    scored = [sums_of(responses(reference, groups, bench)) for reference in both]
-    return scored[0], scored[1], [group.group_index for group in groups]
+        both = [bench.build(one, made) for one in (bench.run.reference, component)]
+    scored = [sums_of(responses(reference, made, bench)) for reference in both]
+    return scored[0], scored[1], made.rows.tolist()
 
 
 def tokenizer_of(component: Component) -> Any:
@@ -211,7 +209,7 @@ def tokenizer_overlap(bench: Bench, component: Component) -> TokenOverlap | None
     ours, theirs = bench.loaded.tokenizer, tokenizer_of(component)
     if ours.get_vocab() == theirs.get_vocab():
         return None
-    texts = [bench.data.train[group.group_index] for group in bench.groups]
+    texts = [bench.groups.text(index) for index in range(len(bench.groups))]
     found = Encoder(theirs).last_turns(texts)
     reference_tokens = sum(len(ids) for one in found for ids in one.responses)
     policy_tokens = sum(len(ids) for group in bench.groups for ids in group.response_ids)
@@ -283,10 +281,10 @@ def _bench(request: Request) -> Bench:
     data = run.data(request.data_seed, progress)
     loaded: LoadedModel = run.model(locate, device)
     groups = draw(tokenised(run, data, loaded.tokenizer)[0].groups, request.options.num_pairs, request.seed)
-    asked = dict.fromkeys(group.group_index for group in groups)
-    prompts = list({data.train[number].prompt_id: data.train[number].prompt for number in asked}.values())
+    texts = [groups.text(index) for index in range(len(groups))]
+    prompts = list({text.prompt_id: text.prompt for text in texts}.values())
     return Bench(
-        run, loaded, data, groups, [prompt for prompt in prompts if prompt][: request.options.num_prompts],
+        run, loaded, groups, [prompt for prompt in prompts if prompt][: request.options.num_prompts],
         request.options.max_new_tokens, request.seed, device,
     )  # fmt: skip
 
@@ -294,13 +292,13 @@ def _bench(request: Request) -> Bench:
 def _report(request: Request, runs: Mapping[str, tuple[list[str], TrainRun]]) -> Report:
     bench = _bench(request)
     pairs = pairs_of(bench.groups)
-    policy = sums_of(responses(bench.build(bench.run.reference, bench.groups, bench.data), bench.groups, bench))
+    policy = sums_of(responses(bench.build(bench.run.reference, bench.groups), bench.groups, bench))
     with bench.loaded.precision():
         samples = bench.samples(bench.loaded.model, bench.loaded.tokenizer, bench.prompts)
     candidates, refused = [], []
 
     def measured(title: str, words: Sequence[str], component: Component) -> Candidate:
-        reference = bench.build(component, bench.groups, bench.data)
+        reference = bench.build(component, bench.groups)
         found = responses(reference, bench.groups, bench)
         logps, by_token = sums_of(found), found[0].token_logps is not None
         margins = pairs.margins(logps)

@@ -56,10 +56,10 @@ def _pairs(subject: Subject, settings: Settings) -> RewardedPairs:
         )
     ours, held_out = loaded(subject.path), settings.data.eval
     groups = settings.data_options.bound(tokenise)(held_out, ours.tokenizer).groups
-    members = sorted((group for group in groups if group.pairs), key=lambda group: group.group_index)
-    if not members:
+    members = groups.where(groups.have_pairs)
+    if not len(members):
         return RewardedPairs(subject.name, settings.data_options.name, [])
-    reference = loss_reference(subject, settings, members, lambda number: held_out[number])
+    reference = loss_reference(subject, settings, members)
     policy = score_pairs(ours.model, members, end_of_turn_ids(ours.tokenizer), progress)
     against = reference_pairs(reference, members, policy, best_device())
     found = rewarded(held_out, members, policy, against)

@@ -56,11 +56,30 @@ def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode=None if empty else "r", allow_pickle=False)  # nothing cannot be mapped
 
 
-class TokenGroups(Sequence[TokenGroup]):
-    """A sequence of token groups; slices and selections share its arrays."""
+class Groups(Sequence[TokenGroup]):
+    """Token groups that know the texts they are from."""
 
-    def __init__(self, arrays: Arrays, places: Int[np.ndarray, " G"] | None = None, first_number: int = 0) -> None:
-        self.arrays, self.first_number = arrays, first_number
+    def text(self, index: int) -> PromptGroup:
+        """The texts of the group at this position."""
+        raise NotImplementedError
+
+    @property
+    def others(self) -> "list[Groups]":
+        """Groups that an objective looks at beside these: responses behind prompts that are not theirs."""
+        return []
+
+
+class TokenGroups(Groups):
+    """A sequence of token groups; slices and selections share its arrays and `texts`, the rows it was made from."""
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        places: Int[np.ndarray, " G"] | None = None,
+        first_number: int = 0,
+        texts: Sequence[PromptGroup] = (),
+    ) -> None:
+        self.arrays, self.first_number, self.texts = arrays, first_number, texts
         self.places = np.arange(len(arrays.segments)) if places is None else places
 
     def __len__(self) -> int:
@@ -72,16 +91,20 @@ class TokenGroups(Sequence[TokenGroup]):
     def __getitem__(self, place: slice) -> "TokenGroups": ...
     def __getitem__(self, place: int | slice) -> "TokenGroup | TokenGroups":
         if isinstance(place, slice):
-            return TokenGroups(self.arrays, self.places[place], self.first_number)
+            return TokenGroups(self.arrays, self.places[place], self.first_number, self.texts)
         return self._group(int(self.places[place]))
 
     def where(self, chosen: Bool[np.ndarray, " G"]) -> "TokenGroups":
         """The groups for which `chosen` is true."""
-        return TokenGroups(self.arrays, self.places[chosen], self.first_number)
+        return TokenGroups(self.arrays, self.places[chosen], self.first_number, self.texts)
 
     def numbered_from(self, first_number: int) -> "TokenGroups":
         """The same groups, `first_number` added to their `group_index`."""
-        return TokenGroups(self.arrays, self.places, first_number)
+        return TokenGroups(self.arrays, self.places, first_number, self.texts)
+
+    def text(self, index: int) -> PromptGroup:
+        """The row that the group at this position was made from."""
+        return self.texts[int(self.rows[index])]
 
     @property
     def rows(self) -> Int[np.ndarray, " G"]:
@@ -171,15 +194,15 @@ class TokenGroups(Sequence[TokenGroup]):
             os.replace(partial, folder)
 
     @classmethod
-    def load(cls, folder: Path) -> "TokenGroups":
-        """What `save` wrote, memory-mapped."""
-        return cls(Arrays({name: _mapped(folder / f"{name}.npy") for name in KINDS}))
+    def load(cls, folder: Path, texts: Sequence[PromptGroup]) -> "TokenGroups":
+        """What `save` wrote, memory-mapped; `texts` are the rows it was made from."""
+        return cls(Arrays({name: _mapped(folder / f"{name}.npy") for name in KINDS}), texts=texts)
 
 
-class Together(Sequence[TokenGroup]):
+class Together(Groups):
     """Several sequences of groups as one."""
 
-    def __init__(self, *parts: Sequence[TokenGroup]) -> None:
+    def __init__(self, *parts: Groups) -> None:
         self.parts = parts
         self._ends = list(accumulate(map(len, parts)))
 
@@ -193,17 +216,37 @@ class Together(Sequence[TokenGroup]):
     def __getitem__(self, place: int | slice) -> TokenGroup | list[TokenGroup]:
         if isinstance(place, slice):
             return [self[one] for one in range(*place.indices(len(self)))]
-        part = bisect_right(self._ends, place)
+        part, index = self._within(place)
+        return part[index]
+
+    def text(self, index: int) -> PromptGroup:
+        """The texts of the part's group."""
+        part, within = self._within(index)
+        return part.text(within)
+
+    @property
+    def others(self) -> list[Groups]:
+        """Those of all parts."""
+        return [other for part in self.parts for other in part.others]
+
+    def _within(self, index: int) -> tuple[Groups, int]:
+        part = bisect_right(self._ends, index)
         if part == len(self.parts):
-            raise IndexError(place)
-        return self.parts[part][place - (self._ends[part - 1] if part else 0)]
+            raise IndexError(index)
+        return self.parts[part], index - (self._ends[part - 1] if part else 0)
 
 
-class Changed(Sequence[TokenGroup]):
-    """Groups seen through a function, made when they are asked for."""
+class Changed(Groups):
+    """Groups seen through a function, made when they are asked for; their texts are those of the groups, or `texts`
+    of a position."""
 
-    def __init__(self, groups: Sequence[TokenGroup], change: Callable[[TokenGroup], TokenGroup]) -> None:
-        self.groups, self.change = groups, change
+    def __init__(
+        self,
+        groups: Groups,
+        change: Callable[[TokenGroup], TokenGroup],
+        texts: Callable[[int], PromptGroup] | None = None,
+    ) -> None:
+        self.groups, self.change, self._text = groups, change, texts or groups.text
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -211,15 +254,24 @@ class Changed(Sequence[TokenGroup]):
     @overload
     def __getitem__(self, place: int) -> TokenGroup: ...
     @overload
-    def __getitem__(self, place: slice) -> "Changed": ...
-    def __getitem__(self, place: int | slice) -> "TokenGroup | Changed":
+    def __getitem__(self, place: slice) -> list[TokenGroup]: ...
+    def __getitem__(self, place: int | slice) -> TokenGroup | list[TokenGroup]:
         if isinstance(place, slice):
-            return Changed(self.groups[place], self.change)
+            return [self[index] for index in range(*place.indices(len(self)))]
         return self.change(self.groups[place])
 
+    def text(self, index: int) -> PromptGroup:
+        """The texts at this position."""
+        return self._text(index)
 
-def gathered(groups: Iterable[TokenGroup]) -> TokenGroups:
-    """Groups written one after the other into flat arrays."""
+    @property
+    def others(self) -> list[Groups]:
+        """Those of the groups."""
+        return self.groups.others
+
+
+def gathered(groups: Iterable[TokenGroup], texts: Sequence[PromptGroup] = ()) -> TokenGroups:
+    """Groups written one after the other into flat arrays; `texts` are the rows that their `group_index` counts."""
     flat = {name: array(_CODES[kind]) for name, kind in KINDS.items()}
     masked = False
     for group in groups:
@@ -240,7 +292,8 @@ def gathered(groups: Iterable[TokenGroup]) -> TokenGroups:
         flat["ids"].extend(bytes.fromhex(group.group_id))
     if not masked:
         flat["scored"] = array("B")
-    return TokenGroups(Arrays({name: np.frombuffer(flat[name], dtype=kind) for name, kind in KINDS.items()}))
+    arrays = Arrays({name: np.frombuffer(flat[name], dtype=kind) for name, kind in KINDS.items()})
+    return TokenGroups(arrays, texts=texts)
 
 
 # --- texts

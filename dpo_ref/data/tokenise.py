@@ -116,7 +116,7 @@ def tokenise(
                 if found is not None:
                     yield _token_group(number, group, found, score)
 
-    made = gathered(kept())
+    made = gathered(kept(), groups)
     return Tokenised(made, {"groups": len(made), **{name: count for name, count in encoder.counts.items() if count}})
 
 
@@ -253,4 +253,4 @@ def tokenised_once(
         made = tokenise(groups, tokenizer, progress)
         made.groups.save(folder, {"counts.json": json.dumps(made.counts)})
         return made
-    return Tokenised(TokenGroups.load(folder), json.loads(about.read_text()))
+    return Tokenised(TokenGroups.load(folder, groups), json.loads(about.read_text()))

@@ -1,12 +1,14 @@
 """What `evaluate.py` does: generate, measure, score and report one policy, or every job of a sweep."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dpo_ref.component import Component, annotations, choices_of
+from dpo_ref.data.groups import Groups
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids, length_limit, tokenise
 from dpo_ref.distributed import best_device
@@ -50,7 +52,7 @@ from dpo_ref.models import checkpoint
 from dpo_ref.models.loading import ModelSource, check_folder, load_reference, load_tokenizer
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.tracking.terminal import progress
-from dpo_ref.types import PreferenceData, PromptGroup, TokenGroup, digest
+from dpo_ref.types import PreferenceData, digest
 
 
 def _answers(subject: Subject, settings: Settings, folder: Path) -> list[Generation]:
@@ -184,7 +186,7 @@ def measured(subject: Subject, settings: Settings, generations: Sequence[Generat
 def _measured(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> dict[str, float]:
     ours, initial = loaded(subject.path), initial_of(subject)
     groups = settings.data_options.bound(tokenise)(settings.data.eval, ours.tokenizer).groups
-    reference = loss_reference(subject, settings, groups, lambda number: settings.data.eval[number])
+    reference = loss_reference(subject, settings, groups)
     found: dict[str, float] = {}
     own = "best_of" not in settings.generation.options  # else they are not the policy's own samples
     if own and all(g.temperature == g.top_p == 1 and g.tokens == "drawn" for g in generations):
@@ -192,7 +194,7 @@ def _measured(subject: Subject, settings: Settings, generations: Sequence[Genera
         to_initial = sample_kl(ours.model, initial.model, generations, never, progress)
         found |= to_initial.metrics("initial") | to_initial.end_metrics()
         found |= _kl_to_reference(subject, settings, generations, reference, to_initial, never)
-    if any(group.pairs for group in groups):
+    if groups.have_pairs.any():
         ends = end_of_turn_ids(ours.tokenizer)
         policy, start = (score_pairs(m.model, groups, ends, progress) for m in (ours, initial))
         found |= heldout_metrics(policy, start, reference_pairs(reference, groups, start, best_device()))
@@ -214,9 +216,7 @@ def initial_of(subject: Subject) -> Loaded:
     return loaded(subject.initial, subject.initial_text, subject.initial_adapter)
 
 
-def loss_reference(
-    subject: Subject, settings: Settings, groups: Sequence[TokenGroup], texts: Callable[[int], PromptGroup]
-) -> Reference:
+def loss_reference(subject: Subject, settings: Settings, groups: Groups) -> Reference:
     """The loss reference for these groups, by the run's own configuration of it. Raises ValueError if it is not what
     the run was trained against."""
     assert subject.loss_reference is not None
@@ -229,7 +229,6 @@ def loss_reference(
         load_tokenizer=lambda path, revision=None: load_tokenizer(lab_models.locate(path), revision),
         text_identity=initial.text_identity,
         groups=groups,
-        texts=texts,
         pack=settings.data_options.bound(pack),
         progress=progress,
         device=best_device(),
@@ -241,15 +240,13 @@ def loss_reference(
     return reference
 
 
-def live_reference(
-    subject: Subject, settings: Settings, groups: Sequence[TokenGroup], texts: Callable[[int], PromptGroup]
-) -> Reference:
+def live_reference(subject: Subject, settings: Settings, groups: Groups) -> Reference:
     """The same reference, asked for what no table holds: sampled answers, texts of other files."""
     assert subject.loss_reference is not None
     may_be_live = "off" in choices_of(annotations(subject.loss_reference.function).get("cache"))
     options = subject.loss_reference.options | ({"cache": "off"} if may_be_live else {})
     live = replace(subject.loss_reference, options=options)
-    return loss_reference(replace(subject, loss_reference=live), settings, groups, texts)
+    return loss_reference(replace(subject, loss_reference=live), settings, groups)
 
 
 def is_initial(reference: Reference, subject: Subject) -> bool:
@@ -280,9 +277,7 @@ def _kl_to_reference(
     ours = loaded(subject.path)
     if is_initial(reference, subject):
         return to_initial.metrics("loss_reference")
-    groups, places = sample_groups(generations)
-    texts = [PromptGroup(generations[at[0]].prompt, tuple(generations[i].output for i in at)) for at in places]
-    on_samples = live_reference(subject, settings, groups, lambda number: texts[number])
+    on_samples = live_reference(subject, settings, sample_groups(generations)[0])
     model = getattr(on_samples, "model", None)
     if model is not None:
         return sample_kl(ours.model, model, generations, never, progress).metrics("loss_reference")
@@ -309,14 +304,8 @@ def _context(subject: Subject, settings: Settings, generations: Sequence[Generat
     ours, initial = loaded(subject.path), initial_of(subject)
     prepare = settings.data_options.bound(tokenise)
     groups = prepare(settings.data.eval, ours.tokenizer).groups
-    with_pairs = [group for group in groups if group.pairs]
-    samples, places = sample_groups(generations)
-    texts = [PromptGroup(generations[at[0]].prompt, tuple(generations[i].output for i in at)) for at in places]
-    reference = loss_reference(subject, settings, with_pairs, settings.data.eval.__getitem__)
-
-    def on(of: Sequence[TokenGroup], text: Callable[[int], PromptGroup]) -> Reference:
-        return live_reference(subject, settings, of, text)
-
+    with_pairs, samples = groups.where(groups.have_pairs), sample_groups(generations)[0]
+    reference = loss_reference(subject, settings, with_pairs)
     temperatures = {(g.temperature, g.top_p) for g in generations}
     return DiagnosticContext(
         policy=ours.model,
@@ -330,8 +319,7 @@ def _context(subject: Subject, settings: Settings, generations: Sequence[Generat
         reference_name=reference.name,
         same_as_initial=is_initial(reference, subject),
         heldout_reference=lambda: reference,
-        samples_reference=lambda: on(samples, texts.__getitem__),
-        reference_on=on,
+        reference_on=partial(live_reference, subject, settings),
         tokenise=lambda of: prepare(of, ours.tokenizer).groups,
         device=best_device(),
         seed=settings.seed,

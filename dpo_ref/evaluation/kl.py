@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dpo_ref.data.groups import TokenGroups, gathered
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.evaluation.statistics.estimates import Estimate, clustered_mean
 from dpo_ref.generation.records import Generation
@@ -87,7 +88,7 @@ class SequenceK1(NamedTuple):
         return {f"kl/{name}{part}": value for part, value in known.items()}
 
 
-def sample_groups(generations: Sequence[Generation]) -> tuple[list[TokenGroup], list[list[int]]]:
+def sample_groups(generations: Sequence[Generation]) -> tuple[TokenGroups, list[list[int]]]:
     """One group per prompt, its samples side by side, and which generations they are. A later turn of a conversation
     has a prompt of its own for every sample.
 
@@ -97,7 +98,8 @@ def sample_groups(generations: Sequence[Generation]) -> tuple[list[TokenGroup], 
     for place, generation in enumerate(generations):
         by_prompt[generation.prompt_index, generation.prompt_ids].append(place)
     places = list(by_prompt.values())
-    groups = [
+    texts = [PromptGroup(generations[at[0]].prompt, tuple(generations[i].output for i in at)) for at in places]
+    groups = (
         TokenGroup(
             group_index=index,
             group_id=f"{index:032x}",
@@ -107,8 +109,8 @@ def sample_groups(generations: Sequence[Generation]) -> tuple[list[TokenGroup], 
             pairs=(),
         )
         for index, members in enumerate(places)
-    ]
-    return groups, places
+    )
+    return gathered(groups, texts), places
 
 
 @torch.no_grad()

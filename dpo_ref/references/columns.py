@@ -46,8 +46,8 @@ def columns(context: ReferenceContext, *, provenance: str) -> Columns:
     ends = end_of_turn_ids(context.tokenizer)
     sums: dict[int, np.ndarray] = {}
     refused: dict[str, list[str]] = {}
-    for group in context.progress(context.groups, "log-probs of the data", len(context.groups)):
-        text = context.texts(group.group_index)
+    for index in context.progress(range(len(context.groups)), "log-probs of the data", len(context.groups)):
+        group, text = context.groups[index], context.groups.text(index)
         problem = _problem(text, any(ids[-1] not in ends for ids in group.response_ids))
         if problem is not None:
             why, remedy = problem

@@ -8,8 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from dpo_ref.data.groups import Groups
 from dpo_ref.models.loading import ModelSource
-from dpo_ref.types import PackedBatch, Progress, PromptGroup, ResponseLogps, TokenGroup
+from dpo_ref.types import PackedBatch, Progress, ResponseLogps, TokenGroup
 
 
 @runtime_checkable
@@ -73,8 +74,7 @@ class ReferenceContext:
     load: Callable[[ModelSource], nn.Module]
     load_tokenizer: Callable[..., Any]  # of a path and a revision
     text_identity: str  # digest of the policy's tokenizer and chat template
-    groups: Sequence[TokenGroup]  # everything that will be asked for: training and held-out data
-    texts: Callable[[int], PromptGroup]  # the texts of the group with this group_index
+    groups: Groups  # everything that will be asked for: training and held-out data
     pack: Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
     progress: Progress
     device: torch.device

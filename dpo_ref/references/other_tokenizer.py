@@ -103,8 +103,8 @@ class Writer:
         """Every group of the context in the reference's tokens."""
         starts = range(0, len(self.context.groups), CHUNK)
         for start in self.context.progress(starts, "text for the reference", len(starts)):
-            chunk = [self.context.groups[i] for i in range(start, min(start + CHUNK, len(self.context.groups)))]
-            texts = [self.text(group) for group in chunk]
+            indices = range(start, min(start + CHUNK, len(self.context.groups)))
+            chunk, texts = [self.context.groups[index] for index in indices], [self.text(index) for index in indices]
             for group, text, ids in zip(chunk, texts, self._ids(chunk, texts), strict=True):
                 yield self._written(group, text, ids)
 
@@ -115,17 +115,17 @@ class Writer:
         found.update(zip(several, self.reference.all_turns([texts[place] for place in several]), strict=True))
         return [found[place] for place in range(len(texts))]
 
-    def text(self, group: TokenGroup) -> PromptGroup:
-        """The group's texts as the reference reads them."""
-        text = self._kept_text(group)
+    def text(self, index: int) -> PromptGroup:
+        """The texts of a group of the context as the reference reads them."""
+        text = self._kept_text(index)
         if self.system_prompt is None:
             return text
         turns = text.prompt[1:] if text.prompt and text.prompt[0]["role"] == "system" else text.prompt
         return replace(text, prompt=(Message(role="system", content=self.system_prompt), *turns))
 
-    def _kept_text(self, group: TokenGroup) -> PromptGroup:
+    def _kept_text(self, index: int) -> PromptGroup:
         """The group's texts, cut responses as far as the policy is scored on them."""
-        text = self.context.texts(group.group_index)
+        group, text = self.context.groups[index], self.context.groups.text(index)
         cut = [ids[-1] not in self.ends for ids in group.response_ids]
         if not any(cut):
             return text
@@ -281,12 +281,11 @@ class _Aligner:
     def carried(self, groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
         """For every group the values on the policy's response tokens; nan where a response does not come back."""
         return {
-            ours.group_index: np.concatenate(self._group(ours, theirs, rows))
-            for ours, theirs in zip(self.writer.context.groups, groups, strict=True)
+            ours.group_index: np.concatenate(self._group(ours, theirs, self.writer.text(index).responses, rows))
+            for index, (ours, theirs) in enumerate(zip(self.writer.context.groups, groups, strict=True))
         }
 
-    def _group(self, ours: TokenGroup, theirs: TokenGroup, rows: Rows) -> list[np.ndarray]:
-        texts = self.writer.text(ours).responses
+    def _group(self, ours: TokenGroup, theirs: TokenGroup, texts: Sequence[str], rows: Rows) -> list[np.ndarray]:
         parts = np.split(rows[row_key(theirs)].astype(np.float64), _ends(theirs)[:-1])
         found = []
         for place, (text, logps) in enumerate(zip(texts, parts, strict=True)):

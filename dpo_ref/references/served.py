@@ -86,8 +86,9 @@ def score(client: CompletionsClient, context: ReferenceContext, groups: Sequence
     ids = [[*group.prompt_ids, *group.response_ids[place]] for group, place in owners]
 
     def name(number: int) -> str:
-        group, place = owners[number]
-        return f"{context.texts(group.group_index).origin}, response {place + 1}"
+        (group, response), keys = owners[number], (one.group_index for one in context.groups)
+        index = next(index for index, key in enumerate(keys) if key == group.group_index)
+        return f"{context.groups.text(index).origin}, response {response + 1}"
 
     server = client.server
     try:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from dpo_ref.component import MemberOf
-from dpo_ref.data.groups import Together, TokenGroups, gathered
+from dpo_ref.data.groups import Groups, TokenGroups, gathered
 from dpo_ref.data.packing import epoch_order, steps_per_epoch
 from dpo_ref.files import write_json
 from dpo_ref.generation.records import Generation, Scores, read_generations, write_generations
@@ -275,17 +275,17 @@ class Rounds:
         self.num_groups = len(context.groups)
         self.num_steps = min(plan.rounds * plan.steps, context.config.max_steps or plan.rounds * plan.steps)
         self._context, self._sampler, self._plan = context, sampler, plan
-        self.known = self.held_out(context.groups) if plan.num_offline else []
+        self.known = self.held_out(context.groups) if plan.num_offline else context.groups[:0]
         if plan.num_offline and not len(self.known):
             raise ValueError("data.mix_offline: data.prompts has no pairs to mix in; leave it out")
         count = plan.rounds * plan.prompts_per_round
         self._prompts = draw_prompts(context, sampler.options["max_new_tokens"], count)
 
-    def held_out(self, groups: TokenGroups) -> Sequence[TokenGroup]:
+    def held_out(self, groups: TokenGroups) -> Groups:
         """Those that have what a round's groups have: pairs, or one wanted answer; none have advantages."""
         objective = self._context.objective
         if takes_advantages(objective):
-            return []
+            return groups[:0]
         return groups_for(objective, groups.where(groups.have_pairs) if takes_pairs(objective) else groups)
 
     def rounds(self, first_step: int) -> Iterator[Round]:
@@ -294,8 +294,8 @@ class Rounds:
             number = begin // self._plan.steps
             samples = self._samples(number, max(begin, first_step))
             fresh = self._groups(number, samples)
-            groups = Together(groups_for(self._context.objective, gathered(fresh)), self._offline(number))
-            if not len(groups):
+            groups = [*groups_for(self._context.objective, gathered(fresh)), *self._offline(number)]
+            if not groups:
                 raise ValueError(
                     f"round {number + 1}: the samples of every prompt have equal rewards or texts, so there is no "
                     "pair to learn from; raise data.samples_per_prompt, data.prompts_per_round or data.temperature"
@@ -434,15 +434,15 @@ def draw_prompts(context: SupplyContext, max_new_tokens: int, count: int) -> Seq
     Prompts that leave no room for `max_new_tokens` are left out, and counted on the terminal. Raises ValueError for a
     row without a prompt, and where none is left.
     """
-    sizes, rows = context.groups.lengths()[0][context.groups.places], context.groups.rows
+    sizes = context.groups.lengths()[0][context.groups.places]
     room, seen, too_long = context.max_length - max_new_tokens, {}, 0
-    for place in np.random.default_rng([context.seed, 3]).permutation(len(rows)).tolist():
+    for place in np.random.default_rng([context.seed, 3]).permutation(len(sizes)).tolist():
         if len(seen) == count:
             break
         if sizes[place] > room:
             too_long += 1
             continue
-        row = context.texts[int(rows[place])]
+        row = context.groups.text(place)
         if not row.prompt:
             raise ValueError(f"{row.origin} has no prompt that the policy could answer; choose other data.prompts")
         seen.setdefault(row.prompt_id, row.prompt)

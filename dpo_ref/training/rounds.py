@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, overload, runtime_checkable
 
-import numpy as np
 import torch
 
-from dpo_ref.data.groups import Changed, TokenGroups
+from dpo_ref.data.groups import Changed, Groups, TokenGroups
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
 from dpo_ref.training.trainer import Pack, TrainerConfig
@@ -45,8 +44,6 @@ class SupplyContext:
     tokenizer: Any
     objective: Objective
     groups: TokenGroups  # the data's training groups
-    texts: Sequence[PromptGroup]  # the rows they are from, by `group_index`
-    text_of: Callable[[int], PromptGroup]  # the row of a training or held-out group, by `group_index`
     first_number: int  # from here on `group_index` is free
     max_length: int  # tokens of prompt and response
     pack: Pack
@@ -60,12 +57,12 @@ class SupplyContext:
 class Supply(Protocol):
     """Training groups, round by round."""
 
-    known: Sequence[TokenGroup]  # what is known before training: what a reference can tabulate
+    known: Groups  # what is known before training: what a reference can tabulate
     num_groups: int  # of the data; a resumed run must have as many
     num_steps: int  # optimiser steps of the whole run
     live: bool  # whether there are groups besides the known ones, which the reference is asked about as they come
 
-    def held_out(self, groups: TokenGroups) -> Sequence[TokenGroup]:
+    def held_out(self, groups: TokenGroups) -> Groups:
         """Of held-out groups those that the objective can be evaluated on, as it needs them."""
         ...
 
@@ -86,10 +83,10 @@ class AtHand:
         self.num_groups = len(self.known)
         self.num_steps = context.config.num_steps(self.num_groups)
 
-    def held_out(self, groups: TokenGroups) -> Sequence[TokenGroup]:
+    def held_out(self, groups: TokenGroups) -> Groups:
         """All of them."""
         objective = self._context.objective
-        return with_rewards(objective, groups_for(objective, groups), self._context.text_of)
+        return with_rewards(objective, groups_for(objective, groups))
 
     def rounds(self, first_step: int) -> Iterator[Round]:
         """The one round."""
@@ -126,11 +123,11 @@ def labelled(group: TokenGroup) -> TokenGroup:
     return replace(group, labels=tuple(place in better for place in range(len(group.response_ids))))
 
 
-def _likelihood(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+def _likelihood(objective: Objective, groups: TokenGroups) -> Groups:
     return Changed(groups.where(groups.wanted), best_response_only)
 
 
-def _pairwise(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+def _pairwise(objective: Objective, groups: TokenGroups) -> Groups:
     if not groups.have_pairs.all():
         raise ValueError(
             f"objective={objective.name} compares responses, but the data has rows with only one; use sft, or kto for "
@@ -139,7 +136,7 @@ def _pairwise(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]
     return groups
 
 
-def _unpaired(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+def _unpaired(objective: Objective, groups: TokenGroups) -> Groups:
     said = groups.have_pairs | groups.labelled
     if not said.all():
         raise ValueError(
@@ -154,7 +151,7 @@ def _unpaired(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]
     return Changed(groups, labelled)
 
 
-def _sampled(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+def _sampled(objective: Objective, groups: TokenGroups) -> Groups:
     if not groups.have_advantages.all():
         raise ValueError(
             f"objective={objective.name} learns from scored samples, and the data has rows without advantages; use "
@@ -163,7 +160,7 @@ def _sampled(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
     return groups
 
 
-KINDS: dict[str, Callable[[Objective, TokenGroups], Sequence[TokenGroup]]] = {
+KINDS: dict[str, Callable[[Objective, TokenGroups], Groups]] = {
     "pairwise": _pairwise,
     "labels": _unpaired,
     "advantages": _sampled,
@@ -171,7 +168,7 @@ KINDS: dict[str, Callable[[Objective, TokenGroups], Sequence[TokenGroup]]] = {
 }
 
 
-def groups_for(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup]:
+def groups_for(objective: Objective, groups: TokenGroups) -> Groups:
     """The groups as the objective needs them: a likelihood is fitted to wanted responses alone, pairs are split for
     one that asks for labels. Raises ValueError for data that lacks what the objective needs."""
     asked = [name for name in ("labels", "advantages") if name in objective.takes]
@@ -180,25 +177,23 @@ def groups_for(objective: Objective, groups: TokenGroups) -> Sequence[TokenGroup
     return WithMismatched(found) if "mismatched" in objective.takes and len(found) else found
 
 
-def with_rewards(
-    objective: Objective, groups: Sequence[TokenGroup], text_of: Callable[[int], PromptGroup]
-) -> Sequence[TokenGroup]:
-    """The groups with the scores of their rows, where the objective asks for them. `text_of` gives the row of a
-    `group_index`. Raises ValueError naming the first row without scores."""
+def with_rewards(objective: Objective, groups: Groups) -> Groups:
+    """The groups with the scores of their rows, where the objective asks for them. Raises ValueError naming the first
+    row without scores."""
     if "rewards" not in objective.takes:
         return groups
-    rows = {group.group_index: text_of(group.group_index) for group in groups}
+    rows = {group.group_index: groups.text(index) for index, group in enumerate(groups)}
     unscored = next((row for row in rows.values() if row.rewards is None), None)
     if unscored is not None:
         raise ValueError(
             f"objective={objective.name}: {unscored.origin or 'a pair of this data'} has no scores to make a margin "
             "of (score_chosen and score_rejected, or a score of each response); use objective=reward_model"
         )
-    rewards = {number: row.rewards for number, row in rows.items()}
+    rewards = {index: row.rewards for index, row in rows.items()}
     return Changed(groups, lambda group: replace(group, rewards=rewards[group.group_index]))
 
 
-class WithMismatched(Sequence[TokenGroup]):
+class WithMismatched(Groups):
     """Groups with the responses of the next group behind their prompt, as `mismatched`.
 
     Next is cyclic in the data's order and skips groups with the same prompt; so the responses are the same in every
@@ -206,9 +201,8 @@ class WithMismatched(Sequence[TokenGroup]):
     than the longest sequence of the data. Raises ValueError for data with only one prompt.
     """
 
-    def __init__(self, groups: Sequence[TokenGroup]) -> None:
+    def __init__(self, groups: Groups) -> None:
         self.groups = groups
-        self.numbers = np.array([group.group_index for group in groups])
         self.longest = max(len(group.prompt_ids) + max(map(len, group.response_ids)) for group in groups)
         self._next(0)
 
@@ -224,7 +218,7 @@ class WithMismatched(Sequence[TokenGroup]):
             return [self[one] for one in range(*place.indices(len(self)))]
         if place >= len(self):
             raise IndexError(place)
-        group, other = self.groups[place], self._next(place)
+        group, other = self.groups[place], self.groups[self._next(place)]
         size = self.longest - len(group.prompt_ids)
         mismatched = TokenGroup(
             group_index=-1 - group.group_index,
@@ -237,23 +231,25 @@ class WithMismatched(Sequence[TokenGroup]):
         )
         return replace(group, mismatched=mismatched)
 
-    def _next(self, place: int) -> TokenGroup:
+    def _next(self, place: int) -> int:
         prompt = self.groups[place].prompt_ids
         for step in range(1, len(self)):
-            other = self.groups[(place + step) % len(self)]
-            if other.prompt_ids != prompt:
+            other = (place + step) % len(self)
+            if self.groups[other].prompt_ids != prompt:
                 return other
         raise ValueError("a KL on responses of other prompts needs data with at least two prompts")
 
     @property
-    def mismatched(self) -> Sequence[TokenGroup]:
+    def others(self) -> list[Groups]:
         """The groups of other prompts' responses alone; their `group_index` is -1 minus the prompt's."""
-        return Changed(self, _mismatched)
+        return [Changed(self, _mismatched, self._mismatched_text)]
 
-    def text(self, number: int, texts: Callable[[int], PromptGroup]) -> PromptGroup:
-        """The texts of the mismatched group with this `group_index`."""
-        (place,) = np.flatnonzero(self.numbers == -1 - number)
-        prompt, other = texts(-1 - number), texts(self._next(int(place)).group_index)
+    def text(self, index: int) -> PromptGroup:
+        """The texts of the group, without the other prompt's responses."""
+        return self.groups.text(index)
+
+    def _mismatched_text(self, index: int) -> PromptGroup:
+        prompt, other = self.text(index), self.text(self._next(index))
         return replace(other, prompt=prompt.prompt, tools=prompt.tools, pairs=(), logps=None)
 
 

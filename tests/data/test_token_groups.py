@@ -1,5 +1,6 @@
 """Groups in flat arrays are the groups that went in; what is masked is not scored, by any path."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from dpo_ref.data.packing import collate
 from dpo_ref.data.tokenise import tokenise, tokenised_once
 from dpo_ref.models.logps import head_of, packed_hidden, response_logps, separate_hidden, token_logps
 from dpo_ref.references.table import row_key, score
-from dpo_ref.types import TokenGroup, silent
+from dpo_ref.types import PromptGroup, TokenGroup, silent
 from tests.support.tiny import random_groups, tiny_model
 
 IDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=6)
@@ -42,13 +43,13 @@ def test_what_goes_in_comes_out(data, count, tmp_path_factory):
     assert list(made) == groups
     folder = tmp_path_factory.mktemp("kept") / "groups"
     made.save(folder, {"note.txt": "so"})
-    assert list(TokenGroups.load(folder)) == groups
+    assert list(TokenGroups.load(folder, ())) == groups
     assert list(made[1:]) == groups[1:]
     assert [g.group_index for g in made.numbered_from(10)] == list(range(10, 10 + count))
     assert made.have_pairs.tolist() == [bool(g.pairs) for g in groups]
     assert made.wanted.tolist() == [g.labels is None or g.labels[0] for g in groups]
     assert list(made.where(made.have_pairs)) == [g for g in groups if g.pairs]
-    both = Together(made[:1], groups, made)
+    both = Together(made[:1], made, made)
     assert list(both) == [groups[0], *groups, *groups]
     assert both[1:3] == [*groups, *groups][:2]
     assert [g.pairs for g in Changed(made, lambda g: g)[1:]] == [g.pairs for g in groups[1:]]
@@ -122,3 +123,18 @@ def test_tokens_are_kept_for_what_they_depend_on(cause, tmp_path):
     if cause == "none":
         assert list(second.groups) == list(first.groups)
         assert second.counts == first.counts
+
+
+def test_groups_know_their_texts_whatever_is_done_with_them():
+    rows = [PromptGroup((), (f"yes {n}", f"no {n}"), ((0, 1),)) for n in range(4)]
+    made = gathered(random_groups([(2, (1, 1))] * 4), rows)
+    views = {
+        "slice": made[1:3],
+        "selection": made.where(np.array([False, True, True, False])),
+        "numbers": made.numbered_from(7)[1:3],
+        "function": Changed(made[1:3], lambda group: group),
+        "parts": Together(made[1:2], Changed(made[2:3], lambda group: group)),
+    }
+    for name, groups in views.items():
+        assert [groups.text(index) for index in range(len(groups))] == rows[1:3], name
+        assert groups.others == []

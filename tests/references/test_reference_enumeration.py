@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dpo_ref.data.groups import gathered
 from dpo_ref.data.packing import collate
 from dpo_ref.models.adapters import add_lora
 from dpo_ref.references import policies
@@ -56,7 +57,7 @@ def tree(net, start):
 def context(tmp_path):
     ids = tuple(map(list, RESPONSES))
     group = TokenGroup(0, digest("all"), PROMPT, ids, (1,) * len(ids), ((0, 1),))
-    made = context_for(tmp_path, policy=model(0), tokenizer=Toy(), groups=[group], text_identity="toy")
+    made = context_for(tmp_path, policy=model(0), tokenizer=Toy(), groups=gathered([group]), text_identity="toy")
     return replace(made, load=lambda source: model(int(source.path)))
 
 

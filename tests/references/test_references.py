@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_ref.data.groups import gathered
 from dpo_ref.data.packing import collate
 from dpo_ref.models.logps import response_logps
 from dpo_ref.references import policies, table
@@ -84,7 +85,7 @@ def test_the_table_is_not_hit_when_meaning_changes(context, cause):
             if cause == "prompt"
             else replace(group, response_ids=(group.response_ids[0][:-1], group.response_ids[1]))
         )
-        changed = replace(context, groups=[shorter, *context.groups[1:]])
+        changed = replace(context, groups=gathered([shorter, *context.groups[1:]]))
     policies.initial(changed)
     assert sum(passes) > before
 
@@ -112,7 +113,7 @@ def test_a_table_of_no_groups(context):
     """Nothing is held out, and the samples of a run are asked about as they come."""
     context, _ = context
     whole = policies.initial(context)
-    assert policies.initial(replace(context, groups=[])).identity == whole.identity
+    assert policies.initial(replace(context, groups=context.groups[:0])).identity == whole.identity
 
 
 def test_shards_survive_a_crash(context, monkeypatch):

@@ -131,7 +131,6 @@ def context_of(path, **limits):
         load_tokenizer=lambda path: POLICY,
         text_identity="text",
         groups=tokenise(found, POLICY, **({"max_length": 1000} | limits)).groups,
-        texts=lambda number: found[number],
         pack=partial(pack, tokens_per_batch=200),
         progress=silent,
         device=torch.device("cpu"),

@@ -2,10 +2,10 @@
 
 from functools import partial
 
-import pytest
 import torch
 
 from dpo_ref.data.chat_templates import text_identity
+from dpo_ref.data.groups import gathered
 from dpo_ref.data.packing import pack
 from dpo_ref.references.interface import ReferenceContext
 from dpo_ref.types import silent
@@ -25,8 +25,7 @@ def context_for(cache, **changes):
         "load": lambda source: tiny_model(seed=int(source.path)),
         "load_tokenizer": lambda path, revision=None: TOKENIZER,
         "text_identity": text_identity(TOKENIZER),
-        "texts": lambda number: pytest.fail("asked for texts"),
-        "groups": random_groups(LAYOUT),
+        "groups": gathered(random_groups(LAYOUT)),
         "pack": partial(pack, tokens_per_batch=25),
         "progress": silent,
         "device": torch.device("cpu"),

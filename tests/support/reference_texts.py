@@ -50,7 +50,6 @@ def context_of(groups, tmp_path, tokenizer, **limits):
         load_tokenizer=lambda path, revision=None: tokenizer,
         text_identity=text_identity(POLICY),
         groups=made,
-        texts=lambda number: groups[number],
         pack=partial(pack, tokens_per_batch=200),
         progress=silent,
         device=torch.device("cpu"),

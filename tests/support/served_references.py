@@ -71,7 +71,6 @@ def context_of(tmp_path, tokenizer=POLICY, **changed):
         load_tokenizer=lambda *_: tokenizer,
         text_identity=text_identity(POLICY),
         groups=tokenise(groups, POLICY, max_length=10**6).groups,
-        texts=lambda number: groups[number],
         pack=partial(pack, tokens_per_batch=200),
         progress=silent,
         device=torch.device("cpu"),

@@ -44,7 +44,7 @@ def random_groups(layout, seed: int = 0, vocab: int = VOCAB) -> list[TokenGroup]
     return [
         TokenGroup(
             group_index=index,
-            group_id=f"group-{seed}-{index}",
+            group_id=f"{seed:016x}{index:016x}",
             prompt_ids=draw(prompt),
             response_ids=tuple(draw(size) for size in responses),
             num_bytes=tuple(3 * size for size in responses),

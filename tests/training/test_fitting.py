@@ -96,7 +96,7 @@ def test_groups_of_the_same_prompt_are_skipped():
     same = replace(second, prompt_ids=first.prompt_ids)
     found = WithMismatched(gathered([first, same, third]))
     owners = {tuple(ids[:1]): n for n, g in enumerate((first, same, third)) for ids in g.response_ids}
-    following = [owners[tuple(g.response_ids[0][:1])] for g in found.mismatched]
+    following = [owners[tuple(g.response_ids[0][:1])] for g in found.others[0]]
     assert following == [2, 2, 0]
     with pytest.raises(ValueError, match="needs data with at least two prompts"):
         WithMismatched(gathered([first, same]))
@@ -105,14 +105,18 @@ def test_groups_of_the_same_prompt_are_skipped():
 def test_texts_follow():
     """What a reference that reads text is asked for: this prompt, the next prompt's responses."""
 
-    def text(number: int) -> PromptGroup:
-        prompt = ({"role": "user", "content": f"ask {number}"},)
-        return PromptGroup(prompt, (f"good {number}", f"bad {number}"), ((0, 1),), logps=(-1.0, -2.0))  # pyright: ignore
-
-    found = WithMismatched(groups().numbered_from(10))
-    texts = [found.text(g.group_index, text) for g in found.mismatched]
-    assert [t.prompt[0]["content"] for t in texts] == ["ask 10", "ask 11", "ask 12"]
-    assert [t.responses for t in texts] == [(f"good {n}", f"bad {n}") for n in (11, 12, 10)]
+    rows = [
+        PromptGroup(
+            ({"role": "user", "content": f"ask {n}"},), (f"good {n}", f"bad {n}"), ((0, 1),), logps=(-1.0, -2.0)
+        )
+        for n in range(3)
+    ]
+    found = WithMismatched(gathered(groups(), rows).numbered_from(10))
+    (others,) = found.others
+    texts = [others.text(index) for index in range(len(others))]
+    assert [found.text(index) for index in range(len(found))] == rows
+    assert [t.prompt[0]["content"] for t in texts] == ["ask 0", "ask 1", "ask 2"]
+    assert [t.responses for t in texts] == [(f"good {n}", f"bad {n}") for n in (1, 2, 0)]
     assert all(t.logps is None for t in texts)
 
 
@@ -122,5 +126,5 @@ def test_no_mismatched_sequence_is_longer_than_the_data(layout):
     longest = max(p + max(r) for p, r in layout)
     first: TokenGroup
     if len({tuple(g.prompt_ids) for g in made}) == len(layout):
-        for first in WithMismatched(made).mismatched:
+        for first in WithMismatched(made).others[0]:
             assert all(0 < len(ids) <= longest - len(first.prompt_ids) for ids in first.response_ids)

@@ -218,7 +218,8 @@ class _Findings:
         if context.why_no_samples is not None:
             self.absent["own answers"] = context.why_no_samples
             return
-        found = read(context, context.samples, context.never, context.samples_reference, "own answers")
+        samples = context.samples
+        found = read(context, samples, context.never, lambda: context.reference_on(samples), "own answers")
         self.text("own", found)
         looks = Looks(context.tokenizer, context.samples, found.tokens)
         self.examples += drawn_answers(looks, self.num_examples, context.seed)
@@ -235,7 +236,7 @@ class _Findings:
             return
         found = read(
             context, groups, context.never[:0],
-            lambda: context.reference_on(groups, labelled.groups.__getitem__), "pairs of files",
+            lambda: context.reference_on(groups), "pairs of files",
         )  # fmt: skip
         pairs = pair_places(groups)
         owners = np.array([labelled.subsets[group.group_index] for group in groups for _ in group.pairs])

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dpo_ref.data.groups import Groups, TokenGroups
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.evaluation.statistics.estimates import Estimate, clustered_mean
 from dpo_ref.models.logps import CHUNK_LOGITS, Head, head_of, response_hidden, token_logps
@@ -223,14 +224,13 @@ class DiagnosticContext:
     ends: frozenset[int]  # tokens that end a turn
     never: Int[Tensor, " X"]
     heldout: Sequence[TokenGroup]
-    samples: Sequence[TokenGroup]
+    samples: TokenGroups
     why_no_samples: str | None
     reference_name: str
     same_as_initial: bool  # whether the loss reference is the initial policy
     heldout_reference: Callable[[], Reference]
-    samples_reference: Callable[[], Reference]
-    reference_on: Callable[[Sequence[TokenGroup], Callable[[int], PromptGroup]], Reference]
-    tokenise: Callable[[Sequence[PromptGroup]], Sequence[TokenGroup]]
+    reference_on: Callable[[Groups], Reference]  # asked for what no table holds
+    tokenise: Callable[[Sequence[PromptGroup]], TokenGroups]
     device: torch.device
     seed: int = 0
     progress: Progress = silent
