@@ -5,8 +5,6 @@ Arrow file, read once, memory-mapped by every later run, of any size.
 import hashlib
 import json
 import math
-import os
-import shutil
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dpo_ref.data.pairing import set_id
-from dpo_ref.files import replacing
+from dpo_ref.files import replacing, replacing_folder
 from dpo_ref.types import Message, PromptGroup, TokenGroup, digest
 
 # --- tokens
@@ -180,18 +178,15 @@ class TokenGroups(Groups):
         )
 
     def save(self, folder: Path, notes: dict[str, str]) -> None:
-        """Write the arrays of all groups, and `notes` by file name; `folder` appears at once or not at all."""
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, text in notes.items():
-            (partial / name).write_text(text)
-        for name, values in self.arrays.found.items():
-            np.save(partial / f"{name}.npy", values, allow_pickle=False)
+        """Write the arrays of all groups, and `notes` by file name; `folder` appears at once or not at all. One that
+        is there already stays: other processes may be reading it."""
         if folder.exists():
-            shutil.rmtree(partial)
-        else:
-            os.replace(partial, folder)
+            return
+        with replacing_folder(folder) as partial:
+            for name, text in notes.items():
+                (partial / name).write_text(text)
+            for name, values in self.arrays.found.items():
+                np.save(partial / f"{name}.npy", values, allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path, texts: Sequence[PromptGroup]) -> "TokenGroups":

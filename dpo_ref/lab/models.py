@@ -13,9 +13,7 @@ because checkpoints trained on the old world do not fit the new one.
 """
 
 import fcntl
-import os
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -238,10 +236,7 @@ def _build(name: str, recipe: Recipe, folder: Path) -> None:
         model = _model(recipe, tokenizer).to(best_device())
         for number, stage in enumerate(recipe.stages):
             _fit(model, tokenizer, stage, seed=recipe.seed + 1000 * number, title=f"lab:{name} {number + 1}")
-    partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}")
-    save_policy(partial_folder, model, tokenizer)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial_folder, folder)
+    save_policy(folder, model, tokenizer)
 
 
 def _fit(model: Any, tokenizer: Any, stage: Stage, seed: int, title: str) -> None:

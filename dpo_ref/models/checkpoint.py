@@ -4,7 +4,6 @@ digests by which weights are known.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,40 +13,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpo_ref.files import write_json
+from dpo_ref.files import remove_abandoned, replacing_folder, write_json
 from dpo_ref.models.adapters import effective, merged
 
 PREFIX = "step-"
 REFERENCE = "reference.safetensors"
 
 
-def fill_folder(folder: Path, fill: Any) -> None:
-    """Write a folder beside its place, then move it there; a failure leaves the old one alone."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        fill(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-
-
 def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None) -> None:
     """A plain Hugging Face folder (weights, config, tokenizer, chat template) that loads without our code. A trained
     adapter is merged into the weights, and saved apart in `adapter/`. A model card that is there already stays."""
-
-    def fill(partial: Path) -> None:
+    remove_abandoned(folder)
+    with replacing_folder(folder) as partial:
         (policy if adapter is None else merged(policy)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if (folder / "README.md").is_file():
             shutil.copy2(folder / "README.md", partial)
         if adapter is not None:
             adapter.save_pretrained(partial / "adapter")
-
-    fill_folder(folder, fill)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, policy: nn.Module) -> dict[str, Tensor]:
@@ -81,16 +64,14 @@ def save(
     checkpoint is deleted only when the new one is in place: a full disk raises OSError and loses nothing.
     """
     target = folder / f"{PREFIX}{state['step']:08d}"
-
-    def fill(partial: Path) -> None:
+    remove_abandoned(target)
+    with replacing_folder(target) as partial:
         weights = {name: p.detach().contiguous() for name, p in policy.named_parameters() if p.requires_grad}
         save_file(weights, partial / "policy.safetensors")
         save_file(_optimizer_tensors(optimizer, policy), partial / "optimizer.safetensors")
         save_file(dict(reference), partial / REFERENCE)
         save_file(_random_states(), partial / "random.safetensors")
         write_json(partial / "state.json", dict(state))
-
-    fill_folder(target, fill)
     for old in found(folder)[:-keep] if keep else ():
         shutil.rmtree(old)
     return target

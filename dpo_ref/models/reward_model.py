@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ref.data.tokenise import end_of_turn_ids
-from dpo_ref.models.checkpoint import fill_folder
+from dpo_ref.files import remove_abandoned, replacing_folder
 from dpo_ref.models.loading import LoadedModel
 
 
@@ -110,9 +110,7 @@ def save_reward_model(folder: Path, model: Any, tokenizer: Any, adapter: None = 
     padding = padding_id(tokenizer)
     saved_tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
     classifier.config.pad_token_id = padding
-
-    def fill(partial: Path) -> None:
+    remove_abandoned(folder)
+    with replacing_folder(folder) as partial:
         classifier.save_pretrained(partial)
         saved_tokenizer.save_pretrained(partial)
-
-    fill_folder(folder, fill)

@@ -55,6 +55,15 @@ def test_what_goes_in_comes_out(data, count, tmp_path_factory):
     assert [g.pairs for g in Changed(made, lambda g: g)[1:]] == [g.pairs for g in groups[1:]]
 
 
+def test_what_another_process_kept_meanwhile_stays(tmp_path):
+    """Its arrays may be mapped by those who read them."""
+    groups = gathered([TokenGroup(0, "0" * 32, [1, 2], ([3],), (1,), ())])
+    groups.save(tmp_path / "kept", {"note.txt": "theirs"})
+    groups.save(tmp_path / "kept", {"note.txt": "ours"})
+    assert (tmp_path / "kept" / "note.txt").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 def masked(group, *masks):
     return TokenGroup(
         group.group_index, group.group_id, group.prompt_ids, group.response_ids, group.num_bytes, group.pairs, masks

@@ -60,6 +60,13 @@ def test_only_the_newest_is_kept_and_a_full_disk_keeps_the_previous(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
+def test_a_checkpoint_that_was_killed_leaves_nothing_when_it_is_written_again(tmp_path):
+    policy = tiny_model()
+    (tmp_path / ".step-00000002.1").mkdir()
+    checkpoint.save(tmp_path, policy, adamw(policy, 6).optimizer, {}, {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
 def test_the_policy_folder_is_plain_hugging_face(tmp_path):
     from transformers import AutoTokenizer
 
