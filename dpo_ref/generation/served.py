@@ -17,7 +17,7 @@ from dpo_ref.generation.engine import Answer, Engine, Request, Sampling, check_p
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import answer_of
 from dpo_ref.models.loading import Policy
-from dpo_ref.models.server import Refused, Server, Unavailable, check_url
+from dpo_ref.models.server import ServedModel, Server, ServerRefused, ServerUnavailable, check_url
 from dpo_ref.types import Progress
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
@@ -49,11 +49,11 @@ def _ended(pool: ThreadPoolExecutor, asked: Collection[Future[Answer]]) -> Itera
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A policy behind the first of `servers` that serves it. `concurrency` requests are under way at once."""
+    """A policy behind the first server of `models` that has it. `concurrency` requests are under way at once."""
 
     policy: Policy
     sampling: Sampling
-    servers: tuple[Server, ...]
+    models: tuple[ServedModel, ...]
     protocol: str
     concurrency: int
     draws: int = field(default=1, init=False)
@@ -80,9 +80,9 @@ class Served:
         lacking = [number for number in range(len(requests)) if number not in known]
         if not lacking:
             return
-        server, failures = self._serving(), []
+        model, failures = self._serving(), []
         pool = ThreadPoolExecutor(self.concurrency)
-        asked = {pool.submit(self._answer, server, requests[number]): number for number in lacking}
+        asked = {pool.submit(self._answer, model, requests[number]): number for number in lacking}
         try:
             for done in progress(_ended(pool, asked), "generating", len(asked)):
                 if (error := done.exception()) is None:
@@ -92,24 +92,24 @@ class Served:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         if failures:
-            self._fail(server, requests[failures[0][0]], failures[0][1])
+            self._fail(model.server, requests[failures[0][0]], failures[0][1])
 
-    def _answer(self, server: Server, request: Request) -> Answer:
+    def _answer(self, model: ServedModel, request: Request) -> Answer:
         ends = Ends(end_of_turn_ids(self.tokenizer), self.tokenizer.eos_token_id)
         options = sampling_options(self.protocol, request, self.sampling, ends, self.tokenizer)
-        return read_answer(server.completed(options), self.tokenizer, ends, self.sampling.max_new_tokens)
+        return read_answer(model.complete(options), self.tokenizer, ends, self.sampling.max_new_tokens)
 
-    def _serving(self) -> Server:
-        """The server that has the policy under its path. One that does not say what it serves is believed."""
+    def _serving(self) -> ServedModel:
+        """The policy at the first server that has it. One that does not say what it serves is believed."""
         said: dict[str, list[str]] = {}
-        for server in self.servers:
+        for model in self.models:
             try:
-                names = server.models()
-            except Unavailable as error:
+                names = model.server.models()
+            except ServerUnavailable as error:
                 names = [f"nothing: {error}"]
-            if names is None or server.model in names:
-                return server
-            said[server.url] = names
+            if names is None or model.name in names:
+                return model
+            said[model.server.url] = names
         found = "; ".join(f"{url} serves {', '.join(names)}" for url, names in said.items())
         raise ValueError(
             f"no server has {self.policy.path}: {found}. Start one with `vllm serve {self.policy.place} "
@@ -120,12 +120,12 @@ class Served:
     def _fail(self, server: Server, request: Request, error: BaseException) -> None:
         place = request.place
         who = f"{server.url} (prompt {place.prompt_index}, sample {place.sample_index}, turn {place.turn})"
-        if isinstance(error, Unavailable):
+        if isinstance(error, ServerUnavailable):
             raise ValueError(
                 f"{who} gave no answer in {server.retries + 1} attempts ({error}); every answer so far is kept: run "
                 "the same command again when it is up"
             ) from error
-        if isinstance(error, Refused):
+        if isinstance(error, ServerRefused):
             size = len(request.prompt_ids)
             raise ValueError(
                 f"{who} refused a prompt of {size} tokens ({error}); a server must take that and "
@@ -166,18 +166,19 @@ def served(
     assert not isinstance(temperature, list)
     urls = url if isinstance(url, list) else [url]
     remedy = f"serve the policy as {policy.path} (--served-model-name)"
-    servers = tuple(
-        Server(check_url(one, "generation"), policy.path, retries, timeout, "generation", remedy) for one in urls
+    models = tuple(
+        ServedModel(Server(check_url(base, "generation.url"), timeout, retries), policy.path, "generation", remedy)
+        for base in urls
     )
     sampling = Sampling(temperature, top_p, max_new_tokens, samples_per_prompt)
-    return Served(policy, sampling, servers, protocol, concurrency)
+    return Served(policy, sampling, models, protocol, concurrency)
 
 
 def _check_options(url: str | list[str], retries: int, timeout: float, **rest: Any) -> None:
     check_temperatures(rest["temperature"], rest["samples_per_prompt"])
     check_positive(concurrency=rest["concurrency"])
     for one in url if isinstance(url, list) else [url]:
-        check_url(one, "generation")
+        check_url(one, "generation.url")
     if retries < 0 or not timeout > 0:
         raise ValueError(f"generation.retries={retries} must not be negative, generation.timeout={timeout} positive")
 

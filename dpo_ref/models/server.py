@@ -1,27 +1,29 @@
-"""A server that speaks OpenAI's completions API, and what to make of its failures.
+"""Servers that are asked over HTTP, and what to make of their failures. Every request to one goes through `Server`.
 
-What passes by itself (a full queue, a restart behind a proxy, a cut connection) is retried with exponential back-off
-and jitter, or after the time the server asks for.
+What passes by itself (a full queue, a restart behind a proxy, a cut connection, an answer that is none) is retried
+with exponential back-off and jitter, or after the time the server asks for. A key is read from an environment variable
+when a question is sent, goes to the stated server alone, and is cut out of everything that comes back.
 """
 
 import json
 import os
 import random
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
-from typing import Any
-from urllib.error import HTTPError
+from threading import Event
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPErrorProcessor, Request, build_opener
 
-KEY = "DPO_REF_SERVED_KEY"  # environment variable; the only place a key is read from
+KEY = "DPO_REF_SERVED_KEY"  # environment variable with the key for models that are sampled from or scored with
+HIDDEN = b"***"
 SHOWN = 300  # characters of a server's own message
 
 
-class Refused(Exception):
+class ServerRefused(Exception):
     """The server answered that it will not do this; asking again would not help."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -29,7 +31,7 @@ class Refused(Exception):
         self.status = status
 
 
-class Unavailable(Exception):
+class ServerUnavailable(Exception):
     """No usable answer after all retries; the message is the last reason."""
 
 
@@ -41,143 +43,147 @@ class _Passing(Exception):
         self.wait = wait
 
 
-class _NoRedirect(HTTPRedirectHandler):
-    """A redirected POST becomes a GET, and its headers, the key among them, would go to another host."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
-        """No further request: the answer is an error like any other."""
-
-
-_OPENER = build_opener(_NoRedirect)
-
-
-def check_url(url: str, group: str) -> str:
+def check_url(url: str, option: str, key_goes: str = f"a key goes into {KEY}") -> str:
     """`url` without a slash at its end. Raises ValueError for what is no base address, and for a key inside it."""
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query:
-        raise ValueError(f"{group}.url must hold no user, password or query; a key goes into {KEY}")
+        raise ValueError(f"{option} must hold no user, password or query; {key_goes}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{group}.url={url} must be the base of a server, such as http://host:8000/v1")
-    if parts.path.rstrip("/").endswith("/completions"):
-        raise ValueError(f"{group}.url={url} must be the base, without /completions")
+        raise ValueError(f"{option}={url} must be the base of a server, such as http://host:8000/v1")
+    for path in ("/chat/completions", "/completions"):
+        if parts.path.rstrip("/").endswith(path):
+            raise ValueError(f"{option}={url} must be the base, without {path}")
     return url.rstrip("/")
 
 
-def _without_key(text: str) -> str:
-    key = os.environ.get(KEY)
-    return text.replace(key, "***") if key else text
+# --- one request, as often as it takes
 
 
-def _message(body: bytes) -> str:
-    """What a server says in an error: vLLM and OpenAI nest it under `error`, older vLLM does not."""
-    text = body.decode(errors="replace")
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    inner = found.get("error", found) if isinstance(found, Mapping) else None
-    said = inner.get("message", text) if isinstance(inner, Mapping) else text
-    return _without_key(" ".join(str(said).split()))[:SHOWN]
+class _EveryStatus(HTTPErrorProcessor):
+    """Hands over what came, whatever its status. So no redirect is followed: a redirected POST becomes a GET, and its
+    headers, the key among them, would go to another host."""
+
+    def http_response(self, request: Any, response: Any) -> Any:
+        """The response as it is."""
+        return response
+
+    https_response = http_response
 
 
-def _body(error: HTTPError) -> bytes:
-    try:
-        return error.read()
-    except (OSError, HTTPException):
-        return b""
+_OPENER = build_opener(_EveryStatus)
+
+
+class _Response(NamedTuple):
+    status: int
+    reason: str
+    retry_after: str | None
+    body: bytes
+
+    def json(self) -> Any:
+        """The body as JSON; None for what is none."""
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            return None
+
+    def beginning(self) -> str:
+        return repr(self.body[:80].decode(errors="replace"))
+
+
+def _whole(answer: Any) -> Any:
+    return answer
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Asks `url`/completions for completions by `model`. A request is tried 1 + `retries` times and given `timeout`
-    seconds without a byte from the server. `group` is whose options messages name: reference or generation; `remedy`
-    is what to do where the server has no such model."""
+    """A server at the base address `url`. A request is tried 1 + `retries` times and given `timeout` seconds without a
+    byte from the server; none is tried again once `stop` is set. `key_variable` is the environment variable that may
+    hold a key, `role` what messages call the server."""
 
     url: str
-    model: str
-    retries: int
     timeout: float
-    group: str
-    remedy: str
+    retries: int
+    key_variable: str = KEY
+    role: str = "server"
+    stop: Event = field(default_factory=Event)
 
-    def completed(self, options: Mapping[str, Any]) -> Any:
-        """The answer to one request, as JSON.
+    def post(self, path: str, content: Mapping[str, Any], read: Callable[[Any], Any] = _whole) -> Any:
+        """What `read` makes of the JSON that answers `content`. Where it raises ValueError, LookupError, TypeError or
+        AttributeError the answer is none, and asked for again.
 
-        Raises `Refused` and `Unavailable`, and ValueError for a key or model that the server does not know.
+        Raises `ServerRefused` and `ServerUnavailable`, and ValueError for a key that the server does not accept.
         """
-        return self._asked("/completions", {"model": self.model, **options})
+        return self._asked(path, json.dumps(content).encode(), read)
 
     def models(self) -> list[str] | None:
-        """The names under which models are served; None where the server does not say. Raises `Unavailable`."""
+        """The names under which models are served; None where the server does not say. Raises `ServerUnavailable`."""
         try:
-            return [str(entry["id"]) for entry in self._asked("/models", None)["data"]]
-        except (Refused, LookupError, TypeError):
+            return [str(entry["id"]) for entry in self._asked("/models", None, _whole)["data"]]
+        except (ServerRefused, LookupError, TypeError):
             return None
 
-    def _asked(self, path: str, content: Mapping[str, Any] | None) -> Any:
-        """The server's answer as JSON, whatever passing failures come before it."""
+    def _asked(self, path: str, data: bytes | None, read: Callable[[Any], Any]) -> Any:
         for attempt in range(self.retries + 1):
             try:
-                return self._tried(path, content)
+                return self._read(self._sent(path, data), read)
             except _Passing as failure:
-                if attempt == self.retries:
-                    raise Unavailable(str(failure)) from None
-                time.sleep(pause(attempt, failure.wait))
+                if attempt == self.retries or self.stop.wait(pause(attempt, failure.wait)):
+                    raise ServerUnavailable(str(failure)) from None
         raise AssertionError("every attempt returns or raises")
 
-    def _tried(self, path: str, content: Mapping[str, Any] | None) -> Any:
+    def _sent(self, path: str, data: bytes | None) -> _Response:
+        headers = {"Content-Type": "application/json", "User-Agent": "dpo_ref"}  # some refuse Python's own name
+        if key := os.environ.get(self.key_variable):
+            headers["Authorization"] = f"Bearer {key}"
         try:
-            body = self._sent(path, content)
-        except HTTPError as error:
-            raise self._failure(error) from None
+            with _OPENER.open(Request(self.url + path, data, headers), timeout=self.timeout) as response:
+                body = self._without_key(response.read())
+                return _Response(response.status, response.reason, response.headers.get("Retry-After"), body)
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", error)
-            raise _Passing(str(reason) or type(reason).__name__) from None
+            shown = self._without_key(str(reason).encode()).decode()
+            raise _Passing(shown or type(reason).__name__) from None
+
+    def _without_key(self, received: bytes) -> bytes:
+        key = os.environ.get(self.key_variable)
+        return received.replace(key.encode(), HIDDEN) if key else received
+
+    def _read(self, response: _Response, read: Callable[[Any], Any]) -> Any:
+        if not 200 <= response.status < 300:
+            raise self._failure(response)
+        if (answer := response.json()) is None:
+            raise _Passing(f"the answer is not JSON; it begins with {response.beginning()}")
         try:
-            return json.loads(body)
-        except ValueError:
-            start = _without_key(body[:80].decode(errors="replace"))
-            raise _Passing(f"the answer is not JSON; it begins with {start!r}") from None
+            return read(answer)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise _Passing(f"{error}; the answer begins with {response.beginning()}") from None
 
-    def _sent(self, path: str, content: Mapping[str, Any] | None) -> bytes:
-        data = None if content is None else json.dumps(content).encode()
-        request = Request(self.url + path, data, {"Content-Type": "application/json"})
-        if key := os.environ.get(KEY):
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        with _OPENER.open(request, timeout=self.timeout) as response:
-            return response.read()
-
-    def _failure(self, error: HTTPError) -> Exception:
+    def _failure(self, response: _Response) -> Exception:
         """What an HTTP error means."""
-        status, body = error.code, _body(error)
-        if status in RETRIED:
-            wait = seconds_asked(error.headers.get("Retry-After"))
-            return _Passing(f"{status}: {_message(body) or error.reason}", wait)
-        if status in (401, 403):  # the body may repeat the key
-            had = "does not accept the key in" if os.environ.get(KEY) else "wants a key: set"
-            return ValueError(f"the server at {self.url} ({status}) {had} {KEY}")
-        if status == 404 and error.url.endswith("/completions"):
-            return ValueError(self._not_found())
-        return Refused(status, _message(body) or str(error.reason))
+        status, (message, code) = response.status, _complaint(response)
+        if status in (401, 403):
+            verdict = "does not accept the key in" if os.environ.get(self.key_variable) else "wants a key: set"
+            return ValueError(f"the {self.role} at {self.url} ({status}) {verdict} {self.key_variable}")
+        if code == "insufficient_quota":
+            return ServerUnavailable(f"{status}: {message}")
+        if status in RETRIED or status > 504:
+            return _Passing(f"{status}: {message}", seconds_asked(response.retry_after))
+        return ServerRefused(status, message)
 
-    def _not_found(self) -> str:
-        try:
-            served = [entry["id"] for entry in self._tried("/models", None)["data"]]
-        except (_Passing, Refused, ValueError, LookupError, TypeError):
-            return (
-                f"{self.url}/completions was not found (404): {self.group}.url must be the base of a completions "
-                f"server, such as http://host:8000/v1, and {self.model} a model that it serves"
-            )
-        return (
-            f"the server at {self.url} has no model {self.model}; it serves {', '.join(map(str, served))}: "
-            f"{self.remedy}"
-        )
+
+def _complaint(response: _Response) -> tuple[str, Any]:
+    """Message and code of an error: vLLM and OpenAI nest them under `error`, older vLLM does not."""
+    content = response.json()
+    inner = content.get("error", content) if isinstance(content, Mapping) else None
+    fields = inner if isinstance(inner, Mapping) else {}
+    text = fields.get("message") or response.body.decode(errors="replace") or response.reason
+    return " ".join(str(text).split())[:SHOWN], fields.get("code")
 
 
 # --- how long to wait before a server is asked again
 
 
-RETRIED = {408, 429, 500, 502, 503, 504}  # statuses that pass by themselves
+RETRIED = {408, 409, 429, 500, 502, 503, 504}  # statuses that pass by themselves, as do those above
 FIRST_PAUSE = 1.0  # seconds before the first retry; doubles with every further one
 LONGEST_PAUSE, LONGEST_ASKED = 60.0, 3600.0  # seconds; the latter for a server's Retry-After
 
@@ -195,3 +201,42 @@ def seconds_asked(header: str | None) -> float:
 def pause(attempt: int, asked: float = 0.0) -> float:
     """Seconds to wait after the 0-based `attempt` failed, at least the `asked` ones."""
     return max(asked, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.5))
+
+
+# --- a model that speaks OpenAI's completions API
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that a server gives completions of under a `name`. `group` is whose options messages name: reference or
+    generation; `remedy` is what to do where the server has no such model."""
+
+    server: Server
+    name: str
+    group: str
+    remedy: str
+
+    def complete(self, options: Mapping[str, Any]) -> Any:
+        """The answer to one request, as JSON.
+
+        Raises what `Server.post` raises, and ValueError for a model that the server does not know.
+        """
+        try:
+            return self.server.post("/completions", {"model": self.name, **options})
+        except ServerRefused as refusal:
+            if refusal.status != 404:
+                raise
+            raise ValueError(self._not_found()) from None
+
+    def _not_found(self) -> str:
+        url = self.server.url
+        try:
+            served = replace(self.server, retries=0).models()
+        except (ServerUnavailable, ValueError):
+            served = None
+        if served is None:
+            return (
+                f"{url}/completions was not found (404): {self.group}.url must be the base of a completions "
+                f"server, such as http://host:8000/v1, and {self.name} a model that it serves"
+            )
+        return f"the server at {url} has no model {self.name}; it serves {', '.join(served)}: {self.remedy}"

@@ -24,7 +24,7 @@ import numpy as np
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.files import write_json
-from dpo_ref.models.server import Refused, Server, Unavailable, check_url
+from dpo_ref.models.server import ServedModel, Server, ServerRefused, ServerUnavailable, check_url
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.other_tokenizer import OwnText, from_text
 from dpo_ref.references.table import Rows, Scorer, Table, row_key, rows_of
@@ -45,7 +45,7 @@ class CompletionsClient:
     """Asks a server for the log-probs of token ids: `batch_size` sequences in a request, `concurrency` requests under
     way at once."""
 
-    server: Server
+    model: ServedModel
     protocol: str
     batch_size: int
     concurrency: int
@@ -53,8 +53,8 @@ class CompletionsClient:
     def logps(self, wanted: Sequences) -> list[np.ndarray]:
         """Log-probs, in nats, of every token of every sequence given those before it, from the second token on.
 
-        Raises `Refused` and `Unavailable`, and ValueError for a key or model that the server does not know and for
-        answers without a finite log-prob for every token.
+        Raises `ServerRefused` and `ServerUnavailable`, and ValueError for a key or model that the server does not know
+        and for answers without a finite log-prob for every token.
         """
         starts = range(0, len(wanted.ids), self.batch_size)
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -64,7 +64,7 @@ class CompletionsClient:
     def _batch(self, wanted: Sequences, start: int) -> list[np.ndarray]:
         ids = [list(one) for one in wanted.ids[start : start + self.batch_size]]
         options = {"prompt": ids, "max_tokens": 1, "temperature": 0, **PROTOCOLS[self.protocol].options}
-        answer = self.server.completed(options)
+        answer = self.model.complete(options)
         return values_of(answer, self.protocol, ids, lambda place: wanted.name(start + place))
 
 
@@ -90,15 +90,15 @@ def score(client: CompletionsClient, context: ReferenceContext, groups: Sequence
         index = next(index for index, key in enumerate(keys) if key == group.group_index)
         return f"{context.groups.text(index).origin}, response {response + 1}"
 
-    server = client.server
+    server = client.model.server
     try:
         found = client.logps(Sequences(ids, name))
-    except Unavailable as error:
+    except ServerUnavailable as error:
         raise ValueError(
             f"the server at {server.url} gave no answer in {server.retries + 1} attempts ({error}); everything scored "
             "so far is kept: start the same command again when it is up"
         ) from None
-    except Refused as error:
+    except ServerRefused as error:
         longest = max(range(len(ids)), key=lambda number: len(ids[number]))
         raise ValueError(
             f"the server at {server.url} refused a request ({error}). The longest row asked for is {name(longest)}, "
@@ -148,13 +148,13 @@ def served(
             raise ValueError(f"reference.{option}={value} must be positive")
     if retries < 0:
         raise ValueError(f"reference.retries={retries} must not be negative")
-    server = Server(check_url(url, "reference"), model, retries, timeout, "reference", "set reference.model")
-    client = CompletionsClient(server, protocol, batch_size, concurrency)
+    server = Server(check_url(url, "reference.url"), timeout, retries)
+    asked = ServedModel(server, model, "reference", "set reference.model")
+    client = CompletionsClient(asked, protocol, batch_size, concurrency)
     theirs = context.load_tokenizer(tokenizer)
     install_template(theirs, template, template_options, "reference")
-    first = replace(
-        client, server=replace(server, retries=min(retries, FIRST_RETRIES))
-    )  # a wrong address is known within seconds
+    hasty = replace(server, retries=min(retries, FIRST_RETRIES))  # a wrong address is known within seconds
+    first = replace(client, model=replace(asked, server=hasty))
     identity = identity_of(first, theirs, context.cache)
     scorer = Scorer(partial(score, client, context), TOLERANCE)
     whole = replace(context, pack=lambda groups: [list(groups)])  # many requests are under way at once
@@ -190,15 +190,15 @@ def _probe_ids(tokenizer: Any) -> list[list[int]]:
 
 def _answers(client: CompletionsClient, ids: list[list[int]]) -> np.ndarray:
     """Log-probs of all texts, one after the other."""
-    server = client.server
+    server = client.model.server
     try:
         found = client.logps(Sequences(ids, lambda number: f"probe text {number + 1}"))
-    except Unavailable as error:
+    except ServerUnavailable as error:
         raise ValueError(
             f"the server at reference.url={server.url} gave no answer to a first question ({error}); start it, such "
-            f"as with `vllm serve {server.model}`, or correct the address"
+            f"as with `vllm serve {client.model.name}`, or correct the address"
         ) from None
-    except Refused as error:
+    except ServerRefused as error:
         raise ValueError(
             f"the server at {server.url} refused a first, short question ({error}); if it does not give log-probs of "
             f"prompts in the way of reference.protocol={client.protocol}, choose the other one"
@@ -230,10 +230,10 @@ def identity_of(client: CompletionsClient, tokenizer: Any, cache: Path) -> str:
     """
     ids = _probe_ids(tokenizer)
     values = _answers(client, ids)
-    folder = cache / "served" / digest([client.server.model, text_identity(tokenizer), ids])
+    folder = cache / "served" / digest([client.model.name, text_identity(tokenizer), ids])
     if (known := _known(folder, values)) is not None:
         return known
-    _store(folder, client.server.model, values)
+    _store(folder, client.model.name, values)
     found = _known(folder, values)  # of runs that start at once, all take the earliest
     assert found is not None
     return found

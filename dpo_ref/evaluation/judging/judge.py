@@ -23,6 +23,7 @@ from dpo_ref.evaluation.judging.templates import Template, Verdict
 from dpo_ref.evaluation.statistics.comparisons import preference_metrics
 from dpo_ref.files import write_lines
 from dpo_ref.generation.records import Generation
+from dpo_ref.models.server import ServerUnavailable
 from dpo_ref.types import Message, Progress, digest
 
 # --- pairs of answers to one prompt, and the questions about them: which is shown first, and whether twice
@@ -125,17 +126,13 @@ class Answer:
     finish_reason: str | None
 
 
-class Refused(Exception):
+class JudgeRefused(Exception):
     """The judge will not answer this question, however often it is asked; the message is its reason."""
 
 
-class Unavailable(Exception):
-    """No usable answer after all retries; the message is the last reason."""
-
-
-Store = Callable[[Request, Answer | Refused], None]
+Store = Callable[[Request, Answer | JudgeRefused], None]
 # Asks all requests, hands every outcome to the store the moment it arrives, and yields the request then. Raises
-# Unavailable when the judge is lost.
+# ServerUnavailable when the judge is lost.
 Asker = Callable[[Sequence[Request], Store], Iterator[Request]]
 
 
@@ -270,8 +267,8 @@ def collect(requests: Sequence[Request], cache: AnswerCache, ask: Asker, progres
     outcome = Outcome(cache.known(requests))
     missing = list({request.key: request for request in requests if request.key not in outcome.answers}.values())
 
-    def keep(request: Request, answer: Answer | Refused) -> None:
-        if isinstance(answer, Refused):
+    def keep(request: Request, answer: Answer | JudgeRefused) -> None:
+        if isinstance(answer, JudgeRefused):
             outcome.refusals[request.key] = str(answer)
             return
         cache.store(request, answer)
@@ -280,7 +277,7 @@ def collect(requests: Sequence[Request], cache: AnswerCache, ask: Asker, progres
     try:
         for _ in progress(ask(missing, keep), "judging", len(missing)) if missing else ():
             outcome.num_asked += 1
-    except Unavailable as error:
+    except ServerUnavailable as error:
         outcome.lost = str(error)
     return outcome
 

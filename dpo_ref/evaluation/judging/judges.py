@@ -1,31 +1,27 @@
 """The judges of `conf/judge/`: handed a context, they return whom to ask and how.
 
-A served one is asked over OpenAI's chat completions, through the openai package. The key is read from an environment
-variable when the first question is sent, goes to the stated server alone, and is cut out of everything the server
-says. A local one is a causal model on this machine: not what it writes is read, but how likely each label is.
+A served one is asked over OpenAI's chat completions. A local one is a causal model on this machine: not what it writes
+is read, but how likely each label is.
 """
 
-import json
-import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import torch
 
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.distributed import best_device
-from dpo_ref.evaluation.judging.judge import Answer, Judge, Refused, Request, Store, Unavailable
+from dpo_ref.evaluation.judging.judge import Answer, Judge, JudgeRefused, Request, Store
 from dpo_ref.evaluation.judging.templates import load_template
 from dpo_ref.models.loading import compute_dtype
 from dpo_ref.models.logps import response_logps
-from dpo_ref.models.server import RETRIED, pause, seconds_asked
+from dpo_ref.models.server import Server, ServerRefused, check_url
 from dpo_ref.types import Progress, PromptGroup, TokenGroup
 
 # --- the components
@@ -76,7 +72,7 @@ def served(
     if logprobs is not None:
         parameters |= {"logprobs": True, "top_logprobs": logprobs}
     given = {name: value for name, value in parameters.items() if value is not None} | (request or {})
-    server = ChatServer((base_url or OPENAI).rstrip("/"), key_variable, max_workers, timeout, retries)
+    server = Server(check_url(base_url or OPENAI, "judge.base_url", KEY_GOES), timeout, retries, key_variable, "judge")
     return Judge(
         name=context.name,
         model=model,
@@ -84,7 +80,7 @@ def served(
         parameters=given,
         both_orders=both_orders,
         soft=logprobs is not None,
-        ask=server.ask,
+        ask=ChatServer(server, max_workers).ask,
         cache=context.cache,
         prices=None if prompt_price is None or completion_price is None else (prompt_price, completion_price),
     )
@@ -108,7 +104,7 @@ def _check_served_options(
         raise ValueError(f"judge.request.{taken[0]} is said elsewhere: by the template or judge.{taken[0]}")
     verdict = load_template(template).verdict
     if base_url is not None:
-        check_url(base_url)
+        check_url(base_url, "judge.base_url", KEY_GOES)
     positive = {"logprobs": logprobs, "max_tokens": max_tokens, "max_workers": max_workers, "timeout": timeout}
     for name, value in positive.items():
         if value is not None and not value > 0:
@@ -131,172 +127,92 @@ served.check_options = _check_served_options  # pyright: ignore[reportFunctionMe
 
 
 OPENAI = "https://api.openai.com/v1"
-SHOWN = 300  # characters of a server's own message
-HIDDEN = "***"
-NO_KEY = "none"  # what servers without keys are sent; the package insists on one
+KEY_GOES = "name the key's variable in judge.key_variable"
 REFUSALS_WITHOUT_ANSWER = 8  # so many, and not one answer: the request is wrong, not the texts
-
-
-class _Passing(Exception):
-    """A failure that may pass; `wait` is how many seconds the server asked for."""
-
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-def check_url(url: str) -> None:
-    """Raise ValueError for what is no base address of a server, and for a key inside it."""
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query:
-        raise ValueError(
-            "judge.base_url must hold no user, password or query; name the key's variable in judge.key_variable"
-        )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"judge.base_url={url} must be the base of a server, such as http://host:8000/v1")
-    if parts.path.rstrip("/").endswith("/completions"):
-        raise ValueError(f"judge.base_url={url} must be the base, without /chat/completions")
 
 
 @dataclass(frozen=True, slots=True)
 class ChatServer:
-    """Asks `base_url` with `max_workers` questions under way at once. Each is tried 1 + `retries` times with growing
-    pauses and given `timeout` seconds; `key_variable` is the environment variable that holds the key."""
+    """Asks `server` with `max_workers` questions under way at once."""
 
-    base_url: str
-    key_variable: str
+    server: Server
     max_workers: int
-    timeout: float
-    retries: int
 
     def ask(self, requests: Sequence[Request], store: Store) -> Iterator[Request]:
-        """Every request, in the order in which their answers come. Raises `Unavailable` when one got no answer after
-        all retries, ValueError for a key, address, model or parameter that the server does not take; what is under
-        way then is waited for and stored.
+        """Every request, in the order in which their answers come. Raises `ServerUnavailable` when one got no answer
+        after all retries, ValueError for a key, address, model or parameter that the server does not take; what is
+        under way then is waited for and stored.
         """
-        session = _Session(self, store)
+        if self.server.url == OPENAI and not os.environ.get(self.server.key_variable):
+            raise ValueError(f"the judge wants a key: set the environment variable {self.server.key_variable}")
+        session = _Session(replace(self.server, stop=Event()), store)
         pool = ThreadPoolExecutor(self.max_workers, thread_name_prefix="judge")
         try:
             waiting = [pool.submit(session.settle, request) for request in requests]
             for done in as_completed(waiting):
                 yield done.result()
         finally:
-            session.stop.set()
+            session.server.stop.set()
             pool.shutdown(cancel_futures=True)
-            session.client.close()
 
 
+@dataclass(slots=True)
 class _Session:
     """One round of questions, shared by its threads."""
 
-    def __init__(self, server: ChatServer, store: Store) -> None:
-        import openai
-
-        for library in ("httpx", "httpx2"):  # whichever the package uses; at INFO, Hydra's level, a line a question
-            logging.getLogger(library).setLevel(logging.WARNING)
-        self.server, self.store, self.stop = server, store, threading.Event()
-        self._key = os.environ.get(server.key_variable, "")
-        if not self._key and server.base_url == OPENAI:
-            raise ValueError(f"the judge wants a key: set the environment variable {server.key_variable}")
-        self._openai, self._refusals, self._answered = openai, 0, False
-        self.client = openai.OpenAI(
-            api_key=self._key or NO_KEY,
-            base_url=server.base_url,
-            timeout=server.timeout,
-            max_retries=0,  # ours also repeat answers that are no answers
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),  # the key is for the stated server
-        )
+    server: Server
+    store: Store
+    num_refusals: int = 0
+    answered: bool = False
 
     def settle(self, request: Request) -> Request:
         """Ask until there is an answer or a refusal, and store it."""
         try:
-            answer: Answer | Refused = self._answer(request)
-        except Refused as refusal:
+            answer: Answer | JudgeRefused = self._answer(request)
+            self.answered = True
+        except ServerRefused as refusal:
             self._count(refusal)
-            answer = refusal
-        self._answered |= isinstance(answer, Answer)
+            answer = JudgeRefused(str(refusal))
         self.store(request, answer)
         return request
 
-    def _count(self, refusal: Refused) -> None:
-        self._refusals += 1
-        if not self._answered and self._refusals >= REFUSALS_WITHOUT_ANSWER:
-            raise ValueError(f"the judge at {self.server.base_url} refuses every question: {refusal}")
-
     def _answer(self, request: Request) -> Answer:
-        for attempt in range(self.server.retries + 1):
-            try:
-                return self._tried(request)
-            except _Passing as failure:
-                if attempt == self.server.retries or self.stop.wait(pause(attempt, failure.wait)):
-                    raise Unavailable(str(failure)) from None
-        raise AssertionError("every attempt returns or raises")
+        body = {"messages": request.messages, **request.parameters}
+        read = _read_logprobs if "top_logprobs" in request.parameters else _read_text
+        return self.server.post("/chat/completions", body, read)
 
-    def _tried(self, request: Request) -> Answer:
-        raw = self._sent(request)
-        if isinstance(raw, Exception):  # raised here, where it has no context: the package's errors may show the key
-            raise raw
-        try:
-            return self._read(json.loads(raw.content), wants_logprobs="top_logprobs" in request.parameters)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            start = self._without_key(raw.content[:80].decode(errors="replace"))
-            raise _Passing(f"{error or type(error).__name__}; the answer begins with {start!r}") from None
-
-    def _sent(self, request: Request) -> Any:
-        """The server's response, or what is to be raised instead."""
-        content: Any = {"messages": list(request.messages), "extra_body": dict(request.parameters)}
-        try:
-            return self.client.chat.completions.with_raw_response.create(model=request.parameters["model"], **content)
-        except self._openai.APIStatusError as error:
-            return self._failure(error)
-        except self._openai.APIConnectionError as error:
-            reason = error.__cause__ or error
-            return _Passing(self._without_key(f"{type(reason).__name__}: {reason}"))
-
-    def _read(self, body: Any, wants_logprobs: bool) -> Answer:
-        """An answer from the body of a chat completion; ValueError, LookupError, TypeError or AttributeError for what
-        is none."""
-        choice, usage = body["choices"][0], body.get("usage") or {}
-        text = choice["message"].get("content") or ""
-        return Answer(
-            text=self._without_key(str(text)),
-            candidates=_candidates(choice) if wants_logprobs else None,
-            prompt_tokens=int(usage.get("prompt_tokens", 0)),
-            completion_tokens=int(usage.get("completion_tokens", 0)),
-            finish_reason=choice.get("finish_reason"),
-        )
-
-    def _failure(self, error: Any) -> Exception:
-        """What an HTTP error means."""
-        status, server = error.status_code, self.server
-        said = f"{status}: {self._message(error)}"
-        if status in (401, 403):  # the body may repeat the key
-            had = "does not accept the key in" if self._key else "wants a key: set"
-            return ValueError(f"the judge at {server.base_url} ({status}) {had} {server.key_variable}")
-        if status == 404 or 300 <= status < 400:
-            return ValueError(
-                f"the judge at {server.base_url} was not found ({said}): check judge.base_url and judge.model"
-            )
-        if error.code == "insufficient_quota":
-            return Unavailable(said)
-        if status in RETRIED or status == 409 or status > 504:
-            return _Passing(said, seconds_asked(error.response.headers.get("Retry-After")))
-        return Refused(said)
-
-    def _message(self, error: Any) -> str:
-        body = error.body if isinstance(error.body, Mapping) else {}
-        return self._without_key(" ".join(str(body.get("message") or error.response.text).split()))[:SHOWN]
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, HIDDEN) if self._key else text
+    def _count(self, refusal: ServerRefused) -> None:
+        """Raise ValueError for a refusal that is not of this text."""
+        url = self.server.url
+        if refusal.status == 404 or 300 <= refusal.status < 400:
+            raise ValueError(
+                f"the judge at {url} was not found ({refusal}): check judge.base_url and judge.model"
+            ) from None
+        self.num_refusals += 1
+        if not self.answered and self.num_refusals >= REFUSALS_WITHOUT_ANSWER:
+            raise ValueError(f"the judge at {url} refuses every question: {refusal}") from None
 
 
-def _candidates(choice: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
-    """The likeliest first tokens with their log-probs."""
-    content = (choice.get("logprobs") or {}).get("content")
+def _read_text(body: Any) -> Answer:
+    """An answer from the body of a chat completion; ValueError, LookupError, TypeError or AttributeError for what is
+    none."""
+    choice, usage = body["choices"][0], body.get("usage") or {}
+    return Answer(
+        text=str(choice["message"].get("content") or ""),
+        candidates=None,
+        prompt_tokens=int(usage.get("prompt_tokens", 0)),
+        completion_tokens=int(usage.get("completion_tokens", 0)),
+        finish_reason=choice.get("finish_reason"),
+    )
+
+
+def _read_logprobs(body: Any) -> Answer:
+    """An answer with the likeliest first tokens and their log-probs."""
+    content = (body["choices"][0].get("logprobs") or {}).get("content")
     if not content or not content[0].get("top_logprobs"):
         raise ValueError("there are no log-probs in the answer (judge.logprobs=null goes by the written label)")
-    return tuple((str(one["token"]), float(one["logprob"])) for one in content[0]["top_logprobs"])
+    candidates = tuple((str(token["token"]), float(token["logprob"])) for token in content[0]["top_logprobs"])
+    return replace(_read_text(body), candidates=candidates)
 
 
 # --- a causal model on this machine
@@ -318,7 +234,9 @@ class LocalModel(NamedTuple):
         room = getattr(self.loaded.model.config, "max_position_embeddings", None)
         too_long = [group for group in groups if room is not None and _longest(group) > room]
         for group in too_long:
-            store(requests[group.group_index], Refused(f"{_longest(group)} tokens; the model has {room} positions"))
+            store(
+                requests[group.group_index], JudgeRefused(f"{_longest(group)} tokens; the model has {room} positions")
+            )
             yield requests[group.group_index]
         left_out = {group.group_index for group in too_long}
         fitting = [group for group in groups if group.group_index not in left_out]
