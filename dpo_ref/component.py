@@ -2,15 +2,15 @@
 
 The star rule: what stands left of `*` in a component's signature is handed over at run time, what stands right of it
 is configuration. An option may itself be a member of a config group (`MemberOf`), such as the scorer of on-policy
-rounds.
+rounds. What no signature says stands in the decorator `@component(...)`, as `Hooks`.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import partial
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +80,66 @@ class Component:
     def bound(self, function: Callable[..., Any]) -> "partial[Any]":
         """`function`, the component's own or one its group shares, with its part of the options."""
         return partial(function, **{name: self.options[name] for name in configuration(function)})
+
+    @property
+    def hooks(self) -> "Hooks":
+        """What it declares beside its options."""
+        return hooks_of(self.function)
+
+    @property
+    def live(self) -> "Component | None":
+        """The component with nothing cached, asked as it goes; None where its option `cache` cannot be off."""
+        if "off" not in choices_of(annotations(self.function).get("cache")):
+            return None
+        return replace(self, options=self.options | {"cache": "off"})
+
+
+# --- what a component declares beside its options
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """A training run as it was asked for, before anything is loaded: its components by group, the command line, and
+    the keys about which that, or the tree of a resumed run, says something."""
+
+    components: Mapping[str, Component]
+    overrides: Sequence[str]
+    given: Set[str]
+
+
+def _accept(*_: Any, **options: Any) -> None:
+    """Refuses nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a component may declare; most declare nothing. `check` and `check_run` raise ValueError naming the key."""
+
+    check: Callable[..., None] = _accept  # handed all options by name, before anything is loaded
+    check_run: Callable[[Any, RunPlan], None] = _accept  # whether it goes with the run's objective and the rest
+    rounds: Callable[..., Any] | None = None  # data: makes groups while the run goes on (`training/rounds.py`)
+    identity: Callable[..., str] | None = None  # scorer: digest of what its numbers mean, from some of its options
+    relative: bool = False  # scorer: it ranks answers to one prompt among themselves
+    advance: Callable[..., Any] | None = None  # objective: its running statistic, a step on
+    fits_chosen: bool = False  # objective: it has a likelihood term of the chosen response of its own
+    advantage: str | None = None  # objective: the advantage it was published with
+
+
+_HOOKS: dict[Callable[..., Any], Hooks] = {}
+Declaring = TypeVar("Declaring", bound=Callable[..., Any])
+
+
+def component(**hooks: Any) -> Callable[[Declaring], Declaring]:
+    """Declares the `Hooks` of a function or class, which stays as it is."""
+    declared = Hooks(**hooks)
+
+    def declare(function: Declaring) -> Declaring:
+        _HOOKS[function] = declared
+        return function
+
+    return declare
+
+
+def hooks_of(function: Callable[..., Any]) -> Hooks:
+    """What a component's function or class declares."""
+    return _HOOKS.get(function, Hooks())

@@ -1,9 +1,12 @@
-"""Imports go down a floor or stay in their room. Read from the code's own imports, at any depth."""
+"""Imports go down a floor or stay in their room, and nothing hangs on functions: read from the code, at any depth."""
 
 import ast
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from dpo_ref.component import Hooks
 
 PACKAGE = Path(__file__).parents[1] / "dpo_ref"
 FLOORS = {
@@ -74,3 +77,33 @@ def test_hydra_and_wandb_stay_in_their_rooms(path):
     assert room_of(path) == "cli" or not roots & {"hydra", "omegaconf"}
     assert room_of(path) == "tracking" or "wandb" not in roots
     assert "pickle" not in roots
+
+
+def hung_on_functions(path: Path) -> list[str]:
+    """Assignments to attributes of the file's own functions and classes, and to any attribute while it is imported."""
+    tree = ast.parse(path.read_text())
+    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    later = {inner for function in functions for inner in ast.walk(function)}
+    stored = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    on_own = [node for node in stored if isinstance(node.value, ast.Name) and node.value.id in own]
+    return [ast.unparse(node) for node in stored if node in on_own or node not in later]
+
+
+def looked_up(path: Path) -> list[str]:
+    """The names that a file looks up with `getattr` or `hasattr`, a name that is computed as its code."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = [call.args[1] for call in calls if ast.unparse(call.func) in ("getattr", "hasattr")]
+    return [str(name.value) if isinstance(name, ast.Constant) else ast.unparse(name) for name in names]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_a_component_declares_is_typed(path):
+    """It stands in `@component(...)` and is read from `Hooks`."""
+    assert hung_on_functions(path) == []
+    assert "reportFunctionMemberAccess" not in path.read_text()
+    assert not {field.name for field in fields(Hooks)} & set(looked_up(path))
+
+
+def test_attributes_are_looked_up_by_name_no_more_often():
+    assert sum(len(looked_up(path)) for path in FILES) <= 61

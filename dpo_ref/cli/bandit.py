@@ -30,8 +30,8 @@ NOTES = (
 
 
 def _beta(run: TrainRun) -> float | None:
-    key = strength(run.objective.function.func)  # pyright: ignore[reportFunctionMemberAccess]
-    return None if key is None else run.objective.function.keywords[key]  # pyright: ignore
+    key = strength(run.objective.function.func)
+    return None if key is None else run.objective.function.keywords[key]
 
 
 def _method(run: TrainRun, bandit: Component, words: tuple[str, ...] = ()) -> Method:

@@ -88,7 +88,7 @@ def supply_of(
         device=next(loaded.model.parameters()).device,
         progress=progress,
     )
-    return run.data.bound(getattr(run.data.function, "supply", at_hand))(context)
+    return run.data.bound(run.data.hooks.rounds or at_hand)(context)
 
 
 def report_data(run: TrainRun, directory: Path, title: str) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from dpo_ref.cli.build import build_reference, check_paths, tokenised
 from dpo_ref.cli.command_line import composed, reference_words
 from dpo_ref.cli.resolve import TrainRun, resolve
-from dpo_ref.component import Component, annotations, choices_of
+from dpo_ref.component import Component
 from dpo_ref.data.chat_templates import install_template
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.data.groups import Groups, TokenGroups
@@ -151,9 +151,9 @@ def _outputs(model: Any) -> int:
 def _own_model(bench: Bench, component: Component, reference: Reference) -> nn.Module | None:
     """The model behind a reference of the policy's tokens; None where it is no single one that can be asked."""
     asked = getattr(reference, "model", None)
-    if asked is not None or "off" not in choices_of(annotations(component.function).get("cache")):
+    live = component.live
+    if asked is not None or live is None:
         return asked
-    live = replace(component, options=component.options | {"cache": "off"})
     with redirect_stdout(io.StringIO()):  # it was built before, and has said what there is to say
         return getattr(bench.build(live, bench.groups[:1]), "model", None)
 

@@ -7,7 +7,7 @@ composes those added with `+`), a wrong value, a combination in which an option 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,9 +17,11 @@ from dpo_ref.cli.command_line import refuse_unknown
 from dpo_ref.cli.schemas import SCHEMAS, SHARED, STAGES, groups, locate, parts_of
 from dpo_ref.component import (
     Component,
+    RunPlan,
     annotations,
     choices_of,
     configuration,
+    hooks_of,
     mapped_to,
     member_group,
     one_or_several,
@@ -49,9 +51,7 @@ def component(group: str, node: DictConfig, choice: str, key: str | None = None)
     if missing:
         raise ValueError(f"{key}={choice} needs {key}.{missing[0]}=...")
     values |= {name: _value(f"{key}.{name}", values[name], hint) for name, hint in hints.items()}
-    check = getattr(function, "check_options", None)
-    if check is not None:
-        check(**values)
+    hooks_of(function).check(**values)
     return Component(choice, function, _shared_by_members(group, hints, values) | values)
 
 
@@ -146,7 +146,7 @@ def components(cfg: DictConfig, choices: Mapping[str, str], kind: str) -> dict[s
 
 def refuse_relative(scorer: Component) -> None:
     """Raise ValueError for a scorer that ranks answers to one prompt, where policies are to be compared."""
-    if getattr(scorer.function, "relative", False):
+    if scorer.hooks.relative:
         raise ValueError(
             f"scorer={scorer.name} ranks a policy's answers among themselves, and their mean says nothing about the "
             "policy; evaluate.py has judge=..., which compares with the baseline's answers"
@@ -207,17 +207,22 @@ def _keys(overrides: Sequence[str]) -> set[str]:
     return {override.lstrip("+~").partition("=")[0] for override in overrides}
 
 
+def _changed(trainer: Mapping[str, Any]) -> set[str]:
+    """The keys of `trainer.*` that are not at their defaults: a resumed run's changes are in the tree alone."""
+    return {f"trainer.{f.name}" for f in fields(TrainerConfig) if trainer.get(f.name, f.default) != f.default}
+
+
 def _asked_live(reference: Component) -> Component:
     """The reference where responses come while the run goes on, so that no table can hold them beforehand."""
-    cache = annotations(reference.function).get("cache")
-    if cache is None or reference.options["cache"] == "off":
+    if reference.options.get("cache", "off") == "off":
         return reference
-    if "off" not in choices_of(cache):
+    live = reference.live
+    if live is None:
         raise ValueError(
             f"reference={reference.name} scores what is known before training, and the data samples while the run "
             "goes on: use reference=initial, other, interpolate, moving, uniform_token or none"
         )
-    return replace(reference, options=reference.options | {"cache": "off"})
+    return live
 
 
 def _while_training(
@@ -248,10 +253,12 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
     """
     parts = components(cfg, choices, "train")
     beta = cfg.beta
+    settings: Any = OmegaConf.to_container(cfg.trainer)
     objective = _objective(parts["objective"], beta, overrides)
+    plan = RunPlan(parts, overrides, _keys(overrides) | _changed(settings))
     reference = parts["reference"]
     if "bandit" in parts:
-        parts["bandit"].function.check_run(reference.name, overrides)  # pyright: ignore[reportFunctionMemberAccess]
+        parts["bandit"].hooks.check_run(objective, plan)
     if not objective.uses_reference and reference.name not in ("auto", "none"):
         raise ValueError(
             f"reference={reference.name} has no effect: objective={objective.name} uses no reference; "
@@ -259,15 +266,11 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
         )
     if objective.asks is ResponseScores:
         check_reward_run(objective.name, parts)
-    check = getattr(reference.function, "check_run", None)
-    if check is not None:
-        check(objective, parts["model"].options, reference.options)
-    trainer = TrainerConfig(**OmegaConf.to_container(cfg.trainer))  # pyright: ignore[reportCallIssue]
-    check = getattr(parts["data"].function, "check_run", None)
-    if check is not None:
-        changed = {f"trainer.{f.name}" for f in fields(trainer) if getattr(trainer, f.name) != f.default}
-        check(objective, parts["data"].options, _keys(overrides) | changed)  # a resumed run's changes are in the tree
-        reference = _asked_live(reference) if objective.uses_reference else reference
+    reference.hooks.check_run(objective, plan)
+    trainer = TrainerConfig(**settings)
+    parts["data"].hooks.check_run(objective, plan)
+    if parts["data"].hooks.rounds is not None and objective.uses_reference:
+        reference = _asked_live(reference)
     evaluation = _while_training(parts.get("evaluation"), trainer, overrides)
     rest = {group: parts[group] for group in ("model", "data", "optim", "tracking")}
     return TrainRun(

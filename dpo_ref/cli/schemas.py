@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_args, get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from dpo_ref.component import annotations, choices_of, configuration, mapped_to, member_group, one_or_several
+from dpo_ref.component import annotations, choices_of, configuration, hooks_of, mapped_to, member_group, one_or_several
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
@@ -165,7 +165,8 @@ def locate(target: str) -> Callable[..., Any]:
 def parts_of(group: str, component: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
     """Whose options a member of a group takes: its own, those of how its groups come about (`rounds.py`), and those
     its group shares, unless they are those of a member inside it."""
-    own = (component, component.supply) if hasattr(component, "supply") else (component,)  # pyright: ignore
+    rounds = hooks_of(component).rounds
+    own = (component,) if rounds is None else (component, rounds)
     inside = {member_group(hint) for part in own for hint in annotations(part).values()}
     return own if group in inside else (*own, *SHARED.get(group, ()))
 

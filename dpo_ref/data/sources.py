@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpo_ref.component import component
 from dpo_ref.data.formats.checks import BadRow, Row, columns_of
 from dpo_ref.data.formats.recognise import Format, check_format, convert, format_of, known_logps, named_logps
 from dpo_ref.data.groups import StoredGroups, write
@@ -210,6 +211,37 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 OWN_RULES = ("format", "logps_columns")  # that an entry of data.sources may say for itself
 
 
+def refuse_ineffective(
+    *,
+    path: str | None,
+    sources: list[Any] | None,
+    hub: dict[str, Any] | None,
+    eval_path: str | None,
+    eval_split: str | None,
+    eval_fraction: float,
+    subset: int | None,
+    **others: Any,
+) -> None:
+    """Refuse, before anything is read, options of `preferences` of which one would be ignored. Raises ValueError."""
+    if path is None and sources is None and hub is None:
+        raise ValueError("data needs data.path=... (a file, a folder, a name on the hub), or data.sources=[...]")
+    if path is not None and sources is not None:
+        raise ValueError("data.path and data.sources both say where the rows are; give one of them")
+    if sources is not None and not sources:
+        raise ValueError("data.sources=[] names no source")
+    if sources is not None:
+        for key, value in {**others, "eval_split": eval_split}.items():
+            if key in ("name", "folder", "split", "eval_split", "streaming") and value:
+                raise ValueError(f"data.{key}={value} has no effect: write it into data.sources")
+    if eval_fraction and (eval_path or eval_split):
+        raise ValueError("data.eval_path, data.eval_split and data.eval_fraction hold rows out; give one of them")
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"data.eval_fraction={eval_fraction} must lie in [0, 1)")
+    if subset is not None and subset < 1:
+        raise ValueError(f"data.subset={subset} must be at least 1 group")
+
+
+@component(check=refuse_ineffective)
 def preferences(
     seed: int,
     progress: Progress = silent,
@@ -301,39 +333,6 @@ def _preset(
     if (eval_path is not None or eval_fraction) and given[3] is None:
         found["eval_split"] = None
     return hub["path"], found["name"], found["folder"], found["split"], found["eval_split"]
-
-
-def refuse_ineffective(
-    *,
-    path: str | None,
-    sources: list[Any] | None,
-    hub: dict[str, Any] | None,
-    eval_path: str | None,
-    eval_split: str | None,
-    eval_fraction: float,
-    subset: int | None,
-    **others: Any,
-) -> None:
-    """Refuse, before anything is read, options of `preferences` of which one would be ignored. Raises ValueError."""
-    if path is None and sources is None and hub is None:
-        raise ValueError("data needs data.path=... (a file, a folder, a name on the hub), or data.sources=[...]")
-    if path is not None and sources is not None:
-        raise ValueError("data.path and data.sources both say where the rows are; give one of them")
-    if sources is not None and not sources:
-        raise ValueError("data.sources=[] names no source")
-    if sources is not None:
-        for key, value in {**others, "eval_split": eval_split}.items():
-            if key in ("name", "folder", "split", "eval_split", "streaming") and value:
-                raise ValueError(f"data.{key}={value} has no effect: write it into data.sources")
-    if eval_fraction and (eval_path or eval_split):
-        raise ValueError("data.eval_path, data.eval_split and data.eval_fraction hold rows out; give one of them")
-    if not 0 <= eval_fraction < 1:
-        raise ValueError(f"data.eval_fraction={eval_fraction} must lie in [0, 1)")
-    if subset is not None and subset < 1:
-        raise ValueError(f"data.subset={subset} must be at least 1 group")
-
-
-preferences.check_options = refuse_ineffective  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _listed(entry: Any, rules: Rules) -> tuple[Source, Rules, float]:

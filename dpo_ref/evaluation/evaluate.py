@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_ref.component import Component, annotations, choices_of
+from dpo_ref.component import Component
 from dpo_ref.data.groups import Groups
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids, length_limit, tokenise
@@ -243,9 +243,7 @@ def loss_reference(subject: Subject, settings: Settings, groups: Groups) -> Refe
 def live_reference(subject: Subject, settings: Settings, groups: Groups) -> Reference:
     """The same reference, asked for what no table holds: sampled answers, texts of other files."""
     assert subject.loss_reference is not None
-    may_be_live = "off" in choices_of(annotations(subject.loss_reference.function).get("cache"))
-    options = subject.loss_reference.options | ({"cache": "off"} if may_be_live else {})
-    live = replace(subject.loss_reference, options=options)
+    live = subject.loss_reference.live or subject.loss_reference
     return loss_reference(replace(subject, loss_reference=live), settings, groups)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from torch import nn
 
-from dpo_ref.component import MemberOf
+from dpo_ref.component import MemberOf, component
 from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids
 from dpo_ref.evaluation.heldout import PairScores, displacement, score_pairs
 from dpo_ref.evaluation.kl import sample_kl
@@ -237,6 +237,15 @@ def drawn_prompts(context: EvaluationContext, count: int, max_new_tokens: int) -
     return [fitting[place] for place in _drawn(len(fitting), count, context.seed)]
 
 
+def _check_options(**options: Any) -> None:
+    """Refuse values out of range. Raises ValueError naming the key."""
+    for name in ("every", "num_prompts", "samples_per_prompt", "max_new_tokens", "batch_size"):
+        if options[name] is not None and options[name] < 1:
+            hint = "; null leaves it out" if name == "every" else ""
+            raise ValueError(f"evaluation.{name}={options[name]} must be at least 1{hint}")
+
+
+@component(check=_check_options)
 def samples(
     context: EvaluationContext,
     *,
@@ -263,14 +272,3 @@ def samples(
         f"{samples_per_prompt}; the initial policy is {initial}"
     )
     return made
-
-
-def _check_options(**options: Any) -> None:
-    """Refuse values out of range. Raises ValueError naming the key."""
-    for name in ("every", "num_prompts", "samples_per_prompt", "max_new_tokens", "batch_size"):
-        if options[name] is not None and options[name] < 1:
-            hint = "; null leaves it out" if name == "every" else ""
-            raise ValueError(f"evaluation.{name}={options[name]} must be at least 1{hint}")
-
-
-samples.check_options = _check_options  # pyright: ignore[reportFunctionMemberAccess]

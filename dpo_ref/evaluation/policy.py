@@ -149,6 +149,6 @@ class Settings:
     def generation_identity(self) -> dict[str, Any]:
         """The options of generation, and what stands for the weights of a scorer that chooses among answers."""
         members = [value for value in self.generation.options.values() if isinstance(value, Component)]
-        weights = [(f"{one.name} weights", one, getattr(one.function, "identity", None)) for one in members]
-        known = {name: one.bound(identity)() for name, one, identity in weights if identity is not None}
-        return self.generation.plain() | known
+        hooks = [(member, member.hooks.identity) for member in members]
+        weights = {f"{one.name} weights": one.bound(identity)() for one, identity in hooks if identity is not None}
+        return self.generation.plain() | weights

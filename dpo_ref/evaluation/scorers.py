@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
-from dpo_ref.component import MemberOf
+from dpo_ref.component import MemberOf, component
 from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.distributed import best_device
@@ -122,6 +122,19 @@ def score_sequences(model: Any, sequences: Sequence[list[int]], batch_size: int)
     return found.tolist()
 
 
+def _check_options(path: str, dtype: str, batch_size: int) -> None:
+    check_folder(path, KEY)
+    if batch_size < 1:
+        raise ValueError(f"scorer.batch_size={batch_size} must be at least 1")
+
+
+def _identity(*, path: str, dtype: Precision = "auto") -> str:
+    """Digest of what the scores mean: weights, their dtype, tokenizer and template."""
+    loaded = _loaded(path, dtype)
+    return digest([state_digest(loaded.model.state_dict()), text_identity(loaded.tokenizer)])
+
+
+@component(check=_check_options, identity=_identity)
 def reward_model(
     generations: Sequence[Generation], *, path: str, dtype: Precision = "auto", batch_size: int = 16
 ) -> Scores:
@@ -135,25 +148,10 @@ def reward_model(
     return Scores("reward_model", score_sequences(loaded.model, _sequences(loaded, generations), batch_size))
 
 
-def _check_options(path: str, dtype: str, batch_size: int) -> None:
-    check_folder(path, KEY)
-    if batch_size < 1:
-        raise ValueError(f"scorer.batch_size={batch_size} must be at least 1")
-
-
-def _identity(*, path: str, dtype: Precision = "auto") -> str:
-    """Digest of what the scores mean: weights, their dtype, tokenizer and template."""
-    loaded = _loaded(path, dtype)
-    return digest([state_digest(loaded.model.state_dict()), text_identity(loaded.tokenizer)])
-
-
-reward_model.check_options = _check_options  # pyright: ignore[reportFunctionMemberAccess]
-reward_model.identity = _identity  # pyright: ignore[reportFunctionMemberAccess]
-
-
 # --- a judge: the answers to one prompt are compared with each other, two by two
 
 
+@component(relative=True)
 def judge(generations: Sequence[Generation], *, judge: Annotated[Any, MemberOf("judge")]) -> Scores:
     """Of each answer the mean share of the win against the other answers to its prompt, in [0, 1]: its rank among
     them, and nothing about other prompts or policies. n answers to a prompt are n (n - 1) / 2 pairs.
@@ -179,9 +177,6 @@ def judge(generations: Sequence[Generation], *, judge: Annotated[Any, MemberOf("
             shares[other].append(1 - judgment.preference)
     means = {place: sum(values) / len(values) for place, values in shares.items()}
     return Scores("judge", [means.get(place, float("nan")) for place in range(len(generations))])
-
-
-judge.relative = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _pair(generations: Sequence[Generation], one: int, other: int) -> Pair:

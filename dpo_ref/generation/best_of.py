@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Annotated, Any
 
-from dpo_ref.component import MemberOf
+from dpo_ref.component import MemberOf, component
 from dpo_ref.generation.engine import Answer, Engine, Request, Sampling, check_temperatures
 from dpo_ref.generation.records import Generation, Scores
 from dpo_ref.generation.sampling import transformers
@@ -58,6 +58,15 @@ class BestOf:
         return self.engine.answers(requests, known, progress)
 
 
+def _check_options(best_of: int, temperature: float | list[float], **rest: Any) -> None:
+    if best_of < 2:
+        raise ValueError(f"generation.best_of={best_of} must be at least 2; generation=transformers draws single ones")
+    check_temperatures(temperature)
+    if 0 in (temperature if isinstance(temperature, list) else [temperature]):
+        raise ValueError("generation.temperature=0 gives best_of equal answers; use generation=greedy for that one")
+
+
+@component(check=_check_options)
 def best_of(
     policy: Policy,
     *,
@@ -84,14 +93,3 @@ def best_of(
         batch_size=batch_size,
     )
     return BestOf(engine, scorer, best_of)
-
-
-def _check_options(best_of: int, temperature: float | list[float], **rest: Any) -> None:
-    if best_of < 2:
-        raise ValueError(f"generation.best_of={best_of} must be at least 2; generation=transformers draws single ones")
-    check_temperatures(temperature)
-    if 0 in (temperature if isinstance(temperature, list) else [temperature]):
-        raise ValueError("generation.temperature=0 gives best_of equal answers; use generation=greedy for that one")
-
-
-best_of.check_options = _check_options  # pyright: ignore[reportFunctionMemberAccess]

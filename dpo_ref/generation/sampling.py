@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dpo_ref.component import component
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.generation.engine import (
     Answer,
@@ -117,6 +118,7 @@ class Local:
                 yield {number: answer_of(self.tokenizer, ids, ends) for number, ids in zip(batch, drawn, strict=True)}
 
 
+@component(check=check_temperatures)
 def transformers(
     policy: Policy,
     *,
@@ -159,9 +161,6 @@ def generate(
     sampling = Sampling(temperature, top_p, max_new_tokens, samples_per_prompt)
     check_temperatures(temperature, samples_per_prompt)
     return answered(Local(tokenizer, sampling, batch_size, lambda: model), held_out(prompts), seed, progress)
-
-
-transformers.check_options = check_temperatures  # pyright: ignore[reportFunctionMemberAccess]
 
 
 # --- the decoding loop: a batch of prompts goes in, each row leaves when it has ended

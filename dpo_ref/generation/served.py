@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dpo_ref.component import component
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.generation.engine import Answer, Engine, Request, Sampling, check_positive, check_temperatures
 from dpo_ref.generation.records import Generation
@@ -135,6 +136,16 @@ class Served:
         raise ValueError(f"{who}: {error}") from error
 
 
+def _check_options(url: str | list[str], retries: int, timeout: float, **rest: Any) -> None:
+    check_temperatures(rest["temperature"], rest["samples_per_prompt"])
+    check_positive(concurrency=rest["concurrency"])
+    for one in url if isinstance(url, list) else [url]:
+        check_url(one, "generation.url")
+    if retries < 0 or not timeout > 0:
+        raise ValueError(f"generation.retries={retries} must not be negative, generation.timeout={timeout} positive")
+
+
+@component(check=_check_options)
 def served(
     policy: Policy,
     *,
@@ -172,18 +183,6 @@ def served(
     )
     sampling = Sampling(temperature, top_p, max_new_tokens, samples_per_prompt)
     return Served(policy, sampling, models, protocol, concurrency)
-
-
-def _check_options(url: str | list[str], retries: int, timeout: float, **rest: Any) -> None:
-    check_temperatures(rest["temperature"], rest["samples_per_prompt"])
-    check_positive(concurrency=rest["concurrency"])
-    for one in url if isinstance(url, list) else [url]:
-        check_url(one, "generation.url")
-    if retries < 0 or not timeout > 0:
-        raise ValueError(f"generation.retries={retries} must not be negative, generation.timeout={timeout} positive")
-
-
-served.check_options = _check_options  # pyright: ignore[reportFunctionMemberAccess]
 
 
 # --- how servers are asked for an answer, and how they give it

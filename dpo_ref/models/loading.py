@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dpo_ref.component import component
 from dpo_ref.data.chat_templates import install_template
 from dpo_ref.models.adapters import add_lora, load_adapter
 from dpo_ref.models.attention import KERNELS, resolve_backend
@@ -139,6 +140,22 @@ def load_model(
     return model
 
 
+def _check_options(
+    dtype: str, attention: str, adapter: str | None, lora_rank: int | None, lora_alpha: float | None, **rest: Any
+) -> None:
+    """Raise ValueError for options that would have no effect."""
+    if attention in KERNELS and dtype == "float32":
+        raise ValueError(
+            f"model.attention={attention} computes in half precision and has no effect with model.dtype=float32; use "
+            "model.attention=sdpa"
+        )
+    if adapter is not None and (lora_rank, lora_alpha) != (None, None):
+        raise ValueError("model.adapter has a rank and an alpha of its own; leave model.lora_rank and lora_alpha out")
+    if lora_alpha is not None and lora_rank is None:
+        raise ValueError(f"model.lora_alpha={lora_alpha:g} has no effect without model.lora_rank")
+
+
+@component(check=_check_options)
 def pretrained(
     locate: Callable[[str], str],
     device: torch.device,
@@ -185,24 +202,6 @@ def _adapter(model: Any, adapter: str | None, rank: int | None, alpha: float | N
     if rank is not None:
         return add_lora(model, rank, alpha)
     return None
-
-
-def _check_options(
-    dtype: str, attention: str, adapter: str | None, lora_rank: int | None, lora_alpha: float | None, **rest: Any
-) -> None:
-    """Raise ValueError for options that would have no effect."""
-    if attention in KERNELS and dtype == "float32":
-        raise ValueError(
-            f"model.attention={attention} computes in half precision and has no effect with model.dtype=float32; use "
-            "model.attention=sdpa"
-        )
-    if adapter is not None and (lora_rank, lora_alpha) != (None, None):
-        raise ValueError("model.adapter has a rank and an alpha of its own; leave model.lora_rank and lora_alpha out")
-    if lora_alpha is not None and lora_rank is None:
-        raise ValueError(f"model.lora_alpha={lora_alpha:g} has no effect without model.lora_rank")
-
-
-pretrained.check_options = _check_options  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def graphs_compiled() -> int:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from dpo_ref.component import Hooks, hooks_of
 from dpo_ref.types import (
     POSITIONS_ON,
     HasParts,
@@ -230,7 +231,6 @@ class Sampled(NamedTuple):
 
 
 Outcome = Preference | Compared | Likelihood | Labelled | Sampled
-Function = TypeVar("Function", bound=Callable[..., Outcome])
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +242,10 @@ class Objective:
     """
 
     name: str
-    function: Callable[..., Outcome]
+    function: "partial[Outcome]"
     takes: Mapping[str, Any]
+    hooks: Hooks
     nll_weight: float = 0.0
-    fits_chosen: bool = False  # it has such a term of its own
     advance: Callable[..., Running] | None = None
 
     @property
@@ -292,7 +292,7 @@ class Objective:
             raise ValueError(f"objective.nll_weight has no place in objective={self.name}: it has no chosen responses")
         if self.nll_weight and self.asks is ResponseScores:
             raise ValueError(f"objective.nll_weight has no place in objective={self.name}: it has no log-probs")
-        if self.nll_weight and self.fits_chosen:
+        if self.nll_weight and self.hooks.fits_chosen:
             raise ValueError(f"objective={self.name} fits the chosen response itself; leave objective.nll_weight out")
         self._made_up(NO_PROMPT)
 
@@ -311,37 +311,31 @@ class Objective:
 def bind(function: Callable[..., Outcome], *, nll_weight: float = 0.0, **options: object) -> Objective:
     """An objective function with its configuration, described by its annotations.
 
-    What it carries from step to step (`running`) is advanced by the function's attribute `advance(running, whole, *,
-    ...)`, with the options it shares. Raises TypeError for an argument that nothing can be made of.
+    What it carries from step to step (`running`) is advanced by the function's hook `advance(running, whole, *, ...)`,
+    with the options it shares. Raises TypeError for an argument that nothing can be made of.
     """
-    hints = get_type_hints(function)
+    hints, hooks = get_type_hints(function), hooks_of(function)
     handed_over = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     unknown = set(handed_over) - {"policy", *ARGUMENTS}
-    if unknown or ("running" in handed_over) != hasattr(function, "advance"):
+    if unknown or ("running" in handed_over) != (hooks.advance is not None):
         raise TypeError(
             f"{function.__name__}: {unknown or 'running'} cannot be made; see dpo_ref/objectives/interface.py"
         )
-    advance = getattr(function, "advance", None)
+    advance = hooks.advance
     if advance is not None:
         advance = partial(advance, **{n: v for n, v in options.items() if n in inspect.signature(advance).parameters})
     return Objective(
         name=function.__name__,
         function=partial(function, **options),
         takes={name: hints[name] for name in handed_over},
+        hooks=hooks,
         nll_weight=nll_weight,
-        fits_chosen=getattr(function, "fits_chosen", False),
         advance=advance,
     )
 
 
 def likelihood_term(*, nll_weight: float = 0.0) -> None:
     """The option that every objective takes; `Objective` applies it."""
-
-
-def fits_chosen(function: Function) -> Function:
-    """Marks an objective that has a likelihood term of the chosen response of its own."""
-    function.fits_chosen = True  # pyright: ignore[reportFunctionMemberAccess]
-    return function
 
 
 def positive(**values: float) -> None:

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpo_ref.component import component
 from dpo_ref.objectives.interface import (
     Preference,
     Running,
     Strength,
     TokenPairLogps,
     WholeBatch,
-    fits_chosen,
     positive,
 )
 from dpo_ref.types import PairLogps
@@ -374,6 +374,12 @@ def _mean_margin(whole: WholeBatch[PairLogps], beta: float) -> Float[Tensor, ""]
     return log_ratio_rewards(whole.policy, whole.reference, beta).margins.mean()
 
 
+def _advance(running: Running, whole: WholeBatch[PairLogps], *, beta: float = 0.1, momentum: float = 0.9) -> Running:
+    mean = _mean_margin(whole, beta)
+    return {"mean_margin": momentum * running.get("mean_margin", 0 * mean) + (1 - momentum) * mean}
+
+
+@component(advance=_advance)
 def beta_dpo(
     policy: PairLogps,
     reference: PairLogps,
@@ -401,14 +407,6 @@ def beta_dpo(
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
-def _advance(running: Running, whole: WholeBatch[PairLogps], *, beta: float = 0.1, momentum: float = 0.9) -> Running:
-    mean = _mean_margin(whole, beta)
-    return {"mean_margin": momentum * running.get("mean_margin", 0 * mean) + (1 - momentum) * mean}
-
-
-beta_dpo.advance = _advance  # pyright: ignore[reportFunctionMemberAccess]
-
-
 # --- without a reference: on the policy's own log-probabilities
 
 
@@ -425,7 +423,7 @@ def simpo(policy: PairLogps, *, beta: Strength = 2.0, gamma: float = 1.0) -> Pre
     return rewards.with_losses(-F.logsigmoid(rewards.margins - gamma))
 
 
-@fits_chosen
+@component(fits_chosen=True)
 def cpo(policy: PairLogps, *, beta: Strength = 0.1, alpha: float = 1.0) -> Preference:
     """-log sigmoid(beta (log pi_w - log pi_l)) - alpha log pi_w / length (CPO, arXiv:2401.08417, eq. 3).
 
@@ -447,7 +445,7 @@ def _log_odds(sums: Float[Tensor, " B"], lengths: Int[Tensor, " B"]) -> Float[Te
     return -surprisal - torch.log(-torch.expm1(-surprisal))
 
 
-@fits_chosen
+@component(fits_chosen=True)
 def orpo(policy: PairLogps, *, weight: float = 0.1) -> Preference:
     """-log pi_w / length - weight log sigmoid(log odds_w - log odds_l) (ORPO, arXiv:2403.07691, eq. 4 and 7).
 

@@ -5,31 +5,18 @@ The advantage of a response comes with the data: its reward, less a baseline mad
 response. Every response weighs the same.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dpo_ref.component import component
 from dpo_ref.objectives.interface import Sampled, Strength, TokenLogps, positive
 from dpo_ref.types import ResponseLogps
 
 LARGEST_LOG_RATIO = 20.0  # nats on a token; beyond it a ratio is held where float32 is still finite
-F = TypeVar("F", bound=Callable[..., Sampled])
 
 
-def published_with(advantage: str) -> Callable[[F], F]:
-    """Names the advantage that an objective takes by default."""
-
-    def mark(function: F) -> F:
-        function.published_advantage = advantage  # pyright: ignore[reportFunctionMemberAccess]
-        return function
-
-    return mark
-
-
-@published_with("none")
+@component(advantage="none")
 def rwr(
     policy: ResponseLogps, advantages: Float[Tensor, " N"], *, beta: Strength = 1.0, max_weight: float = 20.0
 ) -> Sampled:
@@ -44,7 +31,7 @@ def rwr(
     return Sampled(-weights * policy.sums)
 
 
-@published_with("leave_one_out")
+@component(advantage="leave_one_out")
 def reinforce(
     policy: ResponseLogps, reference: ResponseLogps, advantages: Float[Tensor, " N"], *, beta: Strength = 0.05
 ) -> Sampled:
@@ -60,7 +47,7 @@ def reinforce(
     return Sampled(-worth * policy.sums)
 
 
-@published_with("leave_one_out")
+@component(advantage="leave_one_out")
 def ppo_clip(
     policy: TokenLogps,
     old: TokenLogps,
@@ -82,7 +69,7 @@ def ppo_clip(
     return Sampled(-_summed(_clipped(policy, old, worth, epsilon), policy))
 
 
-@published_with("group_standardised")
+@component(advantage="group_standardised")
 def grpo(
     policy: TokenLogps,
     old: TokenLogps,

@@ -1,12 +1,11 @@
 """A reference that is not asked but read: log-probs of the responses that came with the data."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
+from dpo_ref.component import RunPlan, component
 from dpo_ref.data.formats.recognise import LISTS, PAIRS
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.objectives.interface import Objective
@@ -34,6 +33,21 @@ class Columns(TextTable):
         self.provenance = provenance
 
 
+def _check_run(objective: Objective, plan: RunPlan) -> None:
+    """Refuse objectives that look at single tokens, or at responses behind prompts that are not theirs."""
+    if "mismatched" in objective.takes:
+        raise ValueError(
+            f"reference=columns has log-probs of the data's own responses, and objective={objective.name} estimates "
+            "its KL from responses behind other prompts; use objective=bco, or another reference"
+        )
+    if objective.needs_tokens:
+        raise ValueError(
+            f"reference=columns has log-probs of whole responses, and objective={objective.name} looks at single "
+            "tokens of the reference; use an objective on sums, such as dpo, or another reference"
+        )
+
+
+@component(check_run=_check_run)
 def columns(context: ReferenceContext, *, provenance: str) -> Columns:
     """Log-probs of whole responses in nats, from columns of the data (as in yale-nlp/RefDPO, arXiv:2407.13709).
 
@@ -68,20 +82,3 @@ def _problem(text: PromptGroup, cut: bool) -> tuple[str, str] | None:
     if max(text.logps) > 0:
         return f"has log-probs above 0 ({values})", ABOVE_0
     return ("has a response that was cut, while its log-prob is of the whole of it", CUT) if cut else None
-
-
-def _check_run(objective: Objective, model: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Refuse objectives that look at single tokens, or at responses behind prompts that are not theirs."""
-    if "mismatched" in objective.takes:
-        raise ValueError(
-            f"reference=columns has log-probs of the data's own responses, and objective={objective.name} estimates "
-            "its KL from responses behind other prompts; use objective=bco, or another reference"
-        )
-    if objective.needs_tokens:
-        raise ValueError(
-            f"reference=columns has log-probs of whole responses, and objective={objective.name} looks at single "
-            "tokens of the reference; use an objective on sums, such as dpo, or another reference"
-        )
-
-
-columns.check_run = _check_run  # pyright: ignore[reportFunctionMemberAccess]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from dpo_ref.component import RunPlan, component
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext, Still
 from dpo_ref.references.policies import adapter_base, initial, interpolate, other, prior, uniform_token
@@ -51,6 +52,22 @@ def _arithmetic(found: Sequence[ResponseLogps], shares: Sequence[float]) -> Resp
 MEANS = {"geometric": _geometric, "arithmetic": _arithmetic}
 
 
+def _check_run(objective: Objective, plan: RunPlan) -> None:
+    """Refuse objectives in which the geometric mean's normaliser does not cancel, or the arithmetic lacks tokens."""
+    mean = plan.components["reference"].options["mean"]
+    if mean == "geometric" and not objective.constants_cancel:
+        raise ValueError(
+            "reference.mean=geometric: the mean of log-probs is not normalised, and a constant per prompt does not "
+            f"cancel in objective={objective.name}; reference.mean=arithmetic is a distribution"
+        )
+    if mean == "arithmetic" and objective.needs_tokens:
+        raise ValueError(
+            f"reference.mean=arithmetic has log-probs of whole responses, and objective={objective.name} looks at "
+            "single tokens of the reference; use reference.mean=geometric, or an objective on sums"
+        )
+
+
+@component(check_run=_check_run)
 def mixture(
     context: ReferenceContext,
     *,
@@ -83,20 +100,3 @@ def _part(entry: Any, context: ReferenceContext) -> Reference:
         unknown = ", ".join(sorted(set(options) - known))
         raise ValueError(f"reference.parts: {unknown} is not an option of {kind}; known: {', '.join(sorted(known))}")
     return KINDS[kind](context, **options)
-
-
-def _check_run(objective: Objective, model: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Refuse objectives in which the geometric mean's normaliser does not cancel, or the arithmetic lacks tokens."""
-    if options["mean"] == "geometric" and not objective.constants_cancel:
-        raise ValueError(
-            "reference.mean=geometric: the mean of log-probs is not normalised, and a constant per prompt does not "
-            f"cancel in objective={objective.name}; reference.mean=arithmetic is a distribution"
-        )
-    if options["mean"] == "arithmetic" and objective.needs_tokens:
-        raise ValueError(
-            f"reference.mean=arithmetic has log-probs of whole responses, and objective={objective.name} looks at "
-            "single tokens of the reference; use reference.mean=geometric, or an objective on sums"
-        )
-
-
-mixture.check_run = _check_run  # pyright: ignore[reportFunctionMemberAccess]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dpo_ref.component import RunPlan, component
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.groups import Changed
 from dpo_ref.models.adapters import adapter_off, base_weights, effective
@@ -212,6 +213,17 @@ class AdapterBase(Still):
             return response_logps(self.policy, batch)
 
 
+def _check_run(objective: Objective, plan: RunPlan) -> None:
+    """Refuse a policy without an adapter."""
+    model = plan.components["model"].options
+    if model["adapter"] is None and model["lora_rank"] is None:
+        raise ValueError(
+            "reference=adapter_base: the policy has no adapter; train one with model.lora_rank=... or go on with one "
+            "with model.adapter=..., or use reference=initial"
+        )
+
+
+@component(check_run=_check_run)
 def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
     """The base model of a policy that trains an adapter, with the adapter off.
 
@@ -231,18 +243,6 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
 
     rows = rows_of(Scorer(scored, whole.tolerance), context.groups, identity, context)
     return Table("adapter_base", identity, weights, context.groups, rows, context.device)
-
-
-def _check_run(objective: Objective, model: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Refuse a policy without an adapter."""
-    if model["adapter"] is None and model["lora_rank"] is None:
-        raise ValueError(
-            "reference=adapter_base: the policy has no adapter; train one with model.lora_rank=... or go on with one "
-            "with model.adapter=..., or use reference=initial"
-        )
-
-
-adapter_base.check_run = _check_run  # pyright: ignore[reportFunctionMemberAccess]
 
 
 # --- references that follow the policy: the trust-region methods of TR-DPO (arXiv:2404.09656)
@@ -285,19 +285,6 @@ class Moving:
             weight.copy_(state[name])
 
 
-def moving(context: ReferenceContext, *, share: float = 0.6, every: int = 512, cache: str = "off") -> Reference:
-    """The policy as it was, following it as it is trained (arXiv:2404.09656).
-
-    Every `every` optimiser steps reference <- share policy + (1 - share) reference: `share=1` is the paper's hard
-    update, a share between its soft one; `every=1` with a small share is an exponential moving average. Its
-    log-probs are computed at every step: `cache` can only be off.
-    """
-    weights = weights_digest(context.policy)
-    identity = digest([identity_of(context.policy, weights, context.text_identity), "moving", share, every])
-    print("reference: it moves, so it is asked at every step and nothing is cached")
-    return Moving(copy.deepcopy(context.policy), identity, weights, share, every)
-
-
 def _check(share: float, every: int, cache: str) -> None:
     if cache != "off":
         raise ValueError(
@@ -310,4 +297,15 @@ def _check(share: float, every: int, cache: str) -> None:
         raise ValueError(f"reference.every={every} must be at least 1 optimiser step")
 
 
-moving.check_options = _check  # pyright: ignore[reportFunctionMemberAccess]
+@component(check=_check)
+def moving(context: ReferenceContext, *, share: float = 0.6, every: int = 512, cache: str = "off") -> Reference:
+    """The policy as it was, following it as it is trained (arXiv:2404.09656).
+
+    Every `every` optimiser steps reference <- share policy + (1 - share) reference: `share=1` is the paper's hard
+    update, a share between its soft one; `every=1` with a small share is an exponential moving average. Its
+    log-probs are computed at every step: `cache` can only be off.
+    """
+    weights = weights_digest(context.policy)
+    identity = digest([identity_of(context.policy, weights, context.text_identity), "moving", share, every])
+    print("reference: it moves, so it is asked at every step and nothing is cached")
+    return Moving(copy.deepcopy(context.policy), identity, weights, share, every)

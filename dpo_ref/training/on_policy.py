@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from dpo_ref.component import MemberOf
+from dpo_ref.component import MemberOf, RunPlan, component
 from dpo_ref.data.groups import Groups, TokenGroups, gathered
 from dpo_ref.data.packing import epoch_order, steps_per_epoch
 from dpo_ref.files import write_json
@@ -167,7 +167,10 @@ def takes_advantages(objective: Objective) -> bool:
 
 
 def _advantage(objective: Objective, advantage: str | None) -> str:
-    return advantage or objective.function.func.published_advantage  # pyright: ignore
+    usual = advantage or objective.hooks.advantage
+    if usual is None:
+        raise ValueError(f"objective={objective.name} names no advantage of its own; give one with data.advantage=...")
+    return usual
 
 
 def check_options(**options: Any) -> None:
@@ -175,7 +178,7 @@ def check_options(**options: Any) -> None:
     for name in COUNTS:
         if options[name] < 1:
             raise ValueError(f"data.{name}={options[name]} must be at least 1")
-    if hasattr(options["prompts"].function, "supply"):
+    if options["prompts"].hooks.rounds is not None:
         raise ValueError("data.prompts are rows of other data, not on_policy itself; see data@data.prompts=...")
     if options["sample_every"] > options["rounds"]:
         raise ValueError(f"data.sample_every={options['sample_every']} exceeds data.rounds={options['rounds']}")
@@ -192,9 +195,10 @@ def check_options(**options: Any) -> None:
         raise ValueError(f"data.preference_scale={scale} has no effect without data.pairs=bradley_terry")
 
 
-def check_run(objective: Objective, options: Mapping[str, Any], given: Set[str]) -> None:
+def check_run(objective: Objective, plan: RunPlan) -> None:
     """Refuse options that this objective leaves without effect or sense. Raises ValueError with the remedy."""
-    if "trainer.epochs" in given:
+    options = plan.components["data"].options
+    if "trainer.epochs" in plan.given:
         raise ValueError(
             "trainer.epochs has no effect on data=on_policy: data.rounds and data.inner_epochs say how long it trains"
         )
@@ -244,12 +248,6 @@ def _check_advantages(objective: Objective, options: Mapping[str, Any]) -> None:
 
 
 # --- the component, and the rounds it makes
-
-
-def on_policy(seed: int, progress: Progress = silent, *, prompts: Annotated[Any, MemberOf("data")]) -> PreferenceData:
-    """The data whose prompts the policy answers: its training prompts in the rounds, its pairs as `mix_offline`; held
-    out are its own held-out pairs and test prompts."""
-    return prompts(seed, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,9 +418,11 @@ def sampled(
     return made
 
 
-on_policy.supply = sampled  # pyright: ignore[reportFunctionMemberAccess]
-on_policy.check_options = check_options  # pyright: ignore[reportFunctionMemberAccess]
-on_policy.check_run = check_run  # pyright: ignore[reportFunctionMemberAccess]
+@component(check=check_options, check_run=check_run, rounds=sampled)
+def on_policy(seed: int, progress: Progress = silent, *, prompts: Annotated[Any, MemberOf("data")]) -> PreferenceData:
+    """The data whose prompts the policy answers: its training prompts in the rounds, its pairs as `mix_offline`; held
+    out are its own held-out pairs and test prompts."""
+    return prompts(seed, progress)
 
 
 # --- the prompts of all rounds, drawn from the rows of other data

@@ -1,8 +1,8 @@
 """How a run's training groups come about: at once, as offline data, or round by round; and the groups as an objective
 needs them: pairs, wanted responses, labels, advantages, other prompts' responses.
 
-A data component that makes its groups while the run goes on has an attribute `supply`: a function of a
-`SupplyContext` that returns a `Supply`; `at_hand` is that of all others, one round that is there already.
+A data component that makes its groups while the run goes on declares `rounds`: a function of a `SupplyContext` that
+returns a `Supply`; `at_hand` is that of all others, one round that is there already.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

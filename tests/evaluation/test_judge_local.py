@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_ref.component import hooks_of
 from dpo_ref.evaluation.judging.judge import Pair, judge_pairs
 from dpo_ref.evaluation.judging.judges import JudgeContext, local
 from dpo_ref.evaluation.judging.templates import load_template
@@ -74,4 +75,4 @@ def test_a_label_behind_unknown_words_needs_a_lead(tmp_path):
         "verdict: {first: A, second: B, pattern: 'is (A|B)'}"
     )
     with pytest.raises(ValueError, match=r"say in verdict\.lead what stands before the label"):
-        local.check_options(str(path), 8192)
+        hooks_of(local).check(template=str(path), tokens_per_batch=8192)

@@ -4,8 +4,12 @@ import math
 import random
 
 import pytest
+import torch
 
+from dpo_ref.objectives.interface import Sampled, bind
 from dpo_ref.training.advantages import ADVANTAGES, PAIRS, all_with, best_of_n, bradley_terry
+from dpo_ref.training.on_policy import grouping_of
+from dpo_ref.types import ResponseLogps
 
 REWARDS = [0.5, 1.0, 0.0, 0.5]
 
@@ -65,3 +69,14 @@ def test_leave_one_out_does_not_depend_on_the_own_reward():
     for own in (0.0, 5.0):
         rewards = [own, 1.0, 2.0]
         assert rewards[0] - ADVANTAGES["leave_one_out"](rewards)[0] == pytest.approx(1.5)
+
+
+def own_gradient(policy: ResponseLogps, advantages: torch.Tensor) -> Sampled:
+    return Sampled(-advantages * policy.sums)
+
+
+def test_an_objective_that_names_no_advantage_needs_one_given():
+    objective = bind(own_gradient)
+    assert grouping_of(objective, None, None, "none")(REWARDS, chance()).advantages == pytest.approx(BY_HAND["none"])
+    with pytest.raises(ValueError, match=r"objective=own_gradient names no advantage of its own.*data\.advantage="):
+        grouping_of(objective, None, None, None)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from dpo_ref.component import component
 from dpo_ref.evaluation.diagnostics.examples import Looks, Shown, drawn_answers, drawn_pairs
 from dpo_ref.evaluation.diagnostics.logratios import (
     EndShift,
@@ -255,6 +256,14 @@ class _Findings:
         self.rankings[name] = ranking_of(margins(found, pairs), gaps, prompts)
 
 
+def _check(*, pairs: list[str] | None, examples: int, top_tokens: int, min_count: int) -> None:
+    for name, value, least in (("examples", examples, 0), ("top_tokens", top_tokens, 1), ("min_count", min_count, 1)):
+        if value < least:
+            raise ValueError(f"diagnostic.{name}={value} must be at least {least}")
+    check_pairs(pairs)
+
+
+@component(check=_check)
 def tokens(
     context: DiagnosticContext,
     *,
@@ -279,16 +288,6 @@ def tokens(
     texts = tuple(found.vocabulary.text(token) for token in sorted(context.ends))
     parts = (found.texts, found.displacement, found.rankings, found.absent)
     return Diagnosed(Diagnosis(context.reference_name, texts, *parts), tuple(found.examples))
-
-
-def _check(*, pairs: list[str] | None, examples: int, top_tokens: int, min_count: int) -> None:
-    for name, value, least in (("examples", examples, 0), ("top_tokens", top_tokens, 1), ("min_count", min_count, 1)):
-        if value < least:
-            raise ValueError(f"diagnostic.{name}={value} must be at least {least}")
-    check_pairs(pairs)
-
-
-tokens.check_options = _check  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def none(context: DiagnosticContext) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dpo_ref.component import component
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.distributed import best_device
@@ -41,6 +42,41 @@ class JudgeContext:
     progress: Progress
 
 
+def _check_served_options(
+    template: str,
+    base_url: str | None,
+    logprobs: int | None,
+    max_tokens: int | None,
+    max_workers: int,
+    timeout: float,
+    retries: int,
+    prompt_price: float | None,
+    completion_price: float | None,
+    request: Mapping[str, Any] | None,
+    **rest: Any,
+) -> None:
+    """Raise ValueError for options that are out of range or would have no effect, before anything is loaded."""
+    if taken := sorted(SAID_ELSEWHERE & (request or {}).keys()):
+        raise ValueError(f"judge.request.{taken[0]} is said elsewhere: by the template or judge.{taken[0]}")
+    verdict = load_template(template).verdict
+    if base_url is not None:
+        check_url(base_url, "judge.base_url", KEY_GOES)
+    positive = {"logprobs": logprobs, "max_tokens": max_tokens, "max_workers": max_workers, "timeout": timeout}
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"judge.{name}={value} must be positive")
+    if retries < 0:
+        raise ValueError(f"judge.retries={retries} must not be negative")
+    if logprobs is not None and verdict.pattern is not None:
+        raise ValueError(
+            f"judge.logprobs={logprobs} has no effect: in template {template} other words stand before the label; "
+            "leave it out"
+        )
+    if (prompt_price is None) != (completion_price is None):
+        raise ValueError("judge.prompt_price and judge.completion_price make a cost together; give both or neither")
+
+
+@component(check=_check_served_options)
 def served(
     context: JudgeContext,
     *,
@@ -84,43 +120,6 @@ def served(
         cache=context.cache,
         prices=None if prompt_price is None or completion_price is None else (prompt_price, completion_price),
     )
-
-
-def _check_served_options(
-    template: str,
-    base_url: str | None,
-    logprobs: int | None,
-    max_tokens: int | None,
-    max_workers: int,
-    timeout: float,
-    retries: int,
-    prompt_price: float | None,
-    completion_price: float | None,
-    request: Mapping[str, Any] | None,
-    **rest: Any,
-) -> None:
-    """Raise ValueError for options that are out of range or would have no effect, before anything is loaded."""
-    if taken := sorted(SAID_ELSEWHERE & (request or {}).keys()):
-        raise ValueError(f"judge.request.{taken[0]} is said elsewhere: by the template or judge.{taken[0]}")
-    verdict = load_template(template).verdict
-    if base_url is not None:
-        check_url(base_url, "judge.base_url", KEY_GOES)
-    positive = {"logprobs": logprobs, "max_tokens": max_tokens, "max_workers": max_workers, "timeout": timeout}
-    for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"judge.{name}={value} must be positive")
-    if retries < 0:
-        raise ValueError(f"judge.retries={retries} must not be negative")
-    if logprobs is not None and verdict.pattern is not None:
-        raise ValueError(
-            f"judge.logprobs={logprobs} has no effect: in template {template} other words stand before the label; "
-            "leave it out"
-        )
-    if (prompt_price is None) != (completion_price is None):
-        raise ValueError("judge.prompt_price and judge.completion_price make a cost together; give both or neither")
-
-
-served.check_options = _check_served_options  # pyright: ignore[reportFunctionMemberAccess]
 
 
 # --- questions to a server
@@ -274,6 +273,19 @@ def _longest(group: TokenGroup) -> int:
     return len(group.prompt_ids) + max(map(len, group.response_ids))
 
 
+def _check_local_options(template: str, tokens_per_batch: int, **rest: Any) -> None:
+    """Raise ValueError for a template that cannot be used, before anything is loaded."""
+    verdict = load_template(template).verdict
+    if verdict.pattern is not None and not verdict.lead:
+        raise ValueError(
+            f"judge.template={template}: a local judge writes no answer to search with verdict.pattern; say in "
+            "verdict.lead what stands before the label"
+        )
+    if tokens_per_batch < 1:
+        raise ValueError(f"judge.tokens_per_batch={tokens_per_batch} must be at least 1")
+
+
+@component(check=_check_local_options)
 def local(
     context: JudgeContext,
     *,
@@ -307,18 +319,3 @@ def local(
         ask=LocalModel(loaded, labels, asked.verdict.lead, tokens_per_batch).ask,
         cache=context.cache,
     )
-
-
-def _check_local_options(template: str, tokens_per_batch: int, **rest: Any) -> None:
-    """Raise ValueError for a template that cannot be used, before anything is loaded."""
-    verdict = load_template(template).verdict
-    if verdict.pattern is not None and not verdict.lead:
-        raise ValueError(
-            f"judge.template={template}: a local judge writes no answer to search with verdict.pattern; say in "
-            "verdict.lead what stands before the label"
-        )
-    if tokens_per_batch < 1:
-        raise ValueError(f"judge.tokens_per_batch={tokens_per_batch} must be at least 1")
-
-
-local.check_options = _check_local_options  # pyright: ignore[reportFunctionMemberAccess]

@@ -7,7 +7,7 @@ same optimiser steps. The step is `trainer.train`'s, the loss any objective.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from dpo_ref.component import RunPlan, component
 from dpo_ref.data.groups import gathered
 from dpo_ref.data.packing import pack
 from dpo_ref.lab.bandits.worlds import Arms, Draws, Tokens, World, frozen_copy, rated_groups, utilities
@@ -246,16 +247,6 @@ WITHOUT_EFFECT = (  # a bandit has its own, or no use for it
 REFERENCES = ("auto", "initial", "none")
 
 
-def arms(*, width: float = 10.0) -> World:
-    """The 100-arm bandit: the reference is the histogram of tanh(Cauchy(-0.7, 0.4)), `width` that of the reward."""
-    return Arms(width)
-
-
-def tokens(*, width: float = 10.0, length: int = 10, fit_steps: int = 200) -> World:
-    """The sequence bandit: `length` tokens of 100; `fit_steps` fit the initial policy to the reference."""
-    return Tokens(width, length, fit_steps)
-
-
 def _check_options(**values: Any) -> None:
     """Raise ValueError for a value out of range."""
     for name in values.keys() - {field.name for field in fields(StudyOptions)}:
@@ -264,19 +255,28 @@ def _check_options(**values: Any) -> None:
     StudyOptions.of(values)
 
 
-def _check_run(reference: str, overrides: Sequence[str]) -> None:
+def _check_run(objective: Objective, plan: RunPlan) -> None:
     """Refuse what has no effect on a bandit: the groups of language models, and references that are none here."""
-    for override in overrides:
+    for override in plan.overrides:
         if override.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0] in WITHOUT_EFFECT:
             raise ValueError(
                 f"{override} has no effect on a bandit, which has a policy, data and an optimiser of its own "
                 "(bandit.*); leave it out"
             )
+    reference = plan.components["reference"].name
     if reference not in REFERENCES:
         raise ValueError(
             f"reference={reference} has no meaning in a bandit; there are {', '.join(REFERENCES)}, and auto is initial"
         )
 
 
-for member in (arms, tokens):
-    member.check_options, member.check_run = _check_options, _check_run  # pyright: ignore
+@component(check=_check_options, check_run=_check_run)
+def arms(*, width: float = 10.0) -> World:
+    """The 100-arm bandit: the reference is the histogram of tanh(Cauchy(-0.7, 0.4)), `width` that of the reward."""
+    return Arms(width)
+
+
+@component(check=_check_options, check_run=_check_run)
+def tokens(*, width: float = 10.0, length: int = 10, fit_steps: int = 200) -> World:
+    """The sequence bandit: `length` tokens of 100; `fit_steps` fit the initial policy to the reference."""
+    return Tokens(width, length, fit_steps)
