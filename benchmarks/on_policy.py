@@ -26,6 +26,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli import schemas
+from dpo_ref.evaluation.results import ENDED, KL, LENGTH, SCORE
 
 ROUNDS, PROMPTS, SAMPLES = 64, 32, 4
 SAMPLED = ["data=on_policy", f"data.rounds={ROUNDS}", f"data.prompts_per_round={PROMPTS}", "data.max_new_tokens=64"]
@@ -39,7 +40,8 @@ OBJECTIVES = {
     "reinforce": ["objective=reinforce", "beta=0.05"],
 }
 CELLS = [(name, data) for data in ("fresh", "stale") for name in OBJECTIVES] + [("dpo", "data"), ("sft", "data")]
-SHOWN = {"gold/mean": "gold", "kl/initial": "KL", "lengths/response": "tokens", "ended/share": "ended"}
+REWARD = SCORE.of(scorer="gold")
+SHOWN = {REWARD: "gold", KL.of(model="initial"): "KL", LENGTH.key: "tokens", ENDED.key: "ended"}
 
 
 def train(words: list[str], place: Path) -> None:
@@ -84,7 +86,7 @@ def run(name: str, data: str, seed: int, folder: Path, lr: float) -> dict[str, o
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(line.get("on_policy/sample_seconds", 0.0) for line in lines)
     steps = max(line["step"] for line in lines)
-    print(f"{place.name}: {steps} steps, gold {metrics(place / 'evaluation')['gold/mean']:.4f}", flush=True)
+    print(f"{place.name}: {steps} steps, gold {metrics(place / 'evaluation')[REWARD]:.4f}", flush=True)
     found = {key: metrics(place / "evaluation")[key] for key in SHOWN}
     return {"objective": name, "data": data, "seed": seed, "steps": steps, "sample_seconds": seconds, **found}
 
@@ -101,7 +103,7 @@ def main() -> None:
     if not (folder / "initial" / "evaluation.json").is_file():
         with redirect_stdout(io.StringIO()):
             evaluate(["policy=lab:initial", f"output_dir={folder / 'initial'}"])
-    start = metrics(folder / "initial")["gold/mean"]
+    start = metrics(folder / "initial")[REWARD]
     workers = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, workers, initializer=schemas.register) as pool:
         made = [pool.submit(run, *cell, seed, folder, args.lr) for seed in args.seeds for cell in CELLS]

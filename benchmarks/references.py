@@ -12,6 +12,8 @@ import sys
 
 from common import ROOT, write
 
+from dpo_ref.evaluation.results import ACCURACY, ENDED, KL, LENGTH, SCORE, WIN_RATE
+
 PARTS = '[{reference: initial}, {reference: other, path: "lab:strong"}]'
 REFERENCES = {
     "initial": ["reference=initial"],
@@ -21,8 +23,9 @@ REFERENCES = {
     "none": ["reference=none"],
     "mixture": ["reference=mixture", f"reference.parts={PARTS}"],
 }
-SHOWN = ("gold/mean", "gold/mean_se", "winrate/initial", "winrate/initial_low", "winrate/initial_high")
-SHOWN += ("lengths/response", "ended/share", "kl/initial", "kl/loss_reference", "rewards/accuracies")
+REWARD, WON = SCORE.of(scorer="gold"), WIN_RATE.of(baseline="initial")
+DISTANCES = (KL.of(model=model) for model in ("initial", "loss_reference"))
+SHOWN = (REWARD, f"{REWARD}_se", WON, f"{WON}_low", f"{WON}_high", LENGTH.key, ENDED.key, *DISTANCES, ACCURACY.key)
 
 
 def command(*arguments):

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import nn
 
 from dpo_ref.data.packing import collate, pack
+from dpo_ref.evaluation import results
 from dpo_ref.evaluation.statistics.estimates import clustered_mean
 from dpo_ref.models.logps import response_logps
 from dpo_ref.references.interface import Reference
@@ -75,9 +76,9 @@ def displacement(policy: PairScores, initial: PairScores) -> dict[str, float]:
     """How far the policy's log-probs of held-out pairs moved from the initial policy's, the end token's apart."""
     every = np.ones(len(policy.chosen), dtype=bool)
     moved = {
-        "logratios/chosen": (policy.chosen - initial.chosen, every),
-        "logratios/rejected": (policy.rejected - initial.rejected, every),
-        "eos/chosen_logratio": (policy.chosen_end - initial.chosen_end, policy.chosen_ended),
+        results.LOGRATIO.of(side="chosen"): (policy.chosen - initial.chosen, every),
+        results.LOGRATIO.of(side="rejected"): (policy.rejected - initial.rejected, every),
+        results.END_CHOSEN.key: (policy.chosen_end - initial.chosen_end, policy.chosen_ended),
     }
     metrics: dict[str, float] = {}
     for name, (values, known) in moved.items():
@@ -123,10 +124,10 @@ def pair_accuracy(
     longer = (np.sign(chosen_lengths - rejected_lengths) + 1) / 2
     accuracy = float((margins > 0).mean())
     return {
-        "rewards/accuracies": accuracy,
-        "rewards/accuracies_se": float(np.sqrt(accuracy * (1 - accuracy) / len(margins))),
-        "rewards/ties": float((margins == 0).mean()),
-        "rewards/margins": float(margins.mean()),
-        "rewards/length_baseline": float(longer.mean()),
-        "rewards/num_pairs": float(len(margins)),
+        results.ACCURACY.key: accuracy,
+        f"{results.ACCURACY.key}_se": float(np.sqrt(accuracy * (1 - accuracy) / len(margins))),
+        results.TIES.key: float((margins == 0).mean()),
+        results.MARGIN.key: float(margins.mean()),
+        results.LENGTH_BASELINE.key: float(longer.mean()),
+        results.NUM_PAIRS.key: float(len(margins)),
     }

@@ -21,7 +21,7 @@ from dpo_ref.component import MemberOf, component
 from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids
 from dpo_ref.evaluation.heldout import PairScores, displacement, score_pairs
 from dpo_ref.evaluation.kl import sample_kl
-from dpo_ref.evaluation.results import Evaluated, Evaluation, Thresholds, degeneration
+from dpo_ref.evaluation.results import DEGENERATE, SECONDS, Evaluated, Evaluation, Thresholds, degeneration
 from dpo_ref.evaluation.stages import BASELINE_SEED, compare_metrics, generate_stage, generation_key, score_metrics
 from dpo_ref.generation.engine import held_out
 from dpo_ref.generation.records import Generation, Scores, write_generations
@@ -160,7 +160,7 @@ class TrainingEvaluation:
         context.policy.train(training)
         self.degenerate = degeneration(metrics, self._initial.evaluation.metrics, context.thresholds)
         known = {name: value for name, value in metrics.items() if value == value}
-        return known | {"degenerate": float(bool(self.degenerate)), "seconds": time.perf_counter() - started}
+        return known | {DEGENERATE.key: float(bool(self.degenerate)), SECONDS.key: time.perf_counter() - started}
 
     @property
     def _folder(self) -> Path:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dpo_ref.data.groups import TokenGroups, gathered
 from dpo_ref.data.packing import collate, pack
+from dpo_ref.evaluation.results import END_OWN, KL
 from dpo_ref.evaluation.statistics.estimates import Estimate, clustered_mean
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import never_sampled
@@ -55,21 +56,21 @@ class SampleKl(NamedTuple):
         return clustered_mean(values[known], self.prompt_index[known].tolist())
 
     def metrics(self, name: str) -> dict[str, float]:
-        """The numbers of `kl/<name>`."""
-        kl, k1 = self.estimate(self.kl), self.estimate(self.k1)
+        """KL to the model of this name, with what stands beside it."""
+        key, kl, k1 = KL.of(model=name), self.estimate(self.kl), self.estimate(self.k1)
         return {
-            f"kl/{name}": kl.mean,
-            f"kl/{name}_se": kl.se,
-            f"kl/{name}_k1": k1.mean,
-            f"kl/{name}_k1_se": k1.se,
-            f"kl/{name}_per_token": float(self.kl.sum() / self.num_tokens.sum()),
-            f"kl/{name}_share_cut": float(np.isnan(self.end_logratio).mean()),
+            key: kl.mean,
+            f"{key}_se": kl.se,
+            f"{key}_k1": k1.mean,
+            f"{key}_k1_se": k1.se,
+            f"{key}_per_token": float(self.kl.sum() / self.num_tokens.sum()),
+            f"{key}_share_cut": float(np.isnan(self.end_logratio).mean()),
         }
 
     def end_metrics(self) -> dict[str, float]:
         """The shift of the end token on the policy's own answers."""
         end = self.estimate(self.end_logratio)
-        return {"eos/own_logratio": end.mean, "eos/own_logratio_se": end.se}
+        return {END_OWN.key: end.mean, f"{END_OWN.key}_se": end.se}
 
 
 class SequenceK1(NamedTuple):
@@ -81,11 +82,11 @@ class SequenceK1(NamedTuple):
     share_cut: float  # of all answers: those left out
 
     def metrics(self, name: str) -> dict[str, float]:
-        """The numbers of `kl/<name>`; per byte where tokens of two tokenizers cannot be counted alike."""
+        """KL to the model of this name; per byte where tokens of two tokenizers cannot be counted alike."""
         k1 = clustered_mean(self.values, self.prompt_index.tolist())
         per_byte = float(self.values.sum() / self.num_bytes.sum()) if self.num_bytes.any() else float("nan")
         known = {"": k1.mean, "_se": k1.se, "_per_byte": per_byte, "_share_cut": self.share_cut}
-        return {f"kl/{name}{part}": value for part, value in known.items()}
+        return {f"{KL.of(model=name)}{part}": value for part, value in known.items()}
 
 
 def sample_groups(generations: Sequence[Generation]) -> tuple[TokenGroups, list[list[int]]]:

@@ -1,33 +1,7 @@
 """What one evaluated policy leaves behind: `evaluation.json`, and the scores of its generations in `scores.json`.
 
-`evaluation.json` is one flat object of `metrics` under the names below, beside what was evaluated and how. Values that
-could not be measured are null. For a scorer `gold` and a baseline `initial`:
-
-    gold/mean gold/mean_se                          scorer's mean over prompts
-    winrate/initial (_low _high _ties)              share of comparisons won, 95 % interval, share of ties
-    lengths/response (_se _median _p95), lengths/response_chars, ended/share, repetition/seq_rep_4
-    kl/initial (_se _k1 _k1_se _per_token _share_cut)     nats per answer; share of answers cut at the limit
-    eos/chosen_logratio, eos/rejected_logratio, eos/own_logratio (_se)     shift of the end token against the initial
-        policy
-    logratios/chosen, logratios/rejected (_se)      against the initial policy, held-out pairs
-    rewards/accuracies (_se), rewards/ties, rewards/margins, rewards/length_baseline, rewards/num_pairs
-    rewards/above_length (_se)                      accuracy - length_baseline, pair by pair
-    tokens/own_abs, tokens/own_top_1_percent, tokens/own_top_10_percent     size of token log-ratios, concentration;
-        also of chosen and rejected, as the next
-    entropy/own, entropy/own_initial (_se)          of the next token, nats, both models on the same prefixes
-    displacement/chosen_median, displacement/chosen_share_down (_se), displacement/chosen_per_token (_se), of rejected
-    displacement/both_up, chosen_up_rejected_down, chosen_down_rejected_up, both_down      shares of pairs
-    pairs/<subset>/<score> (_se)                    accuracy of each score on pairs of files
-    judge_winrate/initial (_se _low _high _discrete)       mean preference of the judge, over the pairs it judged
-    judge_winrate/initial_length_adjusted (_low _high)     the same as if both answers were equally long
-    judge/num_pairs, judge/num_judged, judge/num_missing   pairs; those with a preference, and without
-    judge/identical, judge/ties                            pairs of equal answers, which are ties; share of ties
-    judge/position_consistency, judge/first_position       same winner in both orders; the answer shown first wins
-    judge/winrate_longer, judge/winrate_shorter, judge/longer_share    where the policy's answer is longer, shorter
-    judge/parse_failures, judge/refusals                   questions without a verdict
-    judge/prompt_tokens, judge/completion_tokens, judge/cost   of all questions, whether asked now or known before
-    temperature/<T>/<key>                           at each of several temperatures, written 0, 0.7, 1: what depends on
-                                                    answers alone (gold/mean, winrate/initial, lengths/response, ...)
+`evaluation.json` is one flat object of `metrics` beside what was evaluated and how. Values that could not be measured
+are null. Which metrics there are says the table below: what shows, draws or explains one reads its row.
 """
 
 import json
@@ -35,13 +9,194 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from dpo_ref.files import write_json
 from dpo_ref.generation.records import Generation
 from dpo_ref.types import digest
 
 RESULTS = "evaluation"  # where an evaluation's files lie in a run's folder
+
+
+# --- the table of metrics: a number is a row here, and the function that measures it
+
+
+Style = Literal["number", "error", "percent", "percent_error", "interval", "beside_length"]  # `reports.tables.STYLES`
+
+
+class Heading(NamedTuple):
+    """How a table shows a metric: its column's title, how entries are written, and what the column's note says of that
+    beyond the metric's meaning."""
+
+    title: str
+    style: Style
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A row of the table. Texts hold names in braces: the scorer's, the baseline's, that of a model or a set of
+    responses; `beside` is what follows the key for an error, the ends of an interval and the like."""
+
+    key: str
+    title: str  # in lists and above curves
+    unit: str
+    better: Literal["higher", "lower", "none"]
+    meaning: str = ""
+    beside: tuple[str, ...] = ()
+    column: Heading | None = None  # of the tables on pages
+    brief: Heading | None = None  # of those in a terminal
+    decimals: int = 2
+    signed: bool = False
+    otherwise: str | None = None  # the key that stands in where this metric was not measured
+
+    @property
+    def by_judge(self) -> bool:
+        """Whether a judge has to be asked for it."""
+        return self.key.startswith("judge")
+
+    def of(self, **names: str | None) -> str:
+        """The key with its names filled in."""
+        return self.key.format(**names)
+
+
+ERROR, INTERVAL = ("_se",), ("_low", "_high")
+
+SCORE = Metric(
+    "{scorer}/mean", "reward of own answers", "the scorer's", "higher", "mean over all answers", ERROR,
+    column=Heading("{scorer} reward", "error", " ± standard error, clustered by prompt"),
+    brief=Heading("{scorer}", "error"), decimals=3,
+)  # fmt: skip
+WIN_RATE = Metric(
+    "winrate/{baseline}", "win rate against the {baseline} policy", "share of comparisons", "higher",
+    "paired by prompt against the baseline, ties half", (*INTERVAL, "_ties"),
+    column=Heading("Win rate", "interval", "; 95 % bootstrap interval over prompts"),
+    brief=Heading("win rate", "interval"),
+)  # fmt: skip
+JUDGE_WIN_RATE = Metric(
+    "judge_winrate/{baseline}", "the judge's win rate", "share of comparisons", "higher",
+    "mean preference of {judge} against the baseline",
+    (*ERROR, *INTERVAL, "_discrete", "_length_adjusted", "_length_adjusted_low", "_length_adjusted_high"),
+    column=Heading("Judge's win rate", "interval", "; 95 % bootstrap interval over prompts"),
+    brief=Heading("judge", "percent_error"),
+)  # fmt: skip
+
+LENGTH = Metric(
+    "lengths/response", "length of answers, tokens", "tokens", "none", "tokens per answer, the end token counted",
+    (*ERROR, "_median", "_p95"),
+    column=Heading("Length", "error", ", ± standard error"), brief=Heading("tokens", "number"), decimals=1,
+)  # fmt: skip
+LENGTH_CHARS = Metric("lengths/response_chars", "length of answers, characters", "characters", "none", beside=ERROR)
+ENDED = Metric(
+    "ended/share", "answers that end", "share of answers", "higher",
+    "share of answers that ended by themselves before the token limit", ERROR,
+    column=Heading("Ended", "percent"), brief=Heading("ended", "percent"),
+)  # fmt: skip
+REPETITION = Metric(
+    "repetition/seq_rep_4", "repetition", "share of 4-grams", "lower",
+    "share of an answer's 4-grams that repeat an earlier one", ERROR,
+    column=Heading("seq-rep-4", "number"), decimals=3,
+)  # fmt: skip
+
+KL = Metric(
+    "kl/{model}", "KL to the {model} policy", "nats per answer", "none",
+    "nats per answer from the policy's own samples, Rao-Blackwellised",
+    (*ERROR, "_k1", "_k1_se", "_per_token", "_per_byte", "_share_cut"),
+    column=Heading("KL to initial", "error", ", ± standard error"), brief=Heading("KL", "number"),
+)  # fmt: skip
+END_OWN = Metric(
+    "eos/own_logratio", "end-token shift on own answers", "nats", "none", "after own answers that end", ERROR
+)
+END_CHOSEN = Metric(
+    "eos/chosen_logratio", "end-token shift", "nats", "none",
+    "log p(end) under the policy minus under the initial policy, after held-out chosen responses, in nats", ERROR,
+    column=Heading("End-token shift", "error"), brief=Heading("end Δ", "number"),
+    signed=True, otherwise=END_OWN.key,
+)  # fmt: skip
+END_REJECTED = Metric(
+    "eos/rejected_logratio", "end-token shift on rejected", "nats", "none", "after held-out rejected responses", ERROR
+)
+
+LOGRATIO = Metric(
+    "logratios/{side}", "log-ratio of {side} responses", "nats", "none",
+    "log-probability under the policy minus under the initial policy, held-out pairs", ERROR,
+)  # fmt: skip
+ACCURACY = Metric(
+    "rewards/accuracies", "pair accuracy", "share of pairs", "higher",
+    "held-out pairs that the implicit reward ranks as labelled", ERROR,
+    column=Heading("Pair accuracy", "beside_length", " (in brackets: preferring the longer response)"),
+)  # fmt: skip
+TIES = Metric("rewards/ties", "pairs of equal rewards", "share of pairs", "lower", "they count as wrong")
+MARGIN = Metric(
+    "rewards/margins", "reward margin", "nats", "higher", "chosen minus rejected log-ratio to the loss reference"
+)
+LENGTH_BASELINE = Metric(
+    "rewards/length_baseline", "accuracy of length alone", "share of pairs", "none", "preferring the longer response"
+)
+NUM_PAIRS = Metric("rewards/num_pairs", "held-out pairs", "pairs", "none")
+ABOVE_LENGTH = Metric(
+    "rewards/above_length", "accuracy above length alone", "share of pairs", "higher", "pair by pair", ERROR
+)
+
+TOKEN_SHIFT = Metric("tokens/{text}_abs", "size of token log-ratios", "nats per token", "none", "mean absolute value")
+TOP_1 = Metric("tokens/{text}_top_1_percent", "what the largest 1 % carry", "share of all sizes", "none", "of tokens")
+TOP_10 = Metric(
+    "tokens/{text}_top_10_percent", "what the largest 10 % carry", "share of all sizes", "none", "of tokens"
+)
+ENTROPY = Metric(
+    "entropy/{text}", "entropy of the next token", "nats per token", "none",
+    "of the policy, and of the other models on the same prefixes", (*ERROR, "_initial", "_initial_se", "_reference"),
+)  # fmt: skip
+MOVED_MEDIAN = Metric("displacement/{side}_median", "median change of log-probability", "nats", "none")
+MOVED_DOWN = Metric("displacement/{side}_share_down", "log-probability fell", "share of pairs", "none", beside=ERROR)
+MOVED_PER_TOKEN = Metric(
+    "displacement/{side}_per_token", "change of log-probability", "nats per token", "none", beside=ERROR
+)
+BOTH_UP = Metric("displacement/both_up", "both rose", "share of pairs", "none")
+CHOSEN_UP = Metric("displacement/chosen_up_rejected_down", "chosen rose, rejected fell", "share of pairs", "none")
+CHOSEN_DOWN = Metric("displacement/chosen_down_rejected_up", "chosen fell, rejected rose", "share of pairs", "none")
+BOTH_DOWN = Metric("displacement/both_down", "both fell", "share of pairs", "none")
+PAIR_FILE = Metric(
+    "pairs/{file}/{score}", "accuracy of {score} on pairs of a file", "share of pairs", "higher", beside=ERROR
+)
+
+CONSISTENCY = Metric(
+    "judge/position_consistency", "same winner in both orders", "share of pairs", "higher",
+    "share of pairs for which {judge} has the same winner whichever answer is shown first",
+    column=Heading("Same in both orders", "percent"),
+)  # fmt: skip
+FIRST_POSITION = Metric(
+    "judge/first_position", "answer shown first wins", "share of questions", "none", "half without a bias"
+)
+JUDGE_TIES = Metric("judge/ties", "ties", "share of preferences", "none", "preferences of exactly one half")
+WINRATE_LONGER = Metric("judge/winrate_longer", "policy wins where it is longer", "share of pairs", "none")
+WINRATE_SHORTER = Metric("judge/winrate_shorter", "policy wins where it is shorter", "share of pairs", "none")
+LONGER_SHARE = Metric("judge/longer_share", "the policy's answer is longer", "share of pairs", "none")
+NUM_JUDGE_PAIRS = Metric("judge/num_pairs", "pairs of answers", "pairs", "none")
+NUM_JUDGED = Metric("judge/num_judged", "pairs with a preference", "pairs", "none")
+NUM_MISSING = Metric("judge/num_missing", "pairs without a preference", "pairs", "lower")
+IDENTICAL = Metric(
+    "judge/identical", "pairs of identical answers", "pairs", "none", "ties about which nobody is asked"
+)
+PARSE_FAILURES = Metric("judge/parse_failures", "answers without a verdict", "questions", "lower")
+REFUSALS = Metric("judge/refusals", "refused questions", "questions", "lower")
+PROMPT_TOKENS = Metric(
+    "judge/prompt_tokens", "tokens of questions", "tokens", "lower", "whether asked now or known before"
+)
+COMPLETION_TOKENS = Metric("judge/completion_tokens", "tokens of answers", "tokens", "lower", "likewise")
+COST = Metric("judge/cost", "cost", "the prices'", "lower", "of all these tokens, where prices are given")
+
+AT_TEMPERATURE = Metric(
+    "temperature/{temperature}/{key}", "a metric by temperature", "the metric's", "none",
+    "at each of several temperatures, written 0, 0.7, 1: what depends on answers alone",
+)  # fmt: skip
+DEGENERATE = Metric("degenerate", "degenerate", "0 or 1", "lower", "beyond a threshold; while training only")
+SECONDS = Metric("seconds", "duration of the evaluation", "seconds", "lower", "while training only")
+
+METRICS = tuple(row for row in list(vars().values()) if isinstance(row, Metric))  # all of the above, in their order
+
+
+# --- an evaluation, and its files
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +222,15 @@ class Evaluation:
     def get(self, key: str) -> float:
         """A metric, nan where it was not measured."""
         return self.metrics.get(key, math.nan)
+
+    def key(self, metric: Metric) -> str:
+        """Where a metric stands among this policy's: KL is to the initial policy."""
+        key = metric.of(scorer=self.scorer, baseline=self.baseline, model="initial")
+        return metric.otherwise if metric.otherwise and key not in self.metrics else key
+
+    def value(self, metric: Metric) -> float:
+        """The metric in this row of the table, nan where it was not measured."""
+        return self.get(self.key(metric))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +321,9 @@ def degeneration(
     A metric that was not measured convicts nobody.
     """
     limits = thresholds or Thresholds()
-    ended = metrics.get("ended/share", math.nan)
-    repetition = metrics.get("repetition/seq_rep_4", math.nan)
-    ratio = metrics.get("lengths/response", math.nan) / (initial.get("lengths/response") or math.nan)
+    ended = metrics.get(ENDED.key, math.nan)
+    repetition = metrics.get(REPETITION.key, math.nan)
+    ratio = metrics.get(LENGTH.key, math.nan) / (initial.get(LENGTH.key) or math.nan)
     reasons = []
     if ended < limits.min_ended_share:
         reasons.append(f"only {ended:.0%} of answers end (below {limits.min_ended_share:.0%})")
@@ -188,19 +352,14 @@ class Measure:
 
 def measure_of(evaluations: Sequence[Evaluation]) -> Measure:
     """The win rate against the evaluations' baseline if all of them have it, else the scorer's mean."""
-    scorer = evaluations[0].scorer
-    known = [
-        Measure(
-            f"winrate/{evaluations[0].baseline}",
-            f"win rate against {evaluations[0].baseline}, %",
-            "win rate, %",
-            100.0,
-            1,
-        ),
-        Measure(f"{scorer}/mean", f"{scorer} reward", f"{scorer} reward", 1.0, 3),
+    scorer, baseline = evaluations[0].scorer, evaluations[0].baseline
+    reward = f"{scorer} reward"
+    measures = [
+        Measure(WIN_RATE.of(baseline=baseline), f"win rate against {baseline}, %", "win rate, %", 100.0, 1),
+        Measure(SCORE.of(scorer=scorer), reward, reward, 1.0, SCORE.decimals),
     ]
-    whole = [one for one in known if not any(math.isnan(e.get(one.key)) for e in evaluations)]
-    return (whole or known)[0]
+    whole = [measure for measure in measures if not any(math.isnan(e.get(measure.key)) for e in evaluations)]
+    return (whole or measures)[0]
 
 
 # --- several sampling temperatures
@@ -234,7 +393,7 @@ def with_curve(found: Evaluated, others: Sequence[Evaluated]) -> Evaluated:
     pairs) is no part of the curve."""
     shared = {key for other in others for key in other.evaluation.metrics}
     curve = {
-        f"temperature/{one.evaluation.generation['temperature']:g}/{key}": value
+        AT_TEMPERATURE.of(temperature=f"{one.evaluation.generation['temperature']:g}", key=key): value
         for one in (found, *others)
         for key, value in one.evaluation.metrics.items()
         if key in shared

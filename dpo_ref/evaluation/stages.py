@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from dpo_ref.evaluation import results
 from dpo_ref.evaluation.diagnostics.diagnose import Diagnosed, Diagnosis, restored
 from dpo_ref.evaluation.diagnostics.examples import Shown
 from dpo_ref.evaluation.judging.judge import Judge, Pair, judge_metrics, judge_pairs, paired, write_judgments
 from dpo_ref.evaluation.results import (
     Evaluated,
     Evaluation,
+    Metric,
     Thresholds,
     degeneration,
     read_evaluation,
@@ -95,8 +97,8 @@ def measure_stage(folder: Path, key: str, make: Callable[[], dict[str, float]]) 
 
 def score_metrics(scorer: str, generations: Sequence[Generation], scores: Sequence[float]) -> dict[str, float]:
     """The scorer's mean with its standard error, and what text alone says."""
-    mean = clustered_mean(scores, [g.prompt_index for g in generations])
-    return {f"{scorer}/mean": mean.mean, f"{scorer}/mean_se": mean.se} | text_metrics(generations)
+    key, mean = results.SCORE.of(scorer=scorer), clustered_mean(scores, [g.prompt_index for g in generations])
+    return {key: mean.mean, f"{key}_se": mean.se} | text_metrics(generations)
 
 
 def compare_metrics(
@@ -107,7 +109,8 @@ def compare_metrics(
         return {}
     found = win_rate(generations, scores, baseline.generations, baseline.scores, seed)
     values = {"": found.mean, "_low": found.low, "_high": found.high, "_ties": found.ties}
-    return {f"winrate/{baseline.evaluation.name}{part}": value for part, value in values.items()}
+    key = results.WIN_RATE.of(baseline=baseline.evaluation.name)
+    return {f"{key}{part}": value for part, value in values.items()}
 
 
 def score_stage(
@@ -150,7 +153,7 @@ def read_evaluated(folder: Path) -> Evaluated:
 
 
 RECORD, JUDGMENTS = "judge.json", "judgments.jsonl"
-WIN_RATE_OF = "judge_winrate/"  # and the baseline's name
+OF_JUDGE = ("judge/", results.JUDGE_WIN_RATE.of(baseline=""))  # keys of its metrics, against whatever baseline
 
 
 def judge_stage(
@@ -187,7 +190,7 @@ def _key(pairs: Sequence[Pair], baseline: str) -> str:
 
 
 def _joined(folder: Path, evaluated: Evaluated, judge: dict[str, Any], metrics: dict[str, float]) -> Evaluated:
-    others = {k: v for k, v in evaluated.evaluation.metrics.items() if not k.startswith(("judge/", WIN_RATE_OF))}
+    others = {key: value for key, value in evaluated.evaluation.metrics.items() if not key.startswith(OF_JUDGE)}
     evaluation = replace(evaluated.evaluation, metrics=others | metrics, judge=judge)
     write_evaluation(folder, evaluation)
     return replace(evaluated, evaluation=evaluation)
@@ -248,6 +251,14 @@ def seq_rep_4(token_ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+OF_ANSWERS: dict[Metric, Callable[[Generation], float]] = {
+    results.LENGTH: lambda answer: float(answer.num_tokens),
+    results.LENGTH_CHARS: lambda answer: float(answer.num_chars),
+    results.ENDED: lambda answer: float(answer.finished),
+    results.REPETITION: lambda answer: seq_rep_4(answer.content_ids),
+}
+
+
 def text_metrics(generations: Sequence[Generation]) -> dict[str, float]:
     """Length in tokens (the end token counted) and characters, share that ended by itself, seq-rep-4.
 
@@ -256,14 +267,11 @@ def text_metrics(generations: Sequence[Generation]) -> dict[str, float]:
     if not generations:
         raise ValueError("there are no generations to describe; sample some with stage=generate")
     clusters = [g.prompt_index for g in generations]
-    lengths = np.array([g.num_tokens for g in generations], dtype=np.float64)
-    found = {
-        "lengths/response": clustered_mean(lengths, clusters),
-        "lengths/response_chars": clustered_mean([float(g.num_chars) for g in generations], clusters),
-        "ended/share": clustered_mean([float(g.finished) for g in generations], clusters),
-        "repetition/seq_rep_4": clustered_mean([seq_rep_4(g.content_ids) for g in generations], clusters),
+    estimates = {
+        metric.key: clustered_mean([measure(answer) for answer in generations], clusters)
+        for metric, measure in OF_ANSWERS.items()
     }
-    metrics = {name: estimate.mean for name, estimate in found.items()}
-    metrics |= {f"{name}_se": estimate.se for name, estimate in found.items()}
-    median, p95 = np.quantile(lengths, [0.5, 0.95])
-    return metrics | {"lengths/response_median": float(median), "lengths/response_p95": float(p95)}
+    metrics = {key: estimate.mean for key, estimate in estimates.items()}
+    metrics |= {f"{key}_se": estimate.se for key, estimate in estimates.items()}
+    median, p95 = np.quantile([answer.num_tokens for answer in generations], [0.5, 0.95])
+    return metrics | {f"{results.LENGTH.key}_median": float(median), f"{results.LENGTH.key}_p95": float(p95)}

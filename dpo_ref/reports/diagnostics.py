@@ -11,7 +11,7 @@ from dpo_ref.evaluation.diagnostics.diagnose import HELD_OUT, Diagnosis, TextDia
 from dpo_ref.evaluation.diagnostics.examples import Shown, ShownResponse, ShownToken
 from dpo_ref.evaluation.diagnostics.logratios import EDGES, STEPS, TENTHS, Bucket, Hazard, Moved, Shift
 from dpo_ref.evaluation.diagnostics.pairs import Displacement, LengthBin, Ranking
-from dpo_ref.evaluation.results import Evaluation, read_evaluation
+from dpo_ref.evaluation.results import KL, Evaluation, read_evaluation
 from dpo_ref.evaluation.stages import read_diagnosis, read_examples
 from dpo_ref.evaluation.statistics.estimates import Estimate
 from dpo_ref.reports import page
@@ -176,7 +176,8 @@ def _rankings(found: Diagnosis) -> str:
 def _kl(of: Evaluation, reference: str) -> str:
     """KL on own answers, the plain estimate beside the one that is used; "" where there is none."""
     against = {"initial": "initial policy", "loss_reference": f"loss reference, {reference}"}
-    known = {f"kl/{name}": title for name, title in against.items() if not math.isnan(of.get(f"kl/{name}"))}
+    keys = {KL.of(model=name): title for name, title in against.items()}
+    known = {key: title for key, title in keys.items() if not math.isnan(of.get(key))}
     if not known:
         return ""
     names = ["KL on own answers to the", "Nats per answer", "Plain estimate, k1", "Nats per token", "Answers cut"]

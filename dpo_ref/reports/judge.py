@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from dpo_ref.evaluation import results
 from dpo_ref.evaluation.judging.judge import Judgment, Opinion, consistent, read_judgments, winner
 from dpo_ref.evaluation.results import read_json
-from dpo_ref.evaluation.stages import JUDGMENTS, RECORD, WIN_RATE_OF
+from dpo_ref.evaluation.stages import JUDGMENTS, RECORD
 from dpo_ref.reports import page
 from dpo_ref.reports.plots import BROKEN, INITIAL, SERIES, Panel
 from dpo_ref.reports.tables import percent
@@ -20,6 +21,20 @@ BOTH, EITHER, NEITHER = "wins in both orders", "tie in both orders", "loses in b
 FIRST, SECOND, HALF = "shown first, wins", "shown second, wins", "tie in one order only"
 ONE = {1: "wins", 0: "tie", -1: "loses"}  # where each pair was asked about once
 SAME, NONE = "identical answers", "no verdict"
+SHARES = (
+    results.CONSISTENCY,
+    results.FIRST_POSITION,
+    results.JUDGE_TIES,
+    results.WINRATE_LONGER,
+    results.WINRATE_SHORTER,
+)
+COUNTS = (
+    results.IDENTICAL,
+    results.PARSE_FAILURES,
+    results.REFUSALS,
+    results.PROMPT_TOKENS,
+    results.COMPLETION_TOKENS,
+)
 HUES = {BOTH: SERIES[0], FIRST: BROKEN, SECOND: BROKEN, HALF: BROKEN, ONE[1]: SERIES[0]}
 
 
@@ -42,36 +57,23 @@ def judge_section(folder: Path) -> str:
 
 
 def _sentence(judge: Mapping[str, Any], baseline: str, metrics: Mapping[str, float]) -> str:
-    key = f"{WIN_RATE_OF}{baseline}"
+    key, num_pairs = results.JUDGE_WIN_RATE.of(baseline=baseline), metrics[results.NUM_JUDGE_PAIRS.key]
     asked = f"{judge['model']} (template {judge['template']})"
     if key not in metrics:
-        return f"{asked} gave no verdict on any of {metrics['judge/num_pairs']:.0f} pairs."
+        return f"{asked} gave no verdict on any of {num_pairs:.0f} pairs."
     interval = f"{100 * metrics[f'{key}_low']:.1f}–{100 * metrics[f'{key}_high']:.1f}\u00a0%"
-    counted = f"{metrics['judge/num_judged']:.0f} of {metrics['judge/num_pairs']:.0f} pairs with a verdict"
+    counted = f"{metrics[results.NUM_JUDGED.key]:.0f} of {num_pairs:.0f} pairs with a verdict"
     won = f"{percent(metrics[key])} of the wins (95 % interval {interval})"
     return f"Against {baseline}, {asked} gives the policy {won}, over {counted}."
 
 
 def _facts(judge: Mapping[str, Any], metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    shares = {
-        "same winner in both orders": "judge/position_consistency",
-        "answer shown first wins": "judge/first_position",
-        "ties": "judge/ties",
-        "policy wins where it is longer": "judge/winrate_longer",
-        "policy wins where it is shorter": "judge/winrate_shorter",
-    }
-    counts = {
-        "pairs of identical answers": "judge/identical",
-        "answers without a verdict": "judge/parse_failures",
-        "refused questions": "judge/refusals",
-        "tokens of questions": "judge/prompt_tokens",
-        "tokens of answers": "judge/completion_tokens",
-    }
     said = [("judge", f"{judge['name']}, {judge['model']}"), ("preferences from", judge["preferences"])]
     said += [("template", f"{judge['template']} {judge['template_digest'][:12]}"), ("orders", judge["orders"])]
-    said += [(name, percent(metrics[key])) for name, key in shares.items() if key in metrics]
-    said += [(name, f"{metrics[key]:,.0f}") for name, key in counts.items()]
-    return said + ([("cost", f"{metrics['judge/cost']:.4g}")] if "judge/cost" in metrics else [])
+    said += [(share.title, percent(metrics[share.key])) for share in SHARES if share.key in metrics]
+    said += [(count.title, f"{metrics[count.key]:,.0f}") for count in COUNTS]
+    cost = results.COST
+    return said + ([(cost.title, f"{metrics[cost.key]:.4g}")] if cost.key in metrics else [])
 
 
 def _contradicts(judgment: Judgment) -> bool:

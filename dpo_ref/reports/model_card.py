@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_ref.evaluation.results import Evaluation
+from dpo_ref.evaluation.results import ACCURACY, ENDED, KL, LENGTH, SCORE, WIN_RATE, Evaluation
 from dpo_ref.files import write_text
 from dpo_ref.reports.policy import settings
-from dpo_ref.reports.tables import columns, win_key
+from dpo_ref.reports.tables import columns
 from dpo_ref.tracking.redaction import Places, Redactor
 
 CARD = "README.md"
 MARK = re.compile(r"<!-- dpo_ref ([0-9a-f]{64}) -->\n\Z")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")
 ABOUT_THE_MACHINE = ("output_dir", "resume", "stage", "tracking")  # of a run's configuration
-MEASURED = ("kl/initial", "lengths/response", "ended/share", "rewards/accuracies")  # in the front matter
+MEASURED = (SCORE, WIN_RATE, KL, LENGTH, ENDED, ACCURACY)  # in the front matter
 
 
 def on_hub(path: Any) -> list[str]:
@@ -40,7 +40,7 @@ def front_matter(name: str, about: Mapping[str, Any], config: Mapping[str, Any],
 
     results = None
     if found is not None:
-        keys = [f"{found.scorer}/mean", win_key(found), *MEASURED]
+        keys = [found.key(metric) for metric in MEASURED]
         data = about["choices"]["data"]
         results = [
             EvalResult(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_ref.evaluation.results import Evaluated, Evaluation
+from dpo_ref.evaluation.results import WIN_RATE, Evaluated, Evaluation
 from dpo_ref.generation.records import Generation
 from dpo_ref.reports.plots import Panel, svg, themed
-from dpo_ref.reports.tables import MISSING, Column, win_key
+from dpo_ref.reports.tables import MISSING, Column
 from dpo_ref.types import Message
 
 # --- tables with any columns; on a narrow screen every row becomes a card
@@ -137,7 +137,7 @@ class Row:
 
 
 def _intervals(evaluation: Evaluation) -> list[float]:
-    return [evaluation.get(f"{win_key(evaluation)}{part}") for part in ("", "_low", "_high")]
+    return [evaluation.get(f"{evaluation.key(WIN_RATE)}{part}") for part in ("", "_low", "_high")]
 
 
 def _reach(entries: Sequence[Row]) -> float:

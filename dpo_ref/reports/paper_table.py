@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_ref.evaluation.results import measure_of
+from dpo_ref.evaluation.results import LENGTH, measure_of
 from dpo_ref.evaluation.sweep import Cell
 from dpo_ref.reports import page
 from dpo_ref.reports.plots import short_names, spread
@@ -57,7 +57,7 @@ def paper_table(found: Sequence[Cell]) -> PaperTable:
     if not found:
         raise ValueError("there are no cells to make a table of")
     measure, short = measure_of([cell.evaluation for cell in found]), short_names(found)
-    keys = [(measure.key, measure.scale, measure.decimals), ("lengths/response", 1.0, 1)]
+    keys = [(measure.key, measure.scale, measure.decimals), (LENGTH.key, 1.0, LENGTH.decimals)]
     at = {(cell.series, cell.point): cell for cell in found}
     champions = {
         name: max(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ref.evaluation.results import Evaluated, Evaluation
+from dpo_ref.evaluation.results import KL, SCORE, Evaluated, Evaluation
 from dpo_ref.evaluation.sweep import Cell
 from dpo_ref.files import replacing
 from dpo_ref.reports.tables import leading_key, titles
@@ -154,9 +154,10 @@ def score_panel(evaluations: Sequence[Evaluation]) -> Panel:
 
     def draw(axes: Any) -> None:
         scorer = evaluations[0].scorer
+        reward = SCORE.of(scorer=scorer)
         _rows(axes, evaluations, f"{scorer.capitalize()} reward")
         for row, (evaluation, colour) in enumerate(zip(evaluations, colours(evaluations), strict=True)):
-            mean, half = evaluation.get(f"{scorer}/mean"), _half_width(evaluation, f"{scorer}/mean")
+            mean, half = evaluation.get(reward), _half_width(evaluation, reward)
             _dot(axes, mean, float(row), mean - half, mean + half, evaluation, colour)
 
     return Panel("Mean reward of the sampled answers; bars are 95 % intervals, clustered by prompt.", draw)
@@ -190,13 +191,14 @@ def frontier_panel(evaluations: Sequence[Evaluation]) -> Panel:
 
     def draw(axes: Any) -> None:
         scorer = evaluations[0].scorer
+        reward = SCORE.of(scorer=scorer)
         axes.set_title("Reward against distance")
         axes.set_xlabel("KL to the initial policy (nats per answer)")
         axes.set_ylabel(f"{scorer.capitalize()} reward")
         for evaluation, name, colour in zip(evaluations, labels(evaluations), colours(evaluations), strict=True):
-            known = "kl/initial" in evaluation.metrics
-            x, y = evaluation.get("kl/initial") if known else 0.0, evaluation.get(f"{scorer}/mean")
-            bars = {"xerr": _half_width(evaluation, "kl/initial"), "yerr": _half_width(evaluation, f"{scorer}/mean")}
+            distance = evaluation.key(KL)
+            x, y = evaluation.metrics.get(distance, 0.0), evaluation.get(reward)
+            bars = {"xerr": _half_width(evaluation, distance), "yerr": _half_width(evaluation, reward)}
             marker = "X" if evaluation.degenerate else "s" if evaluation.baseline is None else "o"
             axes.errorbar(x, y, **bars, fmt=marker, color=colour, markersize=7, elinewidth=1.6, label=name)
         axes.margins(x=0.1, y=0.12)
@@ -237,7 +239,7 @@ def comparison_panels(evaluated: Sequence[Evaluated]) -> list[Panel]:
     panels = [score_panel(evaluations)]
     if any(e.baseline and not math.isnan(e.get(leading_key(e))) for e in evaluations):
         panels.append(win_panel(evaluations))
-    if any("kl/initial" in e.metrics for e in evaluations):
+    if any(e.key(KL) in e.metrics for e in evaluations):
         panels.append(frontier_panel(evaluations))
     return [*panels, length_panel(evaluated)]
 

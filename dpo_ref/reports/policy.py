@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_ref.component import Component
 from dpo_ref.evaluation.policy import Subject
-from dpo_ref.evaluation.results import Evaluated, Evaluation
+from dpo_ref.evaluation.results import AT_TEMPERATURE, LENGTH, REPETITION, SCORE, WIN_RATE, Evaluated, Evaluation
 from dpo_ref.files import write_text
 from dpo_ref.reports import page, tables
 from dpo_ref.reports.diagnostics import diagnostics_panels, diagnostics_section
@@ -108,7 +108,7 @@ def write_report(folder: Path, evaluated: Sequence[Evaluated]) -> Path:
 
 
 APART = 0.012  # between two policies at one temperature
-KEY = re.compile(r"temperature/([^/]+)/(.+)")
+KEY = re.compile(AT_TEMPERATURE.of(temperature="([^/]+)", key="(.+)"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def temperatures(evaluation: Evaluation, key: str) -> list[float]:
 
 def at_temperature(evaluation: Evaluation, temperature: float, key: str) -> float:
     """A metric at one of the temperatures; nan where it was not measured."""
-    return evaluation.get(f"temperature/{temperature:g}/{key}")
+    return evaluation.get(AT_TEMPERATURE.of(temperature=f"{temperature:g}", key=key))
 
 
 def _bar(evaluation: Evaluation, temperature: float, key: str) -> float:
@@ -178,19 +178,19 @@ def temperature_panels(curves: Sequence[Curve]) -> list[Panel]:
     """Reward, win rate, length and repetition against the sampling temperature; none where a single one was used."""
     if not curves:
         return []
-    scorer = curves[-1].evaluation.scorer
-    baseline = curves[-1].evaluation.baseline
+    last = curves[-1].evaluation
+    scorer, baseline = last.scorer, last.baseline
     drawn = [
-        Shown(f"{scorer}/mean", f"{scorer.capitalize()} reward by temperature", "Mean reward at each temperature."),
+        Shown(last.key(SCORE), f"{scorer.capitalize()} reward by temperature", "Mean reward at each temperature."),
         Shown(
-            f"winrate/{baseline}",
+            last.key(WIN_RATE),
             f"Win rate against {baseline} by temperature, %",
             "Both policies sampled at the same temperature; ties half.",
             scale=100.0,
             level=50.0,
         ),
-        Shown("lengths/response", "Tokens by temperature", "Mean length of the answers, the end token counted."),
-        Shown("repetition/seq_rep_4", "Repetition by temperature", "Share of an answer's 4-grams that are repeats."),
+        Shown(LENGTH.key, "Tokens by temperature", "Mean length of the answers, the end token counted."),
+        Shown(REPETITION.key, "Repetition by temperature", "Share of an answer's 4-grams that are repeats."),
     ]
     panels = []
     for shown in drawn:

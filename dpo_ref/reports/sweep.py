@@ -12,7 +12,18 @@ import numpy as np
 from jaxtyping import Float
 
 from dpo_ref.component import Component
-from dpo_ref.evaluation.results import Evaluated, Evaluation, Measure, measure_of
+from dpo_ref.evaluation.results import (
+    END_CHOSEN,
+    ENDED,
+    KL,
+    LENGTH,
+    SCORE,
+    WIN_RATE,
+    Evaluated,
+    Evaluation,
+    Measure,
+    measure_of,
+)
 from dpo_ref.evaluation.stages import read_evaluated
 from dpo_ref.evaluation.sweep import Cell, Job, cells, csv_text, without_result
 from dpo_ref.files import write_text
@@ -42,11 +53,12 @@ from dpo_ref.reports.plots import (
     write_png,
 )
 from dpo_ref.reports.policy import Curve, log_files, sample_sections, settings, temperature_panels
-from dpo_ref.reports.tables import MISSING, columns, end_key, judge_columns, number, results_table, titles, win_key
+from dpo_ref.reports.tables import MISSING, columns, judge_columns, number, results_table, titles
 from dpo_ref.tracking.tracker import RunInfo
 from dpo_ref.tracking.weights_and_biases import known_id
 
 IN_ONE_PICTURE = 4
+DISTANCE = KL.of(model="initial")
 SEEDS_NOTE = "Where a row joins several seeds, ± is the standard deviation over seeds."
 
 
@@ -207,24 +219,25 @@ def point_panel(found: Sequence[Cell], against: Against, with_legend: bool) -> P
 
 def sweep_panels(found: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
     """The pictures against beta or the step, up to four. Every cell of `found` has one."""
-    scorer, baseline = found[0].evaluation.scorer, found[0].evaluation.baseline
+    first = found[0].evaluation
+    scorer, reward = first.scorer, first.key(SCORE)
     before = initial or Evaluation("", scorer, {})
-    reward, length = f"{scorer}/mean", "lengths/response"
     drawn = [
         Against(reward, f"{scorer.capitalize()} reward", "Mean reward of sampled answers.", before.get(reward)),
         Against(
-            f"winrate/{baseline}",
-            f"Win rate against {baseline}, %",
+            first.key(WIN_RATE),
+            f"Win rate against {first.baseline}, %",
             "Share of paired comparisons won, ties half.",
             level=0.5,
             scale=100.0,
         ),
         Against(
-            length, "Answer length, tokens", "Mean over sampled answers, the end token counted.", before.get(length)
+            LENGTH.key,
+            "Answer length, tokens",
+            "Mean over sampled answers, the end token counted.",
+            before.value(LENGTH),
         ),
-        Against(
-            "kl/initial", "KL to the initial policy, nats", "Per answer, from the policy's own samples.", math.nan
-        ),
+        Against(DISTANCE, "KL to the initial policy, nats", "Per answer, from the policy's own samples.", math.nan),
     ]
     measured = [a for a in drawn if all(a.key in cell.evaluation.metrics for cell in found)]
     return [point_panel(found, against, with_legend=against is drawn[0]) for against in measured]
@@ -257,9 +270,9 @@ def panels(jobs: Sequence[Job], found: Sequence[Cell], initial: Evaluation | Non
     if len({cell.point for cell in swept}) < 2:
         evaluations = [*([initial] if initial else []), *(job.evaluation for job in jobs if job.evaluation)]
         return [score_panel(evaluations), *([win_panel(evaluations)] if initial else [])]
-    measured = all("kl/initial" in cell.evaluation.metrics for cell in swept)
+    measured = all(DISTANCE in cell.evaluation.metrics for cell in swept)
     end = Against(
-        end_key(swept[0].evaluation),
+        swept[0].evaluation.key(END_CHOSEN),
         "End-token shift, nats",
         "Change of log p(end) against the initial policy, after held-out chosen responses.",
         level=0.0,
@@ -269,9 +282,6 @@ def panels(jobs: Sequence[Job], found: Sequence[Cell], initial: Evaluation | Non
 
 
 # --- what reward each policy bought with how much KL, over runs, KL strengths and checkpoints
-
-
-DISTANCE = "kl/initial"
 
 
 def undominated(distances: Float[np.ndarray, " N"], rewards: Float[np.ndarray, " N"]) -> list[int]:
@@ -290,8 +300,9 @@ def undominated(distances: Float[np.ndarray, " N"], rewards: Float[np.ndarray, "
 def _kl_and_score(found: Sequence[Cell]) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
     """KL to the initial policy and mean score of each cell."""
     scorer = found[0].evaluation.scorer if found else ""
-    distances = [cell.evaluation.get(DISTANCE) for cell in found]
-    return np.array(distances, float), np.array([cell.evaluation.get(f"{scorer}/mean") for cell in found], float)
+    keys = (DISTANCE, SCORE.of(scorer=scorer))
+    distances, rewards = ([cell.evaluation.get(key) for cell in found] for key in keys)
+    return np.array(distances, float), np.array(rewards, float)
 
 
 def front_of(found: Sequence[Cell]) -> list[Cell]:
@@ -303,7 +314,7 @@ def front_of(found: Sequence[Cell]) -> list[Cell]:
 def _draw_series(axes: Any, members: Sequence[Cell], colour: str, label: str) -> None:
     distances, rewards = _kl_and_score(members)
     bars = {"xerr": [spread(cell, DISTANCE) for cell in members],
-            "yerr": [spread(cell, f"{cell.evaluation.scorer}/mean") for cell in members]}  # fmt: skip
+            "yerr": [spread(cell, cell.evaluation.key(SCORE)) for cell in members]}  # fmt: skip
     axes.errorbar(
         distances, rewards, **bars, fmt="-o", color=colour, linewidth=1.5, elinewidth=0.9, markersize=5, label=label
     )
@@ -317,7 +328,7 @@ def _draw_front(axes: Any, found: Sequence[Cell], initial: Evaluation | None) ->
     """The best reward to be had at or below each distance, from the initial policy on, and rings at its corners."""
     front = front_of(found)
     distances, rewards = _kl_and_score(front)
-    start = [] if initial is None else [initial.get(f"{initial.scorer}/mean")]
+    start = [] if initial is None else [initial.value(SCORE)]
     above = rewards > max(start, default=-math.inf)
     x, y = [*(0.0 for _ in start), *distances[above]], [*start, *rewards[above]]
     axes.step(x, y, where="post", color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1, label="Pareto front")
@@ -333,7 +344,9 @@ def frontier_panel(found: Sequence[Cell], initial: Evaluation | None) -> Panel:
         for name, colour in series_colours(found).items():
             _draw_series(axes, [cell for cell in found if cell.series == name], colour, short[name])
         if initial is not None:
-            axes.plot(0, initial.get(f"{scorer}/mean"), "s", color=INITIAL, markersize=7, label="initial policy")
+            axes.plot(
+                0, initial.get(SCORE.of(scorer=scorer)), "s", color=INITIAL, markersize=7, label="initial policy"
+            )
         _draw_front(axes, found, initial)
         axes.set_title("Reward against distance")
         axes.set_xlabel("KL to the initial policy (nats per answer)")
@@ -352,10 +365,10 @@ def frontier_panel(found: Sequence[Cell], initial: Evaluation | None) -> Panel:
 def frontier_csv(found: Sequence[Cell]) -> str:
     """One line per cell: KL, reward, win rate, length with their spread, and whether it is on the Pareto front."""
     front = {id(cell) for cell in front_of(found)}
-    scorer = found[0].evaluation.scorer if found else "score"
-    win = f"winrate/{found[0].evaluation.baseline}" if found else "winrate"
-    keys = (DISTANCE, f"{DISTANCE}_se", f"{scorer}/mean", f"{scorer}/mean_se", win, f"{win}_low", f"{win}_high",
-            "lengths/response", "lengths/response_se")  # fmt: skip
+    about = found[0].evaluation
+    reward, win = about.key(SCORE), about.key(WIN_RATE)
+    keys = (DISTANCE, f"{DISTANCE}_se", reward, f"{reward}_se", win, f"{win}_low", f"{win}_high", LENGTH.key,
+            f"{LENGTH.key}_se")  # fmt: skip
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["series", "beta", "step", "seeds", *keys, "degenerate", "pareto"])
@@ -451,8 +464,8 @@ def _entries(one: Strength, name: str, measure: Measure) -> list[str]:
         name,
         _strengths_text([one.best.point] if one.best.point is not None else []),
         f"{value} [{low}, {high}]",
-        number(found.get("lengths/response"), 1),
-        number(found.get("kl/initial"), 2),
+        number(found.value(LENGTH), 1),
+        number(found.value(KL), 2),
         _strengths_text(one.as_good),
         _strengths_text(one.degenerate),
     ]
@@ -480,9 +493,10 @@ FILES_OF_A_SWEEP = ("sweep.png", "sweep.csv", "frontier.csv", "paper_table.csv",
 def _frontier_row(job: Job) -> list[Any]:
     """What a job bought with how much KL, in the order of `FRONTIER` but for its last."""
     assert job.evaluation is not None
-    evaluation, scorer, win = job.evaluation, job.evaluation.scorer, win_key(job.evaluation)
-    keys = ["kl/initial", "kl/initial_se", f"{scorer}/mean", f"{scorer}/mean_se", win, f"{win}_low", f"{win}_high"]
-    numbers = [evaluation.get(key) for key in (*keys, "lengths/response", "ended/share")]
+    evaluation = job.evaluation
+    reward, win = evaluation.key(SCORE), evaluation.key(WIN_RATE)
+    keys = [DISTANCE, f"{DISTANCE}_se", reward, f"{reward}_se", win, f"{win}_low", f"{win}_high"]
+    numbers = [evaluation.get(key) for key in (*keys, LENGTH.key, ENDED.key)]
     about = [job.name, known_id(job.folder, "train"), job.objective, job.reference, job.beta, job.seed]
     return [*about, *numbers, bool(evaluation.degenerate)]
 

@@ -7,7 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_ref.evaluation.results import Evaluation
+from dpo_ref.evaluation.results import (
+    END_CHOSEN,
+    ENDED,
+    JUDGE_WIN_RATE,
+    KL,
+    LENGTH,
+    LENGTH_BASELINE,
+    METRICS,
+    WIN_RATE,
+    Evaluation,
+    Heading,
+    Metric,
+    Style,
+)
 
 MISSING = "–"
 
@@ -39,16 +52,6 @@ def plus_minus(evaluation: Evaluation, key: str, decimals: int, signed: bool = F
     return mean if MISSING in (mean, error) else f"{mean} ± {error}"
 
 
-def win_key(evaluation: Evaluation) -> str:
-    """The key of the win rate against the evaluation's baseline."""
-    return f"winrate/{evaluation.baseline}"
-
-
-def judge_key(evaluation: Evaluation) -> str:
-    """The key of the judge's win rate against the evaluation's baseline."""
-    return f"judge_winrate/{evaluation.baseline}"
-
-
 def _share_of_wins(evaluation: Evaluation, key: str) -> str:
     mean, low, high = (evaluation.get(f"{key}{part}") for part in ("", "_low", "_high"))
     return MISSING if math.isnan(mean) else f"{percent(mean)} [{100 * low:.1f}, {100 * high:.1f}]"
@@ -56,101 +59,52 @@ def _share_of_wins(evaluation: Evaluation, key: str) -> str:
 
 def leading_key(evaluation: Evaluation) -> str:
     """The key of the win rate that is spoken of first: the scorer's, or the judge's where nobody scored."""
-    return win_key(evaluation) if win_key(evaluation) in evaluation.metrics else judge_key(evaluation)
+    scored = evaluation.key(WIN_RATE)
+    return scored if scored in evaluation.metrics else evaluation.key(JUDGE_WIN_RATE)
 
 
-def _judge_in_brief(evaluation: Evaluation) -> str:
-    mean, error = (100 * evaluation.get(f"{judge_key(evaluation)}{part}") for part in ("", "_se"))
+def _percent_and_error(evaluation: Evaluation, key: str) -> str:
+    mean, error = (100 * evaluation.get(f"{key}{part}") for part in ("", "_se"))
     return MISSING if math.isnan(mean) else f"{mean:.1f} ± {number(error, 1)}\u00a0%"
 
 
-def _accuracy(evaluation: Evaluation) -> str:
-    accuracy = percent(evaluation.get("rewards/accuracies"))
-    return accuracy if accuracy == MISSING else f"{accuracy} ({percent(evaluation.get('rewards/length_baseline'))})"
+def _beside_length(evaluation: Evaluation, key: str) -> str:
+    accuracy = percent(evaluation.get(key))
+    return accuracy if accuracy == MISSING else f"{accuracy} ({percent(evaluation.value(LENGTH_BASELINE))})"
 
 
-def end_key(evaluation: Evaluation) -> str:
-    """The end token's shift on held-out chosen responses, or on own answers where there are no pairs."""
-    return "eos/chosen_logratio" if "eos/chosen_logratio" in evaluation.metrics else "eos/own_logratio"
+STYLES: dict[Style, Callable[[Evaluation, str, Metric], str]] = {
+    "number": lambda policy, key, metric: number(policy.get(key), metric.decimals, metric.signed),
+    "error": lambda policy, key, metric: plus_minus(policy, key, metric.decimals, metric.signed),
+    "percent": lambda policy, key, metric: percent(policy.get(key)),
+    "percent_error": lambda policy, key, metric: _percent_and_error(policy, key),
+    "interval": lambda policy, key, metric: _share_of_wins(policy, key),
+    "beside_length": lambda policy, key, metric: _beside_length(policy, key),
+}
+
+
+def _column(metric: Metric, heading: Heading, **names: str) -> Column:
+    write, note = STYLES[heading.style], metric.meaning + heading.note
+    return Column(heading.title.format(**names), note.format(**names), lambda e: write(e, e.key(metric), metric))
 
 
 def columns(scorer: str) -> list[Column]:
     """The columns of a table of policies scored by `scorer`."""
-    return [
-        Column(
-            f"{scorer.capitalize()} reward",
-            "mean over all answers ± standard error, clustered by prompt",
-            lambda e: plus_minus(e, f"{e.scorer}/mean", 3),
-        ),
-        Column(
-            "Win rate",
-            "paired by prompt against the baseline, ties half; 95 % bootstrap interval over prompts",
-            lambda e: _share_of_wins(e, win_key(e)),
-        ),
-        Column(
-            "Length",
-            "tokens per answer, the end token counted, ± standard error",
-            lambda e: plus_minus(e, "lengths/response", 1),
-        ),
-        Column(
-            "Ended",
-            "share of answers that ended by themselves before the token limit",
-            lambda e: percent(e.get("ended/share")),
-        ),
-        Column(
-            "seq-rep-4",
-            "share of an answer's 4-grams that repeat an earlier one",
-            lambda e: number(e.get("repetition/seq_rep_4"), 3),
-        ),
-        Column(
-            "KL to initial",
-            "nats per answer from the policy's own samples, Rao-Blackwellised, ± standard error",
-            lambda e: plus_minus(e, "kl/initial", 2),
-        ),
-        Column(
-            "End-token shift",
-            "log p(end) under the policy minus under the initial policy, after held-out chosen responses, in nats",
-            lambda e: plus_minus(e, end_key(e), 2, signed=True),
-        ),
-        Column(
-            "Pair accuracy",
-            "held-out pairs that the implicit reward ranks as labelled (in brackets: preferring the longer response)",
-            _accuracy,
-        ),
-    ]
+    shown = [(metric, metric.column) for metric in METRICS if not metric.by_judge]
+    return [_column(metric, heading, scorer=scorer.capitalize()) for metric, heading in shown if heading]
 
 
 def brief_columns(scorer: str) -> list[Column]:
     """The columns that fit a terminal of 80 characters: without the errors of what is known well."""
-    return [
-        Column(scorer, "± standard error", lambda e: plus_minus(e, f"{e.scorer}/mean", 3)),
-        Column("win rate", "95 % interval", lambda e: _share_of_wins(e, win_key(e))),
-        Column("judge", "± standard error", _judge_in_brief),
-        Column("tokens", "mean length", lambda e: number(e.get("lengths/response"), 1)),
-        Column("ended", "share", lambda e: percent(e.get("ended/share"))),
-        Column("KL", "nats", lambda e: number(e.get("kl/initial"), 2)),
-        Column("end Δ", "shift of log p(end), nats", lambda e: number(e.get(end_key(e)), 2, signed=True)),
-    ]
+    shown = [(metric, metric.brief) for metric in METRICS]
+    return [_column(metric, heading, scorer=scorer, judge="a judge") for metric, heading in shown if heading]
 
 
 def judge_columns(evaluations: Sequence[Evaluation]) -> list[Column]:
     """What a judge says of the policies, if it was asked about any."""
     judges = dict.fromkeys(str(evaluation.judge["model"]) for evaluation in evaluations if evaluation.judge)
-    if not judges:
-        return []
-    name = ", ".join(judges)
-    return [
-        Column(
-            "Judge's win rate",
-            f"mean preference of {name} against the baseline; 95 % bootstrap interval over prompts",
-            lambda e: _share_of_wins(e, judge_key(e)),
-        ),
-        Column(
-            "Same in both orders",
-            f"share of pairs for which {name} has the same winner whichever answer is shown first",
-            lambda e: percent(e.get("judge/position_consistency")),
-        ),
-    ]
+    shown = [(metric, metric.column) for metric in METRICS if metric.by_judge and judges]
+    return [_column(metric, heading, judge=", ".join(judges)) for metric, heading in shown if heading]
 
 
 def titles(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -227,7 +181,7 @@ def verdict_on(evaluation: Evaluation, title: str) -> str:
     """Whether a policy beats its baseline, as far as the 95 % interval of its win rate says."""
     mean, low, high = _interval(evaluation)
     seeds = f", {evaluation.num_seeds} seeds" if evaluation.num_seeds > 1 else ""
-    judge = "" if leading_key(evaluation) == win_key(evaluation) else f", judge {evaluation.judge.get('model')}"
+    judge = "" if leading_key(evaluation) == evaluation.key(WIN_RATE) else f", judge {evaluation.judge.get('model')}"
     share = f"{percent(mean)} of comparisons (95 % interval {100 * low:.1f}–{100 * high:.1f}\u00a0%{seeds}{judge})"
     if low > 0.5:
         return f"{title} beats {_opponent(evaluation)} in {share}."
@@ -259,16 +213,15 @@ def drift(initial: Evaluation, evaluations: Sequence[Evaluation]) -> str | None:
     if len({e.beta for e in swept}) < 2 or len({e.objective for e in swept}) > 1:
         return None
     loosest = min(swept, key=lambda e: e.beta or 0)
-    before, after = (e.get("lengths/response") for e in (initial, loosest))
+    before, after = (e.value(LENGTH) for e in (initial, loosest))
     parts = [
         f"answers {'grow' if after > before else 'shrink'} from {number(before, 1)} to {number(after, 1)} tokens",
-        f"{percent(1 - loosest.get('ended/share'))} of them never end (initially "
-        f"{percent(1 - initial.get('ended/share'))})",
+        f"{percent(1 - loosest.value(ENDED))} of them never end (initially {percent(1 - initial.value(ENDED))})",
     ]
-    if "kl/initial" in loosest.metrics:
-        parts.append(f"the policy is {number(loosest.get('kl/initial'), 1)} nats from the initial one")
-    if "eos/chosen_logratio" in loosest.metrics:
-        parts.append(f"the end token's log-prob moved by {number(loosest.get('eos/chosen_logratio'), 2, signed=True)}")
+    if loosest.key(KL) in loosest.metrics:
+        parts.append(f"the policy is {number(loosest.value(KL), 1)} nats from the initial one")
+    if END_CHOSEN.key in loosest.metrics:
+        parts.append(f"the end token's log-prob moved by {number(loosest.value(END_CHOSEN), 2, signed=True)}")
     return f"At the smallest β, {loosest.beta:g}, " + ", ".join(parts[:-1]) + f", and {parts[-1]}."
 
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_ref.evaluation.results import DEGENERATE, END_CHOSEN, END_OWN, ENDED, KL, LENGTH, SCORE, SECONDS, WIN_RATE
 from dpo_ref.reports.plots import BROKEN, INITIAL, SERIES, Panel, write_png
 from dpo_ref.tracking import run_record
 
 PREFIX = "evaluation/"
+WON, DISTANCE = WIN_RATE.of(baseline="initial"), KL.of(model="initial")
 PICTURE = "training.png"  # in the run's folder
 BAND = "The band is the 95 % interval over prompts; a cross marks a policy that is degenerate."
 
@@ -38,16 +40,16 @@ CURVES = (
     Curve(
         "Win rate against the initial policy",
         "% of comparisons, ties half",
-        (Line("winrate/initial", "", 100.0),),
+        (Line(WON, "", 100.0),),
         50.0,
     ),
-    Curve("Length", "tokens per answer", (Line("lengths/response", ""),)),
-    Curve("Answers that end", "% of answers", (Line("ended/share", "", 100.0),), bounds=(0.0, 103.0)),
-    Curve("KL to the initial policy", "nats per answer", (Line("kl/initial", ""),), 0.0),
+    Curve("Length", "tokens per answer", (Line(LENGTH.key, ""),)),
+    Curve("Answers that end", "% of answers", (Line(ENDED.key, "", 100.0),), bounds=(0.0, 103.0)),
+    Curve("KL to the initial policy", "nats per answer", (Line(DISTANCE, ""),), 0.0),
     Curve(
         "Shift of the end token",
         "log-ratio to the initial policy, nats",
-        (Line("eos/chosen_logratio", "held-out chosen answers"), Line("eos/own_logratio", "own answers that end")),
+        (Line(END_CHOSEN.key, "held-out chosen answers"), Line(END_OWN.key, "own answers that end")),
         0.0,
     ),
 )
@@ -71,8 +73,11 @@ def _interval(row: Mapping[str, float], key: str) -> tuple[float, float]:
 
 def _score(rows: Sequence[Mapping[str, float]]) -> list[Curve]:
     """The scorer's mean, under the scorer's name."""
-    names = [key.removesuffix("/mean") for key in rows[0] if key.endswith("/mean")]
-    return [Curve(f"{name.capitalize()} reward", "mean over answers", (Line(f"{name}/mean", ""),)) for name in names]
+    nameless = SCORE.of(scorer="")
+    scorers = {key: key.removesuffix(nameless) for key in rows[0] if key.endswith(nameless)}
+    return [
+        Curve(f"{name.capitalize()} reward", "mean over answers", (Line(key, ""),)) for key, name in scorers.items()
+    ]
 
 
 def _draw_line(axes: Any, rows: Sequence[Mapping[str, float]], line: Line, colour: str) -> None:
@@ -83,7 +88,7 @@ def _draw_line(axes: Any, rows: Sequence[Mapping[str, float]], line: Line, colou
         steps, [line.scale * at for at in low], [line.scale * at for at in high], color=colour, alpha=0.18, linewidth=0
     )
     axes.plot(steps, [line.scale * row[line.key] for row in known], "o-", color=colour, markersize=4, label=line.label)
-    broken = [(row["step"], line.scale * row[line.key]) for row in known if row["degenerate"]]
+    broken = [(row["step"], line.scale * row[line.key]) for row in known if row[DEGENERATE.key]]
     axes.plot([x for x, _ in broken], [y for _, y in broken], "X", color=BROKEN, markersize=9, zorder=4)
 
 
@@ -123,12 +128,12 @@ def write_picture(directory: Path) -> Path:
 def in_words(rows: Sequence[Mapping[str, float]]) -> str:
     """From the first evaluation to the last, in one line."""
     first, last = rows[0], rows[-1]
-    parts = [f"length {first['lengths/response']:.1f} -> {last['lengths/response']:.1f} tokens"]
-    if "winrate/initial" in last:
-        low, high = (100 * bound for bound in _interval(last, "winrate/initial"))
-        parts.insert(0, f"win rate {100 * last['winrate/initial']:.1f} % [{low:.1f}, {high:.1f}]")
-    parts.append(f"KL {last['kl/initial']:.2f} nats")
-    if "eos/chosen_logratio" in last:
-        parts.append(f"end token {last['eos/chosen_logratio']:+.2f}")
-    seconds = sum(row["seconds"] for row in rows)
+    parts = [f"length {first[LENGTH.key]:.1f} -> {last[LENGTH.key]:.1f} tokens"]
+    if WON in last:
+        low, high = (100 * bound for bound in _interval(last, WON))
+        parts.insert(0, f"win rate {100 * last[WON]:.1f} % [{low:.1f}, {high:.1f}]")
+    parts.append(f"KL {last[DISTANCE]:.2f} nats")
+    if END_CHOSEN.key in last:
+        parts.append(f"end token {last[END_CHOSEN.key]:+.2f}")
+    seconds = sum(row[SECONDS.key] for row in rows)
     return f"{', '.join(parts)}; {len(rows)} evaluations in {seconds:.0f} s"

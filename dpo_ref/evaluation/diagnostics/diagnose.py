@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import numpy as np
 
 from dpo_ref.component import component
+from dpo_ref.evaluation import results
 from dpo_ref.evaluation.diagnostics.examples import Looks, Shown, drawn_answers, drawn_pairs
 from dpo_ref.evaluation.diagnostics.logratios import (
     EndShift,
@@ -103,37 +104,43 @@ def restored(hint: Any, value: Any) -> Any:
 
 
 def _of_texts(name: str, found: TextDiagnosis) -> dict[str, float]:
+    entropy = results.ENTROPY.of(text=name)
     values = {
-        f"tokens/{name}_abs": found.shift.mean_abs,
-        f"tokens/{name}_top_1_percent": found.shift.top_1_percent,
-        f"tokens/{name}_top_10_percent": found.shift.top_10_percent,
-        f"entropy/{name}": found.entropy.policy.mean,
-        f"entropy/{name}_se": found.entropy.policy.se,
-        f"entropy/{name}_initial": found.entropy.initial.mean,
-        f"entropy/{name}_initial_se": found.entropy.initial.se,
+        results.TOKEN_SHIFT.of(text=name): found.shift.mean_abs,
+        results.TOP_1.of(text=name): found.shift.top_1_percent,
+        results.TOP_10.of(text=name): found.shift.top_10_percent,
+        entropy: found.entropy.policy.mean,
+        f"{entropy}_se": found.entropy.policy.se,
+        f"{entropy}_initial": found.entropy.initial.mean,
+        f"{entropy}_initial_se": found.entropy.initial.se,
     }
     if found.entropy.reference is not None:
-        values[f"entropy/{name}_reference"] = found.entropy.reference.mean
+        values[f"{entropy}_reference"] = found.entropy.reference.mean
     return values
 
 
 def _of_displacement(found: Displacements) -> dict[str, float]:
     values: dict[str, float] = {}
     for name, side in (("chosen", found.chosen), ("rejected", found.rejected)):
+        down, per_token = (metric.of(side=name) for metric in (results.MOVED_DOWN, results.MOVED_PER_TOKEN))
         values |= {
-            f"displacement/{name}_median": side.median,
-            f"displacement/{name}_share_down": side.share_down.mean,
-            f"displacement/{name}_share_down_se": side.share_down.se,
-            f"displacement/{name}_per_token": side.per_token.mean,
-            f"displacement/{name}_per_token_se": side.per_token.se,
+            results.MOVED_MEDIAN.of(side=name): side.median,
+            down: side.share_down.mean,
+            f"{down}_se": side.share_down.se,
+            per_token: side.per_token.mean,
+            f"{per_token}_se": side.per_token.se,
         }
-    quadrants = ("both_up", "chosen_up_rejected_down", "chosen_down_rejected_up", "both_down")
-    return values | {f"displacement/{name}": getattr(found, name) for name in quadrants}
+    return values | {
+        results.BOTH_UP.key: found.both_up,
+        results.CHOSEN_UP.key: found.chosen_up_rejected_down,
+        results.CHOSEN_DOWN.key: found.chosen_down_rejected_up,
+        results.BOTH_DOWN.key: found.both_down,
+    }
 
 
 def _of_file(name: str, found: Ranking) -> dict[str, float]:
     return {
-        f"pairs/{name}/{score}{suffix}": value
+        f"{results.PAIR_FILE.of(file=name, score=score)}{suffix}": value
         for score, estimate in found.accuracy.items()
         for suffix, value in (("", estimate.mean), ("_se", estimate.se))
     }
@@ -146,12 +153,12 @@ def metrics_of(found: Diagnosis) -> dict[str, float]:
         values |= _of_texts(name, text)
     if "rejected" in found.texts:
         end = found.texts["rejected"].end.logratio
-        values |= {"eos/rejected_logratio": end.mean, "eos/rejected_logratio_se": end.se}
+        values |= {results.END_REJECTED.key: end.mean, f"{results.END_REJECTED.key}_se": end.se}
     values |= _of_displacement(found.displacement) if found.displacement else {}
     for name, ranking in found.rankings.items():
         if name == HELD_OUT:
-            above = ranking.above_length
-            values |= {"rewards/above_length": above.mean, "rewards/above_length_se": above.se} if above else {}
+            above, key = ranking.above_length, results.ABOVE_LENGTH.key
+            values |= {key: above.mean, f"{key}_se": above.se} if above else {}
         else:
             values |= _of_file(name, ranking)
     return {name: value for name, value in values.items() if math.isfinite(value)}

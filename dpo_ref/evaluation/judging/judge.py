@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_ref.evaluation import results
 from dpo_ref.evaluation.judging.templates import Template, Verdict
 from dpo_ref.evaluation.statistics.comparisons import preference_metrics
 from dpo_ref.files import write_lines
@@ -441,12 +442,12 @@ WIN_RATE = {  # of `preference_metrics`: what follows the win rate's key
     "length_adjusted_high": "_length_adjusted_high",
 }
 BESIDE_IT = {
-    "ties": "judge/ties",
-    "win_rate_longer": "judge/winrate_longer",
-    "win_rate_shorter": "judge/winrate_shorter",
-    "longer_share": "judge/longer_share",
-    "num_compared": "judge/num_judged",
-    "num_missing": "judge/num_missing",
+    "ties": results.JUDGE_TIES,
+    "win_rate_longer": results.WINRATE_LONGER,
+    "win_rate_shorter": results.WINRATE_SHORTER,
+    "longer_share": results.LONGER_SHARE,
+    "num_compared": results.NUM_JUDGED,
+    "num_missing": results.NUM_MISSING,
 }
 
 
@@ -458,8 +459,9 @@ def judge_metrics(judge: Judge, judgments: Sequence[Judgment], baseline: str, se
     theirs = np.array([len(judgment.pair.baseline_output) for judgment in judgments])
     prompts = [digest(judgment.pair.prompt) for judgment in judgments]
     found = preference_metrics(preferences, ours, theirs, prompts, seed)
-    metrics = {f"judge_winrate/{baseline}{part}": found[name] for name, part in WIN_RATE.items()}
-    metrics |= {key: found[name] for name, key in BESIDE_IT.items()}
+    key = results.JUDGE_WIN_RATE.of(baseline=baseline)
+    metrics = {f"{key}{part}": found[name] for name, part in WIN_RATE.items()}
+    metrics |= {metric.key: found[name] for name, metric in BESIDE_IT.items()}
     metrics |= _bias(judgments) | _bill(judge, judgments)
     return {key: value for key, value in metrics.items() if value == value}
 
@@ -479,7 +481,7 @@ def _bias(judgments: Sequence[Judgment]) -> dict[str, float]:
         if opinion.win is not None
     ]
     agree = [float(consistent(judgment)) for judgment in judged if len(judgment.opinions) == 2]
-    shares = {"judge/position_consistency": agree, "judge/first_position": first}
+    shares = {results.CONSISTENCY.key: agree, results.FIRST_POSITION.key: first}
     return {key: float(np.mean(values)) for key, values in shares.items() if values}
 
 
@@ -488,14 +490,14 @@ def _bill(judge: Judge, judgments: Sequence[Judgment]) -> dict[str, float]:
     opinions = [opinion for judgment in judgments for opinion in judgment.opinions]
     tokens = [sum(o.prompt_tokens for o in opinions), sum(o.completion_tokens for o in opinions)]
     counts = {
-        "judge/num_pairs": len(judgments),
-        "judge/identical": sum(judgment.pair.identical for judgment in judgments),
-        "judge/parse_failures": sum(o.win is None and o.refusal is None for o in opinions),
-        "judge/refusals": sum(o.refusal is not None for o in opinions),
-        "judge/prompt_tokens": tokens[0],
-        "judge/completion_tokens": tokens[1],
+        results.NUM_JUDGE_PAIRS.key: len(judgments),
+        results.IDENTICAL.key: sum(judgment.pair.identical for judgment in judgments),
+        results.PARSE_FAILURES.key: sum(o.win is None and o.refusal is None for o in opinions),
+        results.REFUSALS.key: sum(o.refusal is not None for o in opinions),
+        results.PROMPT_TOKENS.key: tokens[0],
+        results.COMPLETION_TOKENS.key: tokens[1],
     }
     found = {key: float(count) for key, count in counts.items()}
     if judge.prices is not None:
-        found["judge/cost"] = sum(price * count for price, count in zip(judge.prices, tokens, strict=True)) / 1e6
+        found[results.COST.key] = sum(price * count for price, count in zip(judge.prices, tokens, strict=True)) / 1e6
     return found
