@@ -9,6 +9,7 @@ import wandb
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from dpo_ref.cli import dashboard as standard
 from dpo_ref.cli.resolve import resolve
 from dpo_ref.tracking import dashboard, tracker
 from dpo_ref.tracking import weights_and_biases as tracking
@@ -95,12 +96,16 @@ def test_the_page_names_what_is_logged():
 
 def test_the_dashboard_is_built_offline_and_draws_over_the_optimiser_step():
     pytest.importorskip("wandb_workspaces", reason=dashboard.MISSING)
-    view = dashboard.workspace("me", "my_project")
+    view = dashboard.workspace("me", "my_project", standard.SECTIONS)
     assert (view.entity, view.project, view.name) == ("me", "my_project", dashboard.NAME)
     by_name = {section.name: section.panels for section in view.sections}
     lines = [panel for name in ("Training", "Policies while training", "Cost") for panel in by_name[name]]
     assert {panel.x.name if hasattr(panel.x, "name") else panel.x for panel in lines} == {"step"}
-    assert len(by_name["Policies"]) == len(dashboard.PLANES)
+    assert [(section.name, section.is_open) for section in view.sections] == [
+        ("Policies", True), ("Policies while training", True), ("Training", True), ("Cost", False)
+    ]  # fmt: skip
+    assert [len(section.panels) for section in view.sections] == [4, 5, 6, 2]
+    assert "KL to the initial policy" in [panel.title for panel in by_name["Policies while training"]]
     sent = view._to_model().model_dump_json(by_alias=True)
     assert '"xAxis":"summary:evaluation/kl/initial","yAxis":"summary:evaluation/gold/mean"' in sent
     assert "training.value.reference" in sent  # as the library writes a nested key
@@ -115,15 +120,15 @@ def test_the_dashboard_is_not_saved_without_a_key(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     wandb.teardown()
     with pytest.raises(ValueError, match="It needs an API key"):
-        dashboard.main(["me", "my_project"])
+        standard.main(["me", "my_project"])
     wandb.teardown()
 
 
 def test_the_dashboard_needs_two_words_and_names_metrics_that_are_logged():
     with pytest.raises(ValueError, match="<user or team> <project>"):
-        dashboard.main(["me"])
-    curves = (*dashboard.TRAINING, *dashboard.WHILE_TRAINING, *dashboard.COST)
+        standard.main(["me"])
     source = "".join(path.read_text() for path in Path(ROOT / "dpo_ref").rglob("*.py") if path.name != "dashboard.py")
-    for name in {name for _, names in curves for name in names}:
+    panels = [panel for section in standard.SECTIONS for panel in section.panels]
+    for name in {name for panel in panels if isinstance(panel, dashboard.Curves) for name in panel.keys}:
         last = name.rpartition("/")[2]
         assert last in source, name
