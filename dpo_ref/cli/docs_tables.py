@@ -2,9 +2,11 @@
 
     python -m dpo_ref.cli.docs_tables objectives > docs/objectives.md
     python -m dpo_ref.cli.docs_tables references      (rewrites its table in docs/references.md)
+    python -m dpo_ref.cli.docs_tables metrics > docs/metrics.md
 
-The one comes from the objectives' signatures and behaviour and from the YAML files that configure them; the other says
-which reference composes with which objective, found by composing all of them.
+The first comes from the objectives' signatures and behaviour and from the YAML files that configure them; the second
+says which reference composes with which objective, found by composing all of them; the third is the table of metrics
+in `evaluation/results.py`.
 """
 
 import re
@@ -22,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_ref.cli.command_line import composed
 from dpo_ref.cli.resolve import resolve, strength
 from dpo_ref.cli.schemas import CONF, groups, locate, register
+from dpo_ref.evaluation.results import METRICS, Metric
 from dpo_ref.objectives.interface import OF_TOKENS, Objective, bind, made_up
 from dpo_ref.types import ResponseLogps
 
@@ -192,11 +195,58 @@ def references_page() -> str:
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
 
 
+# --- docs/metrics.md
+
+
+METRICS_PREAMBLE = """\
+# Metrics of an evaluation
+
+Written by `python -m dpo_ref.cli.docs_tables metrics > docs/metrics.md`, from the table in
+`dpo_ref/evaluation/results.py`, of which the columns of reports and terminal tables are made too.
+
+- An evaluation writes them to `evaluation.json`, null where a value could not be measured, and logs them as
+  `evaluation/<key>`. With `evaluation.every`, training writes those of samples and held-out pairs to `metrics.jsonl`
+  under the same names ([training_evaluation.md](training_evaluation.md)).
+- Names in angle brackets: `<scorer>` and `<baseline>` are those of the evaluation (`gold`, `initial`); `<model>` is
+  `initial` or `loss_reference`; `<text>` is `chosen`, `rejected` or `own`, `<side>` one of the former two.
+- **Better** says which way a policy is better, all else equal; none where a number describes and does not judge.
+- **Beside it** stand more keys: the metric's own with an ending. `_se` is the standard error, clustered by prompt;
+  `_low` and `_high` are the ends of a 95 % interval, bootstrapped over prompts; `_ties` is the share of ties;
+  `_median` and `_p95` are quantiles over answers; `_k1` is the plain estimate, the mean log-ratio of answers;
+  `_per_token` and `_per_byte` divide the sum over answers by theirs; `_share_cut` is the share of answers cut at the
+  limit; `_initial` and `_reference` are the same of these models; `_discrete` counts preferences as win, tie or loss;
+  `_length_adjusted` is as if both answers were equally long.
+- How they are measured: [diagnostics.md](diagnostics.md), [judge.md](judge.md). The metrics of a training step are in
+  `dpo_ref/training/metrics.py`; [coming_from.md](coming_from.md) compares them with TRL's.
+
+| metric | what it is | unit | better | beside it |
+|---|---|---|---|---|
+"""
+
+
+NAMED = re.compile(r"\{(\w+)\}")
+
+
+def _metric_row(metric: Metric) -> str:
+    key, title, meaning = (NAMED.sub(r"<\1>", text) for text in (metric.key, metric.title, metric.meaning))
+    explained = f"{title}: {meaning}" if meaning else title
+    beside = ", ".join(f"`{ending}`" for ending in metric.beside) or "-"
+    cells = (f"`{key}`", explained.replace("<", r"\<"), metric.unit, metric.better, beside)
+    return f"| {' | '.join(cells)} |\n"
+
+
+def metrics_page() -> str:
+    """The whole of docs/metrics.md."""
+    return METRICS_PREAMBLE + "".join(map(_metric_row, METRICS))
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["objectives"]:
             print(objectives_page(), end="")
         case ["references"]:
             PAGE.write_text(references_page())
+        case ["metrics"]:
+            print(metrics_page(), end="")
         case _:
-            sys.exit("python -m dpo_ref.cli.docs_tables objectives > docs/objectives.md, or references")
+            sys.exit("python -m dpo_ref.cli.docs_tables objectives > docs/objectives.md, references, or metrics")

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 
 from dpo_ref.cli import evaluate as evaluate_command
-from dpo_ref.evaluation import stages
+from dpo_ref.evaluation import results, stages
 from dpo_ref.evaluation.results import Evaluated, Evaluation
 from dpo_ref.lab.models import locate
 from dpo_ref.models.loading import load_tokenizer
 from dpo_ref.reports.diagnostics import diagnostics_section
 from tests.support.command import train, typed
 from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, measure, numbers
+from tests.support.metric_table import ROWS, unlisted
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,10 @@ def test_what_is_measured(run):
     )
     assert all(metrics[key] is not None for key in (*expected, "eos/chosen_logratio"))
     assert metrics["kl/initial"] > 0
+    assert unlisted(metrics) == set()
+    elsewhere = {results.PAIR_FILE, results.AT_TEMPERATURE, results.DEGENERATE, results.SECONDS}
+    missing = set(results.METRICS) - {ROWS[key] for key in metrics} - elsewhere
+    assert not [metric.key for metric in missing if not metric.by_judge]
     page = (run / "evaluation" / "report.html").read_text()
     assert not re.search(r"""(src|href)=["']?(https?:)?//|url\(["']?http|@import""", page)  # nothing is fetched
 

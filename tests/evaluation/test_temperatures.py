@@ -8,6 +8,7 @@ from dpo_ref.cli import resolve
 from dpo_ref.generation.records import read_generations
 from tests.support.command import composed, train
 from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, measure, numbers
+from tests.support.metric_table import unlisted
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def test_temperature_1_is_the_evaluation_proper(run, tmp_path):
     alone, found = numbers(tmp_path / "one")["metrics"], numbers(run / "evaluation")["metrics"]
     assert alone == {key: value for key, value in found.items() if not key.startswith("temperature/")}
     assert found["kl/initial"] is not None
+    assert unlisted(found) == set()
     for key in ("gold/mean", "winrate/initial", "ended/share"):
         assert found[f"temperature/1/{key}"] == found[key]
 

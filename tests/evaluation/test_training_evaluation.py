@@ -15,6 +15,7 @@ from dpo_ref.reports.training_curve import evaluations, in_words, training_panel
 from dpo_ref.training.run import Session
 from tests.support.command import train
 from tests.support.evaluate_command import evaluate, measure
+from tests.support.metric_table import unlisted
 from tests.support.training_evaluation import SMALL, lines
 
 EVALUATED = ["evaluation.every=5", "evaluation.num_prompts=24", "evaluation.max_new_tokens=40"]
@@ -56,7 +57,9 @@ def test_training_is_the_same_with_and_without_evaluations(plain, evaluated):
 
 
 def test_a_healthy_run_is_evaluated_before_during_and_after_and_not_stopped(evaluated):
-    assert [row["step"] for row in lines(evaluated, "evaluation/")] == [0, 5, 10, 12]
+    rows = lines(evaluated, "evaluation/")
+    assert [row["step"] for row in rows] == [0, 5, 10, 12]
+    assert unlisted(key.removeprefix("evaluation/") for row in rows for key in row if key != "step") == set()
     assert (summary(evaluated)["status"], summary(evaluated)["degenerate"]) == ("completed", [])
 
 
