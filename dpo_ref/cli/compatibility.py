@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from dpo_ref.cli.build import build_reference, check_paths, tokenised
+from dpo_ref.cli.build import build_reference, check_paths, tokenised, workspace
 from dpo_ref.cli.command_line import composed, reference_words
 from dpo_ref.cli.resolve import TrainRun, resolve
 from dpo_ref.component import Component
@@ -28,7 +28,6 @@ from dpo_ref.data.encoding import Encoder
 from dpo_ref.data.groups import Groups, TokenGroups
 from dpo_ref.data.packing import collate
 from dpo_ref.data.tokenise import encode_prompts, tokenise
-from dpo_ref.distributed import best_device
 from dpo_ref.evaluation import compatibility as numbers
 from dpo_ref.evaluation.compatibility import (
     Candidate,
@@ -43,9 +42,8 @@ from dpo_ref.evaluation.kl import NOT_NORMALISED, Divergence, Scored, both_by_te
 from dpo_ref.files import plain, write_json
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import generate
-from dpo_ref.lab.models import locate
 from dpo_ref.models.checkpoint import weights_digest
-from dpo_ref.models.loading import LoadedModel, ModelSource, load_reference, load_tokenizer
+from dpo_ref.models.loading import ModelSource, Policy, Workspace
 from dpo_ref.references.interface import Reference
 from dpo_ref.reports.compatibility import cells, entries, headline, terminal_table, verdict, write_page
 from dpo_ref.tracking.terminal import progress, run_summary
@@ -63,16 +61,15 @@ class Bench:
     """What all candidates are measured on: the policy, pairs drawn from the training data, prompts to answer."""
 
     run: TrainRun  # the training run that would follow, with reference=initial
-    loaded: LoadedModel
+    work: Workspace
+    policy: Policy
     groups: TokenGroups
     prompts: Sequence[tuple[Message, ...]]
     max_new_tokens: int
-    seed: int
-    device: torch.device
 
     def build(self, reference: Component, groups: Groups) -> Reference:
         """The reference for these groups."""
-        return build_reference(replace(self.run, reference=reference), self.loaded, groups, self.device)
+        return build_reference(replace(self.run, reference=reference), self.work, self.policy, groups)
 
     def samples(self, model: nn.Module, tokenizer: Any, prompts: Sequence[tuple[Message, ...]]) -> list[Generation]:
         """One answer of a model to each prompt that leaves room for it, at temperature 1."""
@@ -83,7 +80,7 @@ class Bench:
         if not fits:
             raise ValueError(f"no prompt leaves room for compatibility.max_new_tokens={self.max_new_tokens}")
         drawn = generate(
-            model, tokenizer, [prompts[place] for place in fits], self.seed, progress,
+            model, tokenizer, [prompts[place] for place in fits], self.work.seed, progress,
             max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
         return [replace(sample, prompt_index=fits[sample.prompt_index]) for sample in drawn]
@@ -118,8 +115,8 @@ def pairs_of(groups: Sequence[TokenGroup]) -> Pairs:
 def responses(reference: Reference, groups: Sequence[TokenGroup], bench: Bench) -> list[ResponseLogps]:
     """What a reference says about groups, a chunk of them at a time."""
     starts = range(0, len(groups), CHUNK)
-    with bench.loaded.precision():
-        return [reference.logps(collate(groups[at : at + CHUNK]).to(bench.device)) for at in starts]
+    with bench.policy.precision():
+        return [reference.logps(collate(groups[at : at + CHUNK]).to(bench.work.device)) for at in starts]
 
 
 def sums_of(found: Sequence[ResponseLogps]) -> Float[np.ndarray, " N"]:
@@ -135,8 +132,8 @@ def divergences(
     if not reference.normalised:
         return Divergence(reason=NOT_NORMALISED), Divergence(reason=NOT_NORMALISED)
     model = _own_model(bench, component, reference) if by_token else None
-    policy, tokenizer = bench.loaded.model, bench.loaded.tokenizer
-    with bench.loaded.precision():
+    policy, tokenizer = bench.policy.model, bench.policy.tokenizer
+    with bench.policy.precision():
         if model is not None and _outputs(model) == _outputs(policy):
             theirs = bench.samples(model, tokenizer, bench.prompts)
             return by_tokens(policy, model, tokenizer, ours), by_tokens(model, policy, tokenizer, theirs)
@@ -150,12 +147,10 @@ def _outputs(model: Any) -> int:
 
 def _own_model(bench: Bench, component: Component, reference: Reference) -> nn.Module | None:
     """The model behind a reference of the policy's tokens; None where it is no single one that can be asked."""
-    asked = getattr(reference, "model", None)
-    live = component.live
-    if asked is not None or live is None:
-        return asked
+    if reference.model is not None or component.live is None:
+        return reference.model
     with redirect_stdout(io.StringIO()):  # it was built before, and has said what there is to say
-        return getattr(bench.build(live, bench.groups[:1]), "model", None)
+        return bench.build(component.live, bench.groups[:1]).model
 
 
 def _drawn_by(bench: Bench, component: Component, reference: Reference) -> list[Generation] | None:
@@ -164,12 +159,12 @@ def _drawn_by(bench: Bench, component: Component, reference: Reference) -> list[
     if not options.get("path") or not reference.weights:
         return None
     source = ModelSource(**{f.name: options[f.name] for f in fields(ModelSource) if f.name in options})
-    model = load_reference(source, locate(source.path), bench.device, bench.run.model.options["attention"])
+    model = bench.work.loader.fresh(source)
     if weights_digest(model) != reference.weights:
         return None
     system = options.get("system_prompt")
     prompts = bench.prompts if system is None else [_under(system, prompt) for prompt in bench.prompts]
-    return bench.samples(model.eval(), tokenizer_of(component), prompts)
+    return bench.samples(model, tokenizer_of(bench, component), prompts)
 
 
 def _under(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -179,7 +174,7 @@ def _under(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
 
 def _scored(bench: Bench, component: Component, texts: Sequence[PromptGroup]) -> Scored:
     """Log-probs of texts under policy and reference, and which of them fit the data's limits."""
-    made = bench.run.data.bound(tokenise)(texts, bench.loaded.tokenizer).groups
+    made = bench.run.data.bound(tokenise)(texts, bench.policy.tokenizer).groups
     if not len(made):
         return np.zeros(0), np.zeros(0), []
     with redirect_stdout(io.StringIO()):
@@ -188,10 +183,10 @@ def _scored(bench: Bench, component: Component, texts: Sequence[PromptGroup]) ->
     return scored[0], scored[1], made.rows.tolist()
 
 
-def tokenizer_of(component: Component) -> Any:
+def tokenizer_of(bench: Bench, component: Component) -> Any:
     """The tokenizer of the model that a reference's options name, with the template it is used with."""
     options = component.options
-    tokenizer = load_tokenizer(locate(options["path"]), options.get("revision"))
+    tokenizer = bench.work.loader.tokenizer(options["path"], options.get("revision"))
     install_template(tokenizer, options.get("template", "auto"), options.get("template_options"), "reference")
     return tokenizer
 
@@ -206,7 +201,7 @@ def tokenizer_overlap(bench: Bench, component: Component) -> TokenOverlap | None
     """How a model's tokenizer differs from the policy's; None where it does not, or the reference is no model."""
     if not component.options.get("path"):
         return None
-    ours, theirs = bench.loaded.tokenizer, tokenizer_of(component)
+    ours, theirs = bench.policy.tokenizer, tokenizer_of(bench, component)
     if ours.get_vocab() == theirs.get_vocab():
         return None
     texts = [bench.groups.text(index) for index in range(len(bench.groups))]
@@ -277,24 +272,22 @@ def _runs(request: Request) -> dict[str, tuple[list[str], TrainRun]]:
 def _bench(request: Request) -> Bench:
     """Load the policy and draw the pairs."""
     cfg, choices = composed([*request.words, "reference=initial"])
-    run, device = replace(resolve(cfg, choices), data=request.data), best_device()
+    run = replace(resolve(cfg, choices), data=request.data)
+    work = replace(workspace(run, Path(request.output_dir or ".")), seed=request.seed)
     data = run.data(request.data_seed, progress)
-    loaded: LoadedModel = run.model(locate, device)
-    groups = draw(tokenised(run, data, loaded.tokenizer)[0].groups, request.options.num_pairs, request.seed)
+    policy: Policy = run.model(work.device)
+    groups = draw(tokenised(run, data, policy.tokenizer)[0].groups, request.options.num_pairs, request.seed)
     texts = [groups.text(index) for index in range(len(groups))]
-    prompts = list({text.prompt_id: text.prompt for text in texts}.values())
-    return Bench(
-        run, loaded, groups, [prompt for prompt in prompts if prompt][: request.options.num_prompts],
-        request.options.max_new_tokens, request.seed, device,
-    )  # fmt: skip
+    prompts = [prompt for prompt in {text.prompt_id: text.prompt for text in texts}.values() if prompt]
+    return Bench(run, work, policy, groups, prompts[: request.options.num_prompts], request.options.max_new_tokens)
 
 
 def _report(request: Request, runs: Mapping[str, tuple[list[str], TrainRun]]) -> Report:
     bench = _bench(request)
     pairs = pairs_of(bench.groups)
     policy = sums_of(responses(bench.build(bench.run.reference, bench.groups), bench.groups, bench))
-    with bench.loaded.precision():
-        samples = bench.samples(bench.loaded.model, bench.loaded.tokenizer, bench.prompts)
+    with bench.policy.precision():
+        samples = bench.samples(bench.policy.model, bench.policy.tokenizer, bench.prompts)
     candidates, refused = [], []
 
     def measured(title: str, words: Sequence[str], component: Component) -> Candidate:
@@ -303,7 +296,6 @@ def _report(request: Request, runs: Mapping[str, tuple[list[str], TrainRun]]) ->
         logps, by_token = sums_of(found), found[0].token_logps is not None
         margins = pairs.margins(logps)
         forward, reverse = divergences(bench, component, reference, by_token, samples)
-        audit = getattr(reference, "audit", None)
         return Candidate(
             title=title,
             kind=component.name,
@@ -315,7 +307,7 @@ def _report(request: Request, runs: Mapping[str, tuple[list[str], TrainRun]]) ->
             forward=forward,
             reverse=reverse,
             tokens=tokenizer_overlap(bench, component),
-            audit=audit and audit.line(),
+            audit=None if reference.audit is None else reference.audit.line(),
         )
 
     for title, (words, run) in runs.items():

@@ -26,7 +26,6 @@ from dpo_ref.cli.resolve import resolve, strength
 from dpo_ref.cli.schemas import CONF, groups, locate, register
 from dpo_ref.evaluation.results import METRICS, Metric
 from dpo_ref.objectives.interface import OF_TOKENS, Objective, bind, made_up
-from dpo_ref.types import ResponseLogps
 
 # --- docs/objectives.md
 
@@ -99,7 +98,7 @@ def needs(function: Callable[..., Any]) -> list[str]:
     """What an objective reads: pairs or responses, other arguments left of its star, token values, lengths, bytes."""
     objective = bind(function)
     usual = _losses(objective)
-    known = {name: field for name, field in SIZES.items() if objective.asks is ResponseLogps}
+    known = {name: field for name, field in SIZES.items() if not objective.of_scores}
     sizes = [name for name, field in known.items() if not torch.equal(_losses(objective, field), usual)]
     tokens = ["tokens"] if {*objective.takes.values()} & {*OF_TOKENS} else []
     others = [WORDS.get(name, name) for name in objective.takes if name != "policy"]

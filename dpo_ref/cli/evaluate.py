@@ -17,16 +17,18 @@ from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.cli.winrates import STAGE as WINRATE
 from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, run_winrates
 from dpo_ref.component import Component
-from dpo_ref.distributed import keep_memory
+from dpo_ref.distributed import best_device, keep_memory
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.evaluate import assess, at_each, at_other, baseline_of, check_temperature, prompts_of
 from dpo_ref.evaluation.judging.judge import JudgeLost
 from dpo_ref.evaluation.policy import Settings, Subject, against
 from dpo_ref.evaluation.results import RESULTS, Evaluated, Thresholds, joined, read_json, with_curve
 from dpo_ref.evaluation.sweep import cells, collect, results_folder, results_of_checkpoint
-from dpo_ref.lab import models as lab_models
+from dpo_ref.files import cache_folder
+from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import run_of
+from dpo_ref.models.loading import ModelLoader, Workspace
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
 from dpo_ref.reports.sweep import sweep_tables, track_sweep, write_sweep
@@ -58,6 +60,7 @@ class Evaluator:
         self.own_data = any(key.partition(".")[0] == "data" for key in said)
         self.thresholds = Thresholds(**OmegaConf.to_container(cfg.degeneration))  # pyright: ignore[reportCallIssue]
         self._data: dict[str, PreferenceData] = {}
+        self._loader = ModelLoader(best_device(), keep=3)  # initial policy, loss reference and the policy at hand
         self.tracking = component("tracking", cfg.tracking, choices["tracking"])
         self.lost: JudgeLost | None = None  # why the judge is asked no more
 
@@ -82,9 +85,10 @@ class Evaluator:
         key = f"{data} {seed}"
         if key not in self._data:
             self._data[key] = data(seed, progress)
-        asked, named = prompts_of(subject, parts, self._data[key], seed), (parts["generation"], parts["scorer"])
-        how = (*named, self.cfg.seed, self.cfg.stage, self.thresholds, parts["diagnostic"], parts.get("judge"))
-        return Settings(self._data[key], data, asked, *how)
+        work = Workspace(subject.folder, cache_folder(), self.cfg.seed, progress, self._loader)
+        tokenizer = self._loader.policy(subject.path, subject.text, subject.adapter).tokenizer
+        prompts = prompts_of(tokenizer, parts, self._data[key], seed, progress)
+        return Settings(work, self._data[key], prompts, parts, self.cfg.stage, self.thresholds)
 
     def one(self, path: str, output_dir: str | None = None) -> Outcome:
         """Evaluate one policy. Where the judge stops answering, this one and all that follow do without it."""
@@ -340,7 +344,7 @@ def subject_of(path: str, output_dir: str | None) -> tuple[Subject, DictConfig |
     place = Path(path).expanduser()
     run = checkpoint.run_of(place) or place
     if not (run / "summary.json").is_file():
-        name = path.removeprefix(lab_models.SCHEME).rstrip("/").rpartition("/")[2]
+        name = path.removeprefix(SCHEME).rstrip("/").rpartition("/")[2]
         default = Path(output_dir or f"outputs/evaluations/{name}")
         return Subject(name, path, default), None
     summary = read_json(run / "summary.json")

@@ -12,10 +12,9 @@ from typing import Any
 from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.component import Component, annotations
 from dpo_ref.data.tokenise import end_of_turn_ids, tokenise
-from dpo_ref.distributed import best_device
 from dpo_ref.evaluation.evaluate import loss_reference
 from dpo_ref.evaluation.heldout import PairScores, reference_pairs, score_pairs
-from dpo_ref.evaluation.policy import Settings, Subject, loaded
+from dpo_ref.evaluation.policy import Settings, Subject
 from dpo_ref.files import write_text
 from dpo_ref.generation.records import read_generations
 from dpo_ref.reports.exports import Answers, Export, RewardedPair, RewardedPairs
@@ -54,18 +53,18 @@ def _pairs(subject: Subject, settings: Settings) -> RewardedPairs:
             f"export=rewardbench wants implicit rewards, which are measured against a run's reference; "
             f"policy={subject.path} is no run"
         )
-    ours, held_out = loaded(subject.path), settings.data.eval
-    groups = settings.data_options.bound(tokenise)(held_out, ours.tokenizer).groups
+    ours, held_out, source = settings.policy(subject), settings.data.eval, settings.parts["data"]
+    groups = source.bound(tokenise)(held_out, ours.tokenizer).groups
     members = groups.where(groups.have_pairs)
     if not len(members):
-        return RewardedPairs(subject.name, settings.data_options.name, [])
+        return RewardedPairs(subject.name, source.name, [])
     reference = loss_reference(subject, settings, members)
     policy = score_pairs(ours.model, members, end_of_turn_ids(ours.tokenizer), progress)
-    against = reference_pairs(reference, members, policy, best_device())
+    against = reference_pairs(reference, members, policy, settings.work.device)
     found = rewarded(held_out, members, policy, against)
     if left_out := sum(len(group.pairs) for group in held_out) - len(found):
         print(f"{left_out} of {left_out + len(found)} pairs left out: they are longer than data.max_length")
-    return RewardedPairs(subject.name, settings.data_options.name, found)
+    return RewardedPairs(subject.name, source.name, found)
 
 
 def rewarded(

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
+import dpo_ref.lab.models  # noqa: F401  (it makes paths such as lab:initial known)
 from dpo_ref.cli.command_line import refuse_unknown
 from dpo_ref.cli.schemas import SCHEMAS, SHARED, STAGES, groups, locate, parts_of
 from dpo_ref.component import (
@@ -29,8 +30,7 @@ from dpo_ref.component import (
 from dpo_ref.evaluation.results import Thresholds, read_json
 from dpo_ref.models.reward_model import check_reward_run
 from dpo_ref.objectives.interface import STRENGTH, Objective, bind
-from dpo_ref.training.trainer import TrainerConfig
-from dpo_ref.types import ResponseScores
+from dpo_ref.training.rounds import TrainerConfig
 
 
 def _defaults(parts: Sequence[Callable[..., Any]]) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
             f"reference={reference.name} has no effect: objective={objective.name} uses no reference; "
             "leave it out or write reference=none"
         )
-    if objective.asks is ResponseScores:
+    if objective.of_scores:
         check_reward_run(objective.name, parts)
     reference.hooks.check_run(objective, plan)
     trainer = TrainerConfig(**settings)

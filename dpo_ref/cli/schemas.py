@@ -25,7 +25,7 @@ from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.lab.bandits.study import StudyOptions
 from dpo_ref.objectives.interface import likelihood_term
-from dpo_ref.training.trainer import TrainerConfig
+from dpo_ref.training.rounds import TrainerConfig
 
 # --- folders
 

@@ -7,7 +7,8 @@ import platform
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,16 +18,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.bandit import run_bandit
-from dpo_ref.cli.build import build, cache_reference, report_data
+from dpo_ref.cli.build import Built, build, cache_reference, report_data
 from dpo_ref.cli.resolve import TrainRun, resolve, saved_config, strength_of
 from dpo_ref.files import write_json
+from dpo_ref.generation.sampling import generate
 from dpo_ref.reports import training_curve
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.tracking.terminal import progress, run_summary
 from dpo_ref.tracking.tracker import RunInfo, Tracker, policy_artifact, reference_artifact
 from dpo_ref.tracking.weights_and_biases import known_id
-from dpo_ref.training.run import Interrupted, Session
-from dpo_ref.types import ResponseLogps, ResponseScores
+from dpo_ref.training.run import Interrupted, TrainingRun
 
 MAY_CHANGE = (
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.eval_every", "trainer.stop_when_degenerate",
@@ -34,10 +35,10 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-NEXT = {  # what to type after a run
-    ResponseLogps: "python evaluate.py policy={}",
-    ResponseScores: "python evaluate.py policy=<run or model folder> scorer=reward_model scorer.path={}/policy",
-}
+NEXT = "python evaluate.py policy={}"  # what to type after a run
+NEXT_OF_SCORES = "python evaluate.py policy=<run or model folder> scorer=reward_model scorer.path={}/policy"
+ASIDE = {"cache_reference": cache_reference, "data": report_data}  # stages that train nothing
+SAMPLE_TOKENS = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,24 +119,25 @@ def record(cfg: DictConfig, job: Job, status: str, **found: Any) -> dict[str, An
     return summary
 
 
-def described(session: Session, run: TrainRun, steps: int) -> dict[str, Any]:
-    """What a session contributes to its summary."""
+def described(built: Built, steps: int) -> dict[str, Any]:
+    """What a training run contributes to its summary."""
+    training, reference = built.training, built.training.reference
     return {
-        "objective": session.objective.name,
-        "reference": _named(session.reference.name, run.reference.options),
-        "provenance": getattr(session.reference, "provenance", None),
+        "objective": training.objective.name,
+        "reference": _named(reference.name, built.config.reference.options),
+        "provenance": reference.provenance,
         "identities": {
-            "initial_policy": session.policy_weights,
-            "loss_reference": session.reference.identity,
-            "loss_reference_weights": session.reference.weights,
-            "loss_reference_values": getattr(session.reference, "values_digest", ""),
-            "kl_reference": session.policy_weights,
+            "initial_policy": training.initial_weights,
+            "loss_reference": reference.identity,
+            "loss_reference_weights": reference.weights,
+            "loss_reference_values": reference.values_digest or "",
+            "kl_reference": training.initial_weights,
         },
         "steps": steps,
-        "degenerate": session.evaluation.degenerate if session.evaluation else [],
-        "data": session.counts,
-        "metrics": {name: value for name, value in session.record.last.items() if math.isfinite(value)},
-        "wandb": session.record.tracker.location,
+        "degenerate": training.evaluation.degenerate if training.evaluation else [],
+        "data": built.counts,
+        "metrics": {name: value for name, value in training.record.last.items() if math.isfinite(value)},
+        "wandb": training.record.tracker.location,
     }
 
 
@@ -165,64 +167,82 @@ def _tracker(cfg: DictConfig, job: Job, run: TrainRun) -> Tracker:
     return run.tracking(info)
 
 
-def _train(cfg: DictConfig, job: Job, run: TrainRun) -> None:
+@contextmanager
+def tracked(cfg: DictConfig, job: Job, run: TrainRun) -> Iterator[Tracker]:
+    """The run's tracker, which is told whether the run came to its end."""
     tracker, exit_code = _tracker(cfg, job, run), 1
     try:
-        session = build(run, job.directory, tracker)
-        first_step = session.resume() if cfg.resume else 0
-        try:
-            steps = session.run(first_step)
-        except Interrupted:
-            record(cfg, job, "interrupted", **described(session, run, first_step))
-            raise
-        session.finish(steps)
-        status = "completed" if session.stopped_at is None else "stopped"
-        summary = record(cfg, job, status, **described(session, run, steps))
-        broken = {"degenerate": "; ".join(summary["degenerate"])} if session.evaluation else {}
-        tracker.summary({"status": status, **broken, **summary["identities"]})
-        write_card(job.directory, summary, OmegaConf.to_container(cfg, resolve=True), None)  # pyright: ignore
-        training = known_id(job.directory, "train") or job.directory.name
-        tracker.artifact(policy_artifact(training, job.directory / "policy", summary))
-        tracker.artifact(reference_artifact(summary))
+        yield tracker
         exit_code = 0
     finally:
         tracker.finish(exit_code)
-    run_summary(
-        f"{run.objective.name} on {cfg.model.path}", told(session), [NEXT[run.objective.asks].format(job.directory)]
-    )
+
+
+def conclude(cfg: DictConfig, job: Job, built: Built, steps: int) -> None:
+    """Save the policy and say everywhere how the run ended."""
+    training, tracker = built.training, built.training.record.tracker
+    training.finish(steps)
+    if training.evaluation is not None:
+        tracker.image("evaluation/curves", training_curve.write_picture(job.directory))
+    if built.sample_prompts:
+        _show_samples(built, steps)
+    status = "completed" if training.stopped_at is None else "stopped"
+    summary = record(cfg, job, status, **described(built, steps))
+    broken = {"degenerate": "; ".join(summary["degenerate"])} if training.evaluation else {}
+    tracker.summary({"status": status, **broken, **summary["identities"]})
+    write_card(job.directory, summary, OmegaConf.to_container(cfg, resolve=True), None)  # pyright: ignore
+    name = known_id(job.directory, "train") or job.directory.name
+    tracker.artifact(policy_artifact(name, job.directory / "policy", summary))
+    tracker.artifact(reference_artifact(summary))
+
+
+def _show_samples(built: Built, steps: int) -> None:
+    """A few of the policy's answers, for the tracker."""
+    training, policy = built.training, built.training.policy
+    with policy.precision():
+        samples = generate(
+            policy.model, policy.tokenizer, built.sample_prompts, training.work.seed, max_new_tokens=SAMPLE_TOKENS
+        )
+    rows = [[sample.prompt[-1]["content"], sample.output, sample.finish_reason] for sample in samples]
+    training.record.tracker.table("samples", ["prompt", "output", "finish_reason"], rows, step=steps)
 
 
 def _bandit(cfg: DictConfig, job: Job, run: TrainRun) -> None:
-    tracker, exit_code = _tracker(cfg, job, run), 1
-    try:
-        found = run_bandit(run, job.directory, tracker, progress)
-        record(cfg, job, "completed", **found, wandb=tracker.location)
+    with tracked(cfg, job, run) as tracker:
+        results = run_bandit(run, job.directory, tracker, progress)
+        record(cfg, job, "completed", **results, wandb=tracker.location)
         tracker.summary({"status": "completed"})
-        exit_code = 0
-    finally:
-        tracker.finish(exit_code)
-    said = {"findings" if place == 0 else "": sentence for place, sentence in enumerate(found["findings"])}
+    findings = {"findings" if index == 0 else "": sentence for index, sentence in enumerate(results["findings"])}
     files = {name: str(job.directory / name) for name in ("report.html", "report.png", "metrics.jsonl")}
-    run_summary(f"{run.objective.name} in the bandit of {run.bandit and run.bandit.name}", said | files)
+    run_summary(f"{run.objective.name} in the bandit of {run.bandit and run.bandit.name}", findings | files)
 
 
 def run_job(cfg: DictConfig, job: Job) -> int:
     """Run one job to its end and say how it ended; the exit code. Never raises for what a user can put right."""
+    built, first_step = None, 0
     try:
         if cfg.resume:
             cfg, job = restored(cfg, job)
         run = resolve(cfg, job.choices, job.overrides)
-        if run.stage == "cache_reference":
-            cache_reference(run)
-            return 0
-        if run.stage == "data":
-            report_data(run, job.directory, f"{run.data.name} for {cfg.model.path}")
+        if run.stage in ASIDE:
+            ASIDE[run.stage](run, job.directory)
             return 0
         open_folder(cfg, job)
         if not cfg.resume:
             record(cfg, job, "running")
-        (_train if run.bandit is None else _bandit)(cfg, job, run)
+        if run.bandit is not None:
+            _bandit(cfg, job, run)
+            return 0
+        with tracked(cfg, job, run) as tracker:
+            built = build(run, job.directory, tracker)
+            first_step = built.training.resume() if cfg.resume else 0
+            steps = built.training.train(first_step)
+            conclude(cfg, job, built, steps)
+        command = NEXT_OF_SCORES if run.objective.of_scores else NEXT
+        run_summary(f"{run.objective.name} on {cfg.model.path}", told(built.training), [command.format(job.directory)])
     except Interrupted as stop:
+        assert built is not None
+        record(cfg, job, "interrupted", **described(built, first_step))
         print(f"\n{stop}; go on with\n  python train.py resume={job.directory}")
         return 130
     except (ValueError, OSError) as error:
@@ -253,26 +273,26 @@ def _failed(cfg: DictConfig, job: Job, error: Exception) -> None:
 TOLD = ("train/loss", "train/rewards/accuracies", "eval/loss", "eval/rewards/accuracies", "on_policy/reward_mean")
 
 
-def told(session: Session) -> dict[str, str]:
+def told(training: TrainingRun) -> dict[str, str]:
     """Where a run's results are, and its most telling numbers from the first to the last."""
-    record, folder = session.record, session.directory
+    record, folder = training.record, training.work.directory
     rows = {"folder": str(folder), "policy": str(folder / "policy")}
     for name in TOLD:
         if name in record.last:
             rows[name] = f"{record.first[name]:.4f} -> {record.last[name]:.4f}"
-    if session.evaluation is not None:
-        rows |= _evaluation_told(session, session.evaluation.degenerate)
+    if training.evaluation is not None:
+        rows |= _evaluation_told(training, training.evaluation.degenerate)
     if record.tracker.location:
         rows["W&B"] = record.tracker.location
     return rows
 
 
-def _evaluation_told(session: Session, degenerate: Sequence[str]) -> dict[str, str]:
-    rows = training_curve.evaluations(session.record.path)
-    curves = str(session.directory / training_curve.PICTURE)
+def _evaluation_told(training: TrainingRun, degenerate: Sequence[str]) -> dict[str, str]:
+    rows = training_curve.evaluations(training.record.path)
+    curves = str(training.work.directory / training_curve.PICTURE)
     words = {"evaluation": training_curve.in_words(rows), "curves": curves}
-    if session.stopped_at is not None:
-        words["stopped"] = f"at step {session.stopped_at} of {session.supply.num_steps}"
+    if training.stopped_at is not None:
+        words["stopped"] = f"at step {training.stopped_at} of {training.rounds.num_steps}"
     return words | ({"degenerate": "; ".join(degenerate)} if degenerate else {})
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,14 +12,13 @@ from dpo_ref.component import Component
 from dpo_ref.data.groups import Groups
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids, length_limit, tokenise
-from dpo_ref.distributed import best_device
 from dpo_ref.evaluation.diagnostics.diagnose import Diagnosed, Diagnosis, metrics_of
 from dpo_ref.evaluation.diagnostics.pairs import content_of
 from dpo_ref.evaluation.diagnostics.token_statistics import DiagnosticContext
 from dpo_ref.evaluation.heldout import heldout_metrics, reference_pairs, score_pairs
 from dpo_ref.evaluation.judging.judges import JudgeContext
 from dpo_ref.evaluation.kl import SampleKl, sample_groups, sample_kl, sequence_k1
-from dpo_ref.evaluation.policy import Loaded, Settings, Subject, loaded
+from dpo_ref.evaluation.policy import Settings, Subject
 from dpo_ref.evaluation.results import (
     RESULTS,
     Evaluated,
@@ -43,30 +43,26 @@ from dpo_ref.evaluation.stages import (
     score_stage,
     with_judgments,
 )
-from dpo_ref.files import cache_folder
 from dpo_ref.generation.engine import PromptSet, answered, held_out
 from dpo_ref.generation.records import Generation, read_generations
 from dpo_ref.generation.sampling import never_sampled
-from dpo_ref.lab import models as lab_models
 from dpo_ref.models import checkpoint
-from dpo_ref.models.loading import ModelSource, check_folder, load_reference, load_tokenizer
-from dpo_ref.references.interface import Reference, ReferenceContext
-from dpo_ref.tracking.terminal import progress
-from dpo_ref.types import PreferenceData, digest
+from dpo_ref.references.interface import Reference, ReferenceContext, build
+from dpo_ref.types import PreferenceData, Progress, digest
 
 
 def _answers(subject: Subject, settings: Settings, folder: Path) -> list[Generation]:
-    model = loaded(subject.path, subject.text, subject.adapter)
+    model = settings.policy(subject)
     if not settings.prompts.questions:
         raise ValueError("the data has no prompts to answer: hold some out with data.eval_fraction or data.eval_path")
-    engine, seed = settings.generation(model.policy), settings.seed
+    engine, seed = settings.generation(model), settings.work.seed
     options = settings.generation_identity()
     key = generation_key(engine.weights(), model.text_identity, settings.prompts, seed, options)
-    return generate_stage(folder, key, lambda kept: answered(engine, settings.prompts, seed, progress, kept))
+    return generate_stage(folder, key, partial(answered, engine, settings.prompts, seed, settings.work.progress))
 
 
 def _about(subject: Subject, settings: Settings, scorer: str, metrics: Mapping[str, float]) -> Evaluation:
-    asked = {**settings.generation.plain(), "seed": settings.seed}
+    asked = {**settings.generation.plain(), "seed": settings.work.seed}
     before = subject.folder / "evaluation.json"
     if settings.stage == "score" and before.is_file():  # the answers are those of then
         asked = read_evaluation(subject.folder).generation
@@ -137,9 +133,9 @@ def assess(subject: Subject, settings: Settings, baseline: Evaluated | None) -> 
                 folder, measure_key(subject, settings), lambda: measured(subject, settings, generations)
             )
             metrics |= _diagnosis(subject, settings, generations)
-    scores = settings.scorer(generations)
+    scores = settings.parts["scorer"](generations)
     about = _about(subject, settings, scores.name, metrics)
-    found = score_stage(folder, about, generations, scores.values, baseline, settings.seed, settings.thresholds)
+    found = score_stage(folder, about, generations, scores.values, baseline, settings.work.seed, settings.thresholds)
     return _judged(settings, folder, found, baseline)
 
 
@@ -147,13 +143,9 @@ def _judged(settings: Settings, folder: Path, found: Evaluated, baseline: Evalua
     """With the judge's numbers: asked for now, or those of the same answers that are stored; a baseline has none."""
     if settings.judge is None or baseline is None:
         return with_judgments(folder, found, baseline)
-    judge = settings.judge(JudgeContext(settings.judge.name, cache_folder(), _judge_model, progress))
-    return judge_stage(folder, judge, found, baseline, settings.seed, progress)
-
-
-def _judge_model(path: str) -> Loaded:
-    check_folder(lab_models.locate(path), "judge.model")
-    return loaded(path)
+    work = settings.work
+    judge = settings.judge(JudgeContext(settings.judge.name, work.cache, work.loader, work.progress))
+    return judge_stage(folder, judge, found, baseline, work.seed, work.progress)
 
 
 def baseline_of(
@@ -163,12 +155,11 @@ def baseline_of(
     if (Path(path) / RESULTS / "evaluation.json").is_file():
         aside = folder_at(Path(path) / RESULTS, settings.generation.options["temperature"])
         return read_evaluated(aside if (aside / "evaluation.json").is_file() else Path(path) / RESULTS)
-    model = loaded(path, text, adapter)
-    key = digest(
-        [deciding(settings.generation.plain()), settings.seed, settings.prompts.content(), model.text_identity]
-    )
-    folder = cache_folder() / "evaluations" / f"{settings.generation(model.policy).weights()[:16]}-{key[:16]}"
-    other_draws = replace(settings, stage="all", judge=None, seed=settings.seed + BASELINE_SEED)
+    model = settings.work.loader.policy(path, text, adapter)
+    work = settings.work
+    key = digest([deciding(settings.generation.plain()), work.seed, settings.prompts.content(), model.text_identity])
+    folder = work.cache / "evaluations" / f"{settings.generation(model).weights()[:16]}-{key[:16]}"
+    other_draws = settings.of_baseline(work.seed + BASELINE_SEED)
     found = assess(Subject(name, path, folder, adapter, text), other_draws, None)
     assert found is not None
     return found
@@ -179,13 +170,13 @@ def baseline_of(
 
 def measured(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> dict[str, float]:
     """KL to the initial policy and to the loss reference, where the samples allow it, and the held-out pairs."""
-    with loaded(subject.path).precision():
+    with settings.policy(subject).precision():
         return _measured(subject, settings, generations)
 
 
 def _measured(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> dict[str, float]:
-    ours, initial = loaded(subject.path), initial_of(subject)
-    groups = settings.data_options.bound(tokenise)(settings.data.eval, ours.tokenizer).groups
+    ours, initial, progress = settings.policy(subject), settings.initial(subject), settings.work.progress
+    groups = settings.parts["data"].bound(tokenise)(settings.data.eval, ours.tokenizer).groups
     reference = loss_reference(subject, settings, groups)
     found: dict[str, float] = {}
     own = "best_of" not in settings.generation.options  # else they are not the policy's own samples
@@ -197,7 +188,7 @@ def _measured(subject: Subject, settings: Settings, generations: Sequence[Genera
     if groups.have_pairs.any():
         ends = end_of_turn_ids(ours.tokenizer)
         policy, start = (score_pairs(m.model, groups, ends, progress) for m in (ours, initial))
-        found |= heldout_metrics(policy, start, reference_pairs(reference, groups, start, best_device()))
+        found |= heldout_metrics(policy, start, reference_pairs(reference, groups, start, settings.work.device))
     return found
 
 
@@ -205,36 +196,23 @@ def measure_key(subject: Subject, settings: Settings) -> str:
     """Digest of what measurements depend on: the answers, the models they are compared with, the held-out pairs."""
     assert subject.loss_reference is not None
     answers = read_json(subject.folder / "generations.key.json")["key"]
-    others = [initial_of(subject).weights, subject.loss_reference.name, subject.loss_reference.options]
+    others = [settings.initial(subject).weights, subject.loss_reference.name, subject.loss_reference.options]
     pairs = [(group.group_id, group.logps) for group in settings.data.eval]
-    return digest([answers, others, pairs, settings.data_options.plain()])
-
-
-def initial_of(subject: Subject) -> Loaded:
-    """The policy as it was before training."""
-    assert subject.initial is not None
-    return loaded(subject.initial, subject.initial_text, subject.initial_adapter)
+    return digest([answers, others, pairs, settings.parts["data"].plain()])
 
 
 def loss_reference(subject: Subject, settings: Settings, groups: Groups) -> Reference:
     """The loss reference for these groups, by the run's own configuration of it. Raises ValueError if it is not what
     the run was trained against."""
     assert subject.loss_reference is not None
-    initial = initial_of(subject)
     context = ReferenceContext(
-        policy=initial.model,
-        tokenizer=initial.tokenizer,
+        settings.work,
+        settings.initial(subject),
+        groups,
+        settings.parts["data"].bound(pack),
         uses_reference=subject.reference != "none",
-        load=_load,
-        load_tokenizer=lambda path, revision=None: load_tokenizer(lab_models.locate(path), revision),
-        text_identity=initial.text_identity,
-        groups=groups,
-        pack=settings.data_options.bound(pack),
-        progress=progress,
-        device=best_device(),
-        cache=cache_folder(),
     )
-    reference: Reference = subject.loss_reference(context)
+    reference = build(subject.loss_reference, context)
     reference.load_state_dict(checkpoint.read_reference(subject.checkpoint) if subject.checkpoint else {})
     subject.check_reference(reference)
     return reference
@@ -245,18 +223,6 @@ def live_reference(subject: Subject, settings: Settings, groups: Groups) -> Refe
     assert subject.loss_reference is not None
     live = subject.loss_reference.live or subject.loss_reference
     return loss_reference(replace(subject, loss_reference=live), settings, groups)
-
-
-def is_initial(reference: Reference, subject: Subject) -> bool:
-    """Whether the loss reference is the initial policy, reading the same text."""
-    same = reference.weights == initial_of(subject).weights
-    return same and not reference.own_text and not reference.state_dict()
-
-
-def _load(source: ModelSource) -> torch.nn.Module:
-    if source == ModelSource(source.path):
-        return loaded(source.path).model
-    return load_reference(source, lab_models.locate(source.path), best_device(), "auto")
 
 
 def _kl_to_reference(
@@ -272,13 +238,12 @@ def _kl_to_reference(
     assert subject.loss_reference is not None
     if not reference.normalised:
         return {}
-    ours = loaded(subject.path)
-    if is_initial(reference, subject):
+    ours, progress = settings.policy(subject), settings.work.progress
+    if reference.equals(settings.initial(subject)):
         return to_initial.metrics("loss_reference")
     on_samples = live_reference(subject, settings, sample_groups(generations)[0])
-    model = getattr(on_samples, "model", None)
-    if model is not None:
-        return sample_kl(ours.model, model, generations, never, progress).metrics("loss_reference")
+    if on_samples.model is not None:
+        return sample_kl(ours.model, on_samples.model, generations, never, progress).metrics("loss_reference")
     return sequence_k1(ours.model, on_samples, generations).metrics("loss_reference")
 
 
@@ -287,47 +252,30 @@ def _kl_to_reference(
 
 def diagnose_key(subject: Subject, settings: Settings) -> str:
     """Digest of what a diagnosis depends on: what measurements do, its options, the content of its pair files."""
-    options = settings.diagnostic.plain()
+    diagnostic = settings.parts["diagnostic"]
+    options = diagnostic.plain()
     files = content_of(options["pairs"]) if options.get("pairs") else None
-    return digest([measure_key(subject, settings), settings.diagnostic.name, options, files, settings.seed])
+    return digest([measure_key(subject, settings), diagnostic.name, options, files, settings.work.seed])
 
 
 def diagnosed(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> Diagnosed | None:
     """The configured diagnosis of a policy that a run has trained."""
-    with loaded(subject.path).precision():
-        return settings.diagnostic(_context(subject, settings, generations))
-
-
-def _context(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> DiagnosticContext:
-    ours, initial = loaded(subject.path), initial_of(subject)
-    prepare = settings.data_options.bound(tokenise)
-    groups = prepare(settings.data.eval, ours.tokenizer).groups
-    with_pairs, samples = groups.where(groups.have_pairs), sample_groups(generations)[0]
-    reference = loss_reference(subject, settings, with_pairs)
-    temperatures = {(g.temperature, g.top_p) for g in generations}
-    return DiagnosticContext(
-        policy=ours.model,
-        initial=initial.model,
-        tokenizer=ours.tokenizer,
-        ends=frozenset(end_of_turn_ids(ours.tokenizer)),
-        never=never_sampled(ours.tokenizer, ours.model.get_output_embeddings().weight.shape[0]),
-        heldout=with_pairs,
-        samples=samples,
-        why_no_samples=None if temperatures == {(1.0, 1.0)} else _other_samples(temperatures),
-        reference_name=reference.name,
-        same_as_initial=is_initial(reference, subject),
-        heldout_reference=lambda: reference,
-        reference_on=partial(live_reference, subject, settings),
-        tokenise=lambda of: prepare(of, ours.tokenizer).groups,
-        device=best_device(),
-        seed=settings.seed,
-        progress=progress,
-    )
-
-
-def _other_samples(found: set[tuple[float, float]]) -> str:
-    drawn = ", ".join(f"temperature {temperature:g} and top-p {top_p:g}" for temperature, top_p in sorted(found))
-    return f"they were drawn with {drawn}, not from the policy itself: generation.temperature=1 generation.top_p=1"
+    policy = settings.policy(subject)
+    with policy.precision():
+        prepare = settings.parts["data"].bound(tokenise)
+        groups = prepare(settings.data.eval, policy.tokenizer).groups
+        heldout = groups.where(groups.have_pairs)
+        context = DiagnosticContext(
+            work=settings.work,
+            policy=policy,
+            initial=settings.initial(subject),
+            heldout=heldout,
+            generations=generations,
+            reference=loss_reference(subject, settings, heldout),
+            reference_on=partial(live_reference, subject, settings),
+            tokenise=lambda rows: prepare(rows, policy.tokenizer).groups,
+        )
+        return settings.parts["diagnostic"](context)
 
 
 # --- what an evaluation asks, and at which temperatures
@@ -346,17 +294,19 @@ def check_temperature(parts: Mapping[str, Component], overrides: Sequence[str]) 
         )
 
 
-def prompts_of(subject: Subject, parts: Mapping[str, Component], data: PreferenceData, seed: int) -> PromptSet:
-    """What is asked: the data's held-out prompts, or `prompts=`. Data brings its limits on length."""
+def prompts_of(
+    tokenizer: Any, parts: Mapping[str, Component], data: PreferenceData, seed: int, progress: Progress
+) -> PromptSet:
+    """What is asked: the data's held-out prompts, or `prompts=`. Data brings its limits on length, in tokens of the
+    policy's tokenizer."""
     named = parts.get("prompts")
     asked = held_out(data.test_prompts) if named is None else named(seed, progress)
     limits = parts["data"] if named is None else named.options.get("data")
-    return asked if limits is None else _fitting(subject, asked, limits)
+    return asked if limits is None else _fitting(tokenizer, asked, limits)
 
 
-def _fitting(subject: Subject, asked: PromptSet, limits: Component) -> PromptSet:
+def _fitting(tokenizer: Any, asked: PromptSet, limits: Component) -> PromptSet:
     """The prompts that are not longer than their data's limit, by which training drops them too; says how many."""
-    tokenizer = loaded(subject.path).tokenizer
     limit = limits.options["max_prompt_length"] or length_limit(tokenizer, limits.options["max_length"])
     sizes = map(len, encode_prompts(tokenizer, [question.prompt for question in asked.questions]))
     kept = [question for question, size in zip(asked.questions, sizes, strict=True) if size <= limit]
@@ -367,12 +317,10 @@ def _fitting(subject: Subject, asked: PromptSet, limits: Component) -> PromptSet
 
 def at_each(settings: Settings, subject: Subject) -> list[Settings]:
     """The settings for each temperature, the evaluation proper's first; of stored answers, for those there are."""
-    options = settings.generation.options
-    temperatures = in_order(options["temperature"])
+    temperatures = in_order(settings.generation.options["temperature"])
     if settings.stage in OF_STORED:
         temperatures = [*temperatures[:1], *stored_in(subject.folder)]
-    made = [replace(settings.generation, options=options | {"temperature": one}) for one in temperatures]
-    return [replace(settings, generation=one) for one in made]
+    return [settings.at(temperature) for temperature in temperatures]
 
 
 def at_other(subject: Subject, settings: Settings, baseline: Evaluated | None) -> Subject:

@@ -26,21 +26,20 @@ from dpo_ref.evaluation.stages import BASELINE_SEED, compare_metrics, generate_s
 from dpo_ref.generation.engine import held_out
 from dpo_ref.generation.records import Generation, Scores, write_generations
 from dpo_ref.generation.sampling import generate, never_sampled
+from dpo_ref.models.loading import TrainedModel, Workspace
 from dpo_ref.references.interface import Reference
-from dpo_ref.types import Message, Progress, TokenGroup
+from dpo_ref.types import Message, TokenGroup
 
 # --- the policy as it was before training, beside the one that is trained, at the least cost in memory
 
 
-def in_memory(reference: Reference, policy: nn.Module, weights: str) -> nn.Module | None:
+def in_memory(reference: Reference, policy: TrainedModel, weights: str) -> nn.Module | None:
     """The loss reference's own model where that is the initial policy, whose weights have the digest `weights`, on the
     policy's device; else None."""
-    model = getattr(reference, "model", None)
-    moves = bool(reference.state_dict())
-    if not isinstance(model, nn.Module) or moves or reference.own_text or reference.weights != weights:
+    model, moves = reference.model, bool(reference.state_dict())
+    if model is None or moves or reference.own_text or reference.weights != weights:
         return None
-    devices = (next(one.parameters()).device for one in (model, policy))
-    return model if len(set(devices)) == 1 else None
+    return model if next(model.parameters()).device == policy.device else None
 
 
 class InitialPolicy:
@@ -51,7 +50,8 @@ class InitialPolicy:
     gradients do during a step.
     """
 
-    def __init__(self, policy: nn.Module, standing: nn.Module | None) -> None:
+    def __init__(self, policy: nn.Module, standing: nn.Module | None, weights: str) -> None:
+        self.weights = weights  # digest
         shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
         self._device = next(policy.parameters()).device
         if standing is None:
@@ -92,18 +92,13 @@ FOLDER = "training_evaluation"  # in the run's folder
 class EvaluationContext:
     """What an evaluation in training is made from at run time."""
 
-    directory: Path  # the run's
-    policy: Any
+    work: Workspace
+    policy: TrainedModel
     initial: InitialPolicy
-    initial_weights: str  # digest
-    tokenizer: Any
-    text_identity: str  # digest of tokenizer and chat template
     prompts: Sequence[Sequence[Message]]  # held out
     pairs: Sequence[TokenGroup]  # held out
     max_length: int  # tokens of prompt and answer
     thresholds: Thresholds
-    seed: int
-    progress: Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,66 +111,59 @@ class Sampling:
 
 
 class TrainingEvaluation:
-    """Evaluations of the policy of one run, every `every` optimiser steps.
-
-    `degenerate` says why the policy was degenerate at the last of them; empty if it was not.
-    """
+    """Evaluations of the policy of one run."""
 
     def __init__(
         self,
         context: EvaluationContext,
         scorer: Callable[[Sequence[Generation]], Scores],
-        every: int,
         num_prompts: int,
         sampling: Sampling,
     ) -> None:
-        self.every = every
-        self.degenerate: list[str] = []
         self._context, self._scorer, self._sampling = context, scorer, sampling
         self._prompts = drawn_prompts(context, num_prompts, sampling.max_new_tokens)
-        self._pairs = [context.pairs[place] for place in _drawn(len(context.pairs), num_prompts, context.seed)]
+        self._pairs = [context.pairs[place] for place in _drawn(len(context.pairs), num_prompts, context.work.seed)]
 
     @property
     def num_prompts(self) -> int:
         """How many prompts are answered."""
         return len(self._prompts)
 
-    def due(self, step: int) -> bool:
-        """Whether the policy is evaluated after this step, were it not the last."""
-        return step % self.every == 0
-
-    def measure(self, step: int) -> dict[str, float]:
+    def measure(self, step: int) -> tuple[dict[str, float], list[str]]:
         """Metrics of the policy as it is after `step`, under the names `evaluation.json` has for them, whether it is
-        degenerate, and the seconds it took; what could not be measured is left out.
+        degenerate, and the seconds it took; what could not be measured is left out. And why it is degenerate; empty
+        if it is not.
 
         The answers are kept in the run's folder.
         """
-        started, context = time.perf_counter(), self._context
-        training = context.policy.training
-        context.policy.eval()
-        generations = self._answers(context.policy, context.seed)
+        started, context, model = time.perf_counter(), self._context, self._context.policy.model
+        training = model.training
+        model.eval()
+        generations = self._answers(model, context.work.seed)
         self._folder.mkdir(parents=True, exist_ok=True)
         write_generations(self._folder / f"step_{step:08d}.jsonl", generations)
         metrics = self._scored(generations) | self._moved(generations)
-        context.policy.train(training)
-        self.degenerate = degeneration(metrics, self._initial.evaluation.metrics, context.thresholds)
+        model.train(training)
+        degenerate = degeneration(metrics, self._initial.evaluation.metrics, context.thresholds)
         known = {name: value for name, value in metrics.items() if value == value}
-        return known | {DEGENERATE.key: float(bool(self.degenerate)), SECONDS.key: time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        return known | {DEGENERATE.key: float(bool(degenerate)), SECONDS.key: seconds}, degenerate
 
     @property
     def _folder(self) -> Path:
-        return self._context.directory / FOLDER
+        return self._context.work.directory / FOLDER
 
     def _answers(self, model: Any, seed: int) -> list[Generation]:
         context, options = self._context, asdict(self._sampling)
-        return generate(model, context.tokenizer, self._prompts, seed, context.progress, **options)
+        return generate(model, context.policy.tokenizer, self._prompts, seed, context.work.progress, **options)
 
     @cached_property
     def _initial(self) -> Evaluated:
         """The initial policy's answers and their scores; drawn once, then read from the run's folder."""
-        context, seed = self._context, self._context.seed + BASELINE_SEED
+        context, seed = self._context, self._context.work.seed + BASELINE_SEED
         options = asdict(self._sampling)
-        key = generation_key(context.initial_weights, context.text_identity, held_out(self._prompts), seed, options)
+        weights, text = context.initial.weights, context.policy.text_identity
+        key = generation_key(weights, text, held_out(self._prompts), seed, options)
         with context.initial.here() as model:
             generations = generate_stage(self._folder / "initial", key, lambda kept: self._answers(model, seed))
         scores = self._scorer(generations)
@@ -188,23 +176,25 @@ class TrainingEvaluation:
             return self._score_pairs(model)
 
     def _score_pairs(self, model: Any) -> PairScores:
-        return score_pairs(model, self._pairs, end_of_turn_ids(self._context.tokenizer), self._context.progress)
+        return score_pairs(
+            model, self._pairs, end_of_turn_ids(self._context.policy.tokenizer), self._context.work.progress
+        )
 
     def _scored(self, generations: Sequence[Generation]) -> dict[str, float]:
         """What answers alone say, and their win rate."""
         scores = self._scorer(generations)
         metrics = score_metrics(scores.name, generations, scores.values)
-        return metrics | compare_metrics(generations, scores.values, self._initial, self._context.seed)
+        return metrics | compare_metrics(generations, scores.values, self._initial, self._context.work.seed)
 
     def _moved(self, generations: Sequence[Generation]) -> dict[str, float]:
         """How far the policy is from the initial one: KL on its own answers, log-ratios on held-out pairs."""
-        context = self._context
-        never = never_sampled(context.tokenizer, context.policy.get_output_embeddings().weight.shape[0])
+        context, policy = self._context, self._context.policy
+        never = never_sampled(policy.tokenizer, policy.model.get_output_embeddings().weight.shape[0])
         with context.initial.here() as model:
-            found = sample_kl(context.policy, model, generations, never, context.progress)
+            found = sample_kl(policy.model, model, generations, never, context.work.progress)
         metrics = found.metrics("initial") | found.end_metrics()
         if self._pairs:
-            metrics |= displacement(self._score_pairs(context.policy), self._initial_pairs)
+            metrics |= displacement(self._score_pairs(policy.model), self._initial_pairs)
         return metrics
 
 
@@ -225,7 +215,7 @@ def drawn_prompts(context: EvaluationContext, count: int, max_new_tokens: int) -
             "data.eval_path, or leave evaluation.every out"
         )
     room = context.max_length - max_new_tokens
-    sizes = map(len, encode_prompts(context.tokenizer, context.prompts))
+    sizes = map(len, encode_prompts(context.policy.tokenizer, context.prompts))
     fitting = [prompt for prompt, size in zip(context.prompts, sizes, strict=True) if size <= room]
     if not fitting:
         raise ValueError(
@@ -234,7 +224,7 @@ def drawn_prompts(context: EvaluationContext, count: int, max_new_tokens: int) -
         )
     if left_out := len(context.prompts) - len(fitting):
         print(f"  {left_out} held-out prompts left out: with an answer they exceed {context.max_length} tokens")
-    return [fitting[place] for place in _drawn(len(fitting), count, context.seed)]
+    return [fitting[place] for place in _drawn(len(fitting), count, context.work.seed)]
 
 
 def _check_options(**options: Any) -> None:
@@ -264,7 +254,7 @@ def samples(
     """
     assert every is not None
     sampling = Sampling(samples_per_prompt, max_new_tokens, batch_size)
-    made = TrainingEvaluation(context, scorer, every, num_prompts, sampling)
+    made = TrainingEvaluation(context, scorer, num_prompts, sampling)
     copied = context.initial.num_copied
     initial = f"a copy of its {copied:,} trained weights" if copied else "the reference in memory"
     print(

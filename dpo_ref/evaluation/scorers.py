@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from dpo_ref.evaluation.judging.judges import JudgeContext
 from dpo_ref.files import cache_folder
 from dpo_ref.generation.records import Generation, Scores
 from dpo_ref.models.checkpoint import state_digest
-from dpo_ref.models.loading import check_folder, compute_dtype, load_tokenizer
+from dpo_ref.models.loading import ModelLoader, check_folder, compute_dtype, load_tokenizer
 from dpo_ref.types import PromptGroup, digest, silent
 
 
@@ -159,7 +159,7 @@ def judge(generations: Sequence[Generation], *, judge: Annotated[Any, MemberOf("
     nan for an answer about which the judge gave no verdict. Raises ValueError where a prompt has one answer, and when
     the judge is lost; what it said until then is kept, and the same command goes on.
     """
-    chosen: Judge = judge(JudgeContext(judge.name, cache_folder(), _judge_model, silent))
+    chosen: Judge = judge(JudgeContext(judge.name, cache_folder(), _loader(), silent))
     by_prompt: dict[int, list[int]] = defaultdict(list)
     for place, generation in enumerate(generations):
         by_prompt[generation.prompt_index].append(place)
@@ -184,9 +184,7 @@ def _pair(generations: Sequence[Generation], one: int, other: int) -> Pair:
     return Pair(first.prompt, first.prompt_index, first.sample_index, first.output, second.output)
 
 
-def _judge_model(path: str) -> Any:
-    from dpo_ref.evaluation.policy import loaded
-    from dpo_ref.lab import models as lab_models
-
-    check_folder(lab_models.locate(path), "judge.model")
-    return loaded(path)
+@cache
+def _loader() -> ModelLoader:
+    """Judges are asked again and again, and loaded once."""
+    return ModelLoader(best_device(), keep=1)

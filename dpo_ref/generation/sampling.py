@@ -139,7 +139,8 @@ def transformers(
     check_positive(batch_size=batch_size)
     assert not isinstance(temperature, list)
     sampling = Sampling(temperature, top_p, max_new_tokens, samples_per_prompt)
-    return Local(policy.tokenizer, sampling, batch_size, policy.model, policy.weights, policy.precision)
+    answering = (lambda: policy.model, lambda: policy.weights, policy.precision)
+    return Local(policy.tokenizer, sampling, batch_size, *answering)
 
 
 def generate(

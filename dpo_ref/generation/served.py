@@ -65,7 +65,7 @@ class Served:
 
     def weights(self) -> str:
         """Digest of the policy's files, from which the server has it."""
-        return folder_digest(self.policy.place)
+        return folder_digest(self.policy.folder)
 
     def chosen(self, drawn: Sequence[Generation]) -> list[Generation]:
         """Every sample."""
@@ -113,7 +113,7 @@ class Served:
             said[model.server.url] = names
         found = "; ".join(f"{url} serves {', '.join(names)}" for url, names in said.items())
         raise ValueError(
-            f"no server has {self.policy.path}: {found}. Start one with `vllm serve {self.policy.place} "
+            f"no server has {self.policy.path}: {found}. Start one with `vllm serve {self.policy.folder} "
             f"--generation-config vllm --served-model-name {self.policy.path}`, add its address to generation.url, "
             "and run the same command again; what was answered is kept"
         )
@@ -171,7 +171,7 @@ def served(
     """
     if policy.on_top is not None:
         raise ValueError(
-            f"generation=served: what a server has under {policy.place} lacks {policy.on_top}; write the whole model "
+            f"generation=served: what a server has under {policy.folder} lacks {policy.on_top}; write the whole model "
             "into a folder, serve that, and give it, or use generation=transformers"
         )
     assert not isinstance(temperature, list)

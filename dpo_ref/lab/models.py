@@ -31,12 +31,14 @@ from dpo_ref.files import cache_folder
 from dpo_ref.lab.preferences import MIXED, Writer, draw_demonstrations, lab_sft
 from dpo_ref.models.attention import register
 from dpo_ref.models.checkpoint import save_policy
+from dpo_ref.models.loading import LOCATORS, Policy
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.unpaired import sft
 from dpo_ref.references.policies import Zeros
 from dpo_ref.tracking.terminal import TrainingProgress
 from dpo_ref.training.optim import adamw
-from dpo_ref.training.trainer import TrainerConfig, train
+from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
+from dpo_ref.training.trainer import train
 from dpo_ref.types import digest
 
 if TYPE_CHECKING:
@@ -180,9 +182,7 @@ RECIPES = {
 
 
 def locate(path: str) -> str:
-    """A path that transformers can load: `lab:<name>` becomes the folder of that model, built if need be."""
-    if not path.startswith(SCHEME):
-        return path
+    """The folder of the model `lab:<name>`, built if need be."""
     name = path.removeprefix(SCHEME)
     if name not in RECIPES:
         raise ValueError(f"{path} is no model of the lab; there are {', '.join(SCHEME + n for n in RECIPES)}")
@@ -192,6 +192,9 @@ def locate(path: str) -> str:
             if not (folder / "config.json").is_file():
                 _build(name, RECIPES[name], folder)
     return str(folder)
+
+
+LOCATORS[SCHEME] = locate
 
 
 @contextmanager
@@ -252,9 +255,12 @@ def _fit(model: Any, tokenizer: Any, stage: Stage, seed: int, title: str) -> Non
     groups = tokenise(data.train, tokenizer).groups
     optim = adamw(model, stage.num_steps, lr=stage.lr, schedule="cosine", warmup_ratio=0.03, weight_decay=0.01)
     config = TrainerConfig(batch_size=stage.batch_size, epochs=1.0)
-    packing = partial(pack, tokens_per_batch=16384)
-    steps = train(model, Zeros(), bind(sft), optim, groups, packing, config, seed=seed)
-    show = TrainingProgress(title)
-    for step in show(steps, stage.num_steps, 0):
-        if step.step % 20 == 0:
-            show.update({name: float(value) for name, value in step.metrics.items()})
+    rounds = OfflineRounds(groups, config, partial(pack, tokens_per_batch=16384), seed)
+    policy, bar = Policy(lambda: model, tokenizer), TrainingProgress(title)
+    with bar.shown(stage.num_steps):
+        bar.advance(0)
+        for step in train(policy, Zeros(), bind(sft), optim, rounds):
+            if step.step % 20 == 0:
+                bar.update({name: float(value) for name, value in step.metrics.items()})
+            bar.advance()
+        bar.complete()

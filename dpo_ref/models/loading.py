@@ -2,35 +2,68 @@
 trained, in another precision, quantised, elsewhere than the policy, with an adapter.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from dpo_ref.component import component
-from dpo_ref.data.chat_templates import install_template
+from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.models.adapters import add_lora, load_adapter
 from dpo_ref.models.attention import KERNELS, resolve_backend
+from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_digest
+from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
 from dpo_ref.models.packable import install, kernel_refuses
+from dpo_ref.types import PackedBatch, Progress, ResponseLogps, Span
+
+# --- a model and what determines what it says
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A causal language model with packed attention installed, its tokenizer, and the dtype it computes in.
+@dataclass(frozen=True)
+class TrainedModel(ABC):
+    """A model, the tokenizer and template it is used with, and the dtype it computes in.
 
-    Weights are float32 whatever the compute dtype: at lr 5e-7 an update vanishes in bfloat16.
+    The weights are loaded when first asked for: a model that is served elsewhere need not be loaded here. They are
+    float32 whatever the compute dtype: at lr 5e-7 an update vanishes in bfloat16. `path` is as the user wrote it,
+    `folder` its folder or hub name; `on_top` is what changes the weights of that folder, if anything does.
     """
 
-    model: nn.Module
+    load: Callable[[], nn.Module]
     tokenizer: Any
-    compute_dtype: torch.dtype
+    compute_dtype: torch.dtype = torch.float32
+    path: str = ""
+    folder: str = ""
+    on_top: str | None = None
     compiled: bool = False
     adapter: Any = None  # peft's view of the model, where an adapter is trained instead of its weights
+    writes: ClassVar[bool]  # whether it can be asked for answers
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, with packed attention installed where its architecture allows."""
+        return self.load()
+
+    @cached_property
+    def weights(self) -> str:
+        """Digest of the weights as they are when it is first asked for."""
+        return weights_digest(self.model)
+
+    @cached_property
+    def text_identity(self) -> str:
+        """Digest of tokenizer and template."""
+        return text_identity(self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context in which every forward pass of policy and reference runs.
@@ -40,7 +73,45 @@ class LoadedModel:
         """
         if self.compute_dtype is torch.float32:
             return nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, self.compute_dtype, cache_enabled=False)
+        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=False)
+
+    @abstractmethod
+    def outputs(self, batch: PackedBatch) -> Any:
+        """What an objective is handed of this model for the responses of a pack."""
+
+    @abstractmethod
+    def loss(self, batch: PackedBatch, loss_of: Callable[[Any, Span], Tensor]) -> tuple[Tensor, Any]:
+        """The summed loss of a pack, differentiable in the weights, and the model's detached outputs. `loss_of` is the
+        loss of a run of groups by the outputs for these."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write a folder that transformers loads without our code."""
+
+
+@dataclass(frozen=True)
+class Policy(TrainedModel):
+    """A causal language model: asked for log-probs of responses, and for answers."""
+
+    writes: ClassVar[bool] = True
+
+    def outputs(self, batch: PackedBatch) -> ResponseLogps:
+        """Log-probs of the pack's responses."""
+        return response_logps(self.model, batch)
+
+    def loss(self, batch: PackedBatch, loss_of: LossOf) -> tuple[Float[Tensor, ""], ResponseLogps]:
+        """The gradient is made in the forward pass (`FusedLoss`): what `loss_of` returns must not depend on other
+        groups."""
+        hidden, head = response_hidden(self.model, batch), head_of(self.model)
+        loss, values = FusedLoss.apply(hidden, head.weight, head.bias, head, batch, loss_of)  # pyright: ignore
+        return loss, ResponseLogps(sum_by_response(values, batch), batch.lengths, batch.num_bytes, values)
+
+    def save(self, folder: Path) -> None:
+        """Weights (a trained adapter merged into them), config, tokenizer and chat template."""
+        save_policy(folder, self.model, self.tokenizer, self.adapter)
+
+
+# --- loading
 
 
 def compute_dtype(requested: str, device: torch.device, key: str = "model.dtype") -> torch.dtype:
@@ -53,8 +124,19 @@ def compute_dtype(requested: str, device: torch.device, key: str = "model.dtype"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
 
 
+LOCATORS: dict[str, Callable[[str], str]] = {}  # by a path's beginning, such as lab: what gives the folder it names
+
+
+def locate(path: str) -> str:
+    """What transformers can load: a local folder or hub name as it is, what a locator makes of any other path."""
+    scheme = path[: path.find(":") + 1]
+    return LOCATORS[scheme](path) if scheme in LOCATORS else path
+
+
 def check_folder(path: str, key: str, needed: str = "config.json") -> None:
     """Raise ValueError if `path` is a local folder without the file `needed`, or looks local and does not exist."""
+    if path[: path.find(":") + 1] in LOCATORS:
+        return
     place = Path(path).expanduser()
     if place.is_dir() and not (place / needed).is_file():
         inner = place / "policy" / "config.json"
@@ -157,7 +239,6 @@ def _check_options(
 
 @component(check=_check_options)
 def pretrained(
-    locate: Callable[[str], str],
     device: torch.device,
     *,
     path: str,
@@ -171,10 +252,10 @@ def pretrained(
     adapter: str | None = None,
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
-) -> LoadedModel:
+) -> Policy:
     """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`).
 
-    `locate` turns `path` into what transformers can load. `dtype` is the compute dtype: auto is bfloat16 on CUDA,
+    `dtype` is the compute dtype: auto is bfloat16 on CUDA,
     float32 on a CPU. `gradient_checkpointing` recomputes activations in the backward pass: `full` keeps the layers'
     inputs alone and costs a third more time, `selective` keeps the products of matrices and attention as well and
     recomputes only what is cheap. `compile` compiles every decoder layer with dynamic shapes: packs of any length run
@@ -185,15 +266,15 @@ def pretrained(
     training a saved one, a folder or hub name.
     """
     computes_in = compute_dtype(dtype, device)
-    place = locate(path)
-    tokenizer = prepared_tokenizer(place, template, template_options, max_length)
-    model = load_model(place, device, attention)
+    folder = locate(path)
+    tokenizer = prepared_tokenizer(folder, template, template_options, max_length)
+    model = load_model(folder, device, attention)
     trained = _adapter(model, adapter, lora_rank, lora_alpha)
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
-    return LoadedModel(model, tokenizer, computes_in, compile, trained)
+    return Policy(lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained)
 
 
 def _adapter(model: Any, adapter: str | None, rank: int | None, alpha: float | None) -> Any:
@@ -242,21 +323,6 @@ def _no_checkpointing(model: Any) -> None:
 
 
 CHECKPOINTING = {"off": _no_checkpointing, "selective": _selective_checkpointing, "full": _full_checkpointing}
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """Whom an engine lets answer. The model and the digest of its weights are had by calling: a model that is served
-    elsewhere need not be loaded here. `place` is its folder or hub name; `on_top` is what changes the weights of that
-    folder when it is loaded here, if anything does."""
-
-    path: str  # as the user wrote it
-    place: str
-    tokenizer: Any
-    model: Callable[[], Any]
-    weights: Callable[[], str]
-    precision: Callable[[], AbstractContextManager[Any]]
-    on_top: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,3 +400,68 @@ def load_reference(source: ModelSource, place: str, policy_device: torch.device,
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise ValueError(f"{KEY}={source.path} does not fit into memory beside the policy: {SMALLER}") from error
+
+
+class ModelLoader:
+    """Gives models by the paths that users write, on one device; the last `keep` asked for are loaded once."""
+
+    def __init__(self, device: torch.device, attention: str = "auto", keep: int = 0) -> None:
+        self.device, self.keep, self._attention = device, keep, attention
+        self._policies = lru_cache(maxsize=keep)(self._policy)
+
+    def policy(self, path: str, text: str | None = None, adapter: str | None = None) -> Policy:
+        """A model that is asked, not trained: a folder, a hub name, or a checkpoint of a run. `text` is the folder
+        whose tokenizer and template it is used with, its own unless given; `adapter` lies on top of it."""
+        return self._policies(path, text, adapter)
+
+    def reference(self, source: ModelSource) -> nn.Module:
+        """The model of `source`, which nobody may change: that of a policy where nothing tells them apart."""
+        plain = source == ModelSource(source.path)
+        return self.policy(source.path).model if self.keep and plain else self.fresh(source)
+
+    def fresh(self, source: ModelSource) -> nn.Module:
+        """The model of `source`, of which nobody else knows."""
+        return load_reference(source, locate(source.path), self.device, self._attention)
+
+    def tokenizer(self, path: str, revision: str | None = None) -> Any:
+        """The tokenizer of a model."""
+        return load_tokenizer(locate(path), revision)
+
+    def _policy(self, path: str, text: str | None, adapter: str | None) -> Policy:
+        place = locate(path)
+        run = run_of(Path(place))
+        folder = place if run is None else str(run / "policy")
+        check_folder(folder, "policy")
+        on_top = None if adapter is None else f"the adapter {adapter}"
+        return Policy(
+            partial(self._weights, folder, None if run is None else Path(place), adapter),
+            load_tokenizer(text or folder),
+            compute_dtype("auto", self.device),
+            path,
+            folder,
+            on_top if run is None else f"the weights of {place}",
+        )
+
+    def _weights(self, folder: str, checkpoint: Path | None, adapter: str | None) -> nn.Module:
+        model = load_model(folder, self.device, self._attention, "policy")
+        if checkpoint is not None:
+            load_policy(checkpoint, model)
+        if adapter is not None:
+            load_adapter(model, adapter, "model.adapter", trainable=False)
+        return model
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Where and with what a run works, an evaluation too."""
+
+    directory: Path  # its results
+    cache: Path  # what is shared by all runs
+    seed: int
+    progress: Progress
+    loader: ModelLoader
+
+    @property
+    def device(self) -> torch.device:
+        """Where models are."""
+        return self.loader.device

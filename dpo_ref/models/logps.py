@@ -219,7 +219,7 @@ def response_collisions(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
 LossOf = Callable[[ResponseLogps, Span], Tensor]
 
 
-class _FusedLoss(torch.autograd.Function):
+class FusedLoss(torch.autograd.Function):
     """Summed loss and detached token log-probs; the gradient is ready when the forward pass ends."""
 
     @staticmethod
@@ -242,7 +242,10 @@ class _FusedLoss(torch.autograd.Function):
             weights = logits.exp_()  # in place, and once: the softmax is weights / total
             total = weights.sum(dim=-1, keepdim=True)
             values = (target_logits - total.log()).squeeze(1)
-            loss, coefficients = _coefficients(values, batch, span, loss_of)
+            with torch.enable_grad():
+                outputs = _outputs(values, batch, span)
+                loss = loss_of(outputs, span)
+                (coefficients,) = torch.autograd.grad(loss, outputs.tokens())
             d_logits = weights.mul_(-coefficients[:, None] / total)
             d_logits.scatter_add_(1, targets[:, None], coefficients[:, None])
             if slope is not None:
@@ -252,7 +255,7 @@ class _FusedLoss(torch.autograd.Function):
             _add_product(d_weight, d_product, hidden_c)
             if bias is not None:
                 d_bias += d_product.sum(dim=0)
-            losses.append(loss)
+            losses.append(loss.detach())
             parts.append(values)
         ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype))
         values = torch.cat(parts)
@@ -275,25 +278,10 @@ def _add_product(total: Tensor, d_product: Tensor, hidden: Tensor) -> None:
         total += d_product.T @ hidden
 
 
-def _coefficients(values: Tensor, batch: PackedBatch, span: Span, loss_of: LossOf) -> tuple[Tensor, Tensor]:
-    """The loss of a run of groups, and its derivative by every token's log-prob."""
+def _outputs(values: Tensor, batch: PackedBatch, span: Span) -> ResponseLogps:
+    """The log-probs of a run of groups, of which derivatives can be taken."""
     lengths, num_bytes = batch.lengths[span["N"]], batch.num_bytes[span["N"]]
     owners = batch.response_index[span["R"]] - span["N"].start
-    with torch.enable_grad():
-        leaf = values.detach().requires_grad_()
-        sums = leaf.new_zeros(len(lengths), dtype=torch.float64).index_add(0, owners, leaf.double())
-        loss = loss_of(ResponseLogps(sums, lengths, num_bytes, leaf), span)
-        (coefficients,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), coefficients
-
-
-def fused_loss(
-    hidden: Float[Tensor, "R H"], head: Head, batch: PackedBatch, loss_of: LossOf
-) -> tuple[Float[Tensor, ""], ResponseLogps]:
-    """Summed loss of a pack, differentiable in hidden states and head, and the policy's detached log-probs.
-
-    `loss_of(policy, span)` is the summed loss of one run of groups, differentiable in the policy's log-probs; what it
-    returns must not depend on other groups.
-    """
-    loss, values = _FusedLoss.apply(hidden, head.weight, head.bias, head, batch, loss_of)  # pyright: ignore
-    return loss, ResponseLogps(sum_by_response(values, batch), batch.lengths, batch.num_bytes, values)
+    leaf = values.detach().requires_grad_()
+    sums = leaf.new_zeros(len(lengths), dtype=torch.float64).index_add(0, owners, leaf.double())
+    return ResponseLogps(sums, lengths, num_bytes, leaf)

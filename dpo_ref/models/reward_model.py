@@ -6,17 +6,20 @@ response's last token, so the saved folder's padding token must be none that end
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.files import remove_abandoned, replacing_folder
-from dpo_ref.models.loading import LoadedModel
+from dpo_ref.models.loading import Policy, TrainedModel
+from dpo_ref.models.logps import response_scores
+from dpo_ref.types import PackedBatch, ResponseScores, Span
 
 
 def check_reward_run(objective: str, parts: Mapping[str, Any]) -> None:
@@ -71,21 +74,49 @@ def classifier_of(model: Any) -> Any:
     return classifier
 
 
-def with_own_head(loaded: LoadedModel, seed: int) -> LoadedModel:
-    """A language model as it is."""
-    return loaded
+@dataclass(frozen=True)
+class RewardModel(TrainedModel):
+    """A language model with a layer `score` from the hidden state to one number: asked for scores of responses."""
+
+    writes: ClassVar[bool] = False
+
+    def outputs(self, batch: PackedBatch) -> ResponseScores:
+        """Scores of the pack's responses."""
+        return response_scores(self.model, batch)
+
+    def loss(
+        self, batch: PackedBatch, loss_of: Callable[[ResponseScores, Span], Tensor]
+    ) -> tuple[Float[Tensor, ""], ResponseScores]:
+        """The whole pack at once: its head is one column."""
+        scores = self.outputs(batch)
+        (span,) = batch.spans(len(batch.target_ids))
+        return loss_of(scores, span), scores
+
+    def save(self, folder: Path) -> None:
+        """Backbone and head, config and tokenizer, as transformers reads its sequence classifiers."""
+        classifier, tokenizer = classifier_of(self.model), copy.deepcopy(self.tokenizer)
+        state: dict[str, Tensor] = self.model.base_model.state_dict()
+        classifier.base_model.load_state_dict(state, assign=True)
+        classifier.score.weight = nn.Parameter(self.model.score.weight.detach())
+        padding = padding_id(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+        classifier.config.pad_token_id = padding
+        remove_abandoned(folder)
+        with replacing_folder(folder) as partial:
+            classifier.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
 
 
-def with_score_head(loaded: LoadedModel, seed: int) -> LoadedModel:
-    """The model with a linear layer `score` from the hidden state to one number, trained with the rest; the language
-    model's own head is not trained where it is not the embedding.
+def with_score_head(policy: Policy, seed: int) -> RewardModel:
+    """The model with a layer `score`, trained with the rest; the language model's own head is not trained where it is
+    not the embedding.
 
     Weights are drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020, arXiv:2009.01325, B.1) by `seed` alone. Raises
     ValueError for an architecture or a tokenizer that a saved reward model could not be read with.
     """
-    model: Any = loaded.model
+    model = policy.model
     classifier_of(model)
-    padding_id(loaded.tokenizer)
+    padding_id(policy.tokenizer)
     embedding = model.get_input_embeddings().weight
     head = nn.Linear(embedding.shape[1], 1, bias=False)
     with torch.no_grad():
@@ -93,24 +124,10 @@ def with_score_head(loaded: LoadedModel, seed: int) -> LoadedModel:
     model.score = head.to(embedding.device)
     if model.get_output_embeddings().weight is not embedding:
         model.get_output_embeddings().requires_grad_(False)
-    return replace(loaded, model=model)
+    return RewardModel(
+        lambda: model, policy.tokenizer, policy.compute_dtype, policy.path, policy.folder, compiled=policy.compiled
+    )
 
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def save_reward_model(folder: Path, model: Any, tokenizer: Any, adapter: None = None) -> None:
-    """A folder that transformers' AutoModelForSequenceClassification loads: backbone and head, config, tokenizer."""
-    classifier = classifier_of(model)
-    state: dict[str, Tensor] = model.base_model.state_dict()
-    classifier.base_model.load_state_dict(state, assign=True)
-    classifier.score.weight = nn.Parameter(model.score.weight.detach())
-    saved_tokenizer = copy.deepcopy(tokenizer)
-    padding = padding_id(tokenizer)
-    saved_tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
-    classifier.config.pad_token_id = padding
-    remove_abandoned(folder)
-    with replacing_folder(folder) as partial:
-        classifier.save_pretrained(partial)
-        saved_tokenizer.save_pretrained(partial)

@@ -247,6 +247,7 @@ class Objective:
     hooks: Hooks
     nll_weight: float = 0.0
     advance: Callable[..., Running] | None = None
+    running: Running = field(default_factory=dict)  # what it carries from one optimiser step to the next
 
     @property
     def uses_reference(self) -> bool:
@@ -259,9 +260,9 @@ class Objective:
         return issubclass(self.takes["policy"], OF_PAIRS)
 
     @property
-    def asks(self) -> type[ResponseLogps] | type[ResponseScores]:
-        """What the trained model is asked for: log-probs, or the scores of a reward model."""
-        return ResponseScores if self.takes["policy"] is PairScores else ResponseLogps
+    def of_scores(self) -> bool:
+        """Whether the trained model is asked for the scores of a reward model, not for log-probs."""
+        return self.takes["policy"] is PairScores
 
     @property
     def needs_tokens(self) -> bool:
@@ -278,10 +279,10 @@ class Objective:
             outcome = outcome._replace(losses=outcome.losses + self.nll_weight * nll)
         return outcome
 
-    def step(self, running: Running, whole: WholeBatch[Any]) -> None:
+    def step(self, whole: WholeBatch[Any]) -> None:
         """Take an optimiser batch into the running statistic, before the batch's loss is computed."""
         if self.advance is not None:
-            running.update(self.advance(running, whole))
+            self.running.update(self.advance(self.running, whole))
 
     def check(self) -> None:
         """Raise ValueError for a bad option before anything is loaded: the objective's own, on two made-up pairs, or
@@ -290,7 +291,7 @@ class Objective:
             raise ValueError(f"objective.nll_weight={self.nll_weight} must be at least 0 and finite")
         if self.nll_weight and not self.pairwise:
             raise ValueError(f"objective.nll_weight has no place in objective={self.name}: it has no chosen responses")
-        if self.nll_weight and self.asks is ResponseScores:
+        if self.nll_weight and self.of_scores:
             raise ValueError(f"objective.nll_weight has no place in objective={self.name}: it has no log-probs")
         if self.nll_weight and self.hooks.fits_chosen:
             raise ValueError(f"objective={self.name} fits the chosen response itself; leave objective.nll_weight out")

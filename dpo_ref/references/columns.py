@@ -57,10 +57,10 @@ def columns(context: ReferenceContext, *, provenance: str) -> Columns:
     """
     if not provenance.strip():
         raise ValueError("reference.provenance is empty: say whose log-probs the data brings, and what was scored")
-    ends = end_of_turn_ids(context.tokenizer)
+    ends = end_of_turn_ids(context.policy.tokenizer)
     sums: dict[int, np.ndarray] = {}
     refused: dict[str, list[str]] = {}
-    for index in context.progress(range(len(context.groups)), "log-probs of the data", len(context.groups)):
+    for index in context.work.progress(range(len(context.groups)), "log-probs of the data", len(context.groups)):
         group, text = context.groups[index], context.groups.text(index)
         problem = _problem(text, any(ids[-1] not in ends for ids in group.response_ids))
         if problem is not None:
@@ -69,7 +69,7 @@ def columns(context: ReferenceContext, *, provenance: str) -> Columns:
         sums[group.group_index] = np.array(text.logps, dtype=np.float64)
     for remedy, rows in refused.items():
         raise ValueError(f"reference=columns: {rows[0]} ({len(rows)} of {len(context.groups)} groups); {remedy}")
-    return Columns(provenance, sums, context.device)
+    return Columns(provenance, sums, context.work.device)
 
 
 def _problem(text: PromptGroup, cut: bool) -> tuple[str, str] | None:

@@ -1,21 +1,21 @@
 """The protocol of references, and what is handed over to build one."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from dpo_ref.data.groups import Groups
-from dpo_ref.models.loading import ModelSource
-from dpo_ref.types import PackedBatch, Progress, ResponseLogps, TokenGroup
+from dpo_ref.component import Component
+from dpo_ref.data.groups import Groups, Together
+from dpo_ref.models.loading import TrainedModel, Workspace
+from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
 
 
-@runtime_checkable
-class Reference(Protocol):
-    """A policy that others are measured against.
+class Reference(ABC):
+    """A policy that others are measured against; what is not said of one is that it stays as it is.
 
     `identity` is a digest of what its numbers mean (weights, tokenizer, template, dtype; truncation is in the token
     ids that are scored), never of beta, learning rate, seed or run. `weights` is the digest of its weights, or "".
@@ -25,58 +25,62 @@ class Reference(Protocol):
 
     name: str
     identity: str
-    weights: str
-    normalised: bool
-    own_text: bool  # it reads other text than the policy: another template, tokenizer, system prompt or end
+    weights: str = ""
+    normalised: bool = True
+    own_text: bool = False  # it reads other text than the policy: another template, tokenizer, system prompt or end
+    live: bool = True  # it can be asked about responses that were not known when it was built
+    values_digest: str | None = None  # of its log-probs, where they were computed or given beforehand
+    provenance: str | None = None  # whose log-probs it has, as the user declared
+    audit: "Audit | None" = None  # what became of the responses in its own tokenizer and template
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that gives its log-probs, where it is one of the policy's tokens and in memory."""
+        return None
+
+    @abstractmethod
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """Log-probabilities of the pack's responses, in nats."""
-        ...
 
-    def update(self, policy: nn.Module, step: int) -> None:
-        """Move towards the policy after optimiser step `step`; a no-op unless the reference moves."""
-        ...
+    def equals(self, policy: TrainedModel) -> bool:
+        """Whether it is this model, reading the same text, and stays it."""
+        return self.weights == policy.weights and not self.own_text and not self.state_dict()
+
+    def update(self, policy: nn.Module, step: int) -> None:  # noqa: B027
+        """Move towards the policy after optimiser step `step`."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold for the run to go on; empty unless the reference moves."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over what `state_dict` gave."""
-        ...
-
-
-class Still:
-    """What references have in common that do not move."""
-
-    normalised, own_text = True, False
-
-    def update(self, policy: nn.Module, step: int) -> None:
-        """It does not move."""
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Nothing that training changed."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raises ValueError for a checkpoint that holds a state: it is another reference's."""
+        """Take over what `state_dict` gave. Raises ValueError for a state of another reference."""
         if state:
             raise ValueError("the checkpoint holds the weights of a reference that moves, and this one does not")
+
+
+class Audit(Protocol):
+    """What became of the responses on their way through a reference's template and tokenizer."""
+
+    def line(self) -> str:
+        """In a line."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceContext:
     """What references are built from at run time."""
 
-    policy: nn.Module  # as it is before training
-    tokenizer: Any  # the policy's
-    uses_reference: bool  # whether the objective looks at a reference
-    load: Callable[[ModelSource], nn.Module]
-    load_tokenizer: Callable[..., Any]  # of a path and a revision
-    text_identity: str  # digest of the policy's tokenizer and chat template
+    work: Workspace
+    policy: TrainedModel  # as it is before training
     groups: Groups  # everything that will be asked for: training and held-out data
     pack: Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
-    progress: Progress
-    device: torch.device
-    cache: Path
-    needs_tokens: bool = False  # whether the objective looks at values of single tokens of the reference
+    uses_reference: bool = True  # whether the objective looks at a reference
+    needs_tokens: bool = False  # whether it looks at values of single tokens of the reference
+
+
+def build(reference: Component, context: ReferenceContext) -> Reference:
+    """A configured reference for the context's groups and the others that an objective looks at beside them."""
+    groups = Together(context.groups, *context.groups.others)
+    with context.policy.precision():
+        return reference(replace(context, groups=groups))

@@ -9,7 +9,7 @@ import torch
 
 from dpo_ref.component import RunPlan, component
 from dpo_ref.objectives.interface import Objective
-from dpo_ref.references.interface import Reference, ReferenceContext, Still
+from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.policies import adapter_base, initial, interpolate, other, prior, uniform_token
 from dpo_ref.references.served import served
 from dpo_ref.types import PackedBatch, ResponseLogps, digest
@@ -20,18 +20,18 @@ KINDS = {
 }
 
 
-class Mixture(Still):
+class Mixture(Reference):
     """The weighted mean of references: of log-probs (geometric), or of sequence probabilities (arithmetic)."""
 
     def __init__(self, parts: Sequence[Reference], weights: Sequence[float], mean: str) -> None:
-        self.name, self.weights, self.normalised = "mixture", "", mean == "arithmetic"
-        self.parts, self._shares, self._combine = parts, weights, MEANS[mean]
+        self.name, self.normalised, self.live = "mixture", mean == "arithmetic", all(part.live for part in parts)
+        self._parts, self._shares, self._combine = parts, weights, MEANS[mean]
         self.identity = digest([[part.identity for part in parts], list(weights), mean])
-        self.values_digest = digest([getattr(part, "values_digest", part.identity) for part in parts])
+        self.values_digest = digest([part.values_digest or part.identity for part in parts])
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """The combination of what the parts say."""
-        return self._combine([part.logps(batch) for part in self.parts], self._shares)
+        return self._combine([part.logps(batch) for part in self._parts], self._shares)
 
 
 def _geometric(found: Sequence[ResponseLogps], shares: Sequence[float]) -> ResponseLogps:

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.data.encoding import Encoder, Ids
 from dpo_ref.data.groups import TokenGroups, gathered
-from dpo_ref.references.interface import ReferenceContext, Still
+from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.table import Rows, Scorer, Table, row_key, rows_of
 from dpo_ref.types import Message, PackedBatch, PromptGroup, ResponseLogps, TokenGroup, digest
 
@@ -48,7 +48,7 @@ class OwnText:
 
     def differs(self, context: ReferenceContext) -> bool:
         """Whether that is another text than the policy's."""
-        same = text_identity(self.tokenizer) == context.text_identity
+        same = text_identity(self.tokenizer) == context.policy.text_identity
         return not same or self.terminator == "skip" or self.system_prompt is not None
 
 
@@ -94,15 +94,15 @@ class Writer:
     def __init__(self, context: ReferenceContext, own: OwnText) -> None:
         self.context, self.skip, self.system_prompt = context, own.terminator == "skip", own.system_prompt
         tokenizer = own.tokenizer
-        self.policy, self.reference = Encoder(context.tokenizer), Encoder(tokenizer)
+        self.policy, self.reference = Encoder(context.policy.tokenizer), Encoder(tokenizer)
         self.unknown = tokenizer.unk_token_id
-        self.ends = {context.tokenizer.eos_token_id, self.policy.chat.end_id}
+        self.ends = {context.policy.tokenizer.eos_token_id, self.policy.chat.end_id}
         self.audit = Audit()
 
     def groups(self) -> Iterator[TokenGroup]:
         """Every group of the context in the reference's tokens."""
         starts = range(0, len(self.context.groups), CHUNK)
-        for start in self.context.progress(starts, "text for the reference", len(starts)):
+        for start in self.context.work.progress(starts, "text for the reference", len(starts)):
             indices = range(start, min(start + CHUNK, len(self.context.groups)))
             chunk, texts = [self.context.groups[index] for index in indices], [self.text(index) for index in indices]
             for group, text, ids in zip(chunk, texts, self._ids(chunk, texts), strict=True):
@@ -182,11 +182,13 @@ class Writer:
 # --- the reference
 
 
-class TextTable(Still):
+class TextTable(Reference):
     """A reference whose response log-probs were computed beforehand from text.
 
     `sums` are log-probs of responses by `group_index`, `aligned` those carried to the policy's tokens, if any.
     """
+
+    own_text, live = True, False
 
     def __init__(
         self,
@@ -199,7 +201,6 @@ class TextTable(Still):
         audit: Audit | None = None,
     ) -> None:
         self.name, self.identity, self.weights, self.audit = name, identity, weights, audit
-        self.own_text = True
         self._sums, self._aligned = sums, aligned
         self._device = device
         self.values_digest = hashlib.sha256(np.concatenate(list(sums.values())).tobytes()).hexdigest()[:32]
@@ -255,11 +256,11 @@ def from_text(
     rows = ROWS[cache](scorer, groups, identity, context)
     identity = digest([identity, own.terminator, own.system_prompt])
     if same:
-        table = Table(name, identity, weights, groups, rows, context.device)
+        table = Table(name, identity, weights, groups, rows, context.work.device)
         table.own_text = True
         return table
     aligned = None if any(group.scored for group in groups) else _Aligner(writer, own.tokenizer).carried(groups, rows)
-    return TextTable(name, identity, weights, _sums(groups, rows), context.device, aligned, writer.audit)
+    return TextTable(name, identity, weights, _sums(groups, rows), context.work.device, aligned, writer.audit)
 
 
 def _computed(scorer: Scorer, groups: TokenGroups, identity: str, context: ReferenceContext) -> Rows:
@@ -276,7 +277,7 @@ class _Aligner:
 
     def __init__(self, writer: Writer, tokenizer: Any) -> None:
         self.writer = writer
-        self.policy, self.reference = ByteSizes(writer.context.tokenizer), ByteSizes(tokenizer)
+        self.policy, self.reference = ByteSizes(writer.context.policy.tokenizer), ByteSizes(tokenizer)
 
     def carried(self, groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
         """For every group the values on the policy's response tokens; nan where a response does not come back."""

@@ -19,7 +19,7 @@ from dpo_ref.models.checkpoint import state_digest, weights_digest
 from dpo_ref.models.loading import ModelSource
 from dpo_ref.models.logps import response_logps
 from dpo_ref.objectives.interface import Objective
-from dpo_ref.references.interface import Reference, ReferenceContext, Still
+from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.other_tokenizer import OwnText, from_text
 from dpo_ref.references.table import Rows, Scorer, Table, rows_of, scorer_of, tabulate
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup, digest
@@ -38,25 +38,30 @@ def asked(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
     return ResponseLogps(*(value.to(here) for value in values))
 
 
-class Frozen(Still):
+class Frozen(Reference):
     """A model that is asked at every step (`reference.cache=off`)."""
 
     def __init__(self, name: str, model: nn.Module, identity: str, weights: str) -> None:
         self.name, self.identity, self.weights = name, identity, weights
-        self.model = model.eval().requires_grad_(False)
+        self._model = model.eval().requires_grad_(False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is asked."""
+        return self._model
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """A forward pass of the model, wherever it is."""
-        return asked(self.model, batch)
+        return asked(self._model, batch)
 
 
-class Uniform(Still):
+class Uniform(Reference):
     """Every token equally likely: log p(y) = -tokens ln V, V the tokenizer's vocabulary.
 
     It differs from `none` by a reward for length alone, which is what it is there to show.
     """
 
-    name, weights = "uniform_token", ""
+    name = "uniform_token"
 
     def __init__(self, vocabulary: int) -> None:
         self.identity = f"uniform over {vocabulary} tokens"
@@ -68,13 +73,13 @@ class Uniform(Still):
         return ResponseLogps(batch.lengths.double() * self._value, batch.lengths, batch.num_bytes, tokens)
 
 
-class Zeros(Still):
+class Zeros(Reference):
     """No reference: log-probability 0 for every response, at no cost.
 
     The reward is then beta log pi itself, the convention of arXiv:2407.13709 (posterior probability).
     """
 
-    name, identity, weights, normalised = "none", "none", "", False
+    name, identity, normalised = "none", "none", False
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """Zeros of the pack's shape."""
@@ -96,11 +101,11 @@ def initial(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
     With `cache=auto` its log-probabilities are computed by the policy itself before the first step and no second copy
     exists; with `off` a copy is asked at every step.
     """
-    weights = weights_digest(context.policy)
-    identity = identity_of(context.policy, weights, context.text_identity)
+    weights = context.policy.weights
+    identity = identity_of(context.policy.model, weights, context.policy.text_identity)
     if cache == "auto":
-        return tabulate("initial", context.policy, identity, weights, context)
-    return Frozen("initial", copy.deepcopy(context.policy), identity, weights)
+        return tabulate("initial", context.policy.model, identity, weights, context)
+    return Frozen("initial", copy.deepcopy(context.policy.model), identity, weights)
 
 
 def other(
@@ -131,9 +136,9 @@ def other(
     end-of-turn token out. `max_altered` is the share of responses that may fail to survive its tokenizer and template
     byte for byte; above it the run stops.
     """
-    tokenizer = context.load_tokenizer(path, revision)
+    tokenizer = context.work.loader.tokenizer(path, revision)
     install_template(tokenizer, template, template_options, "reference")
-    model = context.load(ModelSource(path, revision, adapter, dtype, quantisation, device)).eval()
+    model = context.work.loader.reference(ModelSource(path, revision, adapter, dtype, quantisation, device))
     weights = weights_digest(model)
     identity = identity_of(model, weights, text_identity(tokenizer))
     own = OwnText(tokenizer, system_prompt, terminator, max_altered)
@@ -147,13 +152,13 @@ def other(
 def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Reference:
     """log p(y) of the policy before training, without any prompt: the response behind BOS alone (EOS where there is
     none). With the objective dpo this is the likelihood reward of arXiv:2407.13709."""
-    tokenizer = context.tokenizer
+    tokenizer = context.policy.tokenizer
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     groups = Changed(context.groups, lambda group: replace(group, prompt_ids=[begin]))
-    weights = weights_digest(context.policy)
-    identity = identity_of(context.policy, weights, context.text_identity)
-    rows = rows_of(scorer_of(context.policy), groups, identity, context)
-    return Table("prior", digest([identity, "prior", begin]), "", groups, rows, context.device)
+    weights = context.policy.weights
+    identity = identity_of(context.policy.model, weights, context.policy.text_identity)
+    rows = rows_of(scorer_of(context.policy.model), groups, identity, context)
+    return Table("prior", digest([identity, "prior", begin]), "", groups, rows, context.work.device)
 
 
 def interpolate(context: ReferenceContext, *, path: str, share: float, cache: Cache = "auto") -> Reference:
@@ -161,16 +166,16 @@ def interpolate(context: ReferenceContext, *, path: str, share: float, cache: Ca
     same architecture and tokenizer (share 1); beyond either end is allowed. Raises ValueError for other weights."""
     if not math.isfinite(share):
         raise ValueError(f"reference.share={share} must be finite")
-    if text_identity(context.load_tokenizer(path)) != context.text_identity:
+    if text_identity(context.work.loader.tokenizer(path)) != context.policy.text_identity:
         raise ValueError(f"reference=interpolate: {path} has another tokenizer or template than the policy")
-    model = context.load(ModelSource(path)).eval()
-    ours, theirs = context.policy.state_dict(), model.state_dict()
+    model = context.work.loader.fresh(ModelSource(path))
+    ours, theirs = context.policy.model.state_dict(), model.state_dict()
     differing = [name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name)]
     if differing:
         raise ValueError(f"reference=interpolate: {path} has other weights than the policy, such as {differing[0]}")
     model.load_state_dict({name: torch.lerp(ours[name], theirs[name], share) for name in ours})
     weights = weights_digest(model)
-    identity = identity_of(model, weights, context.text_identity)
+    identity = identity_of(model, weights, context.policy.text_identity)
     if cache == "auto":
         return tabulate("interpolate", model, identity, weights, context)
     return Frozen("interpolate", model, identity, weights)
@@ -187,7 +192,7 @@ def none(context: ReferenceContext) -> Reference:
 
 def uniform_token(context: ReferenceContext) -> Reference:
     """Every token of the vocabulary equally likely."""
-    return Uniform(len(context.tokenizer))
+    return Uniform(len(context.policy.tokenizer))
 
 
 def auto(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
@@ -198,7 +203,7 @@ def auto(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
 # --- the model below an adapter that is trained: no second copy of it is needed
 
 
-class AdapterBase(Still):
+class AdapterBase(Reference):
     """The policy with its adapter switched off, asked at every step (`reference.cache=off`)."""
 
     name = "adapter_base"
@@ -230,9 +235,9 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
     For a fresh adapter that is the policy before training; for one that goes on from a saved adapter
     (`model.adapter`) it is the model below it, where `initial` is the model with that adapter.
     """
-    policy = context.policy
+    policy = context.policy.model
     weights = state_digest(base_weights(effective(policy)))
-    identity = identity_of(policy, weights, context.text_identity)
+    identity = identity_of(policy, weights, context.policy.text_identity)
     if cache == "off":
         return AdapterBase(policy, identity, weights)
     whole = scorer_of(policy)
@@ -242,25 +247,30 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
             return whole(groups)
 
     rows = rows_of(Scorer(scored, whole.tolerance), context.groups, identity, context)
-    return Table("adapter_base", identity, weights, context.groups, rows, context.device)
+    return Table("adapter_base", identity, weights, context.groups, rows, context.work.device)
 
 
 # --- references that follow the policy: the trust-region methods of TR-DPO (arXiv:2404.09656)
 
 
-class Moving:
+class Moving(Reference):
     """A copy of the policy that takes a step of `share` towards it every `every` optimiser steps."""
 
-    name, normalised, own_text = "moving", True, False
+    name = "moving"
 
     def __init__(self, model: nn.Module, identity: str, weights: str, share: float, every: int) -> None:
         self.identity, self.weights, self.share, self.every = identity, weights, share, every
-        self.model = model.eval().requires_grad_(False)
+        self._model = model.eval().requires_grad_(False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The copy as it is now."""
+        return self._model
 
     @torch.no_grad()
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """A forward pass of the copy as it is now."""
-        return response_logps(self.model, batch)
+        return response_logps(self._model, batch)
 
     @torch.no_grad()
     def update(self, policy: nn.Module, step: int) -> None:
@@ -268,17 +278,17 @@ class Moving:
         if step % self.every:
             return
         ours = dict(policy.named_parameters())
-        for name, weight in self.model.named_parameters():
+        for name, weight in self._model.named_parameters():
             weight.lerp_(ours[name], self.share)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The copy's weights."""
-        return {name: weight.detach() for name, weight in self.model.named_parameters()}
+        return {name: weight.detach() for name, weight in self._model.named_parameters()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take the copy's weights from a checkpoint. Raises ValueError if they are another model's."""
-        weights = dict(self.model.named_parameters())
+        weights = dict(self._model.named_parameters())
         if state.keys() != weights.keys():
             raise ValueError("the checkpoint's reference has other weights than this one, or none")
         for name, weight in weights.items():
@@ -305,7 +315,9 @@ def moving(context: ReferenceContext, *, share: float = 0.6, every: int = 512, c
     update, a share between its soft one; `every=1` with a small share is an exponential moving average. Its
     log-probs are computed at every step: `cache` can only be off.
     """
-    weights = weights_digest(context.policy)
-    identity = digest([identity_of(context.policy, weights, context.text_identity), "moving", share, every])
+    weights = context.policy.weights
+    identity = digest(
+        [identity_of(context.policy.model, weights, context.policy.text_identity), "moving", share, every]
+    )
     print("reference: it moves, so it is asked at every step and nothing is cached")
-    return Moving(copy.deepcopy(context.policy), identity, weights, share, every)
+    return Moving(copy.deepcopy(context.policy.model), identity, weights, share, every)

@@ -151,18 +151,18 @@ def served(
     server = Server(check_url(url, "reference.url"), timeout, retries)
     asked = ServedModel(server, model, "reference", "set reference.model")
     client = CompletionsClient(asked, protocol, batch_size, concurrency)
-    theirs = context.load_tokenizer(tokenizer)
+    theirs = context.work.loader.tokenizer(tokenizer)
     install_template(theirs, template, template_options, "reference")
     hasty = replace(server, retries=min(retries, FIRST_RETRIES))  # a wrong address is known within seconds
     first = replace(client, model=replace(asked, server=hasty))
-    identity = identity_of(first, theirs, context.cache)
+    identity = identity_of(first, theirs, context.work.cache)
     scorer = Scorer(partial(score, client, context), TOLERANCE)
     whole = replace(context, pack=lambda groups: [list(groups)])  # many requests are under way at once
     own = OwnText(theirs, system_prompt, terminator, max_altered)
     if own.differs(context):
         return from_text("served", scorer, own, identity, "", whole, cache)
     rows = rows_of(scorer, context.groups, identity, whole)
-    return Table("served", identity, "", context.groups, rows, context.device)
+    return Table("served", identity, "", context.groups, rows, context.work.device)
 
 
 # --- which model answers behind a name

@@ -21,7 +21,7 @@ from torch import nn
 from dpo_ref.data.packing import collate
 from dpo_ref.files import replacing
 from dpo_ref.models.logps import response_logps, sum_by_response
-from dpo_ref.references.interface import ReferenceContext, Still
+from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
 
 SHARD_TOKENS = 2**20
@@ -130,7 +130,7 @@ def _packs(
     groups: Sequence[TokenGroup], missing: Sequence[int], context: ReferenceContext
 ) -> Iterator[list[TokenGroup]]:
     starts = range(0, len(missing), WINDOW)
-    for start in context.progress(starts, "reference log-probs", len(starts)):
+    for start in context.work.progress(starts, "reference log-probs", len(starts)):
         yield from context.pack([groups[place] for place in missing[start : start + WINDOW]])
 
 
@@ -154,8 +154,10 @@ def _probe(scorer: Scorer, groups: Sequence[TokenGroup], rows: Rows, folder: Pat
             )
 
 
-class Table(Still):
+class Table(Reference):
     """A reference whose log-probabilities were computed beforehand; its model is not needed any more."""
+
+    live = False
 
     def __init__(
         self, name: str, identity: str, weights: str, groups: Sequence[TokenGroup], rows: Rows, device: torch.device
@@ -181,7 +183,7 @@ class Table(Still):
 
 def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context: ReferenceContext) -> Rows:
     """Rows for all groups: stored ones reused after a probe, the rest computed and stored."""
-    folder = context.cache / "reference" / identity
+    folder = context.work.cache / "reference" / identity
     stored = read_shards(folder)
     keys = [row_key(group) for group in groups]
     known = [place for place, key in enumerate(keys) if key in stored]
@@ -195,4 +197,4 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
 def tabulate(name: str, model: nn.Module, identity: str, weights: str, context: ReferenceContext) -> Table:
     """The table of `model` for all of the context's groups."""
     rows = rows_of(scorer_of(model), context.groups, identity, context)
-    return Table(name, identity, weights, context.groups, rows, context.device)
+    return Table(name, identity, weights, context.groups, rows, context.work.device)

@@ -8,6 +8,8 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -165,20 +167,33 @@ class TrainingProgress:
 
     def __init__(self, description: str = "training") -> None:
         self.description = description
-        self._numbers = ""
+        self._numbers, self._done = "", 0
+        self._line: PlainLine | BarLine | None = None
+        self._open = partial(open_line, description, None)
 
-    def __call__(self, steps: Iterable[T], total: int, first_step: int = 0) -> Iterator[T]:
-        """The steps, of which `first_step` of `total` were done before."""
-        line = open_line(self.description, total, first_step)
-        done = first_step
+    @contextmanager
+    def shown(self, total: int, first_step: int = 0) -> Iterator[None]:
+        """Inside, `advance` draws the steps, of which `first_step` of `total` were done before."""
+        self._open, self._done = partial(open_line, self.description, total, first_step), first_step
         try:
-            for step in steps:
-                yield step
-                done += 1
-                line.show(done, self._numbers)
-            line.completed(done, self._numbers)
+            yield
         finally:
-            line.close()
+            if self._line is not None:
+                self._line.close()
+            self._line = None
+
+    def advance(self, steps: int = 1) -> None:
+        """So many steps more are done; 0 draws what is to come."""
+        self._line = self._line or self._open()
+        self._done += steps
+        self._line.show(self._done, self._numbers)
+
+    def complete(self) -> None:
+        """All steps are done; what comes after them is not counted."""
+        if self._line is not None:
+            self._line.completed(self._done, self._numbers)
+            self._line.close()
+        self._line = None
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Take over metrics; they are drawn with the next step."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_ref.objectives.interface import Compared, Labelled, Likelihood, Outcome, Preference, Sampled
+from dpo_ref.objectives.interface import Compared, Known, Labelled, Likelihood, Outcome, Preference, Sampled
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores
 
 Values = dict[str, Float[Tensor, "..."]]
@@ -116,12 +116,10 @@ VALUES: dict[type, Callable[..., Values]] = {
 }
 
 
-def values_of(
-    outcome: Outcome, policy: ResponseLogps | ResponseScores, reference: ResponseLogps, batch: PackedBatch
-) -> Values:
+def values_of(outcome: Outcome, outputs: ResponseLogps | ResponseScores, known: Known) -> Values:
     """Per-item values of one pack, detached."""
-    found = VALUES[type(outcome)](outcome, policy, reference, batch)
-    return {name: value.detach() for name, value in found.items()}
+    values = VALUES[type(outcome)](outcome, outputs, known.reference, known.batch)
+    return {name: value.detach() for name, value in values.items()}
 
 
 def mean_of(values: Values) -> dict[str, Tensor]:

@@ -21,10 +21,11 @@ from dpo_ref.data.packing import epoch_order, steps_per_epoch
 from dpo_ref.files import write_json
 from dpo_ref.generation.records import Generation, Scores, read_generations, write_generations
 from dpo_ref.generation.sampling import generate
+from dpo_ref.models.loading import TrainedModel
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.table import Rows, Table, read_shards, score, write_shard
 from dpo_ref.training.advantages import ADVANTAGES, PAIRS, Grouping, Picked, all_with, best_of_n, bradley_terry
-from dpo_ref.training.rounds import Round, Supply, SupplyContext, groups_for
+from dpo_ref.training.rounds import Round, Rounds, RoundsContext, groups_for
 from dpo_ref.types import Message, PreferenceData, Progress, PromptGroup, TokenGroup, digest, silent
 
 # --- the samples of one round: drawn from the policy, scored, kept as files from which a resumed run goes on
@@ -68,8 +69,7 @@ class Samples:
 class Sampler:
     """The policy that is trained, and who scores its answers."""
 
-    policy: Any
-    tokenizer: Any
+    policy: TrainedModel
     scorer: Callable[[Sequence[Generation]], Scores]
     options: dict[str, Any]  # of `generate`
     progress: Progress
@@ -77,7 +77,7 @@ class Sampler:
     def draw(self, prompts: Sequence[Sequence[Message]], seed: int) -> Samples:
         """Answers of the policy as it is now. Raises ValueError where the scorer has no number for one."""
         started = time.perf_counter()
-        generations = generate(self.policy, self.tokenizer, prompts, seed, self.progress, **self.options)
+        generations = generate(self.policy.model, self.policy.tokenizer, prompts, seed, self.progress, **self.options)
         drawn = time.perf_counter()
         scores = self.scorer(generations)
         unscored = sum(not math.isfinite(value) for value in scores.values)
@@ -263,30 +263,24 @@ class Plan:
     grouping: Grouping
 
 
-class Rounds:
+class OnPolicyRounds(Rounds):
     """On-policy rounds. Everything a round is made of depends on the run's seed, the round's number and the policy at
     its beginning; samples, rewards and the sampling policy's log-probs are files in the run's folder."""
 
     live = True
 
-    def __init__(self, context: SupplyContext, sampler: Sampler, plan: Plan) -> None:
+    def __init__(self, context: RoundsContext, sampler: Sampler, plan: Plan) -> None:
+        self.config, self.pack = context.config, context.pack
         self.num_groups = len(context.groups)
         self.num_steps = min(plan.rounds * plan.steps, context.config.max_steps or plan.rounds * plan.steps)
         self._context, self._sampler, self._plan = context, sampler, plan
-        self.known = self.held_out(context.groups) if plan.num_offline else context.groups[:0]
+        self.known = fitted(context.objective, context.groups) if plan.num_offline else context.groups[:0]
         if plan.num_offline and not len(self.known):
             raise ValueError("data.mix_offline: data.prompts has no pairs to mix in; leave it out")
         count = plan.rounds * plan.prompts_per_round
         self._prompts = draw_prompts(context, sampler.options["max_new_tokens"], count)
 
-    def held_out(self, groups: TokenGroups) -> Groups:
-        """Those that have what a round's groups have: pairs, or one wanted answer; none have advantages."""
-        objective = self._context.objective
-        if takes_advantages(objective):
-            return groups[:0]
-        return groups_for(objective, groups.where(groups.have_pairs) if takes_pairs(objective) else groups)
-
-    def rounds(self, first_step: int) -> Iterator[Round]:
+    def after(self, first_step: int) -> Iterator[Round]:
         """The rounds that are not over after `first_step` steps, each sampled when it is asked for."""
         for begin in range(first_step - first_step % self._plan.steps, self.num_steps, self._plan.steps):
             number = begin // self._plan.steps
@@ -308,10 +302,10 @@ class Rounds:
         return "old" in self._context.objective.takes
 
     def _seed(self, number: int) -> int:
-        return int(digest(["round", self._context.seed, number])[:8], 16)
+        return int(digest(["round", self._context.work.seed, number])[:8], 16)
 
     def _folder(self, number: int) -> Path:
-        return self._context.directory / "rounds" / f"{number + 1:04d}"
+        return self._context.work.directory / "rounds" / f"{number + 1:04d}"
 
     def _samples(self, number: int, step: int) -> Samples:
         """The round's samples: from its files, or drawn now if now is when they are due. Raises ValueError if they are
@@ -337,25 +331,25 @@ class Rounds:
         store(self._folder(number), samples)
 
     def _scored(self, groups: list[TokenGroup]) -> Rows:
-        policy, device = self._context.policy.eval(), self._context.device
+        policy, device = self._context.policy.model.eval(), self._context.work.device
         found: Rows = {}
         for pack in self._context.pack(groups):
             found |= score(policy, pack, device)
         return found
 
     def _groups(self, number: int, samples: Samples) -> list[TokenGroup]:
-        first = self._context.first_number + number * self._plan.prompts_per_round
+        first = self._context.first_index + number * self._plan.prompts_per_round
         return groups_of(samples, self._plan.grouping, first, self._seed(number))
 
     def _offline(self, number: int) -> list[TokenGroup]:
         """The round's pairs of the data; none comes again before all have come."""
         count, total = self._plan.num_offline, len(self.known)
         places = range(number * count, (number + 1) * count)
-        return [self.known[epoch_order(total, self._context.seed, at // total)[at % total]] for at in places]
+        return [self.known[epoch_order(total, self._context.work.seed, at // total)[at % total]] for at in places]
 
     def _old(self, number: int, groups: list[TokenGroup]) -> Table:
         rows = read_shards(self._folder(number) / "old")
-        return Table("old", "", "", groups, rows, self._context.device)
+        return Table("old", "", "", groups, rows, self._context.work.device)
 
     def _metrics(self, number: int, samples: Samples, fresh: list[TokenGroup]) -> dict[str, float]:
         size = self._plan.prompts_per_round
@@ -367,8 +361,15 @@ class Rounds:
         }
 
 
+def fitted(objective: Objective, groups: TokenGroups) -> Groups:
+    """Those that have what a round's groups have: pairs, or one wanted answer; none have advantages."""
+    if takes_advantages(objective):
+        return groups[:0]
+    return groups_for(objective, groups.where(groups.have_pairs) if takes_pairs(objective) else groups)
+
+
 def sampled(
-    context: SupplyContext,
+    context: RoundsContext,
     *,
     scorer: Annotated[Any, MemberOf("scorer")],
     rounds: int = 32,
@@ -383,7 +384,7 @@ def sampled(
     inner_epochs: int = 1,
     mix_offline: float = 0.0,
     sample_every: int = 1,
-) -> Supply:
+) -> Rounds:
     """Rounds of sampling from the policy, scoring, and training on what came of it (as in arXiv:2404.14367).
 
     In each of `rounds` rounds the policy as it is then answers `prompts_per_round` prompts `samples_per_prompt` times
@@ -409,7 +410,7 @@ def sampled(
         "samples_per_prompt": samples_per_prompt,
         "batch_size": generation_batch_size,
     }
-    made = Rounds(context, Sampler(context.policy, context.tokenizer, scorer, options, context.progress), plan)
+    made = OnPolicyRounds(context, Sampler(context.policy, scorer, options, context.work.progress), plan)
     queries = rounds * prompts_per_round * samples_per_prompt
     print(
         f"on-policy: {rounds} rounds of {prompts_per_round} prompts x {samples_per_prompt} samples, "
@@ -418,7 +419,7 @@ def sampled(
     return made
 
 
-@component(check=check_options, check_run=check_run, rounds=sampled)
+@component(check=check_options, check_run=check_run, rounds=sampled, held_out=fitted)
 def on_policy(seed: int, progress: Progress = silent, *, prompts: Annotated[Any, MemberOf("data")]) -> PreferenceData:
     """The data whose prompts the policy answers: its training prompts in the rounds, its pairs as `mix_offline`; held
     out are its own held-out pairs and test prompts."""
@@ -428,7 +429,7 @@ def on_policy(seed: int, progress: Progress = silent, *, prompts: Annotated[Any,
 # --- the prompts of all rounds, drawn from the rows of other data
 
 
-def draw_prompts(context: SupplyContext, max_new_tokens: int, count: int) -> Sequence[tuple[Message, ...]]:
+def draw_prompts(context: RoundsContext, max_new_tokens: int, count: int) -> Sequence[tuple[Message, ...]]:
     """`count` prompts in an order drawn from the seed; none comes again before all have come.
 
     Prompts that leave no room for `max_new_tokens` are left out, and counted on the terminal. Raises ValueError for a
@@ -436,7 +437,7 @@ def draw_prompts(context: SupplyContext, max_new_tokens: int, count: int) -> Seq
     """
     sizes = context.groups.lengths()[0][context.groups.places]
     room, seen, too_long = context.max_length - max_new_tokens, {}, 0
-    for place in np.random.default_rng([context.seed, 3]).permutation(len(sizes)).tolist():
+    for place in np.random.default_rng([context.work.seed, 3]).permutation(len(sizes)).tolist():
         if len(seen) == count:
             break
         if sizes[place] > room:

@@ -1,22 +1,49 @@
 """How a run's training groups come about: at once, as offline data, or round by round; and the groups as an objective
 needs them: pairs, wanted responses, labels, advantages, other prompts' responses.
 
-A data component that makes its groups while the run goes on declares `rounds`: a function of a `SupplyContext` that
-returns a `Supply`; `at_hand` is that of all others, one round that is there already.
+A data component that makes its groups while the run goes on declares `rounds`: a function of a `RoundsContext` that
+returns `Rounds`; `offline` is that of all others, one round that is there already.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol, overload, runtime_checkable
-
-import torch
+from functools import partial
+from typing import overload
 
 from dpo_ref.data.groups import Changed, Groups, TokenGroups
+from dpo_ref.data.packing import optimiser_batches, steps_per_epoch
+from dpo_ref.models.loading import TrainedModel, Workspace
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
-from dpo_ref.training.trainer import Pack, TrainerConfig
-from dpo_ref.types import Progress, PromptGroup, TokenGroup, digest
+from dpo_ref.types import PromptGroup, TokenGroup, digest
+
+Pack = Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
+
+
+@dataclass
+class TrainerConfig:
+    """`trainer.*`. Cadences are in optimiser steps; training ends at whichever of epochs and max_steps comes first."""
+
+    batch_size: int = 32  # groups (pairs) per optimiser step
+    epochs: float = 1.0
+    max_steps: int | None = None
+    eval_every: int | None = None  # None: before and after training only
+    save_every: int | None = None  # None: at the end and when interrupted only
+    keep_checkpoints: int | None = 1  # the newest; None: all
+    stop_when_degenerate: bool = False  # end the run once an evaluation in training says so
+
+    def __post_init__(self) -> None:
+        names = ("batch_size", "epochs", "max_steps", "eval_every", "save_every", "keep_checkpoints")
+        values = {name: getattr(self, name) for name in names}
+        for name, value in values.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"trainer.{name}={value} must be positive; null leaves it out")
+
+    def num_steps(self, num_groups: int) -> int:
+        """Optimiser steps of the whole run."""
+        steps = max(1, round(self.epochs * steps_per_epoch(num_groups, self.batch_size)))
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,68 +61,82 @@ class Round:
     old: Reference | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def batches(self, first_step: int) -> Iterator[tuple[int, list[TokenGroup]]]:
+        """The round's optimiser steps from `first_step` on, and their groups: a function of seed and step alone."""
+        first, last = max(self.begin, first_step), self.begin + self.config.num_steps(len(self.groups))
+        batches = optimiser_batches(self.groups, self.config.batch_size, self.seed, first - self.begin)
+        for step in range(first, last):
+            yield step, next(batches)[1]
 
-@dataclass(frozen=True, slots=True)
-class SupplyContext:
-    """What a supply is made from at run time."""
-
-    directory: Path  # the run's
-    policy: Any
-    tokenizer: Any
-    objective: Objective
-    groups: TokenGroups  # the data's training groups
-    first_number: int  # from here on `group_index` is free
-    max_length: int  # tokens of prompt and response
-    pack: Pack
-    config: TrainerConfig
-    seed: int
-    device: torch.device
-    progress: Progress
+    def epochs(self, steps: int) -> float:
+        """Epochs of the round's groups completed after so many steps of the run."""
+        return (steps - self.begin) / steps_per_epoch(len(self.groups), self.config.batch_size)
 
 
-@runtime_checkable
-class Supply(Protocol):
-    """Training groups, round by round."""
+class Rounds(ABC):
+    """Training groups, round by round; how they are packed, and for how many steps."""
 
     known: Groups  # what is known before training: what a reference can tabulate
     num_groups: int  # of the data; a resumed run must have as many
     num_steps: int  # optimiser steps of the whole run
-    live: bool  # whether there are groups besides the known ones, which the reference is asked about as they come
+    config: TrainerConfig
+    pack: "partial[list[list[TokenGroup]]]"  # `data.packing.pack` with its options
+    live: bool = False  # whether there are groups besides the known ones, which the reference is asked about
 
-    def held_out(self, groups: TokenGroups) -> Groups:
-        """Of held-out groups those that the objective can be evaluated on, as it needs them."""
-        ...
+    @property
+    def tokens_per_batch(self) -> int:
+        """What a pack has room for."""
+        return self.pack.keywords["tokens_per_batch"]
 
-    def rounds(self, first_step: int) -> Iterator[Round]:
+    @abstractmethod
+    def after(self, first_step: int) -> Iterator[Round]:
         """The rounds that are not over after `first_step` steps. The policy is trained on each before the next is
         asked for. Raises ValueError where a round cannot be gone on with."""
-        ...
 
 
-class AtHand:
-    """Offline data: one round."""
+class OfflineRounds(Rounds):
+    """Groups that are there already: one round. `old` gives the log-probs of the policy that drew the responses."""
 
-    live = False
+    def __init__(
+        self,
+        groups: Groups,
+        config: TrainerConfig,
+        pack: "partial[list[list[TokenGroup]]]",
+        seed: int,
+        old: Reference | None = None,
+    ) -> None:
+        self.known, self.config, self.pack = groups, config, pack
+        self._seed, self._old = seed, old
+        self.num_groups, self.num_steps = len(groups), config.num_steps(len(groups))
 
-    def __init__(self, context: SupplyContext) -> None:
-        self._context = context
-        self.known = self.held_out(context.groups)
-        self.num_groups = len(self.known)
-        self.num_steps = context.config.num_steps(self.num_groups)
-
-    def held_out(self, groups: TokenGroups) -> Groups:
-        """All of them."""
-        objective = self._context.objective
-        return with_rewards(objective, groups_for(objective, groups))
-
-    def rounds(self, first_step: int) -> Iterator[Round]:
+    def after(self, first_step: int) -> Iterator[Round]:
         """The one round."""
-        yield Round(0, self.known, self._context.config, self._context.seed)
+        yield Round(0, self.known, self.config, self._seed, self._old)
 
 
-def at_hand(context: SupplyContext) -> Supply:
+@dataclass(frozen=True, slots=True)
+class RoundsContext:
+    """What rounds are made from at run time."""
+
+    work: Workspace
+    policy: TrainedModel
+    objective: Objective
+    groups: TokenGroups  # the data's training groups
+    first_index: int  # from here on `group_index` is free
+    max_length: int  # tokens of prompt and response
+    pack: "partial[list[list[TokenGroup]]]"
+    config: TrainerConfig
+
+
+def offline(context: RoundsContext) -> Rounds:
     """The data's training groups as they are. Raises ValueError if they are not what the objective needs."""
-    return AtHand(context)
+    groups = fitted(context.objective, context.groups)
+    return OfflineRounds(groups, context.config, context.pack, context.work.seed)
+
+
+def fitted(objective: Objective, groups: TokenGroups) -> Groups:
+    """Training or held-out groups as an objective needs them, with the scores of their rows where it asks for them."""
+    return with_rewards(objective, groups_for(objective, groups))
 
 
 # --- groups as an objective needs them

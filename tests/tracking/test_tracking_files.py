@@ -92,10 +92,14 @@ def test_a_log_gets_a_line_now_and_then_and_not_one_per_step(capsys, monkeypatch
     monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.2)
     monkeypatch.setattr(terminal, "SECONDS_WORTH_A_LINE", 0.5)
     show = terminal.TrainingProgress()
-    for step in show(range(60), 1_060, 1_000):
-        time.sleep(0.02)
-        show.update({"loss": 0.5, "rewards/accuracies": 0.75, "throughput/pairs_per_second": 12.34})
-        assert list(terminal.progress([step, step], "inner")) == [step, step]
+    with show.shown(1_060, 1_000):
+        show.advance(0)
+        for step in range(60):
+            time.sleep(0.02)
+            show.update({"loss": 0.5, "rewards/accuracies": 0.75, "throughput/pairs_per_second": 12.34})
+            assert list(terminal.progress([step, step], "inner")) == [step, step]
+            show.advance()
+        show.complete()
     lines = capsys.readouterr().out.splitlines()
     assert 4 <= len(lines) <= 8
     assert lines[0].startswith("training 1,0")
@@ -143,13 +147,17 @@ def test_summary_in_a_log_is_plain_and_commands_are_whole(capsys):
 SCREEN = """
 from dpo_ref.tracking import terminal
 show = terminal.TrainingProgress()
-for step in show(range(3), 5, 2):
-    show.update({"loss": 0.25, "throughput/pairs_per_second": 3.0})
-    for item in terminal.progress("ab", "inner [x]"):
-        print("between [bold]", flush=True)
-loop = show(range(3), 3)
+with show.shown(5, 2):
+    show.advance(0)
+    for step in range(3):
+        show.update({"loss": 0.25, "throughput/pairs_per_second": 3.0})
+        for item in terminal.progress("ab", "inner [x]"):
+            print("between [bold]", flush=True)
+        show.advance()
+    show.complete()
 try:
-    for step in loop:
+    with show.shown(3):
+        show.advance(0)
         raise RuntimeError("stopped")
 except RuntimeError as error:
     terminal.run_summary("title", {"folder": "f[1]"}, ["c" * 200])

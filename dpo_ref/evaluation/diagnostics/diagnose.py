@@ -38,6 +38,7 @@ from dpo_ref.evaluation.diagnostics.token_statistics import (
     pair_places,
     read,
 )
+from dpo_ref.evaluation.kl import sample_groups
 from dpo_ref.evaluation.statistics.estimates import Estimate
 
 # --- a diagnosis
@@ -172,7 +173,7 @@ class _Findings:
 
     def __init__(self, context: DiagnosticContext, top_tokens: int, min_count: int, examples: int) -> None:
         self.context, self.top, self.least, self.num_examples = context, top_tokens, min_count, examples
-        self.vocabulary = Vocabulary(context.tokenizer)
+        self.vocabulary = Vocabulary(context.policy.tokenizer)
         self.texts: dict[str, TextDiagnosis] = {}
         self.rankings: dict[str, Ranking] = {}
         self.absent: dict[str, str] = {}
@@ -211,26 +212,27 @@ class _Findings:
         if not groups:
             self.absent[HELD_OUT] = "the data holds none out: data.eval_fraction or data.eval_path"
             return
-        found = read(context, groups, context.never[:0], context.heldout_reference, HELD_OUT)
+        found = read(context, groups, context.never[:0], lambda: context.reference, HELD_OUT)
         pairs = pair_places(groups)
         self.text("chosen", found, pairs.chosen)
         self.text("rejected", found, pairs.rejected)
         self.displacement = displacements(found.tokens, pairs)
         self._rank(HELD_OUT, found, pairs)
-        looks = Looks(context.tokenizer, groups, found.tokens)
-        self.examples += drawn_pairs(looks, self.num_examples, context.seed)
+        looks = Looks(context.policy.tokenizer, groups, found.tokens)
+        self.examples += drawn_pairs(looks, self.num_examples, context.work.seed)
 
     def own(self) -> None:
         """The policy's own answers."""
         context = self.context
-        if context.why_no_samples is not None:
-            self.absent["own answers"] = context.why_no_samples
+        drawn = {(generation.temperature, generation.top_p) for generation in context.generations}
+        if drawn != {(1.0, 1.0)}:
+            self.absent["own answers"] = _other_samples(drawn)
             return
-        samples = context.samples
+        samples = sample_groups(context.generations)[0]
         found = read(context, samples, context.never, lambda: context.reference_on(samples), "own answers")
         self.text("own", found)
-        looks = Looks(context.tokenizer, context.samples, found.tokens)
-        self.examples += drawn_answers(looks, self.num_examples, context.seed)
+        looks = Looks(context.policy.tokenizer, samples, found.tokens)
+        self.examples += drawn_answers(looks, self.num_examples, context.work.seed)
 
     def files(self, paths: Sequence[str]) -> None:
         """Pairs of files, and those of each subset."""
@@ -271,6 +273,11 @@ def _check(*, pairs: list[str] | None, examples: int, top_tokens: int, min_count
 
 
 @component(check=_check)
+def _other_samples(drawn: set[tuple[float, float]]) -> str:
+    each = ", ".join(f"temperature {temperature:g} and top-p {top_p:g}" for temperature, top_p in sorted(drawn))
+    return f"they were drawn with {each}, not from the policy itself: generation.temperature=1 generation.top_p=1"
+
+
 def tokens(
     context: DiagnosticContext,
     *,
@@ -294,7 +301,7 @@ def tokens(
         found.files(pairs)
     texts = tuple(found.vocabulary.text(token) for token in sorted(context.ends))
     parts = (found.texts, found.displacement, found.rankings, found.absent)
-    return Diagnosed(Diagnosis(context.reference_name, texts, *parts), tuple(found.examples))
+    return Diagnosed(Diagnosis(context.reference.name, texts, *parts), tuple(found.examples))
 
 
 def none(context: DiagnosticContext) -> None:

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from dpo_ref.data.groups import Groups, TokenGroups
 from dpo_ref.data.packing import collate, pack
+from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.evaluation.statistics.estimates import Estimate, clustered_mean
+from dpo_ref.generation.records import Generation
+from dpo_ref.generation.sampling import never_sampled
+from dpo_ref.models.loading import Policy, Workspace
 from dpo_ref.models.logps import CHUNK_LOGITS, Head, head_of, response_hidden, token_logps
 from dpo_ref.references.interface import Reference
 from dpo_ref.types import PackedBatch, Progress, PromptGroup, TokenGroup, silent
@@ -215,26 +219,27 @@ def pair_places(groups: Sequence[TokenGroup]) -> PairPlaces:
 
 @dataclass(frozen=True, slots=True)
 class DiagnosticContext:
-    """Handed over at run time. The models have packed attention. `heldout` are the groups held out from training,
-    `samples` the policy's own answers (temperature 1, top-p 1); `never` is `generation.sampling.never_sampled`."""
+    """Handed over at run time. `generations` are the policy's answers, `heldout` the groups held out from training,
+    for which `reference` was built."""
 
-    policy: nn.Module
-    initial: nn.Module
-    tokenizer: Any
-    ends: frozenset[int]  # tokens that end a turn
-    never: Int[Tensor, " X"]
-    heldout: Sequence[TokenGroup]
-    samples: TokenGroups
-    why_no_samples: str | None
-    reference_name: str
-    same_as_initial: bool  # whether the loss reference is the initial policy
-    heldout_reference: Callable[[], Reference]
+    work: Workspace
+    policy: Policy
+    initial: Policy
+    heldout: TokenGroups
+    generations: Sequence[Generation]
+    reference: Reference
     reference_on: Callable[[Groups], Reference]  # asked for what no table holds
     tokenise: Callable[[Sequence[PromptGroup]], TokenGroups]
-    device: torch.device
-    seed: int = 0
-    progress: Progress = silent
-    tokens_per_batch: int = 8192
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a turn."""
+        return frozenset(end_of_turn_ids(self.policy.tokenizer))
+
+    @property
+    def never(self) -> Int[Tensor, " X"]:
+        """Tokens that sampling excludes."""
+        return never_sampled(self.policy.tokenizer, self.policy.model.get_output_embeddings().weight.shape[0])
 
 
 # --- what the loss reference says about responses that policy and initial policy have read
@@ -266,7 +271,7 @@ class Read:
 
 
 def ask(
-    reference: Reference, groups: Sequence[TokenGroup], device: torch.device, tokens_per_batch: int
+    reference: Reference, groups: Sequence[TokenGroup], device: torch.device, *, tokens_per_batch: int = 8192
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " R"] | None]:
     """The reference's log-probs of every response and, where it knows them, of every token, in the groups' order."""
     sums: dict[int, np.ndarray] = {}
@@ -290,11 +295,11 @@ def beside(
     context: DiagnosticContext, groups: Sequence[TokenGroup], tokens: Tokens, build: Callable[[], Reference]
 ) -> Beside:
     """The loss reference on responses that were read; a ValueError of it is the reason why it says nothing."""
-    if context.same_as_initial:
+    if context.reference.equals(context.initial):
         return Beside(sums=tokens.sums(tokens.initial.logps), why=SAME)
     try:
         reference = build()
-        sums, found = ask(reference, groups, context.device, context.tokens_per_batch)
+        sums, found = ask(reference, groups, context.work.device)
     except ValueError as error:
         return Beside(why=str(error))
     if not reference.normalised:
@@ -309,12 +314,9 @@ def beside(
 def _entropy(
     context: DiagnosticContext, groups: Sequence[TokenGroup], reference: Reference
 ) -> Float[np.ndarray, " R"] | None:
-    model: Any = getattr(reference, "model", None)
-    if model is None:
+    if reference.model is None:
         return None
-    return readings_of(
-        model, groups, sorted(context.ends), context.never[:0], tokens_per_batch=context.tokens_per_batch
-    ).entropy
+    return readings_of(reference.model, groups, sorted(context.ends), context.never[:0]).entropy
 
 
 def read(
@@ -327,10 +329,9 @@ def read(
     """Policy, initial policy and loss reference on `groups`, which are at least one; `what` they are, for progress."""
     readings = [
         readings_of(
-            model, groups, sorted(context.ends), never, context.progress, f"{what}, {name}",
-            tokens_per_batch=context.tokens_per_batch,
+            model, groups, sorted(context.ends), never, context.work.progress, f"{what}, {name}",
         )
-        for name, model in (("policy", context.policy), ("initial policy", context.initial))
+        for name, model in (("policy", context.policy.model), ("initial policy", context.initial.model))
     ]  # fmt: skip
     tokens = tokens_of(groups, context.ends, *readings)
     found = beside(context, groups, tokens, build)

@@ -5,7 +5,7 @@ is read, but how likely each label is.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from dpo_ref.data.packing import collate, pack
 from dpo_ref.distributed import best_device
 from dpo_ref.evaluation.judging.judge import Answer, Judge, JudgeRefused, Request, Store
 from dpo_ref.evaluation.judging.templates import load_template
-from dpo_ref.models.loading import compute_dtype
+from dpo_ref.models.loading import ModelLoader, check_folder, compute_dtype
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.server import Server, ServerRefused, check_url
 from dpo_ref.types import Progress, PromptGroup, TokenGroup
@@ -34,11 +34,11 @@ SAID_ELSEWHERE = {"messages", "model", "max_tokens", "temperature", "logprobs", 
 @dataclass(frozen=True, slots=True)
 class JudgeContext:
     """What a judge needs of the evaluation: its name on the command line, the folder of caches, and how models are
-    loaded (`load` takes a path, a hub name or a model of the lab)."""
+    loaded."""
 
     name: str
     cache: Path
-    load: Callable[[str], Any]
+    loader: ModelLoader
     progress: Progress
 
 
@@ -300,7 +300,8 @@ def local(
     template asks for are left out. `tokens_per_batch` bounds a forward pass. Raises ValueError for a template whose
     label has no stated lead.
     """
-    asked, loaded = load_template(template), context.load(model)
+    check_folder(model, "judge.model")
+    asked, loaded = load_template(template), context.loader.policy(model)
     labels = tuple(asked.verdict.labels)
     dtype = str(compute_dtype("auto", best_device())).removeprefix("torch.")
     return Judge(

@@ -21,13 +21,14 @@ from dpo_ref.component import RunPlan, component
 from dpo_ref.data.groups import gathered
 from dpo_ref.data.packing import pack
 from dpo_ref.lab.bandits.worlds import Arms, Draws, Tokens, World, frozen_copy, rated_groups, utilities
+from dpo_ref.models.loading import Policy
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
 from dpo_ref.references.policies import Frozen, Zeros
 from dpo_ref.training.on_policy import grouping_of, takes_advantages
 from dpo_ref.training.optim import Optimisation, adamw
-from dpo_ref.training.rounds import groups_for
-from dpo_ref.training.trainer import Step, TrainerConfig, train
+from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
+from dpo_ref.training.trainer import Step, train
 from dpo_ref.types import TokenGroup
 
 
@@ -204,11 +205,12 @@ def one_run(
         return _rated(drawn, method, draws, number * options.groups_per_round)
 
     def fit(groups: list[TokenGroup]) -> Iterator[Step]:
-        fitting = list(groups_for(method.objective, gathered(groups)))
+        fitting = groups_for(method.objective, gathered(groups))
         config = TrainerConfig(batch_size=options.groups_per_round, epochs=float(options.steps_per_round))
         whole = partial(pack, tokens_per_batch=2**20)
         old = Frozen("old", frozen_copy(policy), "", "")
-        return train(policy, reference, method.objective, optim, fitting, whole, config, seed=numbers[0], old=old)
+        rounds = OfflineRounds(fitting, config, whole, numbers[0], old)
+        return train(Policy(lambda: policy, None), reference, method.objective, optim, rounds)
 
     def measure(step: int, rounds: int) -> tuple[int, int, float, float]:
         found.append(world.measure(policy, initial, rewards, _stream(*numbers, problem.peak, 1, step)))
