@@ -6,8 +6,9 @@ import sys
 
 import pytest
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from dpo_ref.cli import schemas
+from dpo_ref.cli import command_line, schemas
 from tests.support.command import REQUIRED, ROOT, composed, resolved
 
 FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
@@ -49,6 +50,28 @@ def test_an_option_that_may_be_a_mapping_is_given_as_one():
     run = resolved("model.template_options={enable_thinking: false}")
     assert run.model.options["template_options"] == {"enable_thinking": False}
     assert resolved("data=tldr", "data.hub={path: mine}").data.options["hub"]["path"] == "mine"
+
+
+ANYTHING = {
+    "options alone": ["objective.beta=0.3", "trainer.batch_size=4", "optim.schedule=cosine"],
+    "a choice and its option": ["reference.path=lab:strong", "reference=other", "seed=3"],
+    "a preset and more": ["+experiment=demo", "objective=ipo_sum", "trainer.max_steps=3"],
+    "one inside another": INSIDE["scorer=judge"],
+    "more than the schema": [
+        "~evaluation",
+        "+model.template_options={a: 1}",
+        "data.sources=[{path: a}]",
+        "data=mixture",
+    ],
+}
+
+
+@pytest.mark.parametrize("case", ANYTHING)
+def test_these_tests_compose_what_hydra_does(case):
+    """`composed` of the tests types options over trees that it keeps."""
+    cfg, choices = composed(*ANYTHING[case])
+    whole, chosen = command_line.composed(ANYTHING[case])
+    assert (OmegaConf.to_container(cfg), choices) == (OmegaConf.to_container(whole), chosen)
 
 
 REFUSED = {

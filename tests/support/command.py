@@ -1,16 +1,20 @@
 """`train.py` as a user types it: in a process of its own, or composed and run in this one, which saves the imports."""
 
+import copy
 import io
 import shlex
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf, open_dict
 
 from dpo_ref.cli import command_line, resolve, schemas
 from dpo_ref.cli.train import Job, run_job
@@ -30,16 +34,36 @@ def typed(*arguments: str):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def composed(*overrides: str, kind: str = "train"):
-    """The composed tree and the choices, as Hydra hands them to the entry point."""
-    command_line.check_command_line(overrides, kind)
+@cache
+def _composed(kind: str, overrides: tuple[str, ...]):
+    """The composed tree, closed as Hydra leaves it, and the choices."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(schemas.CONF)):
         cfg = compose(kind, overrides=list(overrides), return_hydra_config=True)
     chosen = cfg.hydra.runtime.choices.items()
     choices = {key: value for key, value in chosen if value is not None and not key.startswith("hydra/")}
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
+
+
+def _chooses(override) -> bool:
+    """Whether an override changes which files are composed, or means what only Hydra's `compose` looks after."""
+    group = schemas.CONF / override.key_or_group
+    return override.is_hydra_override() or override.is_sweep_override() or group.is_dir()
+
+
+def composed(*overrides: str, kind: str = "train"):
+    """The composed tree and the choices, as Hydra hands them to the entry point.
+
+    Which files are composed takes Hydra far longer than what is typed over them: once for all that choose the same.
+    """
+    command_line.check_command_line(overrides, kind)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    choosing = tuple(override.input_line for override in parsed if _chooses(override))
+    cfg, choices = copy.deepcopy(_composed(kind, choosing))
+    ConfigLoaderImpl._apply_overrides_to_config([override for override in parsed if not _chooses(override)], cfg)
     OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
     return cfg, choices
 
 
