@@ -1,15 +1,11 @@
 """Every YAML composes onto its schema; what would have no effect is refused with key and remedy."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from dpo_ref.cli import command_line, schemas
-from tests.support.command import REQUIRED, ROOT, composed, resolved
+from tests.support.command import REQUIRED, composed, resolved, typed
 
 FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
 ELSEWHERE = {"model"}  # composed in tests/models/test_presets.py
@@ -106,17 +102,6 @@ def test_a_dictionary_may_stand_where_null_was():
     assert resolved("model.template_options={a: 1}").model.options["template_options"] == {"a": 1}
 
 
-def command(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | environment,
-    )
-
-
 @pytest.mark.parametrize(
     ("override", "messages"),
     [
@@ -132,13 +117,13 @@ def test_hydra_refuses_wrong_types_itself(override, messages):
 
 
 def test_hydra_refuses_a_wrong_choice_itself():
-    shown = command("train.py", "objective=dop")
+    shown = typed("train.py", "objective=dop")
     assert shown.returncode == 1
     assert all(message in shown.stderr for message in ("Could not find 'objective/dop'", "Available options", "dpo"))
 
 
 def test_help_shows_real_choices_and_every_option():
-    shown = command("train.py", "--help")
+    shown = typed("train.py", "--help")
     assert shown.returncode == 0, shown.stderr
     objectives = sorted(path.stem for path in schemas.CONF.glob("objective/*.yaml"))
     assert f"objective: {', '.join(objectives)}\n" in shown.stdout
@@ -147,18 +132,20 @@ def test_help_shows_real_choices_and_every_option():
 
 
 def test_cfg_job_shows_the_composed_configuration():
-    shown = command("train.py", "--cfg", "job", "objective=sft")
+    shown = typed("train.py", "--cfg", "job", "objective=sft")
     assert "_target_: dpo_ref.objectives.unpaired.sft" in shown.stdout
 
 
 def test_a_misspelt_key_costs_no_time_and_no_folder(tmp_path):
-    shown = command("train.py", "objective.bta=1", f"output_dir={tmp_path / 'run'}")
+    shown = typed("train.py", "objective.bta=1", f"output_dir={tmp_path / 'run'}")
     assert shown.returncode == 1
     assert shown.stderr.strip() == "error: objective.bta is not an option; did you mean objective.beta?"
     assert not (tmp_path / "run").exists()
 
 
-def test_tab_completion():
+def test_tab_completion(monkeypatch):
     """What the shell asks when TAB is pressed after `objective=`: the real choices and nothing else."""
-    shown = command("train.py", "-sc", "query=bash", COMP_LINE="train.py objective=", COMP_POINT="19")
+    monkeypatch.setenv("COMP_LINE", "train.py objective=")
+    monkeypatch.setenv("COMP_POINT", "19")
+    shown = typed("train.py", "-sc", "query=bash")
     assert set(shown.stdout.split()) == {f"objective={path.stem}" for path in schemas.CONF.glob("objective/*.yaml")}

@@ -1,26 +1,21 @@
 """`python train.py` as a user runs it: killed and resumed, interrupted, swept, and given bad input."""
 
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.command import ROOT, train, typed
+from tests.support.command import started, train, typed
 from tests.support.evaluate_command import evaluate
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=96", "data.num_eval_pairs=16", "data.num_test_prompts=8"]
 SMALL += ["trainer.batch_size=8", "tracking=none"]
-
-
-def arguments(*overrides):
-    return [sys.executable, "train.py", *overrides]
 
 
 def lines(run):
@@ -44,15 +39,15 @@ def whole(tmp_path_factory):
 def stopped(run, number, *overrides):
     """Start a run, wait for its fourth step, send it a signal; the exit code."""
     overrides = [*SMALL, f"output_dir={run}", "beta=0.3", "trainer.save_every=3", *overrides]
-    process = subprocess.Popen(arguments(*overrides), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = started(run.parent, "train.py", *overrides)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 5:
             break
         time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
+    os.kill(process.pid, number)
+    process.join(timeout=120)
+    return process.exitcode, (run.parent / "out").read_text()
 
 
 def same_weights(one, other):
