@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_ref.evaluation.heldout import heldout_metrics, reference_pairs, score_pairs
-from dpo_ref.evaluation.kl import SequenceK1, sample_kl
+from dpo_ref.evaluation.kl import SampleKl, SequenceK1, sample_kl
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import Rule, decode, decoding_mode
 from dpo_ref.references.policies import Zeros
@@ -102,12 +102,16 @@ def coverage_bounds(count, level, error):
 def test_estimates_cover_the_enumerated_kl_as_often_as_their_errors_say():
     """200 repetitions: prompts drawn from a population whose mean KL enumeration knows, samples from the policy."""
     truth = float(np.mean([enumerate_kl(prompt) for prompt in PROMPTS]))
-    generator = np.random.default_rng(7)
+    drawn = np.random.default_rng(7).integers(len(PROMPTS), size=(REPETITIONS, 40))
+    answers = sampled([PROMPTS[i] for i in drawn.flat], 2, seed=0)  # at once: all are independent
+    distinct = list({(a.prompt_ids, a.token_ids): a for a in answers}.values())
+    place = {(a.prompt_ids, a.token_ids): index for index, a in enumerate(distinct)}
+    every = sample_kl(POLICY, INITIAL, distinct, NEVER)
     rows = []
-    for repetition in range(REPETITIONS):
-        prompts = [PROMPTS[i] for i in generator.integers(len(PROMPTS), size=40)]
-        found = sample_kl(POLICY, INITIAL, sampled(prompts, 2, seed=repetition), NEVER).metrics("initial")
-        rows.append([found[f"kl/initial{part}"] for part in ("", "_se", "_k1", "_k1_se")])
+    for part in np.array_split(np.arange(len(answers)), REPETITIONS):
+        values = SampleKl(*(v[[place[answers[i].prompt_ids, answers[i].token_ids] for i in part]] for v in every))
+        found = values._replace(prompt_index=part // 2).metrics("initial")
+        rows.append([found[f"kl/initial{name}"] for name in ("", "_se", "_k1", "_k1_se")])
     fewest, most = coverage_bounds(REPETITIONS, 0.95, 0.001)
     assert (fewest, most) == (179, 198)  # 89.5 to 99 %
     for means, errors in np.array(rows).T.reshape(2, 2, REPETITIONS):
