@@ -8,7 +8,7 @@ rounds. What no signature says stands in the decorator `@component(...)`, as `Ho
 import inspect
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -21,12 +21,14 @@ class MemberOf:
     group: str
 
 
+@cache
 def configuration(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of a component: its configuration."""
     parameters = inspect.signature(component).parameters
     return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
+@cache
 def annotations(component: Callable[..., Any]) -> dict[str, Any]:
     """Type hints of a function, or of a class's constructor, with Annotated kept."""
     function = component.__init__ if inspect.isclass(component) else component
