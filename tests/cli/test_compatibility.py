@@ -11,7 +11,6 @@ import torch
 
 from dpo_ref.cli import command_line, resolve
 from dpo_ref.cli.compatibility import title_of
-from dpo_ref.cli.evaluate import run_evaluation
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.kl import BY_TEXT, BY_TOKEN, both_by_text
@@ -22,7 +21,8 @@ from dpo_ref.lab.preferences import lab
 from dpo_ref.models.loading import load_model, load_tokenizer
 from dpo_ref.references.table import read_shards, row_key
 from dpo_ref.types import Message, PromptGroup
-from tests.support.command import composed, train
+from tests.support.command import train
+from tests.support.evaluate_command import evaluate, evaluate_drawn
 from tests.support.evaluations import answers
 from tests.support.foreign import foreign  # noqa: F401  (a fixture)
 from tests.support.pages import parsed
@@ -34,17 +34,12 @@ SMALL = [*DATA, "tracking=none", STAGE, "compatibility.num_pairs=24", "compatibi
 SMALL += ["compatibility.betas=[0.01,0.1,1.0]", "compatibility.max_new_tokens=24"]
 
 
-def evaluate(*overrides):
-    cfg, choices = composed(*overrides, kind="evaluate")
-    run_evaluation(cfg, choices, list(overrides))
-
-
 @pytest.fixture(scope="module")
 def made(foreign, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("compatibility")
     listed = f"references=[initial, '{foreign}', none, prior, uniform_token, {{reference: mixture, parts: "
     listed += "[{reference: initial}, {reference: prior}]}, {reference: interpolate, path: lab:tiny, share: 0.5}]"
-    evaluate("policy=lab:tiny", listed, *SMALL, f"output_dir={folder}")
+    evaluate_drawn("policy=lab:tiny", listed, *SMALL, f"output_dir={folder}")
     return folder
 
 

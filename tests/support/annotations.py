@@ -4,13 +4,11 @@ import json
 
 import numpy as np
 
-from dpo_ref.cli.evaluate import run_evaluation
-from tests.support.command import composed
+from tests.support import evaluate_command
 
 
 def evaluate(*overrides):
-    cfg, choices = composed(*overrides, "tracking=none", kind="evaluate")
-    run_evaluation(cfg, choices, [*overrides, "tracking=none"])
+    evaluate_command.evaluate(*overrides, "tracking=none")
 
 
 def rows(model, wins, baseline="base", judge="someone", prompts=None, answer="b" * 40):

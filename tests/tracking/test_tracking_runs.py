@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import wandb
 
-from dpo_ref.cli.evaluate import run_evaluation
 from dpo_ref.reports.policy import ANSWERS
 from dpo_ref.reports.sweep import FRONTIER
-from tests.support.command import composed, train
+from tests.support.command import train
+from tests.support.evaluate_command import evaluate
 
 DATA = ["data.num_pairs=64", "data.num_eval_pairs=12", "data.num_test_prompts=10"]
 OFFLINE = ["tracking.mode=offline", "tracking.tags=[sk-typed-secret-0123456789]"]
@@ -54,11 +54,6 @@ def sweep(tmp_path_factory):
         time.sleep(1)  # folders of offline runs are named by the second, and sorted by name below
         evaluate(f"sweep={folder}", *QUICK)
     return folder
-
-
-def evaluate(*overrides):
-    cfg, choices = composed(*overrides, kind="evaluate")
-    run_evaluation(cfg, choices, list(overrides))
 
 
 @cache
