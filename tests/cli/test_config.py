@@ -5,7 +5,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from dpo_ref.cli import command_line, schemas
-from tests.support.command import REQUIRED, composed, resolved, typed
+from tests.support.command import REQUIRED, composed, resolved, typed, typed_afresh
 
 FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
 ELSEWHERE = {"model"}  # composed in tests/models/test_presets.py
@@ -132,8 +132,11 @@ def test_help_shows_real_choices_and_every_option():
 
 
 def test_cfg_job_shows_the_composed_configuration():
-    shown = typed("train.py", "--cfg", "job", "objective=sft")
+    """Whole, and what these tests compose."""
+    words = ["objective=sft", "reference.path=lab:strong", "reference=other", "seed=3"]
+    shown = typed_afresh("train.py", "--cfg", "job", *words)
     assert "_target_: dpo_ref.objectives.unpaired.sft" in shown.stdout
+    assert shown.stdout.strip() == OmegaConf.to_yaml(composed(*words)[0]).strip()
 
 
 def test_a_misspelt_key_costs_no_time_and_no_folder(tmp_path):

@@ -204,7 +204,7 @@ def test_bad_input(case):
 
 
 def test_the_command_itself_exits_with_one_line():
-    done = typed("evaluate.py", "policy=./nowhere", "tracking=none")
+    done = typed("evaluate.py", "policy=./nowhere", "tracking=none", *DATA)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: policy=./nowhere does not exist"
 

@@ -9,7 +9,9 @@ import os
 import runpy
 import shlex
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from multiprocessing import get_context
@@ -20,6 +22,7 @@ from typing import NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
@@ -29,6 +32,22 @@ from dpo_ref.cli.train import Job, run_job
 
 ROOT = Path(__file__).parents[2]
 schemas.register()
+
+
+def _reading_once(load: Callable) -> Callable:
+    """Hydra reads and parses 30 files for each composition: here each once."""
+    kept = {}
+
+    def load_config(repository: ConfigRepository, config_path: str):
+        key = (*(source.path for source in repository.get_sources()), config_path)
+        if key not in kept:
+            kept[key] = load(repository, config_path)
+        return copy.deepcopy(kept[key])
+
+    return load_config
+
+
+ConfigRepository.load_config = _reading_once(ConfigRepository.load_config)
 
 
 class Done(NamedTuple):
@@ -68,6 +87,13 @@ def typed(*arguments: str) -> Done:
             process.kill()
         process.join()
         return Done(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text())
+
+
+def typed_afresh(*arguments: str) -> Done:
+    """Run a command as a user does, who has imported nothing before."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 @cache
