@@ -1,10 +1,8 @@
 """A generation that was killed goes on where it was, with the same bits."""
 
-import signal
-import subprocess
-import sys
-import textwrap
+import time
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import pytest
 
@@ -13,7 +11,7 @@ from dpo_ref.generation.engine import PromptSet, Question, Sampling, answered
 from dpo_ref.generation.records import read_generations
 from dpo_ref.generation.sampling import Local
 from dpo_ref.types import silent
-from tests.support.command import ROOT
+from tests.support.command import forked
 from tests.support.tiny import tiny_model
 from tests.support.tokenizers_here import byte_bpe
 
@@ -87,21 +85,19 @@ def test_other_answers_are_not_taken_over(tmp_path):
 
 def test_a_process_that_is_killed_leaves_what_it_had(tmp_path):
     """SIGKILL in the middle, as by a scheduler."""
-    code = f"""
-        import sys; sys.path.insert(0, {str(ROOT)!r})
-        from tests.generation.test_generation_resumed import *
-        def slow(items, description, total):
-            for number, item in enumerate(items):
-                if number == 2:
-                    print("now", flush=True); sys.stdin.read()
-                yield item
-        from pathlib import Path
-        run(Path({str(tmp_path)!r}), slow)
-    """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes) as process:
-        assert process.stdout.readline() == b"now\n"
-        process.send_signal(signal.SIGKILL)
+    middle = get_context("fork").Event()
+
+    def stuck(items, description, total):
+        for number, item in enumerate(items):
+            if number == 2:
+                middle.set()
+                time.sleep(60)
+            yield item
+
+    process = forked(tmp_path, run, tmp_path, stuck)
+    assert middle.wait(timeout=60), (tmp_path / "err").read_text()
+    process.kill()
+    process.join()
     second = Counted()
     assert run(tmp_path, second) == answered(engine(), ASKED, 3, silent)
     assert second.done == 6

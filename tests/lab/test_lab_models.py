@@ -1,8 +1,6 @@
 """The lab's checkpoints: built once, by one process, into a folder that names what they depend on."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,19 +12,19 @@ from dpo_ref.lab import models as lab_models
 from dpo_ref.lab.gold import gold_rewards
 from dpo_ref.lab.preferences import lab
 from dpo_ref.models.loading import load_model, load_tokenizer
-from tests.support.command import ROOT
-
-LOCATE = "from dpo_ref.lab import models as lab_models; print(lab_models.locate('lab:tiny'))"
+from tests.support.command import forked
 
 
-def test_two_processes_build_it_once(tmp_path):
-    environment = os.environ | {"DPO_REF_CACHE": str(tmp_path)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", LOCATE], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=200)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
+def test_two_processes_build_it_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path))
+    said = [tmp_path / name for name in ("first", "second")]
+    for folder in said:
+        folder.mkdir()
+    started = [forked(folder, lambda: print(lab_models.locate("lab:tiny"))) for folder in said]
+    for process in started:
+        process.join(timeout=200)
+    assert [process.exitcode for process in started] == [0, 0]
+    outputs = [(folder / "out").read_text() for folder in said]
     assert sum("building lab:tiny, once per machine" in output for output in outputs) == 1
     (folder,) = {output.splitlines()[-1] for output in outputs}
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [os.path.basename(folder)]

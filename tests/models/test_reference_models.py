@@ -1,7 +1,6 @@
 """Models that are only asked: another precision, quantised, elsewhere, with an adapter, too large."""
 
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_ref.data.packing import collate
-from dpo_ref.models.loading import load_reference
+from dpo_ref.models.loading import ModelSource, load_reference
 from dpo_ref.references import policies
+from tests.support.command import forked
 from tests.support.reference_contexts import LAYOUT, TOKENIZER, context_for
 from tests.support.tiny import naive_logps, random_groups, tiny_model
 
@@ -96,16 +96,13 @@ def test_a_model_that_does_not_fit_names_what_would(folder, tmp_path):
     config = tiny_model(pad_token_id=0).config
     config.update({"hidden_size": 1024, "vocab_size": 100_000, "tie_word_embeddings": True})
     AutoModelForCausalLM.from_config(config).save_pretrained(wide)
-    script = f"""
-import resource, torch
-from transformers import LlamaForCausalLM
-from dpo_ref.models.loading import load_reference
-from dpo_ref.models.loading import ModelSource
-load_reference(ModelSource({str(folder)!r}), {str(folder)!r}, torch.device("cpu"), "auto")
-used = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
-load_reference(ModelSource({str(wide)!r}), {str(wide)!r}, torch.device("cpu"), "auto")
-"""
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
-    assert "does not fit into memory beside the policy: reference.device=cpu, reference.dtype=bfloat16" in done.stderr
+
+    def load():
+        load_reference(ModelSource(str(folder)), str(folder), CPU, "auto")
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
+        load_reference(ModelSource(str(wide)), str(wide), CPU, "auto")
+
+    forked(tmp_path, load).join(timeout=120)
+    message = "does not fit into memory beside the policy: reference.device=cpu, reference.dtype=bfloat16"
+    assert message in (tmp_path / "err").read_text()

@@ -56,13 +56,26 @@ class Done(NamedTuple):
     stderr: str
 
 
-def _command(arguments: tuple[str, ...], out: Path, err: Path):
-    """What `python <arguments>` does, in the copy of the process that this runs in."""
+def _copy(call: Callable[..., object], arguments: tuple, out: Path, err: Path):
+    """What runs in the copy of this process: it writes where it is told, and is stopped as any other."""
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    call(*arguments)
+
+
+def forked(folder: Path, call: Callable[..., object], *arguments) -> ForkProcess:
+    """A call in a process of its own; what it writes goes to `folder`/out and err."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn of the copy
+    process = get_context("fork").Process(target=_copy, args=(call, arguments, folder / "out", folder / "err"))
+    process.start()
+    return process
+
+
+def _type(*arguments: str):
+    """What `python <arguments>` does, from the project's folder."""
     os.chdir(ROOT)
     sys.argv = list(arguments)
     GlobalHydra.instance().clear()
@@ -70,11 +83,8 @@ def _command(arguments: tuple[str, ...], out: Path, err: Path):
 
 
 def started(folder: Path, *arguments: str) -> ForkProcess:
-    """A command in a process of its own, from the project's folder; what it writes goes to `folder`/out and err."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn of the copy
-    process = get_context("fork").Process(target=_command, args=(arguments, folder / "out", folder / "err"))
-    process.start()
-    return process
+    """A command in a process of its own."""
+    return forked(folder, _type, *arguments)
 
 
 def typed(*arguments: str) -> Done:
