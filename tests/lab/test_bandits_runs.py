@@ -6,12 +6,19 @@ import re
 import pytest
 
 from tests.support.command import resolved, train, typed
+from tests.support.pictures import undrawn
 
 QUICK = ["tracking=none", "bandit.num_seeds=2", "bandit.rounds=2", "bandit.steps_per_round=2", "bandit.beside=[sft]"]
 SMALL = {
     "arms": [*QUICK, "+experiment=bandit_arms", "bandit.peaks=[70]"],
     "tokens": [*QUICK, "+experiment=bandit_tokens", "bandit.fit_steps=2", "bandit.peaks=[70]", "bandit.length=3"],
 }
+
+
+@pytest.fixture
+def undrawn_pictures():
+    with undrawn():
+        yield
 
 
 def summary(run):
@@ -50,6 +57,7 @@ def test_an_experiment_leaves_what_it_promises(name, tmp_path):
     assert "optimum at β = 0.3" in done.stdout
 
 
+@pytest.mark.usefixtures("undrawn_pictures")
 def test_objective_beta_seed_and_reference_are_the_runs(tmp_path):
     """Another objective with its strength, another seed, and no reference: all of them change the numbers."""
     changes = {
@@ -72,6 +80,7 @@ def test_objective_beta_seed_and_reference_are_the_runs(tmp_path):
     assert summary(tmp_path / "ipo")["beta"] == 0.3
 
 
+@pytest.mark.usefixtures("undrawn_pictures")
 def test_a_sweep_has_one_table(tmp_path):
     folder = tmp_path / "sweep"
     done = typed("train.py", "-m", "bandit=arms", *QUICK, "bandit.peaks=[20]", f"output_dir={folder}", "beta=0.1,-1")
@@ -117,6 +126,7 @@ def test_methods_beside_are_checked_as_if_typed(tmp_path):
         assert message in done.stderr
 
 
+@pytest.mark.usefixtures("undrawn_pictures")
 def test_a_bandit_does_not_resume(tmp_path):
     run = tmp_path / "run"
     assert train(*QUICK, "bandit=arms", "bandit.peaks=[20]", f"output_dir={run}").returncode == 0
