@@ -9,7 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from beartype import BeartypeConf
+import jaxtyping
+from beartype import BeartypeConf, beartype
 from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
@@ -22,11 +23,28 @@ if "DPO_REF_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["DPO_REF_CACHE"], ignore_errors=True)
 
 # Every function's arguments and result are checked by beartype. The shapes that jaxtyping compares between them are
-# followed only in modules that write shapes (or names that are imported for type checkers alone, which beartype cannot
-# resolve): following them everywhere took a fifth of the tests' time.
+# followed only by functions that write shapes (or names that are imported for type checkers alone, which beartype
+# cannot resolve): following them everywhere took a fifth of the tests' time.
 ROOT = Path(__file__).parents[1]
 SIGN = re.compile(r"^from jaxtyping import|^if TYPE_CHECKING:", re.MULTILINE)
 SHAPED = [path for path in (ROOT / "dpo_ref").rglob("*.py") if SIGN.search(path.read_text())]
+SHAPES = re.compile(r"\b(Float|Int|Bool|UInt8|Num|Shaped)\[")
+follow_shapes = jaxtyping.jaxtyped
+
+
+def _as_far_as_written(*, typechecker):
+    """jaxtyping's decorator of all that its hook imports."""
+
+    def decorate(decorated):
+        hints = getattr(decorated, "__annotations__", {}).values()
+        if isinstance(decorated, type) or any(isinstance(hint, str) or SHAPES.search(str(hint)) for hint in hints):
+            return follow_shapes(typechecker=typechecker)(decorated)
+        return beartype(decorated)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _as_far_as_written
 install_import_hook([".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SHAPED], "beartype.beartype")
 beartype_package("dpo_ref", conf=BeartypeConf(claw_is_pep526=False))
 
