@@ -14,7 +14,7 @@ from dpo_ref.evaluation.results import Evaluated, Evaluation
 from dpo_ref.lab.models import locate
 from dpo_ref.models.loading import load_tokenizer
 from dpo_ref.reports.diagnostics import diagnostics_section
-from tests.support.command import train, typed
+from tests.support.command import train, typed_afresh
 from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, evaluate_drawn, measure, numbers
 from tests.support.metric_table import ROWS, unlisted
 
@@ -204,7 +204,7 @@ def test_bad_input(case):
 
 
 def test_the_command_itself_exits_with_one_line():
-    done = typed("evaluate.py", "policy=./nowhere", "tracking=none", *DATA)
+    done = typed_afresh("evaluate.py", "policy=./nowhere", "tracking=none", *DATA)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: policy=./nowhere does not exist"
 

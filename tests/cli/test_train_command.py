@@ -6,13 +6,16 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo_ref.cli import sweep as end_of_sweep
 from tests.support.command import started, train, typed
 from tests.support.evaluate_command import evaluate
+from tests.support.pictures import undrawn
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=96", "data.num_eval_pairs=16", "data.num_test_prompts=8"]
 SMALL += ["trainer.batch_size=8", "tracking=none"]
@@ -149,8 +152,11 @@ def test_a_longer_resume_equals_a_longer_run(whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
+    """Trained and evaluated as by `train.py -m`, the evaluation without pictures and without importing all again."""
     folder = tmp_path_factory.mktemp("swept") / "sweep"
-    done = typed("train.py", "-m", *SMALL, f"output_dir={folder}", "beta=3,-1,0.1", "trainer.max_steps=3")
+    with undrawn(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(end_of_sweep, "subprocess", SimpleNamespace(run=lambda command, check: typed(*command[1:])))
+        done = typed("train.py", "-m", *SMALL, f"output_dir={folder}", "beta=3,-1,0.1", "trainer.max_steps=3")
     return folder, done.stderr
 
 
@@ -159,6 +165,7 @@ def test_a_sweep_survives_a_failing_job(sweep):
     jobs = [summary(place) for place in sorted(folder.iterdir()) if place.is_dir() and place.name != "panels"]
     assert [job["status"] for job in jobs] == ["completed", "failed", "completed"], errors
     assert "beta=-1.0 must be positive" in jobs[1]["error"]
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 3  # evaluated at its end
 
 
 def test_a_later_job_equals_the_same_job_alone(sweep, tmp_path):
