@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import jaxtyping
+import pytest
 from beartype import BeartypeConf, beartype
 from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
@@ -47,6 +48,15 @@ def _as_far_as_written(*, typechecker):
 jaxtyping.jaxtyped = _as_far_as_written
 install_import_hook([".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SHAPED], "beartype.beartype")
 beartype_package("dpo_ref", conf=BeartypeConf(claw_is_pep526=False))
+
+
+@pytest.fixture
+def undrawn_pictures():
+    """Every picture is empty (see tests/support/pictures.py)."""
+    from tests.support.pictures import undrawn
+
+    with undrawn():
+        yield
 
 
 def pytest_collection_finish():

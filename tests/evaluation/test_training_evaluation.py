@@ -99,6 +99,7 @@ class Killed(Exception):
     """Stands for the process's end."""
 
 
+@pytest.mark.usefixtures("undrawn_pictures")
 def test_a_killed_run_goes_on_bit_for_bit(evaluated, tmp_path, monkeypatch):
     """Killed in step 7, after the checkpoint of step 5, at which it was evaluated too."""
     folder, log = tmp_path / "run", Session._log
@@ -145,6 +146,7 @@ def test_a_degenerating_run_is_stopped_and_says_why(degenerating):
     assert all(torch.equal(saved[name], value) for name, value in policy.items() if name in saved)
 
 
+@pytest.mark.usefixtures("undrawn_pictures")
 def test_a_stopped_run_goes_on_only_where_that_is_said(degenerating, tmp_path):
     folder = shutil.copytree(degenerating[0], tmp_path / "run")
     refused = train(f"resume={folder}", "tracking=none")
@@ -165,6 +167,7 @@ def test_a_sweep_evaluates_a_stopped_job_too(degenerating, tmp_path):
     assert "stopped" in (tmp_path / "sweep.csv").read_text()
 
 
+@pytest.mark.usefixtures("undrawn_pictures")
 def test_without_the_option_a_degenerate_run_is_told_and_goes_on(tmp_path):
     folder = run(tmp_path / "run", *DEGENERATING, *EVALUATED, "trainer.max_steps=6")
     assert summary(folder)["status"] == "completed"

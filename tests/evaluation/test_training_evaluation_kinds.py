@@ -45,6 +45,7 @@ KINDS = {
 QUICK = ("on_policy", "moving", "adapter", "no scorer")  # the others, by hand: -m slow
 
 
+@pytest.mark.usefixtures("undrawn_pictures")
 @pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_every_kind_of_run_is_evaluated_against_its_initial_policy(kind, tmp_path):
     data = DATA if not any(option.startswith("data=") for option in KINDS[kind]) else []

@@ -6,19 +6,12 @@ import re
 import pytest
 
 from tests.support.command import resolved, train, typed
-from tests.support.pictures import undrawn
 
 QUICK = ["tracking=none", "bandit.num_seeds=2", "bandit.rounds=2", "bandit.steps_per_round=2", "bandit.beside=[sft]"]
 SMALL = {
     "arms": [*QUICK, "+experiment=bandit_arms", "bandit.peaks=[70]"],
     "tokens": [*QUICK, "+experiment=bandit_tokens", "bandit.fit_steps=2", "bandit.peaks=[70]", "bandit.length=3"],
 }
-
-
-@pytest.fixture
-def undrawn_pictures():
-    with undrawn():
-        yield
 
 
 def summary(run):
