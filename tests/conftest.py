@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 SIGN = re.compile(r"^from jaxtyping import|^if TYPE_CHECKING:", re.MULTILINE)
 SHAPED = [path for path in (ROOT / "dpo_ref").rglob("*.py") if SIGN.search(path.read_text())]
 SHAPES = re.compile(r"\b(Float|Int|Bool|UInt8|Num|Shaped)\[")
+CONF = BeartypeConf(claw_is_pep526=False, violation_type=TypeError)  # what Python and jaxtyping raise
 follow_shapes = jaxtyping.jaxtyped
 
 
@@ -40,14 +41,14 @@ def _as_far_as_written(*, typechecker):
         hints = getattr(decorated, "__annotations__", {}).values()
         if isinstance(decorated, type) or any(isinstance(hint, str) or SHAPES.search(str(hint)) for hint in hints):
             return follow_shapes(typechecker=typechecker)(decorated)
-        return beartype(decorated)
+        return beartype(conf=CONF)(decorated)
 
     return decorate
 
 
 jaxtyping.jaxtyped = _as_far_as_written
 install_import_hook([".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SHAPED], "beartype.beartype")
-beartype_package("dpo_ref", conf=BeartypeConf(claw_is_pep526=False))
+beartype_package("dpo_ref", conf=CONF)
 
 
 @pytest.fixture

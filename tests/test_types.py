@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import TypeCheckError
 
 from dpo_ref.data.packing import collate, pack
@@ -20,5 +19,5 @@ def test_a_shape_that_is_written_is_followed():
 
 @pytest.mark.parametrize("call", [lambda: pack(7), lambda: next(progress(7, "items"))], ids=["shapes", "none"])
 def test_a_type_is_checked_in_modules_with_and_without_shapes(call):
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         call()
