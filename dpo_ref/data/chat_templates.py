@@ -144,10 +144,10 @@ class ChatText:
         if not all(rest.startswith(start) for rest in rests):
             self.body(start, next(rest for rest in rests if not rest.startswith(start)))
         after = [rest[len(start) :].partition(answer)[2] for rest, answer in zip(rests, _ANSWERS, strict=True)]
-        found = self.added_tokens.search(after[0])
-        if after[0] != after[1] or found is None:
+        match = self.added_tokens.search(after[0])
+        if after[0] != after[1] or match is None:
             raise ValueError(
                 "the chat template does not end the assistant's turn with a special token; EOS would never be learnt"
             )
-        end_id = self.tokenizer.convert_tokens_to_ids(found.group())
-        return after[0][: found.end()], after[0][found.end() :], end_id
+        end_id = self.tokenizer.convert_tokens_to_ids(match.group())
+        return after[0][: match.end()], after[0][match.end() :], end_id

@@ -47,16 +47,16 @@ def resume(before: list[int], whole: list[int], body: str, anchor: str, encode: 
     """
     text = decode(whole)
     alone, anchored = encode([body, anchor + body])
-    for found in (alone.ids, anchored.ids[1:]):
-        if decode([*before, *found]) == text:
-            return found
-    seen = len(decode(before))
-    straddling = next(place for place in range(1, len(whole) + 1) if len(decode(whole[:place])) >= seen)
-    missing = decode(whole[:straddling])[seen:]
-    pieces = [piece for character in missing for piece in encode([anchor + character])[0].ids[1:]]
-    found = [*pieces, *whole[straddling:]]
-    if decode([*before, *found]) == text:
-        return found
+    for ids in (alone.ids, anchored.ids[1:]):
+        if decode([*before, *ids]) == text:
+            return ids
+    num_chars = len(decode(before))
+    straddling = next(size for size in range(1, len(whole) + 1) if len(decode(whole[:size])) >= num_chars)
+    remainder = decode(whole[:straddling])[num_chars:]
+    pieces = [piece for character in remainder for piece in encode([anchor + character])[0].ids[1:]]
+    ids = [*pieces, *whole[straddling:]]
+    if decode([*before, *ids]) == text:
+        return ids
     raise TemplateRefuses("begins in the middle of a token of this tokenizer and cannot be written on from the prompt")
 
 
@@ -66,7 +66,7 @@ def resume(before: list[int], whole: list[int], body: str, anchor: str, encode: 
 _MARK = "\U0010fffd\U0010fffc"  # two private-use characters, which no text has in this order
 
 
-def _mapped(text: str, pattern: re.Pattern[str], codes: dict[str, str]) -> str:
+def _substitute(text: str, pattern: re.Pattern[str], codes: dict[str, str]) -> str:
     return pattern.sub(lambda match: codes[match.group()], text)
 
 
@@ -78,10 +78,12 @@ class Literals:
         self._backend = chat.tokenizer.backend_tokenizer
         specials = set(chat.tokenizer.all_special_tokens)
         added = chat.tokenizer.added_tokens_decoder.items()
-        self._known = {token.content: place for place, token in added if token.special or token.content in specials}
+        self._special_ids = {
+            token.content: token_id for token_id, token in added if token.special or token.content in specials
+        }
         # What stands for a literal while the template writes, and the name of a special token in the copy.
-        self._stand_in = {text: f"{_MARK}L{place}{_MARK}" for text, place in self._known.items()}
-        self._renamed = {text: f"{_MARK}S{place}{_MARK}" for text, place in self._known.items()}
+        self._stand_ins = {text: f"{_MARK}L{token_id}{_MARK}" for text, token_id in self._special_ids.items()}
+        self._copy_names = {text: f"{_MARK}S{token_id}{_MARK}" for text, token_id in self._special_ids.items()}
 
     @cached_property
     def _copy(self) -> Any:
@@ -90,14 +92,14 @@ class Literals:
 
         content = json.loads(self._backend.to_str())
         for token in content["added_tokens"]:
-            token["content"] = self._renamed.get(token["content"], token["content"])
+            token["content"] = self._copy_names.get(token["content"], token["content"])
         content |= {"post_processor": None, "truncation": None, "padding": None}
         return Tokenizer.from_str(json.dumps(content))
 
     @cached_property
-    def _ids(self) -> dict[int, Any]:
-        """The copy's numbers of special tokens -> the tokenizer's own."""
-        return {self._copy.token_to_id(name): self._known[text] for text, name in self._renamed.items()}
+    def _own_ids(self) -> dict[int, Any]:
+        """The copy's ids of special tokens -> the tokenizer's own."""
+        return {self._copy.token_to_id(name): self._special_ids[text] for text, name in self._copy_names.items()}
 
     def occur_in(self, group: PromptGroup) -> bool:
         """Whether a text of the group contains a special token's string."""
@@ -112,22 +114,24 @@ class Literals:
         """The text with every literal replaced by its stand-in."""
         if _MARK in text:
             raise TemplateRefuses("contains U+10FFFD U+10FFFC beside a special token's text; they stand for it here")
-        return _mapped(text, self.pattern, self._stand_in)
+        return _substitute(text, self.pattern, self._stand_ins)
 
     def named(self, text: str) -> str:
         """What the template wrote, in the copy's names; the literals are text again."""
-        text = _mapped(text, self.pattern, self._renamed)
-        for literal, stand_in in self._stand_in.items():
+        text = _substitute(text, self.pattern, self._copy_names)
+        for literal, stand_in in self._stand_ins.items():
             text = text.replace(stand_in, literal)
         return text
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Token ids in the tokenizer's own numbers. Raises TemplateRefuses where a literal has no other spelling."""
-        encoded = self._copy.encode_batch(list(texts), add_special_tokens=False)
-        if any(set(self._known.values()) & set(found.ids) for found in encoded):
+        """Token ids as the tokenizer has them. Raises TemplateRefuses where a literal has no other spelling."""
+        encodings = self._copy.encode_batch(list(texts), add_special_tokens=False)
+        if any(set(self._special_ids.values()) & set(encoding.ids) for encoding in encodings):
             raise TemplateRefuses("contains a special token's text that this tokenizer cannot write as plain text")
-        own = self._ids
-        return [Encoded([own.get(token, token) for token in found.ids], found.offsets) for found in encoded]
+        own_ids = self._own_ids
+        return [
+            Encoded([own_ids.get(token, token) for token in encoding.ids], encoding.offsets) for encoding in encodings
+        ]
 
 
 # --- every assistant turn of a conversation scored, not the last alone: `data.score=all`
@@ -149,11 +153,11 @@ def scored_turns(chat: ChatText, turns: Sequence[Message], tools: Any, name: Nam
 
     Raises TemplateRefuses for a template that writes earlier turns differently once others follow.
     """
-    places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
-    written = chat.write([turns[:place] for place in places], start=True, tools=tools)
-    answered = chat.write([turns[: place + 1] for place in places], start=False, tools=tools)
-    bodies = [name(chat.body(start, full)) for start, full in zip(written, answered, strict=True)]
-    starts = [name(text) for text in written]
+    indices = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    prefixes = chat.write([turns[:index] for index in indices], start=True, tools=tools)
+    fulls = chat.write([turns[: index + 1] for index in indices], start=False, tools=tools)
+    bodies = [name(chat.body(start, full)) for start, full in zip(prefixes, fulls, strict=True)]
+    starts = [name(text) for text in prefixes]
     whole = starts[-1] + bodies[-1]
     for start, body in zip(starts, bodies, strict=True):
         if not whole.startswith(start + body):
@@ -195,10 +199,10 @@ def named(group: PromptGroup, make: Callable[[], Any]) -> Any:
         raise ValueError(f"{group.origin} {error}") from error
 
 
-def _common_end(one: Sequence[int], other: Sequence[int]) -> int:
+def _common_end(first: Sequence[int], second: Sequence[int]) -> int:
     """How many last elements two sequences share."""
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    return next((size for size, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return next((size for size, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 class Encoder:
@@ -209,21 +213,21 @@ class Encoder:
         self.literals = Literals(self.chat)
         self.counts: Counter[str] = Counter()
         self._backend, self._anchor = tokenizer.backend_tokenizer, tokenizer.eos_token
-        self._added = {place: token.content for place, token in tokenizer.added_tokens_decoder.items()}
+        self._added_tokens = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
         self._closings: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Ids and offsets of texts: exactly the special tokens that are written in them."""
         self._backend.no_truncation()
         self._backend.no_padding()
-        found = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [Encoded(one.ids, one.offsets) for one in found]
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts, without the offsets, which cost time."""
         self._backend.no_truncation()
         self._backend.no_padding()
-        return [one.ids for one in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
@@ -238,11 +242,11 @@ class Encoder:
 
     def last_turns(self, groups: Sequence[PromptGroup]) -> list[Ids]:
         """Prompts and responses, every response one assistant turn. ValueError names a row that cannot be written."""
-        plain = [place for place, group in enumerate(groups) if not self.literals.occur_in(group)]
-        found = dict(zip(plain, self._plain([groups[place] for place in plain]), strict=True))
+        plain = [index for index, group in enumerate(groups) if not self.literals.occur_in(group)]
+        plain_ids = dict(zip(plain, self._plain([groups[index] for index in plain]), strict=True))
         return [
-            found[place] if place in found else named(group, lambda g=group: self._with_literals(g))
-            for place, group in enumerate(groups)
+            plain_ids[index] if index in plain_ids else named(group, lambda g=group: self._with_literals(g))
+            for index, group in enumerate(groups)
         ]
 
     def all_turns(self, groups: Sequence[PromptGroup]) -> list[Ids]:
@@ -255,37 +259,37 @@ class Encoder:
         ]
 
     def _plain(self, groups: Sequence[PromptGroup]) -> Iterator[Ids]:
-        written = [named(group, lambda g=group: self.chat.render(g.prompt, g.responses, g.tools)) for group in groups]
-        prompts = self.ids([text.start for text in written])
-        tails = [self._tail(text.start, ids) for text, ids in zip(written, prompts, strict=True)]
-        rest = [tail + body for (tail, _), text in zip(tails, written, strict=True) for body in text.bodies]
-        wholes = iter(self.ids(rest))
-        for group, prompt, (_, before), text in zip(groups, prompts, tails, written, strict=True):
-            found = [(before, next(wholes), body, self.encode, self._anchor) for body in text.bodies]
-            yield Ids(prompt, named(group, lambda found=found: [self._response(*one) for one in found]))
+        texts = [named(group, lambda g=group: self.chat.render(g.prompt, g.responses, g.tools)) for group in groups]
+        prompts = self.ids([text.start for text in texts])
+        tails = [self._tail(text.start, ids) for text, ids in zip(texts, prompts, strict=True)]
+        continuations = [tail + body for (tail, _), text in zip(tails, texts, strict=True) for body in text.bodies]
+        wholes = iter(self.ids(continuations))
+        for group, prompt, (_, before), text in zip(groups, prompts, tails, texts, strict=True):
+            calls = [(before, next(wholes), body, self.encode, self._anchor) for body in text.bodies]
+            yield Ids(prompt, named(group, lambda calls=calls: [self._response(*arguments) for arguments in calls]))
 
     def _tail(self, start: str, prompt: list[int]) -> tuple[str, list[int]]:
         """The end of the prompt that decides how a response is encoded, as text and ids: from the last special token
         on, because a tokenizer encodes what stands between two of them on its own."""
-        written = [match.start() for match in self.chat.added_tokens.finditer(start)]
-        places = [place for place, token in enumerate(prompt) if token in self._added]
-        if not written or not places or not start.startswith(self._added[prompt[places[-1]]], written[-1]):
+        marks = [match.start() for match in self.chat.added_tokens.finditer(start)]
+        indices = [index for index, token in enumerate(prompt) if token in self._added_tokens]
+        if not marks or not indices or not start.startswith(self._added_tokens[prompt[indices[-1]]], marks[-1]):
             return start, prompt
-        return start[written[-1] :], prompt[places[-1] :]
+        return start[marks[-1] :], prompt[indices[-1] :]
 
     def _response(self, before: list[int], whole: list[int], body: str, encode: Encode, anchor: str) -> list[int]:
-        found = split(before, whole)
-        if found is None:
+        ids = split(before, whole)
+        if ids is None:
             self.counts["merged at the boundary"] += 1
-            found = resume(before, whole, body, anchor, encode, self.decode)
-        return found
+            ids = resume(before, whole, body, anchor, encode, self.decode)
+        return ids
 
     def _with_literals(self, group: PromptGroup) -> Ids:
         self.counts["special tokens in a text, encoded as text"] += 1
         hide, name, encode = self.literals.hide, self.literals.named, self.literals.encode
         text = self.chat.render(hide(group.prompt), [self.literals.hidden(r) for r in group.responses], group.tools)
         start, bodies = name(text.start), [name(body) for body in text.bodies]
-        prompt, *wholes = (found.ids for found in encode([start, *(start + body for body in bodies)]))
+        prompt, *wholes = (encoding.ids for encoding in encode([start, *(start + body for body in bodies)]))
         pairs, anchor = zip(wholes, bodies, strict=True), name(self._anchor)
         return Ids(prompt, [self._response(prompt, whole, body, encode, anchor) for whole, body in pairs])
 

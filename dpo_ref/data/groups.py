@@ -49,7 +49,7 @@ class Arrays:
         return self.found[name]
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _memory_map(path: Path) -> np.ndarray:
     empty = np.load(path, allow_pickle=False).size == 0 if path.stat().st_size < 256 else False
     return np.load(path, mmap_mode=None if empty else "r", allow_pickle=False)  # nothing cannot be mapped
 
@@ -84,17 +84,17 @@ class TokenGroups(Groups):
         return len(self.places)
 
     @overload
-    def __getitem__(self, place: int) -> TokenGroup: ...
+    def __getitem__(self, index: int) -> TokenGroup: ...
     @overload
-    def __getitem__(self, place: slice) -> "TokenGroups": ...
-    def __getitem__(self, place: int | slice) -> "TokenGroup | TokenGroups":
-        if isinstance(place, slice):
-            return TokenGroups(self.arrays, self.places[place], self.first_number, self.texts)
-        return self._group(int(self.places[place]))
+    def __getitem__(self, index: slice) -> "TokenGroups": ...
+    def __getitem__(self, index: int | slice) -> "TokenGroup | TokenGroups":
+        if isinstance(index, slice):
+            return TokenGroups(self.arrays, self.places[index], self.first_number, self.texts)
+        return self._group(int(self.places[index]))
 
-    def where(self, chosen: Bool[np.ndarray, " G"]) -> "TokenGroups":
-        """The groups for which `chosen` is true."""
-        return TokenGroups(self.arrays, self.places[chosen], self.first_number, self.texts)
+    def where(self, mask: Bool[np.ndarray, " G"]) -> "TokenGroups":
+        """The groups for which `mask` is true."""
+        return TokenGroups(self.arrays, self.places[mask], self.first_number, self.texts)
 
     def numbered_from(self, first_number: int) -> "TokenGroups":
         """The same groups, `first_number` added to their `group_index`."""
@@ -106,7 +106,7 @@ class TokenGroups(Groups):
 
     @property
     def rows(self) -> Int[np.ndarray, " G"]:
-        """The place of every group among what was tokenised."""
+        """The index of every group among what was tokenised."""
         return self.arrays.numbers[self.places]
 
     @property
@@ -132,45 +132,46 @@ class TokenGroups(Groups):
     @property
     def undecided(self) -> Bool[np.ndarray, " G"]:
         """Which groups have a response that their pairs call both better and worse, or neither."""
-        at, firsts = self.arrays, self._first_responses()
-        owners = np.repeat(firsts, np.diff(at.pair_ends, prepend=0) // 2)
-        better, worse = np.zeros((2, len(at.num_bytes)), dtype=bool)
-        better[at.pairs[::2] + owners] = worse[at.pairs[1::2] + owners] = True
+        arrays, firsts = self.arrays, self._first_responses()
+        owners = np.repeat(firsts, np.diff(arrays.pair_ends, prepend=0) // 2)
+        better, worse = np.zeros((2, len(arrays.num_bytes)), dtype=bool)
+        better[arrays.pairs[::2] + owners] = worse[arrays.pairs[1::2] + owners] = True
         return np.logical_or.reduceat(better == worse, firsts)[self.places]
 
     def _first_responses(self) -> Int[np.ndarray, " G"]:
-        """The place of every group's first response among all responses."""
+        """The index of every group's first response among all responses."""
         counts = np.diff(self.arrays.segments, prepend=0) - 1
         return counts.cumsum() - counts
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of every prompt, of the better and the worse response of every pair, and of responses in no pair."""
-        at = self.arrays
-        sizes, counts = np.diff(at.ends, prepend=0), np.diff(at.segments, prepend=0)
-        firsts = at.segments - counts
-        owners = np.repeat(firsts, np.diff(at.pair_ends, prepend=0) // 2)
-        better, worse = at.pairs[::2] + owners + 1, at.pairs[1::2] + owners + 1
+        arrays = self.arrays
+        sizes, counts = np.diff(arrays.ends, prepend=0), np.diff(arrays.segments, prepend=0)
+        firsts = arrays.segments - counts
+        owners = np.repeat(firsts, np.diff(arrays.pair_ends, prepend=0) // 2)
+        better, worse = arrays.pairs[::2] + owners + 1, arrays.pairs[1::2] + owners + 1
         alone = np.ones(len(sizes), dtype=bool)
         alone[firsts] = alone[better] = alone[worse] = False
         return sizes[firsts], sizes[better], sizes[worse], sizes[alone]
 
-    def _group(self, group: int) -> TokenGroup:
-        at = self.arrays
-        first, last = (int(at.segments[group - 1]) if group else 0), int(at.segments[group])
-        bounds = at.ends[max(first - 1, 0) : last].tolist()
+    def _group(self, index: int) -> TokenGroup:
+        arrays = self.arrays
+        first, last = (int(arrays.segments[index - 1]) if index else 0), int(arrays.segments[index])
+        bounds = arrays.ends[max(first - 1, 0) : last].tolist()
         bounds = bounds if first else [0, *bounds]
-        prompt, *responses = (at.tokens[a:b].tolist() for a, b in pairwise(bounds))
-        masks = [at.scored[a:b].tolist() for a, b in pairwise(bounds[1:])] if len(at.scored) else []
-        pairs = at.pairs[(int(at.pair_ends[group - 1]) if group else 0) : int(at.pair_ends[group])].tolist()
-        begin = first - group  # responses of the groups before: their segments less one prompt each
-        labels = at.labels[begin : begin + len(responses)].tolist()
-        advantages = at.advantages[begin : begin + len(responses)].tolist()
+        prompt, *responses = (arrays.tokens[a:b].tolist() for a, b in pairwise(bounds))
+        masks = [arrays.scored[a:b].tolist() for a, b in pairwise(bounds[1:])] if len(arrays.scored) else []
+        first_pair = int(arrays.pair_ends[index - 1]) if index else 0
+        pairs = arrays.pairs[first_pair : int(arrays.pair_ends[index])].tolist()
+        begin = first - index  # responses of the groups before: their segments less one prompt each
+        labels = arrays.labels[begin : begin + len(responses)].tolist()
+        advantages = arrays.advantages[begin : begin + len(responses)].tolist()
         return TokenGroup(
-            group_index=int(at.numbers[group]) + self.first_number,
-            group_id=at.ids[16 * group : 16 * group + 16].tobytes().hex(),
+            group_index=int(arrays.numbers[index]) + self.first_number,
+            group_id=arrays.ids[16 * index : 16 * index + 16].tobytes().hex(),
             prompt_ids=prompt,
             response_ids=tuple(responses),
-            num_bytes=tuple(at.num_bytes[begin : begin + len(responses)].tolist()),
+            num_bytes=tuple(arrays.num_bytes[begin : begin + len(responses)].tolist()),
             pairs=tuple(zip(pairs[::2], pairs[1::2], strict=True)),
             scored=tuple(masks) if masks and not all(map(all, masks)) else None,
             labels=tuple(label == 1 for label in labels) if labels and labels[0] >= 0 else None,
@@ -191,7 +192,7 @@ class TokenGroups(Groups):
     @classmethod
     def load(cls, folder: Path, texts: Sequence[PromptGroup]) -> "TokenGroups":
         """What `save` wrote, memory-mapped; `texts` are the rows it was made from."""
-        return cls(Arrays({name: _mapped(folder / f"{name}.npy") for name in KINDS}), texts=texts)
+        return cls(Arrays({name: _memory_map(folder / f"{name}.npy") for name in KINDS}), texts=texts)
 
 
 class Together(Groups):
@@ -205,14 +206,14 @@ class Together(Groups):
         return self._ends[-1]
 
     @overload
-    def __getitem__(self, place: int) -> TokenGroup: ...
+    def __getitem__(self, index: int) -> TokenGroup: ...
     @overload
-    def __getitem__(self, place: slice) -> list[TokenGroup]: ...
-    def __getitem__(self, place: int | slice) -> TokenGroup | list[TokenGroup]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
-        part, index = self._within(place)
-        return part[index]
+    def __getitem__(self, index: slice) -> list[TokenGroup]: ...
+    def __getitem__(self, index: int | slice) -> TokenGroup | list[TokenGroup]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        part, within = self._within(index)
+        return part[within]
 
     def text(self, index: int) -> PromptGroup:
         """The texts of the part's group."""
@@ -222,7 +223,7 @@ class Together(Groups):
     @property
     def others(self) -> list[Groups]:
         """Those of all parts."""
-        return [other for part in self.parts for other in part.others]
+        return [groups for part in self.parts for groups in part.others]
 
     def _within(self, index: int) -> tuple[Groups, int]:
         part = bisect_right(self._ends, index)
@@ -247,13 +248,13 @@ class Changed(Groups):
         return len(self.groups)
 
     @overload
-    def __getitem__(self, place: int) -> TokenGroup: ...
+    def __getitem__(self, index: int) -> TokenGroup: ...
     @overload
-    def __getitem__(self, place: slice) -> list[TokenGroup]: ...
-    def __getitem__(self, place: int | slice) -> TokenGroup | list[TokenGroup]:
-        if isinstance(place, slice):
-            return [self[index] for index in range(*place.indices(len(self)))]
-        return self.change(self.groups[place])
+    def __getitem__(self, index: slice) -> list[TokenGroup]: ...
+    def __getitem__(self, index: int | slice) -> TokenGroup | list[TokenGroup]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.change(self.groups[index])
 
     def text(self, index: int) -> PromptGroup:
         """The texts at this position."""
@@ -281,7 +282,7 @@ def gathered(groups: Iterable[TokenGroup], texts: Sequence[PromptGroup] = ()) ->
         flat["num_bytes"].extend(group.num_bytes)
         flat["labels"].extend(group.labels or [-1] * len(group.response_ids))
         flat["advantages"].extend(group.advantages or [math.nan] * len(group.response_ids))
-        flat["pairs"].extend(place for pair in group.pairs for place in pair)
+        flat["pairs"].extend(index for pair in group.pairs for index in pair)
         flat["pair_ends"].append(len(flat["pairs"]))
         flat["numbers"].append(group.group_index)
         flat["ids"].extend(bytes.fromhex(group.group_id))
@@ -313,21 +314,21 @@ def write(groups: Iterable[PromptGroup], path: Path) -> None:
     rest = iter(groups)
     with replacing(path) as partial, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while batch := list(islice(rest, BATCH)):
-            columns = [list(map(_packed, batch))]
-            columns += [[bytes.fromhex(found) for found in map(of, batch)] for of in _IDENTIFIES]
+            columns = [list(map(_to_json, batch))]
+            columns += [[bytes.fromhex(id_of(group)) for group in batch] for id_of in _ID_OF]
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
-_IDENTIFIES = (lambda group: group.group_id, lambda group: group.prompt_id, set_id, whole_id)
+_ID_OF = (lambda group: group.group_id, lambda group: group.prompt_id, set_id, whole_id)
 
 
-def _packed(group: PromptGroup) -> str:
+def _to_json(group: PromptGroup) -> str:
     texts = (group.prompt, group.responses, group.pairs)
     values = (*texts, group.rewards, group.origin, group.labels, group.tools, group.logps)
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
-def _unpacked(content: str) -> PromptGroup:
+def _from_json(content: str) -> PromptGroup:
     prompt, responses, pairs, rewards, origin, *more = json.loads(content)
     turns: tuple[Message, ...] = tuple(prompt)
     optional: list[Any] = [None if value is None else tuple(value) for value in (rewards, *more)]
@@ -352,18 +353,18 @@ class StoredGroups(Sequence[PromptGroup]):
         return len(self.places)
 
     @overload
-    def __getitem__(self, place: int) -> PromptGroup: ...
+    def __getitem__(self, index: int) -> PromptGroup: ...
     @overload
-    def __getitem__(self, place: slice) -> "StoredGroups": ...
-    def __getitem__(self, place: int | slice) -> "PromptGroup | StoredGroups":
-        if isinstance(place, slice):
-            return self.select(self.places[place])
-        return _unpacked(self.table["content"][int(self.places[place])].as_py())
+    def __getitem__(self, index: slice) -> "StoredGroups": ...
+    def __getitem__(self, index: int | slice) -> "PromptGroup | StoredGroups":
+        if isinstance(index, slice):
+            return self.select(self.places[index])
+        return _from_json(self.table["content"][int(self.places[index])].as_py())
 
     def __iter__(self) -> Iterator[PromptGroup]:
         for start in range(0, len(self), BATCH):
             rows = self.table["content"].take(self.places[start : start + BATCH])
-            yield from (_unpacked(content) for content in rows.to_pylist())
+            yield from (_from_json(content) for content in rows.to_pylist())
 
     def select(self, places: Int[np.ndarray, " G"]) -> "StoredGroups":
         """The groups at these rows of the table."""

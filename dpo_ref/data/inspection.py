@@ -49,28 +49,28 @@ def ids_of(groups: Sequence[PromptGroup], name: str) -> list[Any]:
 def summed_counts(reading: Reading, *counts: dict[str, int]) -> dict[str, int]:
     """What became of rows and groups, as one record for the run's summary."""
     total: Counter[str] = Counter()
-    for one in counts:
-        total.update(one)
+    for part in counts:
+        total.update(part)
     total.update({f"rows left out: {reason}": count for reason, count in reading.dropped.items()})
     return dict(total)
 
 
 def inspect(data: PreferenceData, train: Tokenised, held_out: Tokenised) -> Hygiene:
     """Look at the data as it was read and as it will be trained on."""
-    groups, sets = ids_of(data.train, "group_id"), ids_of(data.train, "set_id")
+    group_ids, set_ids = ids_of(data.train, "group_id"), ids_of(data.train, "set_id")
     orders: dict[Any, set[Any]] = {}
-    for one, members in zip(groups, sets, strict=True):
-        orders.setdefault(members, set()).add(one)
-    seen = set(ids_of(data.train, "prompt_id"))
+    for group_id, members in zip(group_ids, set_ids, strict=True):
+        orders.setdefault(members, set()).add(group_id)
+    trained_prompts = set(ids_of(data.train, "prompt_id"))
     prompts, chosen, rejected, alone = train.groups.lengths()
     return Hygiene(
         reading=data.reading,
         counts=summed_counts(Reading(), train.counts, held_out.counts),
         num_train=len(train.groups),
         num_eval=len(held_out.groups),
-        duplicates=len(groups) - len(set(groups)),
-        contradictions=sum(len(orders[members]) > 1 for members in sets),
-        leaked=sum(prompt in seen for prompt in ids_of(data.eval, "prompt_id")),
+        duplicates=len(group_ids) - len(set(group_ids)),
+        contradictions=sum(len(orders[members]) > 1 for members in set_ids),
+        leaked=sum(prompt in trained_prompts for prompt in ids_of(data.eval, "prompt_id")),
         prompts=prompts,
         chosen=chosen,
         rejected=rejected,
@@ -78,12 +78,12 @@ def inspect(data: PreferenceData, train: Tokenised, held_out: Tokenised) -> Hygi
     )
 
 
-def concerns(found: Hygiene) -> dict[str, int]:
+def concerns(hygiene: Hygiene) -> dict[str, int]:
     """What a careful reader asks about, with its count."""
     return {
-        "duplicates (data.deduplicate=exact drops them)": found.duplicates,
-        "groups contradict another that has the same responses in another order": found.contradictions,
-        "held-out groups have a prompt that is trained on": found.leaked,
+        "duplicates (data.deduplicate=exact drops them)": hygiene.duplicates,
+        "groups contradict another that has the same responses in another order": hygiene.contradictions,
+        "held-out groups have a prompt that is trained on": hygiene.leaked,
     }
 
 
@@ -97,22 +97,22 @@ def quantiles(values: Int[np.ndarray, " G"]) -> str:
     return "-" if not len(values) else f"{np.median(values):.0f} (95 % up to {np.quantile(values, 0.95):.0f})"
 
 
-def short_report(found: Hygiene) -> list[str]:
+def short_report(hygiene: Hygiene) -> list[str]:
     """What every run says about its data: a line of sizes, a line of lengths, and one for each thing to look at."""
-    reading = found.reading
+    reading = hygiene.reading
     rows = f" from {reading.num_rows:,} rows ({', '.join(reading.formats)})" if reading.num_rows else ""
-    lines = [f"data: {found.num_train:,} groups to train on, {found.num_eval:,} held out{rows}"]
-    if len(found.chosen):
+    lines = [f"data: {hygiene.num_train:,} groups to train on, {hygiene.num_eval:,} held out{rows}"]
+    if len(hygiene.chosen):
         lines.append(
-            f"  tokens, median: prompt {quantiles(found.prompts)}, chosen {quantiles(found.chosen)}, "
-            f"rejected {quantiles(found.rejected)}; the longer response is chosen in {found.longer_chosen:.0%}"
+            f"  tokens, median: prompt {quantiles(hygiene.prompts)}, chosen {quantiles(hygiene.chosen)}, "
+            f"rejected {quantiles(hygiene.rejected)}; the longer response is chosen in {hygiene.longer_chosen:.0%}"
         )
     else:
-        lines.append(f"  tokens, median: prompt {quantiles(found.prompts)}, response {quantiles(found.alone)}")
+        lines.append(f"  tokens, median: prompt {quantiles(hygiene.prompts)}, response {quantiles(hygiene.alone)}")
     lines += [f"  {count:,} rows left out: {reason}" for reason, count in reading.dropped.items()]
     lines += [f"    such as {example}" for example in reading.examples[:3]]
-    lines += [f"  {count:,} {what}" for what, count in found.counts.items() if what != "groups"]
-    return lines + [f"  {count:,} {what}" for what, count in concerns(found).items() if count]
+    lines += [f"  {count:,} {event}" for event, count in hygiene.counts.items() if event != "groups"]
+    return lines + [f"  {count:,} {concern}" for concern, count in concerns(hygiene).items() if count]
 
 
 # --- a group as the model sees it: which text is only read, and which tokens count
@@ -133,19 +133,19 @@ class Example(NamedTuple):
 
     def rows(self) -> list[list[str]]:
         """For a table: part, text, whether it is scored; consecutive tokens alike joined."""
-        found = [["prompt", self.prompt, "no"]]
+        rows = [["prompt", self.prompt, "no"]]
         for name, pieces in self.responses.items():
             runs = groupby(pieces, key=lambda piece: piece.scored)
-            found += [[name, "".join(piece.text for piece in run), "yes" if scored else "no"] for scored, run in runs]
-        return found
+            rows += [[name, "".join(piece.text for piece in run), "yes" if scored else "no"] for scored, run in runs]
+        return rows
 
 
 def example_of(tokenizer: Any, group: TokenGroup) -> Example:
     """What a group's tokens say, special tokens included."""
-    better = {place for place, _ in group.pairs}
-    names = ["chosen" if place in better else "rejected" for place in range(len(group.response_ids))]
+    better = {index for index, _ in group.pairs}
+    names = ["chosen" if index in better else "rejected" for index in range(len(group.response_ids))]
     if len(names) != 2 or not group.pairs:
-        names = [f"response {place + 1}" for place in range(len(names))]
+        names = [f"response {index + 1}" for index in range(len(names))]
     masks = group.scored or [[True] * len(ids) for ids in group.response_ids]
     parts = zip(names, group.response_ids, masks, strict=True)
     return Example(
@@ -165,13 +165,12 @@ def _pieces(tokenizer: Any, before: list[int], ids: list[int], mask: list[bool])
 def token_texts(tokenizer: Any, before: list[int], ids: list[int]) -> list[tuple[str, int, int]]:
     """What every token of `ids`, written behind `before`, adds to the text, and which tokens [start, stop) that were:
     bytes of a character wait for the rest of it."""
-    found: list[tuple[str, int, int]] = []
-    held, start = before, 0
+    texts: list[tuple[str, int, int]] = []
+    start = 0
     for stop in range(1, len(ids) + 1):
-        shown, longer = decoded(tokenizer, held), decoded(tokenizer, [*before, *ids[start:stop]])
+        prefix, longer = decoded(tokenizer, before), decoded(tokenizer, [*before, *ids[start:stop]])
         if longer.endswith("\N{REPLACEMENT CHARACTER}") and stop < len(ids):
             continue
-        found.append((longer[len(shown) :], start, stop))
-        before = held = ids[stop - 1 : stop]
-        start = stop
-    return found
+        texts.append((longer[len(prefix) :], start, stop))
+        before, start = ids[stop - 1 : stop], stop
+    return texts

@@ -87,8 +87,8 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         rejected.extend(len(lengths) + worse for _, worse in group.pairs)
         masks = group.scored or [None] * len(group.response_ids)
         for response, mask in zip(group.response_ids, masks, strict=True):
-            place, size = len(ids), len(response)
-            before = [start + prompt_size - 1, *range(place, place + size - 1)]
+            first, size = len(ids), len(response)
+            before = [start + prompt_size - 1, *range(first, first + size - 1)]
             heads.extend(before if mask is None else compress(before, mask))
             targets.extend(response if mask is None else compress(response, mask))
             ids.extend(response)
@@ -119,5 +119,5 @@ def _of_responses(
     values: Sequence[tuple[bool, ...] | tuple[float, ...] | None], dtype: torch.dtype
 ) -> torch.Tensor | None:
     """What the groups say of their responses, if all of them do."""
-    known = [value for value in values if value is not None]
-    return torch.tensor(list(chain(*known)), dtype=dtype) if len(known) == len(values) else None
+    present = [value for value in values if value is not None]
+    return torch.tensor(list(chain(*present)), dtype=dtype) if len(present) == len(values) else None

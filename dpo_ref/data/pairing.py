@@ -13,19 +13,19 @@ Scores = tuple[float, ...]
 
 
 def _best_and_worst(group: PromptGroup, scores: Scores) -> list[int]:
-    order = sorted(range(len(scores)), key=lambda place: -scores[place])
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
     return [order[0], order[-1]]
 
 
 def _best_and_random(group: PromptGroup, scores: Scores) -> list[int]:
     """The best and one of the others that scored less, drawn by the group's content: the same in every run."""
     best = max(range(len(scores)), key=scores.__getitem__)
-    others = [place for place in range(len(scores)) if scores[place] < scores[best]] or [best]
-    return [best, random.Random(group.group_id).choice(others)]
+    worse = [index for index in range(len(scores)) if scores[index] < scores[best]] or [best]
+    return [best, random.Random(group.group_id).choice(worse)]
 
 
 def _every(group: PromptGroup, scores: Scores) -> list[int]:
-    return sorted(range(len(scores)), key=lambda place: -scores[place])
+    return sorted(range(len(scores)), key=lambda index: -scores[index])
 
 
 PAIRINGS: dict[str, Callable[[PromptGroup, Scores], list[int]]] = {
@@ -80,15 +80,15 @@ def paired(group: PromptGroup, pairing: str, filters: Filters) -> PromptGroup | 
     as far as the filters ask.
     """
     assert group.rewards is not None
-    kept = PAIRINGS[pairing](group, group.rewards)
-    scores = [group.rewards[place] for place in kept]
-    responses = [group.responses[place] for place in kept]
-    logps = None if group.logps is None else tuple(group.logps[place] for place in kept)
+    indices = PAIRINGS[pairing](group, group.rewards)
+    scores = [group.rewards[index] for index in indices]
+    responses = [group.responses[index] for index in indices]
+    logps = None if group.logps is None else tuple(group.logps[index] for index in indices)
     reasons = {
         (a, b): "scores tied"
         if scores[a] == scores[b]
         else ("equal responses" if responses[a] == responses[b] else filters.too_close(scores[a], scores[b]))
-        for a, b in combinations(range(len(kept)), 2)
+        for a, b in combinations(range(len(indices)), 2)
     }
     pairs = tuple(pair for pair, reason in reasons.items() if reason is None)
     if not pairs:
@@ -108,11 +108,11 @@ class Seen:
         if self._text is None:
             return False
         prompt = [turn | {"content": self._text(turn["content"])} for turn in group.prompt]
-        what = [prompt, [self._text(response) for response in group.responses], group.labels, group.tools]
-        key = bytes.fromhex(digest(what))
-        known = key in self._keys
+        content = [prompt, [self._text(response) for response in group.responses], group.labels, group.tools]
+        key = bytes.fromhex(digest(content))
+        repeated = key in self._keys
         self._keys.add(key)
-        return known
+        return repeated
 
 
 def normalised(text: str) -> str:

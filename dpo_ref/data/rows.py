@@ -45,23 +45,23 @@ def open_source(source: Source, key: str) -> Opened:
     """Find a source. Raises ValueError, naming `key`, for what is not there; its rows raise it for what is damaged."""
     place = Path(source.path).expanduser()
     if not place.exists():
-        return _hub(source, key)
+        return _open_hub(source, key)
     if place.is_dir() and any((place / name).exists() for name in ("state.json", "dataset_dict.json")):
-        return _saved(source, key)
-    _no_effect(source, key, ("name", "folder", "split", "streaming"), "a file or a folder of files")
-    found = files(source.path, key)
-    hashed = hashlib.sha256()
-    for path in found:
+        return _open_saved(source, key)
+    _refuse_options(source, key, ("name", "folder", "split", "streaming"), "a file or a folder of files")
+    paths = files(source.path, key)
+    hasher = hashlib.sha256()
+    for path in paths:
         with path.open("rb") as stream:
-            hashed.update(f"{path.name}\0".encode() + hashlib.file_digest(stream, "sha256").digest())
-    return Opened(chain.from_iterable(map(_file_rows, found)), hashed.hexdigest())
+            hasher.update(f"{path.name}\0".encode() + hashlib.file_digest(stream, "sha256").digest())
+    return Opened(chain.from_iterable(map(_file_rows, paths)), hasher.hexdigest())
 
 
-def _no_effect(source: Source, key: str, names: tuple[str, ...], what: str) -> None:
+def _refuse_options(source: Source, key: str, names: tuple[str, ...], description: str) -> None:
     for name in names:
         if getattr(source, name):
             option = source.split_key if name == "split" else f"data.{name}"
-            raise ValueError(f"{option}={getattr(source, name)} has no effect: {key}={source.path} is {what}")
+            raise ValueError(f"{option}={getattr(source, name)} has no effect: {key}={source.path} is {description}")
 
 
 def _kind(path: Path) -> tuple[str, str]:
@@ -78,29 +78,29 @@ def files(path: str, key: str) -> list[Path]:
         if _kind(place)[0] not in READERS:
             raise ValueError(f"{key}={path} is none of {', '.join(READERS)} (each also .gz, .bz2, .xz)")
         return [place]
-    found = sorted(entry for entry in place.glob("*") if entry.is_file() and _kind(entry)[0] in READERS)
-    if not found:
+    paths = sorted(entry for entry in place.glob("*") if entry.is_file() and _kind(entry)[0] in READERS)
+    if not paths:
         raise ValueError(f"{key}={path} holds no file of {', '.join(READERS)}")
-    return found
+    return paths
 
 
 def _file_rows(path: Path) -> Iterator[Named]:
     kind, packed = _kind(path)
     try:
-        for number, row in enumerate(READERS[kind](path, OPEN[packed]), start=1):
+        for row_number, row in enumerate(READERS[kind](path, OPEN[packed]), start=1):
             if row is not None:
-                yield f"{path.name} row {number}", row
+                yield f"{path.name} row {row_number}", row
     except DAMAGED as error:
         raise ValueError(f"{path.name}: the file cannot be read, or is damaged or cut short ({error})") from error
 
 
-def _json_lines(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow | None]:
-    with opened(path, "rb") as stream:
+def _json_lines(path: Path, open_stream: Callable[..., Any]) -> Iterator[Row | BadRow | None]:
+    with open_stream(path, "rb") as stream:
         for line in stream:
-            yield _parsed(line) if line.strip() else None
+            yield _row_of(line) if line.strip() else None
 
 
-def _parsed(line: bytes) -> Row | BadRow:
+def _row_of(line: bytes) -> Row | BadRow:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -112,13 +112,13 @@ def _parsed(line: bytes) -> Row | BadRow:
     return row if isinstance(row, dict) else BadRow(f"is a JSON {type(row).__name__}, not an object")
 
 
-def _json(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow | None]:
+def _json(path: Path, open_stream: Callable[..., Any]) -> Iterator[Row | BadRow | None]:
     """One list of rows, or a row a line."""
-    with opened(path, "rb") as stream:
+    with open_stream(path, "rb") as stream:
         content = stream.read()
     if not content.lstrip().startswith(b"["):
         _refuse_wrapped(path, content)
-        yield from (_parsed(line) if line.strip() else None for line in content.splitlines())
+        yield from (_row_of(line) if line.strip() else None for line in content.splitlines())
         return
     try:
         rows = json.loads(content)
@@ -139,9 +139,9 @@ def _refuse_wrapped(path: Path, content: bytes) -> None:
         raise ValueError(f"{path.name} holds one object; its rows are in {lists[0]!r}: save that list alone")
 
 
-def _csv(path: Path, opened: Callable[..., Any], delimiter: str) -> Iterator[Row | BadRow | None]:
+def _csv(path: Path, open_stream: Callable[..., Any], delimiter: str) -> Iterator[Row | BadRow | None]:
     csv.field_size_limit(2**30)
-    with opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
+    with open_stream(path, "rt", encoding="utf-8-sig", newline="") as stream:
         try:
             for row in csv.DictReader(stream, delimiter=delimiter):
                 yield BadRow("has more cells than the header has columns") if None in row else row  # pyright: ignore
@@ -151,12 +151,12 @@ def _csv(path: Path, opened: Callable[..., Any], delimiter: str) -> Iterator[Row
             raise ValueError(f"{path.name} is not CSV: {error}") from error
 
 
-def _parquet(path: Path, opened: Callable[..., Any]) -> Iterator[Row | BadRow | None]:
+def _parquet(path: Path, open_stream: Callable[..., Any]) -> Iterator[Row | BadRow | None]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with opened(path, "rb") as stream:
+        with open_stream(path, "rb") as stream:
             for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1024):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -172,43 +172,43 @@ READERS = {
 }
 
 
-def _saved(source: Source, key: str) -> Opened:
+def _open_saved(source: Source, key: str) -> Opened:
     """A folder written by `datasets`' save_to_disk."""
     from datasets import DatasetDict, load_from_disk
 
-    _no_effect(source, key, ("name", "folder", "streaming"), "a folder on this machine")
+    _refuse_options(source, key, ("name", "folder", "streaming"), "a folder on this machine")
     try:
-        found: Any = load_from_disk(str(Path(source.path).expanduser()))
+        dataset: Any = load_from_disk(str(Path(source.path).expanduser()))
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}={source.path} is a folder of datasets that cannot be read: {error}") from error
-    if isinstance(found, DatasetDict):
+    if isinstance(dataset, DatasetDict):
         split = source.split or "train"
-        if split not in found:
-            raise ValueError(f"{source.split_key}={split}: {source.path} has {', '.join(map(str, found))}")
-        found = found[split]
+        if split not in dataset:
+            raise ValueError(f"{source.split_key}={split}: {source.path} has {', '.join(map(str, dataset))}")
+        dataset = dataset[split]
     elif source.split:
         raise ValueError(f"{source.split_key}={source.split} has no effect: {source.path} has no splits")
-    return Opened(_numbered(found, Path(source.path).name), found._fingerprint)
+    return Opened(_named_rows(dataset, Path(source.path).name), dataset._fingerprint)
 
 
-def _hub(source: Source, key: str) -> Opened:
+def _open_hub(source: Source, key: str) -> Opened:
     from datasets import load_dataset
 
     path = source.path
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or _kind(Path(path))[0] in READERS:
         raise ValueError(f"{key}={source.path} does not exist")
     try:
-        found: Any = load_dataset(
+        dataset: Any = load_dataset(
             source.path, source.name, data_dir=source.folder, split=source.split or "train", streaming=source.streaming
         )
     except Exception as error:  # the hub client raises many kinds; all mean that there are no rows
         raise ValueError(
             f"{key}={source.path} is neither a local file or folder nor to be had from the hub: {error}"
         ) from error
-    rows = _numbered(found, f"{source.path} {source.split or 'train'}")
-    return Opened(rows, None if source.streaming else found._fingerprint)
+    rows = _named_rows(dataset, f"{source.path} {source.split or 'train'}")
+    return Opened(rows, None if source.streaming else dataset._fingerprint)
 
 
-def _numbered(rows: Any, name: str) -> Iterator[Named]:
-    for number, row in enumerate(rows, start=1):
-        yield f"{name} row {number}", row
+def _named_rows(rows: Any, name: str) -> Iterator[Named]:
+    for row_number, row in enumerate(rows, start=1):
+        yield f"{name} row {row_number}", row

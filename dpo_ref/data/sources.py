@@ -63,8 +63,8 @@ class Reader:
         self.examples: list[str] = []
         self.format: Format | None = None
         self._seen = Seen(rules.filters.deduplicate)
-        self._unseen = set(rules.logps_columns or ())
-        self._columns = ""  # of the first row, for messages
+        self._missing_columns = set(rules.logps_columns or ())
+        self._first_columns = ""  # of the first row, for messages
 
     @property
     def reading(self) -> Reading:
@@ -75,88 +75,94 @@ class Reader:
 
     def groups(self, rows: Iterable[Named]) -> Iterator[PromptGroup]:
         """The groups to keep. Raises ValueError for a bad row, or for too many, as the rules say, and for no group."""
-        for group in self._joined(self._converted(rows)):
-            found = self._finished(group)
-            if isinstance(found, str):
-                self.dropped[found] += 1
+        for group in self._merge_prompts(self._convert(rows)):
+            outcome = self._finish(group)
+            if isinstance(outcome, str):
+                self.dropped[outcome] += 1
                 continue
             self.num_kept += 1
-            yield found
+            yield outcome
             if self.num_kept == self.rules.limit:
                 break
         self._judge(0)
-        if self.num_kept and self._unseen:
+        if self.num_kept and self._missing_columns:
             raise ValueError(
-                f"{self.source}: no row has the column {min(self._unseen)}, which data.logps_columns names; the first "
-                f"has {self._columns}"
+                f"{self.source}: no row has the column {min(self._missing_columns)}, which data.logps_columns names; "
+                f"the first has {self._first_columns}"
             )
         if not self.num_kept:
-            raise ValueError(f"{self.source}: no usable row: {self._left_out() or 'it is empty'}")
+            raise ValueError(f"{self.source}: no usable row: {self._reasons() or 'it is empty'}")
 
-    def _converted(self, rows: Iterable[Named]) -> Iterator[PromptGroup]:
+    def _convert(self, rows: Iterable[Named]) -> Iterator[PromptGroup]:
         for origin, row in rows:
             self.num_rows += 1
             try:
                 if isinstance(row, BadRow):
                     raise row
-                self.format = self.format or self._chosen(format_of(self.rules.format, row))
+                self.format = self.format or self._accept(format_of(self.rules.format, row))
                 options = {"rating": self.rules.rating} if self.rules.rating else {}
                 group = convert(row, origin, self.format, options, self.rules.format != "auto")
             except BadRow as error:
-                self._bad(origin, error)
+                self._report_bad_row(origin, error)
             else:
                 yield self._with_logps(group, row, self.format)
 
-    def _with_logps(self, group: PromptGroup, row: Row, found: Format) -> PromptGroup:
+    def _with_logps(self, group: PromptGroup, row: Row, format: Format) -> PromptGroup:
         """The group with the log-probs that the row brings, if it does."""
-        named, size = self.rules.logps_columns, len(group.responses)
-        self._columns = self._columns or columns_of(row)
-        self._unseen -= row.keys()
-        logps = known_logps(row, found.logps, size) if named is None else named_logps(row, named, size)
+        columns, size = self.rules.logps_columns, len(group.responses)
+        self._first_columns = self._first_columns or columns_of(row)
+        self._missing_columns -= row.keys()
+        logps = known_logps(row, format.logps, size) if columns is None else named_logps(row, columns, size)
         return group if logps is None else replace(group, logps=logps)
 
-    def _chosen(self, found: Format) -> Format:
-        if self.rules.rating and "rating" not in found.options:
-            raise ValueError(f"data.rating={self.rules.rating} has no effect: format {found.name} has one score alone")
-        named = self.rules.logps_columns
-        if named and len(named) not in map(len, found.logps):
-            takes = f"takes columns like {', '.join(found.logps[0])}" if found.logps else "has no place for log-probs"
-            raise ValueError(f"data.logps_columns=[{', '.join(named)}] has no effect: format {found.name} {takes}")
-        return found
+    def _accept(self, format: Format) -> Format:
+        if self.rules.rating and "rating" not in format.options:
+            raise ValueError(
+                f"data.rating={self.rules.rating} has no effect: format {format.name} has one score alone"
+            )
+        columns = self.rules.logps_columns
+        if columns and len(columns) not in map(len, format.logps):
+            takes = (
+                f"takes columns like {', '.join(format.logps[0])}" if format.logps else "has no place for log-probs"
+            )
+            raise ValueError(f"data.logps_columns=[{', '.join(columns)}] has no effect: format {format.name} {takes}")
+        return format
 
-    def _joined(self, groups: Iterator[PromptGroup]) -> Iterator[PromptGroup]:
+    def _merge_prompts(self, groups: Iterator[PromptGroup]) -> Iterator[PromptGroup]:
         """Groups, consecutive ones with the same prompt as one where the format has a row for each response."""
-        held: PromptGroup | None = None
+        pending: PromptGroup | None = None
         for group in groups:
             assert self.format is not None
             if not self.format.rows_of_one_prompt:
                 yield group
-            elif held is not None and held.prompt == group.prompt and held.rewards and group.rewards:
-                held = replace(held, responses=held.responses + group.responses, rewards=held.rewards + group.rewards)
+            elif pending is not None and pending.prompt == group.prompt and pending.rewards and group.rewards:
+                pending = replace(
+                    pending, responses=pending.responses + group.responses, rewards=pending.rewards + group.rewards
+                )
             else:
-                if held is not None:
-                    yield held
-                held = group
-        if held is not None:
-            yield held
+                if pending is not None:
+                    yield pending
+                pending = group
+        if pending is not None:
+            yield pending
 
-    def _finished(self, group: PromptGroup) -> PromptGroup | str:
+    def _finish(self, group: PromptGroup) -> PromptGroup | str:
         """The group with its pairs, or why it is left out."""
         rules = self.rules
         if rules.pairing is not None and (group.pairs or group.rewards is None):
-            what = "has its pairs already" if group.pairs else "has no scored responses to pair"
-            raise ValueError(f"data.pairing={rules.pairing} has no effect: {group.origin} {what}")
+            reason = "has its pairs already" if group.pairs else "has no scored responses to pair"
+            raise ValueError(f"data.pairing={rules.pairing} has no effect: {group.origin} {reason}")
         if group.rewards is not None and not group.pairs:
             if len(group.responses) == 1:
                 return "one response alone"
-            found = paired(group, rules.pairing or "best_vs_worst", rules.filters)
-            if isinstance(found, str):
-                return found
-            group = found
+            outcome = paired(group, rules.pairing or "best_vs_worst", rules.filters)
+            if isinstance(outcome, str):
+                return outcome
+            group = outcome
         refusal = rules.filters.refusal(group)
         return refusal or ("a duplicate" if self._seen.before(group) else group)
 
-    def _bad(self, origin: str, error: BadRow) -> None:
+    def _report_bad_row(self, origin: str, error: BadRow) -> None:
         if self.rules.on_bad_row == "error":
             raise ValueError(f"{origin} {error}. data.on_bad_row=skip leaves such rows out") from error
         self.dropped["bad rows"] += 1
@@ -174,7 +180,7 @@ class Reader:
         if not bad:
             del self.dropped["bad rows"]
 
-    def _left_out(self) -> str:
+    def _reasons(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items() if count)
         return "; ".join((reasons, *self.examples[:3])) if self.examples else reasons
 
@@ -183,7 +189,7 @@ def read(source: Source, rules: Rules, key: str, cache: Path, progress: Progress
     """The Arrow file of a source's groups, made now unless an equal reading was kept, and what became of its rows."""
     opened = open_source(source, key)
     if opened.content is None:
-        folder = Path(_temporary().name) / digest([asdict(source), asdict(rules)])
+        folder = Path(_temporary_folder().name) / digest([asdict(source), asdict(rules)])
     else:
         folder = cache / "groups" / digest([VERSION, opened.content, asdict(source), asdict(rules)])
     path, about = folder / "groups.arrow", folder / "reading.json"
@@ -191,18 +197,18 @@ def read(source: Source, rules: Rules, key: str, cache: Path, progress: Progress
         reader = Reader(rules, source.path)
         write(reader.groups(progress(opened.rows, f"reading {source.path}", None)), path)
         write_json(about, reader.reading._asdict())
-    found = json.loads(about.read_text())
-    return path, Reading(found["num_rows"], found["dropped"], tuple(found["examples"]), tuple(found["formats"]))
+    record = json.loads(about.read_text())
+    return path, Reading(record["num_rows"], record["dropped"], tuple(record["examples"]), tuple(record["formats"]))
 
 
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def _temporary() -> tempfile.TemporaryDirectory[str]:
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder that lives as long as the process: for rows that are streamed and so cannot be known again."""
-    if not _KEPT:
-        _KEPT.append(tempfile.TemporaryDirectory(prefix="dpo_ref_"))
-    return _KEPT[0]
+    if not _FOLDERS:
+        _FOLDERS.append(tempfile.TemporaryDirectory(prefix="dpo_ref_"))
+    return _FOLDERS[0]
 
 
 # --- the components
@@ -291,8 +297,8 @@ def preferences(
     Raises ValueError for what cannot be read, and for options that would have no effect.
     """
     filters = Filters(min_margin, min_score_ratio, min_chars, max_chars, deduplicate)
-    named = None if logps_columns is None else tuple(logps_columns)
-    rules = Rules(format, pairing, rating, filters, limit, on_bad_row, max_bad_share, named)
+    columns = None if logps_columns is None else tuple(logps_columns)
+    rules = Rules(format, pairing, rating, filters, limit, on_bad_row, max_bad_share, columns)
     refuse_ineffective(
         path=path, sources=sources, hub=hub, eval_path=eval_path, eval_split=eval_split, eval_fraction=eval_fraction,
         subset=subset, name=name, folder=folder, split=split, streaming=streaming,
@@ -302,94 +308,94 @@ def preferences(
             hub, (name, folder, split, eval_split), eval_path, eval_fraction
         )
     source = Source(path or "", name, folder, split, streaming=streaming)
-    weighted = [(source, rules, 1.0)] if sources is None else [_listed(entry, rules) for entry in sources]
-    train, readings = _joined(weighted, "data.path" if path else "data.sources", seed, progress)
+    weighted = [(source, rules, 1.0)] if sources is None else [_weighted_source(entry, rules) for entry in sources]
+    train, readings = _join_sources(weighted, "data.path" if path else "data.sources", seed, progress)
     held_out = train.select(np.zeros(0, dtype=np.int64))
     if eval_path is not None or eval_split is not None:
         if eval_path is None:
-            other, where = replace(source, split=eval_split, split_key="data.eval_split"), "data.path"
+            eval_source, eval_key = replace(source, split=eval_split, split_key="data.eval_split"), "data.path"
         else:
-            other, where = Source(eval_path, split=eval_split, split_key="data.eval_split"), "data.eval_path"
-        found, reading = read(other, rules, where, cache_folder(), progress)
-        held_out, readings = StoredGroups.load([found]), [*readings, reading]
+            eval_source, eval_key = Source(eval_path, split=eval_split, split_key="data.eval_split"), "data.eval_path"
+        eval_file, reading = read(eval_source, rules, eval_key, cache_folder(), progress)
+        held_out, readings = StoredGroups.load([eval_file]), [*readings, reading]
     elif eval_fraction:
         train, held_out = _split(train, eval_fraction, seed)
     if subset is not None:
-        drawn = np.random.default_rng([seed, 1]).permutation(len(train))[:subset]
-        train = train.select(train.places[np.sort(drawn)])
+        rows = np.random.default_rng([seed, 1]).permutation(len(train))[:subset]
+        train = train.select(train.places[np.sort(rows)])
     prompts = {group.prompt_id: group.prompt for group in held_out if group.prompt}
-    return PreferenceData(train, held_out, list(prompts.values()), _summed(readings))
+    return PreferenceData(train, held_out, list(prompts.values()), _total(readings))
 
 
 def _preset(
-    hub: dict[str, Any], given: tuple[str | None, ...], eval_path: str | None, eval_fraction: float
+    hub: dict[str, Any], overrides: tuple[str | None, ...], eval_path: str | None, eval_fraction: float
 ) -> tuple[str | None, ...]:
-    """Where a preset's rows are: path, name, folder, split, eval_split; what is given goes before the preset."""
+    """Where a preset's rows are: path, name, folder, split, eval_split; overrides go before the preset."""
     names = ("name", "folder", "split", "eval_split")
     unknown = set(hub) - {"path", *names}
     if unknown or "path" not in hub:
         raise ValueError(f"data.hub is {{path: ..., {', '.join(names)}}}, not {hub}")
-    found = {name: value or hub.get(name) for name, value in zip(names, given, strict=True)}
-    if (eval_path is not None or eval_fraction) and given[3] is None:
-        found["eval_split"] = None
-    return hub["path"], found["name"], found["folder"], found["split"], found["eval_split"]
+    options = {name: value or hub.get(name) for name, value in zip(names, overrides, strict=True)}
+    if (eval_path is not None or eval_fraction) and overrides[3] is None:
+        options["eval_split"] = None
+    return hub["path"], options["name"], options["folder"], options["split"], options["eval_split"]
 
 
-def _listed(entry: Any, rules: Rules) -> tuple[Source, Rules, float]:
+def _weighted_source(entry: Any, rules: Rules) -> tuple[Source, Rules, float]:
     """One entry of `data.sources`."""
-    known = {f.name for f in fields(Source)} - {"split_key"} | {"weight", *OWN_RULES}
-    unknown = set(entry) - known if isinstance(entry, dict) else {str(entry)}
+    keys = {f.name for f in fields(Source)} - {"split_key"} | {"weight", *OWN_RULES}
+    unknown = set(entry) - keys if isinstance(entry, dict) else {str(entry)}
     if unknown or "path" not in entry:
-        what = f"{', '.join(sorted(unknown))} is unknown" if unknown else "path is missing"
-        raise ValueError(f"data.sources: {what}; an entry is {{path: ..., {', '.join(sorted(known - {'path'}))}}}")
+        problem = f"{', '.join(sorted(unknown))} is unknown" if unknown else "path is missing"
+        raise ValueError(f"data.sources: {problem}; an entry is {{path: ..., {', '.join(sorted(keys - {'path'}))}}}")
     weight = entry.get("weight", 1.0)
     if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise ValueError(f"data.sources: weight={weight} of {entry['path']} must be a positive number")
     own = {name: entry[name] for name in OWN_RULES if name in entry}
-    named = own.get("logps_columns")
-    if not isinstance(named, list | None):
-        raise ValueError(f"data.sources: logps_columns={named} of {entry['path']} must be a list of names")
-    if named is not None:
-        own["logps_columns"] = tuple(named)
-    place = {name: value for name, value in entry.items() if name not in ("weight", *OWN_RULES)}
-    return Source(**place), replace(rules, **own), float(weight)
+    columns = own.get("logps_columns")
+    if not isinstance(columns, list | None):
+        raise ValueError(f"data.sources: logps_columns={columns} of {entry['path']} must be a list of names")
+    if columns is not None:
+        own["logps_columns"] = tuple(columns)
+    location = {name: value for name, value in entry.items() if name not in ("weight", *OWN_RULES)}
+    return Source(**location), replace(rules, **own), float(weight)
 
 
-def _joined(
+def _join_sources(
     weighted: Sequence[tuple[Source, Rules, float]], key: str, seed: int, progress: Progress
 ) -> tuple[StoredGroups, list[Reading]]:
     """All sources' groups, each in its share."""
-    found = [read(source, rules, key, cache_folder(), progress) for source, rules, _ in weighted]
-    together = StoredGroups.load([path for path, _ in found])
-    sizes = [len(StoredGroups.load([path])) for path, _ in found]
+    files = [read(source, rules, key, cache_folder(), progress) for source, rules, _ in weighted]
+    together = StoredGroups.load([path for path, _ in files])
+    sizes = [len(StoredGroups.load([path])) for path, _ in files]
     starts = np.cumsum([0, *sizes[:-1]])
     parts = [
-        start + _share(size, weight, np.random.default_rng([seed, 2, number]))
-        for number, (start, size, (_, _, weight)) in enumerate(zip(starts, sizes, weighted, strict=True))
+        start + _share(size, weight, np.random.default_rng([seed, 2, index]))
+        for index, (start, size, (_, _, weight)) in enumerate(zip(starts, sizes, weighted, strict=True))
     ]
     if not sum(map(len, parts)):
         raise ValueError("data.sources: with these weights no group is left")
-    return together.select(np.concatenate(parts)), [reading for _, reading in found]
+    return together.select(np.concatenate(parts)), [reading for _, reading in files]
 
 
 def _share(size: int, weight: float, rng: np.random.Generator) -> np.ndarray:
     """Rows of a source: all of them as often as the weight's whole part says, and a random part of the rest."""
     whole, part = divmod(weight, 1.0)
-    drawn = np.sort(rng.permutation(size)[: round(part * size)])
-    return np.concatenate([*[np.arange(size)] * int(whole), drawn])
+    extra = np.sort(rng.permutation(size)[: round(part * size)])
+    return np.concatenate([*[np.arange(size)] * int(whole), extra])
 
 
 def _split(groups: StoredGroups, fraction: float, seed: int) -> tuple[StoredGroups, StoredGroups]:
     """Train and held-out groups; a share of the prompts is held out, so that a prompt is on one side only."""
-    found = groups.ids("prompt_id")
-    prompts = list(dict.fromkeys(found))
-    drawn = np.random.default_rng(seed).permutation(len(prompts))[: round(fraction * len(prompts))]
-    held_out = {prompts[i] for i in drawn}
-    side = np.array([prompt in held_out for prompt in found], dtype=bool)
+    ids = groups.ids("prompt_id")
+    prompts = list(dict.fromkeys(ids))
+    indices = np.random.default_rng(seed).permutation(len(prompts))[: round(fraction * len(prompts))]
+    held_out = {prompts[i] for i in indices}
+    side = np.array([prompt in held_out for prompt in ids], dtype=bool)
     return groups.select(groups.places[~side]), groups.select(groups.places[side])
 
 
-def _summed(readings: Sequence[Reading]) -> Reading:
+def _total(readings: Sequence[Reading]) -> Reading:
     """What became of the rows of all sources together."""
     dropped: dict[str, int] = {}
     for reading in readings:

@@ -43,7 +43,7 @@ def end_of_turn_ids(tokenizer: Any) -> set[int]:
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
     """Prompts as token ids, up to where the assistant begins. Special tokens' strings in their texts are text."""
-    groups = [PromptGroup(tuple(prompt), (), origin=f"prompt {place}") for place, prompt in enumerate(prompts)]
+    groups = [PromptGroup(tuple(prompt), (), origin=f"prompt {index}") for index, prompt in enumerate(prompts)]
     return [ids.prompt for ids in Encoder(tokenizer).last_turns(groups)]
 
 
@@ -53,10 +53,10 @@ WRITERS = {"last": Encoder.last_turns, "all": Encoder.all_turns}
 def _refuse_literals(encoder: Encoder, groups: Sequence[PromptGroup]) -> None:
     for group in groups:
         texts = " ".join((*(turn["content"] for turn in group.prompt), *group.responses))
-        found = encoder.chat.special_tokens.search(texts)
-        if found:
+        match = encoder.chat.special_tokens.search(texts)
+        if match:
             raise ValueError(
-                f"{group.origin} contains the special token {found.group()!r} in a text; "
+                f"{group.origin} contains the special token {match.group()!r} in a text; "
                 "data.special_tokens_in_text=text encodes it as the text it is"
             )
 
@@ -68,12 +68,12 @@ def _allow_literals(encoder: Encoder, groups: Sequence[PromptGroup]) -> None:
 LITERALS = {"error": _refuse_literals, "text": _allow_literals}
 
 
-def _token_group(number: int, group: PromptGroup, ids: Ids, score: str) -> TokenGroup:
+def _token_group(index: int, group: PromptGroup, ids: Ids, score: str) -> TokenGroup:
     before = [turn["content"] for turn in group.prompt if turn["role"] == "assistant"] if score == "all" else []
     sizes = tuple(sum(len(text.encode()) for text in (*before, response)) for response in group.responses)
     scored = None if ids.scored is None else tuple(ids.scored)
     return TokenGroup(
-        number, group.group_id, ids.prompt, tuple(ids.responses), sizes, group.pairs, scored, group.labels
+        index, group.group_id, ids.prompt, tuple(ids.responses), sizes, group.pairs, scored, group.labels
     )
 
 
@@ -106,18 +106,20 @@ def tokenise(
     )
     fit = POLICIES[over_length](limits, encoder.counts, encoder.closing)
 
-    def kept() -> Iterator[TokenGroup]:
+    def fitting_groups() -> Iterator[TokenGroup]:
         starts = range(0, len(groups), CHUNK)
         for start in progress(starts, "tokenising", len(starts)):
-            chunk = [groups[place] for place in range(start, min(start + CHUNK, len(groups)))]
+            chunk = [groups[index] for index in range(start, min(start + CHUNK, len(groups)))]
             LITERALS[special_tokens_in_text](encoder, chunk)
-            for number, (group, ids) in enumerate(zip(chunk, WRITERS[score](encoder, chunk), strict=True), start):
-                found = fit(group, ids)
-                if found is not None:
-                    yield _token_group(number, group, found, score)
+            for index, (group, whole) in enumerate(zip(chunk, WRITERS[score](encoder, chunk), strict=True), start):
+                ids = fit(group, whole)
+                if ids is not None:
+                    yield _token_group(index, group, ids, score)
 
-    made = gathered(kept(), groups)
-    return Tokenised(made, {"groups": len(made), **{name: count for name, count in encoder.counts.items() if count}})
+    token_groups = gathered(fitting_groups(), groups)
+    return Tokenised(
+        token_groups, {"groups": len(token_groups), **{name: count for name, count in encoder.counts.items() if count}}
+    )
 
 
 # --- groups that are too long
@@ -169,12 +171,12 @@ def _cut_prompts(cut: Callable[[PromptGroup, list[int], int], list[int] | None])
             if ids.longest > limits.response or room < _SHORTEST_PROMPT:
                 counts["dropped: response too long"] += 1
                 return None
-            keep = cut(group, ids.prompt, room)
-            if keep is None:
+            prompt = cut(group, ids.prompt, room)
+            if prompt is None:
                 counts["dropped: too little of the prompt would be left"] += 1
                 return None
             counts["prompts cut"] += 1
-            return ids._replace(prompt=keep)
+            return ids._replace(prompt=prompt)
 
         return fit
 
@@ -250,7 +252,7 @@ def tokenised_once(
     folder = cache / "tokens" / digest([VERSION, content_of(groups), text_identity, options])
     about = folder / "counts.json"
     if not about.is_file():
-        made = tokenise(groups, tokenizer, progress)
-        made.groups.save(folder, {"counts.json": json.dumps(made.counts)})
-        return made
+        tokenised = tokenise(groups, tokenizer, progress)
+        tokenised.groups.save(folder, {"counts.json": json.dumps(tokenised.counts)})
+        return tokenised
     return Tokenised(TokenGroups.load(folder, groups), json.loads(about.read_text()))

@@ -39,8 +39,8 @@ def column(row: Row, name: str) -> Any:
 
 def shown(value: Any) -> str:
     """A value in a message, short."""
-    found = repr(value)
-    return found if len(found) <= 60 else f"{found[:57]}..."
+    full = repr(value)
+    return full if len(full) <= 60 else f"{full[:57]}..."
 
 
 def record(value: Any, name: str) -> Row:
@@ -52,10 +52,10 @@ def record(value: Any, name: str) -> Row:
 
 def flag(value: Any, name: str) -> bool:
     """True or false, 1 or 0, also spelt as text, as CSV has them."""
-    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
-    if found is None:
+    truth = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    if truth is None:
         raise BadRow(f"has {shown(value)} in {name}, where true or false (1 or 0) is expected")
-    return found
+    return truth
 
 
 def json_value(value: Any, name: str) -> Any:
@@ -89,12 +89,12 @@ def text(value: Any, name: str) -> str:
 def number(value: Any, name: str) -> float:
     """A finite number; texts that spell one are taken, as ratings often come so."""
     try:
-        found = float(value) if not isinstance(value, bool) else float("nan")
+        as_float = float(value) if not isinstance(value, bool) else float("nan")
     except (TypeError, ValueError):
-        found = float("nan")
-    if found - found != 0:
+        as_float = float("nan")
+    if as_float - as_float != 0:
         raise BadRow(f"has {shown(value)} in {name}, where a finite number is expected")
-    return found
+    return as_float
 
 
 def several(value: Any, name: str) -> list[Any]:
@@ -127,16 +127,16 @@ def turns(value: Any, name: str, role: str) -> list[Message]:
         value = [{"role": role, "content": value}]
     if not isinstance(value, list | tuple):
         raise BadRow(f"has a {name} that is neither text nor a list of messages")
-    return [turn(one, name) for one in several(value, name)]
+    return [turn(entry, name) for entry in several(value, name)]
 
 
 def in_order(messages: Sequence[Message], name: str) -> None:
     """Refuse roles out of order: a system turn first or nowhere, then user and assistant in turns."""
     before = ""
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if before not in _FOLLOWS[message["role"]]:
             where = f"after a turn of {before}" if before else "at the beginning"
-            raise BadRow(f"has roles out of order in {name}: turn {place + 1} is {message['role']} {where}")
+            raise BadRow(f"has roles out of order in {name}: turn {index + 1} is {message['role']} {where}")
         before = message["role"]
 
 
@@ -158,9 +158,9 @@ def group(
     if prompt[-1]["role"] == "user" and not prompt[-1]["content"].strip():
         raise BadRow("has an empty prompt")
     in_order(prompt, "prompt")
-    for place, response in enumerate(responses):
+    for index, response in enumerate(responses):
         if not response.strip():
-            raise BadRow(f"has an empty {names[place] if names else f'response {place + 1}'}")
+            raise BadRow(f"has an empty {names[index] if names else f'response {index + 1}'}")
     for better, worse in pairs:
         if responses[better] == responses[worse]:
             raise BadRow("has chosen equal to rejected")

@@ -17,16 +17,16 @@ def hh(row: Row, origin: str) -> PromptGroup:
     return group(chosen[:-1], answers, origin, names=("chosen", "rejected"), pairs=((0, 1),))
 
 
-def _dialogue(written: str) -> list[Message]:
+def _dialogue(transcript: str) -> list[Message]:
     """Turns of an hh dialogue. A turn marker inside a turn's first line cannot be told from a real one."""
-    found: list[Message] = []
-    for part in written.split("\n\nHuman:")[1:]:
+    messages: list[Message] = []
+    for part in transcript.split("\n\nHuman:")[1:]:
         human, *assistants = part.split("\n\nAssistant:")
-        found.append(Message(role="user", content=human.strip()))
-        found += [Message(role="assistant", content=assistant.strip()) for assistant in assistants]
-    if not found or found[-1]["role"] != "assistant":
+        messages.append(Message(role="user", content=human.strip()))
+        messages += [Message(role="assistant", content=assistant.strip()) for assistant in assistants]
+    if not messages or messages[-1]["role"] != "assistant":
         raise BadRow("has a dialogue that does not end with an assistant turn")
-    return found
+    return messages
 
 
 def ultrafeedback(row: Row, origin: str, *, rating: str | None = None) -> PromptGroup:
@@ -35,21 +35,23 @@ def ultrafeedback(row: Row, origin: str, *, rating: str | None = None) -> Prompt
     Scores are the mean of the rated aspects, as in the cleaned and binarized sets; `overall_score` is known to be
     wrong in rows where a 1 became a 10. `rating` names another: an aspect, `overall_score` or `fine-grained_score`.
     """
-    completions = [record(one, "completions") for one in several(column(row, "completions"), "completions")]
+    completions = [
+        record(completion, "completions") for completion in several(column(row, "completions"), "completions")
+    ]
     prompt = [Message(role="user", content=text(column(row, "instruction"), "instruction"))]
-    responses = [text(column(one, "response"), "response") for one in completions]
-    return group(prompt, responses, origin, rewards=[_rating(one, rating) for one in completions])
+    responses = [text(column(completion, "response"), "response") for completion in completions]
+    return group(prompt, responses, origin, rewards=[_rating(completion, rating) for completion in completions])
 
 
-def _rating(one: Row, rating: str | None) -> float:
-    found = record(one.get("annotations") or {}, "annotations")
-    aspects = {name: record(aspect, name) for name, aspect in found.items() if aspect is not None}
-    if rating in one:
-        return number(one[rating], rating or "")
+def _rating(completion: Row, rating: str | None) -> float:
+    annotations = record(completion.get("annotations") or {}, "annotations")
+    aspects = {name: record(aspect, name) for name, aspect in annotations.items() if aspect is not None}
+    if rating in completion:
+        return number(completion[rating], rating or "")
     if rating is not None and rating not in aspects:
-        raise BadRow(f"has no rating {rating}; a completion has {', '.join((*one, *aspects))}")
-    chosen = aspects.values() if rating is None else [aspects[rating]]
-    values = [aspect["Rating"] for aspect in chosen if aspect.get("Rating") not in (None, "N/A")]
+        raise BadRow(f"has no rating {rating}; a completion has {', '.join((*completion, *aspects))}")
+    relevant = aspects.values() if rating is None else [aspects[rating]]
+    values = [aspect["Rating"] for aspect in relevant if aspect.get("Rating") not in (None, "N/A")]
     if not values:
         raise BadRow("has a completion without ratings")
     return sum(number(value, "Rating") for value in values) / len(values)
@@ -66,10 +68,12 @@ def shp(row: Row, origin: str) -> PromptGroup:
 
 def stack_exchange(row: Row, origin: str) -> PromptGroup:
     """HuggingFaceH4/stack-exchange-preferences: a `question` and its `answers`, scored by votes, all as HTML."""
-    answers = [record(one, "answers") for one in several(column(row, "answers"), "answers")]
+    answers = [record(answer, "answers") for answer in several(column(row, "answers"), "answers")]
     prompt = [Message(role="user", content=_words(column(row, "question"), "question"))]
-    responses = [_words(column(one, "text"), "answers.text") for one in answers]
-    return group(prompt, responses, origin, rewards=[number(column(one, "pm_score"), "pm_score") for one in answers])
+    responses = [_words(column(answer, "text"), "answers.text") for answer in answers]
+    return group(
+        prompt, responses, origin, rewards=[number(column(answer, "pm_score"), "pm_score") for answer in answers]
+    )
 
 
 def _words(html: Any, name: str) -> str:
@@ -81,17 +85,17 @@ def _words(html: Any, name: str) -> str:
 def tldr(row: Row, origin: str) -> PromptGroup:
     """openai/summarize_from_feedback, comparisons: a post in `info`, two `summaries`, and the `choice` of one."""
     info = record(column(row, "info"), "info")
-    summaries = [record(one, "summaries") for one in several(column(row, "summaries"), "summaries")]
+    summaries = [record(summary, "summaries") for summary in several(column(row, "summaries"), "summaries")]
     if len(summaries) != 2:
         raise BadRow(f"has {len(summaries)} summaries, where two are compared")
     if info.get("post"):
         heads = {"SUBREDDIT": "subreddit", "TITLE": "title", "POST": "post"}
-        known = {head: text(info[name], name) for head, name in heads.items() if info.get(name)}
-        asked = "\n\n".join(f"{head}: {'r/' * (head == 'SUBREDDIT')}{value}" for head, value in known.items())
+        fields = {head: text(info[name], name) for head, name in heads.items() if info.get(name)}
+        document = "\n\n".join(f"{head}: {'r/' * (head == 'SUBREDDIT')}{value}" for head, value in fields.items())
     else:
-        asked = f"ARTICLE: {text(column(info, 'article'), 'article')}"
-    prompt = [Message(role="user", content=f"{asked}\n\nTL;DR:")]
-    responses = [text(column(one, "text"), "summaries.text").strip() for one in summaries]
+        document = f"ARTICLE: {text(column(info, 'article'), 'article')}"
+    prompt = [Message(role="user", content=f"{document}\n\nTL;DR:")]
+    responses = [text(column(summary, "text"), "summaries.text").strip() for summary in summaries]
     order = slice(None, None, -1) if flag(column(row, "choice"), "choice") else slice(None)
     return group(prompt, responses[order], origin, pairs=((0, 1),))
 
@@ -134,13 +138,13 @@ def helpsteer3(row: Row, origin: str) -> PromptGroup:
 def ranked(row: Row, origin: str) -> PromptGroup:
     """A `prompt` and k `responses` with `scores`, or with `ranks` (1 is best), or, without both, the best first."""
     prompt = turns(column(row, "prompt"), "prompt", "user")
-    responses = [text(one, "responses") for one in several(column(row, "responses"), "responses")]
+    responses = [text(response, "responses") for response in several(column(row, "responses"), "responses")]
     if row.get("scores") is not None:
         values = [number(score, "scores") for score in several(row["scores"], "scores")]
     elif row.get("ranks") is not None:
         values = [-number(rank, "ranks") for rank in several(row["ranks"], "ranks")]
     else:
-        values = [-float(place) for place in range(len(responses))]
+        values = [-float(index) for index in range(len(responses))]
     if len(values) != len(responses):
         raise BadRow(f"has {len(responses)} responses and {len(values)} scores or ranks")
     return group(prompt, responses, origin, rewards=values)

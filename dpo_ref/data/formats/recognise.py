@@ -40,10 +40,10 @@ def known_logps(row: Row, layouts: Sequence[Columns], num_responses: int) -> tup
 
     A row with two sets of them gives NaN: which is meant has to be said (`data.logps_columns`).
     """
-    found = [columns for columns in layouts if any(row.get(name) is not None for name in columns)]
-    if not found:
+    present = [columns for columns in layouts if any(row.get(name) is not None for name in columns)]
+    if not present:
         return None
-    return named_logps(row, found[0], num_responses) if len(found) == 1 else (math.nan,) * num_responses
+    return named_logps(row, present[0], num_responses) if len(present) == 1 else (math.nan,) * num_responses
 
 
 def _value(value: Any) -> float:
@@ -82,8 +82,8 @@ def _format(name: str, columns: str, convert: Callable[..., PromptGroup], **more
 
 # The first whose columns a row has is taken: the more particular come first.
 FORMATS = {
-    found.name: found
-    for found in (
+    format.name: format
+    for format in (
         _format("shp", "history human_ref_A human_ref_B labels", published.shp),
         _format("stack_exchange", "question answers", published.stack_exchange),
         _format("tldr", "info summaries choice", published.tldr),
@@ -105,9 +105,9 @@ FORMATS = {
 
 def recognised(row: Row) -> Format | None:
     """The format whose columns the row has."""
-    for found in FORMATS.values():
-        if found.columns <= row.keys() and (found.name != "hh" or _is_dialogue(row)):
-            return found
+    for format in FORMATS.values():
+        if format.columns <= row.keys() and (format.name != "hh" or _is_dialogue(row)):
+            return format
     return None
 
 
@@ -120,27 +120,27 @@ def format_of(name: str, row: Row) -> Format:
     """The format called `name`, or what `auto` makes of the row. Raises BadRow for columns that fit none."""
     if name != "auto":
         return FORMATS[name]
-    found = recognised(row)
-    if found is None:
+    format = recognised(row)
+    if format is None:
         near = max(FORMATS.values(), key=lambda f: (len(f.columns & row.keys()) / len(f.columns), f.name != "hh"))
         raise BadRow(
             f"fits no known format; its columns are {columns_of(row)}. The nearest is data.format={near.name}, which "
             f"needs {', '.join(sorted(near.columns))}"
         )
-    return found
+    return format
 
 
-def convert(row: Row, origin: str, expected: Format, options: dict[str, Any], named: bool) -> PromptGroup:
+def convert(row: Row, origin: str, expected: Format, options: dict[str, Any], is_named: bool) -> PromptGroup:
     """The row as a group. Raises BadRow; for a row of another format than the rows before (unless `named`) it says
     which."""
-    found = recognised(row)
-    missing = not expected.columns <= row.keys()
-    if found is not None and found is not expected and (missing or not named):
-        raise BadRow(f"looks like format {found.name}, while the rows before are {expected.name}")
+    format = recognised(row)
+    lacks_columns = not expected.columns <= row.keys()
+    if format is not None and format is not expected and (lacks_columns or not is_named):
+        raise BadRow(f"looks like format {format.name}, while the rows before are {expected.name}")
     try:
         return expected.convert(row, origin, **options)
     except BadRow as error:
-        if missing:
+        if lacks_columns:
             expects = ", ".join(sorted(expected.columns))
             raise BadRow(f"{error}; data.format={expected.name} expects {expects}") from error
         raise

@@ -16,12 +16,12 @@ def preference(row: Row, origin: str) -> PromptGroup:
     """
     sides = [column(row, name) for name in ("chosen", "rejected")]
     if "prompt" in row:
-        prompt, answers = _explicit(turns(column(row, "prompt"), "prompt", "user"), sides)
+        prompt, answers = _after_prompt(turns(column(row, "prompt"), "prompt", "user"), sides)
     elif all(isinstance(side, str) for side in sides):
         prompt, answers = _common_words(text(sides[0], "chosen"), text(sides[1], "rejected"))
     else:
         prompt, answers = _common_turns(
-            _ending_with_assistant(sides[0], "chosen"), _ending_with_assistant(sides[1], "rejected")
+            _answered_conversation(sides[0], "chosen"), _answered_conversation(sides[1], "rejected")
         )
     return group(
         _with_system(row, prompt),
@@ -34,23 +34,25 @@ def preference(row: Row, origin: str) -> PromptGroup:
     )
 
 
-def _ending_with_assistant(value: Any, name: str) -> list[Message]:
-    found = turns(value, name, "assistant")
-    if found[-1]["role"] != "assistant":
-        raise BadRow(f"has a {name} that ends with a turn of {found[-1]['role']}; it must end with the assistant")
-    return found
+def _answered_conversation(value: Any, name: str) -> list[Message]:
+    conversation = turns(value, name, "assistant")
+    if conversation[-1]["role"] != "assistant":
+        raise BadRow(
+            f"has a {name} that ends with a turn of {conversation[-1]['role']}; it must end with the assistant"
+        )
+    return conversation
 
 
-def _explicit(prompt: list[Message], sides: list[Any]) -> tuple[list[Message], list[list[Message]]]:
+def _after_prompt(prompt: list[Message], sides: list[Any]) -> tuple[list[Message], list[list[Message]]]:
     """What comes after the prompt on each side; a side may repeat the prompt or its last turns."""
     answers = []
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        found = _ending_with_assistant(side, name)
-        users = [place for place, one in enumerate(found) if one["role"] != "assistant"]
+        conversation = _answered_conversation(side, name)
+        users = [index for index, turn in enumerate(conversation) if turn["role"] != "assistant"]
         begin = users[-1] + 1 if users else 0
-        if begin and found[:begin] not in (prompt, prompt[len(prompt) - begin :]):
+        if begin and conversation[:begin] not in (prompt, prompt[len(prompt) - begin :]):
             raise BadRow(f"has a {name} whose conversation begins with another prompt than the column prompt")
-        answers.append(found[begin:])
+        answers.append(conversation[begin:])
     return prompt, answers
 
 
@@ -61,20 +63,20 @@ def _common_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[
         size += 1
     while size and chosen[size - 1]["role"] not in ("user", "tool"):  # answers begin at an assistant's turn
         size -= 1
-    rest = [side[size:] for side in (chosen, rejected)]
-    if any(one["role"] == "user" for side in rest for one in side):
+    answers = [side[size:] for side in (chosen, rejected)]
+    if any(turn["role"] == "user" for side in answers for turn in side):
         raise BadRow("has conversations in chosen and rejected that differ before their last answer: two prompts")
-    return chosen[:size], rest
+    return chosen[:size], answers
 
 
 def _common_words(chosen: str, rejected: str) -> tuple[list[Message], list[list[Message]]]:
     """The words both texts begin with; where a language has no blanks, the characters."""
-    differ = (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    differ = (index for index, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     size = next(differ, min(len(chosen), len(rejected)))
     common = chosen[:size]
     whole_word = all(side[size : size + 1].isspace() for side in (chosen, rejected))
     if not whole_word and any(character.isspace() for character in common):
-        size = max(place for place, character in enumerate(common) if character.isspace()) + 1
+        size = max(index for index, character in enumerate(common) if character.isspace()) + 1
     prompt = [Message(role="user", content=chosen[:size].strip())]
     return prompt, [[Message(role="assistant", content=side[size:].strip())] for side in (chosen, rejected)]
 
@@ -107,26 +109,26 @@ def _scores(row: Row) -> tuple[float, float] | None:
 
 
 def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
-    found = row.get("tools")
-    if not found:
+    tools = row.get("tools")
+    if not tools:
         return None
     try:
-        found = json.loads(found) if isinstance(found, str) else found
+        tools = json.loads(tools) if isinstance(tools, str) else tools
     except ValueError as error:
         raise BadRow("has tools that are not JSON") from error
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("has tools that are not a list of JSON schemas")
-    return tuple(json_value(found, "tools"))
+    return tuple(json_value(tools, "tools"))
 
 
 def messages(row: Row, origin: str) -> PromptGroup:
     """A demonstration: `messages`, a conversation that ends with the assistant."""
-    found = turns(column(row, "messages"), "messages", "user")
-    if found[-1]["role"] != "assistant":
+    conversation = turns(column(row, "messages"), "messages", "user")
+    if conversation[-1]["role"] != "assistant":
         raise BadRow(
-            f"has messages that end with a turn of {found[-1]['role']}; a demonstration ends with the assistant"
+            f"has messages that end with a turn of {conversation[-1]['role']}; a demonstration ends with the assistant"
         )
-    return group(_with_system(row, found[:-1]), [found[-1]["content"]], origin, tools=_tools(row))
+    return group(_with_system(row, conversation[:-1]), [conversation[-1]["content"]], origin, tools=_tools(row))
 
 
 def completion(row: Row, origin: str) -> PromptGroup:
@@ -138,9 +140,9 @@ def completion(row: Row, origin: str) -> PromptGroup:
 
 def unpaired(row: Row, origin: str) -> PromptGroup:
     """KTO's rows: `prompt`, `completion`, and a `label` that says whether the completion is wanted."""
-    found = completion(row, origin)
+    demonstration = completion(row, origin)
     label = flag(column(row, "label"), "label")
-    return PromptGroup(found.prompt, found.responses, (), None, origin, (label,), found.tools)
+    return PromptGroup(demonstration.prompt, demonstration.responses, (), None, origin, (label,), demonstration.tools)
 
 
 def instruction(row: Row, origin: str) -> PromptGroup:
@@ -159,7 +161,7 @@ def instructed(row: Row) -> str:
 
 def plain_text(row: Row, origin: str) -> PromptGroup:
     """`text` alone: fitted from its beginning, without a template."""
-    found = text(column(row, "text"), "text")
-    if not found.strip():
+    content = text(column(row, "text"), "text")
+    if not content.strip():
         raise BadRow("has an empty text")
-    return PromptGroup((), (found,), origin=origin)
+    return PromptGroup((), (content,), origin=origin)
