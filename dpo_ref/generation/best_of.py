@@ -34,28 +34,28 @@ class BestOf:
         """Digest of the policy's weights."""
         return self.engine.weights()
 
-    def chosen(self, drawn: Sequence[Generation]) -> list[Generation]:
+    def chosen(self, generations: Sequence[Generation]) -> list[Generation]:
         """The best of every sample's draws; of equal ones the first."""
-        scores = self.scorer(drawn)
+        scores = self.scorer(generations)
         if any(map(math.isnan, scores.values)):
             raise ValueError(
                 f"scorer {scores.name} has no number for an answer; choose with scorer@generation.scorer=..."
             )
-        found = []
-        rows = sorted(range(len(drawn)), key=lambda place: self._sample(drawn[place]))
-        for (_, _, sample), members in groupby(rows, key=lambda place: self._sample(drawn[place])):
-            best = drawn[max(members, key=scores.values.__getitem__)]
-            found.append(replace(best, sample_index=sample))
-        return found
+        winners = []
+        order = sorted(range(len(generations)), key=lambda index: self._sample(generations[index]))
+        for (_, _, sample), members in groupby(order, key=lambda index: self._sample(generations[index])):
+            best = generations[max(members, key=scores.values.__getitem__)]
+            winners.append(replace(best, sample_index=sample))
+        return winners
 
-    def _sample(self, drawn: Generation) -> tuple[int, int, int]:
-        return drawn.prompt_index, drawn.turn, drawn.sample_index // self.draws
+    def _sample(self, generation: Generation) -> tuple[int, int, int]:
+        return generation.prompt_index, generation.turn, generation.sample_index // self.draws
 
     def answers(
-        self, requests: Sequence[Request], known: Set[int], progress: Progress
+        self, requests: Sequence[Request], skip: Set[int], progress: Progress
     ) -> Generator[Mapping[int, Answer], None, None]:
         """The engine's."""
-        return self.engine.answers(requests, known, progress)
+        return self.engine.answers(requests, skip, progress)
 
 
 def _check_options(best_of: int, temperature: float | list[float], **rest: Any) -> None:

@@ -27,7 +27,7 @@ from dpo_ref.types import Message, Progress, digest, silent
 
 
 class Place(NamedTuple):
-    """Which answer of an evaluation: the question's number, the sample's, and the turn, counted from 1."""
+    """Which answer of an evaluation: the question's index, the sample's, and the turn, counted from 1."""
 
     prompt_index: int
     sample_index: int
@@ -79,13 +79,13 @@ def check_positive(**counts: int) -> None:
 
 def check_temperatures(temperature: float | list[float], samples_per_prompt: int = 1, **others: Any) -> None:
     """Raise ValueError for a temperature out of range or given twice, for none, and where all samples are alike."""
-    found = temperature if isinstance(temperature, list) else [temperature]
-    for one in found:
-        if not 0 <= one < float("inf"):
-            raise ValueError(f"generation.temperature={one} must be 0 (greedy) or positive")
-    if not found or len(set(found)) < len(found):
-        raise ValueError(f"generation.temperature={found} must be one temperature or several, each once")
-    if set(found) == {0} and samples_per_prompt > 1:
+    temperatures = temperature if isinstance(temperature, list) else [temperature]
+    for value in temperatures:
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"generation.temperature={value} must be 0 (greedy) or positive")
+    if not temperatures or len(set(temperatures)) < len(temperatures):
+        raise ValueError(f"generation.temperature={temperatures} must be one temperature or several, each once")
+    if set(temperatures) == {0} and samples_per_prompt > 1:
         raise ValueError("generation.temperature=0 gives every sample of a prompt alike; use samples_per_prompt=1")
 
 
@@ -108,7 +108,7 @@ class Engine(Protocol):
         """How many samples are drawn for each that is kept."""
         ...
 
-    def chosen(self, drawn: Sequence[Generation]) -> list[Generation]:
+    def chosen(self, generations: Sequence[Generation]) -> list[Generation]:
         """The samples that are kept, of `draws` in a row one each, numbered anew."""
         ...
 
@@ -117,9 +117,9 @@ class Engine(Protocol):
         ...
 
     def answers(
-        self, requests: Sequence[Request], known: Set[int], progress: Progress
+        self, requests: Sequence[Request], skip: Set[int], progress: Progress
     ) -> Generator[Mapping[int, Answer], None, None]:
-        """Answers by the number of their request, as they come; `known` are requests that need none."""
+        """Answers by the index of their request, as they come; `skip` are requests that need none."""
         ...
 
 
@@ -157,15 +157,15 @@ class PromptSet:
 
     def content(self) -> Sequence[object]:
         """What determines answers, as JSON values."""
-        asked = [[list(question.prompt), list(question.then)] for question in self.questions]
-        warmth = [self._temperature(question, None) for question in self.questions] if self.temperatures else []
-        return [self.name, asked, warmth]
+        conversations = [[list(question.prompt), list(question.then)] for question in self.questions]
+        temperatures = [self._temperature(question, None) for question in self.questions] if self.temperatures else []
+        return [self.name, conversations, temperatures]
 
     def temperature(self, question: Question, otherwise: float) -> float:
         """At which temperature a question is answered."""
-        found = self._temperature(question, otherwise)
-        assert found is not None
-        return found
+        value = self._temperature(question, otherwise)
+        assert value is not None
+        return value
 
     def _temperature(self, question: Question, otherwise: float | None) -> float | None:
         return otherwise if self.temperatures is None else self.temperatures[question.category]
@@ -176,75 +176,77 @@ def held_out(prompts: Sequence[Sequence[Message]], name: str = "") -> PromptSet:
     return PromptSet(name, tuple(Question(tuple(prompt)) for prompt in prompts))
 
 
-class _Asked(NamedTuple):
+class _PendingSample(NamedTuple):
     """A sample that is to be drawn now: whose, and the conversation up to here."""
 
     place: Place
     prompt: tuple[Message, ...]
 
 
-def _conversations(engine: Engine, asked: PromptSet) -> list[_Asked]:
+def _conversations(engine: Engine, prompt_set: PromptSet) -> list[_PendingSample]:
     """The first turn of every sample; where the likeliest tokens are taken all samples are alike, and one is drawn."""
-    found = []
-    for index, question in enumerate(asked.questions):
-        samples = 1 if _greedy(engine, asked, index) else engine.sampling.samples_per_prompt
-        for sample in range(samples):
-            found += _draws(engine, asked, Place(index, sample, 1), question.prompt)
-    return found
+    pending = []
+    for index, question in enumerate(prompt_set.questions):
+        num_samples = 1 if _greedy(engine, prompt_set, index) else engine.sampling.samples_per_prompt
+        for sample in range(num_samples):
+            pending += _draws(engine, prompt_set, Place(index, sample, 1), question.prompt)
+    return pending
 
 
-def _greedy(engine: Engine, asked: PromptSet, index: int) -> bool:
-    return asked.temperature(asked.questions[index], engine.sampling.temperature) == 0
+def _greedy(engine: Engine, prompt_set: PromptSet, index: int) -> bool:
+    return prompt_set.temperature(prompt_set.questions[index], engine.sampling.temperature) == 0
 
 
-def _draws(engine: Engine, asked: PromptSet, place: Place, prompt: tuple[Message, ...]) -> list[_Asked]:
+def _draws(engine: Engine, prompt_set: PromptSet, place: Place, prompt: tuple[Message, ...]) -> list[_PendingSample]:
     """What is drawn for one sample that is kept."""
-    count = 1 if _greedy(engine, asked, place.prompt_index) else engine.draws
-    numbers = range(place.sample_index * count, (place.sample_index + 1) * count)
-    return [_Asked(place._replace(sample_index=number), prompt) for number in numbers]
+    count = 1 if _greedy(engine, prompt_set, place.prompt_index) else engine.draws
+    indices = range(place.sample_index * count, (place.sample_index + 1) * count)
+    return [_PendingSample(place._replace(sample_index=index), prompt) for index in indices]
 
 
-def _next(engine: Engine, asked: PromptSet, made: Sequence[Generation]) -> list[_Asked]:
-    """The turn after `made`, of the questions that have one."""
-    found = []
-    for generation in made:
-        then = asked.questions[generation.prompt_index].then
+def _next_turns(engine: Engine, prompt_set: PromptSet, generations: Sequence[Generation]) -> list[_PendingSample]:
+    """The turn after these, of the questions that have one."""
+    pending = []
+    for generation in generations:
+        then = prompt_set.questions[generation.prompt_index].then
         if generation.turn <= len(then):
             answer = Message(role="assistant", content=generation.output)
             user = Message(role="user", content=then[generation.turn - 1])
             place = Place(generation.prompt_index, generation.sample_index, generation.turn + 1)
-            found += _draws(engine, asked, place, (*generation.prompt, answer, user))
-    return found
+            pending += _draws(engine, prompt_set, place, (*generation.prompt, answer, user))
+    return pending
 
 
-def _streams(waiting: Sequence[_Asked], seed: int) -> list[int]:
+def _streams(pending: Sequence[_PendingSample], seed: int) -> list[int]:
     """A name for the random numbers of each sample; a prompt that occurs twice gets different samples."""
-    seen: Counter[tuple[str, int]] = Counter()
+    occurrences: Counter[tuple[str, int]] = Counter()
     names = []
-    for place, prompt in waiting:
-        known = str(list(prompt)), place.sample_index
-        names.append(stream_name(seed, prompt, seen[known], place.sample_index))
-        seen[known] += 1
+    for place, prompt in pending:
+        key = str(list(prompt)), place.sample_index
+        names.append(stream_name(seed, prompt, occurrences[key], place.sample_index))
+        occurrences[key] += 1
     return names
 
 
-def _requests(engine: Engine, asked: PromptSet, waiting: Sequence[_Asked], seed: int) -> list[Request]:
-    distinct = {id(one.prompt): one.prompt for one in waiting}  # samples of one question share their prompt
+def _requests(engine: Engine, prompt_set: PromptSet, pending: Sequence[_PendingSample], seed: int) -> list[Request]:
+    distinct = {id(sample.prompt): sample.prompt for sample in pending}  # samples of one question share their prompt
     ids = dict(zip(distinct, encode_prompts(engine.tokenizer, list(distinct.values())), strict=True))
     return [
         Request(
-            place=one.place,
-            prompt=one.prompt,
-            prompt_ids=ids[id(one.prompt)],
-            temperature=asked.temperature(asked.questions[one.place.prompt_index], engine.sampling.temperature),
+            place=sample.place,
+            prompt=sample.prompt,
+            prompt_ids=ids[id(sample.prompt)],
+            temperature=prompt_set.temperature(
+                prompt_set.questions[sample.place.prompt_index], engine.sampling.temperature
+            ),
             stream=stream,
         )
-        for one, stream in zip(waiting, _streams(waiting, seed), strict=True)
+        for sample, stream in zip(pending, _streams(pending, seed), strict=True)
     ]
 
 
-def _record(engine: Engine, asked: PromptSet, seed: int, request: Request, answer: Answer) -> Generation:
-    question = asked.questions[request.place.prompt_index]
+def _record(engine: Engine, prompt_set: PromptSet, seed: int, request: Request, answer: Answer) -> Generation:
+    question = prompt_set.questions[request.place.prompt_index]
     return Generation(
         prompt=request.prompt,
         prompt_index=request.place.prompt_index,
@@ -259,26 +261,26 @@ def _record(engine: Engine, asked: PromptSet, seed: int, request: Request, answe
         temperature=request.temperature,
         top_p=engine.sampling.top_p,
         turn=request.place.turn,
-        prompt_set=asked.name,
+        prompt_set=prompt_set.name,
         question_id=question.id,
         category=question.category,
         tokens=answer.tokens,
     )
 
 
-def _sampled(
-    engine: Engine, asked: PromptSet, requests: Sequence[Request], seed: int, progress: Progress, kept: Kept
+def _sample(
+    engine: Engine, prompt_set: PromptSet, requests: Sequence[Request], seed: int, progress: Progress, kept: Kept
 ) -> list[Generation]:
     """An answer to every request, in their order; what comes is kept at once."""
-    known = {number for number, request in enumerate(requests) if request.place in kept.found}
-    with closing(engine.answers(requests, known, progress)) as answers:
+    skip = {index for index, request in enumerate(requests) if request.place in kept.found}
+    with closing(engine.answers(requests, skip, progress)) as answers:
         for batch in answers:
-            kept.add([_record(engine, asked, seed, requests[number], answer) for number, answer in batch.items()])
+            kept.add([_record(engine, prompt_set, seed, requests[index], answer) for index, answer in batch.items()])
     return [kept.found[request.place] for request in requests]
 
 
 def answered(
-    engine: Engine, asked: PromptSet, seed: int, progress: Progress = silent, kept: Kept | None = None
+    engine: Engine, prompt_set: PromptSet, seed: int, progress: Progress = silent, kept: Kept | None = None
 ) -> list[Generation]:
     """The engine's answers to a prompt set, ordered by question, sample and turn.
 
@@ -286,14 +288,14 @@ def answered(
     and takes in every further one as it comes. Raises ValueError for what the engine refuses.
     """
     kept = Kept() if kept is None else kept
-    found: list[Generation] = []
-    waiting = _conversations(engine, asked)
-    while waiting:
-        requests = _requests(engine, asked, waiting, seed)
-        made = engine.chosen(_sampled(engine, asked, requests, seed, progress, kept))
-        found += made
-        waiting = _next(engine, asked, made)
-    return sorted(found, key=lambda g: (g.prompt_index, g.sample_index, g.turn))
+    generations: list[Generation] = []
+    pending = _conversations(engine, prompt_set)
+    while pending:
+        requests = _requests(engine, prompt_set, pending, seed)
+        answers = engine.chosen(_sample(engine, prompt_set, requests, seed, progress, kept))
+        generations += answers
+        pending = _next_turns(engine, prompt_set, answers)
+    return sorted(generations, key=lambda g: (g.prompt_index, g.sample_index, g.turn))
 
 
 # --- answers of a generation that is under way, kept in a file as they come
@@ -310,7 +312,7 @@ class KeptInFile(Kept):
         super().__init__()
         self.path = folder / f"generations-{key[:16]}.partial.jsonl"
         if self.path.is_file():
-            super().add(_readable(self.path))
+            super().add(_readable_generations(self.path))
             self._append("\n")  # ends a torn line; empty lines are skipped
 
     def add(self, generations: Sequence[Generation]) -> None:
@@ -329,14 +331,14 @@ class KeptInFile(Kept):
             os.fsync(file.fileno())
 
 
-def _readable(path: Path) -> list[Generation]:
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+def _readable_generations(path: Path) -> list[Generation]:
+    generations = []
+    for row_number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
-            found.append(record_of(line.decode(), f"{path} row {number}"))
+            generations.append(record_of(line.decode(), f"{path} row {row_number}"))
         except ValueError:  # torn, or empty
             continue
-    return found
+    return generations
 
 
 # --- random numbers
@@ -352,18 +354,18 @@ def stream_name(seed: int, prompt: Sequence[Message], occurrence: int, sample_in
     return int(digest([seed, list(prompt), occurrence, sample_index])[:16], 16) - 2**63
 
 
-def _shifted(bits: Tensor, places: int) -> Tensor:
+def _shift_right(bits: Tensor, count: int) -> Tensor:
     """Logical shift to the right; torch's own keeps the sign."""
-    return (bits >> places).bitwise_and_((1 << (64 - places)) - 1)
+    return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def random_bits(streams: Int[Tensor, " S"], step: int, size: int) -> Int[Tensor, "S size"]:
     """64 random bits for each stream and each of `size` entries at `step`."""
     counters = torch.arange(1, size + 1, device=streams.device) + step * size
     bits = streams[:, None] + (counters * WEYL)[None, :]
-    bits = bits.bitwise_xor_(_shifted(bits, 30)).mul_(MIX_1)
-    bits = bits.bitwise_xor_(_shifted(bits, 27)).mul_(MIX_2)
-    return bits.bitwise_xor_(_shifted(bits, 31))
+    bits = bits.bitwise_xor_(_shift_right(bits, 30)).mul_(MIX_1)
+    bits = bits.bitwise_xor_(_shift_right(bits, 27)).mul_(MIX_2)
+    return bits.bitwise_xor_(_shift_right(bits, 31))
 
 
 def gumbel(streams: Int[Tensor, " S"], step: int, size: int) -> Float[Tensor, "S size"]:
@@ -372,5 +374,5 @@ def gumbel(streams: Int[Tensor, " S"], step: int, size: int) -> Float[Tensor, "S
     It is -log(E) with E exponential. E = -log1p(-u) keeps its relative precision where it matters, for small u, so
     float32 suffices; u is at least 2^-54.
     """
-    uniform = _shifted(random_bits(streams, step, size), 11).float().add_(0.5).mul_(2.0**-53)
+    uniform = _shift_right(random_bits(streams, step, size), 11).float().add_(0.5).mul_(2.0**-53)
     return uniform.neg_().log1p_().neg_().log_().neg_()

@@ -15,7 +15,7 @@ from dpo_ref.types import Message, Progress
 # --- question files
 
 
-Read = Callable[[Row, int], Question]  # a row and its number, counted from 0
+Read = Callable[[Row, int], Question]  # a row and its index
 
 
 def _text(row: Row, key: str) -> str:
@@ -28,13 +28,13 @@ def _text(row: Row, key: str) -> str:
 
 def _turns(row: Row) -> list[str]:
     """What the user says, turn by turn: texts, or objects whose `content` is one. Raises BadRow."""
-    found = row.get("turns")
-    if not isinstance(found, list) or not found:
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
         raise BadRow(f"needs a list of texts under 'turns'; it has {', '.join(map(repr, row)) or 'nothing'}")
-    texts: list[Any] = [turn.get("content") if isinstance(turn, dict) else turn for turn in found]
-    for number, text in enumerate(texts, start=1):
+    texts: list[Any] = [turn.get("content") if isinstance(turn, dict) else turn for turn in turns]
+    for turn_number, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
-            raise BadRow(f"has no text as turn {number} of 'turns'")
+            raise BadRow(f"has no text as turn {turn_number} of 'turns'")
     return texts
 
 
@@ -45,32 +45,34 @@ def _id(row: Row, key: str) -> int | str:
     return value
 
 
-def _asked(turns: list[str], id: int | str, category: Any) -> Question:
+def _question(turns: list[str], id: int | str, category: Any) -> Question:
     first = (Message(role="user", content=turns[0]),)
     return Question(first, tuple(turns[1:]), id, category if isinstance(category, str) else "")
 
 
-def alpaca_eval_row(row: Row, number: int) -> Question:
-    """AlpacaEval: {instruction, output, generator, dataset}; known by its place, as its own tools know it."""
-    return _asked([_text(row, "instruction")], number, row.get("dataset"))
+def alpaca_eval_row(row: Row, index: int) -> Question:
+    """AlpacaEval: {instruction, output, generator, dataset}; known by its index, as its own tools know it."""
+    return _question([_text(row, "instruction")], index, row.get("dataset"))
 
 
-def mt_bench_row(row: Row, number: int) -> Question:
+def mt_bench_row(row: Row, index: int) -> Question:
     """FastChat: {question_id, category, turns, reference?}."""
-    return _asked(_turns(row), _id(row, "question_id"), row.get("category"))
+    return _question(_turns(row), _id(row, "question_id"), row.get("category"))
 
 
-def arena_hard_row(row: Row, number: int) -> Question:
+def arena_hard_row(row: Row, index: int) -> Question:
     """Arena-Hard: {uid, category, prompt}; in version 0.1 {question_id, category, turns: [{content}]}."""
     id = _id(row, "uid" if "uid" in row else "question_id")
-    return _asked(_turns(row) if "turns" in row else [_text(row, "prompt")], id, row.get("category"))
+    return _question(_turns(row) if "turns" in row else [_text(row, "prompt")], id, row.get("category"))
 
 
 def _conversation(messages: Any) -> tuple[Message, ...]:
     """Messages up to the user's last. Raises BadRow."""
     for message in messages:
-        known = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        if not known:
+        is_message = isinstance(message, dict) and all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        )
+        if not is_message:
             raise BadRow("needs messages of the form {'role': ..., 'content': ...}")
     if not messages or messages[-1]["role"] != "user":
         raise BadRow("must end with a message of the user: that is what is answered")
@@ -80,21 +82,21 @@ def _conversation(messages: Any) -> tuple[Message, ...]:
 PROMPT_KEYS = ("prompt", "instruction", "question", "messages", "turns")
 
 
-def own_row(row: Row, number: int) -> Question:
+def own_row(row: Row, index: int) -> Question:
     """One's own rows: a text or messages under `prompt` (or instruction, question, messages), or `turns` of the user;
     `id` and `category` if they have them."""
-    given = [key for key in PROMPT_KEYS if row.get(key)]
-    if len(given) != 1:
+    keys = [key for key in PROMPT_KEYS if row.get(key)]
+    if len(keys) != 1:
         raise BadRow(
-            f"needs one of {', '.join(map(repr, PROMPT_KEYS))}; it has {', '.join(map(repr, given)) or 'none'}"
+            f"needs one of {', '.join(map(repr, PROMPT_KEYS))}; it has {', '.join(map(repr, keys)) or 'none'}"
         )
-    id = _id(row, "id") if "id" in row else number
-    if given == ["turns"]:
-        return _asked(_turns(row), id, row.get("category"))
-    if isinstance(row[given[0]], list):
+    id = _id(row, "id") if "id" in row else index
+    if keys == ["turns"]:
+        return _question(_turns(row), id, row.get("category"))
+    if isinstance(row[keys[0]], list):
         category = row.get("category")
-        return Question(_conversation(row[given[0]]), (), id, category if isinstance(category, str) else "")
-    return _asked([_text(row, given[0])], id, row.get("category"))
+        return Question(_conversation(row[keys[0]]), (), id, category if isinstance(category, str) else "")
+    return _question([_text(row, keys[0])], id, row.get("category"))
 
 
 def read_questions(path: str, read: Read, remedy: str) -> tuple[Question, ...]:
@@ -102,20 +104,20 @@ def read_questions(path: str, read: Read, remedy: str) -> tuple[Question, ...]:
     the file is to be had."""
     if not Path(path).expanduser().is_file():
         raise ValueError(f"prompts.path={path} is no file; {remedy}")
-    found: dict[int | str | None, Question] = {}
-    for number, (origin, row) in enumerate(open_source(Source(path), "prompts.path").rows):
+    questions: dict[int | str | None, Question] = {}
+    for index, (origin, row) in enumerate(open_source(Source(path), "prompts.path").rows):
         try:
             if isinstance(row, BadRow):
                 raise row
-            question = read(row, number)
-            if question.id in found:
+            question = read(row, index)
+            if question.id in questions:
                 raise BadRow(f"has the id {question.id!r} of an earlier row")
         except BadRow as error:
             raise ValueError(f"{origin} {error}. {remedy[0].upper()}{remedy[1:]}") from error
-        found[question.id] = question
-    if not found:
+        questions[question.id] = question
+    if not questions:
         raise ValueError(f"prompts.path={path} holds no question; {remedy}")
-    return tuple(found.values())
+    return tuple(questions.values())
 
 
 # --- the components
@@ -141,8 +143,7 @@ def data(
             "prompts=data: this data holds nothing out; give prompts.data.eval_split, prompts.data.eval_path or "
             "prompts.data.eval_fraction"
         )
-    found = held_out(prompts, "data")
-    return PromptSet("data", _first(found.questions, limit))
+    return PromptSet("data", _first(held_out(prompts, "data").questions, limit))
 
 
 def alpaca_eval(seed: int, progress: Progress, *, path: str, limit: int | None = None) -> PromptSet:
@@ -163,11 +164,11 @@ def mt_bench(
     The second turn is asked after the model's own first answer. `temperatures` gives every category its own, as
     FastChat does, instead of `generation.temperature`. Raises ValueError for a category that it lacks."""
     remedy = "it is fastchat/llm_judge/data/mt_bench/question.jsonl of FastChat, a row {question_id, category, turns}"
-    found = _from_file("mt_bench", path, mt_bench_row, limit, remedy)
-    lacking = {question.category for question in found.questions} - set(temperatures or {})
+    prompt_set = _from_file("mt_bench", path, mt_bench_row, limit, remedy)
+    lacking = {question.category for question in prompt_set.questions} - set(temperatures or {})
     if temperatures is not None and lacking:
         raise ValueError(f"prompts.temperatures has none for {', '.join(sorted(lacking))}; give every category one")
-    return PromptSet(found.name, found.questions, temperatures)
+    return PromptSet(prompt_set.name, prompt_set.questions, temperatures)
 
 
 def arena_hard(seed: int, progress: Progress, *, path: str, limit: int | None = None) -> PromptSet:

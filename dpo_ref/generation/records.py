@@ -93,7 +93,7 @@ def read_generations(path: Path) -> list[Generation]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; make it with stage=generate")
     with path.open(encoding="utf-8") as file:
-        return [record_of(line, f"{path} row {number}") for number, line in enumerate(file, start=1)]
+        return [record_of(line, f"{path} row {row_number}") for row_number, line in enumerate(file, start=1)]
 
 
 class Scores(NamedTuple):

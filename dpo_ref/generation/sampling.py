@@ -55,13 +55,13 @@ def _check_room(requests: Sequence[Request], model: Any, max_new_tokens: int) ->
 
 
 def _batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
-    """Numbers of requests, each batch of one temperature and of prompts of about one length."""
-    found: list[list[int]] = []
+    """Indices of requests, each batch of one temperature and of prompts of about one length."""
+    batches: list[list[int]] = []
     for temperature in dict.fromkeys(request.temperature for request in requests):
-        alike = [number for number, request in enumerate(requests) if request.temperature == temperature]
-        alike.sort(key=lambda number: len(requests[number].prompt_ids))
-        found += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
-    return found
+        alike = [index for index, request in enumerate(requests) if request.temperature == temperature]
+        alike.sort(key=lambda index: len(requests[index].prompt_ids))
+        batches += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
+    return batches
 
 
 def text_of(tokenizer: Any, token_ids: Sequence[int]) -> str:
@@ -93,16 +93,16 @@ class Local:
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
     draws: int = field(default=1, init=False)
 
-    def chosen(self, drawn: Sequence[Generation]) -> list[Generation]:
+    def chosen(self, generations: Sequence[Generation]) -> list[Generation]:
         """Every sample."""
-        return list(drawn)
+        return list(generations)
 
     def answers(
-        self, requests: Sequence[Request], known: Set[int], progress: Progress
+        self, requests: Sequence[Request], skip: Set[int], progress: Progress
     ) -> Generator[Mapping[int, Answer], None, None]:
         """A batch's answers at a time."""
-        lacking = [batch for batch in _batches(requests, self.batch_size) if not known >= set(batch)]
-        if not lacking:
+        batches = [batch for batch in _batches(requests, self.batch_size) if not skip >= set(batch)]
+        if not batches:
             return
         model, ends = self.model(), end_of_turn_ids(self.tokenizer)
         device = next(model.parameters()).device
@@ -110,12 +110,12 @@ class Local:
         never = never_sampled(self.tokenizer, model.get_output_embeddings().weight.shape[0]).to(device)
         end_ids = torch.tensor(sorted(ends), device=device)
         with self.precision(), decoding_mode(model):
-            for batch in progress(lacking, "generating", len(lacking)):
-                members = [requests[number] for number in batch]
+            for batch in progress(batches, "generating", len(batches)):
+                members = [requests[index] for index in batch]
                 streams = torch.tensor([member.stream for member in members], dtype=torch.int64)
                 rule = Rule(members[0].temperature, self.sampling.top_p, self.sampling.max_new_tokens, end_ids, never)
-                drawn = decode(model, [member.prompt_ids for member in members], streams, rule)
-                yield {number: answer_of(self.tokenizer, ids, ends) for number, ids in zip(batch, drawn, strict=True)}
+                outputs = decode(model, [member.prompt_ids for member in members], streams, rule)
+                yield {index: answer_of(self.tokenizer, ids, ends) for index, ids in zip(batch, outputs, strict=True)}
 
 
 @component(check=check_temperatures)
@@ -202,8 +202,8 @@ def decoding_mode(model: Any) -> Iterator[None]:
 def _nucleus(logits: Float[Tensor, "S V"], top_p: float) -> Bool[Tensor, "S V"]:
     """The smallest set of likeliest tokens whose probabilities sum to at least `top_p` (Holtzman et al. 2020)."""
     probs, order = logits.double().softmax(dim=-1).sort(dim=-1, descending=True)
-    kept = probs.cumsum(dim=-1) - probs < top_p
-    return torch.zeros_like(kept).scatter(-1, order, kept)
+    inside = probs.cumsum(dim=-1) - probs < top_p
+    return torch.zeros_like(inside).scatter(-1, order, inside)
 
 
 def choose(logits: Float[Tensor, "S V"], streams: Int[Tensor, " S"], step: int, rule: Rule) -> Int[Tensor, " S"]:
@@ -217,7 +217,7 @@ def choose(logits: Float[Tensor, "S V"], streams: Int[Tensor, " S"], step: int, 
     return (logits + gumbel(streams, step, logits.shape[-1])).argmax(dim=-1)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask [S, longest]; what stands in the padding is masked and does not matter."""
     width = max(map(len, prompts))
     ids = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -232,10 +232,10 @@ def decode(model: Any, prompts: Sequence[Sequence[int]], streams: Int[Tensor, " 
     `model` is in `decoding_mode`; `streams` (on the CPU) names each row's random numbers.
     """
     device, backbone, head = next(model.parameters()).device, model.base_model, head_of(model)
-    ids, mask = _left_padded(prompts, device)
+    ids, mask = _left_pad(prompts, device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     streams, rows = streams.to(device), torch.arange(len(prompts), device=device)
-    drawn = torch.full((len(prompts), rule.max_new_tokens), -1, device=device)
+    drawn_ids = torch.full((len(prompts), rule.max_new_tokens), -1, device=device)
     cache = None
     for step in range(rule.max_new_tokens):
         output = backbone(
@@ -243,15 +243,15 @@ def decode(model: Any, prompts: Sequence[Sequence[int]], streams: Int[Tensor, " 
         )
         cache = output.past_key_values
         tokens = choose(head.logits(output[0][:, -1]), streams, step, rule)
-        drawn[rows, step] = tokens
-        going_on = torch.isin(tokens, rule.end_ids, invert=True).nonzero().flatten()
-        if len(going_on) == 0:
+        drawn_ids[rows, step] = tokens
+        unfinished = torch.isin(tokens, rule.end_ids, invert=True).nonzero().flatten()
+        if len(unfinished) == 0:
             break
-        if len(going_on) < len(rows):
+        if len(unfinished) < len(rows):
             rows, streams, tokens, mask, positions = (
-                x.index_select(0, going_on) for x in (rows, streams, tokens, mask, positions)
+                x.index_select(0, unfinished) for x in (rows, streams, tokens, mask, positions)
             )
-            cache.batch_select_indices(going_on)
+            cache.batch_select_indices(unfinished)
         ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return [[token for token in row if token >= 0] for row in drawn.tolist()]
+    return [[token for token in row if token >= 0] for row in drawn_ids.tolist()]

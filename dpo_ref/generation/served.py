@@ -27,25 +27,25 @@ WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 def folder_digest(place: str) -> str:
     """What stands for the weights of a model that is not loaded here: the content of its files; the name of one that
     is on the hub alone."""
-    folder, hashed = Path(place), hashlib.sha256()
+    folder, hasher = Path(place), hashlib.sha256()
     if not folder.is_dir():
         return hashlib.sha256(f"hub {place}".encode()).hexdigest()[:32]
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         with path.open("rb") as stream:
-            hashed.update(f"{path.name}\0".encode() + hashlib.file_digest(stream, "sha256").digest())
-    return hashed.hexdigest()[:32]
+            hasher.update(f"{path.name}\0".encode() + hashlib.file_digest(stream, "sha256").digest())
+    return hasher.hexdigest()[:32]
 
 
-def _ended(pool: ThreadPoolExecutor, asked: Collection[Future[Answer]]) -> Iterator[Future[Answer]]:
+def _finished_futures(pool: ThreadPoolExecutor, futures: Collection[Future[Answer]]) -> Iterator[Future[Answer]]:
     """Requests as they end. After one that failed no other begins, and those under way are waited for."""
-    left = set(asked)
-    for done in as_completed(asked):
-        left.remove(done)
-        yield done
-        if done.exception() is not None:
+    pending = set(futures)
+    for future in as_completed(futures):
+        pending.remove(future)
+        yield future
+        if future.exception() is not None:
             break
     pool.shutdown(cancel_futures=True)
-    yield from (one for one in left if not one.cancelled())
+    yield from (future for future in pending if not future.cancelled())
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +67,29 @@ class Served:
         """Digest of the policy's files, from which the server has it."""
         return folder_digest(self.policy.folder)
 
-    def chosen(self, drawn: Sequence[Generation]) -> list[Generation]:
+    def chosen(self, generations: Sequence[Generation]) -> list[Generation]:
         """Every sample."""
-        return list(drawn)
+        return list(generations)
 
     def answers(
-        self, requests: Sequence[Request], known: Set[int], progress: Progress
+        self, requests: Sequence[Request], skip: Set[int], progress: Progress
     ) -> Generator[Mapping[int, Answer], None, None]:
         """An answer at a time, in the order they come. What was under way when one failed comes before the failure.
 
         Raises ValueError, naming the remedy, for servers that are lost, refuse, or do not serve the policy.
         """
-        lacking = [number for number in range(len(requests)) if number not in known]
-        if not lacking:
+        indices = [index for index in range(len(requests)) if index not in skip]
+        if not indices:
             return
-        model, failures = self._serving(), []
+        model, failures = self._serving_model(), []
         pool = ThreadPoolExecutor(self.concurrency)
-        asked = {pool.submit(self._answer, model, requests[number]): number for number in lacking}
+        futures = {pool.submit(self._answer, model, requests[index]): index for index in indices}
         try:
-            for done in progress(_ended(pool, asked), "generating", len(asked)):
-                if (error := done.exception()) is None:
-                    yield {asked[done]: done.result()}
+            for future in progress(_finished_futures(pool, futures), "generating", len(futures)):
+                if (error := future.exception()) is None:
+                    yield {futures[future]: future.result()}
                 else:
-                    failures.append((asked[done], error))
+                    failures.append((futures[future], error))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         if failures:
@@ -100,9 +100,9 @@ class Served:
         options = sampling_options(self.protocol, request, self.sampling, ends, self.tokenizer)
         return read_answer(model.complete(options), self.tokenizer, ends, self.sampling.max_new_tokens)
 
-    def _serving(self) -> ServedModel:
+    def _serving_model(self) -> ServedModel:
         """The policy at the first server that has it. One that does not say what it serves is believed."""
-        said: dict[str, list[str]] = {}
+        names_by_url: dict[str, list[str]] = {}
         for model in self.models:
             try:
                 names = model.server.models()
@@ -110,10 +110,10 @@ class Served:
                 names = [f"nothing: {error}"]
             if names is None or model.name in names:
                 return model
-            said[model.server.url] = names
-        found = "; ".join(f"{url} serves {', '.join(names)}" for url, names in said.items())
+            names_by_url[model.server.url] = names
+        offers = "; ".join(f"{url} serves {', '.join(names)}" for url, names in names_by_url.items())
         raise ValueError(
-            f"no server has {self.policy.path}: {found}. Start one with `vllm serve {self.policy.folder} "
+            f"no server has {self.policy.path}: {offers}. Start one with `vllm serve {self.policy.folder} "
             f"--generation-config vllm --served-model-name {self.policy.path}`, add its address to generation.url, "
             "and run the same command again; what was answered is kept"
         )
@@ -136,11 +136,11 @@ class Served:
         raise ValueError(f"{who}: {error}") from error
 
 
-def _check_options(url: str | list[str], retries: int, timeout: float, **rest: Any) -> None:
-    check_temperatures(rest["temperature"], rest["samples_per_prompt"])
-    check_positive(concurrency=rest["concurrency"])
-    for one in url if isinstance(url, list) else [url]:
-        check_url(one, "generation.url")
+def _check_options(url: str | list[str], retries: int, timeout: float, **options: Any) -> None:
+    check_temperatures(options["temperature"], options["samples_per_prompt"])
+    check_positive(concurrency=options["concurrency"])
+    for base in url if isinstance(url, list) else [url]:
+        check_url(base, "generation.url")
     if retries < 0 or not timeout > 0:
         raise ValueError(f"generation.retries={retries} must not be negative, generation.timeout={timeout} positive")
 
@@ -239,13 +239,13 @@ def sampling_options(
     return PROTOCOLS[protocol](request, sampling, ends, tokenizer)
 
 
-def _drawn(choice: Mapping[str, Any]) -> list[int] | None:
+def _token_ids(choice: Mapping[str, Any]) -> list[int] | None:
     """The tokens that were drawn, where the server says so: as ids, or among the log-probs as vLLM writes them."""
     if isinstance(choice.get("token_ids"), Sequence):
         return list(choice["token_ids"])
     tokens = (choice.get("logprobs") or {}).get("tokens") or [""]
-    told = all(isinstance(token, str) and token.startswith(TOKEN_ID) for token in tokens)
-    return [int(token.removeprefix(TOKEN_ID)) for token in tokens] if told else None
+    are_ids = all(isinstance(token, str) and token.startswith(TOKEN_ID) for token in tokens)
+    return [int(token.removeprefix(TOKEN_ID)) for token in tokens] if are_ids else None
 
 
 def read_answer(content: Any, tokenizer: Any, ends: Ends, max_new_tokens: int) -> Answer:
@@ -257,22 +257,22 @@ def read_answer(content: Any, tokenizer: Any, ends: Ends, max_new_tokens: int) -
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0].get("text"), str):
         raise ValueError(f"the server's answer is no completion: {str(content)[:200]}")
     choice = choices[0]
-    reason, drawn = choice.get("finish_reason"), _drawn(choice)
+    reason, token_ids = choice.get("finish_reason"), _token_ids(choice)
     if reason not in ("stop", "length"):
         raise ValueError(f"the server ended an answer with finish_reason {reason!r}, which is neither stop nor length")
-    if drawn is None:
+    if token_ids is None:
         return _from_text(choice["text"], reason, tokenizer, ends)
-    if reason == "stop" and (not drawn or drawn[-1] not in ends.ids):
+    if reason == "stop" and (not token_ids or token_ids[-1] not in ends.ids):
         stopped = choice.get("stop_reason")
-        drawn.append(stopped if stopped in ends.ids else ends.eos)
-    if not drawn:
+        token_ids.append(stopped if stopped in ends.ids else ends.eos)
+    if not token_ids:
         raise ValueError("the server gave an answer of no tokens that did not end by itself")
-    if reason == "length" and len(drawn) < max_new_tokens:
+    if reason == "length" and len(token_ids) < max_new_tokens:
         raise ValueError(
-            f"the server cut an answer at {len(drawn)} tokens, before generation.max_new_tokens={max_new_tokens}: "
+            f"the server cut an answer at {len(token_ids)} tokens, before generation.max_new_tokens={max_new_tokens}: "
             "start it with --generation-config vllm and a --max-model-len that leaves room"
         )
-    return answer_of(tokenizer, drawn, ends.ids)
+    return answer_of(tokenizer, token_ids, ends.ids)
 
 
 def _from_text(text: str, reason: Any, tokenizer: Any, ends: Ends) -> Answer:
