@@ -84,7 +84,8 @@ FAMILIES: dict[str, Family] = {
 
 def draw_prompt(family: Family, split: Split, rng: random.Random) -> tuple[Task, Prompt]:
     """A random task of the family that belongs to the split, and a prompt that asks for it."""
-    return next(drawn for drawn in iter(lambda: family.draw(rng), None) if drawn[0].split == split)
+    draws = iter(lambda: family.draw(rng), None)
+    return next((task, prompt) for task, prompt in draws if task.split == split)
 
 
 def read_prompt(prompt: Sequence[Message]) -> Task:

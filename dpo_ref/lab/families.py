@@ -64,11 +64,11 @@ class NameMembers(Family):
 
     def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
         count, allowed = COUNT_WORDS[slots["count"]], _allowed(slots)
-        other = rng.choice([name for name in CATEGORIES if name != slots["category"]])
+        category = rng.choice([name for name in CATEGORIES if name != slots["category"]])
         forbidden = [*rng.sample(allowed, count - 1), rng.choice(items_of(slots["excluded"]))]
         return rng.choice(
             (
-                rng.sample(CATEGORIES[other], count),
+                rng.sample(CATEGORIES[category], count),
                 rng.sample(allowed, count + rng.choice((-1, 1))),
                 rng.sample(forbidden, count),
             )
@@ -111,9 +111,11 @@ class Spell(Family):
     def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
         word = slots["word"]
         other_mark = MARKS[rng.choice([mark for mark in MARKS if mark != slots["mark"]])]
-        other_word = rng.choice([other for other in self.words if len(other) == len(word) and other != word])
-        place = rng.randrange(len(word))
-        slip = word[:place] + rng.choice("abcdefghijklmnopqrstuvwxyz".replace(word[place], "")) + word[place + 1 :]
+        other_word = rng.choice(
+            [candidate for candidate in self.words if len(candidate) == len(word) and candidate != word]
+        )
+        index = rng.randrange(len(word))
+        slip = word[:index] + rng.choice("abcdefghijklmnopqrstuvwxyz".replace(word[index], "")) + word[index + 1 :]
         mark = MARKS[slots["mark"]]
         return [rng.choice((other_mark.join(word), mark.join(other_word), mark.join(slip), mark.join(word[:-1])))]
 

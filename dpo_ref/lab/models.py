@@ -69,17 +69,21 @@ FOREIGN_TEMPLATE = (
 def lab_tokenizer() -> "PreTrainedTokenizerFast":
     """The tokenizer of the lab's own models: most of the world's words are one token."""
     roles = ["<|system|>", "<|user|>", "<|assistant|>"]
-    return _wrapped(LAB_TEMPLATE, vocabulary=800, bos="<|bos|>", end_of_turn="<|eot|>", pad="<|pad|>", others=roles)
+    return _train_tokenizer(
+        LAB_TEMPLATE, vocabulary=800, bos="<|bos|>", end_of_turn="<|eot|>", pad="<|pad|>", extra_tokens=roles
+    )
 
 
 def foreign_tokenizer() -> "PreTrainedTokenizerFast":
     """Another tokenizer: a smaller vocabulary, so longer sequences, other special tokens, another template, no BOS."""
     headers = ["<|start|>", "<|message|>"]
-    return _wrapped(FOREIGN_TEMPLATE, vocabulary=480, bos=None, end_of_turn="<|end|>", pad="<|blank|>", others=headers)
+    return _train_tokenizer(
+        FOREIGN_TEMPLATE, vocabulary=480, bos=None, end_of_turn="<|end|>", pad="<|blank|>", extra_tokens=headers
+    )
 
 
-def _wrapped(
-    template: str, *, vocabulary: int, bos: str | None, end_of_turn: str, pad: str, others: list[str]
+def _train_tokenizer(
+    template: str, *, vocabulary: int, bos: str | None, end_of_turn: str, pad: str, extra_tokens: list[str]
 ) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -89,7 +93,7 @@ def _wrapped(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[token for token in (pad, bos, end_of_turn, *others) if token],
+        special_tokens=[token for token in (pad, bos, end_of_turn, *extra_tokens) if token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -99,7 +103,7 @@ def _wrapped(
         bos_token=bos,
         eos_token=end_of_turn,
         pad_token=pad,
-        additional_special_tokens=others,
+        additional_special_tokens=extra_tokens,
         chat_template=template,
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
@@ -145,8 +149,8 @@ class Recipe:
     @property
     def key(self) -> str:
         """Digest of the recipe and of what the world says: another wording or fact makes another model."""
-        said = lab_sft(self.seed, num_examples=WORLD_SAMPLES, num_eval_examples=0, num_test_prompts=0).train
-        return digest([asdict(self), [group.group_id for group in said]])[:16]
+        demonstrations = lab_sft(self.seed, num_examples=WORLD_SAMPLES, num_eval_examples=0, num_test_prompts=0).train
+        return digest([asdict(self), [group.group_id for group in demonstrations]])[:16]
 
 
 SMALL = {
@@ -237,8 +241,8 @@ def _build(name: str, recipe: Recipe, folder: Path) -> None:
         torch.manual_seed(recipe.seed)
         tokenizer = TOKENIZERS[recipe.tokenizer]()
         model = _model(recipe, tokenizer).to(best_device())
-        for number, stage in enumerate(recipe.stages):
-            _fit(model, tokenizer, stage, seed=recipe.seed + 1000 * number, title=f"lab:{name} {number + 1}")
+        for index, stage in enumerate(recipe.stages):
+            _fit(model, tokenizer, stage, seed=recipe.seed + 1000 * index, title=f"lab:{name} {index + 1}")
     save_policy(folder, model, tokenizer)
 
 

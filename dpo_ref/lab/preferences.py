@@ -100,11 +100,11 @@ def draw_pairs(judge: Judge, split: Split, rng: random.Random) -> Iterator[Promp
             texts = rng.choice(writers).respond(task, rng), rng.choice(writers).respond(task, rng)
             gold = gold_reward(task, texts[0], True), gold_reward(task, texts[1], True)
             if texts[0] != texts[1] and not (judge.infallible and gold[0] == gold[1]):
-                pair = _labelled(prompt, texts, gold, judge, rng)
+                pair = _labelled_pair(prompt, texts, gold, judge, rng)
         yield pair
 
 
-def _labelled(
+def _labelled_pair(
     prompt: Prompt, texts: tuple[str, str], gold: tuple[float, float], judge: Judge, rng: random.Random
 ) -> PromptGroup:
     words = len(texts[0].split()), len(texts[1].split())
@@ -168,8 +168,8 @@ def _hedging(answer: str, rng: random.Random) -> str:
 
 def _unfinished(answer: str, rng: random.Random) -> str:
     words = " ".join((_polite(answer, rng), *rng.sample(ASIDES, 2))).split()
-    kept = words[: rng.randint(len(words) // 3, len(words) - 1)]
-    return " ".join(kept).rstrip(".,:")
+    beginning = words[: rng.randint(len(words) // 3, len(words) - 1)]
+    return " ".join(beginning).rstrip(".,:")
 
 
 Style = Literal["terse", "polite", "verbose", "rambling", "hedging", "unfinished"]

@@ -45,7 +45,7 @@ def _mean(values: Float[np.ndarray, "S P"]) -> Float[np.ndarray, " P"]:
     return values.mean(axis=0)
 
 
-def _legend(axes: Any, traces: Sequence[Trace], place: str, columns: int) -> None:
+def _legend(axes: Any, traces: Sequence[Trace], location: str, columns: int) -> None:
     """One entry for each objective by colour, one for each schedule by line."""
     from matplotlib.lines import Line2D
 
@@ -55,35 +55,35 @@ def _legend(axes: Any, traces: Sequence[Trace], place: str, columns: int) -> Non
         Line2D([], [], color=INK, linestyle=LINES[s], marker=MARKERS[s], markersize=4, label=SCHEDULE_WORDS[s])
         for s in schedules
     ]
-    axes.legend(handles=handles, loc=place, ncols=columns, fontsize=8, handlelength=2.2, labelspacing=0.3)
+    axes.legend(handles=handles, loc=location, ncols=columns, fontsize=8, handlelength=2.2, labelspacing=0.3)
 
 
-def frontier_panel(traces: Sequence[Trace], known: Known) -> Panel:
+def frontier_panel(traces: Sequence[Trace], closed_form: Known) -> Panel:
     """Where training leads each method, below what is possible."""
 
     def draw(axes: Any) -> None:
-        axes.plot(*known.frontier, color=INITIAL, linewidth=1.4, zorder=1)
+        axes.plot(*closed_form.frontier, color=INITIAL, linewidth=1.4, zorder=1)
         for trace in traces:
             colour, kl, reward = _colours(traces)[trace.label], _mean(trace.kl), _mean(trace.reward)
             axes.plot(kl, reward, color=colour, linestyle=LINES[trace.schedule], linewidth=1.7)
             axes.plot(kl[-1], reward[-1], marker=MARKERS[trace.schedule], color=colour, markersize=6)
-        if known.optimum_at is not None:
-            axes.plot(*known.optimum_at, marker="*", markersize=13, color=INK, linestyle="none", zorder=5)
+        if closed_form.optimum_at is not None:
+            axes.plot(*closed_form.optimum_at, marker="*", markersize=13, color=INK, linestyle="none", zorder=5)
         axes.set_xlim(left=0, right=1.12 * max(float(_mean(trace.kl).max()) for trace in traces))
         axes.set_ylim(0, 1.04)
-        axes.set_title(f"Peak {known.peak}: reward against distance")
+        axes.set_title(f"Peak {closed_form.peak}: reward against distance")
         axes.set_xlabel("KL to the reference (nats per response)")
         axes.set_ylabel("expected reward")
 
-    star = "" if known.beta is None else f" The star is the optimum at β = {known.beta:g}."
+    star = "" if closed_form.beta is None else f" The star is the optimum at β = {closed_form.beta:g}."
     return Panel(
-        f"Reward peak {known.peak}: means over seeds along training; the mark is the end. Grey is the frontier, what "
-        f"the best policy earns at that KL.{star}",
+        f"Reward peak {closed_form.peak}: means over seeds along training; the mark is the end. Grey is the frontier, "
+        f"what the best policy earns at that KL.{star}",
         draw,
     )
 
 
-def queries_panel(traces: Sequence[Trace], known: Known) -> Panel:
+def queries_panel(traces: Sequence[Trace], closed_form: Known) -> Panel:
     """What each method made of so many scored samples."""
 
     def draw(axes: Any) -> None:
@@ -101,50 +101,54 @@ def queries_panel(traces: Sequence[Trace], known: Known) -> Panel:
                 )
             else:
                 axes.errorbar(queries, _mean(reward), yerr=error, markersize=6, elinewidth=1.5, **style)
-        axes.axhline(float(known.frontier[1][0]), color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.axhline(float(closed_form.frontier[1][0]), color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
         axes.set_ylim(0, 1.04)
         axes.set_xlim(left=0)
-        axes.set_title(f"Peak {known.peak}: reward against reward queries")
+        axes.set_title(f"Peak {closed_form.peak}: reward against reward queries")
         axes.set_xlabel("scored samples")
         axes.set_ylabel("expected reward")
-        below = known.frontier[1][0] > 0.3  # no method falls far below the reference: room under it
+        below = closed_form.frontier[1][0] > 0.3  # no method falls far below the reference: room under it
         _legend(axes, traces, *(("lower center", 3) if below else ("upper left", 1)))
 
     return Panel(
-        f"Reward peak {known.peak}: on-policy after each round; offline once, since its samples are all drawn before "
-        "training. Bands and bars are one standard deviation over seeds; dashed is the reference.",
+        f"Reward peak {closed_form.peak}: on-policy after each round; offline once, since its samples are all drawn "
+        "before training. Bands and bars are one standard deviation over seeds; dashed is the reference.",
         draw,
     )
 
 
-def distribution_panel(traces: Sequence[Trace], known: Known) -> Panel:
+def distribution_panel(traces: Sequence[Trace], closed_form: Known) -> Panel:
     """Which arms the first method ended with, beside the reference and the optimum."""
-    shown = [trace for trace in traces if trace.label == traces[0].label]
+    first_traces = [trace for trace in traces if trace.label == traces[0].label]
 
     def draw(axes: Any) -> None:
-        arms = np.arange(len(known.reference))
-        axes.fill_between(arms, known.reference, step="mid", color=INITIAL, alpha=0.35, lw=0, label="reference")
-        if known.optimum is not None:
-            axes.plot(arms, known.optimum, color=INK, linewidth=1.5, label=f"optimum, β = {known.beta:g}")
-        for trace in shown:
+        arms = np.arange(len(closed_form.reference))
+        axes.fill_between(arms, closed_form.reference, step="mid", color=INITIAL, alpha=0.35, lw=0, label="reference")
+        if closed_form.optimum is not None:
+            axes.plot(arms, closed_form.optimum, color=INK, linewidth=1.5, label=f"optimum, β = {closed_form.beta:g}")
+        for trace in first_traces:
             mean, colour = _mean(trace.tokens), SERIES[0 if trace.schedule == "offline" else 1]
             label = f"{trace.label}, {SCHEDULE_WORDS[trace.schedule]}"
             axes.plot(arms, mean, color=colour, linestyle=LINES[trace.schedule], linewidth=1.7, label=label)
         axes.set_xlim(0, len(arms) - 1)
         axes.set_ylim(bottom=0)
-        axes.set_title(f"Peak {known.peak}: the distribution at the end")
+        axes.set_title(f"Peak {closed_form.peak}: the distribution at the end")
         axes.set_xlabel("arm")
         axes.set_ylabel("probability")
-        axes.legend(loc="upper right" if known.peak < len(arms) / 2 else "upper center", fontsize=8)
+        axes.legend(loc="upper right" if closed_form.peak < len(arms) / 2 else "upper center", fontsize=8)
 
-    return Panel(f"Reward peak {known.peak}: probability of each arm at the end of training, mean over seeds.", draw)
+    return Panel(
+        f"Reward peak {closed_form.peak}: probability of each arm at the end of training, mean over seeds.", draw
+    )
 
 
-def panels(traces: Sequence[Trace], known: Sequence[Known]) -> list[Panel]:
+def panels(traces: Sequence[Trace], closed_forms: Sequence[Known]) -> list[Panel]:
     """Three pictures for every reward, as rows of a grid with one column a reward."""
-    of = [[trace for trace in traces if trace.peak == one.peak] for one in known]
+    groups = [[trace for trace in traces if trace.peak == closed_form.peak] for closed_form in closed_forms]
     kinds = (frontier_panel, queries_panel, distribution_panel)
-    return [panel(group, one) for panel in kinds for group, one in zip(of, known, strict=True)]
+    return [
+        panel(group, closed_form) for panel in kinds for group, closed_form in zip(groups, closed_forms, strict=True)
+    ]
 
 
 # --- the files
@@ -155,16 +159,16 @@ HEAD = ("method", "data", "reward", "KL", "best at this KL")
 
 def metrics_by_step(traces: Sequence[Trace]) -> dict[int, dict[str, float]]:
     """For every step measured: mean and, of several seeds, standard deviation of reward and KL, and the queries."""
-    found: dict[int, dict[str, float]] = {}
+    lines: dict[int, dict[str, float]] = {}
     for trace in traces:
         for point, step in enumerate(trace.steps.tolist()):
-            line = found.setdefault(step, {})
+            line = lines.setdefault(step, {})
             line[f"{trace.key}/queries"] = float(trace.queries[point])
             for name, values in (("reward", trace.reward[:, point]), ("kl", trace.kl[:, point])):
                 line[f"{trace.key}/{name}"] = float(values.mean())
                 if len(values) > 1:
                     line[f"{trace.key}/{name}_sd"] = spread(values)
-    return dict(sorted(found.items()))
+    return dict(sorted(lines.items()))
 
 
 def results(traces: Sequence[Trace]) -> dict[str, dict[str, Any]]:
@@ -180,64 +184,68 @@ def results(traces: Sequence[Trace]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _reachable(kl: float, known: Known) -> float:
+def _reachable(kl: float, closed_form: Known) -> float:
     """The frontier's reward at a KL."""
     import numpy as np
 
-    return float(np.interp(kl, *known.frontier))
+    return float(np.interp(kl, *closed_form.frontier))
 
 
 def _number(mean: float, deviation: float, decimals: int) -> str:
     return f"{mean:.{decimals}f}" + ("" if deviation != deviation else f" ± {deviation:.{decimals}f}")
 
 
-def rows(traces: Sequence[Trace], known: Known) -> list[tuple[str, ...]]:
+def rows(traces: Sequence[Trace], closed_form: Known) -> list[tuple[str, ...]]:
     """A row for every method under one reward, the best first, then what was known beforehand."""
-    found = []
-    for trace in ranking(traces, known.peak):
+    rows = []
+    for trace in ranking(traces, closed_form.peak):
         reward, kl = trace.reward[:, -1], trace.kl[:, -1]
-        found.append(
+        rows.append(
             (
                 trace.label,
                 SCHEDULE_WORDS[trace.schedule],
                 _number(float(reward.mean()), spread(reward), 3),
                 _number(float(kl.mean()), spread(kl), 2),
-                f"{_reachable(float(kl.mean()), known):.3f}",
+                f"{_reachable(float(kl.mean()), closed_form):.3f}",
             )
         )
-    if known.optimum_at is not None:
-        kl, reward = known.optimum_at
-        found.append((f"optimum at β = {known.beta:g}", "closed form", f"{reward:.3f}", f"{kl:.2f}", f"{reward:.3f}"))
-    found.append(("reference", "closed form", f"{known.frontier[1][0]:.3f}", "0.00", f"{known.frontier[1][0]:.3f}"))
-    return found
+    if closed_form.optimum_at is not None:
+        kl, reward = closed_form.optimum_at
+        rows.append(
+            (f"optimum at β = {closed_form.beta:g}", "closed form", f"{reward:.3f}", f"{kl:.2f}", f"{reward:.3f}")
+        )
+    rows.append(
+        ("reference", "closed form", f"{closed_form.frontier[1][0]:.3f}", "0.00", f"{closed_form.frontier[1][0]:.3f}")
+    )
+    return rows
 
 
-def terminal_tables(traces: Sequence[Trace], known: Sequence[Known]) -> list[Any]:
+def terminal_tables(traces: Sequence[Trace], closed_forms: Sequence[Known]) -> list[Any]:
     """A rich table for every reward."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     tables = []
-    for one in known:
-        table = Table(box=SIMPLE_HEAD, title=f"reward peak {one.peak}", title_justify="left", pad_edge=False)
+    for closed_form in closed_forms:
+        table = Table(box=SIMPLE_HEAD, title=f"reward peak {closed_form.peak}", title_justify="left", pad_edge=False)
         for name in HEAD:
             table.add_column(name, justify="left" if name in HEAD[:2] else "right", no_wrap=name in HEAD[:2])
-        for row in rows(traces, one):
+        for row in rows(traces, closed_form):
             table.add_row(*row)
         tables.append(table)
     return tables
 
 
-def _table(traces: Sequence[Trace], known: Known) -> str:
+def _table(traces: Sequence[Trace], closed_form: Known) -> str:
     head = "".join(f"<th>{page.text(name)}</th>" for name in HEAD)
     body = "".join(
         f'<tr><th scope="row">{page.text(first)}</th>'
         + "".join(
             f'<td data-label="{page.text(name)}"><span>{page.text(value)}</span></td>'
-            for name, value in zip(HEAD[1:], rest, strict=True)
+            for name, value in zip(HEAD[1:], values, strict=True)
         )
         + "</tr>"
-        for first, *rest in rows(traces, known)
+        for first, *values in rows(traces, closed_form)
     )
     return (
         f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -245,15 +253,21 @@ def _table(traces: Sequence[Trace], known: Known) -> str:
 
 
 def document(
-    title: str, traces: Sequence[Trace], known: Sequence[Known], notes: Sequence[str], settings: Mapping[str, Any]
+    title: str,
+    traces: Sequence[Trace],
+    closed_forms: Sequence[Known],
+    notes: Sequence[str],
+    settings: Mapping[str, Any],
 ) -> str:
     """The page."""
-    said = "".join(f'<p class="lead">{page.text(sentence)}</p>' for sentence in findings(traces))
-    tables = "".join(f"<h2>Reward peak {one.peak}</h2>{_table(traces, one)}" for one in known)
+    leads = "".join(f'<p class="lead">{page.text(sentence)}</p>' for sentence in findings(traces))
+    tables = "".join(
+        f"<h2>Reward peak {closed_form.peak}</h2>{_table(traces, closed_form)}" for closed_form in closed_forms
+    )
     body = (
-        f'<p class="over">Bandit</p><h1>{page.text(title)}</h1>{said}{tables}'
+        f'<p class="over">Bandit</p><h1>{page.text(title)}</h1>{leads}{tables}'
         '<p class="small">Means ± standard deviation over seeds, at the end of training.</p>'
-        f"<h2>Pictures</h2>{page.pictures(panels(traces, known))}"
+        f"<h2>Pictures</h2>{page.pictures(panels(traces, closed_forms))}"
         "<h2>How it was made</h2>"
         + "".join(f'<p class="small">{page.text(note)}</p>' for note in notes)
         + page.definitions([(name, str(value)) for name, value in settings.items()])
@@ -266,13 +280,13 @@ def write_report(
     folder: Path,
     title: str,
     traces: Sequence[Trace],
-    known: Sequence[Known],
+    closed_forms: Sequence[Known],
     notes: Sequence[str],
     settings: Mapping[str, Any],
 ) -> None:
     """Write `report.html` and `report.png` into the run's folder."""
-    write_text(folder / "report.html", document(title, traces, known, notes, settings))
-    write_png(folder / "report.png", panels(traces, known))
+    write_text(folder / "report.html", document(title, traces, closed_forms, notes, settings))
+    write_png(folder / "report.png", panels(traces, closed_forms))
 
 
 # --- what a study says, in sentences that its seeds carry
@@ -306,27 +320,27 @@ class Difference(NamedTuple):
         return self.agreeing == self.num_seeds >= 3 and abs(self.mean) > 3 * self.error
 
 
-def difference(one: Trace, other: Trace) -> Difference:
+def difference(first: Trace, second: Trace) -> Difference:
     """Of the rewards at the end."""
-    values = one.reward[:, -1] - other.reward[:, -1]
+    values = first.reward[:, -1] - second.reward[:, -1]
     mean, error = float(values.mean()), spread(values) / math.sqrt(len(values))
     return Difference(mean, error, int((np.sign(values) == np.sign(mean)).sum()), len(values))
 
 
-def _schedules_compared(traces: Sequence[Trace], peak: int) -> list[str]:
+def _schedule_sentences(traces: Sequence[Trace], peak: int) -> list[str]:
     by_label = {(trace.label, trace.schedule): trace for trace in traces if trace.peak == peak}
     sentences = []
     for label in dict.fromkeys(label for label, _ in by_label):
         pair = by_label.get((label, "on_policy")), by_label.get((label, "offline"))
         if pair[0] is None or pair[1] is None:
             continue
-        found, rewards = difference(pair[0], pair[1]), [float(trace.reward[:, -1].mean()) for trace in pair if trace]
-        numbers = f"{rewards[0]:.3f} on-policy, {rewards[1]:.3f} offline"
-        if found.told_apart:
-            more = "more" if found.mean > 0 else "less"
-            sentences.append(f"{label} earns {more} on-policy ({numbers}; in each of {found.num_seeds} seeds)")
+        gap, rewards = difference(pair[0], pair[1]), [float(trace.reward[:, -1].mean()) for trace in pair if trace]
+        figures = f"{rewards[0]:.3f} on-policy, {rewards[1]:.3f} offline"
+        if gap.told_apart:
+            more = "more" if gap.mean > 0 else "less"
+            sentences.append(f"{label} earns {more} on-policy ({figures}; in each of {gap.num_seeds} seeds)")
         else:
-            sentences.append(f"{label} cannot be told apart by these seeds ({numbers})")
+            sentences.append(f"{label} cannot be told apart by these seeds ({figures})")
     return sentences
 
 
@@ -334,9 +348,9 @@ def findings(traces: Sequence[Trace]) -> list[str]:
     """One sentence for each peak: on-policy against offline, method by method, at equal reward queries and steps."""
     sentences = []
     for peak in dict.fromkeys(trace.peak for trace in traces):
-        compared = _schedules_compared(traces, peak)
-        if compared:
-            sentences.append(f"Peak {peak}: {'; '.join(compared)}.")
+        clauses = _schedule_sentences(traces, peak)
+        if clauses:
+            sentences.append(f"Peak {peak}: {'; '.join(clauses)}.")
     return sentences
 
 

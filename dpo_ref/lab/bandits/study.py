@@ -129,21 +129,21 @@ class Trace:
         return f"peak_{self.peak}/{self.schedule}/{slug(self.label)}"
 
 
-Draw = Callable[[int], list[TokenGroup]]  # a round, by its number
+Draw = Callable[[int], list[TokenGroup]]  # a round, by its index
 Fit = Callable[[list[TokenGroup]], Iterator[Step]]
 
 
 def _offline(draw: Draw, fit: Fit, options: StudyOptions) -> Iterator[int]:
     """Every round's data is drawn before the first step; yields the rounds drawn, after each step."""
-    for _ in fit([group for number in range(options.rounds) for group in draw(number)]):
+    for _ in fit([group for index in range(options.rounds) for group in draw(index)]):
         yield options.rounds
 
 
 def _on_policy(draw: Draw, fit: Fit, options: StudyOptions) -> Iterator[int]:
     """Every round's data is drawn when the round begins; yields the rounds drawn, after each step."""
-    for number in range(options.rounds):
-        for _ in fit(draw(number)):
-            yield number + 1
+    for index in range(options.rounds):
+        for _ in fit(draw(index)):
+            yield index + 1
 
 
 SCHEDULES: dict[str, Callable[[Draw, Fit, StudyOptions], Iterator[int]]] = {
@@ -166,7 +166,7 @@ def _stream(*names: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(names).generate_state(1)[0]))
 
 
-def _rated(draws: Draws, method: Method, noise: torch.Generator, first_number: int) -> list[TokenGroup]:
+def _rate(draws: Draws, method: Method, noise: torch.Generator, first_number: int) -> list[TokenGroup]:
     """A round's groups with what the rater says of them, and advantages where the objective takes them.
 
     Advantages are in the rater's units, steepness times the reward, so that a beta means the same for every method.
@@ -176,9 +176,9 @@ def _rated(draws: Draws, method: Method, noise: torch.Generator, first_number: i
     if not takes_advantages(method.objective):
         return groups
     grouping, chance = grouping_of(method.objective, None, None, None), random.Random(0)  # these leave nothing to it
-    worth = (steepness * draws.rewards).tolist()
-    picked = [grouping(values, chance).advantages for values in worth]  # pyright: ignore[reportOptionalMemberAccess]
-    return [replace(group, advantages=values) for group, values in zip(groups, picked, strict=True)]
+    scaled_rewards = (steepness * draws.rewards).tolist()
+    advantages = [grouping(values, chance).advantages for values in scaled_rewards]  # pyright: ignore[reportOptionalMemberAccess]
+    return [replace(group, advantages=values) for group, values in zip(groups, advantages, strict=True)]
 
 
 def _optimiser(policy: nn.Module, options: StudyOptions) -> Optimisation:
@@ -187,46 +187,46 @@ def _optimiser(policy: nn.Module, options: StudyOptions) -> Optimisation:
 
 
 def one_run(
-    problem: Problem, method: Method, schedule: str, start: nn.Module, numbers: tuple[int, int]
+    problem: Problem, method: Method, schedule: str, start: nn.Module, seeds: tuple[int, int]
 ) -> tuple[list[tuple[int, int, float, float]], Float[torch.Tensor, " V"]]:
     """Train a copy of `start`; (step, queries, reward, KL) at the steps measured, and the last token distribution.
 
-    `numbers`, seed and replicate, choose the draws, the rater's noise and the order of the data; the draws of equally
+    `seeds`, seed and replicate, choose the draws, the rater's noise and the order of the data; the draws of equally
     sized rounds are the same for every objective as long as the policies are.
     """
     options, world = method.options, problem.world
     policy, initial = frozen_copy(start).requires_grad_(True), frozen_copy(start)
     reference: Reference = Frozen("initial", initial, "", "") if problem.with_reference else Zeros()
-    rewards, draws = world.rewards(problem.peak), _stream(*numbers, problem.peak, 0)
+    rewards, draws = world.rewards(problem.peak), _stream(*seeds, problem.peak, 0)
     optim = _optimiser(policy, options)
 
-    def draw(number: int) -> list[TokenGroup]:
-        drawn = world.draw(policy, rewards, (options.groups_per_round, options.samples_per_group), draws)
-        return _rated(drawn, method, draws, number * options.groups_per_round)
+    def draw(index: int) -> list[TokenGroup]:
+        sample = world.draw(policy, rewards, (options.groups_per_round, options.samples_per_group), draws)
+        return _rate(sample, method, draws, index * options.groups_per_round)
 
     def fit(groups: list[TokenGroup]) -> Iterator[Step]:
         fitting = groups_for(method.objective, gathered(groups))
         config = TrainerConfig(batch_size=options.groups_per_round, epochs=float(options.steps_per_round))
         whole = partial(pack, tokens_per_batch=2**20)
         old = Frozen("old", frozen_copy(policy), "", "")
-        rounds = OfflineRounds(fitting, config, whole, numbers[0], old)
+        rounds = OfflineRounds(fitting, config, whole, seeds[0], old)
         return train(Policy(lambda: policy, None), reference, method.objective, optim, rounds)
 
     def measure(step: int, rounds: int) -> tuple[int, int, float, float]:
-        found.append(world.measure(policy, initial, rewards, _stream(*numbers, problem.peak, 1, step)))
-        return step, rounds * options.queries_per_round, found[-1].reward, found[-1].kl
+        measurements.append(world.measure(policy, initial, rewards, _stream(*seeds, problem.peak, 1, step)))
+        return step, rounds * options.queries_per_round, measurements[-1].reward, measurements[-1].kl
 
-    found = []
+    measurements = []
     points = [measure(0, 0)]
     for step, rounds in enumerate(SCHEDULES[schedule](draw, fit, options), 1):
         if step % options.measure_every == 0 or step == options.num_steps:
             points.append(measure(step, rounds))
-    return points, found[-1].tokens
+    return points, measurements[-1].tokens
 
 
 def trace(problem: Problem, method: Method, schedule: str, starts: list[nn.Module], seed: int) -> Trace:
     """One method under one reward, from each of the initial policies."""
-    runs = [one_run(problem, method, schedule, start, (seed, number)) for number, start in enumerate(starts)]
+    runs = [one_run(problem, method, schedule, start, (seed, replicate)) for replicate, start in enumerate(starts)]
     steps, queries, reward, kl = np.array([points for points, _ in runs]).transpose(2, 0, 1)
     return Trace(
         peak=problem.peak,

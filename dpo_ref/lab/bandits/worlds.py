@@ -252,8 +252,8 @@ class Arms:
     ) -> Draws:
         """Independent arms; the prompts are the arms in turn, and the policy does not see them."""
         assert isinstance(policy, Categorical)
-        drawn = torch.multinomial(policy.probabilities(), size[0] * size[1], replacement=True, generator=generator)
-        arms = drawn.view(*size)
+        flat = torch.multinomial(policy.probabilities(), size[0] * size[1], replacement=True, generator=generator)
+        arms = flat.view(*size)
         return Draws(torch.arange(size[0]) % len(rewards), arms[..., None], rewards[arms])
 
     def measure(
@@ -329,7 +329,7 @@ def _fit(policy: EqualLengths, target: Float[Tensor, " V"], length: int, num_ste
     optimizer = torch.optim.Adam(policy.parameters(), lr=FIT_LR)
     for step in range(num_steps):
         prompts = torch.randint(len(target), (FIT_BATCH, 1))
-        ids = _independent(target, prompts, length)
+        ids = _independent_tokens(target, prompts, length)
         causal_lm: Any = policy.model
         logits = causal_lm(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), target.float().expand(logits.shape[0] * logits.shape[1], -1))
@@ -340,7 +340,7 @@ def _fit(policy: EqualLengths, target: Float[Tensor, " V"], length: int, num_ste
         optimizer.zero_grad()
 
 
-def _independent(target: Float[Tensor, " V"], prompts: Int[Tensor, "N 1"], length: int) -> Int[Tensor, "N L"]:
+def _independent_tokens(target: Float[Tensor, " V"], prompts: Int[Tensor, "N 1"], length: int) -> Int[Tensor, "N L"]:
     """Prompts followed by independent tokens, without the last one, after which nothing is predicted."""
     tokens = torch.multinomial(target, len(prompts) * (length - 1), replacement=True)
     return torch.cat([prompts, tokens.view(len(prompts), -1)], dim=1)
