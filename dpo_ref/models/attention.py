@@ -64,7 +64,7 @@ class PackedLayout:
 
     @cached_property
     def varlen(self) -> tuple[Int[Tensor, " S"], Int[Tensor, " K"], Int[Tensor, " S"], int, int]:
-        """Cumulative query lengths, the keys' places in the pack, cumulative key lengths, longest query and key run.
+        """Cumulative query lengths, the keys' indices in the pack, cumulative key lengths, longest query and key run.
 
         Every piece is a query run; its keys are its group's prompt followed by itself (the first piece contains the
         prompt already).
@@ -72,11 +72,11 @@ class PackedLayout:
         key_runs, start = [], 0
         for prompt, responses in self.layout:
             key_runs.append(torch.arange(start, start + prompt + responses[0]))
-            place = start + prompt + responses[0]
+            begin = start + prompt + responses[0]
             for size in responses[1:]:
-                key_runs.append(torch.cat([torch.arange(start, start + prompt), torch.arange(place, place + size)]))
-                place += size
-            start = place
+                key_runs.append(torch.cat([torch.arange(start, start + prompt), torch.arange(begin, begin + size)]))
+                begin += size
+            start = begin
         key_sizes = [len(run) for run in key_runs]
         cumulative = (
             torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=self.device)
@@ -134,17 +134,17 @@ def _varlen_kernel() -> Callable[..., Tensor]:
     """torch's own FlashAttention; its keywords changed between torch 2.11 and 2.13."""
     from torch.nn.attention.varlen import varlen_attn
 
-    accepted = inspect.signature(varlen_attn).parameters
+    parameters = inspect.signature(varlen_attn).parameters
 
     def kernel(q, k, v, cu_q, cu_k, max_q, max_k, scaling: float, window: int | None) -> Tensor:
         options: dict[str, Any] = {"scale": scaling}
-        if "window_size" in accepted:
+        if "window_size" in parameters:
             options["window_size"] = (-1 if window is None else window - 1, 0)
         elif window is None:
             options["is_causal"] = True
         else:
             raise ValueError("model.attention=varlen: this torch has no sliding window in varlen; use sdpa")
-        if "enable_gqa" in accepted:
+        if "enable_gqa" in parameters:
             options["enable_gqa"] = True
         else:
             repeats = q.shape[1] // k.shape[1]

@@ -92,10 +92,10 @@ def read_reference(checkpoint: Path) -> dict[str, Tensor]:
     return load_file(checkpoint / REFERENCE)
 
 
-def run_of(place: Path) -> Path | None:
+def run_of(folder: Path) -> Path | None:
     """The folder of the run that a checkpoint belongs to; None for a folder that is no checkpoint."""
-    belongs = (place / "state.json").is_file() and (place.parents[1] / "summary.json").is_file()
-    return place.parents[1] if belongs else None
+    is_checkpoint = (folder / "state.json").is_file() and (folder.parents[1] / "summary.json").is_file()
+    return folder.parents[1] if is_checkpoint else None
 
 
 def load_policy(checkpoint: Path, policy: nn.Module) -> None:

@@ -29,11 +29,11 @@ class _Probe(PackedLayout):
 
     def __init__(self, layout: Any, device: torch.device) -> None:
         super().__init__(layout, device)
-        self.seen: list[tuple[Any, int | None]] = []
+        self.layers: list[tuple[Any, int | None]] = []
         self.head_sizes: set[tuple[int, int]] = set()
 
     def note(self, attention_mask: Any, window: int | None, head_sizes: tuple[int, int]) -> None:
-        self.seen.append((attention_mask, window))
+        self.layers.append((attention_mask, window))
         self.head_sizes.add(head_sizes)
 
 
@@ -55,7 +55,7 @@ def _rope(config: Any) -> str | None:
 
 def _mask_rule(probe: _Probe) -> str | None:
     """On a plain sequence the mask must say causal, plus the window that the layer is told about."""
-    for mask, window in probe.seen:
+    for mask, window in probe.layers:
         rule = getattr(mask, "mask_function", None)
         if rule is None:
             continue
@@ -69,7 +69,7 @@ def _mask_rule(probe: _Probe) -> str | None:
     return None
 
 
-def _probed(model: Any, device: torch.device) -> _Probe:
+def _run_probe(model: Any, device: torch.device) -> _Probe:
     size = 6
     probe = _Probe(((3, (3,)),), device)
     ids = torch.arange(1, size + 1, device=device)[None]
@@ -78,10 +78,10 @@ def _probed(model: Any, device: torch.device) -> _Probe:
 
 
 def _layers(model: Any, device: torch.device) -> str | None:
-    probe = _probed(model, device)
+    probe = _run_probe(model, device)
     expected = model.config.num_hidden_layers
-    if len(probe.seen) != expected:
-        return f"{len(probe.seen)} of its {expected} layers are attention"
+    if len(probe.layers) != expected:
+        return f"{len(probe.layers)} of its {expected} layers are attention"
     return _mask_rule(probe)
 
 
@@ -91,14 +91,14 @@ def _gap(ours: Tensor, theirs: Tensor) -> float:
 
 def _leaks(model: Any, groups: list[TokenGroup], batch: PackedBatch, hidden: Tensor) -> bool:
     """Whether another token in the first response changes what any other response is predicted from."""
-    changed = [(token + 1) % model.config.vocab_size for token in groups[0].response_ids[0]]
-    first = TokenGroup(0, "", groups[0].prompt_ids, (changed, groups[0].response_ids[1]), (1, 1), ((0, 1),))
-    moved = packed_hidden(model, collate([first, groups[1]]).to(batch.input_ids.device))
-    others = batch.response_index != 0
-    return _gap(moved[others], hidden[others]) > LEAK
+    response = [(token + 1) % model.config.vocab_size for token in groups[0].response_ids[0]]
+    first = TokenGroup(0, "", groups[0].prompt_ids, (response, groups[0].response_ids[1]), (1, 1), ((0, 1),))
+    hidden_after = packed_hidden(model, collate([first, groups[1]]).to(batch.input_ids.device))
+    other_responses = batch.response_index != 0
+    return _gap(hidden_after[other_responses], hidden[other_responses]) > LEAK
 
 
-def _checked(model: Any, native: str, name: str) -> str | None:
+def _refusal(model: Any, native: str, name: str) -> str | None:
     device = next(model.parameters()).device
     if (reason := _rope(model.config) or _layers(model, device)) is not None:
         return reason
@@ -108,9 +108,9 @@ def _checked(model: Any, native: str, name: str) -> str | None:
     if _leaks(model, groups, batch, hidden):
         return "responses see each other when packed"
     model.set_attn_implementation(native)
-    alone = separate_hidden(model, batch)
+    separate = separate_hidden(model, batch)
     model.set_attn_implementation(name)
-    if not (gap := _gap(hidden, alone)) <= tolerance(model):
+    if not (gap := _gap(hidden, separate)) <= tolerance(model):
         return f"packed and separate hidden states differ by {gap:.1g}"
     return None
 
@@ -143,7 +143,7 @@ def install(model: nn.Module, backend: str) -> str | None:
     try:
         causal_lm.set_attn_implementation(name)
         switched = causal_lm.config._attn_implementation == name
-        reason = _checked(causal_lm, native, name) if switched else "it keeps its own attention"
+        reason = _refusal(causal_lm, native, name) if switched else "it keeps its own attention"
     except (TypeError, ValueError) as error:
         reason = str(error)
     if reason is not None:
@@ -159,9 +159,11 @@ def kernel_refuses(model: Any, backend: str) -> str | None:
     Raises ValueError where the kernel's hidden states are not those of attention piece by piece.
     """
     device = next(model.parameters()).device
-    unknown = sorted({size for pair in _probed(model, device).head_sizes if not kernels_take(pair) for size in pair})
-    if unknown:
-        sizes = " and ".join(map(str, unknown))
+    unsupported = sorted(
+        {size for pair in _run_probe(model, device).head_sizes if not kernels_take(pair) for size in pair}
+    )
+    if unsupported:
+        sizes = " and ".join(map(str, unsupported))
         return f"its heads have {sizes} dimensions, and FlashAttention takes multiples of 8 up to {KERNEL_HEADS[-1]}"
     batch = collate(_groups(model.config.vocab_size)).to(device)
     with torch.autocast(device.type, torch.bfloat16):

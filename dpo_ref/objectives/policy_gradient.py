@@ -66,7 +66,7 @@ def ppo_clip(
     """
     positive(beta=beta, epsilon=epsilon)
     worth = advantages - beta * (old.sums - reference.sums)
-    return Sampled(-_summed(_clipped(policy, old, worth, epsilon), policy))
+    return Sampled(-_response_sums(_surrogate(policy, old, worth, epsilon), policy))
 
 
 @component(advantage="group_standardised")
@@ -88,11 +88,11 @@ def grpo(
     positive(beta=beta, epsilon=epsilon)
     log_ratio = (reference.tokens() - policy.tokens()).double().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     k3 = log_ratio.exp() - log_ratio - 1
-    per_token = _clipped(policy, old, advantages, epsilon) - beta * k3
-    return Sampled(-_summed(per_token, policy) / policy.lengths)
+    per_token = _surrogate(policy, old, advantages, epsilon) - beta * k3
+    return Sampled(-_response_sums(per_token, policy) / policy.lengths)
 
 
-def _clipped(
+def _surrogate(
     policy: TokenLogps, old: TokenLogps, advantages: Float[Tensor, " N"], epsilon: float
 ) -> Float[Tensor, " R"]:
     """min(rho A, clip(rho) A) of every token."""
@@ -101,7 +101,7 @@ def _clipped(
     return torch.minimum(ratio * worth, ratio.clamp(1 - epsilon, 1 + epsilon) * worth)
 
 
-def _summed(values: Float[Tensor, " R"], policy: TokenLogps) -> Float[Tensor, " N"]:
+def _response_sums(values: Float[Tensor, " R"], policy: TokenLogps) -> Float[Tensor, " N"]:
     """Sums over each response's tokens."""
     zeros = torch.zeros(len(policy.lengths), dtype=values.dtype, device=values.device)
     return zeros.index_add(0, policy.response_index, values)

@@ -9,7 +9,7 @@ from dpo_ref.objectives.interface import Labelled, Likelihood, Mismatched, Stren
 from dpo_ref.types import ResponseLogps
 
 
-def _signed(values: Float[Tensor, " N"], labels: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
+def _signed_values(values: Float[Tensor, " N"], labels: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
     """The values of wanted responses, and the negative of the others'."""
     return torch.where(labels, values, -values)
 
@@ -35,7 +35,7 @@ def kto(
     rewards = beta * (policy.sums - reference.sums)
     kl = (mismatched.policy - mismatched.reference).mean().clamp(min=0)
     weights = torch.where(labels, desirable_weight, undesirable_weight)
-    return Labelled(weights * _signed(beta * kl - rewards, labels).sigmoid(), rewards.detach())
+    return Labelled(weights * _signed_values(beta * kl - rewards, labels).sigmoid(), rewards.detach())
 
 
 def bco(
@@ -56,10 +56,10 @@ def bco(
     positive(beta=beta)
     rewards = beta * (policy.sums - reference.sums)
     assert whole.labels is not None
-    seen, wanted = beta * (whole.policy.sums - whole.reference.sums), whole.labels.double()
-    means = [(seen * share).sum() / share.sum() for share in (wanted, 1 - wanted)]  # nan of none
+    batch_rewards, wanted = beta * (whole.policy.sums - whole.reference.sums), whole.labels.double()
+    means = [(batch_rewards * share).sum() / share.sum() for share in (wanted, 1 - wanted)]  # nan of none
     shift = torch.stack(means).nanmean()
-    return Labelled(-F.logsigmoid(_signed(rewards - shift, labels)), rewards.detach())
+    return Labelled(-F.logsigmoid(_signed_values(rewards - shift, labels)), rewards.detach())
 
 
 # --- the likelihood of given responses
