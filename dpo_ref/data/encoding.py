@@ -50,9 +50,9 @@ def resume(before: list[int], whole: list[int], body: str, anchor: str, encode: 
     for ids in (alone.ids, anchored.ids[1:]):
         if decode([*before, *ids]) == text:
             return ids
-    num_chars = len(decode(before))
-    straddling = next(size for size in range(1, len(whole) + 1) if len(decode(whole[:size])) >= num_chars)
-    remainder = decode(whole[:straddling])[num_chars:]
+    length = len(decode(before))
+    straddling = next(size for size in range(1, len(whole) + 1) if len(decode(whole[:size])) >= length)
+    remainder = decode(whole[:straddling])[length:]
     pieces = [piece for character in remainder for piece in encode([anchor + character])[0].ids[1:]]
     ids = [*pieces, *whole[straddling:]]
     if decode([*before, *ids]) == text:
@@ -77,9 +77,9 @@ class Literals:
         self.chat, self.pattern = chat, chat.special_tokens
         self._backend = chat.tokenizer.backend_tokenizer
         specials = set(chat.tokenizer.all_special_tokens)
-        added = chat.tokenizer.added_tokens_decoder.items()
+        added_tokens = chat.tokenizer.added_tokens_decoder.items()
         self._special_ids = {
-            token.content: token_id for token_id, token in added if token.special or token.content in specials
+            token.content: token_id for token_id, token in added_tokens if token.special or token.content in specials
         }
         # What stands for a literal while the template writes, and the name of a special token in the copy.
         self._stand_ins = {text: f"{_MARK}L{token_id}{_MARK}" for text, token_id in self._special_ids.items()}
@@ -251,11 +251,13 @@ class Encoder:
 
     def all_turns(self, groups: Sequence[PromptGroup]) -> list[Ids]:
         """Prompts up to the first assistant turn and all that follows, the assistant's turns scored."""
-        several = [any(turn["role"] == "assistant" for turn in group.prompt) for group in groups]
-        single = iter(self.last_turns([g for g, many in zip(groups, several, strict=True) if not many]))
+        have_answers = [any(turn["role"] == "assistant" for turn in group.prompt) for group in groups]
+        single = iter(
+            self.last_turns([g for g, has_answers in zip(groups, have_answers, strict=True) if not has_answers])
+        )
         return [
-            named(group, lambda g=group: self._all_turns(g)) if many else next(single)
-            for group, many in zip(groups, several, strict=True)
+            named(group, lambda g=group: self._all_turns(g)) if has_answers else next(single)
+            for group, has_answers in zip(groups, have_answers, strict=True)
         ]
 
     def _plain(self, groups: Sequence[PromptGroup]) -> Iterator[Ids]:

@@ -99,8 +99,8 @@ def paired(group: PromptGroup, pairing: str, filters: Filters) -> PromptGroup | 
 class Seen:
     """Notices groups that were there before: the same texts, or the same but for case, blanks and Unicode forms."""
 
-    def __init__(self, how: str) -> None:
-        self._text = {"exact": str, "normalised": normalised}.get(how)
+    def __init__(self, mode: str) -> None:
+        self._text = {"exact": str, "normalised": normalised}.get(mode)
         self._keys: set[bytes] = set()
 
     def before(self, group: PromptGroup) -> bool:

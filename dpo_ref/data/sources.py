@@ -192,12 +192,12 @@ def read(source: Source, rules: Rules, key: str, cache: Path, progress: Progress
         folder = Path(_temporary_folder().name) / digest([asdict(source), asdict(rules)])
     else:
         folder = cache / "groups" / digest([VERSION, opened.content, asdict(source), asdict(rules)])
-    path, about = folder / "groups.arrow", folder / "reading.json"
-    if not (path.exists() and about.exists()):
+    path, reading_path = folder / "groups.arrow", folder / "reading.json"
+    if not (path.exists() and reading_path.exists()):
         reader = Reader(rules, source.path)
         write(reader.groups(progress(opened.rows, f"reading {source.path}", None)), path)
-        write_json(about, reader.reading._asdict())
-    record = json.loads(about.read_text())
+        write_json(reading_path, reader.reading._asdict())
+    record = json.loads(reading_path.read_text())
     return path, Reading(record["num_rows"], record["dropped"], tuple(record["examples"]), tuple(record["formats"]))
 
 

@@ -25,8 +25,8 @@ UNLIMITED = 10**9  # transformers writes 10^30 where a tokenizer states no lengt
 
 def length_limit(tokenizer: Any, max_length: int | None) -> int:
     """`data.max_length`, or what the tokenizer says its model takes, or 1,024 tokens where it says nothing."""
-    stated = tokenizer.model_max_length
-    return max_length or (stated if stated < UNLIMITED else 1024)
+    stated_length = tokenizer.model_max_length
+    return max_length or (stated_length if stated_length < UNLIMITED else 1024)
 
 
 class Tokenised(NamedTuple):
@@ -250,9 +250,9 @@ def tokenised_once(
     """What `tokenise` gives, computed now or by an earlier run. Options that do not matter here are not in the key."""
     options = {**tokenise.keywords, "max_length": length_limit(tokenizer, tokenise.keywords["max_length"])}
     folder = cache / "tokens" / digest([VERSION, content_of(groups), text_identity, options])
-    about = folder / "counts.json"
-    if not about.is_file():
+    counts_path = folder / "counts.json"
+    if not counts_path.is_file():
         tokenised = tokenise(groups, tokenizer, progress)
         tokenised.groups.save(folder, {"counts.json": json.dumps(tokenised.counts)})
         return tokenised
-    return Tokenised(TokenGroups.load(folder, groups), json.loads(about.read_text()))
+    return Tokenised(TokenGroups.load(folder, groups), json.loads(counts_path.read_text()))

@@ -187,19 +187,19 @@ def _conversations(engine: Engine, prompt_set: PromptSet) -> list[_PendingSample
     """The first turn of every sample; where the likeliest tokens are taken all samples are alike, and one is drawn."""
     pending = []
     for index, question in enumerate(prompt_set.questions):
-        num_samples = 1 if _greedy(engine, prompt_set, index) else engine.sampling.samples_per_prompt
+        num_samples = 1 if _is_greedy(engine, prompt_set, index) else engine.sampling.samples_per_prompt
         for sample in range(num_samples):
             pending += _draws(engine, prompt_set, Place(index, sample, 1), question.prompt)
     return pending
 
 
-def _greedy(engine: Engine, prompt_set: PromptSet, index: int) -> bool:
+def _is_greedy(engine: Engine, prompt_set: PromptSet, index: int) -> bool:
     return prompt_set.temperature(prompt_set.questions[index], engine.sampling.temperature) == 0
 
 
 def _draws(engine: Engine, prompt_set: PromptSet, place: Place, prompt: tuple[Message, ...]) -> list[_PendingSample]:
     """What is drawn for one sample that is kept."""
-    count = 1 if _greedy(engine, prompt_set, place.prompt_index) else engine.draws
+    count = 1 if _is_greedy(engine, prompt_set, place.prompt_index) else engine.draws
     indices = range(place.sample_index * count, (place.sample_index + 1) * count)
     return [_PendingSample(place._replace(sample_index=index), prompt) for index in indices]
 

@@ -263,8 +263,8 @@ def read_answer(content: Any, tokenizer: Any, ends: Ends, max_new_tokens: int) -
     if token_ids is None:
         return _from_text(choice["text"], reason, tokenizer, ends)
     if reason == "stop" and (not token_ids or token_ids[-1] not in ends.ids):
-        stopped = choice.get("stop_reason")
-        token_ids.append(stopped if stopped in ends.ids else ends.eos)
+        stop_id = choice.get("stop_reason")
+        token_ids.append(stop_id if stop_id in ends.ids else ends.eos)
     if not token_ids:
         raise ValueError("the server gave an answer of no tokens that did not end by itself")
     if reason == "length" and len(token_ids) < max_new_tokens:

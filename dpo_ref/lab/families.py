@@ -60,10 +60,10 @@ class NameMembers(Family):
         return WORD
 
     def right(self, slots: Slots, rng: random.Random) -> list[str]:
-        return rng.sample(_allowed(slots), COUNT_WORDS[slots["count"]])
+        return rng.sample(_allowed_words(slots), COUNT_WORDS[slots["count"]])
 
     def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
-        count, allowed = COUNT_WORDS[slots["count"]], _allowed(slots)
+        count, allowed = COUNT_WORDS[slots["count"]], _allowed_words(slots)
         category = rng.choice([name for name in CATEGORIES if name != slots["category"]])
         forbidden = [*rng.sample(allowed, count - 1), rng.choice(items_of(slots["excluded"]))]
         return rng.choice(
@@ -76,11 +76,11 @@ class NameMembers(Family):
 
     def correctness(self, slots: Slots, items: list[str]) -> float:
         """1 for exactly so many different allowed members; else 0.4 times the share of good ones."""
-        count, good = COUNT_WORDS[slots["count"]], len(set(items) & set(_allowed(slots)))
+        count, good = COUNT_WORDS[slots["count"]], len(set(items) & set(_allowed_words(slots)))
         return 1.0 if good == len(items) == count else PARTIAL_CREDIT * min(good, count) / max(len(items), count)
 
 
-def _allowed(slots: Slots) -> list[str]:
+def _allowed_words(slots: Slots) -> list[str]:
     excluded = items_of(slots["excluded"])
     return [word for word in CATEGORIES[slots["category"]] if word not in excluded]
 

@@ -122,10 +122,10 @@ def format_of(name: str, row: Row) -> Format:
         return FORMATS[name]
     format = recognised(row)
     if format is None:
-        near = max(FORMATS.values(), key=lambda f: (len(f.columns & row.keys()) / len(f.columns), f.name != "hh"))
+        nearest = max(FORMATS.values(), key=lambda f: (len(f.columns & row.keys()) / len(f.columns), f.name != "hh"))
         raise BadRow(
-            f"fits no known format; its columns are {columns_of(row)}. The nearest is data.format={near.name}, which "
-            f"needs {', '.join(sorted(near.columns))}"
+            f"fits no known format; its columns are {columns_of(row)}. The nearest is data.format={nearest.name}, "
+            f"which needs {', '.join(sorted(nearest.columns))}"
         )
     return format
 
@@ -149,6 +149,6 @@ def convert(row: Row, origin: str, expected: Format, options: dict[str, Any], is
 def check_format(name: str) -> None:
     """Raise ValueError for a name that is no format."""
     if name != "auto" and name not in FORMATS:
-        close = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known: auto, {', '.join(FORMATS)}"
+        matches = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"did you mean {matches[0]}?" if matches else f"known: auto, {', '.join(FORMATS)}"
         raise ValueError(f"data.format={name} is not a format; {hint}")

@@ -184,14 +184,14 @@ def results(traces: Sequence[Trace]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _reachable(kl: float, closed_form: Known) -> float:
+def _best_reward(kl: float, closed_form: Known) -> float:
     """The frontier's reward at a KL."""
     import numpy as np
 
     return float(np.interp(kl, *closed_form.frontier))
 
 
-def _number(mean: float, deviation: float, decimals: int) -> str:
+def _with_deviation(mean: float, deviation: float, decimals: int) -> str:
     return f"{mean:.{decimals}f}" + ("" if deviation != deviation else f" ± {deviation:.{decimals}f}")
 
 
@@ -204,9 +204,9 @@ def rows(traces: Sequence[Trace], closed_form: Known) -> list[tuple[str, ...]]:
             (
                 trace.label,
                 SCHEDULE_WORDS[trace.schedule],
-                _number(float(reward.mean()), spread(reward), 3),
-                _number(float(kl.mean()), spread(kl), 2),
-                f"{_reachable(float(kl.mean()), closed_form):.3f}",
+                _with_deviation(float(reward.mean()), spread(reward), 3),
+                _with_deviation(float(kl.mean()), spread(kl), 2),
+                f"{_best_reward(float(kl.mean()), closed_form):.3f}",
             )
         )
     if closed_form.optimum_at is not None:
