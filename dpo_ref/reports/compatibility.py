@@ -20,39 +20,41 @@ from dpo_ref.reports.plots import INITIAL, SERIES, Panel, write_png
 from dpo_ref.reports.tables import MISSING, number, percent
 
 
-def _about_pairs(report: Report) -> str:
+def _pairs_table(report: Report) -> str:
     names, rows = cells(report, pair_entries())
     colours = [INITIAL, *(colour for _, colour in coloured(report))]
     kinds = [' class="baseline"', *("" for _ in report.candidates)]
     return table(names, [page_row(names, *entries) for entries in zip(rows, colours, kinds, strict=True)])
 
 
-def _about_step(report: Report) -> str:
+def _step_table(report: Report) -> str:
     names, rows = cells(report, step_entries(report))
-    lines = [page_row(names, found, colour) for found, (_, colour) in zip(rows[1:], coloured(report), strict=True)]
+    lines = [page_row(names, texts, colour) for texts, (_, colour) in zip(rows[1:], coloured(report), strict=True)]
     lines += [
-        f'<tr class="failed"><th scope="row">{page.text(one.title)}</th><td colspan="{len(names) - 1}">'
-        f"{page.text(one.reason)}</td></tr>"
-        for one in report.refused
+        f'<tr class="failed"><th scope="row">{page.text(refusal.title)}</th><td colspan="{len(names) - 1}">'
+        f"{page.text(refusal.reason)}</td></tr>"
+        for refusal in report.refused
     ]
     return table(names, lines)
 
 
-def _at_betas(one: Candidate, colour: str) -> str:
+def _betas_table(candidate: Candidate, colour: str) -> str:
     names = ["β", "saturated, right", "saturated, wrong", "DPO loss", "weight 5 %", "25 %", "median", "75 %", "95 %",
              "effective share"]  # fmt: skip
     rows = [
         [f"{at.beta:g}", percent(at.saturated_right), percent(at.saturated_wrong), number(at.loss, 3),
          *(number(weight, 3) for weight in at.weight_quantiles), number(at.effective_share, 3)]
-        for at in one.start.at
+        for at in candidate.start.at
     ]  # fmt: skip
     lines = [page_row(names, entries, colour) for entries in rows]
-    return f'<details class="samples"><summary>{page.text(one.title)}</summary>{table(names, lines)}</details>'
+    return f'<details class="samples"><summary>{page.text(candidate.title)}</summary>{table(names, lines)}</details>'
 
 
 def _items(sentences: Sequence[tuple[str, str]]) -> str:
     """What is said about each reference."""
-    return "".join(f'<p class="lead"><b>{page.text(name)}.</b> {page.text(said)}</p>' for name, said in sentences)
+    return "".join(
+        f'<p class="lead"><b>{page.text(name)}.</b> {page.text(sentence)}</p>' for name, sentence in sentences
+    )
 
 
 def settings(report: Report) -> list[tuple[str, str]]:
@@ -69,24 +71,24 @@ def settings(report: Report) -> list[tuple[str, str]]:
 def compatibility_page(report: Report) -> str:
     """The page as HTML."""
     title = f"{len(report.candidates) + len(report.refused)} references beside {report.policy}"
-    audits = [(one.title, one.audit) for one in report.candidates if one.audit]
+    audits = [(candidate.title, candidate.audit) for candidate in report.candidates if candidate.audit]
     notes = [(column.title, column.note) for column in entries(report)]
     parts = [
         '<p class="over">Reference compatibility</p>',
         f"<h1>{page.text(title)}</h1>",
         f'<p class="lead">{page.text(headline(report))}.</p>',
-        page.alerts([f"{one.title} cannot be used: {one.reason}" for one in report.refused]),
+        page.alerts([f"{refusal.title} cannot be used: {refusal.reason}" for refusal in report.refused]),
         page.pictures(panels(report)),
         "<h2>What the numbers say</h2>",
-        _items([(one.title, verdict(one, report)) for one in report.candidates]),
+        _items([(candidate.title, verdict(candidate, report)) for candidate in report.candidates]),
         "<h2>How far from the policy, and what that makes of beta</h2>",
-        _about_step(report),
+        _step_table(report),
         "<h2>What they say about the pairs</h2>",
-        _about_pairs(report),
+        _pairs_table(report),
         '<details class="notes"><summary>What the columns mean</summary>',
         page.definitions(notes + reading()) + "</details>",
         "<h2>Step 0 at every beta</h2>",
-        *(_at_betas(one, colour) for one, colour in coloured(report)),
+        *(_betas_table(candidate, colour) for candidate, colour in coloured(report)),
         "<h2>KL and how it was estimated</h2>",
         _items(estimators(report)),
         "<h2>Text for references with another tokenizer</h2>" + _items(audits) if audits else "",
@@ -123,7 +125,7 @@ def clipped(title: str, size: int) -> str:
 
 def coloured(report: Report) -> list[tuple[Candidate, str]]:
     """Every candidate and its colour."""
-    return [(one, SERIES[place % len(SERIES)]) for place, one in enumerate(report.candidates)]
+    return [(candidate, SERIES[index % len(SERIES)]) for index, candidate in enumerate(report.candidates)]
 
 
 def _rows(axes: Any, names: Sequence[str], title: str) -> None:
@@ -137,11 +139,11 @@ def _rows(axes: Any, names: Sequence[str], title: str) -> None:
 def margin_panels(report: Report) -> list[Panel]:
     """One cloud per reference whose margins are neither all zero nor the policy's own."""
     shown = [(c, hue) for c, hue in coloured(report) if c.margins.any() and c.start.sd > 0]
-    return [_cloud(one, hue, report) for one, hue in shown]
+    return [_cloud(candidate, hue, report) for candidate, hue in shown]
 
 
-def _cloud(one: Candidate, colour: str, report: Report) -> Panel:
-    ours, theirs = report.policy_margins, one.margins
+def _cloud(candidate: Candidate, colour: str, report: Report) -> Panel:
+    ours, theirs = report.policy_margins, candidate.margins
 
     def dots(axes: Any) -> None:
         axes.scatter(ours, theirs, s=9, color=colour, alpha=0.4, linewidths=0)
@@ -150,7 +152,7 @@ def _cloud(one: Candidate, colour: str, report: Report) -> Panel:
         axes.hexbin(ours, theirs, gridsize=36, mincnt=1, bins="log", cmap="Blues", linewidths=0.1)
 
     def draw(axes: Any) -> None:
-        axes.set_title(f"Margins: {clipped(one.title, 28)}")
+        axes.set_title(f"Margins: {clipped(candidate.title, 28)}")
         (honeycomb if len(ours) > LARGE else dots)(axes)
         axes.axline((0, 0), slope=1, color=INITIAL, linewidth=1, linestyle=(0, (4, 3)))
         axes.axhline(0, color=INITIAL, linewidth=0.6)
@@ -159,17 +161,17 @@ def _cloud(one: Candidate, colour: str, report: Report) -> Panel:
         axes.set_ylabel("margin of the reference")
 
     return Panel(
-        f"{one.title}: each dot a pair. On the dashed line the step-0 margin is zero; above the horizontal line the "
-        "reference prefers the chosen response, right of the vertical one the policy.",
+        f"{candidate.title}: each dot a pair. On the dashed line the step-0 margin is zero; above the horizontal line "
+        "the reference prefers the chosen response, right of the vertical one the policy.",
         draw,
     )
 
 
 def _lines(report: Report, axes: Any, value: Callable[[Any], float]) -> None:
-    for one, colour in coloured(report):
-        betas = [at.beta for at in one.start.at]
-        axes.plot(betas, [value(at) for at in one.start.at], marker="o", markersize=4, linewidth=1.8, color=colour,
-                  label=short(one.title))  # fmt: skip
+    for candidate, colour in coloured(report):
+        betas = [at.beta for at in candidate.start.at]
+        axes.plot(betas, [value(at) for at in candidate.start.at], marker="o", markersize=4, linewidth=1.8,
+                  color=colour, label=short(candidate.title))  # fmt: skip
     axes.set_xscale("log")
     betas = [at.beta for at in report.candidates[0].start.at]
     axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
@@ -200,9 +202,9 @@ def weight_panel(report: Report) -> Panel:
     quoted = report.candidates[0].quoted.beta
 
     def draw(axes: Any) -> None:
-        _rows(axes, [one.title for one in report.candidates], f"Gradient weights at β = {quoted:g}")
-        for row, (one, colour) in enumerate(coloured(report)):
-            low, left, middle, right, high = one.quoted.weight_quantiles
+        _rows(axes, [c.title for c in report.candidates], f"Gradient weights at β = {quoted:g}")
+        for row, (candidate, colour) in enumerate(coloured(report)):
+            low, left, middle, right, high = candidate.quoted.weight_quantiles
             axes.plot([low, high], [row, row], color=colour, linewidth=2, alpha=0.45, solid_capstyle="round")
             axes.plot([left, right], [row, row], color=colour, linewidth=8, alpha=0.45, solid_capstyle="butt")
             axes.plot([middle], [row], "o", color=colour, markersize=7)
@@ -222,8 +224,8 @@ def accuracy_panel(report: Report) -> Panel:
     """Pairs ranked as labelled, with intervals."""
 
     def draw(axes: Any) -> None:
-        named = [(one.title, one.alone, colour) for one, colour in coloured(report)]
-        entries = [("policy", report.policy_alone, INITIAL), *named]
+        candidates = [(c.title, c.alone, colour) for c, colour in coloured(report)]
+        entries = [("policy", report.policy_alone, INITIAL), *candidates]
         _rows(axes, [name for name, _, _ in entries], "Pairs ranked as labelled")
         axes.axvline(50, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
         for row, (_, alone, colour) in enumerate(entries):
@@ -238,15 +240,15 @@ def accuracy_panel(report: Report) -> Panel:
 
 def gap_panel(report: Report) -> Panel:
     """How much likelier the policy finds the responses, per byte."""
-    shown = [(one, hue) for one, hue in coloured(report) if np.isfinite(one.beside.gap_per_byte.mean)]
+    shown = [(c, hue) for c, hue in coloured(report) if np.isfinite(c.beside.gap_per_byte.mean)]
 
     def draw(axes: Any) -> None:
-        _rows(axes, [one.title for one, _ in shown], "Gap per byte")
+        _rows(axes, [c.title for c, _ in shown], "Gap per byte")
         axes.axvline(0, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
-        for row, (one, colour) in enumerate(shown):
-            low, high = interval(one.beside.gap_per_byte)
+        for row, (c, colour) in enumerate(shown):
+            low, high = interval(c.beside.gap_per_byte)
             axes.plot([low, high], [row, row], color=colour, linewidth=2.2, alpha=0.55, solid_capstyle="round")
-            axes.plot([one.beside.gap_per_byte.mean], [row], "o", color=colour, markersize=8)
+            axes.plot([c.beside.gap_per_byte.mean], [row], "o", color=colour, markersize=8)
         axes.margins(x=0.12)
         axes.set_xlabel("(log π − log ref) / bytes, nats")
 
@@ -297,26 +299,27 @@ def plus_minus(estimate: Estimate, decimals: int) -> str:
     return mean if MISSING in (mean, error) else f"{mean} ± {error}"
 
 
-def _kl_cell(found: Divergence) -> str:
-    return f"{kl_text(found)}{MARKS[found.estimator]}"
+def _kl_cell(kl: Divergence) -> str:
+    return f"{kl_text(kl)}{MARKS[kl.estimator]}"
 
 
-def _overlap(one: Candidate) -> str:
-    if one.tokens is None:
+def _overlap(candidate: Candidate) -> str:
+    if candidate.tokens is None:
         return MISSING
-    return f"{percent(one.tokens.shared)}, {one.tokens.tokens_per_token:.2f}"
+    return f"{percent(candidate.tokens.shared)}, {candidate.tokens.tokens_per_token:.2f}"
 
 
-def _two(pearson: float, spearman: float) -> str:
+def _correlations(pearson: float, spearman: float) -> str:
     return MISSING if math.isnan(pearson) else f"{number(pearson, 2)}, {number(spearman, 2)}"
 
 
-def _unit(one: Candidate) -> str:
-    return "any" if one.start.unit is None else beta_text(one.start.unit)
+def _unit(candidate: Candidate) -> str:
+    return "any" if candidate.start.unit is None else beta_text(candidate.start.unit)
 
 
-def _listed(one: Candidate) -> str:
-    return "any" if one.start.unit is None else MISSING if one.start.listed is None else f"{one.start.listed:g}"
+def _beta(candidate: Candidate) -> str:
+    unit, listed = candidate.start.unit, candidate.start.listed
+    return "any" if unit is None else MISSING if listed is None else f"{listed:g}"
 
 
 def pair_entries() -> list[Entry]:
@@ -336,11 +339,11 @@ def pair_entries() -> list[Entry]:
         ),
         Entry(
             "r, ρ log-probs", "correlation and rank correlation of responses' log-probs with the policy's",
-            lambda c: _two(c.beside.logps_pearson, c.beside.logps_spearman),
+            lambda c: _correlations(c.beside.logps_pearson, c.beside.logps_spearman),
         ),
         Entry(
             "r, ρ margins", "the same of pair margins",
-            lambda c: _two(c.beside.margins_pearson, c.beside.margins_spearman),
+            lambda c: _correlations(c.beside.margins_pearson, c.beside.margins_spearman),
         ),
         Entry(
             "ρ per byte", "rank correlation of log p / bytes with the policy's: sums follow the length anyway",
@@ -374,7 +377,7 @@ def step_entries(report: Report) -> list[Entry]:
             lambda c: percent(c.quoted.saturated.mean), brief=f"sat. {quoted}",
         ),
         Entry(
-            "start β", f"the largest listed beta with at most {LIMIT} of pairs saturated", _listed, brief="start β",
+            "start β", f"the largest listed beta with at most {LIMIT} of pairs saturated", _beta, brief="start β",
         ),
         Entry("β at s.d. 1", "1 / s.d. of the step-0 margin", _unit),
     ]  # fmt: skip
@@ -388,25 +391,26 @@ def entries(report: Report) -> list[Entry]:
 def cells(report: Report, columns: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     """The columns' titles, and the rows: the policy first, each opened by its name."""
     rows = [["policy", *(column.policy(report.policy_alone) or MISSING for column in columns)]]
-    rows += [[one.title, *(column.text(one) for column in columns)] for one in report.candidates]
+    rows += [[c.title, *(column.text(c) for column in columns)] for c in report.candidates]
     return ["reference", *(column.title for column in columns)], rows
 
 
 def estimators(report: Report) -> list[tuple[str, str]]:
     """How each reference's KLs were estimated, or why there is none."""
     return [
-        (one.title, f"KL(π‖ref): {_how(one.forward)}. KL(ref‖π): {_how(one.reverse)}.") for one in report.candidates
+        (c.title, f"KL(π‖ref): {_estimation(c.forward)}. KL(ref‖π): {_estimation(c.reverse)}.")
+        for c in report.candidates
     ]
 
 
-def _how(found: Divergence) -> str:
-    if found.per_answer is None or found.per_byte is None:
-        return f"none, {found.reason}"
-    cut = "counted as far as they go" if found.estimator == BY_TOKEN else "left out"
-    error = "" if math.isnan(found.per_byte.se) else f" ± {found.per_byte.se:.2g}"
+def _estimation(kl: Divergence) -> str:
+    if kl.per_answer is None or kl.per_byte is None:
+        return f"none, {kl.reason}"
+    cut = "counted as far as they go" if kl.estimator == BY_TOKEN else "left out"
+    error = "" if math.isnan(kl.per_byte.se) else f" ± {kl.per_byte.se:.2g}"
     return (
-        f"{kl_text(found)} nats per answer, {number(found.per_byte.mean, 4)}{error} per byte ({found.estimator}, "
-        f"{found.num_answers} answers; {found.num_cut} had not ended and are {cut})"
+        f"{kl_text(kl)} nats per answer, {number(kl.per_byte.mean, 4)}{error} per byte ({kl.estimator}, "
+        f"{kl.num_answers} answers; {kl.num_cut} had not ended and are {cut})"
     )
 
 
@@ -416,19 +420,19 @@ def terminal_table(report: Report) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    shown = [column for column in entries(report) if column.brief]
+    brief = [column for column in entries(report) if column.brief]
     notes = [f"π‖ref, ref‖π: KL in nats per answer, {BY_TOKEN}; * {BY_TEXT}"]
-    notes += [f"{one.title}: {one.reason}" for one in report.refused]
+    notes += [f"{refusal.title}: {refusal.reason}" for refusal in report.refused]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False,
                   caption=Text("\n".join(notes)), caption_justify="left")  # fmt: skip
     table.add_column("reference", overflow="fold", min_width=13)
-    for column in shown:
+    for column in brief:
         table.add_column(column.brief, justify="right", no_wrap=True)
-    table.add_row(Text("policy"), *(Text(_narrow(c.policy(report.policy_alone))) for c in shown))
-    for one in report.candidates:
-        table.add_row(Text(one.title), *(Text(_narrow(column.text(one))) for column in shown))
-    for refused in report.refused:
-        table.add_row(Text(refused.title, style="red"), *(MISSING for _ in shown))
+    table.add_row(Text("policy"), *(Text(_narrow(c.policy(report.policy_alone))) for c in brief))
+    for candidate in report.candidates:
+        table.add_row(Text(candidate.title), *(Text(_narrow(column.text(candidate))) for column in brief))
+    for refusal in report.refused:
+        table.add_row(Text(refusal.title, style="red"), *(MISSING for _ in brief))
     return table
 
 
@@ -464,22 +468,23 @@ def beta_text(beta: float | None) -> str:
     return "–" if beta is None else f"{beta:.2g}"
 
 
-def _margins(one: Candidate) -> str:
-    start = one.start
+def _margins(candidate: Candidate) -> str:
+    start = candidate.start
     if start.unit is None and start.mean == 0:
         return "At step 0 all margins are 0: every pair starts with gradient weight 1/2 whatever beta is."
     if start.unit is None:
         return f"At step 0 all margins are {number(start.mean, 1, signed=True)} nats."
-    whose = " (they are the policy's own: there is no reference)" if one.silent else ""
-    wrong = f", {100 * one.quoted.saturated_wrong:.0f}\u00a0% on the wrong side" if one.quoted.saturated.mean else ""
+    quoted = candidate.quoted
+    remark = " (they are the policy's own: there is no reference)" if candidate.silent else ""
+    wrong = f", {100 * quoted.saturated_wrong:.0f}\u00a0% on the wrong side" if quoted.saturated.mean else ""
     return (
-        f"Margins at step 0 have s.d. {start.sd:.3g} nats{whose}: with beta {one.quoted.beta:g}, "
-        f"{share(one.quoted.saturated)} of pairs are saturated{wrong}."
+        f"Margins at step 0 have s.d. {start.sd:.3g} nats{remark}: with beta {quoted.beta:g}, "
+        f"{share(quoted.saturated)} of pairs are saturated{wrong}."
     )
 
 
-def _start(one: Candidate) -> str:
-    start = one.start
+def _start(candidate: Candidate) -> str:
+    start = candidate.start
     if start.unit is None:
         return "Nothing about beta follows from step 0."
     unit = f"beta times the margin has s.d. 1 at beta {beta_text(start.unit)}"
@@ -489,60 +494,66 @@ def _start(one: Candidate) -> str:
     return f"Start near beta {start.listed:g}{top} (at most {LIMIT} saturated); {unit}."
 
 
-def _accuracy(one: Candidate, report: Report) -> str:
-    if not one.margins.any():
+def _accuracy(candidate: Candidate, report: Report) -> str:
+    if not candidate.margins.any():
         return ""
-    low, high = interval(one.beside.accuracy_difference)
+    low, high = interval(candidate.beside.accuracy_difference)
     points = ", ".join(number(100 * end, 1, signed=True) for end in (low, high))
     beyond = "more often" if low > 0 else "less often" if high < 0 else "no difference that the interval carries"
     return (
-        f"It prefers the chosen response in {share(one.alone.accuracy)} of pairs, the policy in "
+        f"It prefers the chosen response in {share(candidate.alone.accuracy)} of pairs, the policy in "
         f"{share(report.policy_alone.accuracy)}: {beyond} ([{points}] points, pair by pair)."
     )
 
 
-def _ranking(one: Candidate) -> str:
-    found, (low, high) = one.beside, one.beside.margins_spearman_interval
-    if math.isnan(found.margins_spearman):
+def _ranking(candidate: Candidate) -> str:
+    beside, (low, high) = candidate.beside, candidate.beside.margins_spearman_interval
+    if math.isnan(beside.margins_spearman):
         return ""
     return (
-        f"Rank correlation with the policy: {number(found.margins_spearman, 2)} [{number(low, 2)}, {number(high, 2)}] "
-        f"of margins, {number(found.logps_spearman, 2)} of log-probs, {number(found.per_byte_spearman, 2)} of those "
-        "per byte."
+        f"Rank correlation with the policy: {number(beside.margins_spearman, 2)} "
+        f"[{number(low, 2)}, {number(high, 2)}] of margins, {number(beside.logps_spearman, 2)} of log-probs, "
+        f"{number(beside.per_byte_spearman, 2)} of those per byte."
     )
 
 
-def kl_text(found: Divergence) -> str:
+def kl_text(kl: Divergence) -> str:
     """A KL per answer with its standard error, in nats; a dash where there is none."""
-    if found.per_answer is None:
+    if kl.per_answer is None:
         return "–"
-    error = "" if math.isnan(found.per_answer.se) else f" ± {number(found.per_answer.se, 2)}"
-    return f"{number(found.per_answer.mean, 2)}{error}"
+    error = "" if math.isnan(kl.per_answer.se) else f" ± {number(kl.per_answer.se, 2)}"
+    return f"{number(kl.per_answer.mean, 2)}{error}"
 
 
-def _kl_sentence(one: Candidate) -> str:
-    named = (("KL(policy ‖ reference)", one.forward), ("KL(reference ‖ policy)", one.reverse))
-    known = [f"{name} is {kl_text(found)} nats per answer" for name, found in named if found.per_answer]
-    return f"{', '.join(known)}." if known else ""
+def _kl_sentence(candidate: Candidate) -> str:
+    divergences = (("KL(policy ‖ reference)", candidate.forward), ("KL(reference ‖ policy)", candidate.reverse))
+    parts = [f"{name} is {kl_text(kl)} nats per answer" for name, kl in divergences if kl.per_answer]
+    return f"{', '.join(parts)}." if parts else ""
 
 
-def verdict(one: Candidate, report: Report) -> str:
+def verdict(candidate: Candidate, report: Report) -> str:
     """The evidence on one reference."""
-    if one.start.unit is None and one.start.mean == 0:
-        return f"{_margins(one)} {_start(one)}"
-    parts = (_margins(one), _start(one), _accuracy(one, report), _ranking(one), _kl_sentence(one))
+    if candidate.start.unit is None and candidate.start.mean == 0:
+        return f"{_margins(candidate)} {_start(candidate)}"
+    parts = (
+        _margins(candidate),
+        _start(candidate),
+        _accuracy(candidate, report),
+        _ranking(candidate),
+        _kl_sentence(candidate),
+    )
     return " ".join(filter(None, parts))
 
 
 def headline(report: Report) -> str:
     """Where to start with each reference."""
 
-    def start(one: Candidate) -> str:
-        if one.start.unit is None:
+    def start(c: Candidate) -> str:
+        if c.start.unit is None:
             return "any"
-        return f"below {one.start.at[0].beta:g}" if one.start.listed is None else f"{one.start.listed:g}"
+        return f"below {c.start.at[0].beta:g}" if c.start.listed is None else f"{c.start.listed:g}"
 
-    starts = ", ".join(f"{start(one)} with {one.title}" for one in report.candidates)
+    starts = ", ".join(f"{start(c)} with {c.title}" for c in report.candidates)
     return f"Beta to start with for {report.policy}: {starts}"
 
 

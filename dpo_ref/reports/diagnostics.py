@@ -44,19 +44,19 @@ def _share(estimate: Estimate | None) -> str:
     return f"{100 * estimate.mean:.1f}{error}\u00a0%"
 
 
-def lead(found: Diagnosis) -> str:
+def lead(diagnosis: Diagnosis) -> str:
     """The finding in a sentence or two."""
-    name = "own" if "own" in found.texts else "chosen"
-    text = found.texts[name]
+    name = "own" if "own" in diagnosis.texts else "chosen"
+    text = diagnosis.texts[name]
     moved = text.shift
     parts = [
         f"On {NAMES[name]} a token's log-probability moved by {number(moved.mean_abs, 3)} nats on average, and 1 % of "
         f"the tokens carry {percent(moved.top_1_percent)} of it."
     ]
-    ends = {NAMES[name]: found.texts[name].end.logratio for name in ("chosen", "own") if name in found.texts}
-    known = [f"{_signed(end)} on {name}" for name, end in ends.items() if not math.isnan(end.mean)]
-    if known:
-        parts.append(f"Where answers end, that of the end token moved by {' and '.join(known)} (nats).")
+    ends = {NAMES[name]: diagnosis.texts[name].end.logratio for name in ("chosen", "own") if name in diagnosis.texts}
+    shifts = [f"{_signed(end)} on {name}" for name, end in ends.items() if not math.isnan(end.mean)]
+    if shifts:
+        parts.append(f"Where answers end, that of the end token moved by {' and '.join(shifts)} (nats).")
     return " ".join(parts)
 
 
@@ -69,17 +69,17 @@ def _text_row(name: str, text: TextDiagnosis, shift: Shift) -> list[str]:
     ]  # fmt: skip
 
 
-def _texts(found: Diagnosis) -> str:
+def _texts(diagnosis: Diagnosis) -> str:
     names = ["Responses", "Tokens", "Mean log-ratio", "Mean size", "Beyond 1 nat", "In top 1 %", "In top 10 %",
              "End token", "First choice, π / initial", "Entropy, π / initial"]  # fmt: skip
     rows = []
-    for name, text in found.texts.items():
+    for name, text in diagnosis.texts.items():
         rows.append(row(names, _text_row(NAMES[name], text, text.shift), HUES[name]))
         if text.reference_shift is not None:
-            against = _text_row(f"{NAMES[name]}, against {found.reference}", text, text.reference_shift)
+            against = _text_row(f"{NAMES[name]}, against {diagnosis.reference}", text, text.reference_shift)
             entropy = text.entropy.reference
-            said = MISSING if entropy is None else f"{number(text.entropy.policy.mean, 3)} / {number(entropy.mean, 3)}"
-            rows.append(row(names, [*against[:7], MISSING, MISSING, said], HUES[name]))
+            both = MISSING if entropy is None else f"{number(text.entropy.policy.mean, 3)} / {number(entropy.mean, 3)}"
+            rows.append(row(names, [*against[:7], MISSING, MISSING, both], HUES[name]))
     notes = [
         ("Mean log-ratio", "log π − log initial of a token, nats, ± standard error clustered by prompt"),
         ("Mean size", "mean of its absolute value"),
@@ -110,11 +110,11 @@ def _moved(moved: tuple[Moved, ...], title: str) -> str:
     return table(names, rows)
 
 
-def _details(found: Diagnosis) -> str:
+def _details(diagnosis: Diagnosis) -> str:
     parts = []
-    for name, text in found.texts.items():
+    for name, text in diagnosis.texts.items():
         shifts = {"the initial policy": text.shift} | (
-            {} if text.reference_shift is None else {f"the loss reference {found.reference}": text.reference_shift}
+            {} if text.reference_shift is None else {f"the loss reference {diagnosis.reference}": text.reference_shift}
         )
         for against, shift in shifts.items():
             inner = (
@@ -128,21 +128,21 @@ def _details(found: Diagnosis) -> str:
     return "".join(parts)
 
 
-def _displacement(found: Diagnosis) -> str:
-    if found.displacement is None:
+def _displacement(diagnosis: Diagnosis) -> str:
+    if diagnosis.displacement is None:
         return ""
 
-    def entries(name: str, one: Displacement) -> list[str]:
+    def entries(name: str, displacement: Displacement) -> list[str]:
         return [
             name,
-            _signed(one.mean),
-            number(one.median, 2, True),
-            _signed(one.per_token, 3),
-            _share(one.share_down),
+            _signed(displacement.mean),
+            number(displacement.median, 2, True),
+            _signed(displacement.per_token, 3),
+            _share(displacement.share_down),
         ]
 
     names = ["Log-probability", "Mean change", "Median", "Per token", "Pairs in which it fell"]
-    both = found.displacement
+    both = diagnosis.displacement
     rows = [row(names, entries(name, getattr(both, name)), HUES[name]) for name in ("chosen", "rejected")]
     quadrants = [
         ("both rose", percent(both.both_up)),
@@ -154,37 +154,39 @@ def _displacement(found: Diagnosis) -> str:
     return heading + table(names, rows) + page.definitions(quadrants)
 
 
-def _rankings(found: Diagnosis) -> str:
-    if not found.rankings:
+def _rankings(diagnosis: Diagnosis) -> str:
+    if not diagnosis.rankings:
         return ""
-    scores = [name for name in SCORES if any(name in one.accuracy for one in found.rankings.values())]
+    scores = [name for name in SCORES if any(name in ranking.accuracy for ranking in diagnosis.rankings.values())]
     names = ["Pairs", "Number", *(SCORES[name] for name in scores), "Above length", "Ties"]
 
-    def entries(name: str, one: Ranking) -> list[str]:
-        known = [_share(one.accuracy.get(score)) for score in scores]
-        above = MISSING if one.above_length is None else f"{number(100 * one.above_length.mean, 1, True)} points"
-        return [name, f"{one.num_pairs:,}", *known, above, percent(one.ties.get("implicit", math.nan))]
+    def entries(name: str, ranking: Ranking) -> list[str]:
+        accuracies = [_share(ranking.accuracy.get(score)) for score in scores]
+        above = (
+            MISSING if ranking.above_length is None else f"{number(100 * ranking.above_length.mean, 1, True)} points"
+        )
+        return [name, f"{ranking.num_pairs:,}", *accuracies, above, percent(ranking.ties.get("implicit", math.nan))]
 
-    rows = [row(names, entries(name, one)) for name, one in found.rankings.items()]
+    rows = [row(names, entries(name, ranking)) for name, ranking in diagnosis.rankings.items()]
     note = (
         '<p class="small">Share of pairs ranked as labelled, ± standard error; ties are wrong. The implicit reward is '
-        f"log π − log of the loss reference, {page.text(found.reference)}.</p>"
+        f"log π − log of the loss reference, {page.text(diagnosis.reference)}.</p>"
     )
     return "<h3>Which answers it prefers</h3>" + note + table(names, rows)
 
 
-def _kl(of: Evaluation, reference: str) -> str:
+def _kl(evaluation: Evaluation, reference: str) -> str:
     """KL on own answers, the plain estimate beside the one that is used; "" where there is none."""
     against = {"initial": "initial policy", "loss_reference": f"loss reference, {reference}"}
     keys = {KL.of(model=name): title for name, title in against.items()}
-    known = {key: title for key, title in keys.items() if not math.isnan(of.get(key))}
-    if not known:
+    titles = {key: title for key, title in keys.items() if not math.isnan(evaluation.get(key))}
+    if not titles:
         return ""
     names = ["KL on own answers to the", "Nats per answer", "Plain estimate, k1", "Nats per token", "Answers cut"]
     rows = [
-        row(names, [title, plus_minus(of, key, 2), plus_minus(of, f"{key}_k1", 2),
-                    number(of.get(f"{key}_per_token"), 3), percent(of.get(f"{key}_share_cut"))])
-        for key, title in known.items()
+        row(names, [title, plus_minus(evaluation, key, 2), plus_minus(evaluation, f"{key}_k1", 2),
+                    number(evaluation.get(f"{key}_per_token"), 3), percent(evaluation.get(f"{key}_share_cut"))])
+        for key, title in titles.items()
     ]  # fmt: skip
     note = (
         '<p class="small">± standard error. Both estimates have the same expectation, and a cut answer counts as far '
@@ -193,38 +195,38 @@ def _kl(of: Evaluation, reference: str) -> str:
     return "<h3>How far it went</h3>" + note + table(names, rows)
 
 
-def _absent(found: Diagnosis) -> str:
-    lines = "".join(f"<li>{page.text(what)}: {page.text(why)}.</li>" for what, why in found.absent.items())
+def _absent(diagnosis: Diagnosis) -> str:
+    lines = "".join(f"<li>{page.text(name)}: {page.text(reason)}.</li>" for name, reason in diagnosis.absent.items())
     return f'<p class="small">Not measured:</p><ul class="small">{lines}</ul>' if lines else ""
 
 
 def diagnostics_section(folder: Path) -> str:
     """What a diagnosis in `folder` found, as HTML; "" where there is none."""
-    found = read_diagnosis(folder)
-    if found is None:
+    diagnosis = read_diagnosis(folder)
+    if diagnosis is None:
         return ""
     parts = ["<h2>What happened to single tokens</h2>"]
-    if found.texts:
+    if diagnosis.texts:
         parts += [
-            f'<p class="lead">{page.text(lead(found))}</p>',
-            page.pictures(panels(found)),
-            _texts(found),
-            _details(found),
+            f'<p class="lead">{page.text(lead(diagnosis))}</p>',
+            page.pictures(panels(diagnosis)),
+            _texts(diagnosis),
+            _details(diagnosis),
         ]
     parts += [
-        _kl(read_evaluation(folder), found.reference),
-        _displacement(found),
-        _rankings(found),
-        token_views(read_examples(folder), found.reference),
-        _absent(found),
+        _kl(read_evaluation(folder), diagnosis.reference),
+        _displacement(diagnosis),
+        _rankings(diagnosis),
+        token_views(read_examples(folder), diagnosis.reference),
+        _absent(diagnosis),
     ]
     return "\n".join(filter(None, parts))
 
 
 def diagnostics_panels(folder: Path) -> list[Panel]:
     """The pictures of the diagnosis in `folder`; none where there is none."""
-    found = read_diagnosis(folder)
-    return panels(found) if found else []
+    diagnosis = read_diagnosis(folder)
+    return panels(diagnosis) if diagnosis else []
 
 
 # --- pictures of a diagnosis
@@ -240,22 +242,22 @@ POLICY = SERIES[3]
 
 def shown_token(text: str) -> str:
     """A token with its blanks visible, short."""
-    seen = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "(nothing)"
-    return seen if len(seen) <= 14 else f"{seen[:13]}…"
+    visible = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "(nothing)"
+    return visible if len(visible) <= 14 else f"{visible[:13]}…"
 
 
-def distribution_panel(found: Diagnosis) -> Panel:
+def distribution_panel(diagnosis: Diagnosis) -> Panel:
     """How many tokens moved how far."""
 
     def draw(axes: Any) -> None:
-        for name, text in found.texts.items():
+        for name, text in diagnosis.texts.items():
             counts = np.array(text.shift.counts)
             share = np.where(counts > 0, 100 * counts / counts.sum(), np.nan)
             edges = np.arange(len(share) + 1) - 0.5
             axes.stairs(share, edges, color=HUES[name], linewidth=1.8, label=NAMES[name], baseline=None)
-        marks = [(edge, place + 0.5) for place, edge in enumerate(EDGES) if f"{abs(edge):g}" in ("0.1", "1", "10")]
+        marks = [(edge, x + 0.5) for x, edge in enumerate(EDGES) if f"{abs(edge):g}" in ("0.1", "1", "10")]
         marks.append((0.0, len(STEPS)))
-        axes.set_xticks([place for _, place in marks], [f"{edge:g}".replace("-", "−") for edge, _ in marks])
+        axes.set_xticks([x for _, x in marks], [f"{edge:g}".replace("-", "−") for edge, _ in marks])
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.axvline(len(STEPS), color=INITIAL, linewidth=1, linestyle=(0, (4, 3)))
@@ -270,18 +272,18 @@ def distribution_panel(found: Diagnosis) -> Panel:
     )
 
 
-def end_panel(found: Diagnosis) -> Panel:
+def end_panel(diagnosis: Diagnosis) -> Panel:
     """The shift of the end token in each set of responses."""
-    known = {name: text.end for name, text in found.texts.items() if not math.isnan(text.end.logratio.mean)}
+    ends = {name: text.end for name, text in diagnosis.texts.items() if not math.isnan(text.end.logratio.mean)}
 
     def draw(axes: Any) -> None:
-        for place, (name, end) in enumerate(known.items()):
+        for y, (name, end) in enumerate(ends.items()):
             mean, error = end.logratio
-            axes.errorbar(mean, place, xerr=0 if math.isnan(error) else 1.96 * error, fmt="o", color=HUES[name],
+            axes.errorbar(mean, y, xerr=0 if math.isnan(error) else 1.96 * error, fmt="o", color=HUES[name],
                           markersize=8, elinewidth=2)  # fmt: skip
         axes.axvline(0, color=INITIAL, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.set_ylim(len(known) - 0.4, -0.6)
-        axes.set_yticks(range(len(known)), [NAMES[name] for name in known])
+        axes.set_ylim(len(ends) - 0.4, -0.6)
+        axes.set_yticks(range(len(ends)), [NAMES[name] for name in ends])
         axes.grid(axis="y", visible=False)
         axes.set(title="Shift of the end token", xlabel="log π(end) − log initial(end) (nats)")
 
@@ -290,49 +292,49 @@ def end_panel(found: Diagnosis) -> Panel:
     )
 
 
-def hazard_panel(hazard: Hazard, what: str) -> Panel:
+def hazard_panel(hazard: Hazard, answers: str) -> Panel:
     """The probability of ending at every position, policy beside initial policy."""
     alive = np.array(hazard.num_responses)
-    places = np.flatnonzero(alive >= min(FEWEST, alive.max()))
+    positions = np.flatnonzero(alive >= min(FEWEST, alive.max()))
 
     def draw(axes: Any) -> None:
         for values, colour, name in ((hazard.initial, INITIAL, "initial policy"), (hazard.policy, POLICY, "policy")):
-            axes.plot(places + 1, 100 * np.array(values)[places], color=colour, linewidth=1.8, label=name)
-        axes.set(title=f"Hazard of ending, {what}", xlabel="token of the answer", ylabel="P(end) in %")
+            axes.plot(positions + 1, 100 * np.array(values)[positions], color=colour, linewidth=1.8, label=name)
+        axes.set(title=f"Hazard of ending, {answers}", xlabel="token of the answer", ylabel="P(end) in %")
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=1)
         axes.legend(loc="best")
 
     return Panel(
-        f"Mean probability that the answer ends at this token, given that it has come so far, on {what}; both models "
-        f"read the same prefixes. Positions that fewer than {FEWEST} answers reach are left out.",
+        f"Mean probability that the answer ends at this token, given that it has come so far, on {answers}; both "
+        f"models read the same prefixes. Positions that fewer than {FEWEST} answers reach are left out.",
         draw,
     )
 
 
-def relative_panel(hazard: Hazard, what: str) -> Panel:
+def relative_panel(hazard: Hazard, answers: str) -> Panel:
     """The same along the way of each response."""
 
     def draw(axes: Any) -> None:
-        places = np.arange(len(hazard.policy))
+        positions = np.arange(len(hazard.policy))
         for values, colour, name in ((hazard.initial, INITIAL, "initial policy"), (hazard.policy, POLICY, "policy")):
-            axes.plot(places, 100 * np.array(values), "o-", color=colour, markersize=5, linewidth=1.2, label=name)
+            axes.plot(positions, 100 * np.array(values), "o-", color=colour, markersize=5, linewidth=1.2, label=name)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks([0, 5, TENTHS], ["first tenth", "half", "last token"])
-        axes.set(title=f"Where {what} could end", ylabel="P(end) in %")
+        axes.set(title=f"Where {answers} could end", ylabel="P(end) in %")
         axes.legend(loc="upper left")
 
     return Panel(
-        f"Mean probability of ending by tenths of the way through {what}, the token that ends them apart.", draw
+        f"Mean probability of ending by tenths of the way through {answers}, the token that ends them apart.", draw
     )
 
 
 def _bars(moved: Sequence[Moved], values: Sequence[float], title: str, unit: str, caption: str) -> Panel:
     def draw(axes: Any) -> None:
-        places = range(len(moved))
-        axes.barh(places, values, color=[UP if value > 0 else DOWN for value in values], height=0.72)
-        axes.set_yticks(places, [f"{shown_token(one.text)}  ×{one.num_tokens}" for one in moved])
+        positions = range(len(moved))
+        axes.barh(positions, values, color=[UP if value > 0 else DOWN for value in values], height=0.72)
+        axes.set_yticks(positions, [f"{shown_token(m.text)}  ×{m.num_tokens}" for m in moved])
         axes.set_ylim(len(moved) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0, labelsize=8.5)
@@ -343,35 +345,35 @@ def _bars(moved: Sequence[Moved], values: Sequence[float], title: str, unit: str
     return Panel(caption, draw)
 
 
-def moved_panels(found: Diagnosis, name: str) -> list[Panel]:
+def moved_panels(diagnosis: Diagnosis, name: str) -> list[Panel]:
     """The tokens that moved most in a set of responses: in total, and by mean."""
-    shift, where = found.texts[name].shift, NAMES[name]
+    shift, label = diagnosis.texts[name].shift, NAMES[name]
     total, mean = shift.by_total[:SHOWN], shift.by_mean[:SHOWN]
     blanks = "Blanks are shown as ␣; behind × stands how often a token occurs."
     panels = [
-        _bars(total, [one.total for one in total], f"Tokens that carry most, {where}", "sum of log-ratios (nats)",
+        _bars(total, [m.total for m in total], f"Tokens that carry most, {label}", "sum of log-ratios (nats)",
               f"Sum of the log-ratios over all occurrences of a token. {blanks}"),
-        _bars(mean, [one.mean for one in mean], f"Tokens that moved most, {where}", "mean log-ratio (nats)",
+        _bars(mean, [m.mean for m in mean], f"Tokens that moved most, {label}", "mean log-ratio (nats)",
               f"Mean log-ratio of a token, of those that are not rare. {blanks}"),
     ]  # fmt: skip
-    return [panel for panel, shown in zip(panels, (total, mean), strict=True) if shown]
+    return [panel for panel, tokens in zip(panels, (total, mean), strict=True) if tokens]
 
 
 def length_panel(bins: Sequence[LengthBin], overall: Estimate, baseline: Estimate) -> Panel:
     """Accuracy of the implicit reward where the chosen response is shorter, and where it is longer."""
 
     def draw(axes: Any) -> None:
-        for place, one in enumerate(bins):
-            axes.plot([place, place], [100 * one.low, 100 * one.high], color=SERIES[0], linewidth=2.2, alpha=0.55)
-        places = range(len(bins))
+        for x, b in enumerate(bins):
+            axes.plot([x, x], [100 * b.low, 100 * b.high], color=SERIES[0], linewidth=2.2, alpha=0.55)
+        positions = range(len(bins))
         axes.plot(
-            places, [100 * one.accuracy for one in bins], "o", color=SERIES[0], markersize=7, label="implicit reward"
+            positions, [100 * b.accuracy for b in bins], "o", color=SERIES[0], markersize=7, label="implicit reward"
         )
-        by_length = [{"0": 50, "+": 100, "−": 0}[one.name[0]] for one in bins]
-        axes.plot(places, by_length, "_", color=INITIAL, markersize=14, markeredgewidth=2, label="length alone")
+        by_length = [{"0": 50, "+": 100, "−": 0}[b.name[0]] for b in bins]
+        axes.plot(positions, by_length, "_", color=INITIAL, markersize=14, markeredgewidth=2, label="length alone")
         axes.axhline(50, color=INITIAL, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xticks(
-            list(places), [one.name.replace(" ", "\n", 1) + f"\n({one.num_pairs})" for one in bins], fontsize=7.5
+            list(positions), [b.name.replace(" ", "\n", 1) + f"\n({b.num_pairs})" for b in bins], fontsize=7.5
         )
         axes.set(title="Pairs right, by length difference", ylabel="% right", ylim=(-6, 106))
         axes.set_xlabel("tokens of chosen − tokens of rejected (pairs)")
@@ -384,20 +386,20 @@ def length_panel(bins: Sequence[LengthBin], overall: Estimate, baseline: Estimat
     )
 
 
-def panels(found: Diagnosis) -> list[Panel]:
+def panels(diagnosis: Diagnosis) -> list[Panel]:
     """All pictures for which there are numbers."""
-    if not found.texts:
+    if not diagnosis.texts:
         return []
-    drawn = [distribution_panel(found), end_panel(found)]
-    if "own" in found.texts:
-        drawn.append(hazard_panel(found.texts["own"].hazard, "own answers"))
-    if "chosen" in found.texts:
-        drawn.append(relative_panel(found.texts["chosen"].relative_hazard, "chosen answers"))
-    drawn += moved_panels(found, "chosen" if "chosen" in found.texts else "own")
-    ranking = found.rankings.get(HELD_OUT)
+    pictures = [distribution_panel(diagnosis), end_panel(diagnosis)]
+    if "own" in diagnosis.texts:
+        pictures.append(hazard_panel(diagnosis.texts["own"].hazard, "own answers"))
+    if "chosen" in diagnosis.texts:
+        pictures.append(relative_panel(diagnosis.texts["chosen"].relative_hazard, "chosen answers"))
+    pictures += moved_panels(diagnosis, "chosen" if "chosen" in diagnosis.texts else "own")
+    ranking = diagnosis.rankings.get(HELD_OUT)
     if ranking and ranking.by_length:
-        drawn.append(length_panel(ranking.by_length, ranking.accuracy["implicit"], ranking.accuracy["length"]))
-    return drawn
+        pictures.append(length_panel(ranking.by_length, ranking.accuracy["implicit"], ranking.accuracy["length"]))
+    return pictures
 
 
 # --- single responses with every token coloured by its log-ratio
@@ -426,32 +428,32 @@ def _title(token: ShownToken, reference: str) -> str:
     assert token.logratio is not None
     assert token.policy is not None
     assert token.initial is not None
-    said = f"{number(token.logratio, 3, True)} nats; policy {_probability(token.policy)}, "
-    said += f"initial policy {_probability(token.initial)}"
+    text = f"{number(token.logratio, 3, True)} nats; policy {_probability(token.policy)}, "
+    text += f"initial policy {_probability(token.initial)}"
     if token.reference is not None:
-        said += f"; against {reference} {number(token.policy - token.reference, 3, True)} nats"
-    return said
+        text += f"; against {reference} {number(token.policy - token.reference, 3, True)} nats"
+    return text
 
 
 def _token(token: ShownToken, reference: str) -> str:
-    seen = page.text(token.text.replace("\n", "⏎\n"))
+    text = page.text(token.text.replace("\n", "⏎\n"))
     if token.logratio is None:
-        return f'<span class="masked">{seen}</span>'
+        return f'<span class="masked">{text}</span>'
     style, title = f"background:{colour(token.logratio)}", page.text(_title(token, reference))
-    return f'<span class="tok" style="{style}" title="{title}">{seen}</span>'
+    return f'<span class="tok" style="{style}" title="{title}">{text}</span>'
 
 
-def _response(found: ShownResponse, reference: str) -> str:
-    total = sum(token.logratio or 0.0 for token in found.tokens)
-    tokens = "".join(_token(token, reference) for token in found.tokens)
-    return f"<p><b>{page.text(found.name)}, {number(total, 2, True)} nats</b>{tokens}</p>"
+def _response(response: ShownResponse, reference: str) -> str:
+    total = sum(token.logratio or 0.0 for token in response.tokens)
+    tokens = "".join(_token(token, reference) for token in response.tokens)
+    return f"<p><b>{page.text(response.name)}, {number(total, 2, True)} nats</b>{tokens}</p>"
 
 
-def _view(shown: Shown, reference: str) -> str:
-    responses = "".join(_response(one, reference) for one in shown.responses)
+def _view(example: Shown, reference: str) -> str:
+    responses = "".join(_response(response, reference) for response in example.responses)
     return (
-        f'<article class="sample example"><p><b>prompt, {page.text(shown.picked)}</b>'
-        f'<span class="masked">{page.text(shown.prompt)}</span></p>{responses}</article>'
+        f'<article class="sample example"><p><b>prompt, {page.text(example.picked)}</b>'
+        f'<span class="masked">{page.text(example.prompt)}</span></p>{responses}</article>'
     )
 
 
@@ -471,4 +473,4 @@ def token_views(examples: Sequence[Shown], reference: str) -> str:
     """All examples with the legend above; "" for none."""
     if not examples:
         return ""
-    return "<h3>Token by token</h3>" + legend() + "".join(_view(shown, reference) for shown in examples)
+    return "<h3>Token by token</h3>" + legend() + "".join(_view(example, reference) for example in examples)

@@ -49,11 +49,11 @@ class Export(NamedTuple):
     num_rows: int
 
 
-def _refuse(export: str, wants: str, found: str, remedy: str) -> ValueError:
-    return ValueError(f"export={export} wants {wants}; {found}: {remedy}")
+def _refuse(export: str, wants: str, observed: str, remedy: str) -> ValueError:
+    return ValueError(f"export={export} wants {wants}; {observed}: {remedy}")
 
 
-def _named(model_name: str | None, otherwise: str) -> str:
+def _checked_name(model_name: str | None, otherwise: str) -> str:
     """The name under which other tools list the policy."""
     name = otherwise if model_name is None else model_name
     if not name or set(name) & set('/\\:*?"<>|') or name.startswith("."):
@@ -72,21 +72,21 @@ def _of_prompt_set(export: str, answers: Answers) -> Sequence[Generation]:
 
 def _one_each(export: str, generations: Sequence[Generation], sample: int) -> list[Generation]:
     """One single answer to every prompt of one message."""
-    found = [generation for generation in generations if generation.sample_index == sample]
-    lacking = {generation.prompt_index for generation in generations} - {one.prompt_index for one in found}
+    answers = [generation for generation in generations if generation.sample_index == sample]
+    lacking = {generation.prompt_index for generation in generations} - {answer.prompt_index for answer in answers}
     if lacking or sample < 0:
         raise _refuse(
             export, f"sample {sample} of every prompt", f"prompt {min(lacking, default=0)} has none",
             "export.sample counts from 0 and stays below generation.samples_per_prompt",
         )  # fmt: skip
-    for one in found:
-        if one.turn > 1 or [message["role"] for message in one.prompt] != ["user"]:
-            roles = ", ".join(message["role"] for message in one.prompt)
+    for answer in answers:
+        if answer.turn > 1 or [message["role"] for message in answer.prompt] != ["user"]:
+            roles = ", ".join(message["role"] for message in answer.prompt)
             remedy = "ask such questions, as prompts=alpaca_eval or prompts=jsonl do"
             raise _refuse(
-                export, "prompts of one message by the user", f"prompt {one.prompt_index} has {roles}", remedy
+                export, "prompts of one message by the user", f"prompt {answer.prompt_index} has {roles}", remedy
             )
-    return found
+    return answers
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -99,15 +99,15 @@ def alpaca_eval(answers: Answers, *, model_name: str | None = None, sample: int 
     Any prompts of one message will do; its own comparison, baseline and leaderboard need its 805. `sample` is which
     of several answers. Raises ValueError for other prompts, and for a sample that is not there.
     """
-    name = _named(model_name, answers.name)
+    name = _checked_name(model_name, answers.name)
     rows = [
         {
-            "instruction": one.prompt[0]["content"],
-            "output": one.output,
+            "instruction": answer.prompt[0]["content"],
+            "output": answer.output,
             "generator": name,
-            "dataset": one.category or one.prompt_set,
+            "dataset": answer.category or answer.prompt_set,
         }
-        for one in _one_each("alpaca_eval", answers.generations, sample)
+        for answer in _one_each("alpaca_eval", answers.generations, sample)
     ]
     return Export(Path("alpaca_eval/model_outputs.json"), json.dumps(rows, indent=2, ensure_ascii=False), len(rows))
 
@@ -119,16 +119,16 @@ def arena_hard(answers: Answers, *, model_name: str | None = None, sample: int =
     The `metadata` that its style control asks for counts tokens of a tokenizer of its own: its `add_markdown_info.py`
     adds it. `sample` is which of several answers. Raises ValueError for answers to other questions.
     """
-    name = _named(model_name, answers.name)
+    name = _checked_name(model_name, answers.name)
     rows = [
         {
-            "uid": one.question_id,
-            "ans_id": digest([name, one.question_id, one.output])[:22],
+            "uid": answer.question_id,
+            "ans_id": digest([name, answer.question_id, answer.output])[:22],
             "model": name,
-            "messages": [dict(one.prompt[0]), {"role": "assistant", "content": {"answer": one.output}}],
+            "messages": [dict(answer.prompt[0]), {"role": "assistant", "content": {"answer": answer.output}}],
             "tstamp": answers.written,
         }
-        for one in _one_each("arena_hard", _of_prompt_set("arena_hard", answers), sample)
+        for answer in _one_each("arena_hard", _of_prompt_set("arena_hard", answers), sample)
     ]
     return Export(Path(f"arena_hard/model_answer/{name}.jsonl"), _lines(rows), len(rows))
 
@@ -137,15 +137,15 @@ def mt_bench(answers: Answers, *, model_name: str | None = None) -> Export:
     """MT-Bench's `model_answer/<model>.jsonl` (Zheng et al. 2023, arXiv:2306.05685) as FastChat reads it: a line per
     question, {question_id, answer_id, model_id, choices, tstamp}; a choice per sample, with the answers of all turns.
     Raises ValueError for answers to other questions, and for a question without its second turn."""
-    name, rows = _named(model_name, answers.name), []
+    name, rows = _checked_name(model_name, answers.name), []
     by_question = defaultdict(list)
     for generation in _of_prompt_set("mt_bench", answers):
         by_question[generation.question_id].append(generation)
     for id, members in sorted(by_question.items()):
-        members.sort(key=lambda one: (one.sample_index, one.turn))
+        members.sort(key=lambda generation: (generation.sample_index, generation.turn))
         choices = [
-            {"index": sample, "turns": [one.output for one in turns]}
-            for sample, turns in groupby(members, key=lambda one: one.sample_index)
+            {"index": sample, "turns": [generation.output for generation in turns]}
+            for sample, turns in groupby(members, key=lambda generation: generation.sample_index)
         ]
         if any(len(choice["turns"]) != 2 for choice in choices):
             wants = "two answers to every question"
@@ -163,12 +163,12 @@ def rewardbench(pairs: RewardedPairs, *, model_name: str | None = None) -> Expor
     for DPO models; `results` is 1 where chosen has the higher one, 0 elsewhere, ties included. Raises ValueError for
     no pairs.
     """
-    name = _named(model_name, pairs.name)
+    name = _checked_name(model_name, pairs.name)
     if not pairs.pairs:
         raise _refuse("rewardbench", "held-out pairs", "there are none", "hold some out with data.eval_fraction")
     rows = [
         {
-            "id": number,
+            "id": index,
             "subset": pairs.subset,
             "prompt": pair.prompt[-1]["content"],
             "chosen": [*pair.prompt, Message(role="assistant", content=pair.chosen)],
@@ -179,6 +179,6 @@ def rewardbench(pairs: RewardedPairs, *, model_name: str | None = None) -> Expor
             "results": int(pair.chosen_reward > pair.rejected_reward),
             "origin": pair.origin,
         }
-        for number, pair in enumerate(pairs.pairs)
+        for index, pair in enumerate(pairs.pairs)
     ]
     return Export(Path("rewardbench/pairs.jsonl"), _lines(rows), len(rows))

@@ -58,22 +58,22 @@ def judge_section(folder: Path) -> str:
 
 def _sentence(judge: Mapping[str, Any], baseline: str, metrics: Mapping[str, float]) -> str:
     key, num_pairs = results.JUDGE_WIN_RATE.of(baseline=baseline), metrics[results.NUM_JUDGE_PAIRS.key]
-    asked = f"{judge['model']} (template {judge['template']})"
+    name = f"{judge['model']} (template {judge['template']})"
     if key not in metrics:
-        return f"{asked} gave no verdict on any of {num_pairs:.0f} pairs."
+        return f"{name} gave no verdict on any of {num_pairs:.0f} pairs."
     interval = f"{100 * metrics[f'{key}_low']:.1f}–{100 * metrics[f'{key}_high']:.1f}\u00a0%"
-    counted = f"{metrics[results.NUM_JUDGED.key]:.0f} of {num_pairs:.0f} pairs with a verdict"
+    count = f"{metrics[results.NUM_JUDGED.key]:.0f} of {num_pairs:.0f} pairs with a verdict"
     won = f"{percent(metrics[key])} of the wins (95 % interval {interval})"
-    return f"Against {baseline}, {asked} gives the policy {won}, over {counted}."
+    return f"Against {baseline}, {name} gives the policy {won}, over {count}."
 
 
 def _facts(judge: Mapping[str, Any], metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    said = [("judge", f"{judge['name']}, {judge['model']}"), ("preferences from", judge["preferences"])]
-    said += [("template", f"{judge['template']} {judge['template_digest'][:12]}"), ("orders", judge["orders"])]
-    said += [(share.title, percent(metrics[share.key])) for share in SHARES if share.key in metrics]
-    said += [(count.title, f"{metrics[count.key]:,.0f}") for count in COUNTS]
+    facts = [("judge", f"{judge['name']}, {judge['model']}"), ("preferences from", judge["preferences"])]
+    facts += [("template", f"{judge['template']} {judge['template_digest'][:12]}"), ("orders", judge["orders"])]
+    facts += [(share.title, percent(metrics[share.key])) for share in SHARES if share.key in metrics]
+    facts += [(count.title, f"{metrics[count.key]:,.0f}") for count in COUNTS]
     cost = results.COST
-    return said + ([(cost.title, f"{metrics[cost.key]:.4g}")] if cost.key in metrics else [])
+    return facts + ([(cost.title, f"{metrics[cost.key]:.4g}")] if cost.key in metrics else [])
 
 
 def _contradicts(judgment: Judgment) -> bool:
@@ -102,12 +102,12 @@ def panels(judgments: Sequence[Judgment]) -> list[Panel]:
 
 
 def _outcomes(judgments: Sequence[Judgment]) -> Panel:
-    counted = Counter(map(outcome, judgments))
+    counts = Counter(map(outcome, judgments))
     order = [BOTH, ONE[1], FIRST, SECOND, HALF, EITHER, ONE[0], NEITHER, ONE[-1], SAME, NONE]
-    names = [name for name in order if counted[name]]
+    names = [name for name in order if counts[name]]
 
     def draw(axes: Any) -> None:
-        bars = axes.barh(names, [counted[name] for name in names], color=[HUES.get(name, INITIAL) for name in names])
+        bars = axes.barh(names, [counts[name] for name in names], color=[HUES.get(name, INITIAL) for name in names])
         axes.bar_label(bars, padding=3)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -120,9 +120,9 @@ def _outcomes(judgments: Sequence[Judgment]) -> Panel:
 
 
 def _lengths(judgments: Sequence[Judgment]) -> Panel:
-    known = [j for j in judgments if j.preference is not None]
-    differences = np.array([len(j.pair.output) - len(j.pair.baseline_output) for j in known], dtype=np.float64)
-    preferences = np.array([j.preference for j in known], dtype=np.float64)
+    verdicts = [j for j in judgments if j.preference is not None]
+    differences = np.array([len(j.pair.output) - len(j.pair.baseline_output) for j in verdicts], dtype=np.float64)
+    preferences = np.array([j.preference for j in verdicts], dtype=np.float64)
 
     def draw(axes: Any) -> None:
         axes.plot(differences, 100 * preferences, ".", color=SERIES[0], alpha=0.35, markersize=6)
@@ -143,10 +143,10 @@ def _lengths(judgments: Sequence[Judgment]) -> Panel:
 def _examples(title: str, judgments: Sequence[Judgment], baseline: str) -> str:
     if not judgments:
         return ""
-    shown = f"{SHOWN} of {len(judgments)}" if len(judgments) > SHOWN else str(len(judgments))
+    count = f"{SHOWN} of {len(judgments)}" if len(judgments) > SHOWN else str(len(judgments))
     examples = "".join(_example(judgment, baseline) for judgment in judgments[:SHOWN])
     return (
-        f'<details class="samples"><summary>{page.text(title)}<small>{shown}</small></summary>'
+        f'<details class="samples"><summary>{page.text(title)}<small>{count}</small></summary>'
         f'<div class="comparisons">{examples}</div></details>'
     )
 
@@ -158,18 +158,20 @@ def _example(judgment: Judgment, baseline: str) -> str:
         for turn in judgment.pair.prompt
     )
     answers = _answer(baseline, judgment.pair.baseline_output) + _answer("policy", judgment.pair.output)
-    said = "".join(f'<p class="turn"><span>judge</span>{page.text(_said(o, baseline))}</p>' for o in judgment.opinions)
+    opinions = "".join(
+        f'<p class="turn"><span>judge</span>{page.text(_opinion_text(o, baseline))}</p>' for o in judgment.opinions
+    )
     return (
         f'<article class="sample"><div class="prompt">{turns}</div><div class="answers">{answers}</div>'
-        f'<div class="prompt">{said}</div></article>'
+        f'<div class="prompt">{opinions}</div></article>'
     )
 
 
-def _answer(who: str, output: str) -> str:
-    return f'<div class="answer"><header><b>{page.text(who)}</b></header><p>{page.text(output)}</p></div>'
+def _answer(name: str, output: str) -> str:
+    return f'<div class="answer"><header><b>{page.text(name)}</b></header><p>{page.text(output)}</p></div>'
 
 
-def _said(opinion: Opinion, baseline: str) -> str:
+def _opinion_text(opinion: Opinion, baseline: str) -> str:
     first = "policy" if opinion.policy_first else baseline
     share = "no verdict" if opinion.win is None else f"{percent(opinion.win)} for the policy"
     return f"{first} shown first: {share}\n{opinion.refusal or opinion.answer}"

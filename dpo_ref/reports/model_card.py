@@ -34,25 +34,25 @@ def _datasets(data: Mapping[str, Any]) -> list[str]:
     return on_hub((data.get("hub") or {}).get("path") if path is None and data.get("folder") is None else path)
 
 
-def front_matter(name: str, about: Mapping[str, Any], config: Mapping[str, Any], found: Evaluation | None) -> str:
+def front_matter(name: str, about: Mapping[str, Any], config: Mapping[str, Any], evaluation: Evaluation | None) -> str:
     """The card's metadata as YAML: what the model derives from, and its results as a model index."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = None
-    if found is not None:
-        keys = [found.key(metric) for metric in MEASURED]
+    if evaluation is not None:
+        keys = [evaluation.key(metric) for metric in MEASURED]
         data = about["choices"]["data"]
         results = [
             EvalResult(
                 task_type="text-generation",
                 dataset_type=data,
-                dataset_name=f"{data}, {found.num_prompts} held-out prompts",
+                dataset_name=f"{data}, {evaluation.num_prompts} held-out prompts",
                 metric_type=key,
-                metric_value=found.metrics[key],
+                metric_value=evaluation.metrics[key],
                 metric_name=key,
             )
             for key in keys
-            if key in found.metrics
+            if key in evaluation.metrics
         ]
     base, datasets = on_hub(config["model"].get("path")), _datasets(config["data"])
     card = ModelCardData(
@@ -89,28 +89,28 @@ def _facts(about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return _table([row for row in rows if row[1] not in (None, "")])
 
 
-def _results(found: Evaluation | None, run: str) -> str:
-    if found is None:
+def _results(evaluation: Evaluation | None, run: str) -> str:
+    if evaluation is None:
         return f"Not evaluated yet. `python evaluate.py policy={run}` fills this in."
-    shown = [(column.title, column.text(found), column.note) for column in columns(found.scorer)]
-    broken = [f"**Degenerate**: {'; '.join(found.degenerate)}.\n"] if found.degenerate else []
-    against = f"against the policy `{found.baseline}`" if found.baseline else "against no other policy"
-    how = ", ".join(f"{name} {value}" for name, value in settings(found))
-    return "\n".join([*broken, _table(shown, ("metric", "value", "what it is")), "", f"Compared {against}; {how}."])
+    rows = [(column.title, column.text(evaluation), column.note) for column in columns(evaluation.scorer)]
+    broken = [f"**Degenerate**: {'; '.join(evaluation.degenerate)}.\n"] if evaluation.degenerate else []
+    against = f"against the policy `{evaluation.baseline}`" if evaluation.baseline else "against no other policy"
+    options = ", ".join(f"{name} {value}" for name, value in settings(evaluation))
+    return "\n".join([*broken, _table(rows, ("metric", "value", "what it is")), "", f"Compared {against}; {options}."])
 
 
-def card(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], found: Evaluation | None) -> str:
+def card(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], evaluation: Evaluation | None) -> str:
     """The model card of a run's policy: its configuration, what it was trained against, what was measured."""
     import yaml
 
-    redactor, places = Redactor(config), Places({**config, "run": str(run)})
-    about, options = (places.tree(redactor.tree(tree)) for tree in (summary, config))
+    redactor, paths = Redactor(config), Places({**config, "run": str(run)})
+    about, options = (paths.tree(redactor.tree(tree)) for tree in (summary, config))
     options = {name: value for name, value in options.items() if name not in ABOUT_THE_MACHINE}
     words = [word for word in about["overrides"] if word.lstrip("+").partition("=")[0] not in ABOUT_THE_MACHINE]
     words = [word for word in words if not word.lstrip("+").startswith("tracking.")]
     name = redactor.text(run.resolve().name)
     adapter = "\n`adapter/` holds the LoRA adapter by itself." if (run / "policy" / "adapter").is_dir() else ""
-    body = f"""{front_matter(name, about, config, found)}
+    body = f"""{front_matter(name, about, config, evaluation)}
 
 # {name}
 
@@ -120,7 +120,7 @@ def card(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], found
 
 ## Results
 
-{_results(found, name)}
+{_results(evaluation, name)}
 
 ## Use
 
@@ -159,11 +159,13 @@ def is_ours(text: str) -> bool:
     return mark is not None and mark[1] == _digest(text[: mark.start()])
 
 
-def write_card(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], found: Evaluation | None) -> None:
+def write_card(
+    run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], evaluation: Evaluation | None
+) -> None:
     """Write `policy/README.md`, with results where there are any. One that was edited by hand is kept, and it is said
     so."""
     path = run / "policy" / CARD
     if path.is_file() and not is_ours(path.read_text(encoding="utf-8")):
         print(f"{path} was edited by hand and stays as it is; delete it to have it written again")
         return
-    write_text(path, card(run, summary, config, found))
+    write_text(path, card(run, summary, config, evaluation))

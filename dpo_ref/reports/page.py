@@ -23,11 +23,11 @@ def row(names: Sequence[str], entries: Sequence[str], colour: str | None = None,
     """One row under these column names, the first entry its head; `kind` is an attribute of the row."""
     head, *rest = entries
     dot = "" if colour is None else f'<i style="background:{themed(colour)}"></i>'
-    found = "".join(
+    cells = "".join(
         f'<td data-label="{text(name)}"{" class=empty" if entry == MISSING else ""}><span>{text(entry)}</span></td>'
         for name, entry in zip(names[1:], rest, strict=True)
     )
-    return f'<tr{kind}><th scope="row">{dot}{text(head)}</th>{found}</tr>'
+    return f'<tr{kind}><th scope="row">{dot}{text(head)}</th>{cells}</tr>'
 
 
 def table(names: Sequence[str], rows: Sequence[str]) -> str:
@@ -79,23 +79,23 @@ def by_question(evaluated: Evaluated) -> dict[tuple[str, int], tuple[Generation,
 def _pairs(policy: Evaluated, baseline: Evaluated) -> list[Comparison]:
     """First samples of every prompt both were asked."""
     theirs = by_question(baseline)
-    found = []
+    comparisons = []
     for generation, score in zip(policy.generations, policy.scores, strict=True):
-        other = theirs.get((generation.question, generation.sample_index))
-        if generation.sample_index == 0 and other is not None:
-            found.append(Comparison(other[0], generation, other[1], score))
-    return found
+        counterpart = theirs.get((generation.question, generation.sample_index))
+        if generation.sample_index == 0 and counterpart is not None:
+            comparisons.append(Comparison(counterpart[0], generation, counterpart[1], score))
+    return comparisons
 
 
-def select(policy: Evaluated, baseline: Evaluated, each: int = 5, seed: int = 0) -> list[Selection]:
-    """`each` comparisons drawn at random, then the largest gains and the largest losses among the others."""
+def select(policy: Evaluated, baseline: Evaluated, count: int = 5, seed: int = 0) -> list[Selection]:
+    """`count` comparisons drawn at random, then the largest gains and the largest losses among the others."""
     pairs = _pairs(policy, baseline)
     order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
-    drawn, rest = [pairs[i] for i in order[:each]], [pairs[i] for i in order[each:]]
+    sample, rest = [pairs[i] for i in order[:count]], [pairs[i] for i in order[count:]]
     ranked = sorted(rest, key=lambda pair: pair.gain)
-    losses = [pair for pair in ranked[:each] if pair.gain < 0]
-    gains = [pair for pair in ranked[::-1][:each] if pair.gain > 0]
-    selections = [Selection("Drawn at random", drawn), Selection("Largest gains", gains)]
+    losses = [pair for pair in ranked[:count] if pair.gain < 0]
+    gains = [pair for pair in ranked[::-1][:count] if pair.gain > 0]
+    selections = [Selection("Drawn at random", sample), Selection("Largest gains", gains)]
     return [s for s in [*selections, Selection("Largest losses", losses)] if s.comparisons]
 
 
@@ -166,21 +166,21 @@ def _cell(column: Column, evaluation: Evaluation, reach: float) -> str:
     return f'<td data-label="{text(column.title)}"{empty}>{glyph}<span>{text(entry)}</span></td>'
 
 
-def _row(place: int, entry: Row, columns: Sequence[Column], reach: float) -> str:
+def _row(index: int, entry: Row, columns: Sequence[Column], reach: float) -> str:
     broken = "; ".join(entry.evaluation.degenerate)
     tag = f'<em class="broken" title="{text(broken)}">degenerate</em>' if broken else ""
     tag += '<em class="front" title="no sound policy has more reward at less KL">Pareto</em>' if entry.on_front else ""
     cells = "".join(_cell(column, entry.evaluation, reach) for column in columns)
     kind = ' class="baseline"' if entry.evaluation.baseline is None else ""
     dot = f'<i style="background:{themed(entry.colour)}"></i>'
-    return f'<tr{kind}><th scope="row" data-sort="{place}">{dot}{text(entry.name)} {tag}</th>{cells}</tr>'
+    return f'<tr{kind}><th scope="row" data-sort="{index}">{dot}{text(entry.name)} {tag}</th>{cells}</tr>'
 
 
 def policy_table(entries: Sequence[Row], columns: Sequence[Column], failures: Sequence[tuple[str, str]] = ()) -> str:
     """Policies as rows; on a narrow screen every row becomes a card. `failures` are names and what went wrong."""
     head = "".join(f'<th scope="col" title="{text(c.note)}">{text(c.title)}</th>' for c in columns)
     reach = _reach(entries)
-    rows = [_row(place, entry, columns, reach) for place, entry in enumerate(entries)]
+    rows = [_row(index, entry, columns, reach) for index, entry in enumerate(entries)]
     rows += [
         f'<tr class="failed"><th scope="row">{text(name)}</th><td colspan="{len(columns)}">{text(why)}</td></tr>'
         for name, why in failures
@@ -231,32 +231,32 @@ def _score(score: float, scorer: str) -> str:
     return "" if math.isnan(score) else f'<span class="score" style="{level}">{text(scorer)} {score:.2f}</span>'
 
 
-def _answer(who: str, generation: Generation, score: float, scorer: str) -> str:
+def _answer(name: str, generation: Generation, score: float, scorer: str) -> str:
     cut = "" if generation.finished else '<span class="cut">cut at the limit</span>'
     body = text(generation.output) or '<span class="nothing">(empty)</span>'
     return (
-        f'<div class="answer"><header><b>{text(who)}</b>{_score(score, scorer)}'
+        f'<div class="answer"><header><b>{text(name)}</b>{_score(score, scorer)}'
         f'<span class="count">{generation.num_tokens} tokens</span>{cut}</header><p>{body}</p></div>'
     )
 
 
 def _keys(pair: Comparison) -> str:
     """What a comparison can be sorted and filtered by, as attributes; without those of answers nobody scored."""
-    numbers = {"score": pair.policy_score, "gain": pair.gain, "tokens": pair.policy.num_tokens, "growth": pair.growth}
-    known = "".join(f' data-{name}="{value:.6g}"' for name, value in numbers.items() if not math.isnan(value))
-    return known if pair.policy.finished else f"{known} data-cut"
+    values = {"score": pair.policy_score, "gain": pair.gain, "tokens": pair.policy.num_tokens, "growth": pair.growth}
+    attributes = "".join(f' data-{name}="{value:.6g}"' for name, value in values.items() if not math.isnan(value))
+    return attributes if pair.policy.finished else f"{attributes} data-cut"
 
 
-def _turn(said: Message, who: str) -> str:
-    return f'<p class="turn {text(said["role"])}"><span>{text(who)}</span>{text(said["content"])}</p>'
+def _turn(message: Message, speaker: str) -> str:
+    return f'<p class="turn {text(message["role"])}"><span>{text(speaker)}</span>{text(message["content"])}</p>'
 
 
 def _turns(pair: Comparison, names: tuple[str, str]) -> str:
     """The conversation up to the answers. In a later turn both have given answers of their own before."""
     parts = []
     for theirs, ours in zip(pair.baseline.prompt, pair.policy.prompt, strict=True):
-        whose = [(ours, ours["role"])] if theirs == ours else [(theirs, names[0]), (ours, names[1])]
-        parts += [_turn(said, who) for said, who in whose]
+        messages = [(ours, ours["role"])] if theirs == ours else [(theirs, names[0]), (ours, names[1])]
+        parts += [_turn(message, speaker) for message, speaker in messages]
     return "".join(parts)
 
 

@@ -51,17 +51,17 @@ def _text(cell: Cell, key: str, scale: float, decimals: int) -> str:
     return value if value == MISSING or not bar else f"{value} ± {number(scale * bar, decimals)}"
 
 
-def paper_table(found: Sequence[Cell]) -> PaperTable:
+def paper_table(cells: Sequence[Cell]) -> PaperTable:
     """The cells of a sweep as the paper's table; the best sound entry of every column is marked. Raises ValueError for
     no cells."""
-    if not found:
+    if not cells:
         raise ValueError("there are no cells to make a table of")
-    measure, short = measure_of([cell.evaluation for cell in found]), short_names(found)
+    measure, short = measure_of([cell.evaluation for cell in cells]), short_names(cells)
     keys = [(measure.key, measure.scale, measure.decimals), (LENGTH.key, 1.0, LENGTH.decimals)]
-    at = {(cell.series, cell.point): cell for cell in found}
+    at = {(cell.series, cell.point): cell for cell in cells}
     champions = {
         name: max(
-            (cell for cell in found if cell.series == name and not cell.evaluation.degenerate),
+            (cell for cell in cells if cell.series == name and not cell.evaluation.degenerate),
             key=lambda cell: cell.evaluation.get(measure.key),
             default=None,
         )
@@ -76,16 +76,16 @@ def paper_table(found: Sequence[Cell]) -> PaperTable:
         marked = f"{first}{BROKEN}" if cell.evaluation.degenerate else first
         return [Entry(marked, cell is champions[name]), *map(Entry, rest)]
 
-    points = sorted({cell.point for cell in found}, key=lambda point: math.inf if point is None else point)
+    points = sorted({cell.point for cell in cells}, key=lambda point: math.inf if point is None else point)
     rows = [
-        (MISSING if point is None else f"{point:g}", [one for name in short for one in entries(name, point)])
+        (MISSING if point is None else f"{point:g}", [entry for name in short for entry in entries(name, point)])
         for point in points
     ]
-    several = any(len(cell.jobs) > 1 for cell in found)
+    several = any(len(cell.jobs) > 1 for cell in cells)
     chance = "standard deviation over seeds" if several else "standard error over prompts"
-    broken = f" {BROKEN} degenerate." if any(cell.evaluation.degenerate for cell in found) else ""
+    broken = f" {BROKEN} degenerate." if any(cell.evaluation.degenerate for cell in cells) else ""
     title = f"{measure.title[0].upper()}{measure.title[1:]}, and mean length"
-    corner = "step" if any(cell.step is not None for cell in found) else "β"
+    corner = "step" if any(cell.step is not None for cell in cells) else "β"
     return PaperTable(corner, list(short.values()), [measure.short, "tokens"], rows, f"{title}; ± {chance}.{broken}")
 
 
@@ -96,7 +96,7 @@ def html_table(table: PaperTable) -> str:
     measures = "".join(f'<th scope="col">{page.text(name)}</th>' for name in table.measures) * len(table.groups)
     rows = "".join(
         f'<tr><th scope="row">{page.text(label)}</th>'
-        + "".join(f"<td{' class=best' if one.best else ''}>{page.text(one.text)}</td>" for one in entries)
+        + "".join(f"<td{' class=best' if entry.best else ''}>{page.text(entry.text)}</td>" for entry in entries)
         + "</tr>"
         for label, entries in table.rows
     )
@@ -113,21 +113,21 @@ def terminal_tables(table: PaperTable) -> list[Any]:
     from rich.table import Table
     from rich.text import Text
 
-    made, (measure, length) = [], table.measures
+    tables, (measure, length) = [], table.measures
     for first in range(0, len(table.groups), IN_A_TERMINAL):
         part = table.part(first, first + IN_A_TERMINAL)
-        drawn = Table(
+        rich_table = Table(
             box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, title=f"{measure} and {length}"
         )
-        drawn.add_column(Text(table.corner))
+        rich_table.add_column(Text(table.corner))
         for group in part.groups:
-            drawn.add_column(Text(group), justify="right", overflow="fold", max_width=24)
-            drawn.add_column(length, justify="right")
+            rich_table.add_column(Text(group), justify="right", overflow="fold", max_width=24)
+            rich_table.add_column(length, justify="right")
         for label, entries in part.rows:
-            texts = (Text(one.text.replace(" ± ", "±"), style="bold" if one.best else "") for one in entries)
-            drawn.add_row(Text(label), *texts)
-        made.append(drawn)
-    return made
+            texts = (Text(entry.text.replace(" ± ", "±"), style="bold" if entry.best else "") for entry in entries)
+            rich_table.add_row(Text(label), *texts)
+        tables.append(rich_table)
+    return tables
 
 
 def csv_table(table: PaperTable) -> str:
@@ -135,7 +135,7 @@ def csv_table(table: PaperTable) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([table.corner, *(f"{group}: {name}" for group in table.groups for name in table.measures)])
-    writer.writerows([label, *(one.text for one in entries)] for label, entries in table.rows)
+    writer.writerows([label, *(entry.text for entry in entries)] for label, entries in table.rows)
     return buffer.getvalue()
 
 
@@ -143,7 +143,9 @@ def markdown_table(table: PaperTable) -> str:
     """The table in Markdown, which knows one header line only."""
     names = [table.corner, *(f"{group}: {name}" for group in table.groups for name in table.measures)]
     lines = [names, ["---:" for _ in names]]
-    lines += [[label, *(f"**{one.text}**" if one.best else one.text for one in row)] for label, row in table.rows]
+    lines += [
+        [label, *(f"**{entry.text}**" if entry.best else entry.text for entry in row)] for label, row in table.rows
+    ]
     body = "".join("| " + " | ".join(part.replace("|", r"\|") for part in line) + " |\n" for line in lines)
     return f"{body}\n{table.note}\n"
 

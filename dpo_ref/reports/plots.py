@@ -26,7 +26,7 @@ LONGEST_LABEL = 30  # characters
 TICKS, EDGE = "#4b5563", "#9ca3af"
 THEMED = {  # colours that a page shows in its own shade, by the name of its variable
     "#000000": "ink", INK: "ink", TICKS: "soft", EDGE: "edge", GRID: "grid", INITIAL: "initial", BROKEN: "bad",
-    **{hue: f"series-{place}" for place, hue in enumerate(SERIES)},
+    **{hue: f"series-{index}" for index, hue in enumerate(SERIES)},
 }  # fmt: skip
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": EDGE,
@@ -95,7 +95,7 @@ def svg(panel: Panel) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda found: themed(found[0]), text[text.index("<svg") :])
+    return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda match: themed(match[0]), text[text.index("<svg") :])
 
 
 def write_png(path: Path, panels: Sequence[Panel], dpi: int = 160) -> None:
@@ -216,12 +216,12 @@ def length_panel(evaluated: Sequence[Evaluated]) -> Panel:
 
     def draw(axes: Any) -> None:
         names = labels([e.evaluation for e in evaluated])
-        for one, name, colour in zip(evaluated, names, colours([e.evaluation for e in evaluated]), strict=True):
-            lengths = np.sort([g.num_tokens for g in one.generations])
-            finished = np.sort([g.num_tokens for g in one.generations if g.finished])
+        for policy, name, colour in zip(evaluated, names, colours([e.evaluation for e in evaluated]), strict=True):
+            lengths = np.sort([g.num_tokens for g in policy.generations])
+            finished = np.sort([g.num_tokens for g in policy.generations if g.finished])
             grid = np.arange(lengths.max() + 1)
             share = 100 * (1 - np.searchsorted(finished, grid, side="right") / len(lengths))
-            style = {"linestyle": (0, (4, 3))} if one.evaluation.baseline is None else {}
+            style = {"linestyle": (0, (4, 3))} if policy.evaluation.baseline is None else {}
             axes.step(grid, share, where="post", color=colour, linewidth=1.8, label=name, **style)
         axes.set_title("Answers still going on")
         axes.set_xlabel("tokens")
@@ -235,7 +235,7 @@ def length_panel(evaluated: Sequence[Evaluated]) -> Panel:
 
 def comparison_panels(evaluated: Sequence[Evaluated]) -> list[Panel]:
     """The pictures of a report on a few policies, the baseline first."""
-    evaluations = [one.evaluation for one in evaluated]
+    evaluations = [policy.evaluation for policy in evaluated]
     panels = [score_panel(evaluations)]
     if any(e.baseline and not math.isnan(e.get(leading_key(e))) for e in evaluations):
         panels.append(win_panel(evaluations))
@@ -258,20 +258,20 @@ def write_panels(folder: Path, panels: Sequence[Panel]) -> None:
     from matplotlib.backends.backend_pdf import PdfPages
 
     folder.mkdir(parents=True, exist_ok=True)
-    written, metadata = set(), {"Creator": None, "Producer": None, "CreationDate": None}
+    pictures, metadata = set(), {"Creator": None, "Producer": None, "CreationDate": None}
     with replacing(folder / "panels.pdf") as partial, PdfPages(partial, metadata=metadata) as document:
-        for place, panel in enumerate(panels, start=1):
+        for index, panel in enumerate(panels, start=1):
             with figure_of(1, 1, PAPER_INCHES, PAPER_STYLE) as (figure, (axes,)):
                 panel.draw(axes)
                 figure.draw_without_rendering()
                 figure.set_layout_engine("none")  # found, and the same for all three
                 title = re.sub(r"[^a-z0-9]+", "_", axes.get_title(loc="left").lower()).strip("_")
-                png, svg = (folder / f"{place}_{title}.{kind}" for kind in ("png", "svg"))
+                png, svg = (folder / f"{index}_{title}.{kind}" for kind in ("png", "svg"))
                 save(figure, png, dpi=300, metadata={"Software": None})
                 save(figure, svg, metadata={"Date": None, "Creator": None})
                 document.savefig(figure)
-                written |= {png, svg}
-    for old in {*folder.glob("[0-9]*_*.png"), *folder.glob("[0-9]*_*.svg")} - written:
+                pictures |= {png, svg}
+    for old in {*folder.glob("[0-9]*_*.png"), *folder.glob("[0-9]*_*.svg")} - pictures:
         old.unlink()
 
 
@@ -284,26 +284,26 @@ SMALLER = 0.88  # the letters of a legend below the curves
 ROW = 1.7  # its lines, in letters
 
 
-def series_colours(found: Sequence[Cell]) -> dict[str, str]:
+def series_colours(cells: Sequence[Cell]) -> dict[str, str]:
     """One colour per series, in their order."""
-    names = list(dict.fromkeys(cell.series for cell in found))
-    return {name: SERIES[place % len(SERIES)] for place, name in enumerate(names)}
+    names = list(dict.fromkeys(cell.series for cell in cells))
+    return {name: SERIES[index % len(SERIES)] for index, name in enumerate(names)}
 
 
-def short_names(found: Sequence[Cell]) -> dict[str, str]:
+def short_names(cells: Sequence[Cell]) -> dict[str, str]:
     """What tells each series from the others: its name without the parts that all of them share."""
-    parts = {cell.series: cell.series.split(", ") for cell in found}
+    parts = {cell.series: cell.series.split(", ") for cell in cells}
     shared = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
     return {name: ", ".join(part for part in own if part not in shared) or name for name, own in parts.items()}
 
 
 def error(cell: Cell, key: str) -> float:
     """The standard error over prompts, root mean square over the cell's seeds; nan if unknown."""
-    known = [job.evaluation for job in cell.jobs if job.evaluation]
-    intervals = [(one.get(f"{key}_high") - one.get(f"{key}_low")) / (2 * 1.96) for one in known]
-    errors = [one.get(f"{key}_se") for one in known]
-    found = [e if math.isnan(interval) else interval for e, interval in zip(errors, intervals, strict=True)]
-    return math.sqrt(sum(e**2 for e in found) / len(found)) if found else math.nan
+    evaluations = [job.evaluation for job in cell.jobs if job.evaluation]
+    from_intervals = [(e.get(f"{key}_high") - e.get(f"{key}_low")) / (2 * 1.96) for e in evaluations]
+    clustered = [e.get(f"{key}_se") for e in evaluations]
+    errors = [se if math.isnan(half) else half for se, half in zip(clustered, from_intervals, strict=True)]
+    return math.sqrt(sum(se**2 for se in errors) / len(errors)) if errors else math.nan
 
 
 def spread(cell: Cell, key: str) -> float:
@@ -315,12 +315,12 @@ def spread(cell: Cell, key: str) -> float:
     return 0.0 if math.isnan(alone) else alone
 
 
-def point_axis(axes: Any, found: Sequence[Cell]) -> None:
+def point_axis(axes: Any, cells: Sequence[Cell]) -> None:
     """The axis of the KL strengths, logarithmic, or of a run's steps."""
-    if any(cell.step is not None for cell in found):
+    if any(cell.step is not None for cell in cells):
         axes.set_xlabel("optimiser step")
         return
-    betas = sorted({cell.beta for cell in found if cell.beta})
+    betas = sorted({cell.beta for cell in cells if cell.beta})
     axes.set_xscale("log")
     axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
     axes.set_xticks([], minor=True)

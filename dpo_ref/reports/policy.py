@@ -32,17 +32,17 @@ SECTIONS = (judge_section, diagnostics_section)  # each reads the files of its t
 
 def settings(evaluation: Evaluation) -> list[tuple[str, str]]:
     """How an evaluation was made, as names and values."""
-    asked = f"{evaluation.num_prompts} prompts, {evaluation.num_generations} answers"
-    chosen = [(f"generation.{name}", str(value)) for name, value in evaluation.generation.items()]
+    prompts = f"{evaluation.num_prompts} prompts, {evaluation.num_generations} answers"
+    options = [(f"generation.{name}", str(value)) for name, value in evaluation.generation.items()]
     judge = [("judge", f"{evaluation.judge['name']}, {evaluation.judge['model']}")] if evaluation.judge else []
-    return [("prompts", asked), ("scorer", evaluation.scorer), *judge, *chosen]
+    return [("prompts", prompts), ("scorer", evaluation.scorer), *judge, *options]
 
 
 def sample_sections(evaluated: Sequence[Evaluated]) -> str:
     """Side-by-side answers of the first policy and each of the others; the best one's are shown open."""
     baseline, *policies = evaluated
-    names = titles([one.evaluation for one in evaluated])
-    champion = tables.best([one.evaluation for one in policies])
+    names = titles([policy.evaluation for policy in evaluated])
+    champion = tables.best([policy.evaluation for policy in policies])
     return "".join(
         page.samples(
             select(policy, baseline, SHOWN_PER_SELECTION),
@@ -56,7 +56,7 @@ def sample_sections(evaluated: Sequence[Evaluated]) -> str:
 
 def _pictures(evaluated: Sequence[Evaluated]) -> list[Panel]:
     """All pictures of a report."""
-    evaluations = [one.evaluation for one in evaluated]
+    evaluations = [policy.evaluation for policy in evaluated]
     curves = list(map(Curve, evaluations, labels(evaluations), colours(evaluations)))
     return [*comparison_panels(evaluated), *temperature_panels(curves)]
 
@@ -66,7 +66,7 @@ def report(evaluated: Sequence[Evaluated], sections: Sequence[str] = ()) -> str:
     no policies."""
     if not evaluated:
         raise ValueError("there is nothing to report on; evaluate a policy first")
-    evaluations = [one.evaluation for one in evaluated]
+    evaluations = [policy.evaluation for policy in evaluated]
     title = tables.headline(evaluations)
     drift = tables.drift(evaluations[0], evaluations[1:])
     parts = [
@@ -133,8 +133,8 @@ class Shown:
 
 def temperatures(evaluation: Evaluation, key: str) -> list[float]:
     """The temperatures at which a metric was measured, ascending."""
-    found = (KEY.fullmatch(name) for name in evaluation.metrics)
-    return sorted(float(match[1]) for match in found if match and match[2] == key)
+    matches = (KEY.fullmatch(name) for name in evaluation.metrics)
+    return sorted(float(match[1]) for match in matches if match and match[2] == key)
 
 
 def at_temperature(evaluation: Evaluation, temperature: float, key: str) -> float:
@@ -145,33 +145,33 @@ def at_temperature(evaluation: Evaluation, temperature: float, key: str) -> floa
 def _bar(evaluation: Evaluation, temperature: float, key: str) -> float:
     """Half the 95 % interval."""
     low, high, error = (at_temperature(evaluation, temperature, f"{key}{part}") for part in ("_low", "_high", "_se"))
-    known = [half for half in ((high - low) / 2, 1.96 * error) if not math.isnan(half)]
-    return known[0] if known else 0.0
+    halves = [half for half in ((high - low) / 2, 1.96 * error) if not math.isnan(half)]
+    return halves[0] if halves else 0.0
 
 
-def _panel(curves: Sequence[Curve], shown: Shown, with_legend: bool) -> Panel:
+def _panel(curves: Sequence[Curve], metric: Shown, with_legend: bool) -> Panel:
     def draw(axes: Any) -> None:
-        for place, curve in enumerate(curves):
-            at = temperatures(curve.evaluation, shown.key)
-            beside = APART * (place - (len(curves) - 1) / 2)  # bars of equal temperatures stay apart
-            drawn = [one + beside for one in at]
-            values = [shown.scale * at_temperature(curve.evaluation, one, shown.key) for one in at]
-            bars = [shown.scale * _bar(curve.evaluation, one, shown.key) for one in at]
+        for index, curve in enumerate(curves):
+            at = temperatures(curve.evaluation, metric.key)
+            beside = APART * (index - (len(curves) - 1) / 2)  # bars of equal temperatures stay apart
+            x = [temperature + beside for temperature in at]
+            values = [metric.scale * at_temperature(curve.evaluation, temperature, metric.key) for temperature in at]
+            bars = [metric.scale * _bar(curve.evaluation, temperature, metric.key) for temperature in at]
             dashes = (0, (4, 3)) if curve.evaluation.baseline is None else "-"
-            axes.errorbar(drawn, values, yerr=bars, marker="o", linestyle=dashes, color=curve.colour, markersize=5,
+            axes.errorbar(x, values, yerr=bars, marker="o", linestyle=dashes, color=curve.colour, markersize=5,
                           linewidth=1.6, elinewidth=1.0, capsize=2, label=curve.name)  # fmt: skip
             judged = curve.evaluation.generation.get("temperature")  # the verdict is on these answers
             if curve.evaluation.degenerate and judged in at:
-                marked = at.index(judged)
-                axes.plot(drawn[marked], values[marked], "X", color=BROKEN, markersize=9, linestyle="none", zorder=4)
-        if not math.isnan(shown.level):
-            axes.axhline(shown.level, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
-        axes.set_title(shown.title)
+                axes.plot(x[at.index(judged)], values[at.index(judged)], "X", color=BROKEN, markersize=9,
+                          linestyle="none", zorder=4)  # fmt: skip
+        if not math.isnan(metric.level):
+            axes.axhline(metric.level, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.set_title(metric.title)
         axes.set_xlabel("sampling temperature")
         if with_legend:
             axes.legend(loc="best")
 
-    return Panel(f"{shown.caption} Bars are 95 % intervals.", draw)
+    return Panel(f"{metric.caption} Bars are 95 % intervals.", draw)
 
 
 def temperature_panels(curves: Sequence[Curve]) -> list[Panel]:
@@ -180,7 +180,7 @@ def temperature_panels(curves: Sequence[Curve]) -> list[Panel]:
         return []
     last = curves[-1].evaluation
     scorer, baseline = last.scorer, last.baseline
-    drawn = [
+    metrics = [
         Shown(last.key(SCORE), f"{scorer.capitalize()} reward by temperature", "Mean reward at each temperature."),
         Shown(
             last.key(WIN_RATE),
@@ -193,9 +193,9 @@ def temperature_panels(curves: Sequence[Curve]) -> list[Panel]:
         Shown(REPETITION.key, "Repetition by temperature", "Share of an answer's 4-grams that are repeats."),
     ]
     panels = []
-    for shown in drawn:
-        members = [curve for curve in curves if len(temperatures(curve.evaluation, shown.key)) > 1]
-        panels += [_panel(members, shown, with_legend=not panels)] if members else []
+    for metric in metrics:
+        members = [curve for curve in curves if len(temperatures(curve.evaluation, metric.key)) > 1]
+        panels += [_panel(members, metric, with_legend=not panels)] if members else []
     return panels
 
 
@@ -212,13 +212,13 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} [...]"
 
 
-def _answers(found: Evaluated, baseline: Evaluated | None) -> list[list[Any]]:
+def _answers(evaluated: Evaluated, baseline: Evaluated | None) -> list[list[Any]]:
     """The answers with their scores and lengths, and the baseline's to the same prompts; columns are `ANSWERS`."""
     others, rows = by_question(baseline) if baseline else {}, []
-    for asked, (answer, score) in list(by_question(found).items())[:SHOWN]:
-        its = [_short(others[asked][0].output), others[asked][1]] if asked in others else [None, None]
+    for question, (answer, score) in list(by_question(evaluated).items())[:SHOWN]:
+        counterpart = [_short(others[question][0].output), others[question][1]] if question in others else [None, None]
         row = [_short(answer.prompt[-1]["content"]), _short(answer.output), score, answer.num_tokens]
-        rows.append([*row, answer.finish_reason, *its])
+        rows.append([*row, answer.finish_reason, *counterpart])
     return rows
 
 
@@ -226,7 +226,7 @@ def track_evaluation(
     tracking: Component,
     config: dict[str, Any],
     subject: Subject,
-    found: Evaluated,
+    evaluated: Evaluated,
     baseline: Evaluated | None,
     files: Sequence[Path] = (),
 ) -> None:
@@ -238,18 +238,20 @@ def track_evaluation(
     info = RunInfo(
         subject.folder, {**config, "training": about}, f"evaluate {subject.name}", group, "evaluate", resume=False
     )
-    tracker, step, metrics = tracking(info), subject.steps, found.evaluation.metrics
-    named = {f"{PREFIX}{name}": value for name, value in metrics.items()}
-    tracker.log(named, step=step)
-    tracker.table("generations", ANSWERS, _answers(found, baseline), step=step)
-    tracker.histogram(f"{PREFIX}scores", found.scores, step=step)
-    tracker.histogram(f"{PREFIX}tokens", [float(answer.num_tokens) for answer in found.generations], step=step)
+    tracker, step, metrics = tracking(info), subject.steps, evaluated.evaluation.metrics
+    values = {f"{PREFIX}{name}": value for name, value in metrics.items()}
+    tracker.log(values, step=step)
+    tracker.table("generations", ANSWERS, _answers(evaluated, baseline), step=step)
+    tracker.histogram(f"{PREFIX}scores", evaluated.scores, step=step)
+    tracker.histogram(f"{PREFIX}tokens", [float(answer.num_tokens) for answer in evaluated.generations], step=step)
     log_files(tracker, files)
-    reasons = found.evaluation.degenerate
-    told = {"degenerate": bool(reasons), "degenerate_because": "; ".join(reasons)}
-    tracker.summary({**named, **{f"{PREFIX}{name}": value for name, value in told.items()}, "training_run": training})
-    for made in evaluation_artifacts(training or subject.name, subject.folder, about):
-        tracker.artifact(made)
+    reasons = evaluated.evaluation.degenerate
+    verdict = {"degenerate": bool(reasons), "degenerate_because": "; ".join(reasons)}
+    tracker.summary(
+        {**values, **{f"{PREFIX}{name}": value for name, value in verdict.items()}, "training_run": training}
+    )
+    for artifact in evaluation_artifacts(training or subject.name, subject.folder, about):
+        tracker.artifact(artifact)
     tracker.finish(0)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dpo_ref.component import Component
+from dpo_ref.evaluation import sweep
 from dpo_ref.evaluation.results import (
     END_CHOSEN,
     ENDED,
@@ -25,7 +26,7 @@ from dpo_ref.evaluation.results import (
     measure_of,
 )
 from dpo_ref.evaluation.stages import read_evaluated
-from dpo_ref.evaluation.sweep import Cell, Job, cells, csv_text, without_result
+from dpo_ref.evaluation.sweep import Cell, Job, csv_text, without_result
 from dpo_ref.files import write_text
 from dpo_ref.reports import page, tables
 from dpo_ref.reports.paper_table import (
@@ -62,21 +63,21 @@ DISTANCE = KL.of(model="initial")
 SEEDS_NOTE = "Where a row joins several seeds, ± is the standard deviation over seeds."
 
 
-def _rows(found: Sequence[Cell], initial: Evaluation | None) -> list[page.Row]:
-    hues, front = series_colours(found), front_of(found)
-    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in found)]
-    colours = [*([INITIAL] if initial else []), *(hues[cell.series] for cell in found)]
-    on_front = [*([False] if initial else []), *(cell in front for cell in found)]
+def _rows(cells: Sequence[Cell], initial: Evaluation | None) -> list[page.Row]:
+    hues, front = series_colours(cells), front_of(cells)
+    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in cells)]
+    colours = [*([INITIAL] if initial else []), *(hues[cell.series] for cell in cells)]
+    on_front = [*([False] if initial else []), *(cell in front for cell in cells)]
     return list(map(page.Row, evaluations, titles(evaluations), colours, on_front))
 
 
-def _shown(found: Sequence[Cell], baseline: Evaluated) -> list[Evaluated]:
+def _shown(cells: Sequence[Cell], baseline: Evaluated) -> list[Evaluated]:
     """The baseline, the best cell and the one with the smallest beta, each by its first seed's answers."""
-    champion = tables.best([cell.evaluation for cell in found])
-    picked = [cell for cell in found if cell.evaluation is champion]
-    loosest = min((cell for cell in found if cell.beta), key=lambda cell: cell.beta or 0, default=None)
+    champion = tables.best([cell.evaluation for cell in cells])
+    picked = [cell for cell in cells if cell.evaluation is champion]
+    loosest = min((cell for cell in cells if cell.beta), key=lambda cell: cell.beta or 0, default=None)
     picked += [loosest] if loosest is not None and loosest not in picked else []
-    return [baseline, *(one for cell in picked if (one := _answers(cell.jobs[0].results)))]
+    return [baseline, *(answers for cell in picked if (answers := _answers(cell.jobs[0].results)))]
 
 
 def _answers(folder: Path) -> Evaluated | None:
@@ -87,50 +88,50 @@ def _answers(folder: Path) -> Evaluated | None:
         return None
 
 
-def _pictures(jobs: Sequence[Job], found: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
+def _pictures(jobs: Sequence[Job], cells: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
     """All pictures of a sweep."""
-    if not found:
+    if not cells:
         return []
     before = [Curve(initial, "initial policy", INITIAL)] if initial else []
-    return [*panels(jobs, found, initial), *temperature_panels([*before, *temperature_curves(found)])]
+    return [*panels(jobs, cells, initial), *temperature_panels([*before, *temperature_curves(cells)])]
 
 
-def _points_section(found: Sequence[Cell]) -> str:
+def _points_section(cells: Sequence[Cell]) -> str:
     """The best strength of every series and the paper's table, where there are several strengths or steps."""
-    if len({cell.point for cell in found}) < 2:
+    if len({cell.point for cell in cells}) < 2:
         return ""
-    names, rows = strength_table(found)
-    hues = [*series_colours(found).values()]
+    names, rows = strength_table(cells)
+    hues = [*series_colours(cells).values()]
     return (
         f"<h2>Best {names[1].removeprefix('Best ')} of each series</h2>{page.plain_table(names, rows, hues)}"
-        f'<p class="small">{page.text(NOTE)}</p><h2>Table for a paper</h2>{html_table(paper_table(found))}'
+        f'<p class="small">{page.text(NOTE)}</p><h2>Table for a paper</h2>{html_table(paper_table(cells))}'
     )
 
 
 def sweep_page(jobs: Sequence[Job], baseline: Evaluated | None) -> str:
     """The page of a sweep; jobs without a result are rows of its table."""
-    found, initial = cells(jobs), baseline.evaluation if baseline else None
-    evaluations = [cell.evaluation for cell in found]
-    shown = [*([initial] if initial else []), *evaluations]
-    title = tables.headline(shown) if found else f"None of the {len(jobs)} jobs left a result."
+    cells, initial = sweep.cells(jobs), baseline.evaluation if baseline else None
+    evaluations = [cell.evaluation for cell in cells]
+    policies = [*([initial] if initial else []), *evaluations]
+    title = tables.headline(policies) if cells else f"None of the {len(jobs)} jobs left a result."
     drift = tables.drift(initial, evaluations) if initial else None
-    scorer = shown[0].scorer if shown else "gold"
+    scorer = policies[0].scorer if policies else "gold"
     failures = [(job.name, job.state) for job in without_result(jobs)]
-    pictures = _pictures(jobs, found, initial)
+    pictures = _pictures(jobs, cells, initial)
     parts = [
         f'<p class="over">Sweep of {len(jobs)} runs</p>',
         f"<h1>{page.text(title)}</h1>",
         f'<p class="lead">{page.text(drift)}</p>' if drift else "",
         page.alerts(tables.broken(evaluations)),
         page.pictures(pictures) + f'<p class="small">{BARS}</p>' if pictures else "",
-        _points_section(found),
+        _points_section(cells),
         "<h2>Numbers</h2>",
-        page.policy_table(_rows(found, initial), [*columns(scorer), *judge_columns(shown)], failures),
+        page.policy_table(_rows(cells, initial), [*columns(scorer), *judge_columns(policies)], failures),
         f'<p class="small">{SEEDS_NOTE}</p>' if any(e.num_seeds > 1 for e in evaluations) else "",
     ]
-    if found and baseline:
-        parts += ["<h2>Answers side by side</h2>", sample_sections(_shown(found, baseline))]
-    if found:
+    if cells and baseline:
+        parts += ["<h2>Answers side by side</h2>", sample_sections(_shown(cells, baseline))]
+    if cells:
         parts += ["<h2>How it was measured</h2>", page.definitions(settings(evaluations[-1]))]
     parts.append("<footer>Made by dpo_ref. Every job's numbers are in sweep.csv.</footer>")
     return page.page(title, "\n".join(parts))
@@ -139,11 +140,11 @@ def sweep_page(jobs: Sequence[Job], baseline: Evaluated | None) -> str:
 def sweep_tables(jobs: Sequence[Job], initial: Evaluation | None) -> list[Any]:
     """The sweep for the terminal: the initial policy, a row per cell, a row per job without a result; then the paper's
     table, where there are several strengths or steps."""
-    found = cells(jobs)
-    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in found)]
+    cells = sweep.cells(jobs)
+    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in cells)]
     everything = results_table(evaluations, [(job.name, job.state) for job in without_result(jobs)])
-    several = len({cell.point for cell in found}) > 1
-    return [everything, *(terminal_tables(paper_table(found)) if several else [])]
+    several = len({cell.point for cell in cells}) > 1
+    return [everything, *(terminal_tables(paper_table(cells)) if several else [])]
 
 
 def write_sweep(folder: Path, jobs: Sequence[Job], baseline: Evaluated | None) -> None:
@@ -151,13 +152,13 @@ def write_sweep(folder: Path, jobs: Sequence[Job], baseline: Evaluated | None) -
     where any has a result `frontier.csv`, `paper_table.csv`, `.md` and `.tex`, `sweep.png` and `panels/`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "sweep.csv", csv_text(jobs))
-    found, initial = cells(jobs), baseline.evaluation if baseline else None
-    if found:
-        write_text(folder / "frontier.csv", frontier_csv(found))
-        table = paper_table(found)
-        for kind, written in {"csv": csv_table, "md": markdown_table, "tex": latex_table}.items():
-            write_text(folder / f"paper_table.{kind}", written(table))
-        pictures = _pictures(jobs, found, initial)
+    cells, initial = sweep.cells(jobs), baseline.evaluation if baseline else None
+    if cells:
+        write_text(folder / "frontier.csv", frontier_csv(cells))
+        table = paper_table(cells)
+        for kind, render in {"csv": csv_table, "md": markdown_table, "tex": latex_table}.items():
+            write_text(folder / f"paper_table.{kind}", render(table))
+        pictures = _pictures(jobs, cells, initial)
         write_png(folder / "sweep.png", pictures[:IN_ONE_PICTURE])
         write_panels(folder / "panels", pictures)
     write_text(folder / "report.html", sweep_page(jobs, baseline))
@@ -181,15 +182,15 @@ class Against:
     scale: float = 1.0
 
 
-def _line(axes: Any, found: Sequence[Cell], against: Against, colour: str, label: str) -> None:
+def _line(axes: Any, cells: Sequence[Cell], against: Against, colour: str, label: str) -> None:
     key, scale = against.key, against.scale
-    points = [cell.point for cell in found]
-    means = [scale * cell.evaluation.get(key) for cell in found]
-    bars = [scale * spread(cell, key) for cell in found]
+    points = [cell.point for cell in cells]
+    means = [scale * cell.evaluation.get(key) for cell in cells]
+    bars = [scale * spread(cell, key) for cell in cells]
     axes.errorbar(
         points, means, yerr=bars, color=colour, linewidth=1.8, elinewidth=1.4, capsize=3, marker="o", label=label
     )
-    for cell, mean in zip(found, means, strict=True):
+    for cell, mean in zip(cells, means, strict=True):
         dots = [scale * value for value in cell.values(key)]
         if len(dots) > 1:
             axes.plot([cell.point] * len(dots), dots, ".", color=colour, alpha=0.35, markersize=6)
@@ -197,32 +198,32 @@ def _line(axes: Any, found: Sequence[Cell], against: Against, colour: str, label
             axes.plot([cell.point], [mean], "X", color=BROKEN, markersize=9, zorder=4)
 
 
-def point_panel(found: Sequence[Cell], against: Against, with_legend: bool) -> Panel:
+def point_panel(cells: Sequence[Cell], against: Against, with_legend: bool) -> Panel:
     """One metric against beta or the step, one line per series."""
-    short = short_names(found)
+    short = short_names(cells)
 
     def draw(axes: Any) -> None:
-        for name, colour in series_colours(found).items():
-            _line(axes, [cell for cell in found if cell.series == name], against, colour, short[name])
+        for name, colour in series_colours(cells).items():
+            _line(axes, [cell for cell in cells if cell.series == name], against, colour, short[name])
         if not math.isnan(against.level):
             level = against.scale * against.level
             axes.axhline(level, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.4, label="initial policy")
-        if any(cell.evaluation.degenerate for cell in found):
+        if any(cell.evaluation.degenerate for cell in cells):
             axes.plot([], [], "X", color=BROKEN, markersize=8, label="degenerate")
         axes.set_title(against.title)
-        point_axis(axes, found)
+        point_axis(axes, cells)
         if with_legend:
             legend(axes)
 
     return Panel(against.caption, draw)
 
 
-def sweep_panels(found: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
-    """The pictures against beta or the step, up to four. Every cell of `found` has one."""
-    first = found[0].evaluation
+def sweep_panels(cells: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
+    """The pictures against beta or the step, up to four. Every cell of `cells` has one."""
+    first = cells[0].evaluation
     scorer, reward = first.scorer, first.key(SCORE)
     before = initial or Evaluation("", scorer, {})
-    drawn = [
+    metrics = [
         Against(reward, f"{scorer.capitalize()} reward", "Mean reward of sampled answers.", before.get(reward)),
         Against(
             first.key(WIN_RATE),
@@ -239,19 +240,19 @@ def sweep_panels(found: Sequence[Cell], initial: Evaluation | None) -> list[Pane
         ),
         Against(DISTANCE, "KL to the initial policy, nats", "Per answer, from the policy's own samples.", math.nan),
     ]
-    measured = [a for a in drawn if all(a.key in cell.evaluation.metrics for cell in found)]
-    return [point_panel(found, against, with_legend=against is drawn[0]) for against in measured]
+    available = [a for a in metrics if all(a.key in cell.evaluation.metrics for cell in cells)]
+    return [point_panel(cells, against, with_legend=against is metrics[0]) for against in available]
 
 
-def temperature_curves(found: Sequence[Cell]) -> list[Curve]:
+def temperature_curves(cells: Sequence[Cell]) -> list[Curve]:
     """Lines over sampling temperatures: every cell where these are few, else the best of each series. Those of one
     series share its colour, the fainter the smaller beta or step."""
-    hues, short = series_colours(found), short_names(found)
-    shown = found if len(found) <= FEW else [one.best for one in best_strengths(found) if one.best]
+    hues, short = series_colours(cells), short_names(cells)
+    shown = cells if len(cells) <= FEW else [strength.best for strength in best_strengths(cells) if strength.best]
     curves = []
     for cell in shown:
-        members = [other.point for other in shown if other.series == cell.series]
-        faint = 1 - 0.6 * sum((other or 0) > (cell.point or 0) for other in members) / len(members)
+        members = [sibling.point for sibling in shown if sibling.series == cell.series]
+        faint = 1 - 0.6 * sum((sibling or 0) > (cell.point or 0) for sibling in members) / len(members)
         colour = f"{hues[cell.series]}{round(255 * faint):02x}"
         curves.append(Curve(cell.evaluation, f"{short[cell.series]}{_point(cell)}", colour))
     return curves
@@ -264,20 +265,20 @@ def _point(cell: Cell) -> str:
     return "" if cell.beta is None else f", β = {cell.beta:g}"
 
 
-def panels(jobs: Sequence[Job], found: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
+def panels(jobs: Sequence[Job], cells: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
     """Pictures against beta or the step where there are several, else of the jobs beside each other."""
-    swept = [cell for cell in found if cell.point]
+    swept = [cell for cell in cells if cell.point]
     if len({cell.point for cell in swept}) < 2:
         evaluations = [*([initial] if initial else []), *(job.evaluation for job in jobs if job.evaluation)]
         return [score_panel(evaluations), *([win_panel(evaluations)] if initial else [])]
-    measured = all(DISTANCE in cell.evaluation.metrics for cell in swept)
+    has_distance = all(DISTANCE in cell.evaluation.metrics for cell in swept)
     end = Against(
         swept[0].evaluation.key(END_CHOSEN),
         "End-token shift, nats",
         "Change of log p(end) against the initial policy, after held-out chosen responses.",
         level=0.0,
     )
-    extra = [frontier_panel(swept, initial), point_panel(swept, end, with_legend=False)] if measured else []
+    extra = [frontier_panel(swept, initial), point_panel(swept, end, with_legend=False)] if has_distance else []
     return [*sweep_panels(swept, initial), *extra]
 
 
@@ -285,30 +286,30 @@ def panels(jobs: Sequence[Job], found: Sequence[Cell], initial: Evaluation | Non
 
 
 def undominated(distances: Float[np.ndarray, " N"], rewards: Float[np.ndarray, " N"]) -> list[int]:
-    """Places of the points that no other beats: none has at least their reward at no more distance, and is better in
+    """Indices of the points that no other beats: none has at least their reward at no more distance, and is better in
     one of both. Ascending in distance; points that are not known (nan) are left out."""
-    known = [place for place in range(len(distances)) if not math.isnan(distances[place] + rewards[place])]
+    candidates = [index for index in range(len(distances)) if not math.isnan(distances[index] + rewards[index])]
     front, best = [], -math.inf
-    for place in sorted(known, key=lambda one: (distances[one], -rewards[one])):
-        equal = bool(front) and distances[front[-1]] == distances[place] and rewards[front[-1]] == rewards[place]
-        if rewards[place] > best or equal:
-            front.append(place)
-            best = rewards[place]
+    for index in sorted(candidates, key=lambda index: (distances[index], -rewards[index])):
+        equal = bool(front) and distances[front[-1]] == distances[index] and rewards[front[-1]] == rewards[index]
+        if rewards[index] > best or equal:
+            front.append(index)
+            best = rewards[index]
     return front
 
 
-def _kl_and_score(found: Sequence[Cell]) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+def _kl_and_score(cells: Sequence[Cell]) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
     """KL to the initial policy and mean score of each cell."""
-    scorer = found[0].evaluation.scorer if found else ""
+    scorer = cells[0].evaluation.scorer if cells else ""
     keys = (DISTANCE, SCORE.of(scorer=scorer))
-    distances, rewards = ([cell.evaluation.get(key) for cell in found] for key in keys)
+    distances, rewards = ([cell.evaluation.get(key) for cell in cells] for key in keys)
     return np.array(distances, float), np.array(rewards, float)
 
 
-def front_of(found: Sequence[Cell]) -> list[Cell]:
+def front_of(cells: Sequence[Cell]) -> list[Cell]:
     """The cells on the Pareto front of KL and mean score, ascending in KL; degenerate ones never are."""
-    sound = [cell for cell in found if not cell.evaluation.degenerate]
-    return [sound[place] for place in undominated(*_kl_and_score(sound))]
+    sound = [cell for cell in cells if not cell.evaluation.degenerate]
+    return [sound[index] for index in undominated(*_kl_and_score(sound))]
 
 
 def _draw_series(axes: Any, members: Sequence[Cell], colour: str, label: str) -> None:
@@ -324,9 +325,9 @@ def _draw_series(axes: Any, members: Sequence[Cell], colour: str, label: str) ->
             axes.plot(*place, "X", color=BROKEN, markersize=8, zorder=4)
 
 
-def _draw_front(axes: Any, found: Sequence[Cell], initial: Evaluation | None) -> None:
+def _draw_front(axes: Any, cells: Sequence[Cell], initial: Evaluation | None) -> None:
     """The best reward to be had at or below each distance, from the initial policy on, and rings at its corners."""
-    front = front_of(found)
+    front = front_of(cells)
     distances, rewards = _kl_and_score(front)
     start = [] if initial is None else [initial.value(SCORE)]
     above = rewards > max(start, default=-math.inf)
@@ -335,26 +336,26 @@ def _draw_front(axes: Any, found: Sequence[Cell], initial: Evaluation | None) ->
     axes.plot(distances[above], rewards[above], "o", markersize=11, fillstyle="none", color=INK, zorder=3)
 
 
-def frontier_panel(found: Sequence[Cell], initial: Evaluation | None) -> Panel:
+def frontier_panel(cells: Sequence[Cell], initial: Evaluation | None) -> Panel:
     """The curve that each series draws between distance and reward, and the Pareto front of all of them."""
-    short = short_names(found)
+    short = short_names(cells)
 
     def draw(axes: Any) -> None:
-        scorer = found[0].evaluation.scorer
-        for name, colour in series_colours(found).items():
-            _draw_series(axes, [cell for cell in found if cell.series == name], colour, short[name])
+        scorer = cells[0].evaluation.scorer
+        for name, colour in series_colours(cells).items():
+            _draw_series(axes, [cell for cell in cells if cell.series == name], colour, short[name])
         if initial is not None:
             axes.plot(
                 0, initial.get(SCORE.of(scorer=scorer)), "s", color=INITIAL, markersize=7, label="initial policy"
             )
-        _draw_front(axes, found, initial)
+        _draw_front(axes, cells, initial)
         axes.set_title("Reward against distance")
         axes.set_xlabel("KL to the initial policy (nats per answer)")
         axes.set_ylabel(f"{scorer.capitalize()} reward")
         axes.margins(x=0.08, y=0.14)
         legend(axes)
 
-    steps = any(cell.step is not None for cell in found)
+    steps = any(cell.step is not None for cell in cells)
     return Panel(
         f"Reward bought with distance; the numbers at the points are {'steps' if steps else 'β'}. Rings are on the "
         "Pareto front: no sound policy had more reward at less KL. Degenerate ones are crossed out.",
@@ -362,17 +363,17 @@ def frontier_panel(found: Sequence[Cell], initial: Evaluation | None) -> Panel:
     )
 
 
-def frontier_csv(found: Sequence[Cell]) -> str:
+def frontier_csv(cells: Sequence[Cell]) -> str:
     """One line per cell: KL, reward, win rate, length with their spread, and whether it is on the Pareto front."""
-    front = {id(cell) for cell in front_of(found)}
-    about = found[0].evaluation
+    front = {id(cell) for cell in front_of(cells)}
+    about = cells[0].evaluation
     reward, win = about.key(SCORE), about.key(WIN_RATE)
     keys = (DISTANCE, f"{DISTANCE}_se", reward, f"{reward}_se", win, f"{win}_low", f"{win}_high", LENGTH.key,
             f"{LENGTH.key}_se")  # fmt: skip
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["series", "beta", "step", "seeds", *keys, "degenerate", "pareto"])
-    for cell in found:
+    for cell in cells:
         values = [cell.evaluation.metrics.get(key) for key in keys]
         broken = "; ".join(cell.evaluation.degenerate)
         writer.writerow(
@@ -422,16 +423,16 @@ def _by_seed(cell: Cell, key: str) -> dict[int | None, float]:
     return {job.seed: job.evaluation.get(key) for job in cell.jobs if job.evaluation}
 
 
-def told_apart(one: Cell, other: Cell, key: str) -> bool:
+def told_apart(first: Cell, second: Cell, key: str) -> bool:
     """Whether two cells' means differ by more than chance: paired over two or more common seeds, else by the standard
     errors of both."""
-    mine, theirs = _by_seed(one, key), _by_seed(other, key)
+    mine, theirs = _by_seed(first, key), _by_seed(second, key)
     seeds = [seed for seed in mine if seed in theirs]
     if len(seeds) > 1:
         gaps = np.array([mine[seed] - theirs[seed] for seed in seeds])
         return bool(abs(gaps.mean()) > quantile(len(gaps)) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
-    gap = one.evaluation.get(key) - other.evaluation.get(key)
-    return abs(gap) > quantile(1) * math.hypot(error(one, key), error(other, key))
+    gap = first.evaluation.get(key) - second.evaluation.get(key)
+    return abs(gap) > quantile(1) * math.hypot(error(first, key), error(second, key))
 
 
 def _strength(series: str, members: Sequence[Cell], key: str) -> Strength:
@@ -444,40 +445,42 @@ def _strength(series: str, members: Sequence[Cell], key: str) -> Strength:
     return Strength(series, best, *interval(best, key), [point for point in as_good if point is not None], degenerate)
 
 
-def best_strengths(found: Sequence[Cell]) -> list[Strength]:
+def best_strengths(cells: Sequence[Cell]) -> list[Strength]:
     """The best strength of every series, in the series' order, by the sweep's measure."""
-    key = measure_of([cell.evaluation for cell in found]).key
-    names = dict.fromkeys(cell.series for cell in found)
-    return [_strength(name, [cell for cell in found if cell.series == name], key) for name in names]
+    key = measure_of([cell.evaluation for cell in cells]).key
+    names = dict.fromkeys(cell.series for cell in cells)
+    return [_strength(name, [cell for cell in cells if cell.series == name], key) for name in names]
 
 
 def _strengths_text(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values) or MISSING
 
 
-def _entries(one: Strength, name: str, measure: Measure) -> list[str]:
-    if one.best is None:
-        return [name, MISSING, MISSING, MISSING, MISSING, MISSING, _strengths_text(one.degenerate)]
-    found, scale = one.best.evaluation, measure.scale
-    value, low, high = (number(scale * x, measure.decimals) for x in (found.get(measure.key), one.low, one.high))
+def _entries(strength: Strength, name: str, measure: Measure) -> list[str]:
+    if strength.best is None:
+        return [name, MISSING, MISSING, MISSING, MISSING, MISSING, _strengths_text(strength.degenerate)]
+    evaluation, scale = strength.best.evaluation, measure.scale
+    value, low, high = (
+        number(scale * x, measure.decimals) for x in (evaluation.get(measure.key), strength.low, strength.high)
+    )
     return [
         name,
-        _strengths_text([one.best.point] if one.best.point is not None else []),
+        _strengths_text([strength.best.point] if strength.best.point is not None else []),
         f"{value} [{low}, {high}]",
-        number(found.value(LENGTH), 1),
-        number(found.value(KL), 2),
-        _strengths_text(one.as_good),
-        _strengths_text(one.degenerate),
+        number(evaluation.value(LENGTH), 1),
+        number(evaluation.value(KL), 2),
+        _strengths_text(strength.as_good),
+        _strengths_text(strength.degenerate),
     ]
 
 
-def strength_table(found: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+def strength_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """The best strength of every series: titles, and a row of texts each."""
-    measure, short = measure_of([cell.evaluation for cell in found]), short_names(found)
-    point = "step" if any(cell.step is not None for cell in found) else "β"
+    measure, short = measure_of([cell.evaluation for cell in cells]), short_names(cells)
+    point = "step" if any(cell.step is not None for cell in cells) else "β"
     title = measure.title[0].upper() + measure.title[1:]
     names = ["Series", f"Best {point}", title, "Tokens", "KL to initial", f"As good: {point}", f"Degenerate: {point}"]
-    return names, [_entries(one, short[one.series], measure) for one in best_strengths(found)]
+    return names, [_entries(strength, short[strength.series], measure) for strength in best_strengths(cells)]
 
 
 # --- in the tracker: one run for a sweep as a whole, in the group of the training
@@ -496,19 +499,19 @@ def _frontier_row(job: Job) -> list[Any]:
     evaluation = job.evaluation
     reward, win = evaluation.key(SCORE), evaluation.key(WIN_RATE)
     keys = [DISTANCE, f"{DISTANCE}_se", reward, f"{reward}_se", win, f"{win}_low", f"{win}_high"]
-    numbers = [evaluation.get(key) for key in (*keys, LENGTH.key, ENDED.key)]
+    values = [evaluation.get(key) for key in (*keys, LENGTH.key, ENDED.key)]
     about = [job.name, known_id(job.folder, "train"), job.objective, job.reference, job.beta, job.seed]
-    return [*about, *numbers, bool(evaluation.degenerate)]
+    return [*about, *values, bool(evaluation.degenerate)]
 
 
 def frontier(jobs: Sequence[Job]) -> list[list[Any]]:
     """A row per evaluated job, columns `FRONTIER`; on the frontier is what no other sound job beats."""
     rows = [_frontier_row(job) for job in jobs if job.evaluation is not None]
     kl, score, broken = (FRONTIER.index(name) for name in ("kl", "score", "degenerate"))
-    sound = [place for place, row in enumerate(rows) if not row[broken]]
-    numbers = np.array([[rows[place][kl], rows[place][score]] for place in sound], float).reshape(-1, 2)
-    front = {sound[place] for place in undominated(numbers[:, 0], numbers[:, 1])}
-    return [[*row, place in front] for place, row in enumerate(rows)]
+    sound = [index for index, row in enumerate(rows) if not row[broken]]
+    points = np.array([[rows[index][kl], rows[index][score]] for index in sound], float).reshape(-1, 2)
+    front = {sound[index] for index in undominated(points[:, 0], points[:, 1])}
+    return [[*row, index in front] for index, row in enumerate(rows)]
 
 
 def track_sweep(tracking: Component, config: dict[str, Any], folder: Path, jobs: Sequence[Job]) -> None:

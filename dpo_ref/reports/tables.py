@@ -90,21 +90,21 @@ def _column(metric: Metric, heading: Heading, **names: str) -> Column:
 
 def columns(scorer: str) -> list[Column]:
     """The columns of a table of policies scored by `scorer`."""
-    shown = [(metric, metric.column) for metric in METRICS if not metric.by_judge]
-    return [_column(metric, heading, scorer=scorer.capitalize()) for metric, heading in shown if heading]
+    headings = [(metric, metric.column) for metric in METRICS if not metric.by_judge]
+    return [_column(metric, heading, scorer=scorer.capitalize()) for metric, heading in headings if heading]
 
 
 def brief_columns(scorer: str) -> list[Column]:
     """The columns that fit a terminal of 80 characters: without the errors of what is known well."""
-    shown = [(metric, metric.brief) for metric in METRICS]
-    return [_column(metric, heading, scorer=scorer, judge="a judge") for metric, heading in shown if heading]
+    headings = [(metric, metric.brief) for metric in METRICS]
+    return [_column(metric, heading, scorer=scorer, judge="a judge") for metric, heading in headings if heading]
 
 
 def judge_columns(evaluations: Sequence[Evaluation]) -> list[Column]:
     """What a judge says of the policies, if it was asked about any."""
     judges = dict.fromkeys(str(evaluation.judge["model"]) for evaluation in evaluations if evaluation.judge)
-    shown = [(metric, metric.column) for metric in METRICS if metric.by_judge and judges]
-    return [_column(metric, heading, judge=", ".join(judges)) for metric, heading in shown if heading]
+    headings = [(metric, metric.column) for metric in METRICS if metric.by_judge and judges]
+    return [_column(metric, heading, judge=", ".join(judges)) for metric, heading in headings if heading]
 
 
 def titles(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -139,23 +139,23 @@ def results_table(evaluations: Sequence[Evaluation], failures: Sequence[tuple[st
     from rich.text import Text
 
     every = brief_columns(evaluations[0].scorer if evaluations else "gold")
-    shown = [c for c in every if any(c.text(e) != MISSING for e in evaluations)] or every
+    visible = [c for c in every if any(c.text(e) != MISSING for e in evaluations)] or every
     reasons = Text("\n".join(f"{name}: {why}" for name, why in failures), style="red")
     table = Table(
         box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=reasons if failures else None,
         caption_justify="left",
     )  # fmt: skip
     table.add_column("policy", overflow="fold", min_width=14)
-    for column in shown:
+    for column in visible:
         table.add_column(column.title, justify="right", no_wrap=True)
     for evaluation, name in zip(evaluations, titles(evaluations), strict=True):
         seeds = f" ({evaluation.num_seeds} seeds)" if evaluation.num_seeds > 1 else ""
         label = Text(name + seeds)
         if evaluation.degenerate:
             label.append(" degenerate", style="bold red")
-        table.add_row(label, *(Text(_narrow(column.text(evaluation))) for column in shown))
+        table.add_row(label, *(Text(_narrow(column.text(evaluation))) for column in visible))
     for name, _ in failures:
-        table.add_row(Text(name, style="red"), *("–" for _ in shown))
+        table.add_row(Text(name, style="red"), *("–" for _ in visible))
     return table
 
 
@@ -192,8 +192,8 @@ def verdict_on(evaluation: Evaluation, title: str) -> str:
 
 def best(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """The trained policy with the highest win rate, degenerate ones last; None without win rates."""
-    known = [e for e in evaluations if not math.isnan(_interval(e)[0])]
-    return max(known, key=lambda e: (not e.degenerate, _interval(e)[0]), default=None)
+    candidates = [e for e in evaluations if not math.isnan(_interval(e)[0])]
+    return max(candidates, key=lambda e: (not e.degenerate, _interval(e)[0]), default=None)
 
 
 def headline(evaluations: Sequence[Evaluation]) -> str:

@@ -57,12 +57,12 @@ CURVES = (
 
 def evaluations(path: Path) -> list[dict[str, float]]:
     """What `metrics.jsonl` at `path` has of evaluations in training, without prefix, in the order of their steps."""
-    found: dict[int, dict[str, float]] = {}
+    by_step: dict[int, dict[str, float]] = {}
     for row in run_record.read(path):
-        known = {key.removeprefix(PREFIX): value for key, value in row.items() if key.startswith(PREFIX)}
-        if known:
-            found[row["step"]] = {"step": float(row["step"]), **known}
-    return [found[step] for step in sorted(found)]
+        metrics = {key.removeprefix(PREFIX): value for key, value in row.items() if key.startswith(PREFIX)}
+        if metrics:
+            by_step[row["step"]] = {"step": float(row["step"]), **metrics}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _interval(row: Mapping[str, float], key: str) -> tuple[float, float]:
@@ -81,14 +81,16 @@ def _score(rows: Sequence[Mapping[str, float]]) -> list[Curve]:
 
 
 def _draw_line(axes: Any, rows: Sequence[Mapping[str, float]], line: Line, colour: str) -> None:
-    known = [row for row in rows if line.key in row]
-    steps = [row["step"] for row in known]
-    low, high = zip(*(_interval(row, line.key) for row in known), strict=True)
+    points = [row for row in rows if line.key in row]
+    steps = [row["step"] for row in points]
+    low, high = zip(*(_interval(row, line.key) for row in points), strict=True)
     axes.fill_between(
         steps, [line.scale * at for at in low], [line.scale * at for at in high], color=colour, alpha=0.18, linewidth=0
     )
-    axes.plot(steps, [line.scale * row[line.key] for row in known], "o-", color=colour, markersize=4, label=line.label)
-    broken = [(row["step"], line.scale * row[line.key]) for row in known if row[DEGENERATE.key]]
+    axes.plot(
+        steps, [line.scale * row[line.key] for row in points], "o-", color=colour, markersize=4, label=line.label
+    )
+    broken = [(row["step"], line.scale * row[line.key]) for row in points if row[DEGENERATE.key]]
     axes.plot([x for x, _ in broken], [y for _, y in broken], "X", color=BROKEN, markersize=9, zorder=4)
 
 
@@ -114,8 +116,8 @@ def _panel(curve: Curve, rows: Sequence[Mapping[str, float]]) -> Panel:
 def training_panels(rows: Sequence[Mapping[str, float]]) -> list[Panel]:
     """One picture for each thing that was measured."""
     every = [*_score(rows), *CURVES]
-    measured = [curve for curve in every if any(line.key in row for line in curve.lines for row in rows)]
-    return [_panel(curve, rows) for curve in measured]
+    curves = [curve for curve in every if any(line.key in row for line in curve.lines for row in rows)]
+    return [_panel(curve, rows) for curve in curves]
 
 
 def write_picture(directory: Path) -> Path:

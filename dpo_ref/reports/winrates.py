@@ -51,13 +51,13 @@ def columns(rates: Sequence[WinRate]) -> list[Column]:
         CONTROLLED: "length-controlled AlpacaEval 2 win rate, 95 % interval of refits",
         ADJUSTED: "at equal lengths, by our own regression: not AlpacaEval's length-controlled win rate",
     }
-    named = [
+    optional = [
         Column("against", "the baseline", lambda rate: rate.baseline),
         Column("judge", "who judged", lambda rate: rate.judge),
     ]
     differing = [len({rate.baseline for rate in rates}) > 1, len({rate.judge for rate in rates}) > 1]
     return [
-        *(column for column, differs in zip(named, differing, strict=True) if differs),
+        *(column for column, differs in zip(optional, differing, strict=True) if differs),
         Column("win rate", "%, ± standard error clustered by prompt", _plus_minus),
         Column("discrete", "%, preferences rounded to win, tie, loss", lambda r: _points(r.get("discrete_win_rate"))),
         Column({CONTROLLED: "LC", ADJUSTED: "length-adj."}[key], note[key], lambda rate: interval(rate, key)),
@@ -84,41 +84,39 @@ def _table(head: str, names: Sequence[str], titles: Sequence[str], rows: Sequenc
     return table
 
 
-def rates_table(found: WinRates) -> Any:
+def rates_table(win_rates: WinRates) -> Any:
     """A rich table with a row per model, what its columns mean below."""
-    shown = columns(found.rates)
+    shown = columns(win_rates.rates)
     notes = "\n".join(f"{column.title}: {column.note}" for column in shown)
-    rows = [[column.text(rate) for column in shown] for rate in found.rates]
-    return _table("model", [rate.model for rate in found.rates], [c.title for c in shown], rows, notes)
+    rows = [[column.text(rate) for column in shown] for rate in win_rates.rates]
+    return _table("model", [rate.model for rate in win_rates.rates], [c.title for c in shown], rows, notes)
 
 
-def strengths_note(found: BradleyTerry) -> str:
+def strengths_note(fit: BradleyTerry) -> str:
     """What strengths are relative to, and which of them the preferences leave open."""
-    against = f"relative to {found.anchor}" if found.anchor else "relative to their mean"
-    if found.finite:
+    against = f"relative to {fit.anchor}" if fit.anchor else "relative to their mean"
+    if fit.finite:
         return f"log-odds {against}; 95 % interval over prompts"
-    parts = " > ".join(" and ".join(group) for group in found.groups)
+    parts = " > ".join(" and ".join(group) for group in fit.groups)
     return (
         f"log-odds {against}. Those on the right never won anything from those on the left: {parts}. How far they lie "
-        f"apart is set by a ridge of {found.ridge:g} alone"
+        f"apart is set by a ridge of {fit.ridge:g} alone"
     )
 
 
-def strengths_table(judge: str, found: BradleyTerry) -> Any:
+def strengths_table(judge: str, fit: BradleyTerry) -> Any:
     """A rich table of Bradley–Terry strengths."""
-    rows = [
-        [number(one.value, 2, signed=True), f"[{number(one.low, 2)},{number(one.high, 2)}]"] for one in found.strengths
-    ]
-    names = [one.model for one in found.strengths]
-    return _table(f"Bradley–Terry, judged by {judge}", names, ["strength", "interval"], rows, strengths_note(found))
+    rows = [[number(s.value, 2, signed=True), f"[{number(s.low, 2)},{number(s.high, 2)}]"] for s in fit.strengths]
+    names = [s.model for s in fit.strengths]
+    return _table(f"Bradley–Terry, judged by {judge}", names, ["strength", "interval"], rows, strengths_note(fit))
 
 
-def headline(found: WinRates) -> str:
+def headline(win_rates: WinRates) -> str:
     """The main finding: whether the best model beats the next one, or what the only one comes to."""
-    best = found.rates[0]
+    best = win_rates.rates[0]
     if math.isnan(best.get("win_rate")):
         return "no pair has a preference"
-    pair = next((one for one in found.versus if _is_top(one, found.rates)), None)
+    pair = next((pair for pair in win_rates.versus if _is_top(pair, win_rates.rates)), None)
     if pair is None:
         return f"{best.model} wins {interval(best, 'win_rate')} % of comparisons with {best.baseline}"
     low, high = (number(100 * value, 1, signed=True) for value in (pair.difference.low, pair.difference.high))
@@ -134,29 +132,29 @@ def _is_top(pair: Versus, rates: Sequence[WinRate]) -> bool:
     return (pair.model, pair.other) == (first.model, second.model) and pair.baseline == first.baseline
 
 
-def summary_metrics(found: WinRates) -> dict[str, float]:
+def summary_metrics(win_rates: WinRates) -> dict[str, float]:
     """All numbers under flat names, for a tracker; those that could not be measured are left out."""
     return {
         f"{rate.model}/{rate.baseline}/{key}": value
-        for rate in found.rates
+        for rate in win_rates.rates
         for key, value in rate.metrics.items()
         if not math.isnan(value)
     }
 
 
-def csv_text(found: WinRates) -> str:
+def csv_text(win_rates: WinRates) -> str:
     """A row per model with every metric, and its strength where there is one."""
     strengths = {
-        (j, one.model): one for j, parts in found.strengths.items() for part in parts for one in part.strengths
+        (judge, s.model): s for judge, parts in win_rates.strengths.items() for part in parts for s in part.strengths
     }
-    names = list(dict.fromkeys(key for rate in found.rates for key in rate.metrics))
+    names = list(dict.fromkeys(key for rate in win_rates.rates for key in rate.metrics))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["model", "baseline", "judge", *names, "strength", "strength_low", "strength_high"])
-    for rate in found.rates:
-        one = strengths.get((rate.judge, rate.model))
+    for rate in win_rates.rates:
+        strength = strengths.get((rate.judge, rate.model))
         values = [rate.get(name) for name in names]
-        values += [one.value, one.low, one.high] if one else [math.nan] * 3
+        values += [strength.value, strength.low, strength.high] if strength else [math.nan] * 3
         writer.writerow([rate.model, rate.baseline, rate.judge, *("" if math.isnan(v) else repr(v) for v in values)])
     return buffer.getvalue()
 
@@ -234,26 +232,26 @@ def length_panel(rates: Sequence[WinRate]) -> Panel:
     return Panel("Win rate among prompts whose answer is longer than the baseline's, and shorter.", draw)
 
 
-def strengths_panel(judge: str, found: BradleyTerry) -> Panel:
+def strengths_panel(judge: str, fit: BradleyTerry) -> Panel:
     """Bradley–Terry strengths with their intervals."""
-    shown = found.strengths[:MOST_ROWS]
+    shown = fit.strengths[:MOST_ROWS]
 
     def draw(axes: Any) -> None:
-        _rows(axes, [one.model for one in shown], "Bradley–Terry strength")
-        for row, one in enumerate(shown):
-            colour = INITIAL if one.model == found.anchor else RATE
-            _bar(axes, [one.value, one.low, one.high], float(row), colour, marker="o", markersize=6)
+        _rows(axes, [strength.model for strength in shown], "Bradley–Terry strength")
+        for row, strength in enumerate(shown):
+            colour = INITIAL if strength.model == fit.anchor else RATE
+            _bar(axes, [strength.value, strength.low, strength.high], float(row), colour, marker="o", markersize=6)
         axes.axvline(0, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.0)
-        axes.set_xlabel(f"log-odds against {_short(found.anchor or 'their mean')}")
+        axes.set_xlabel(f"log-odds against {_short(fit.anchor or 'their mean')}")
 
     return Panel(f"Strengths from all comparisons by {judge}; bars are 95 % intervals over prompts.", draw)
 
 
-def panels(found: WinRates) -> list[Panel]:
+def panels(win_rates: WinRates) -> list[Panel]:
     """The pictures of `winrates.png`; of many models the best."""
-    rates = [rate for rate in found.rates if not math.isnan(rate.get("win_rate"))][:MOST_ROWS]
+    rates = [rate for rate in win_rates.rates if not math.isnan(rate.get("win_rate"))][:MOST_ROWS]
     if not rates:
         return []
     both = [r for r in rates if not any(math.isnan(r.get(f"win_rate_{side}")) for side in ("longer", "shorter"))]
-    strengths = [strengths_panel(judge, part) for judge, parts in found.strengths.items() for part in parts]
+    strengths = [strengths_panel(judge, part) for judge, parts in win_rates.strengths.items() for part in parts]
     return [rates_panel(rates), *([length_panel(both)] if both else []), *strengths]

@@ -147,7 +147,7 @@ def test_every_policy_and_every_number_of_the_table_is_on_the_page(evaluated):
 
 def test_samples_are_paired_drawn_at_random_first_and_gains_and_losses_are_true(evaluated):
     baseline, policy = evaluated[0], evaluated[2]
-    drawn, gains, losses = select(policy, baseline, each=4)
+    drawn, gains, losses = select(policy, baseline, count=4)
     assert (drawn.title, len(drawn.comparisons)) == ("Drawn at random", 4)
     for selection in (drawn, gains, losses):
         for pair in selection.comparisons:
@@ -157,7 +157,7 @@ def test_samples_are_paired_drawn_at_random_first_and_gains_and_losses_are_true(
     assert min(pair.gain for pair in gains.comparisons) > 0 > max(pair.gain for pair in losses.comparisons)
     shown = [pair.policy.prompt_index for s in (drawn, gains, losses) for pair in s.comparisons]
     assert len(set(shown)) == len(shown)
-    assert select(policy, baseline, each=4) == [drawn, gains, losses]
+    assert select(policy, baseline, count=4) == [drawn, gains, losses]
 
 
 def second_turn(name, before, output):
