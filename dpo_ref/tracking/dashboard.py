@@ -56,7 +56,7 @@ def workspace(entity: str, project: str, sections: Sequence[Section]) -> Any:
         name=NAME,
         sections=[
             workspaces.Section(
-                name=section.name, panels=[shown.panel(panels) for shown in section.panels], is_open=section.is_open
+                name=section.name, panels=[panel.panel(panels) for panel in section.panels], is_open=section.is_open
             )
             for section in sections
         ],
@@ -71,8 +71,8 @@ def save(entity: str, project: str, sections: Sequence[Section]) -> str:
     try:
         return str(view.save().url)
     except Exception as error:  # no key, no network, no such project: all are the user's to mend
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"the view was not saved ({type(error).__name__}: {said}). It needs an API key (`wandb login`), the "
+            f"the view was not saved ({type(error).__name__}: {reason}). It needs an API key (`wandb login`), the "
             f"network and runs in {entity}/{project}; offline runs are uploaded with `wandb sync`"
         ) from error

@@ -111,12 +111,12 @@ class Places:
     """Reduces paths and addresses, those that a configuration holds wherever they stand in a text."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._known = sorted(set(_places(config)), key=len, reverse=True)
+        self._paths = sorted(set(_places(config)), key=len, reverse=True)
 
     def text(self, text: str) -> str:
         """`text` with paths reduced to their last part and addresses to their scheme."""
-        for place in self._known:
-            text = text.replace(place, Path(place).name)
+        for path in self._paths:
+            text = text.replace(path, Path(path).name)
         return LOCAL.sub(r"\1", ADDRESS.sub(r"\1:...", text))
 
     def tree(self, value: Any) -> Any:

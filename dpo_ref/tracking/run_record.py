@@ -23,7 +23,7 @@ def _strict(value: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _parsed(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The file's objects; a torn last line is left out, a damaged one elsewhere is a ValueError."""
     lines = path.read_bytes().splitlines()
     for row, line in enumerate(lines, 1):
@@ -39,7 +39,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     Raises FileNotFoundError, and ValueError naming the line if one other than the last is damaged.
     """
-    return list(_parsed(path))
+    return list(_rows(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class MetricsFile:
         """
         if not self.path.exists():
             return
-        kept = [line for line in _parsed(self.path) if line["step"] <= step]
-        write_lines(self.path, (json.dumps(line, allow_nan=False) + "\n" for line in kept))
+        lines = [line for line in _rows(self.path) if line["step"] <= step]
+        write_lines(self.path, (json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
 # --- the record

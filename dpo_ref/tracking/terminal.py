@@ -207,7 +207,7 @@ def run_summary(title: str, rows: Mapping[str, str], next_commands: Sequence[str
     """
     BARS.close()
     if on_terminal():
-        _framed(title, rows)
+        _print_frame(title, rows)
     else:
         width = max(map(len, rows), default=0)
         print(f"\n{title}", *(f"  {name:{width}}  {text}" for name, text in rows.items()), sep="\n")
@@ -216,7 +216,7 @@ def run_summary(title: str, rows: Mapping[str, str], next_commands: Sequence[str
     sys.stdout.flush()
 
 
-def _framed(title: str, rows: Mapping[str, str]) -> None:
+def _print_frame(title: str, rows: Mapping[str, str]) -> None:
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table

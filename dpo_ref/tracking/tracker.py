@@ -79,7 +79,7 @@ class Tracker(Protocol):
         """A file as it is now, such as a report."""
         ...
 
-    def artifact(self, made: Artifact) -> None:
+    def artifact(self, artifact: Artifact) -> None:
         """A new version of an artifact, as its files are now."""
         ...
 
@@ -121,7 +121,7 @@ class NoTracker:
     def file(self, path: Path) -> None:
         """Nothing."""
 
-    def artifact(self, made: Artifact) -> None:
+    def artifact(self, artifact: Artifact) -> None:
         """Nothing."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -166,8 +166,8 @@ def reference_artifact(summary: Mapping[str, Any]) -> Artifact:
 
 def evaluation_artifacts(policy: str, folder: Path, metadata: Mapping[str, Any]) -> Sequence[Artifact]:
     """The answers of an evaluation, and every number about them. `policy` names the evaluated policy."""
-    numbers = sorted(path for path in folder.glob(NUMBERS) if path.name != GENERATIONS and path.name[0] != ".")
+    files = sorted(path for path in folder.glob(NUMBERS) if path.name != GENERATIONS and path.name[0] != ".")
     return (
         Artifact(f"generations-{policy}", "generations", metadata, files=[folder / GENERATIONS]),
-        Artifact(f"evaluation-{policy}", "evaluation", metadata, files=numbers),
+        Artifact(f"evaluation-{policy}", "evaluation", metadata, files=files),
     )

@@ -51,15 +51,15 @@ def known_id(directory: Path, job_type: str) -> str | None:
 
 def _new_id(job_type: str) -> str:
     """The id that the agent of a `wandb sweep` has given the training it started, else one of our own."""
-    given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") and job_type == "train" else None
-    return given or uuid4().hex[:12]
+    agent_id = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") and job_type == "train" else None
+    return agent_id or uuid4().hex[:12]
 
 
 def run_id(run: RunInfo) -> str:
     """The id a resumed run had, else a new one, kept in the run's folder beside what it tracked."""
-    known = known_id(run.directory, run.job_type)
-    if run.resume and known:
-        return known
+    previous = known_id(run.directory, run.job_type)
+    if run.resume and previous:
+        return previous
     path, new = run.directory / f"wandb_id_{run.job_type}", _new_id(run.job_type)
     write_text(path, new)
     return new
@@ -77,13 +77,13 @@ def _available(mode: str) -> tuple[Mode, str]:
         configured = wandb.setup(overrides).settings.mode
         if configured in QUIET_MODES:
             return QUIET_MODES[configured], f"WANDB_MODE (or `wandb {configured}`) says so"
-        found = wandb.login(prompt=False, verify=False)
+        has_key = wandb.login(prompt=False, verify=False)
     except Exception as error:  # such as a key of the wrong form
         return "offline", f"the configured API key is of no use ({described(error)})"
-    return ("online", "") if found else ("offline", "no API key is configured")
+    return ("online", "") if has_key else ("offline", "no API key is configured")
 
 
-def _started(arguments: dict[str, Any], options: dict[str, Any], mode: Mode) -> Any:
+def _start(arguments: dict[str, Any], options: dict[str, Any], mode: Mode) -> Any:
     """A started run in which every metric is drawn over the optimiser step."""
     import wandb
 
@@ -105,7 +105,7 @@ def _check(project: str, tags: Sequence[str], timeout: int) -> None:
         raise ValueError(f"tracking.timeout={timeout} must be positive; it is in seconds")
 
 
-def _opened(directory: Path, start: Callable[[Mode], Any], mode: Mode, why: str, upload_weights: bool) -> Tracker:
+def _open(directory: Path, start: Callable[[Mode], Any], mode: Mode, why: str, upload_weights: bool) -> Tracker:
     """The tracker, online if `mode` is and the service answers; says in one line which it became."""
     if mode == "online":
         try:
@@ -145,10 +145,10 @@ def wandb_tracker(
     """
     tags = tags or []
     _check(project, tags, timeout)
-    chosen, why = ("offline", "tracking.mode=offline") if mode == "offline" else _available(mode)
-    if mode == "online" and chosen != "online":
+    actual_mode, why = ("offline", "tracking.mode=offline") if mode == "offline" else _available(mode)
+    if mode == "online" and actual_mode != "online":
         raise ValueError(f"tracking.mode=online: {why}; run `wandb login` first, or write tracking.mode=offline")
-    if chosen == "disabled":
+    if actual_mode == "disabled":
         say(f"off, because {why}")
         return NoTracker()
     redactor = Redactor(run.config)
@@ -163,7 +163,7 @@ def wandb_tracker(
         "finish_timeout_raises": True,
         "x_disable_meta": redactor.found,  # the metadata holds the command line, and so perhaps the credential
     }  # fmt: skip
-    return _opened(run.directory, partial(_started, arguments, options), chosen, why, upload_weights)
+    return _open(run.directory, partial(_start, arguments, options), actual_mode, why, upload_weights)
 
 
 # --- a started run as a tracker: what it is told becomes history, summary, media, files and artifacts
@@ -230,7 +230,7 @@ class WandbTracker:
         """The distribution of the finite values, in at most 64 bins; nothing if there are none."""
         import wandb
 
-        finite = [number for number in map(float, values) if math.isfinite(number)]
+        finite = [value for value in map(float, values) if math.isfinite(value)]
         if finite:
             self._attempt(lambda: self._run.log({"step": step, name: wandb.Histogram(finite)}))
 
@@ -244,30 +244,30 @@ class WandbTracker:
         """A file as it is now; `report.html` opens in the run's Files tab."""
         self._attempt(lambda: self._run.save(str(path), base_path=str(path.parent), policy="now"))
 
-    def artifact(self, made: Artifact) -> None:
+    def artifact(self, artifact: Artifact) -> None:
         """Its small files as copies in the run's folder, its weights by path and digest or, if asked for, uploaded."""
         if self._artifacts_arrive:
-            self._artifacts_arrive = self._attempt(lambda: self._run.log_artifact(self._built(made)))
+            self._artifacts_arrive = self._attempt(lambda: self._run.log_artifact(self._build(artifact)))
 
-    def _built(self, made: Artifact) -> Any:
+    def _build(self, artifact: Artifact) -> Any:
         import wandb
 
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", made.name)[:LONGEST_ARTIFACT_NAME]
-        built = wandb.Artifact(name, made.kind, metadata=dict(made.metadata))
-        kept = Path(self._run.dir).resolve().parent / "artifacts" / name
-        kept.mkdir(parents=True, exist_ok=True)
-        for path in made.files:
-            copy = shutil.copy2(path, kept / path.name)
-            built.add_file(str(copy), name=path.name, policy="immutable", skip_cache=True)
-        for path in made.weights:
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", artifact.name)[:LONGEST_ARTIFACT_NAME]
+        upload = wandb.Artifact(name, artifact.kind, metadata=dict(artifact.metadata))
+        folder = Path(self._run.dir).resolve().parent / "artifacts" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in artifact.files:
+            copy = shutil.copy2(path, folder / path.name)
+            upload.add_file(str(copy), name=path.name, policy="immutable", skip_cache=True)
+        for path in artifact.weights:
             if self._upload_weights:
-                built.add_file(str(path.resolve()), name=path.name, policy="immutable", skip_cache=True)
+                upload.add_file(str(path.resolve()), name=path.name, policy="immutable", skip_cache=True)
             else:
-                built.add_reference(path.resolve().as_uri(), name=path.name)
+                upload.add_reference(path.resolve().as_uri(), name=path.name)
         with contextlib.redirect_stderr(io.StringIO()):  # wandb warns that it cannot look behind a URI of our own
-            for entry, uri in made.references.items():
-                built.add_reference(uri, name=entry, checksum=False)
-        return built
+            for entry, uri in artifact.references.items():
+                upload.add_reference(uri, name=entry, checksum=False)
+        return upload
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Values that describe the whole run."""
