@@ -107,11 +107,11 @@ def _groups(names: Sequence[str], games: _Games, fitted: Float[np.ndarray, " K"]
     beats[a, b], beats[b, a] = won > 0, weight - won > 0
     parts = _components(_reachable(beats | beats.T))
     if len(parts) > 1:
-        listed = "; ".join(", ".join(names[place] for place in part) for part in parts)
+        listed = "; ".join(", ".join(names[index] for index in part) for part in parts)
         raise ValueError(f"strengths need models that are connected by comparisons, and these are not: {listed}")
     reach = _reachable(beats)
     bound = sorted(_components(reach & reach.T), key=lambda part: -fitted[part].mean())
-    return [sorted((names[place] for place in part), key=lambda n: -fitted[names.index(n)]) for part in bound]
+    return [sorted((names[index] for index in part), key=lambda n: -fitted[names.index(n)]) for part in bound]
 
 
 def bradley_terry(
@@ -131,23 +131,23 @@ def bradley_terry(
     of comparisons connects, for a model compared with itself and for an unknown anchor.
     """
     check_preferences(shares)
-    given = np.ones(len(shares)) if weights is None else weights
-    kept: list[int] = np.flatnonzero(~np.isnan(shares) & (given > 0)).tolist()
-    first, second = [first[row] for row in kept], [second[row] for row in kept]
+    row_weights = np.ones(len(shares)) if weights is None else weights
+    rows: list[int] = np.flatnonzero(~np.isnan(shares) & (row_weights > 0)).tolist()
+    first, second = [first[row] for row in rows], [second[row] for row in rows]
     names = list(dict.fromkeys([*first, *second]))
     _check(first, second, names, anchor)
-    place = {name: number for number, name in enumerate(names)}
-    ours, theirs = (np.array([place[name] for name in side]) for side in (first, second))
-    games = _games(ours, theirs, shares[kept], given[kept], [clusters[row] for row in kept])
+    index = {name: i for i, name in enumerate(names)}
+    ours, theirs = (np.array([index[name] for name in side]) for side in (first, second))
+    games = _games(ours, theirs, shares[rows], row_weights[rows], [clusters[row] for row in rows])
     num_clusters = len(games.won)
     (fitted,) = _fit(games, np.ones((1, num_clusters)), len(names))
     groups = _groups(names, games, fitted)
     width = 1 + len(names) * max(len(names), len(games.pairs)) // num_clusters
-    drawn = np.concatenate([_fit(games, counts, len(names)) for counts in resampled_counts(num_clusters, seed, width)])
+    fits = np.concatenate([_fit(games, counts, len(names)) for counts in resampled_counts(num_clusters, seed, width)])
     if anchor is not None:
-        fitted, drawn = fitted - fitted[place[anchor]], drawn - drawn[:, place[anchor], None]
-    order = sorted(names, key=lambda name: -fitted[place[name]])
+        fitted, fits = fitted - fitted[index[anchor]], fits - fits[:, index[anchor], None]
+    order = sorted(names, key=lambda name: -fitted[index[name]])
     strengths = [
-        Strength(name, fitted[place[name]].item(), *percentile_interval(drawn[:, place[name]])) for name in order
+        Strength(name, fitted[index[name]].item(), *percentile_interval(fits[:, index[name]])) for name in order
     ]
     return BradleyTerry(strengths, anchor, groups)

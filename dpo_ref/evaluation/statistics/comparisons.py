@@ -74,13 +74,13 @@ def alpaca_win_rate(preferences: Float[np.ndarray, " N"]) -> AlpacaWinRate:
     """Win rate, standard error and discrete win rate (every preference counts as win, tie or loss) as AlpacaEval
     (Dubois et al. 2024, arXiv:2404.04475) computes them; missing preferences are left out and counted."""
     check_preferences(preferences)
-    known = preferences[~np.isnan(preferences)]
-    total = len(known)
-    wins, losses = int((known > 0.5).sum()), int((known < 0.5).sum())
+    shares = preferences[~np.isnan(preferences)]
+    total = len(shares)
+    wins, losses = int((shares > 0.5).sum()), int((shares < 0.5).sum())
     draws = total - wins - losses
     return AlpacaWinRate(
-        win_rate=float(known.mean()) if total else float("nan"),
-        standard_error=float(known.std(ddof=1) / np.sqrt(total)) if total > 1 else float("nan"),
+        win_rate=float(shares.mean()) if total else float("nan"),
+        standard_error=float(shares.std(ddof=1) / np.sqrt(total)) if total > 1 else float("nan"),
         discrete_win_rate=(wins + draws / 2) / total if total else float("nan"),
         n_wins=wins,
         n_wins_base=losses,
@@ -93,8 +93,8 @@ def alpaca_win_rate(preferences: Float[np.ndarray, " N"]) -> AlpacaWinRate:
 def _resampled_means(values: Float[np.ndarray, " N"], clusters: Sequence[Hashable], seed: int) -> np.ndarray:
     owner = owners(clusters)
     sums, sizes = np.bincount(owner, weights=values), np.bincount(owner).astype(np.float64)
-    drawn = resampled_counts(len(sizes), seed)
-    return np.concatenate([counts @ sums / (counts @ sizes) for counts in drawn])
+    resamples = resampled_counts(len(sizes), seed)
+    return np.concatenate([counts @ sums / (counts @ sizes) for counts in resamples])
 
 
 def cluster_interval(values: Float[np.ndarray, " N"], clusters: Sequence[Hashable], seed: int) -> tuple[float, float]:
@@ -122,14 +122,14 @@ def paired_difference(
     check_preferences(ours)
     check_preferences(theirs)
     gaps = ours - theirs
-    known = ~np.isnan(gaps)
-    kept = _kept(clusters, known)
-    mean, low_high = clustered_mean(gaps[known], kept), cluster_interval(gaps[known], kept, seed)
-    return Difference(mean.mean, mean.se, *low_high, int(known.sum()))
+    present = ~np.isnan(gaps)
+    prompts = _where(clusters, present)
+    mean, low_high = clustered_mean(gaps[present], prompts), cluster_interval(gaps[present], prompts, seed)
+    return Difference(mean.mean, mean.se, *low_high, int(present.sum()))
 
 
-def _kept(clusters: Sequence[Hashable], known: Bool[np.ndarray, " N"]) -> list[Hashable]:
-    return [cluster for cluster, keep in zip(clusters, known, strict=True) if keep]
+def _where(clusters: Sequence[Hashable], present: Bool[np.ndarray, " N"]) -> list[Hashable]:
+    return [cluster for cluster, keep in zip(clusters, present, strict=True) if keep]
 
 
 def preference_metrics(
@@ -152,14 +152,14 @@ def preference_metrics(
     ValueError for a preference outside [0, 1].
     """
     plain = alpaca_win_rate(preferences)
-    known = ~np.isnan(preferences)
-    values, kept = preferences[known], _kept(clusters, known)
-    gaps = (policy_lengths - baseline_lengths)[known].astype(np.float64)
-    low, high = cluster_interval(values, kept, seed)
+    present = ~np.isnan(preferences)
+    values, prompts = preferences[present], _where(clusters, present)
+    gaps = (policy_lengths - baseline_lengths)[present].astype(np.float64)
+    low, high = cluster_interval(values, prompts, seed)
     adjusted = length_adjusted(preferences, policy_lengths, baseline_lengths, clusters, seed)
-    means = {"win_rate": clustered_mean(values, kept), "length_difference": clustered_mean(gaps, kept)}
-    for name, chosen in (("longer", gaps > 0), ("shorter", gaps < 0)):
-        means[f"win_rate_{name}"] = clustered_mean(values[chosen], _kept(kept, chosen))
+    means = {"win_rate": clustered_mean(values, prompts), "length_difference": clustered_mean(gaps, prompts)}
+    for name, mask in (("longer", gaps > 0), ("shorter", gaps < 0)):
+        means[f"win_rate_{name}"] = clustered_mean(values[mask], _where(prompts, mask))
     return {
         **{name: estimate.mean for name, estimate in means.items()},
         **{f"{name}_se": estimate.se for name, estimate in means.items()},
@@ -196,10 +196,10 @@ class _Scored(NamedTuple):
 
 
 def _by_prompt(generations: Sequence[Generation], scores: Sequence[float]) -> dict[str, list[_Scored]]:
-    found: dict[str, list[_Scored]] = defaultdict(list)
+    by_prompt: dict[str, list[_Scored]] = defaultdict(list)
     for generation, score in zip(generations, scores, strict=True):
-        found[generation.question].append(_Scored((generation.seed, generation.sample_index), score))
-    return found
+        by_prompt[generation.question].append(_Scored((generation.seed, generation.sample_index), score))
+    return by_prompt
 
 
 def _comparisons(ours: list[_Scored], theirs: list[_Scored]) -> Float[np.ndarray, " C"]:
@@ -283,18 +283,18 @@ def length_adjusted(
     where one side always wins. nan where nothing was compared, and where all answers are longer by one same amount,
     so that length cannot be told from quality.
     """
-    known = ~np.isnan(preferences)
-    shares, owner = preferences[known], owners([c for c, kept in zip(clusters, known, strict=True) if kept])
-    differences = (policy_lengths - baseline_lengths)[known].astype(np.float64)
+    present = ~np.isnan(preferences)
+    shares, owner = preferences[present], owners([c for c, keep in zip(clusters, present, strict=True) if keep])
+    differences = (policy_lengths - baseline_lengths)[present].astype(np.float64)
     if len(shares) == 0 or (differences[0] != 0 and np.ptp(differences) == 0):
         return NOT_MEASURED
     whole = np.ones((1, len(shares)))
     fitted = fit_logistic(_features(differences, whole), shares[None], whole)
-    drawn = []
+    intercepts = []
     num_clusters = int(owner.max()) + 1
     width = 8 * math.ceil(len(shares) / num_clusters)
     for counts in resampled_counts(num_clusters, seed, width, num_resamples):
         weights = counts[:, owner]
-        drawn.append(fit_logistic(_features(differences, weights), shares[None], weights)[:, 0])
-    low, high = percentile_interval(sigmoid(np.concatenate(drawn)))
+        intercepts.append(fit_logistic(_features(differences, weights), shares[None], weights)[:, 0])
+    low, high = percentile_interval(sigmoid(np.concatenate(intercepts)))
     return LengthAdjusted(sigmoid(fitted[:, 0]).item(), low, high, fitted[0, 1].item())

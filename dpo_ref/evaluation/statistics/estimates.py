@@ -27,8 +27,8 @@ def clustered_mean(values: Sequence[float] | Float[np.ndarray, " N"], clusters: 
     array = np.asarray(values, dtype=np.float64)
     if len(array) == 0:
         return Estimate(float("nan"), float("nan"))
-    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
-    owner = np.array([places[cluster] for cluster in clusters])
+    indices = {cluster: index for index, cluster in enumerate(dict.fromkeys(clusters))}
+    owner = np.array([indices[cluster] for cluster in clusters])
     mean = array.mean()
     residuals = np.bincount(owner, weights=array - mean)
     count = len(residuals)
@@ -43,10 +43,10 @@ def bootstrap_interval(values: Float[np.ndarray, " P"], seed: int, level: float 
     generator = np.random.default_rng(seed)
     rows = max(1, 2**22 // len(values))  # resamples at once: the index table stays below 32 MiB
     means = [
-        values[generator.integers(len(values), size=(min(rows, NUM_RESAMPLES_OF_MEANS - done), len(values)))].mean(
+        values[generator.integers(len(values), size=(min(rows, NUM_RESAMPLES_OF_MEANS - start), len(values)))].mean(
             axis=1
         )
-        for done in range(0, NUM_RESAMPLES_OF_MEANS, rows)
+        for start in range(0, NUM_RESAMPLES_OF_MEANS, rows)
     ]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -62,9 +62,9 @@ LARGEST_CHUNK = 2**22  # numbers held at once
 
 
 def owners(clusters: Sequence[Hashable]) -> Int[np.ndarray, " N"]:
-    """The number of each value's cluster, counted by first appearance."""
-    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
-    return np.array([places[cluster] for cluster in clusters], dtype=np.int64)
+    """The index of each value's cluster, counted by first appearance."""
+    indices = {cluster: index for index, cluster in enumerate(dict.fromkeys(clusters))}
+    return np.array([indices[cluster] for cluster in clusters], dtype=np.int64)
 
 
 def resampled_counts(
@@ -76,11 +76,11 @@ def resampled_counts(
     """
     generator = np.random.default_rng(seed)
     rows = max(1, LARGEST_CHUNK // (num_clusters * width))
-    for done in range(0, num_resamples, rows):
-        size = min(rows, num_resamples - done)
-        drawn = generator.integers(num_clusters, size=(size, num_clusters))
-        places = (drawn + num_clusters * np.arange(size)[:, None]).ravel()
-        yield np.bincount(places, minlength=size * num_clusters).reshape(size, num_clusters).astype(np.float64)
+    for start in range(0, num_resamples, rows):
+        size = min(rows, num_resamples - start)
+        draws = generator.integers(num_clusters, size=(size, num_clusters))
+        indices = (draws + num_clusters * np.arange(size)[:, None]).ravel()
+        yield np.bincount(indices, minlength=size * num_clusters).reshape(size, num_clusters).astype(np.float64)
 
 
 def percentile_interval(values: Float[np.ndarray, " B"], level: float = 0.95) -> tuple[float, float]:

@@ -73,11 +73,11 @@ def _rows(
     difficulties: Float[np.ndarray, " N"],
     gamed: Gamed,
 ) -> _Rows:
-    known = ~np.isnan(preferences)
-    ours = np.column_stack([np.tanh(differences), difficulties, np.ones(len(differences))])[known]
+    present = ~np.isnan(preferences)
+    ours = np.column_stack([np.tanh(differences), difficulties, np.ones(len(differences))])[present]
     theirs = np.column_stack([np.tanh(gamed.scaled_differences), gamed.difficulties, np.zeros(len(gamed.preferences))])
     weights = np.concatenate([np.full(len(theirs), GAMED_WEIGHT), np.ones(len(ours))])
-    return _Rows(np.concatenate([theirs, ours]), np.concatenate([gamed.preferences, preferences[known]]), weights)
+    return _Rows(np.concatenate([theirs, ours]), np.concatenate([gamed.preferences, preferences[present]]), weights)
 
 
 def _log_loss(y: Int[np.ndarray, " R"], p: Float[np.ndarray, " R"], share: Any, weight: Any) -> float:
@@ -86,7 +86,7 @@ def _log_loss(y: Int[np.ndarray, " R"], p: Float[np.ndarray, " R"], share: Any, 
     return -float(np.mean(weight * (won * np.log(p) + (1 - won) * np.log(1 - p))))
 
 
-def _doubled(rows: _Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _doubled_rows(rows: _Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Features, labels, shares and weights with every row once as won and once as lost."""
     size = len(rows.shares)
     labels = np.repeat([1, 0], size)
@@ -94,14 +94,14 @@ def _doubled(rows: _Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
     return np.tile(rows.features, (2, 1)), labels, shares, np.tile(rows.weights, 2)
 
 
-def _cross_validated(rows: _Rows) -> tuple[Float[np.ndarray, " 3"], float]:
+def _cross_validate(rows: _Rows) -> tuple[Float[np.ndarray, " 3"], float]:
     """Coefficients and C of an L1-penalised fit, C chosen by 5 folds of whole rows."""
     from sklearn import config_context
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.metrics import make_scorer
     from sklearn.model_selection import GroupKFold
 
-    features, labels, shares, weights = _doubled(rows)
+    features, labels, shares, weights = _doubled_rows(rows)
     with config_context(enable_metadata_routing=True):
         scorer: Any = make_scorer(_log_loss, response_method="predict_proba", greater_is_better=False)
         scorer = scorer.set_score_request(share=True, weight=True)
@@ -137,11 +137,11 @@ def length_controlled(
     """
     check_preferences(preferences)
     differences = scaled_differences(policy_lengths, baseline_lengths)
-    coefficients, chosen = _cross_validated(_rows(preferences, differences, difficulties, gamed))
+    coefficients, inverse_penalty = _cross_validate(_rows(preferences, differences, difficulties, gamed))
     phi, psi, theta = coefficients.tolist()
     predicted = sigmoid(theta + psi * difficulties)
     error = predicted.std(ddof=1) / np.sqrt(len(predicted))
-    return LengthControlled(float(predicted.mean()), float(error), theta, phi, psi, chosen)
+    return LengthControlled(float(predicted.mean()), float(error), theta, phi, psi, inverse_penalty)
 
 
 def predict(ours: LengthControlled, theirs: LengthControlled, difficulties: Float[np.ndarray, " P"]) -> float:
@@ -151,7 +151,7 @@ def predict(ours: LengthControlled, theirs: LengthControlled, difficulties: Floa
 
 
 def refit_interval(
-    found: LengthControlled,
+    fit: LengthControlled,
     preferences: Float[np.ndarray, " N"],
     policy_lengths: Num[np.ndarray, " N"],
     baseline_lengths: Num[np.ndarray, " N"],
@@ -168,13 +168,13 @@ def refit_interval(
     rates = []
     for counts in resampled_counts(len(preferences), seed, num_resamples=num_refits):
         for count in counts.astype(np.int64):
-            drawn = np.repeat(np.arange(len(count)), count)
-            differences = scaled_differences(policy_lengths[drawn], baseline_lengths[drawn])
-            rows = _rows(preferences[drawn], differences, difficulties[drawn], gamed)
-            features, labels, shares, weights = _doubled(rows)
-            model: Any = LogisticRegression(C=found.inverse_penalty, l1_ratio=1.0, **SOLVER)
+            sample = np.repeat(np.arange(len(count)), count)
+            differences = scaled_differences(policy_lengths[sample], baseline_lengths[sample])
+            rows = _rows(preferences[sample], differences, difficulties[sample], gamed)
+            features, labels, shares, weights = _doubled_rows(rows)
+            model: Any = LogisticRegression(C=fit.inverse_penalty, l1_ratio=1.0, **SOLVER)
             _, psi, theta = model.fit(features, labels, sample_weight=shares * weights).coef_[0].tolist()
-            rates.append(sigmoid(theta + psi * difficulties[drawn]).mean())
+            rates.append(sigmoid(theta + psi * difficulties[sample]).mean())
     return percentile_interval(np.array(rates))
 
 
@@ -209,20 +209,20 @@ class LengthControl:
 
     def check(self, model: str, baseline: str, prompts: Sequence[str]) -> None:
         """Raise ValueError if a model's win rate on these prompts is not AlpacaEval's."""
-        said = f"{model} has no length-controlled AlpacaEval win rate:"
+        fault = f"{model} has no length-controlled AlpacaEval win rate:"
         if baseline != BASELINE:
             raise ValueError(
-                f"{said} it was compared with {baseline}, AlpacaEval's baseline is {BASELINE}; {OTHERWISE}"
+                f"{fault} it was compared with {baseline}, AlpacaEval's baseline is {BASELINE}; {OTHERWISE}"
             )
         if foreign := [prompt for prompt in prompts if prompt not in self.places]:
             raise ValueError(
-                f"{said} {len(foreign)} of its {len(prompts)} prompts are not AlpacaEval's, such as "
+                f"{fault} {len(foreign)} of its {len(prompts)} prompts are not AlpacaEval's, such as "
                 f"{foreign[0][:60]!r}; {OTHERWISE}"
             )
         if len(set(prompts)) < len(prompts):
-            raise ValueError(f"{said} a prompt is there twice, and AlpacaEval judges one answer to each; {OTHERWISE}")
+            raise ValueError(f"{fault} a prompt is there twice, and AlpacaEval judges one answer to each; {OTHERWISE}")
         if len(prompts) < len(self.places) - MAX_MISSING:
-            raise ValueError(f"{said} only {len(prompts)} of its {len(self.places)} prompts are there; {OTHERWISE}")
+            raise ValueError(f"{fault} only {len(prompts)} of its {len(self.places)} prompts are there; {OTHERWISE}")
 
 
 def order_digest(prompts: Iterable[str]) -> str:
@@ -237,21 +237,21 @@ def length_control(df_gamed: str, prompt_lists: Iterable[Sequence[str]]) -> Leng
     not AlpacaEval's, and where the order of the instructions cannot be known."""
     source = Path(df_gamed).expanduser()
     folder = None if df_gamed == HUB else source if source.is_dir() else source.parent
-    path = _located(GAMED_FILE, folder) if folder is None or source.is_dir() else _checked(source, GAMED_FILE)
+    path = _locate(GAMED_FILE, folder) if folder is None or source.is_dir() else _original(source, GAMED_FILE)
     gamed, difficulties = read_gamed(path)
     complete = (list(prompts) for prompts in prompt_lists if order_digest(prompts) == ORDER)
-    prompts = next(complete, None) or _listed(_located(BASELINE_FILE, folder))
-    return LengthControl(gamed, difficulties, {prompt: place for place, prompt in enumerate(prompts)})
+    prompts = next(complete, None) or _instructions(_locate(BASELINE_FILE, folder))
+    return LengthControl(gamed, difficulties, {prompt: index for index, prompt in enumerate(prompts)})
 
 
-def _located(name: str, folder: Path | None) -> Path:
+def _locate(name: str, folder: Path | None) -> Path:
     """A file in a folder, or from the hub."""
     if folder is not None:
-        return _checked(folder / name, name)
+        return _original(folder / name, name)
     from huggingface_hub import hf_hub_download
 
     try:
-        return _checked(Path(hf_hub_download(REPOSITORY, name, repo_type="dataset", revision=REVISION)), name)
+        return _original(Path(hf_hub_download(REPOSITORY, name, repo_type="dataset", revision=REVISION)), name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"df_gamed=hub: {name} of the dataset {REPOSITORY} cannot be had ({str(error).splitlines()[0]}); "
@@ -267,20 +267,20 @@ def _remedy(name: str) -> str:
     )
 
 
-def _checked(path: Path, name: str) -> Path:
+def _original(path: Path, name: str) -> Path:
     """The file, which must be AlpacaEval's own, byte for byte."""
     if not path.is_file():
         raise ValueError(f"df_gamed: {path} does not exist; {_remedy(name)}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHA256[name]:
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 != SHA256[name]:
         raise ValueError(
-            f"df_gamed: {path} is not AlpacaEval's {name} (sha256 {found[:12]}, not {SHA256[name][:12]}), and with "
+            f"df_gamed: {path} is not AlpacaEval's {name} (sha256 {sha256[:12]}, not {SHA256[name][:12]}), and with "
             f"any other the win rate is not AlpacaEval's; {_remedy(name)}"
         )
     return path
 
 
-def _listed(path: Path) -> list[str]:
+def _instructions(path: Path) -> list[str]:
     """The instructions in AlpacaEval's order, from the baseline's answers."""
     prompts = [row["instruction"] for row in json.loads(path.read_text(encoding="utf-8"))]
     if order_digest(prompts) != ORDER:
@@ -308,5 +308,5 @@ def read_gamed(path: Path) -> tuple[Gamed, Float[np.ndarray, " P"]]:
         raise ValueError(f"{path}: its first {num_prompts} rows are not one for each instruction")
     if any(row["not_gamed_baseline"] != "False" for row in rows):
         raise ValueError(f"{path}: not_gamed_baseline must be False everywhere")
-    known = ~np.isnan(preferences)
-    return Gamed(preferences[known], scaled[known], difficulties[known]), difficulties[:num_prompts]
+    present = ~np.isnan(preferences)
+    return Gamed(preferences[present], scaled[present], difficulties[present]), difficulties[:num_prompts]
