@@ -55,16 +55,16 @@ class Pair:
 
 def _by_prompt(generations: Sequence[Generation]) -> dict[tuple[str, int], dict[int, Generation]]:
     """Samples by their index, under the prompt's digest and how often the prompt occurred before."""
-    found: dict[tuple[str, int], dict[int, Generation]] = defaultdict(dict)
-    seen: Counter[str] = Counter()
-    places: dict[int, tuple[str, int]] = {}
+    samples: dict[tuple[str, int], dict[int, Generation]] = defaultdict(dict)
+    occurrences: Counter[str] = Counter()
+    keys: dict[int, tuple[str, int]] = {}
     for generation in generations:
-        if generation.prompt_index not in places:
+        if generation.prompt_index not in keys:
             name = digest(generation.prompt)
-            places[generation.prompt_index] = (name, seen[name])
-            seen[name] += 1
-        found[places[generation.prompt_index]][generation.sample_index] = generation
-    return found
+            keys[generation.prompt_index] = (name, occurrences[name])
+            occurrences[name] += 1
+        samples[keys[generation.prompt_index]][generation.sample_index] = generation
+    return samples
 
 
 def paired(generations: Sequence[Generation], baseline: Sequence[Generation]) -> list[Pair]:
@@ -85,7 +85,7 @@ def paired(generations: Sequence[Generation], baseline: Sequence[Generation]) ->
             f"answers are judged prompt by prompt, but only {len(ours.keys() & theirs.keys())} prompts are shared by "
             f"the policy's {len(ours)} and the baseline's {len(theirs)}; generate both from the same prompts"
         )
-    return [pair for place, samples in ours.items() for pair in _pairs(samples, theirs[place])]
+    return [pair for prompt, samples in ours.items() for pair in _pairs(samples, theirs[prompt])]
 
 
 def _pairs(ours: dict[int, Generation], theirs: dict[int, Generation]) -> list[Pair]:
@@ -93,8 +93,8 @@ def _pairs(ours: dict[int, Generation], theirs: dict[int, Generation]) -> list[P
     same_draws = bool(shared) and ours[shared[0]].seed == theirs[shared[0]].seed
     partners = shared[1:] + shared[:1] if same_draws else shared
     return [
-        Pair(ours[one].prompt, ours[one].prompt_index, one, ours[one].output, theirs[other].output)
-        for one, other in zip(shared, partners, strict=True)
+        Pair(ours[index].prompt, ours[index].prompt_index, index, ours[index].output, theirs[partner].output)
+        for index, partner in zip(shared, partners, strict=True)
     ]
 
 
@@ -146,10 +146,10 @@ TIE = 0.5
 def label_of(verdict: Verdict, text: str) -> str | None:
     """The label that an answer names, None if it names none."""
     if verdict.pattern is None:
-        said = text.strip()
+        label = text.strip()
     else:
-        said = next((match[1] for match in reversed(list(re.finditer(verdict.pattern, text)))), None)
-    return said if said in verdict.labels else None
+        label = next((match[1] for match in reversed(list(re.finditer(verdict.pattern, text)))), None)
+    return label if label in verdict.labels else None
 
 
 def first_wins(verdict: Verdict, answer: Answer) -> float | None:
@@ -164,11 +164,11 @@ def first_wins(verdict: Verdict, answer: Answer) -> float | None:
         return None if label is None else verdict.labels[label]
     weights = dict.fromkeys(verdict.labels, 0.0)
     # Relative to the likeliest label: all of them may be too small for exp.
-    known = [(token.strip(), logp) for token, logp in answer.candidates if token.strip() in weights]
-    top = max((logp for _, logp in known), default=-math.inf)
+    candidates = [(token.strip(), logp) for token, logp in answer.candidates if token.strip() in weights]
+    top = max((logp for _, logp in candidates), default=-math.inf)
     if top == -math.inf:
         return None
-    for label, logp in known:
+    for label, logp in candidates:
         weights[label] += math.exp(logp - top)
     return sum(share * weights[label] for label, share in verdict.labels.items()) / sum(weights.values())
 
@@ -184,12 +184,12 @@ def combined(wins: list[float | None], soft: bool) -> float | None:
     Probabilities are averaged; verdicts without them must agree, or the pair is a tie (Zheng et al. 2023,
     arXiv:2306.05685).
     """
-    known = [win for win in wins if win is not None]
-    if len(known) < len(wins):
+    verdicts = [win for win in wins if win is not None]
+    if len(verdicts) < len(wins):
         return None
     if soft:
-        return sum(known) / len(known)
-    return known[0] if len(set(known)) == 1 else TIE
+        return sum(verdicts) / len(verdicts)
+    return verdicts[0] if len(set(verdicts)) == 1 else TIE
 
 
 # --- every answer a judge ever gave
@@ -235,13 +235,13 @@ class AnswerCache:
     def known(self, requests: Iterable[Request]) -> dict[str, Answer]:
         """The stored answers to `requests`, by their keys."""
         keys = list(dict.fromkeys(request.key for request in requests))
-        found: dict[str, Answer] = {}
+        answers: dict[str, Answer] = {}
         for start in range(0, len(keys), AT_ONCE):
-            some = keys[start : start + AT_ONCE]
-            query = f"SELECT key, answer FROM answers WHERE key IN ({','.join('?' * len(some))})"
+            batch = keys[start : start + AT_ONCE]
+            query = f"SELECT key, answer FROM answers WHERE key IN ({','.join('?' * len(batch))})"
             with self._lock:
-                found |= {key: _answer(json.loads(text)) for key, text in self._connection.execute(query, some)}
-        return found
+                answers |= {key: _answer(json.loads(text)) for key, text in self._connection.execute(query, batch)}
+        return answers
 
 
 def _answer(row: dict[str, Any]) -> Answer:
@@ -360,16 +360,16 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress) -> Judg
     Raises JudgeLost, once all that was answered is stored, when the judge stops answering, and ValueError where it
     refuses everything.
     """
-    asked = [[] if pair.identical else _requests(judge, pair) for pair in pairs]
+    requests = [[] if pair.identical else _requests(judge, pair) for pair in pairs]
     path = judge.cache / FILE
     with AnswerCache(path) as cache:
-        outcome = collect([request for some in asked for request in some], cache, judge.ask, progress)
+        outcome = collect([request for members in requests for request in members], cache, judge.ask, progress)
     if outcome.lost is not None:
-        done = sum(all(_settled(outcome, request) for request in some) for some in asked)
+        num_judged = sum(all(_settled(outcome, request) for request in members) for members in requests)
         raise JudgeLost(
-            f"{done} of {len(pairs)} pairs are judged, then judge={judge.name} gave no answer: {outcome.lost}. Every "
-            f"answer so far is kept in {path}: type the same command again when the judge is back (stage=judge judges "
-            "alone), and only the others are asked"
+            f"{num_judged} of {len(pairs)} pairs are judged, then judge={judge.name} gave no answer: {outcome.lost}. "
+            f"Every answer so far is kept in {path}: type the same command again when the judge is back (stage=judge "
+            "judges alone), and only the others are asked"
         )
     if outcome.refusals and not outcome.answers:
         raise ValueError(f"judge={judge.name} refuses every question: {next(iter(outcome.refusals.values()))}")
@@ -414,17 +414,17 @@ def _row(judgment: Judgment) -> dict[str, Any]:
 def read_judgments(path: Path) -> list[Judgment]:
     """The judgments in a file, in its order. Raises ValueError, naming the row, for what is none."""
     with path.open(encoding="utf-8") as file:
-        return [_read(line, f"{path} row {number}") for number, line in enumerate(file, start=1)]
+        return [_read(line, f"{path} row {index}") for index, line in enumerate(file, start=1)]
 
 
-def _read(line: str, where: str) -> Judgment:
+def _read(line: str, origin: str) -> Judgment:
     try:
         row = json.loads(line)
         opinions = tuple(Opinion(**opinion) for opinion in row.pop("opinions"))
         preference = row.pop("preference")
         return Judgment(Pair(**row | {"prompt": tuple(row["prompt"])}), opinions, preference)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is no judgment ({error}); judge again with stage=judge") from error
+        raise ValueError(f"{origin} is no judgment ({error}); judge again with stage=judge") from error
 
 
 # --- what judgments come to
@@ -458,10 +458,10 @@ def judge_metrics(judge: Judge, judgments: Sequence[Judgment], baseline: str, se
     ours = np.array([len(judgment.pair.output) for judgment in judgments])
     theirs = np.array([len(judgment.pair.baseline_output) for judgment in judgments])
     prompts = [digest(judgment.pair.prompt) for judgment in judgments]
-    found = preference_metrics(preferences, ours, theirs, prompts, seed)
+    statistics = preference_metrics(preferences, ours, theirs, prompts, seed)
     key = results.JUDGE_WIN_RATE.of(baseline=baseline)
-    metrics = {f"{key}{part}": found[name] for name, part in WIN_RATE.items()}
-    metrics |= {metric.key: found[name] for name, metric in BESIDE_IT.items()}
+    metrics = {f"{key}{part}": statistics[name] for name, part in WIN_RATE.items()}
+    metrics |= {metric.key: statistics[name] for name, metric in BESIDE_IT.items()}
     metrics |= _bias(judgments) | _bill(judge, judgments)
     return {key: value for key, value in metrics.items() if value == value}
 
@@ -497,7 +497,7 @@ def _bill(judge: Judge, judgments: Sequence[Judgment]) -> dict[str, float]:
         results.PROMPT_TOKENS.key: tokens[0],
         results.COMPLETION_TOKENS.key: tokens[1],
     }
-    found = {key: float(count) for key, count in counts.items()}
+    metrics = {key: float(count) for key, count in counts.items()}
     if judge.prices is not None:
-        found[results.COST.key] = sum(price * count for price, count in zip(judge.prices, tokens, strict=True)) / 1e6
-    return found
+        metrics[results.COST.key] = sum(price * count for price, count in zip(judge.prices, tokens, strict=True)) / 1e6
+    return metrics

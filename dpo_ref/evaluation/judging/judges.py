@@ -56,8 +56,8 @@ def _check_served_options(
     **rest: Any,
 ) -> None:
     """Raise ValueError for options that are out of range or would have no effect, before anything is loaded."""
-    if taken := sorted(SAID_ELSEWHERE & (request or {}).keys()):
-        raise ValueError(f"judge.request.{taken[0]} is said elsewhere: by the template or judge.{taken[0]}")
+    if reserved := sorted(SAID_ELSEWHERE & (request or {}).keys()):
+        raise ValueError(f"judge.request.{reserved[0]} is said elsewhere: by the template or judge.{reserved[0]}")
     verdict = load_template(template).verdict
     if base_url is not None:
         check_url(base_url, "judge.base_url", KEY_GOES)
@@ -104,16 +104,16 @@ def served(
     further parameters of it. `max_workers` questions are under way at once; each gets `timeout` seconds and is
     repeated `retries` times with growing pauses. Prices are per million tokens; without them no cost is reported.
     """
-    parameters = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+    options = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
     if logprobs is not None:
-        parameters |= {"logprobs": True, "top_logprobs": logprobs}
-    given = {name: value for name, value in parameters.items() if value is not None} | (request or {})
+        options |= {"logprobs": True, "top_logprobs": logprobs}
+    parameters = {name: value for name, value in options.items() if value is not None} | (request or {})
     server = Server(check_url(base_url or OPENAI, "judge.base_url", KEY_GOES), timeout, retries, key_variable, "judge")
     return Judge(
         name=context.name,
         model=model,
         template=load_template(template),
-        parameters=given,
+        parameters=parameters,
         both_orders=both_orders,
         soft=logprobs is not None,
         ask=ChatServer(server, max_workers).ask,
@@ -147,9 +147,9 @@ class ChatServer:
         session = _Session(replace(self.server, stop=Event()), store)
         pool = ThreadPoolExecutor(self.max_workers, thread_name_prefix="judge")
         try:
-            waiting = [pool.submit(session.settle, request) for request in requests]
-            for done in as_completed(waiting):
-                yield done.result()
+            futures = [pool.submit(session.settle, request) for request in requests]
+            for future in as_completed(futures):
+                yield future.result()
         finally:
             session.server.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -177,8 +177,8 @@ class _Session:
 
     def _answer(self, request: Request) -> Answer:
         body = {"messages": request.messages, **request.parameters}
-        read = _read_logprobs if "top_logprobs" in request.parameters else _read_text
-        return self.server.post("/chat/completions", body, read)
+        parse = _read_logprobs if "top_logprobs" in request.parameters else _read_text
+        return self.server.post("/chat/completions", body, parse)
 
     def _count(self, refusal: ServerRefused) -> None:
         """Raise ValueError for a refusal that is not of this text."""
@@ -247,12 +247,14 @@ class LocalModel(NamedTuple):
     def _groups(self, requests: Sequence[Request]) -> list[TokenGroup]:
         """The questions with a response per label, each without the token that would end the turn."""
         responses = tuple(self.lead + label for label in self.labels)
-        asked = [
+        questions = [
             PromptGroup(request.messages, responses, origin=f"question {i}") for i, request in enumerate(requests)
         ]
         return [
-            TokenGroup(number, requests[number].key, ids.prompt, tuple(one[:-1] for one in ids.responses), sizes, ())
-            for number, ids in enumerate(Encoder(self.loaded.tokenizer).last_turns(asked))
+            TokenGroup(
+                index, requests[index].key, ids.prompt, tuple(tokens[:-1] for tokens in ids.responses), sizes, ()
+            )
+            for index, ids in enumerate(Encoder(self.loaded.tokenizer).last_turns(questions))
             for sizes in [tuple(len(response.encode()) for response in responses)]
         ]
 
@@ -301,22 +303,22 @@ def local(
     label has no stated lead.
     """
     check_folder(model, "judge.model")
-    asked, loaded = load_template(template), context.loader.policy(model)
-    labels = tuple(asked.verdict.labels)
+    question, loaded = load_template(template), context.loader.policy(model)
+    labels = tuple(question.verdict.labels)
     dtype = str(compute_dtype("auto", best_device())).removeprefix("torch.")
     return Judge(
         name=context.name,
         model=model,
-        template=asked,
+        template=question,
         parameters={
             "model": loaded.weights,
             "text": loaded.text_identity,
             "dtype": dtype,
             "labels": labels,
-            "lead": asked.verdict.lead,
+            "lead": question.verdict.lead,
         },
         both_orders=both_orders,
         soft=True,
-        ask=LocalModel(loaded, labels, asked.verdict.lead, tokens_per_batch).ask,
+        ask=LocalModel(loaded, labels, question.verdict.lead, tokens_per_batch).ask,
         cache=context.cache,
     )

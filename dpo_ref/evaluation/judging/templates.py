@@ -53,7 +53,7 @@ class Template:
         """The messages that ask which of two answers to `prompt` is better."""
         texts = {"prompt": conversation_text(prompt), "first": first, "second": second}
         return tuple(
-            Message(role=turn["role"], content=_PLACE.sub(lambda place: texts[place[1]], turn["content"]))
+            Message(role=turn["role"], content=_PLACE.sub(lambda match: texts[match[1]], turn["content"]))
             for turn in self.messages
         )
 
@@ -70,14 +70,14 @@ def load_template(name: str) -> Template:
     own = FOLDER / f"{name}.yaml"
     path = own if own.is_file() else Path(name).expanduser()
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-        raise ValueError(f"judge.template={name} is no file and none of {known}")
-    content = _parsed(path)
-    _only(content, {"messages", "verdict"}, str(path))
+        names = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+        raise ValueError(f"judge.template={name} is no file and none of {names}")
+    content = _content(path)
+    _check_keys(content, {"messages", "verdict"}, str(path))
     return Template(path.stem, _messages(content, path), _verdict(content, path))
 
 
-def _parsed(path: Path) -> Mapping[str, Any]:
+def _content(path: Path) -> Mapping[str, Any]:
     import yaml
 
     try:
@@ -89,9 +89,9 @@ def _parsed(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _only(content: Mapping[str, Any], known: set[str], where: str) -> None:
-    if unknown := sorted(map(str, content.keys() - known)):
-        raise ValueError(f"{where}: {', '.join(unknown)} is not known there; it may hold {', '.join(sorted(known))}")
+def _check_keys(content: Mapping[str, Any], keys: set[str], origin: str) -> None:
+    if unknown := sorted(map(str, content.keys() - keys)):
+        raise ValueError(f"{origin}: {', '.join(unknown)} is not known there; it may hold {', '.join(sorted(keys))}")
 
 
 def _messages(content: Mapping[str, Any], path: Path) -> tuple[Message, ...]:
@@ -114,14 +114,14 @@ def _messages(content: Mapping[str, Any], path: Path) -> tuple[Message, ...]:
 
 
 def _verdict(content: Mapping[str, Any], path: Path) -> Verdict:
-    said = content.get("verdict")
-    if not isinstance(said, dict) or not {"first", "second"} <= said.keys():
+    fields = content.get("verdict")
+    if not isinstance(fields, dict) or not {"first", "second"} <= fields.keys():
         raise ValueError(f"{path}: verdict must hold first and second, the labels of the two answers")
-    _only(said, set(Verdict.__dataclass_fields__), f"{path}: verdict")
-    if not all(isinstance(value, str) for value in said.values()):
+    _check_keys(fields, set(Verdict.__dataclass_fields__), f"{path}: verdict")
+    if not all(isinstance(value, str) for value in fields.values()):
         raise ValueError(f"{path}: verdict: labels, pattern and lead must be texts; put them in quotes")
-    verdict = Verdict(**said)
-    if len(verdict.labels) < 2 + ("tie" in said) or any(
+    verdict = Verdict(**fields)
+    if len(verdict.labels) < 2 + ("tie" in fields) or any(
         label != label.strip() or not label for label in verdict.labels
     ):
         raise ValueError(f"{path}: verdict: labels must differ and have no space around them")
