@@ -104,25 +104,25 @@ def restored(hint: Any, value: Any) -> Any:
     return math.nan if hint is float and value is None else value
 
 
-def _of_texts(name: str, found: TextDiagnosis) -> dict[str, float]:
+def _of_texts(name: str, text: TextDiagnosis) -> dict[str, float]:
     entropy = results.ENTROPY.of(text=name)
     values = {
-        results.TOKEN_SHIFT.of(text=name): found.shift.mean_abs,
-        results.TOP_1.of(text=name): found.shift.top_1_percent,
-        results.TOP_10.of(text=name): found.shift.top_10_percent,
-        entropy: found.entropy.policy.mean,
-        f"{entropy}_se": found.entropy.policy.se,
-        f"{entropy}_initial": found.entropy.initial.mean,
-        f"{entropy}_initial_se": found.entropy.initial.se,
+        results.TOKEN_SHIFT.of(text=name): text.shift.mean_abs,
+        results.TOP_1.of(text=name): text.shift.top_1_percent,
+        results.TOP_10.of(text=name): text.shift.top_10_percent,
+        entropy: text.entropy.policy.mean,
+        f"{entropy}_se": text.entropy.policy.se,
+        f"{entropy}_initial": text.entropy.initial.mean,
+        f"{entropy}_initial_se": text.entropy.initial.se,
     }
-    if found.entropy.reference is not None:
-        values[f"{entropy}_reference"] = found.entropy.reference.mean
+    if text.entropy.reference is not None:
+        values[f"{entropy}_reference"] = text.entropy.reference.mean
     return values
 
 
-def _of_displacement(found: Displacements) -> dict[str, float]:
+def _of_displacement(displacements: Displacements) -> dict[str, float]:
     values: dict[str, float] = {}
-    for name, side in (("chosen", found.chosen), ("rejected", found.rejected)):
+    for name, side in (("chosen", displacements.chosen), ("rejected", displacements.rejected)):
         down, per_token = (metric.of(side=name) for metric in (results.MOVED_DOWN, results.MOVED_PER_TOKEN))
         values |= {
             results.MOVED_MEDIAN.of(side=name): side.median,
@@ -132,31 +132,31 @@ def _of_displacement(found: Displacements) -> dict[str, float]:
             f"{per_token}_se": side.per_token.se,
         }
     return values | {
-        results.BOTH_UP.key: found.both_up,
-        results.CHOSEN_UP.key: found.chosen_up_rejected_down,
-        results.CHOSEN_DOWN.key: found.chosen_down_rejected_up,
-        results.BOTH_DOWN.key: found.both_down,
+        results.BOTH_UP.key: displacements.both_up,
+        results.CHOSEN_UP.key: displacements.chosen_up_rejected_down,
+        results.CHOSEN_DOWN.key: displacements.chosen_down_rejected_up,
+        results.BOTH_DOWN.key: displacements.both_down,
     }
 
 
-def _of_file(name: str, found: Ranking) -> dict[str, float]:
+def _of_file(name: str, ranking: Ranking) -> dict[str, float]:
     return {
         f"{results.PAIR_FILE.of(file=name, score=score)}{suffix}": value
-        for score, estimate in found.accuracy.items()
+        for score, estimate in ranking.accuracy.items()
         for suffix, value in (("", estimate.mean), ("_se", estimate.se))
     }
 
 
-def metrics_of(found: Diagnosis) -> dict[str, float]:
+def metrics_of(diagnosis: Diagnosis) -> dict[str, float]:
     """The flat numbers; what was not measured is left out."""
     values: dict[str, float] = {}
-    for name, text in found.texts.items():
+    for name, text in diagnosis.texts.items():
         values |= _of_texts(name, text)
-    if "rejected" in found.texts:
-        end = found.texts["rejected"].end.logratio
+    if "rejected" in diagnosis.texts:
+        end = diagnosis.texts["rejected"].end.logratio
         values |= {results.END_REJECTED.key: end.mean, f"{results.END_REJECTED.key}_se": end.se}
-    values |= _of_displacement(found.displacement) if found.displacement else {}
-    for name, ranking in found.rankings.items():
+    values |= _of_displacement(diagnosis.displacement) if diagnosis.displacement else {}
+    for name, ranking in diagnosis.rankings.items():
         if name == HELD_OUT:
             above, key = ranking.above_length, results.ABOVE_LENGTH.key
             values |= {key: above.mean, f"{key}_se": above.se} if above else {}
@@ -180,18 +180,18 @@ class _Findings:
         self.examples: list[Shown] = []
         self.displacement = None
 
-    def text(self, name: str, found: Read, responses: np.ndarray | None = None) -> None:
+    def text(self, name: str, readings: Read, responses: np.ndarray | None = None) -> None:
         """All about one set of responses: those at these places, or all."""
-        whole = np.arange(found.tokens.num_responses) if responses is None else np.unique(responses)
-        tokens = found.tokens.of(whole)
+        whole = np.arange(readings.tokens.num_responses) if responses is None else np.unique(responses)
+        tokens = readings.tokens.of(whole)
         classes = classes_of(tokens, self.vocabulary)
-        asked = (tokens, classes, self.vocabulary, self.top, self.least)
-        theirs, entropy = tokens.reference, found.beside.entropy
-        kept = np.isin(found.tokens.response, whole)
+        arguments = (tokens, classes, self.vocabulary, self.top, self.least)
+        theirs, entropy = tokens.reference, readings.beside.entropy
+        mask = np.isin(readings.tokens.response, whole)
         self.texts[name] = TextDiagnosis(
             num_responses=tokens.num_responses,
-            shift=shift_of(tokens.logratios, *asked),
-            reference_shift=None if theirs is None else shift_of(tokens.policy.logps - theirs, *asked),
+            shift=shift_of(tokens.logratios, *arguments),
+            reference_shift=None if theirs is None else shift_of(tokens.policy.logps - theirs, *arguments),
             end=end_shift(tokens),
             hazard=hazard(tokens),
             relative_hazard=relative_hazard(tokens),
@@ -199,11 +199,11 @@ class _Findings:
             entropy=Entropy(
                 tokens.per_token(tokens.policy.entropy),
                 tokens.per_token(tokens.initial.entropy),
-                None if entropy is None else tokens.per_token(entropy[kept]),
+                None if entropy is None else tokens.per_token(entropy[mask]),
             ),
         )
-        if found.beside.why not in (None, SAME):
-            self.absent[f"loss reference, token by token, on {name}"] = str(found.beside.why)
+        if readings.beside.why not in (None, SAME):
+            self.absent[f"loss reference, token by token, on {name}"] = str(readings.beside.why)
 
     def heldout(self) -> None:
         """Chosen and rejected responses held out from training."""
@@ -212,13 +212,13 @@ class _Findings:
         if not groups:
             self.absent[HELD_OUT] = "the data holds none out: data.eval_fraction or data.eval_path"
             return
-        found = read(context, groups, context.never[:0], lambda: context.reference, HELD_OUT)
+        readings = read(context, groups, context.never[:0], lambda: context.reference, HELD_OUT)
         pairs = pair_places(groups)
-        self.text("chosen", found, pairs.chosen)
-        self.text("rejected", found, pairs.rejected)
-        self.displacement = displacements(found.tokens, pairs)
-        self._rank(HELD_OUT, found, pairs)
-        looks = Looks(context.policy.tokenizer, groups, found.tokens)
+        self.text("chosen", readings, pairs.chosen)
+        self.text("rejected", readings, pairs.rejected)
+        self.displacement = displacements(readings.tokens, pairs)
+        self._rank(HELD_OUT, readings, pairs)
+        looks = Looks(context.policy.tokenizer, groups, readings.tokens)
         self.examples += drawn_pairs(looks, self.num_examples, context.work.seed)
 
     def own(self) -> None:
@@ -229,9 +229,9 @@ class _Findings:
             self.absent["own answers"] = _other_samples(drawn)
             return
         samples = sample_groups(context.generations)[0]
-        found = read(context, samples, context.never, lambda: context.reference_on(samples), "own answers")
-        self.text("own", found)
-        looks = Looks(context.policy.tokenizer, samples, found.tokens)
+        readings = read(context, samples, context.never, lambda: context.reference_on(samples), "own answers")
+        self.text("own", readings)
+        looks = Looks(context.policy.tokenizer, samples, readings.tokens)
         self.examples += drawn_answers(looks, self.num_examples, context.work.seed)
 
     def files(self, paths: Sequence[str]) -> None:
@@ -244,25 +244,25 @@ class _Findings:
             self.absent["pairs of files"] = f"{listed} are longer than data.max_length and were left out"
         if not groups:
             return
-        found = read(
+        readings = read(
             context, groups, context.never[:0],
             lambda: context.reference_on(groups), "pairs of files",
         )  # fmt: skip
         pairs = pair_places(groups)
         owners = np.array([labelled.subsets[group.group_index] for group in groups for _ in group.pairs])
-        if found.beside.sums is None:
-            self.absent["implicit reward on files"] = str(found.beside.why)
+        if readings.beside.sums is None:
+            self.absent["implicit reward on files"] = str(readings.beside.why)
         for name in dict.fromkeys(owners.tolist()):
             inside = owners == name
-            self._rank(name, found, PairPlaces(pairs.chosen[inside], pairs.rejected[inside]))
+            self._rank(name, readings, PairPlaces(pairs.chosen[inside], pairs.rejected[inside]))
         if len(set(owners.tolist())) > 1:
-            self._rank(FILES, found, pairs)
+            self._rank(FILES, readings, pairs)
 
-    def _rank(self, name: str, found: Read, pairs: PairPlaces) -> None:
-        lengths = found.tokens.lengths
+    def _rank(self, name: str, readings: Read, pairs: PairPlaces) -> None:
+        lengths = readings.tokens.lengths
         gaps = lengths[pairs.chosen] - lengths[pairs.rejected]
-        prompts = found.tokens.prompts[pairs.chosen].tolist()
-        self.rankings[name] = ranking_of(margins(found, pairs), gaps, prompts)
+        prompts = readings.tokens.prompts[pairs.chosen].tolist()
+        self.rankings[name] = ranking_of(margins(readings, pairs), gaps, prompts)
 
 
 def _check(*, pairs: list[str] | None, examples: int, top_tokens: int, min_count: int) -> None:
@@ -294,14 +294,14 @@ def tokens(
     entries that moved most `top_tokens` are listed, by mean those that occur at least `min_count` times. Raises
     ValueError for files that are no pairs.
     """
-    found = _Findings(context, top_tokens, min_count, examples)
-    found.heldout()
-    found.own()
+    findings = _Findings(context, top_tokens, min_count, examples)
+    findings.heldout()
+    findings.own()
     if pairs:
-        found.files(pairs)
-    texts = tuple(found.vocabulary.text(token) for token in sorted(context.ends))
-    parts = (found.texts, found.displacement, found.rankings, found.absent)
-    return Diagnosed(Diagnosis(context.reference.name, texts, *parts), tuple(found.examples))
+        findings.files(pairs)
+    texts = tuple(findings.vocabulary.text(token) for token in sorted(context.ends))
+    parts = (findings.texts, findings.displacement, findings.rankings, findings.absent)
+    return Diagnosed(Diagnosis(context.reference.name, texts, *parts), tuple(findings.examples))
 
 
 def none(context: DiagnosticContext) -> None:

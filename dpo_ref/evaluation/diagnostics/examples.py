@@ -58,36 +58,36 @@ class Looks:
     def pair(self, group: int, picked: str) -> Shown:
         """A group's first pair."""
         better, worse = self.groups[group].pairs[0]
-        return self._shown(group, picked, {"chosen": better, "rejected": worse})
+        return self._example(group, picked, {"chosen": better, "rejected": worse})
 
     def answer(self, response: int, picked: str) -> Shown:
         """One of all responses."""
         group = int(self._owners[response])
-        return self._shown(group, picked, {"answer": response - self._firsts[group]})
+        return self._example(group, picked, {"answer": response - self._firsts[group]})
 
-    def _shown(self, group: int, picked: str, places: dict[str, int]) -> Shown:
+    def _example(self, group: int, picked: str, indices: dict[str, int]) -> Shown:
         prompt = self.groups[group].prompt_ids
-        responses = (ShownResponse(name, self._tokens(group, place)) for name, place in places.items())
+        responses = (ShownResponse(name, self._tokens(group, index)) for name, index in indices.items())
         return Shown(picked, decoded(self.tokenizer, prompt), tuple(responses))
 
-    def _tokens(self, group: int, place: int) -> tuple[ShownToken, ...]:
-        of, response = self.groups[group], self._firsts[group] + place
-        ids = of.response_ids[place]
-        scored = np.array(of.scored[place] if of.scored else [True] * len(ids), dtype=bool)
-        here = slice(self._starts[response], self._starts[response + 1])
+    def _tokens(self, group: int, index: int) -> tuple[ShownToken, ...]:
+        owner, response = self.groups[group], self._firsts[group] + index
+        ids = owner.response_ids[index]
+        scored = np.array(owner.scored[index] if owner.scored else [True] * len(ids), dtype=bool)
+        span = slice(self._starts[response], self._starts[response + 1])
         columns = [self.tokens.policy.logps, self.tokens.initial.logps, self.tokens.reference]
-        values = [None if column is None else _spread(column[here], scored) for column in columns]
+        values = [None if column is None else _spread(column[span], scored) for column in columns]
         return tuple(
             ShownToken(text, *(_sum(value, start, stop) for value in values))
-            for text, start, stop in token_texts(self.tokenizer, of.prompt_ids[-1:], ids)
+            for text, start, stop in token_texts(self.tokenizer, owner.prompt_ids[-1:], ids)
         )
 
 
 def _spread(values: np.ndarray, scored: np.ndarray) -> np.ndarray:
     """Values of the scored tokens among all tokens, nan elsewhere."""
-    found = np.full(len(scored), np.nan)
-    found[scored] = values
-    return found
+    whole = np.full(len(scored), np.nan)
+    whole[scored] = values
+    return whole
 
 
 def _sum(values: np.ndarray | None, start: int, stop: int) -> float | None:
@@ -97,9 +97,9 @@ def _sum(values: np.ndarray | None, start: int, stop: int) -> float | None:
 
 def drawn_pairs(looks: Looks, count: int, seed: int) -> list[Shown]:
     """The first pairs of `count` groups, drawn by the seed."""
-    with_pairs = [place for place, group in enumerate(looks.groups) if group.pairs]
+    with_pairs = [index for index, group in enumerate(looks.groups) if group.pairs]
     order = np.random.default_rng([seed, 7]).permutation(len(with_pairs))[:count]
-    return [looks.pair(with_pairs[place], "drawn at random") for place in sorted(order.tolist())]
+    return [looks.pair(with_pairs[index], "drawn at random") for index in sorted(order.tolist())]
 
 
 def drawn_answers(looks: Looks, count: int, seed: int) -> list[Shown]:
@@ -107,6 +107,6 @@ def drawn_answers(looks: Looks, count: int, seed: int) -> list[Shown]:
     size = looks.tokens.num_responses
     order = np.random.default_rng([seed, 8]).permutation(size)[:count].tolist()
     far = looks.tokens.sums(np.abs(looks.tokens.logratios)) / looks.tokens.lengths
-    rest = [place for place in np.argsort(-far, kind="stable").tolist() if place not in order]
-    drawn = [looks.answer(place, "drawn at random") for place in sorted(order)]
-    return drawn + [looks.answer(place, "furthest from the initial policy, per token") for place in rest[:count]]
+    rest = [index for index in np.argsort(-far, kind="stable").tolist() if index not in order]
+    at_random = [looks.answer(index, "drawn at random") for index in sorted(order)]
+    return at_random + [looks.answer(index, "furthest from the initial policy, per token") for index in rest[:count]]

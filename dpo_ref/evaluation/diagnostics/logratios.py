@@ -34,32 +34,32 @@ class Vocabulary:
 
     def text(self, token: int) -> str:
         """What the token writes behind a letter."""
-        return self._decoded([*self._anchor, token])[len(self._decoded(self._anchor)) :]
+        return self._decode([*self._anchor, token])[len(self._decode(self._anchor)) :]
 
     def kinds(self, ids: Sequence[int]) -> Int[np.ndarray, " K"]:
         """Whitespace, punctuation or other, of each id."""
         return np.array([kind_of_text(self.text(token)) for token in ids], dtype=np.int64)
 
-    def _decoded(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def kind_of_text(text: str) -> int:
     """Punctuation is what consists of Unicode's classes P and S apart from blanks; a broken character is neither."""
-    seen = text.strip()
-    if not seen:
+    visible = text.strip()
+    if not visible:
         return WHITESPACE if text else OTHER
-    marks = all(unicodedata.category(character)[0] in "PS" for character in seen)
-    return PUNCTUATION if marks and "\N{REPLACEMENT CHARACTER}" not in seen else OTHER
+    marks = all(unicodedata.category(character)[0] in "PS" for character in visible)
+    return PUNCTUATION if marks and "\N{REPLACEMENT CHARACTER}" not in visible else OTHER
 
 
 def classes_of(tokens: Tokens, vocabulary: Vocabulary) -> Int[np.ndarray, " R"]:
     """The class of every token: the end of the answer goes before its first token, and both before what is written."""
-    distinct, place = np.unique(tokens.ids, return_inverse=True)
-    found = vocabulary.kinds(distinct.tolist())[place]
-    found[tokens.position == 0] = FIRST
-    found[tokens.ends] = END
-    return found
+    distinct, inverse = np.unique(tokens.ids, return_inverse=True)
+    classes = vocabulary.kinds(distinct.tolist())[inverse]
+    classes[tokens.position == 0] = FIRST
+    classes[tokens.ends] = END
+    return classes
 
 
 # --- log-ratios
@@ -133,14 +133,14 @@ def _buckets(
     values: Float[np.ndarray, " R"], tokens: Tokens, codes: Int[np.ndarray, " R"], names: Sequence[str]
 ) -> tuple[Bucket, ...]:
     """One bucket for each code that occurs."""
-    found, total = [], np.abs(values).sum()
+    buckets, total = [], np.abs(values).sum()
     for code in map(int, np.unique(codes)):
         inside = codes == code
         sizes = np.abs(values[inside])
         mean = _mean_inside(values, tokens, inside)
         share = float(sizes.sum() / total) if total > 0 else math.nan
-        found.append(Bucket(names[code], int(inside.sum()), mean, float(sizes.mean()), share))
-    return tuple(found)
+        buckets.append(Bucket(names[code], int(inside.sum()), mean, float(sizes.mean()), share))
+    return tuple(buckets)
 
 
 def _mean_inside(values: Float[np.ndarray, " R"], tokens: Tokens, inside: np.ndarray) -> Estimate:
@@ -153,12 +153,12 @@ def _mean_inside(values: Float[np.ndarray, " R"], tokens: Tokens, inside: np.nda
     return Estimate(mean, float(np.sqrt(np.square(residuals).sum() * count / (count - 1)) / inside.sum()))
 
 
-def _moved(
+def _most_moved(
     values: Float[np.ndarray, " R"], ids: Int[np.ndarray, " R"], vocabulary: Vocabulary, top: int, least: int
 ) -> tuple[tuple[Moved, ...], tuple[Moved, ...]]:
     """The vocabulary entries that moved most by mean (those that occur at least `least` times) and in total."""
-    distinct, place, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    totals = np.bincount(place, weights=values)
+    distinct, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    totals = np.bincount(inverse, weights=values)
     means = totals / counts
     frequent = np.flatnonzero(counts >= least)
     orders = (
@@ -188,7 +188,7 @@ def shift_of(
     """Everything about the log-ratios `values` of `tokens`, which are at least one."""
     sizes = np.abs(values)
     positions, names = position_buckets(tokens.position)
-    by_mean, by_total = _moved(values, tokens.ids, vocabulary, top, least)
+    by_mean, by_total = _most_moved(values, tokens.ids, vocabulary, top, least)
     return Shift(
         num_tokens=len(values),
         mean=tokens.per_token(values),
@@ -250,15 +250,15 @@ def end_shift(tokens: Tokens) -> EndShift:
     return EndShift(int(ended.sum()), clustered_mean(tokens.logratios[ended], prompts))
 
 
-def _means(places: Int[np.ndarray, " R"], values: Float[np.ndarray, " R"]) -> tuple[float, ...]:
-    counts = np.bincount(places)
-    sums = np.bincount(places, weights=values)
+def _means(bins: Int[np.ndarray, " R"], values: Float[np.ndarray, " R"]) -> tuple[float, ...]:
+    counts = np.bincount(bins)
+    sums = np.bincount(bins, weights=values)
     return tuple((sums / np.where(counts, counts, np.nan)).tolist())
 
 
-def _hazard(tokens: Tokens, places: Int[np.ndarray, " R"]) -> Hazard:
-    models = (_means(places, np.exp(each.end_logps)) for each in (tokens.policy, tokens.initial))
-    return Hazard(tuple(np.bincount(places).tolist()), *models)
+def _hazard(tokens: Tokens, bins: Int[np.ndarray, " R"]) -> Hazard:
+    models = (_means(bins, np.exp(readings.end_logps)) for readings in (tokens.policy, tokens.initial))
+    return Hazard(tuple(np.bincount(bins).tolist()), *models)
 
 
 def hazard(tokens: Tokens) -> Hazard:

@@ -116,13 +116,13 @@ def length_bins(gaps: Int[np.ndarray, " B"]) -> tuple[Int[np.ndarray, " B"], dic
 def by_length(margins: Float[np.ndarray, " B"], gaps: Int[np.ndarray, " B"]) -> tuple[LengthBin, ...]:
     """Accuracy in each bin that has pairs, from chosen much shorter to chosen much longer."""
     codes, names = length_bins(gaps)
-    found = []
+    bins = []
     for code in np.unique(codes):
         inside = margins[codes == code]
         right = int((inside > 0).sum())
         low, high = wilson(right, len(inside))
-        found.append(LengthBin(names[int(code)], len(inside), right / len(inside), low, high, float(inside.mean())))
-    return tuple(found)
+        bins.append(LengthBin(names[int(code)], len(inside), right / len(inside), low, high, float(inside.mean())))
+    return tuple(bins)
 
 
 def ranking(
@@ -132,13 +132,13 @@ def ranking(
     right = {name: (values > 0).astype(np.float64) for name, values in margins.items()}
     longer = (np.sign(gaps) + 1) / 2
     accuracy = {name: clustered_mean(values, prompts) for name, values in right.items()}
-    known = "implicit" in margins
+    has_implicit = "implicit" in margins
     return Ranking(
         num_pairs=len(gaps),
         accuracy=accuracy | {"length": clustered_mean(longer, prompts)},
         ties={name: float((values == 0).mean()) for name, values in margins.items()},
-        above_length=clustered_mean(right["implicit"] - longer, prompts) if known else None,
-        by_length=by_length(margins["implicit"], gaps) if known else (),
+        above_length=clustered_mean(right["implicit"] - longer, prompts) if has_implicit else None,
+        by_length=by_length(margins["implicit"], gaps) if has_implicit else (),
     )
 
 
@@ -160,9 +160,9 @@ class LabelledPairs(NamedTuple):
 
 def check_pairs(paths: Sequence[str] | None) -> None:
     """Raise ValueError for files that are not there, or that are given twice."""
-    found = [place.resolve() for path in paths or () for place in _files(path)]
-    if len(set(found)) < len(found):
-        twice = next(place for place in found if found.count(place) > 1)
+    all_files = [file.resolve() for path in paths or () for file in _files(path)]
+    if len(set(all_files)) < len(all_files):
+        twice = next(file for file in all_files if all_files.count(file) > 1)
         raise ValueError(f"{KEY} names {twice.name} twice")
 
 
@@ -174,32 +174,32 @@ def _files(path: str) -> list[Path]:
 
 def content_of(paths: Sequence[str]) -> str:
     """Digest of the files' names and bytes."""
-    found = [place for path in paths for place in _files(path)]
-    return digest([[place.name, hashlib.sha256(place.read_bytes()).hexdigest()] for place in found])
+    all_files = [file for path in paths for file in _files(path)]
+    return digest([[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in all_files])
 
 
 def read_pairs(paths: Sequence[str]) -> LabelledPairs:
     """The pairs of all files, in their order. Raises ValueError naming file and row for what is no pair."""
     groups: list[PromptGroup] = []
     subsets: list[str] = []
-    for place in (place for path in paths for place in _files(path)):
-        found, names = _read(place)
-        groups += found
+    for file in (file for path in paths for file in _files(path)):
+        pairs, names = _read(file)
+        groups += pairs
         subsets += names
     return LabelledPairs(groups, subsets)
 
 
-def _read(place: Path) -> tuple[list[PromptGroup], list[str]]:
-    named: dict[str, str] = {}
+def _read(path: Path) -> tuple[list[PromptGroup], list[str]]:
+    subsets: dict[str, str] = {}
 
     def rows() -> Iterator[Named]:
-        for origin, row in open_source(Source(str(place)), KEY).rows:
+        for origin, row in open_source(Source(str(path)), KEY).rows:
             if not isinstance(row, BadRow):
-                named[origin] = str(row.get("subset") or place.name.partition(".")[0])
+                subsets[origin] = str(row.get("subset") or path.name.partition(".")[0])
             yield origin, row
 
-    groups = list(Reader(Rules(), f"{KEY}={place.name}").groups(rows()))
+    groups = list(Reader(Rules(), f"{KEY}={path.name}").groups(rows()))
     for group in groups:
         if not group.pairs:
             raise ValueError(f"{KEY}: {group.origin} is no pair; a row is {{prompt, chosen, rejected}}")
-    return groups, [named[group.origin] for group in groups]
+    return groups, [subsets[group.origin] for group in groups]

@@ -46,10 +46,10 @@ def _distribution(
     """Log-mass of the tokens that can be sampled, end log-prob, entropy and rank, for one chunk."""
     whole = head.logits(hidden)
     logits = whole.index_fill(1, never, NEVER)
-    kept = logits.logsumexp(dim=-1, keepdim=True)
-    mass = kept.squeeze(1) - whole.logsumexp(dim=-1)
+    log_total = logits.logsumexp(dim=-1, keepdim=True)
+    mass = log_total.squeeze(1) - whole.logsumexp(dim=-1)
     ranks = 1 + (logits > logits.gather(1, targets[:, None])).sum(dim=-1)
-    logps = logits - kept
+    logps = logits - log_total
     entropy = -(logps.exp() * logps).sum(dim=-1, dtype=torch.float64)
     return torch.stack([mass.double(), logps[:, ends].logsumexp(dim=-1).double(), entropy, ranks.double()])
 
@@ -66,8 +66,8 @@ def read_tokens(
     head, hidden = head_of(model), response_hidden(model, batch)
     rows = max(1, CHUNK_LOGITS // LIVE_TENSORS // head.weight.shape[0])
     chunks = zip(hidden.split(rows), batch.target_ids.split(rows), strict=True)
-    found = torch.cat([_distribution(part, head, targets, ends, never) for part, targets in chunks], dim=1)
-    return torch.cat([token_logps(hidden, head, batch.target_ids)[None] - found[:1], found[1:]])
+    readings = torch.cat([_distribution(part, head, targets, ends, never) for part, targets in chunks], dim=1)
+    return torch.cat([token_logps(hidden, head, batch.target_ids)[None] - readings[:1], readings[1:]])
 
 
 def per_token(
@@ -75,19 +75,19 @@ def per_token(
     measure: Callable[[PackedBatch], Float[Tensor, "K R"]],
     device: torch.device,
     progress: Progress = silent,
-    what: str = "tokens",
+    description: str = "tokens",
     *,
     tokens_per_batch: int = 8192,
 ) -> Float[np.ndarray, "K R"]:
     """`measure` of every scored token of `groups`, in the groups' order whatever the packs, in float64."""
     packs = pack(groups, tokens_per_batch=tokens_per_batch)
-    found: dict[int, np.ndarray] = {}
-    for members in progress(packs, what, len(packs)):
+    by_group: dict[int, np.ndarray] = {}
+    for members in progress(packs, description, len(packs)):
         batch = collate(members).to(device)
         values = measure(batch).double().cpu().numpy()
         parts = np.split(values, np.cumsum(batch.scored_per_group)[:-1], axis=1)
-        found |= {group.group_index: part for group, part in zip(members, parts, strict=True)}
-    return np.concatenate([found[group.group_index] for group in groups], axis=1)
+        by_group |= {group.group_index: part for group, part in zip(members, parts, strict=True)}
+    return np.concatenate([by_group[group.group_index] for group in groups], axis=1)
 
 
 def readings_of(
@@ -96,7 +96,7 @@ def readings_of(
     ends: Sequence[int],
     never: Int[Tensor, " X"],
     progress: Progress = silent,
-    what: str = "tokens",
+    description: str = "tokens",
     *,
     tokens_per_batch: int = 8192,
 ) -> Readings:
@@ -107,7 +107,7 @@ def readings_of(
     def measure(batch: PackedBatch) -> Float[Tensor, "4 R"]:
         return read_tokens(model, batch, end_ids, excluded)
 
-    return Readings(*per_token(groups, measure, device, progress, what, tokens_per_batch=tokens_per_batch))
+    return Readings(*per_token(groups, measure, device, progress, description, tokens_per_batch=tokens_per_batch))
 
 
 # --- the scored tokens of a set of responses
@@ -157,15 +157,17 @@ class Tokens:
         error = clustered_mean(self.sums(values) - mean * lengths, self.prompts.tolist()).se / float(lengths.mean())
         return Estimate(mean, error)
 
-    def of(self, chosen: Int[np.ndarray, " M"]) -> "Tokens":
+    def of(self, responses: Int[np.ndarray, " M"]) -> "Tokens":
         """The tokens of these responses, ascending and each once."""
-        kept = np.isin(self.response, chosen)
-        reference = None if self.reference is None else self.reference[kept]
-        policy, initial = (Readings(*(values[kept] for values in each)) for each in (self.policy, self.initial))
+        mask = np.isin(self.response, responses)
+        reference = None if self.reference is None else self.reference[mask]
+        policy, initial = (
+            Readings(*(values[mask] for values in readings)) for readings in (self.policy, self.initial)
+        )
         return replace(
             self,
-            ids=self.ids[kept], position=self.position[kept], ends=self.ends[kept],
-            response=np.searchsorted(chosen, self.response[kept]), prompts=self.prompts[chosen],
+            ids=self.ids[mask], position=self.position[mask], ends=self.ends[mask],
+            response=np.searchsorted(responses, self.response[mask]), prompts=self.prompts[responses],
             policy=policy, initial=initial, reference=reference,
         )  # fmt: skip
 
@@ -179,14 +181,14 @@ def _scored(group: TokenGroup) -> list[list[int]]:
 
 def tokens_of(groups: Sequence[TokenGroup], ends: Collection[int], policy: Readings, initial: Readings) -> Tokens:
     """Tokens of `groups`, with the readings of both models on them."""
-    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(tuple(g.prompt_ids) for g in groups))}
+    prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(tuple(g.prompt_ids) for g in groups))}
     responses = [response for group in groups for response in _scored(group)]
     sizes = [len(response) for response in responses]
     ids = np.array([token for response in responses for token in response], dtype=np.int64)
     return Tokens(
         ids=ids,
         response=np.repeat(np.arange(len(sizes)), sizes),
-        position=np.array([place for size in sizes for place in range(size)], dtype=np.int64),
+        position=np.array([index for size in sizes for index in range(size)], dtype=np.int64),
         ends=np.isin(ids, sorted(ends)),
         prompts=np.array([prompts[tuple(g.prompt_ids)] for g in groups for _ in g.response_ids], dtype=np.int64),
         policy=policy,
@@ -205,12 +207,12 @@ class PairPlaces:
 def pair_places(groups: Sequence[TokenGroup]) -> PairPlaces:
     """Every pair of `groups`, in their order."""
     firsts = np.cumsum([0, *(len(group.response_ids) for group in groups)])
-    found: list[Any] = [
+    pairs: list[Any] = [
         (first + better, first + worse)
         for first, group in zip(firsts.tolist(), groups, strict=False)
         for better, worse in group.pairs
     ]
-    chosen, rejected = np.array(found, dtype=np.int64).reshape(-1, 2).T
+    chosen, rejected = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     return PairPlaces(chosen, rejected)
 
 
@@ -279,16 +281,16 @@ def ask(
     with torch.no_grad():
         for members in pack(groups, tokens_per_batch=tokens_per_batch):
             batch = collate(members).to(device)
-            found, numbers = reference.logps(batch), [group.group_index for group in members]
+            logps, indices = reference.logps(batch), [group.group_index for group in members]
             bounds = np.cumsum([len(group.response_ids) for group in members])[:-1]
-            sums |= dict(zip(numbers, np.split(found.sums.double().cpu().numpy(), bounds), strict=True))
-            if found.token_logps is not None:
-                values = found.token_logps.double().cpu().numpy()
+            sums |= dict(zip(indices, np.split(logps.sums.double().cpu().numpy(), bounds), strict=True))
+            if logps.token_logps is not None:
+                values = logps.token_logps.double().cpu().numpy()
                 parts = np.split(values, np.cumsum(batch.scored_per_group)[:-1])
-                tokens |= dict(zip(numbers, parts, strict=True))
+                tokens |= dict(zip(indices, parts, strict=True))
     order = [group.group_index for group in groups]
-    whole = np.concatenate([sums[number] for number in order])
-    return whole, np.concatenate([tokens[number] for number in order]) if tokens else None
+    whole = np.concatenate([sums[index] for index in order])
+    return whole, np.concatenate([tokens[index] for index in order]) if tokens else None
 
 
 def beside(
@@ -299,15 +301,15 @@ def beside(
         return Beside(sums=tokens.sums(tokens.initial.logps), why=SAME)
     try:
         reference = build()
-        sums, found = ask(reference, groups, context.work.device)
+        sums, token_logps = ask(reference, groups, context.work.device)
     except ValueError as error:
         return Beside(why=str(error))
     if not reference.normalised:
         return Beside(sums=sums, why=NOT_NORMALISED)
     return (
         Beside(sums=sums, why=NO_TOKENS)
-        if found is None
-        else Beside(sums, found, _entropy(context, groups, reference))
+        if token_logps is None
+        else Beside(sums, token_logps, _entropy(context, groups, reference))
     )
 
 
@@ -324,28 +326,28 @@ def read(
     groups: Sequence[TokenGroup],
     never: Int[torch.Tensor, " X"],
     build: Callable[[], Reference],
-    what: str,
+    description: str,
 ) -> Read:
-    """Policy, initial policy and loss reference on `groups`, which are at least one; `what` they are, for progress."""
+    """Policy, initial policy and loss reference on `groups`, at least one; `description` is of them, for progress."""
     readings = [
         readings_of(
-            model, groups, sorted(context.ends), never, context.work.progress, f"{what}, {name}",
+            model, groups, sorted(context.ends), never, context.work.progress, f"{description}, {name}",
         )
         for name, model in (("policy", context.policy.model), ("initial policy", context.initial.model))
     ]  # fmt: skip
     tokens = tokens_of(groups, context.ends, *readings)
-    found = beside(context, groups, tokens, build)
-    return Read(groups, replace(tokens, reference=found.tokens), found)
+    theirs = beside(context, groups, tokens, build)
+    return Read(groups, replace(tokens, reference=theirs.tokens), theirs)
 
 
-def margins(found: Read, pairs: PairPlaces) -> dict[str, Float[np.ndarray, " B"]]:
+def margins(readings: Read, pairs: PairPlaces) -> dict[str, Float[np.ndarray, " B"]]:
     """Chosen - rejected of every score that can rank the pairs: the implicit reward where the loss reference says
     something, the log-likelihood under the policy, that per token, and under initial policy and loss reference."""
-    tokens = found.tokens
+    tokens = readings.tokens
     policy, initial = tokens.sums(tokens.policy.logps), tokens.sums(tokens.initial.logps)
     scores = {"likelihood": policy, "likelihood_per_token": policy / tokens.lengths, "initial": initial}
-    theirs = found.beside.sums
+    theirs = readings.beside.sums
     if theirs is not None:
         scores |= {"implicit": policy - theirs}
-        scores |= {"reference": theirs} if found.beside.why not in (SAME, NOT_NORMALISED) else {}
+        scores |= {"reference": theirs} if readings.beside.why not in (SAME, NOT_NORMALISED) else {}
     return {name: values[pairs.chosen] - values[pairs.rejected] for name, values in scores.items()}
