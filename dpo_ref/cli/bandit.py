@@ -38,7 +38,7 @@ def _method(run: TrainRun, bandit: Component, words: tuple[str, ...] = ()) -> Me
     return Method(run.objective, StudyOptions.of(bandit.options), _beta(run), words)
 
 
-def _beside(bandit: Component, words: str) -> Method:
+def _method_beside(bandit: Component, words: str) -> Method:
     """A method to compare with: `words` as after train.py, the objective's name first. Raises ValueError for words
     that train.py would refuse."""
     name, *rest = words.split()
@@ -50,8 +50,8 @@ def _beside(bandit: Component, words: str) -> Method:
     assert run.bandit is not None
     changed = {word.partition("=")[0].removeprefix("bandit.") for word in rest if word.startswith("bandit.")}
     own = {option: run.bandit.options[option] for option in changed}
-    said = tuple(word for word in rest if not word.startswith("bandit."))
-    return _method(run, replace(bandit, options=bandit.options | own), said)
+    method_words = tuple(word for word in rest if not word.startswith("bandit."))
+    return _method(run, replace(bandit, options=bandit.options | own), method_words)
 
 
 def methods_of(run: TrainRun) -> list[Method]:
@@ -59,7 +59,7 @@ def methods_of(run: TrainRun) -> list[Method]:
     refuse."""
     assert run.bandit is not None
     own = _method(run, run.bandit)
-    others = [_beside(run.bandit, words) for words in own.options.beside]
+    others = [_method_beside(run.bandit, words) for words in own.options.beside]
     return [own, *{method.label: method for method in others if method.label != own.label}.values()]
 
 
@@ -69,7 +69,7 @@ def _reference(run: TrainRun) -> str:
     return usual if run.reference.name == "auto" else run.reference.name
 
 
-def _known(world: World, peak: int, method: Method) -> Known:
+def _closed_form(world: World, peak: int, method: Method) -> Known:
     rewards, reference = world.rewards(peak), world.reference
     best = None
     if method.beta is not None:
@@ -85,7 +85,7 @@ def _traces(run: TrainRun, world: World, methods: Sequence[Method], progress: Pr
     """Every method under every reward, the run's own first."""
     options = methods[0].options
     seeds = range(options.num_seeds)
-    starts = [world.initial(run.seed * 1000 + number) for number in seeds]
+    starts = [world.initial(run.seed * 1000 + index) for index in seeds]
     jobs = [(peak, m, schedule) for peak in options.peaks for m in methods for schedule in options.schedules]
     return [
         trace(Problem(world, peak, run.reference.name != "none"), method, schedule, starts, run.seed)
@@ -112,16 +112,18 @@ def run_bandit(run: TrainRun, directory: Path, tracker: Tracker, progress: Progr
     world: World = run.bandit()
     with _one_thread():
         traces = _traces(run, world, methods, progress)
-    known = [_known(world, peak, methods[0]) for peak in methods[0].options.peaks]
+    closed_forms = [_closed_form(world, peak, methods[0]) for peak in methods[0].options.peaks]
     file, lines = MetricsFile(directory / "metrics.jsonl"), metrics_by_step(traces)
     for step, metrics in lines.items():
         file.append(metrics, step=step)
         tracker.log(metrics, step=step)
     settings = {"objective": run.objective.name, "beta": methods[0].beta, "seed": run.seed, **run.bandit.options}
-    write_report(directory, f"{run.objective.name} in the bandit of {run.bandit.name}", traces, known, NOTES, settings)
+    write_report(
+        directory, f"{run.objective.name} in the bandit of {run.bandit.name}", traces, closed_forms, NOTES, settings
+    )
     tracker.image("report", directory / "report.png")
     tracker.file(directory / "report.html")
-    _print(terminal_tables(traces, known))
+    _print(terminal_tables(traces, closed_forms))
     return {
         "objective": run.objective.name,
         "reference": _reference(run),
@@ -143,8 +145,8 @@ def _print(tables: Sequence[Any]) -> None:
 
 def _summaries(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     paths = sorted(folder.glob("*/summary.json"), key=lambda path: int(path.parent.name.split("_")[0]))
-    found = [(path.parent.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    return [(name, summary) for name, summary in found if summary.get("choices", {}).get("bandit")]
+    summaries = [(path.parent.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return [(name, summary) for name, summary in summaries if summary.get("choices", {}).get("bandit")]
 
 
 def print_sweep(folder: Path) -> bool:
@@ -169,10 +171,10 @@ def _sweep_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     own = {key: v for key, v in summary.get("bandit", {}).items() if key.endswith("/" + summary["own_method"])}
     if not own:
         return [(str(summary.get("error") or summary.get("status")), "–", "–")]
-    return [(key, _joined(values["reward"]), _joined(values["kl"])) for key, values in own.items()]
+    return [(key, _mean_text(values["reward"]), _mean_text(values["kl"])) for key, values in own.items()]
 
 
-def _joined(values: Sequence[float]) -> str:
+def _mean_text(values: Sequence[float]) -> str:
     """Mean and, of several seeds, standard deviation."""
     mean = f"{np.mean(values):.3f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.3f}"

@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_ref.cli.schemas import CONF, SCHEMAS, groups, option_names
 
 
-def refuse_unknown(prefix: str, given: Iterable[str], known: Iterable[str]) -> None:
+def refuse_unknown(prefix: str, keys: Iterable[str], options: Iterable[str]) -> None:
     """Raise ValueError for a given key that is not known, with the nearest that is."""
-    names = sorted(known)
-    for key in given:
+    names = sorted(options)
+    for key in keys:
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(prefix + n for n in names)}"
@@ -57,8 +57,8 @@ def composed(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
     inside = GlobalHydra.instance().is_initialized()
     with nullcontext() if inside else initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
-    chosen = cfg.hydra.runtime.choices.items()
-    choices = {str(group): name for group, name in chosen if name is not None and not str(group).startswith("hydra/")}
+    members = cfg.hydra.runtime.choices.items()
+    choices = {str(group): name for group, name in members if name is not None and not str(group).startswith("hydra/")}
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
     return cfg, choices
@@ -69,7 +69,7 @@ def reference_words(entry: Any) -> list[str]:
     {reference: <kind>, and its options}. Raises ValueError for what is none of these."""
     kinds = sorted(path.stem for path in groups()["reference"])
     if isinstance(entry, str):
-        return _named(entry, kinds)
+        return _words_of_text(entry, kinds)
     options = dict(entry) if isinstance(entry, Mapping) else {}
     kind = options.pop("reference", None)
     if kind not in kinds:
@@ -77,7 +77,7 @@ def reference_words(entry: Any) -> list[str]:
     return [f"reference={kind}", *typed_words({f"reference.{key}": value for key, value in options.items()})]
 
 
-def _named(entry: str, kinds: Sequence[str]) -> list[str]:
+def _words_of_text(entry: str, kinds: Sequence[str]) -> list[str]:
     if entry in kinds:
         return [f"reference={entry}"]
     close = difflib.get_close_matches(entry, kinds, n=1)
@@ -88,14 +88,14 @@ def _named(entry: str, kinds: Sequence[str]) -> list[str]:
 
 def typed_words(options: Mapping[str, Any]) -> list[str]:
     """Options as one types them on Hydra's command line, before the shell's quotes."""
-    return [f"{key}={_typed(value)}" for key, value in options.items()]
+    return [f"{key}={_literal(value)}" for key, value in options.items()]
 
 
-def _typed(value: Any) -> str:
+def _literal(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_typed(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_literal(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_typed, value)) + "]"
+        return "[" + ", ".join(map(_literal, value)) + "]"
     if isinstance(value, str) and not re.fullmatch(r"(?!(?i:null|true|false|nan|inf)$)[A-Za-z_./][\w./:-]*", value):
         return json.dumps(value, ensure_ascii=False)
     return value if isinstance(value, str) else json.dumps(value)

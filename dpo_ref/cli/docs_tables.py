@@ -81,25 +81,25 @@ class Header(NamedTuple):
 def header(path: Path) -> Header:
     """Read it; ValueError naming the file where a part is missing."""
     comment = [line[1:].strip() for line in path.read_text().split("\ndefaults:")[0].splitlines()]
-    found = dict(line.split(": ", 1) for line in comment[2:] if ": " in line)
-    if tuple(found) != FIELDS or not comment[1].startswith(f"python train.py objective={path.stem}"):
+    fields = dict(line.split(": ", 1) for line in comment[2:] if ": " in line)
+    if tuple(fields) != FIELDS or not comment[1].startswith(f"python train.py objective={path.stem}"):
         raise ValueError(f"{path.name}: its comment must be a title, a command, then {', '.join(FIELDS)}")
-    return Header(comment[0].removesuffix("."), comment[1], found)
+    return Header(comment[0].removesuffix("."), comment[1], fields)
 
 
 def _losses(objective: Objective, doubled: str | None = None) -> torch.Tensor:
     """On made-up items, with one of the policy's sizes doubled."""
-    policy, known = made_up(kind=objective.takes["policy"])
+    policy, inputs = made_up(kind=objective.takes["policy"])
     changed = {doubled: 2 * getattr(policy, doubled)} if doubled else {}
-    return objective(replace(policy, **changed), replace(known, running={})).losses
+    return objective(replace(policy, **changed), replace(inputs, running={})).losses
 
 
 def needs(function: Callable[..., Any]) -> list[str]:
     """What an objective reads: pairs or responses, other arguments left of its star, token values, lengths, bytes."""
     objective = bind(function)
     usual = _losses(objective)
-    known = {name: field for name, field in SIZES.items() if not objective.of_scores}
-    sizes = [name for name, field in known.items() if not torch.equal(_losses(objective, field), usual)]
+    candidates = {name: field for name, field in SIZES.items() if not objective.of_scores}
+    sizes = [name for name, field in candidates.items() if not torch.equal(_losses(objective, field), usual)]
     tokens = ["tokens"] if {*objective.takes.values()} & {*OF_TOKENS} else []
     others = [WORDS.get(name, name) for name in objective.takes if name != "policy"]
     return ["pairs" if objective.pairwise else "responses", *others, *tokens, *sizes]
@@ -107,13 +107,13 @@ def needs(function: Callable[..., Any]) -> list[str]:
 
 def row(path: Path, target: str) -> dict[str, str]:
     """One objective's cells, by column."""
-    function, read = locate(target), header(path)
+    function, comment = locate(target), header(path)
     key = strength(function)
     default = OmegaConf.select(OmegaConf.load(path), key) if key else None
-    papers = ", ".join(re.findall(r"arXiv:[\d.]+\d|[\w.]+/\w+\.pdf|this project", read.title))
+    papers = ", ".join(re.findall(r"arXiv:[\d.]+\d|[\w.]+/\w+\.pdf|this project", comment.title))
     return {
-        "objective": f"`{path.stem}`: {read.title.split(' (')[0]}",
-        **read.fields,
+        "objective": f"`{path.stem}`: {comment.title.split(' (')[0]}",
+        **comment.fields,
         "needs": ", ".join(needs(function)),
         "strength": f"`{key}` {default}" if key else "-",
         "paper": papers,
@@ -156,19 +156,19 @@ def refusal(reference: DictConfig, objective: DictConfig, names: tuple[str, str]
     return None
 
 
-def _row(shown: str, reference: DictConfig, kind: str, objectives: dict[str, DictConfig], with_one: set[str]) -> str:
+def _row(command: str, reference: DictConfig, kind: str, objectives: dict[str, DictConfig], with_one: set[str]) -> str:
     outcomes: dict[str | None, list[str]] = defaultdict(list)
     for name, objective in objectives.items():
         outcomes[refusal(reference, objective, (kind, name))].append(name)
     good = set(outcomes.pop(None, []))
-    told = "all objectives" if good == set(objectives) else "all that have a reference" if good == with_one else None
-    told = told or "all that have a reference but those on the right"
+    scope = "all objectives" if good == set(objectives) else "all that have a reference" if good == with_one else None
+    scope = scope or "all that have a reference but those on the right"
     unused = [why for why, names in outcomes.items() if set(names) == set(objectives) - with_one]
-    reasons = [f"{_listed(names)}: {why}" for why, names in outcomes.items() if why not in unused]
-    return f"| `{shown}` | {told} | {'; '.join(reasons).replace('|', chr(92) + '|')} |"
+    reasons = [f"{_names_in_code(names)}: {why}" for why, names in outcomes.items() if why not in unused]
+    return f"| `{command}` | {scope} | {'; '.join(reasons).replace('|', chr(92) + '|')} |"
 
 
-def _listed(names: Sequence[str] | set[str]) -> str:
+def _names_in_code(names: Sequence[str] | set[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
 
 
@@ -180,11 +180,11 @@ def table() -> str:
     rows = []
     for path in sorted(CONF.glob("reference/*.yaml")):
         for words in commands(path):
-            kept = [word for word in words if not word.startswith(("beta=", "data", "stage", "optim"))]
-            shown = " ".join(word for word in kept if word.startswith(("reference=", "reference.mean")))
-            rows.append(_row(shown, composed(kept)[0], path.stem, objectives, with_one))
+            overrides = [word for word in words if not word.startswith(("beta=", "data", "stage", "optim"))]
+            command = " ".join(word for word in overrides if word.startswith(("reference=", "reference.mean")))
+            rows.append(_row(command, composed(overrides)[0], path.stem, objectives, with_one))
     head = ["| reference | goes with | refused, and why |", "|---|---|---|"]
-    return "\n".join([*head, *dict.fromkeys(rows), "", f"Objectives without a reference: {_listed(without)}."])
+    return "\n".join([*head, *dict.fromkeys(rows), "", f"Objectives without a reference: {_names_in_code(without)}."])
 
 
 def references_page() -> str:

@@ -32,12 +32,12 @@ def asks_pairs(export: Component) -> bool:
     return RewardedPairs in annotations(export.function).values()
 
 
-def check_export(export: Component, given: Collection[str], policy: str | None) -> None:
+def check_export(export: Component, words: Collection[str], policy: str | None) -> None:
     """Raise ValueError for words that have no effect on an export, and for no policy."""
     if policy is None:
         raise ValueError("stage=export needs policy=<run or model folder>, whose evaluation is exported")
-    known = WORDS | (WORDS_OF_PAIRS if asks_pairs(export) else set())
-    if others := set(given) - known:
+    allowed = WORDS | (WORDS_OF_PAIRS if asks_pairs(export) else set())
+    if others := set(words) - allowed:
         raise ValueError(f"{min(others)} has no effect on stage=export export={export.name}; leave it out")
 
 
@@ -61,21 +61,21 @@ def _pairs(subject: Subject, settings: Settings) -> RewardedPairs:
     reference = loss_reference(subject, settings, members)
     policy = score_pairs(ours.model, members, end_of_turn_ids(ours.tokenizer), progress)
     against = reference_pairs(reference, members, policy, settings.work.device)
-    found = rewarded(held_out, members, policy, against)
-    if left_out := sum(len(group.pairs) for group in held_out) - len(found):
-        print(f"{left_out} of {left_out + len(found)} pairs left out: they are longer than data.max_length")
-    return RewardedPairs(subject.name, source.name, found)
+    pairs = rewarded(held_out, members, policy, against)
+    if left_out := sum(len(group.pairs) for group in held_out) - len(pairs):
+        print(f"{left_out} of {left_out + len(pairs)} pairs left out: they are longer than data.max_length")
+    return RewardedPairs(subject.name, source.name, pairs)
 
 
 def rewarded(
     held_out: Sequence[PromptGroup], groups: Sequence[TokenGroup], policy: PairScores, reference: PairScores
 ) -> list[RewardedPair]:
     """The texts of the pairs in `groups`, which are in their source's order, with log policy - log reference."""
-    places = [(held_out[group.group_index], pair) for group in groups for pair in group.pairs]
+    sources = [(held_out[group.group_index], pair) for group in groups for pair in group.pairs]
     chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
     return [
         RewardedPair(source.prompt, source.responses[better], source.responses[worse], up, down, source.origin)
-        for (source, (better, worse)), up, down in zip(places, chosen.tolist(), rejected.tolist(), strict=True)
+        for (source, (better, worse)), up, down in zip(sources, chosen.tolist(), rejected.tolist(), strict=True)
     ]
 
 
@@ -83,11 +83,11 @@ def run_export(subject: Subject, export: Component, settings: Callable[[], Setti
     """Write the file of `export`, replaced atomically, and say where it is. Raises ValueError for answers that do not
     fit the format."""
     source = _pairs(subject, settings()) if asks_pairs(export) else _answers(subject)
-    made: Export = export(source)
-    path = subject.folder / FOLDER / made.path
+    file: Export = export(source)
+    path = subject.folder / FOLDER / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, made.text)
-    run_summary(f"{made.num_rows} rows for {export.name}", {"file": str(path)})
+    write_text(path, file.text)
+    run_summary(f"{file.num_rows} rows for {export.name}", {"file": str(path)})
     return path
 
 
@@ -106,8 +106,8 @@ ALLOWED = (
 def chosen(folder: Path) -> tuple[list[str], list[str]]:
     """The folder's files that are uploaded, and those left out, as paths inside it."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    taken = [name for name in names if any(fnmatch(name, pattern) and _level(name, pattern) for pattern in ALLOWED)]
-    return taken, [name for name in names if name not in taken]
+    uploads = [name for name in names if any(fnmatch(name, pattern) and _level(name, pattern) for pattern in ALLOWED)]
+    return uploads, [name for name in names if name not in uploads]
 
 
 def _level(name: str, pattern: str) -> bool:
@@ -161,10 +161,10 @@ def _upload(api: Any, repo: str, private: bool, folder: Path, files: list[str]) 
     api.create_repo(repo, private=private, exist_ok=True)
     if private and not api.repo_info(repo).private:
         raise ValueError(f"{repo} exists and is public; hub.private=false publishes the policy there")
-    done = api.upload_folder(
+    commit = api.upload_folder(
         repo_id=repo, folder_path=folder, allow_patterns=files, commit_message="Policy trained with dpo_ref"
     )
-    return str(done.commit_url)
+    return str(commit.commit_url)
 
 
 def publish(policy: str | None, options: HubOptions) -> None:

@@ -61,8 +61,8 @@ def sweep_directory(output_dir: str | None, experiment: str) -> str:
 
 def run_directory(output_dir: str | None, experiment: str, overrides: Sequence[str]) -> Path:
     """Where a single run goes: outputs/<experiment>/<timestamp>_<overrides> unless given exactly."""
-    named = [o for o in overrides if o.partition("=")[0] not in ("output_dir", "resume", "stage", "+experiment")]
-    default = f"outputs/{experiment}/{datetime.now():%Y-%m-%d_%H-%M-%S}_{slug(','.join(named))}"
+    words = [o for o in overrides if o.partition("=")[0] not in ("output_dir", "resume", "stage", "+experiment")]
+    default = f"outputs/{experiment}/{datetime.now():%Y-%m-%d_%H-%M-%S}_{slug(','.join(words))}"
     return Path(output_dir or default).expanduser()
 
 
@@ -174,16 +174,16 @@ def parts_of(group: str, component: Callable[..., Any]) -> tuple[Callable[..., A
 def option_names(group: str, outer: tuple[str, ...] = ()) -> set[str]:
     """The options of all members of a group, those of members inside them with a dot; a group inside itself has no
     further members. `outer` are the groups around this one."""
-    found: set[str] = set()
+    names: set[str] = set()
     for part in {part for target in groups()[group].values() for part in parts_of(group, locate(target))}:
         hints = annotations(part)
         for name in configuration(part):
             inner = member_group(hints[name])
             if inner is None:
-                found.add(name)
+                names.add(name)
             elif group not in outer:
-                found |= {f"{name}.{option}" for option in option_names(inner, (*outer, group))}
-    return found
+                names |= {f"{name}.{option}" for option in option_names(inner, (*outer, group))}
+    return names
 
 
 def _stored_type(hint: Any) -> Any:
@@ -206,25 +206,25 @@ def schema(component: Callable[..., Any], *shared: Callable[..., Any]) -> type:
         for name, parameter in configuration(part).items():
             default = MISSING if parameter.default is parameter.empty else parameter.default
             default = list(default) if isinstance(default, tuple) else default
-            kept = field(default_factory=lambda d=default: list(d)) if isinstance(default, list) else default
-            members.append((name, _stored_type(hints[name]), kept))
+            initial = field(default_factory=lambda d=default: list(d)) if isinstance(default, list) else default
+            members.append((name, _stored_type(hints[name]), initial))
     return make_dataclass(component.__name__, [("_target_", str, MISSING), *members])
 
 
 def target_of(path: Path) -> str | None:
     """What a YAML file targets, read without parsing the file: --help looks at all of them."""
-    found = re.search(r"^_target_: *(\S+)", path.read_text(), re.MULTILINE)
-    return found and found[1]
+    match = re.search(r"^_target_: *(\S+)", path.read_text(), re.MULTILINE)
+    return match and match[1]
 
 
 @cache
 def groups() -> dict[str, dict[Path, str]]:
     """The config groups whose members target components: their YAML files and the targets."""
-    found: dict[str, dict[Path, str]] = {}
+    targets: dict[str, dict[Path, str]] = {}
     for path in sorted(CONF.glob("*/*.yaml")):
         if target := target_of(path):
-            found.setdefault(path.parent.name, {})[path] = target
-    return found
+            targets.setdefault(path.parent.name, {})[path] = target
+    return targets
 
 
 def choices_text() -> str:

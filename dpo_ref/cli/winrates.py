@@ -31,16 +31,16 @@ class WinRateRequest:
     config: dict[str, Any]
 
 
-def check_words(given: set[str]) -> None:
+def check_words(words: set[str]) -> None:
     """Refuse what has no effect on win rates of models that were judged before."""
-    for key in sorted(given - HAVE_AN_EFFECT):
+    for key in sorted(words - HAVE_AN_EFFECT):
         raise ValueError(f"{key} has no effect on stage=winrate, which reads annotations=... alone; leave it out")
 
 
 def annotation_words(annotations: Any) -> tuple[str, ...]:
     """`annotations=` as a list. Raises ValueError for anything but a path or a list of paths."""
     listed = annotations if isinstance(annotations, list) else [annotations]
-    if not listed or not all(isinstance(one, str) and one for one in listed):
+    if not listed or not all(isinstance(path, str) and path for path in listed):
         raise ValueError(
             "stage=winrate needs annotations=<annotations.json, judgments.jsonl or a folder with such files>, or a "
             "list of them: annotations='[a.json, b.json]'"
@@ -48,29 +48,29 @@ def annotation_words(annotations: Any) -> tuple[str, ...]:
     return tuple(listed)
 
 
-def _write(folder: Path, found: WinRates, request: WinRateRequest, files: Sequence[Path]) -> dict[str, str]:
+def _write(folder: Path, results: WinRates, request: WinRateRequest, files: Sequence[Path]) -> dict[str, str]:
     """The files, and their names for the summary."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = {"annotations": list(map(str, files)), "df_gamed": request.df_gamed, "seed": request.seed}
-    write_json(folder / "winrates.json", {**sources, **found.plain()})
-    write_text(folder / "winrates.csv", csv_text(found))
-    written = {"numbers": str(folder / "winrates.json"), "table": str(folder / "winrates.csv")}
-    if shown := panels(found):
-        write_png(folder / "winrates.png", shown)
-        written["plot"] = str(folder / "winrates.png")
-    return written
+    write_json(folder / "winrates.json", {**sources, **results.plain()})
+    write_text(folder / "winrates.csv", csv_text(results))
+    paths = {"numbers": str(folder / "winrates.json"), "table": str(folder / "winrates.csv")}
+    if pictures := panels(results):
+        write_png(folder / "winrates.png", pictures)
+        paths["plot"] = str(folder / "winrates.png")
+    return paths
 
 
-def _track(folder: Path, found: WinRates, request: WinRateRequest) -> None:
+def _track(folder: Path, results: WinRates, request: WinRateRequest) -> None:
     info = RunInfo(folder, request.config, f"winrate {folder.name}", None, "winrate", resume=False)
     tracker = request.tracking(info)
-    shown = columns(found.rates)
-    rows = [[rate.model, *(column.text(rate) for column in shown)] for rate in found.rates]
-    tracker.table("winrates", ["model", *(column.title for column in shown)], rows, step=0)
+    table_columns = columns(results.rates)
+    rows = [[rate.model, *(column.text(rate) for column in table_columns)] for rate in results.rates]
+    tracker.table("winrates", ["model", *(column.title for column in table_columns)], rows, step=0)
     if (folder / "winrates.png").is_file():
         tracker.image("winrates", folder / "winrates.png")
     tracker.file(folder / "winrates.json")
-    tracker.summary({f"winrate/{name}": value for name, value in summary_metrics(found).items()})
+    tracker.summary({f"winrate/{name}": value for name, value in summary_metrics(results).items()})
     tracker.finish(0)
 
 
@@ -82,14 +82,14 @@ def run_winrates(request: WinRateRequest) -> None:
     files = annotation_files(request.annotations)
     matches = read_matches(files)
     control = request.df_gamed and length_control(request.df_gamed, [match.prompts for match in matches])
-    found = win_rates(matches, control or None, request.seed, progress)
+    results = win_rates(matches, control or None, request.seed, progress)
     default = f"outputs/winrates/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     folder = Path(request.output_dir or default).expanduser()
-    written = _write(folder, found, request, files)
+    paths = _write(folder, results, request, files)
     console = Console()
-    console.print(rates_table(found))
-    for judge, parts in found.strengths.items():
+    console.print(rates_table(results))
+    for judge, parts in results.strengths.items():
         for part in parts:
             console.print(strengths_table(judge, part))
-    _track(folder, found, request)
-    run_summary(headline(found), written)
+    _track(folder, results, request)
+    run_summary(headline(results), paths)

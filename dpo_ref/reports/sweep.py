@@ -71,7 +71,7 @@ def _rows(cells: Sequence[Cell], initial: Evaluation | None) -> list[page.Row]:
     return list(map(page.Row, evaluations, titles(evaluations), colours, on_front))
 
 
-def _shown(cells: Sequence[Cell], baseline: Evaluated) -> list[Evaluated]:
+def _examples(cells: Sequence[Cell], baseline: Evaluated) -> list[Evaluated]:
     """The baseline, the best cell and the one with the smallest beta, each by its first seed's answers."""
     champion = tables.best([cell.evaluation for cell in cells])
     picked = [cell for cell in cells if cell.evaluation is champion]
@@ -130,7 +130,7 @@ def sweep_page(jobs: Sequence[Job], baseline: Evaluated | None) -> str:
         f'<p class="small">{SEEDS_NOTE}</p>' if any(e.num_seeds > 1 for e in evaluations) else "",
     ]
     if cells and baseline:
-        parts += ["<h2>Answers side by side</h2>", sample_sections(_shown(cells, baseline))]
+        parts += ["<h2>Answers side by side</h2>", sample_sections(_examples(cells, baseline))]
     if cells:
         parts += ["<h2>How it was measured</h2>", page.definitions(settings(evaluations[-1]))]
     parts.append("<footer>Made by dpo_ref. Every job's numbers are in sweep.csv.</footer>")
