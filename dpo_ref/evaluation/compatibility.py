@@ -124,8 +124,8 @@ def pearson(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " N"]) -> float:
 
 def ranks(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Ranks from 1, equal values sharing the mean of theirs."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (count.cumsum() - (count - 1) / 2)[place]
+    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[inverse]
 
 
 def spearman(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " N"]) -> float:
@@ -138,11 +138,11 @@ def _spearman_interval(
 ) -> tuple[float, float]:
     """95 % percentile interval over resampled prompts; nan where a correlation is not defined."""
     members = [np.flatnonzero(np.asarray(clusters) == prompt) for prompt in dict.fromkeys(clusters)]
-    generator, found = np.random.default_rng(seed), []
+    generator, correlations = np.random.default_rng(seed), []
     for _ in range(NUM_RESAMPLES):
-        drawn = np.concatenate([members[place] for place in generator.integers(len(members), size=len(members))])
-        found.append(spearman(a[drawn], b[drawn]))
-    low, high = np.quantile(found, [0.025, 0.975])
+        rows = np.concatenate([members[index] for index in generator.integers(len(members), size=len(members))])
+        correlations.append(spearman(a[rows], b[rows]))
+    low, high = np.quantile(correlations, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -160,17 +160,17 @@ def alone(logps: Float[np.ndarray, " N"], pairs: Pairs) -> Alone:
 def beside(policy: Float[np.ndarray, " N"], reference: Float[np.ndarray, " N"], pairs: Pairs, seed: int) -> Beside:
     """How a reference's log-probs relate to the policy's; nan where it says the same about everything."""
     ours, theirs = pairs.margins(policy), pairs.margins(reference)
-    said = (pairs.num_bytes > 0) & bool(reference.any())  # zeros everywhere are no log-probs: there is no gap
-    ours_per_byte, theirs_per_byte = (logps[said] / pairs.num_bytes[said] for logps in (policy, reference))
+    has_gap = (pairs.num_bytes > 0) & bool(reference.any())  # zeros everywhere are no log-probs: there is no gap
+    ours_per_byte, theirs_per_byte = (logps[has_gap] / pairs.num_bytes[has_gap] for logps in (policy, reference))
     return Beside(
         accuracy_difference=clustered_mean(half_ties(theirs) - half_ties(ours), pairs.clusters),
         logps_pearson=pearson(policy, reference),
         logps_spearman=spearman(policy, reference),
-        per_byte_spearman=spearman(ours_per_byte, theirs_per_byte) if said.any() else float("nan"),
+        per_byte_spearman=spearman(ours_per_byte, theirs_per_byte) if has_gap.any() else float("nan"),
         margins_pearson=pearson(ours, theirs),
         margins_spearman=spearman(ours, theirs),
         margins_spearman_interval=_spearman_interval(ours, theirs, pairs.clusters, seed),
-        gap_per_byte=clustered_mean(ours_per_byte - theirs_per_byte, pairs.prompts[said].tolist()),
+        gap_per_byte=clustered_mean(ours_per_byte - theirs_per_byte, pairs.prompts[has_gap].tolist()),
     )
 
 
@@ -193,7 +193,7 @@ def at_beta(margins: Float[np.ndarray, " B"], beta: float, clusters: Sequence[in
 def start(margins: Float[np.ndarray, " B"], betas: Sequence[float], clusters: Sequence[int]) -> Start:
     """Step 0 at every beta (ascending), and the two suggestions."""
     at = tuple(at_beta(margins, beta, clusters) for beta in betas)
-    fitting = [one.beta for one in at if one.saturated.mean <= TOLERATED]
+    fitting = [step.beta for step in at if step.saturated.mean <= TOLERATED]
     sd = float(margins.std())
     return Start(sd, float(margins.mean()), max(fitting, default=None), 1 / sd if sd > 0 else None, at)
 
@@ -232,7 +232,7 @@ class Candidate:
     @property
     def quoted(self) -> AtBeta:
         """Step 0 at the beta that sentences are about."""
-        return min(self.start.at, key=lambda one: abs(math.log(one.beta / QUOTED_BETA)))
+        return min(self.start.at, key=lambda step: abs(math.log(step.beta / QUOTED_BETA)))
 
     @property
     def silent(self) -> bool:
@@ -266,18 +266,18 @@ class Report:
 
 def metrics_of(report: Report) -> dict[str, float]:
     """The numbers by which runs are compared in a tracker, flat; what was not measured is left out."""
-    found: dict[str, float] = {"policy/accuracy": report.policy_alone.accuracy.mean}
-    for one in report.candidates:
+    metrics: dict[str, float] = {"policy/accuracy": report.policy_alone.accuracy.mean}
+    for candidate in report.candidates:
         values = {
-            "accuracy": one.alone.accuracy.mean,
-            "margin_sd": one.start.sd,
-            "margins_spearman": one.beside.margins_spearman,
-            "per_byte_spearman": one.beside.per_byte_spearman,
-            "gap_per_byte": one.beside.gap_per_byte.mean,
-            "start_beta": one.start.listed,
-            "unit_beta": one.start.unit,
-            "kl_forward": one.forward.per_answer and one.forward.per_answer.mean,
-            "kl_reverse": one.reverse.per_answer and one.reverse.per_answer.mean,
+            "accuracy": candidate.alone.accuracy.mean,
+            "margin_sd": candidate.start.sd,
+            "margins_spearman": candidate.beside.margins_spearman,
+            "per_byte_spearman": candidate.beside.per_byte_spearman,
+            "gap_per_byte": candidate.beside.gap_per_byte.mean,
+            "start_beta": candidate.start.listed,
+            "unit_beta": candidate.start.unit,
+            "kl_forward": candidate.forward.per_answer and candidate.forward.per_answer.mean,
+            "kl_reverse": candidate.reverse.per_answer and candidate.reverse.per_answer.mean,
         }
-        found |= {f"{one.title}/{name}": value for name, value in values.items() if value is not None}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+        metrics |= {f"{candidate.title}/{name}": value for name, value in values.items() if value is not None}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

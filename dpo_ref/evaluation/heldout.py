@@ -53,7 +53,7 @@ def score_pairs(
         members += [group for group in pairs_of for _ in group.pairs]
     order = np.argsort([group.group_index for group in members], kind="stable")  # packs have an order of their own
     chosen, end, ended, length, rejected, _, _, rejected_length = np.concatenate(tables, axis=1)[:, order]
-    prompts = tuple(tuple(members[place].prompt_ids) for place in order)
+    prompts = tuple(tuple(members[index].prompt_ids) for index in order)
     lengths = length.astype(np.int64), rejected_length.astype(np.int64)
     return PairScores(chosen, rejected, end, ended.astype(bool), *lengths, prompts)
 
@@ -62,13 +62,13 @@ def reference_pairs(
     reference: Reference, groups: Sequence[TokenGroup], pairs: PairScores, device: torch.device
 ) -> PairScores:
     """The same pairs as scored by a reference of any kind; it need not know what the end token costs."""
-    found: list[np.ndarray] = [np.empty((2, 0))]
+    tables: list[np.ndarray] = [np.empty((2, 0))]
     for group in groups:
         if group.pairs:
             batch = collate([group]).to(device)
             sums = reference.logps(batch).sums.cpu()
-            found.append(torch.stack([sums[batch.chosen], sums[batch.rejected]]).numpy())
-    chosen, rejected = np.concatenate(found, axis=1)
+            tables.append(torch.stack([sums[batch.chosen], sums[batch.rejected]]).numpy())
+    chosen, rejected = np.concatenate(tables, axis=1)
     return replace(pairs, chosen=chosen, rejected=rejected, chosen_end=np.full_like(chosen, np.nan))
 
 
@@ -81,9 +81,9 @@ def displacement(policy: PairScores, initial: PairScores) -> dict[str, float]:
         results.END_CHOSEN.key: (policy.chosen_end - initial.chosen_end, policy.chosen_ended),
     }
     metrics: dict[str, float] = {}
-    for name, (values, known) in moved.items():
-        clusters = [prompt for prompt, kept in zip(policy.prompts, known, strict=True) if kept]
-        estimate = clustered_mean(values[known], clusters)
+    for name, (values, present) in moved.items():
+        clusters = [prompt for prompt, keep in zip(policy.prompts, present, strict=True) if keep]
+        estimate = clustered_mean(values[present], clusters)
         metrics |= {name: estimate.mean, f"{name}_se": estimate.se}
     return metrics
 

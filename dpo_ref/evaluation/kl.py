@@ -52,8 +52,8 @@ class SampleKl(NamedTuple):
 
     def estimate(self, values: Float[np.ndarray, " N"]) -> Estimate:
         """Mean and standard error, clustered by prompt, over the answers that have a value."""
-        known = ~np.isnan(values)
-        return clustered_mean(values[known], self.prompt_index[known].tolist())
+        present = ~np.isnan(values)
+        return clustered_mean(values[present], self.prompt_index[present].tolist())
 
     def metrics(self, name: str) -> dict[str, float]:
         """KL to the model of this name, with what stands beside it."""
@@ -85,8 +85,8 @@ class SequenceK1(NamedTuple):
         """KL to the model of this name; per byte where tokens of two tokenizers cannot be counted alike."""
         k1 = clustered_mean(self.values, self.prompt_index.tolist())
         per_byte = float(self.values.sum() / self.num_bytes.sum()) if self.num_bytes.any() else float("nan")
-        known = {"": k1.mean, "_se": k1.se, "_per_byte": per_byte, "_share_cut": self.share_cut}
-        return {f"{KL.of(model=name)}{part}": value for part, value in known.items()}
+        values = {"": k1.mean, "_se": k1.se, "_per_byte": per_byte, "_share_cut": self.share_cut}
+        return {f"{KL.of(model=name)}{part}": value for part, value in values.items()}
 
 
 def sample_groups(generations: Sequence[Generation]) -> tuple[TokenGroups, list[list[int]]]:
@@ -96,22 +96,25 @@ def sample_groups(generations: Sequence[Generation]) -> tuple[TokenGroups, list[
     The tokens are those that were drawn, never the answer's text tokenised again.
     """
     by_prompt: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
-    for place, generation in enumerate(generations):
-        by_prompt[generation.prompt_index, generation.prompt_ids].append(place)
-    places = list(by_prompt.values())
-    texts = [PromptGroup(generations[at[0]].prompt, tuple(generations[i].output for i in at)) for at in places]
+    for index, generation in enumerate(generations):
+        by_prompt[generation.prompt_index, generation.prompt_ids].append(index)
+    indices = list(by_prompt.values())
+    texts = [
+        PromptGroup(generations[members[0]].prompt, tuple(generations[i].output for i in members))
+        for members in indices
+    ]
     groups = (
         TokenGroup(
             group_index=index,
             group_id=f"{index:032x}",
             prompt_ids=list(generations[members[0]].prompt_ids),
-            response_ids=tuple(list(generations[place].token_ids) for place in members),
-            num_bytes=tuple(len(generations[place].output.encode()) for place in members),
+            response_ids=tuple(list(generations[i].token_ids) for i in members),
+            num_bytes=tuple(len(generations[i].output.encode()) for i in members),
             pairs=(),
         )
-        for index, members in enumerate(places)
+        for index, members in enumerate(indices)
     )
-    return gathered(groups, texts), places
+    return gathered(groups, texts), indices
 
 
 @torch.no_grad()
@@ -122,13 +125,13 @@ def sequence_k1(
 
     Answers that were cut are left out: a reference with another tokenizer gives the probability of texts that end.
     """
-    groups, places = sample_groups(generations)
+    groups, indices = sample_groups(generations)
     device = next(policy.parameters()).device
     values = np.empty(len(generations))
     for members in pack(groups, tokens_per_batch=tokens_per_batch):
         batch = collate(members).to(device)
         difference = response_logps(policy, batch).sums - reference.logps(batch).sums
-        values[[place for group in members for place in places[group.group_index]]] = difference.cpu().numpy()
+        values[[index for group in members for index in indices[group.group_index]]] = difference.cpu().numpy()
     ended = np.array([g.finished for g in generations])
     sizes, prompts = np.array([(len(g.output.encode()), g.prompt_index) for g in generations]).T
     return SequenceK1(values[ended], sizes[ended], prompts[ended], float(1 - ended.mean()))
@@ -197,19 +200,19 @@ def sample_kl(
     for models of different vocabularies.
     """
     _check(policy, reference, generations)
-    groups, places = sample_groups(generations)
+    groups, indices = sample_groups(generations)
     device = next(policy.parameters()).device
-    found = np.full((3, len(generations)), np.nan)  # KL, k1, log-ratio of the last token
+    table = np.full((3, len(generations)), np.nan)  # KL, k1, log-ratio of the last token
     packs = pack(groups, tokens_per_batch=tokens_per_batch)
     for members in progress(packs, "KL on samples", len(packs)):
         batch = collate(members).to(device)
         compared = compare_tokens(policy, reference, batch, never.to(device))
         last = compared.logratio[batch.lengths.cumsum(0) - 1]
         sums = [sum_by_response(values, batch) for values in compared]
-        columns = [place for group in members for place in places[group.group_index]]
-        found[:, columns] = torch.stack([*sums, last]).cpu().numpy()
-    found[2, [not g.finished for g in generations]] = np.nan
-    kl, k1, end_logratio = found
+        columns = [index for group in members for index in indices[group.group_index]]
+        table[:, columns] = torch.stack([*sums, last]).cpu().numpy()
+    table[2, [not g.finished for g in generations]] = np.nan
+    kl, k1, end_logratio = table
     num_tokens, prompt_index = np.array([(g.num_tokens, g.prompt_index) for g in generations]).T
     return SampleKl(kl, k1, end_logratio, num_tokens, prompt_index)
 
@@ -258,19 +261,19 @@ def by_tokens(
     """KL(model || other) along the model's own samples; both use `tokenizer`."""
     causal_lm: Any = model
     never = never_sampled(tokenizer, causal_lm.get_output_embeddings().weight.shape[0])
-    found = sample_kl(model, other, samples, never, progress)
+    values = sample_kl(model, other, samples, never, progress)
     num_bytes = np.array([len(sample.output.encode()) for sample in samples], dtype=np.float64)
     num_cut = sum(not sample.finished for sample in samples)
     if not num_bytes.sum():
         return Divergence(reason="all of its answers are empty")
-    return estimated(found.kl, num_bytes, found.prompt_index.tolist(), BY_TOKEN, num_cut)
+    return estimated(values.kl, num_bytes, values.prompt_index.tolist(), BY_TOKEN, num_cut)
 
 
 def finished_texts(samples: Sequence[Generation], prompts: Sequence[tuple[Message, ...]]) -> list[PromptGroup]:
     """The answers that ended by themselves, as texts behind the prompts as the policy reads them."""
     return [
-        PromptGroup(prompts[sample.prompt_index], (sample.output,), origin=f"sampled answer {place}")
-        for place, sample in enumerate(samples)
+        PromptGroup(prompts[sample.prompt_index], (sample.output,), origin=f"sampled answer {index}")
+        for index, sample in enumerate(samples)
         if sample.finished
     ]
 
@@ -282,11 +285,11 @@ def by_text(
     log-probs under policy and reference and which of the texts they are of. `samples` None: nothing was drawn."""
     if samples is None:
         return Divergence(reason=NOTHING_TO_DRAW_FROM)
-    policy, reference, kept = scored
-    num_bytes = np.array([len(texts[place].responses[0].encode()) for place in kept], dtype=np.float64)
-    if len(kept) < 2 or not num_bytes.sum():
-        return Divergence(reason=f"only {len(kept)} of {len(samples)} answers ended within the token limit")
-    return estimated(sign * (policy - reference), num_bytes, kept, BY_TEXT, len(samples) - len(texts))
+    policy, reference, indices = scored
+    num_bytes = np.array([len(texts[index].responses[0].encode()) for index in indices], dtype=np.float64)
+    if len(indices) < 2 or not num_bytes.sum():
+        return Divergence(reason=f"only {len(indices)} of {len(samples)} answers ended within the token limit")
+    return estimated(sign * (policy - reference), num_bytes, indices, BY_TEXT, len(samples) - len(texts))
 
 
 def both_by_text(
@@ -302,11 +305,11 @@ def both_by_text(
     """
     first, second = finished_texts(ours, prompts), finished_texts(theirs or (), prompts)
     try:
-        policy, reference, kept = score([*first, *second])
+        policy, reference, indices = score([*first, *second])
     except ValueError as error:
         none = Divergence(reason=f"sampled answers cannot be scored: {error}")
         return none, none
-    mine = np.array([place < len(first) for place in kept], dtype=bool)
-    forward = policy[mine], reference[mine], [place for place in kept if place < len(first)]
-    reverse = policy[~mine], reference[~mine], [place - len(first) for place in kept if place >= len(first)]
+    mine = np.array([index < len(first) for index in indices], dtype=bool)
+    forward = policy[mine], reference[mine], [index for index in indices if index < len(first)]
+    reverse = policy[~mine], reference[~mine], [index - len(first) for index in indices if index >= len(first)]
     return by_text(ours, first, forward, 1), by_text(theirs, second, reverse, -1)

@@ -265,9 +265,9 @@ def read_evaluation(folder: Path) -> Evaluation:
     content = read_json(path)
     if missing := [name for name in ("name", "scorer", "metrics") if name not in content]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; run evaluate.py again with stage=all")
-    known = {f.name: content[f.name] for f in fields(Evaluation) if f.name in content}
-    known["metrics"] = {key: value for key, value in content["metrics"].items() if value is not None}
-    return Evaluation(**known)
+    arguments = {f.name: content[f.name] for f in fields(Evaluation) if f.name in content}
+    arguments["metrics"] = {key: value for key, value in content["metrics"].items() if value is not None}
+    return Evaluation(**arguments)
 
 
 def _answers(generations: Sequence[Generation]) -> str:
@@ -276,8 +276,8 @@ def _answers(generations: Sequence[Generation]) -> str:
 
 def write_scores(folder: Path, scorer: str, generations: Sequence[Generation], scores: Sequence[float]) -> None:
     """Write `scores.json`: one number for each line of `generations.jsonl`, and which answers they belong to."""
-    numbers = [None if math.isnan(score) else score for score in scores]  # an answer nobody scored
-    content = {"scorer": scorer, "generations": _answers(generations), "scores": numbers}
+    values = [None if math.isnan(score) else score for score in scores]  # an answer nobody scored
+    content = {"scorer": scorer, "generations": _answers(generations), "scores": values}
     write_json(folder / "scores.json", content)
 
 
@@ -373,8 +373,8 @@ FOLDER = "temperature-"
 
 def in_order(temperature: float | list[float]) -> list[float]:
     """The temperatures, that of the evaluation proper first."""
-    found = temperature if isinstance(temperature, list) else [temperature]
-    return sorted(found, key=lambda one: one != 1)
+    temperatures = temperature if isinstance(temperature, list) else [temperature]
+    return sorted(temperatures, key=lambda value: value != 1)
 
 
 def folder_at(folder: Path, temperature: float) -> Path:
@@ -384,25 +384,25 @@ def folder_at(folder: Path, temperature: float) -> Path:
 
 def stored_in(folder: Path) -> list[float]:
     """The further temperatures that were evaluated, ascending."""
-    found = (path.parent.name for path in folder.glob(f"{FOLDER}*/generations.jsonl"))
-    return sorted(float(name.removeprefix(FOLDER)) for name in found)
+    names = (path.parent.name for path in folder.glob(f"{FOLDER}*/generations.jsonl"))
+    return sorted(float(name.removeprefix(FOLDER)) for name in names)
 
 
-def with_curve(found: Evaluated, others: Sequence[Evaluated]) -> Evaluated:
+def with_curve(evaluated: Evaluated, others: Sequence[Evaluated]) -> Evaluated:
     """The evaluation proper with what was found at every temperature. What is measured there alone (KL, held-out
     pairs) is no part of the curve."""
     shared = {key for other in others for key in other.evaluation.metrics}
     curve = {
-        AT_TEMPERATURE.of(temperature=f"{one.evaluation.generation['temperature']:g}", key=key): value
-        for one in (found, *others)
-        for key, value in one.evaluation.metrics.items()
+        AT_TEMPERATURE.of(temperature=f"{member.evaluation.generation['temperature']:g}", key=key): value
+        for member in (evaluated, *others)
+        for key, value in member.evaluation.metrics.items()
         if key in shared
     }
-    return replace(found, evaluation=replace(found.evaluation, metrics=found.evaluation.metrics | curve))
+    return replace(evaluated, evaluation=replace(evaluated.evaluation, metrics=evaluated.evaluation.metrics | curve))
 
 
-def joined(folder: Path, found: Evaluated, others: Sequence[Evaluated]) -> Evaluated:
+def joined(folder: Path, evaluated: Evaluated, others: Sequence[Evaluated]) -> Evaluated:
     """The evaluation proper with its curve, stored."""
-    whole = with_curve(found, others)
+    whole = with_curve(evaluated, others)
     write_evaluation(folder, whole.evaluation)
     return whole

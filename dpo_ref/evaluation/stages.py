@@ -50,12 +50,12 @@ BASELINE_SEED = 1_000_003  # added to the seed: answers that are compared share 
 def generation_key(
     weights: str,
     text_identity: str,
-    asked: PromptSet,
+    prompts: PromptSet,
     seed: int,
     options: Mapping[str, Any],
 ) -> str:
     """Digest of what determines generations: weights, tokenizer and template, prompts, seed, options."""
-    return digest([weights, text_identity, asked.content(), seed, deciding(options)])
+    return digest([weights, text_identity, prompts.content(), seed, deciding(options)])
 
 
 def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,13 +75,13 @@ def generate_stage(folder: Path, key: str, make: Callable[[Kept], list[Generatio
     marker, path = folder / "generations.key.json", folder / "generations.jsonl"
     if path.is_file() and _answers(marker, key):
         return read_generations(path)
-    kept = KeptInFile(folder, key)
-    generations = make(kept)
+    store = KeptInFile(folder, key)
+    generations = make(store)
     folder.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)  # a crash between the two files must not leave a key beside other generations
     write_generations(path, generations)
     write_json(marker, {"key": key})
-    kept.remove()
+    store.remove()
     return generations
 
 
@@ -107,8 +107,8 @@ def compare_metrics(
     """The win rate against a baseline, under the baseline's name; none where nobody scored the answers."""
     if any(math.isnan(score) for score in (*scores, *baseline.scores)):
         return {}
-    found = win_rate(generations, scores, baseline.generations, baseline.scores, seed)
-    values = {"": found.mean, "_low": found.low, "_high": found.high, "_ties": found.ties}
+    rate = win_rate(generations, scores, baseline.generations, baseline.scores, seed)
+    values = {"": rate.mean, "_low": rate.low, "_high": rate.high, "_ties": rate.ties}
     key = results.WIN_RATE.of(baseline=baseline.evaluation.name)
     return {f"{key}{part}": value for part, value in values.items()}
 
@@ -171,7 +171,7 @@ def judge_stage(
     write_json(
         folder / RECORD, {"pairs": _key(pairs, name), "baseline": name, "judge": judge.identity, "metrics": metrics}
     )
-    return _joined(folder, evaluated, judge.identity, metrics)
+    return _join(folder, evaluated, judge.identity, metrics)
 
 
 def with_judgments(folder: Path, evaluated: Evaluated, baseline: Evaluated | None) -> Evaluated:
@@ -182,14 +182,14 @@ def with_judgments(folder: Path, evaluated: Evaluated, baseline: Evaluated | Non
     pairs = paired(evaluated.generations, baseline.generations)
     if stored["pairs"] != _key(pairs, baseline.evaluation.name):
         return evaluated
-    return _joined(folder, evaluated, stored["judge"], stored["metrics"])
+    return _join(folder, evaluated, stored["judge"], stored["metrics"])
 
 
 def _key(pairs: Sequence[Pair], baseline: str) -> str:
     return digest([[(p.prompt, p.sample_index, p.output, p.baseline_output) for p in pairs], baseline])
 
 
-def _joined(folder: Path, evaluated: Evaluated, judge: dict[str, Any], metrics: dict[str, float]) -> Evaluated:
+def _join(folder: Path, evaluated: Evaluated, judge: dict[str, Any], metrics: dict[str, float]) -> Evaluated:
     others = {key: value for key, value in evaluated.evaluation.metrics.items() if not key.startswith(OF_JUDGE)}
     evaluation = replace(evaluated.evaluation, metrics=others | metrics, judge=judge)
     write_evaluation(folder, evaluation)
@@ -208,14 +208,14 @@ def diagnose_stage(folder: Path, key: str, make: Callable[[], Diagnosed | None])
     path, examples = folder / DIAGNOSIS, folder / EXAMPLES
     if path.is_file() and examples.is_file() and read_json(path).get("key") == key:
         return read_diagnosis(folder)
-    found = make()
+    result = make()
     path.unlink(missing_ok=True)  # a crash between the two files must not leave one beside another diagnosis
-    if found is None:
+    if result is None:
         examples.unlink(missing_ok=True)
         return None
-    write_json(examples, {"key": key, "examples": plain(found.examples)})
-    write_json(path, {"key": key, "diagnosis": plain(found.diagnosis)})
-    return found.diagnosis
+    write_json(examples, {"key": key, "examples": plain(result.examples)})
+    write_json(path, {"key": key, "diagnosis": plain(result.diagnosis)})
+    return result.diagnosis
 
 
 def read_diagnosis(folder: Path) -> Diagnosis | None:

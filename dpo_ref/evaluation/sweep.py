@@ -62,9 +62,9 @@ def results_of_checkpoint(folder: Path) -> Path:
     return folder.parents[1] / RESULTS / "checkpoints" / folder.name
 
 
-def _numbered(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("*") if p.is_dir() and re.match(r"\d+(_|$)", p.name)]
-    return sorted(found, key=lambda p: int(re.split(r"\D", p.name)[0]))
+def _numbered_folders(folder: Path) -> list[Path]:
+    folders = [p for p in folder.glob("*") if p.is_dir() and re.match(r"\d+(_|$)", p.name)]
+    return sorted(folders, key=lambda p: int(re.split(r"\D", p.name)[0]))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -74,30 +74,30 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _jobs_in(folder: Path) -> list[Path]:
     """The jobs a folder stands for: those of a multirun, the checkpoints of a run, or the run that it is."""
     run = [folder] if (folder / "summary.json").is_file() or CHECKPOINT.match(folder.name) else []
-    return _numbered(folder) or _checkpoints(folder) or run
+    return _numbered_folders(folder) or _checkpoints(folder) or run
 
 
-def _places(source: str) -> list[Path]:
+def _job_folders(source: str) -> list[Path]:
     """The jobs that one entry of `sweep=` names; of a pattern, those of every folder that it matches and that holds
     some. Raises ValueError for none."""
     path = Path(source).expanduser()
     matched = [path] if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
-    found = [place for folder in matched if folder.is_dir() for place in _jobs_in(folder)]
-    if not found:
+    jobs = [job for folder in matched if folder.is_dir() for job in _jobs_in(folder)]
+    if not jobs:
         raise ValueError(
             f"sweep={source} holds no jobs; give a folder that `python train.py -m ...` made, runs, "
             "the checkpoints/ of a run, a pattern such as 'outputs/default/*_sweep', or a list of these"
         )
-    return found
+    return jobs
 
 
-def _names(places: Sequence[Path]) -> list[str]:
+def _names(folders: Sequence[Path]) -> list[str]:
     """Folder names, as long as they must be to tell the jobs apart."""
-    for length in range(1, max(len(place.parts) for place in places)):
-        names = ["/".join(place.parts[-length:]) for place in places]
+    for length in range(1, max(len(folder.parts) for folder in folders)):
+        names = ["/".join(folder.parts[-length:]) for folder in folders]
         if len(set(names)) == len(names):
             return names
-    return list(map(str, places))
+    return list(map(str, folders))
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -129,10 +129,10 @@ def _job(folder: Path, name: str) -> Job:
         evaluation=None,
         step=int(checkpoint[1]) if checkpoint else None,
     )
-    return _evaluated(job)
+    return _with_evaluation(job)
 
 
-def _evaluated(job: Job) -> Job:
+def _with_evaluation(job: Job) -> Job:
     """The job with its evaluation, or with why that cannot be read."""
     if not (job.results / "evaluation.json").is_file():
         return job
@@ -148,15 +148,15 @@ def collect(*sources: str | Path) -> list[Job]:
 
     Raises ValueError for a source that holds no jobs.
     """
-    places = list(dict.fromkeys(place for source in sources for place in _places(str(source))))
-    return [_job(place, name) for place, name in zip(places, _names(places), strict=True)]
+    folders = list(dict.fromkeys(folder for source in sources for folder in _job_folders(str(source))))
+    return [_job(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
 def results_folder(sources: Sequence[str]) -> Path:
     """Where the results of a sweep go unless told: into the multirun's folder, beside the evaluation of the run whose
     checkpoints they are of, or into a folder named after the first of several sources."""
     first = Path(sources[0]).expanduser()
-    if len(sources) == 1 and first.is_dir() and _numbered(first):
+    if len(sources) == 1 and first.is_dir() and _numbered_folders(first):
         return first
     if len(sources) == 1 and _checkpoints(first):
         return first.parent / RESULTS / first.name
@@ -207,10 +207,10 @@ def _series(jobs: Sequence[Job]) -> list[str]:
         return (job.folder if job.step is None else job.folder.parents[1]).parent
 
     names = [name(job) for job in jobs]
-    places: dict[tuple[object, ...], set[Path]] = defaultdict(set)
+    sweeps: dict[tuple[object, ...], set[Path]] = defaultdict(set)
     for job, series in zip(jobs, names, strict=True):
-        places[series, job.beta, job.step, job.seed].add(sweep(job))
-    unclear = {key[0] for key, folders in places.items() if len(folders) > 1}
+        sweeps[series, job.beta, job.step, job.seed].add(sweep(job))
+    unclear = {key[0] for key, folders in sweeps.items() if len(folders) > 1}
     return [
         f"{series}, in {sweep(job).name}" if series in unclear else series
         for job, series in zip(jobs, names, strict=True)
@@ -245,12 +245,12 @@ def cells(jobs: Sequence[Job]) -> list[Cell]:
     for job, series in zip(jobs, _series(jobs), strict=True):
         if job.evaluation is not None:
             grouped[series, job.beta, job.step].append(job)
-    found = []
+    unsorted = []
     for (series, beta, step), members in grouped.items():
         whole = joined([job.evaluation for job in members if job.evaluation])
         point = [f"step {step}"] if step is not None else [] if beta is None else [f"beta {beta:g}"]
-        found.append(Cell(series, beta, members, replace(whole, name=", ".join([series, *point])), step))
-    return sorted(found, key=lambda cell: (cell.series, cell.point is None, cell.point or 0.0))
+        unsorted.append(Cell(series, beta, members, replace(whole, name=", ".join([series, *point])), step))
+    return sorted(unsorted, key=lambda cell: (cell.series, cell.point is None, cell.point or 0.0))
 
 
 def without_result(jobs: Sequence[Job]) -> list[Job]:
@@ -269,6 +269,6 @@ def csv_text(jobs: Sequence[Job]) -> str:
         metrics = job.evaluation.metrics if job.evaluation else {}
         broken = "; ".join(job.evaluation.degenerate) if job.evaluation else ""
         kind = (job.objective, job.reference, job.beta, job.step, job.seed)
-        known = (job.name, job.status, job.error, series, *kind, broken)
-        writer.writerow([*known, *(metrics.get(key) for key in keys)])
+        facts = (job.name, job.status, job.error, series, *kind, broken)
+        writer.writerow([*facts, *(metrics.get(key) for key in keys)])
     return buffer.getvalue()

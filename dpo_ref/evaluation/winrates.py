@@ -66,30 +66,30 @@ class _Row:
 
 def annotation_files(paths: Iterable[str]) -> list[Path]:
     """The files that are meant: files as they are, and all that folders hold, at any depth. ValueError for none."""
-    found: dict[Path, None] = {}
-    for given in paths:
-        path = Path(given).expanduser()
+    files: dict[Path, None] = {}
+    for entry in paths:
+        path = Path(entry).expanduser()
         inside = sorted(file for pattern in PATTERNS for file in path.rglob(pattern)) if path.is_dir() else [path]
         if not inside:
             raise ValueError(f"annotations: {path} holds no {' or '.join(PATTERNS)}; name the files themselves")
-        found |= dict.fromkeys(inside)
-    return list(found)
+        files |= dict.fromkeys(inside)
+    return list(files)
 
 
 def read_matches(files: Sequence[Path]) -> list[Match]:
     """Every model against every baseline it was judged with, by judge. Raises ValueError, naming file and row, for
     what cannot be read, and for a model that is judged twice by the same judge against the same baseline."""
-    found = [match for file in files for match in (_judgments if file.suffix == ".jsonl" else _alpaca)(file)]
-    seen: dict[tuple[str, str, str], Path] = {}
-    for match in found:
+    matches = [match for file in files for match in (_judgments if file.suffix == ".jsonl" else _alpaca)(file)]
+    sources: dict[tuple[str, str, str], Path] = {}
+    for match in matches:
         key = (match.model, match.baseline, match.judge)
-        if key in seen:
+        if key in sources:
             raise ValueError(
-                f"annotations: {match.model} against {match.baseline}, judged by {match.judge}, is in {seen[key]} and "
-                f"in {match.source}; give one of them"
+                f"annotations: {match.model} against {match.baseline}, judged by {match.judge}, is in {sources[key]} "
+                f"and in {match.source}; give one of them"
             )
-        seen[key] = match.source
-    return distinct_baselines(found)
+        sources[key] = match.source
+    return distinct_baselines(matches)
 
 
 def _match(names: tuple[str, str, str], rows: Sequence[_Row], path: Path) -> Match:
@@ -137,14 +137,14 @@ def _alpaca(path: Path) -> list[Match]:
     if not isinstance(content, list) or not content:
         raise ValueError(f"annotations: {path} is no list of rows; {ALPACA}")
     grouped: dict[tuple[str, str, str], list[_Row]] = defaultdict(list)
-    for number, row in enumerate(content, start=1):
+    for index, row in enumerate(content, start=1):
         try:
-            names, read = _alpaca_row(row)
+            names, entry = _alpaca_row(row)
         except KeyError as error:
-            raise ValueError(f"{path} row {number} lacks {error}; {ALPACA}") from error
+            raise ValueError(f"{path} row {index} lacks {error}; {ALPACA}") from error
         except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} row {number}: {error}; {ALPACA}") from error
-        grouped[names].append(read)
+            raise ValueError(f"{path} row {index}: {error}; {ALPACA}") from error
+        grouped[names].append(entry)
     return [_match(names, rows, path) for names, rows in grouped.items()]
 
 
@@ -158,25 +158,27 @@ def _judgments(path: Path) -> list[Match]:
     """The names of policy, baseline and judge lie in the files beside it."""
     if not path.is_file():
         raise ValueError(f"annotations: {path} does not exist; judge with stage=judge")
-    rows = [_judgment_row(one, f"{path} row {number}") for number, one in enumerate(read_judgments(path), start=1)]
+    rows = [
+        _judgment_row(judgment, f"{path} row {index}") for index, judgment in enumerate(read_judgments(path), start=1)
+    ]
     about = read_json(path.with_name("evaluation.json"))
     judge = read_json(path.with_name("judge.json"))["judge"]
     return [_match((about["name"], about["baseline"], f"{judge['name']} ({judge['model']})"), rows, path)]
 
 
-def _judgment_row(judgment: Judgment, where: str) -> _Row:
+def _judgment_row(judgment: Judgment, origin: str) -> _Row:
     pair, share = judgment.pair, judgment.preference
     if share is not None and not 0 <= share <= 1:
-        raise ValueError(f"{where}: preference={share} is not in [0, 1]; judge again with stage=judge")
+        raise ValueError(f"{origin}: preference={share} is not in [0, 1]; judge again with stage=judge")
     text = pair.prompt[0]["content"] if len(pair.prompt) == 1 else json.dumps(pair.prompt, ensure_ascii=False)
     return _Row(text, pair.output, pair.baseline_output, math.nan if share is None else float(share))
 
 
 def _answers(match: Match) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = defaultdict(set)
+    answers: dict[str, set[str]] = defaultdict(set)
     for prompt, answer in zip(match.prompts, match.baseline_answers, strict=True):
-        found[prompt].add(answer)
-    return found
+        answers[prompt].add(answer)
+    return answers
 
 
 def distinct_baselines(matches: Sequence[Match]) -> list[Match]:
@@ -266,51 +268,51 @@ def _finite(value: Any) -> Any:
 def _fit(match: Match, control: LengthControl, seed: int) -> tuple[LengthControlled, dict[str, float]]:
     """AlpacaEval's length-controlled win rate of a match, its rows brought into AlpacaEval's order by their text."""
     order = np.argsort([control.places[prompt] for prompt in match.prompts])
-    places = np.array([control.places[prompt] for prompt in match.prompts])[order]
+    indices = np.array([control.places[prompt] for prompt in match.prompts])[order]
     rows = (
         match.preferences[order],
         match.lengths[order],
         match.baseline_lengths[order],
-        control.difficulties[places],
+        control.difficulties[indices],
     )
     fitted = length_controlled(*rows, control.gamed)
     low, high = refit_interval(fitted, *rows, control.gamed, seed)
-    found = {"": fitted.win_rate, "_se": fitted.standard_error, "_low": low, "_high": high}
-    return fitted, {f"length_controlled{part}": value for part, value in found.items()}
+    estimates = {"": fitted.win_rate, "_se": fitted.standard_error, "_low": low, "_high": high}
+    return fitted, {f"length_controlled{part}": value for part, value in estimates.items()}
 
 
 def _rate(match: Match, control: LengthControl | None, seed: int) -> WinRate:
     plain = alpaca_win_rate(match.preferences)
-    found = preference_metrics(match.preferences, match.lengths, match.baseline_lengths, match.prompts, seed)
-    found |= {"length": float(match.lengths.mean()), "baseline_length": float(match.baseline_lengths.mean())}
-    found |= {"standard_error": plain.standard_error}
-    found |= {name: float(getattr(plain, name)) for name in ("n_wins", "n_wins_base", "n_draws")}
+    metrics = preference_metrics(match.preferences, match.lengths, match.baseline_lengths, match.prompts, seed)
+    metrics |= {"length": float(match.lengths.mean()), "baseline_length": float(match.baseline_lengths.mean())}
+    metrics |= {"standard_error": plain.standard_error}
+    metrics |= {name: float(getattr(plain, name)) for name in ("n_wins", "n_wins_base", "n_draws")}
     if control is None:
-        return WinRate(match.model, match.baseline, match.judge, found)
+        return WinRate(match.model, match.baseline, match.judge, metrics)
     fitted, controlled = _fit(match, control, seed)
-    return WinRate(match.model, match.baseline, match.judge, found | controlled, fitted)
+    return WinRate(match.model, match.baseline, match.judge, metrics | controlled, fitted)
 
 
 def _by_prompt(match: Match) -> dict[str, float]:
     """The mean preference on each prompt that has one."""
-    found: dict[str, list[float]] = defaultdict(list)
+    by_prompt: dict[str, list[float]] = defaultdict(list)
     for prompt, preference in zip(match.prompts, match.preferences.tolist(), strict=True):
         if not math.isnan(preference):
-            found[prompt].append(preference)
-    return {prompt: float(np.mean(values)) for prompt, values in found.items()}
+            by_prompt[prompt].append(preference)
+    return {prompt: float(np.mean(values)) for prompt, values in by_prompt.items()}
 
 
 def _versus(a: Match, b: Match, rates: Mapping[int, WinRate], control: LengthControl | None, seed: int) -> Versus:
     ours, theirs = _by_prompt(a), _by_prompt(b)
     shared = [prompt for prompt in ours if prompt in theirs]
-    a_shares, b_shares = (np.array([of[prompt] for prompt in shared]) for of in (ours, theirs))
+    a_shares, b_shares = (np.array([side[prompt] for prompt in shared]) for side in (ours, theirs))
     first, second = rates[id(a)].fitted, rates[id(b)].fitted
     predicted = predict(first, second, control.difficulties) if control and first and second else None
     difference = paired_difference(a_shares, b_shares, shared, seed)
     return Versus(a.model, b.model, a.baseline, a.judge, difference, predicted)
 
 
-def _connected(matches: Sequence[Match]) -> list[list[Match]]:
+def _connected_parts(matches: Sequence[Match]) -> list[list[Match]]:
     """The matches, split where no comparison leads from one to the other."""
     parts: list[tuple[set[str], list[Match]]] = []
     for match in matches:
@@ -352,5 +354,9 @@ def win_rates(matches: Sequence[Match], control: LengthControl | None, seed: int
     by_judge: dict[str, list[Match]] = defaultdict(list)
     for match in compared:
         by_judge[match.judge].append(match)
-    found = {judge: [_strengths(part, seed) for part in _connected(group)] for judge, group in by_judge.items()}
-    return WinRates([rates[id(match)] for match in order], versus, {j: parts for j, parts in found.items() if parts})
+    strengths = {
+        judge: [_strengths(part, seed) for part in _connected_parts(group)] for judge, group in by_judge.items()
+    }
+    return WinRates(
+        [rates[id(match)] for match in order], versus, {j: parts for j, parts in strengths.items() if parts}
+    )
