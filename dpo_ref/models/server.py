@@ -2,21 +2,25 @@
 
 What passes by itself (a full queue, a restart behind a proxy, a cut connection, an answer that is none) is retried
 with exponential back-off and jitter, or after the time the server asks for. A key is read from an environment variable
-when a question is sent, goes to the stated server alone, and is cut out of everything that comes back.
+when a question is sent, goes to the stated server alone, and is cut out of everything that comes back. Proxies and
+SSL_CERT_FILE are taken from the environment; other certificates are certifi's.
 """
 
 import json
+import logging
 import os
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
-from threading import Event
-from typing import Any, NamedTuple
+from functools import cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from threading import Event, Lock
+from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import HTTPErrorProcessor, Request, build_opener
+
+import httpx
 
 KEY = "DPO_REF_SERVED_KEY"  # environment variable with the key for models that are sampled from or scored with
 HIDDEN = b"***"
@@ -59,35 +63,27 @@ def check_url(url: str, option: str, key_goes: str = f"a key goes into {KEY}") -
 # --- one request, as often as it takes
 
 
-class _EveryStatus(HTTPErrorProcessor):
-    """Hands over what came, whatever its status. So no redirect is followed: a redirected POST becomes a GET, and its
-    headers, the key among them, would go to another host."""
-
-    def http_response(self, request: Any, response: Any) -> Any:
-        """The response as it is."""
-        return response
-
-    https_response = http_response
+KEPT = 1.0  # seconds that an idle connection is kept; servers keep theirs longer, so that none ends under a question
+_OPENING = Lock()
 
 
-_OPENER = build_opener(_EveryStatus)
+@cache
+def _client(url: str, timeout: float) -> httpx.Client:
+    """The connections to a server. They follow no redirect, where a POST becomes a GET, and keep no cookie, which
+    would bind all questions to one machine behind a balancer."""
+    for library in ("httpx", "httpcore"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # else lines for every question
+    return httpx.Client(
+        base_url=url,
+        headers={"Content-Type": "application/json", "User-Agent": "dpo_ref"},  # some refuse a library's own name
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+        timeout=timeout,
+        limits=httpx.Limits(keepalive_expiry=KEPT),
+        follow_redirects=False,
+    )
 
 
-class _Response(NamedTuple):
-    status: int
-    reason: str
-    retry_after: str | None
-    body: bytes
-
-    def json(self) -> Any:
-        """The body as JSON; None for what is none."""
-        try:
-            return json.loads(self.body)
-        except ValueError:
-            return None
-
-    def beginning(self) -> str:
-        return repr(self.body[:80].decode(errors="replace"))
+os.register_at_fork(after_in_child=_client.cache_clear)  # two processes would read each other's answers
 
 
 def _whole(answer: Any) -> Any:
@@ -131,52 +127,62 @@ class Server:
                     raise ServerUnavailable(str(failure)) from None
         raise AssertionError("every attempt returns or raises")
 
-    def _sent(self, path: str, data: bytes | None) -> _Response:
-        headers = {"Content-Type": "application/json", "User-Agent": "dpo_ref"}  # some refuse Python's own name
-        if key := os.environ.get(self.key_variable):
-            headers["Authorization"] = f"Bearer {key}"
+    def _sent(self, path: str, data: bytes | None) -> httpx.Response:
+        key = os.environ.get(self.key_variable)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            with _OPENER.open(Request(self.url + path, data, headers), timeout=self.timeout) as response:
-                body = self._without_key(response.read())
-                return _Response(response.status, response.reason, response.headers.get("Retry-After"), body)
-        except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            shown = self._without_key(str(reason).encode()).decode()
-            raise _Passing(shown or type(reason).__name__) from None
+            with _OPENING:
+                client = _client(self.url, self.timeout)
+            return client.request("GET" if data is None else "POST", path, content=data, headers=headers)
+        except httpx.LocalProtocolError:  # its message shows the key
+            raise ValueError(f"the key in {self.key_variable} holds characters that cannot be sent") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            shown = self._without_key(str(error).encode()).decode()
+            raise _Passing(shown or type(error).__name__) from None
 
     def _without_key(self, received: bytes) -> bytes:
         key = os.environ.get(self.key_variable)
         return received.replace(key.encode(), HIDDEN) if key else received
 
-    def _read(self, response: _Response, read: Callable[[Any], Any]) -> Any:
-        if not 200 <= response.status < 300:
-            raise self._failure(response)
-        if (answer := response.json()) is None:
-            raise _Passing(f"the answer is not JSON; it begins with {response.beginning()}")
+    def _read(self, response: httpx.Response, read: Callable[[Any], Any]) -> Any:
+        body = self._without_key(response.content)
+        if not response.is_success:
+            raise self._failure(response, body)
+        beginning = repr(body[:80].decode(errors="replace"))
+        if (answer := _json(body)) is None:
+            raise _Passing(f"the answer is not JSON; it begins with {beginning}")
         try:
             return read(answer)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _Passing(f"{error}; the answer begins with {response.beginning()}") from None
+            raise _Passing(f"{error}; the answer begins with {beginning}") from None
 
-    def _failure(self, response: _Response) -> Exception:
+    def _failure(self, response: httpx.Response, body: bytes) -> Exception:
         """What an HTTP error means."""
-        status, (message, code) = response.status, _complaint(response)
+        status, (message, code) = response.status_code, _complaint(body, response.reason_phrase)
         if status in (401, 403):
             verdict = "does not accept the key in" if os.environ.get(self.key_variable) else "wants a key: set"
             return ValueError(f"the {self.role} at {self.url} ({status}) {verdict} {self.key_variable}")
         if code == "insufficient_quota":
             return ServerUnavailable(f"{status}: {message}")
         if status in RETRIED or status > 504:
-            return _Passing(f"{status}: {message}", seconds_asked(response.retry_after))
+            return _Passing(f"{status}: {message}", seconds_asked(response.headers.get("Retry-After")))
         return ServerRefused(status, message)
 
 
-def _complaint(response: _Response) -> tuple[str, Any]:
+def _json(body: bytes) -> Any:
+    """What `body` says; None where it is no JSON."""
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+def _complaint(body: bytes, reason: str) -> tuple[str, Any]:
     """Message and code of an error: vLLM and OpenAI nest them under `error`, older vLLM does not."""
-    content = response.json()
+    content = _json(body)
     inner = content.get("error", content) if isinstance(content, Mapping) else None
     fields = inner if isinstance(inner, Mapping) else {}
-    text = fields.get("message") or response.body.decode(errors="replace") or response.reason
+    text = fields.get("message") or body.decode(errors="replace") or reason
     return " ".join(str(text).split())[:SHOWN], fields.get("code")
 
 

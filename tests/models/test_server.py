@@ -1,8 +1,12 @@
 """The one client for servers: what it asks again, what it hides, and that nothing else in the package asks."""
 
 import ast
+import logging
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -98,6 +102,78 @@ def test_the_key_is_sent_and_cut_out_of_all_that_comes_back(monkeypatch):
         assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
 
 
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch):
+    monkeypatch.setenv(model_server.KEY, f"{KEY}\n{KEY}")
+    with Scripted() as server, pytest.raises(ValueError, match="holds characters that cannot be sent") as error:
+        Server(server.url, 5.0, 1).post("/x", {})
+    assert KEY not in str(error.value)
+
+
+def test_neither_questions_nor_what_comes_back_are_lines_of_the_log(caplog):
+    caplog.set_level(logging.DEBUG)
+    with Scripted(GOOD) as server:
+        Server(server.url, 5.0, 0).post("/x", {})
+    assert caplog.records == []
+
+
+class Keeping(LoopbackServer):
+    """Keeps connections; `questions` counts the requests of each, `cookies` are what came with them."""
+
+    def __init__(self):
+        self.questions, self.cookies = Counter(), set()
+        super().__init__(KeepingHandler)
+
+
+class KeepingHandler(Answering):
+    server: Keeping
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.questions[self.client_address] += 1
+        self.server.cookies.add(self.headers["Cookie"])
+        self.say(200, {"value": 7}, Set_Cookie="machine=1; Path=/")
+
+
+def ask(server):
+    return Server(server.url, 5.0, 0).post("/x", {})
+
+
+def test_connections_are_shared_by_questions_and_cookies_are_not_kept(monkeypatch):
+    monkeypatch.setattr(model_server, "KEPT", 60.0)  # however slow this machine is
+    with Keeping() as server, ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, [server] * 40)) == [GOOD[1]] * 40
+        assert len(server.questions) <= 4
+        assert server.questions.total() == 40
+        assert server.cookies == {None}
+
+
+def test_an_idle_connection_is_left_before_the_server_closes_it(monkeypatch):
+    monkeypatch.setattr(model_server, "KEPT", 0.05)
+    with Keeping() as server:
+        ask(server)
+        time.sleep(0.2)
+        ask(server)
+        assert list(server.questions.values()) == [1, 1]
+
+
+def test_proxies_of_the_environment_are_asked(monkeypatch):
+    with Scripted(GOOD) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert Server("http://elsewhere.invalid/v1", 5.0, 0).post("/x", {}) == GOOD[1]
+
+
+def test_a_process_that_forks_shares_no_connection(monkeypatch):
+    monkeypatch.setattr(model_server, "KEPT", 60.0)  # however slow this machine is
+    with Keeping() as server:
+        ask(server)
+        child = get_context("fork").Process(target=ask, args=(server,))
+        child.start()
+        child.join()
+        ask(server)
+        assert sorted(server.questions.values()) == [1, 2]
+
+
 @pytest.mark.parametrize("path", ["/completions", "/chat/completions/"])
 def test_an_address_is_the_base(path):
     assert check_url("http://host:8000/v1/", "judge.base_url") == "http://host:8000/v1"
@@ -105,7 +181,8 @@ def test_an_address_is_the_base(path):
         check_url(f"http://host:8000/v1{path}", "judge.base_url")
 
 
-CLIENTS = {"urllib.request", "urllib3", "http.client", "socket", "httpx", "requests", "aiohttp", "openai"}
+CLIENTS = {"urllib.request", "urllib3", "http.client", "socket", "requests", "aiohttp", "openai"}
+CLIENTS |= {"httpx", "httpx2", "httpcore", "httpcore2"}
 
 
 def test_no_other_module_asks_a_server():
