@@ -20,7 +20,7 @@ from threading import Event, Lock
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 
 KEY = "DPO_REF_SERVED_KEY"  # environment variable with the key for models that are sampled from or scored with
 HIDDEN = b"***"
@@ -68,17 +68,17 @@ _OPENING = Lock()
 
 
 @cache
-def _client(url: str, timeout: float) -> httpx.Client:
+def _client(url: str, timeout: float) -> httpx2.Client:
     """The connections to a server. They follow no redirect, where a POST becomes a GET, and keep no cookie, which
     would bind all questions to one machine behind a balancer."""
-    for library in ("httpx", "httpcore"):
+    for library in ("httpx2", "httpcore2"):
         logging.getLogger(library).setLevel(logging.WARNING)  # else lines for every question
-    return httpx.Client(
+    return httpx2.Client(
         base_url=url,
         headers={"Content-Type": "application/json", "User-Agent": "dpo_ref"},  # some refuse a library's own name
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         timeout=timeout,
-        limits=httpx.Limits(keepalive_expiry=KEPT),
+        limits=httpx2.Limits(keepalive_expiry=KEPT),
         follow_redirects=False,
     )
 
@@ -127,16 +127,16 @@ class Server:
                     raise ServerUnavailable(str(failure)) from None
         raise AssertionError("every attempt returns or raises")
 
-    def _sent(self, path: str, data: bytes | None) -> httpx.Response:
+    def _sent(self, path: str, data: bytes | None) -> httpx2.Response:
         key = os.environ.get(self.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             with _OPENING:
                 client = _client(self.url, self.timeout)
             return client.request("GET" if data is None else "POST", path, content=data, headers=headers)
-        except httpx.LocalProtocolError:  # its message shows the key
+        except httpx2.LocalProtocolError:  # its message shows the key
             raise ValueError(f"the key in {self.key_variable} holds characters that cannot be sent") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             shown = self._without_key(str(error).encode()).decode()
             raise _Passing(shown or type(error).__name__) from None
 
@@ -144,7 +144,7 @@ class Server:
         key = os.environ.get(self.key_variable)
         return received.replace(key.encode(), HIDDEN) if key else received
 
-    def _read(self, response: httpx.Response, read: Callable[[Any], Any]) -> Any:
+    def _read(self, response: httpx2.Response, read: Callable[[Any], Any]) -> Any:
         body = self._without_key(response.content)
         if not response.is_success:
             raise self._failure(response, body)
@@ -156,7 +156,7 @@ class Server:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _Passing(f"{error}; the answer begins with {beginning}") from None
 
-    def _failure(self, response: httpx.Response, body: bytes) -> Exception:
+    def _failure(self, response: httpx2.Response, body: bytes) -> Exception:
         """What an HTTP error means."""
         status, (message, code) = response.status_code, _complaint(body, response.reason_phrase)
         if status in (401, 403):
