@@ -128,7 +128,7 @@ class Hooks:
     advantage: str | None = None  # objective: the advantage it was published with
 
 
-_HOOKS: dict[Callable[..., Any], Hooks] = {}
+_HOOKS: dict[tuple[str, str], Hooks] = {}  # by module and name: a function may stand behind other decorators
 Declaring = TypeVar("Declaring", bound=Callable[..., Any])
 
 
@@ -137,7 +137,7 @@ def component(**hooks: Any) -> Callable[[Declaring], Declaring]:
     declared = Hooks(**hooks)
 
     def declare(function: Declaring) -> Declaring:
-        _HOOKS[function] = declared
+        _HOOKS[function.__module__, function.__qualname__] = declared
         return function
 
     return declare
@@ -145,4 +145,4 @@ def component(**hooks: Any) -> Callable[[Declaring], Declaring]:
 
 def hooks_of(function: Callable[..., Any]) -> Hooks:
     """What a component's function or class declares."""
-    return _HOOKS.get(function, Hooks())
+    return _HOOKS.get((function.__module__, function.__qualname__), Hooks())

@@ -203,7 +203,8 @@ def train(
     for now in rounds.after(first_step):
         if first_step == now.begin == 0:
             check_step_zero(policy, reference, rounds.pack(now.groups[:8])[0])
-        of_round, preparing = now.metrics, time.perf_counter() - started
+        of_round = now.metrics if first_step <= now.begin else {}  # told once, whoever resumes in the middle
+        preparing = time.perf_counter() - started
         for step, groups in now.batches(first_step):
             policy.model.train()
             packs = rounds.pack(groups)

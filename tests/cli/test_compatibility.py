@@ -18,7 +18,7 @@ from dpo_ref.files import cache_folder
 from dpo_ref.generation.sampling import generate
 from dpo_ref.lab import models as lab_models
 from dpo_ref.lab.preferences import lab
-from dpo_ref.models.loading import load_model, load_tokenizer
+from dpo_ref.models.loading import load_model, load_tokenizer, locate
 from dpo_ref.references.table import read_shards, row_key
 from dpo_ref.types import Message, PromptGroup
 from tests.support.command import train
@@ -58,7 +58,7 @@ def drawn_groups():
 @torch.no_grad()
 def explicit(path, groups):
     """Log-probs of responses: messages through the model's own template, and a plain forward pass of each."""
-    place = lab_models.locate(path)
+    place = locate(path)
     tokenizer, model = load_tokenizer(place), load_model(place, torch.device("cpu"), "eager")
     model.set_attn_implementation("eager")
     sums = []

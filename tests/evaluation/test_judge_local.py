@@ -8,8 +8,8 @@ from dpo_ref.component import hooks_of
 from dpo_ref.evaluation.judging.judge import Pair, judge_pairs
 from dpo_ref.evaluation.judging.judges import JudgeContext, local
 from dpo_ref.evaluation.judging.templates import load_template
-from dpo_ref.evaluation.policy import loaded
 from dpo_ref.lab import models as lab_models
+from dpo_ref.models.loading import ModelLoader
 from dpo_ref.types import Message, silent
 
 PAIRS = [
@@ -18,7 +18,9 @@ PAIRS = [
 
 
 def judge(tmp_path, **options):
-    return local(JudgeContext("local", tmp_path, loaded, silent), model="lab:tiny", **options)
+    return local(
+        JudgeContext("local", tmp_path, ModelLoader(torch.device("cpu"), keep=1), silent), model="lab:tiny", **options
+    )
 
 
 @torch.no_grad()

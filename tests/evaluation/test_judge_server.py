@@ -6,10 +6,12 @@ import sqlite3
 from multiprocessing import get_context
 
 import pytest
+import torch
 
 from dpo_ref.evaluation.judging.judge import FILE, Answer, AnswerCache, Pair, Request, first_wins, judge_pairs
 from dpo_ref.evaluation.judging.judges import JudgeContext, served
 from dpo_ref.models import server as model_server
+from dpo_ref.models.loading import ModelLoader
 from dpo_ref.types import Message, silent
 from tests.support.judge_server import JudgeServer, longer_wins
 
@@ -30,7 +32,7 @@ def pairs(number, **changes):
 
 def judge(tmp_path, url, **changes):
     options = {"template": "alpaca_eval", "model": "big", "max_tokens": 1, "logprobs": 5, "max_workers": 4} | changes
-    context = JudgeContext("alpaca_eval", tmp_path, lambda path: None, silent)
+    context = JudgeContext("alpaca_eval", tmp_path, ModelLoader(torch.device("cpu")), silent)
     return served(context, **{"base_url": url, "timeout": 5.0} | options)
 
 

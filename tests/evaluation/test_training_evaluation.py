@@ -12,7 +12,7 @@ from dpo_ref.generation.records import read_generations
 from dpo_ref.models import checkpoint
 from dpo_ref.reports.plots import svg
 from dpo_ref.reports.training_curve import evaluations, in_words, training_panels
-from dpo_ref.training.run import Session
+from dpo_ref.training.run import TrainingRun
 from tests.support.command import train
 from tests.support.evaluate_command import evaluate, measure
 from tests.support.metric_table import unlisted
@@ -102,14 +102,14 @@ class Killed(Exception):
 @pytest.mark.usefixtures("undrawn_pictures")
 def test_a_killed_run_goes_on_bit_for_bit(evaluated, tmp_path, monkeypatch):
     """Killed in step 7, after the checkpoint of step 5, at which it was evaluated too."""
-    folder, log = tmp_path / "run", Session._log
+    folder, log = tmp_path / "run", TrainingRun._log
 
     def die_in_step_7(session, step, seconds):
         if step.step == 7:
             raise Killed
         log(session, step, seconds)
 
-    monkeypatch.setattr(Session, "_log", die_in_step_7)
+    monkeypatch.setattr(TrainingRun, "_log", die_in_step_7)
     options = ["optim.lr=1e-3", *EVALUATED, "trainer.stop_when_degenerate=true", "trainer.save_every=5"]
     assert train(*SMALL, f"output_dir={folder}", *options).returncode == 1
     monkeypatch.undo()

@@ -75,7 +75,7 @@ def test_the_initial_policy_stays_and_shares_what_is_not_trained():
     for make in (lambda model: model, lambda model: add_lora(model, 3, None) and model):
         policy, batch = make(tiny_model(seed=0)), collate(random_groups(LAYOUT))
         trained = [p for p in policy.parameters() if p.requires_grad]
-        initial = InitialPolicy(policy, None)
+        initial = InitialPolicy(policy, None, "weights")
         for weight in trained:
             nn.init.normal_(weight, std=0.1)
         assert initial.num_copied == sum(weight.numel() for weight in trained)

@@ -1,15 +1,15 @@
 """A policy behind a server answers as it does here, over real HTTP, whatever fails on the way."""
 
 import pytest
+import torch
 
-from dpo_ref.evaluation.policy import loaded
 from dpo_ref.evaluation.stages import deciding, generate_stage, generation_key
 from dpo_ref.generation.engine import PromptSet, Question, Sampling, answered
 from dpo_ref.generation.records import read_generations
 from dpo_ref.generation.sampling import Local
 from dpo_ref.generation.served import folder_digest, served
 from dpo_ref.models import server as model_server
-from dpo_ref.models.loading import Policy
+from dpo_ref.models.loading import ModelLoader, Policy
 from dpo_ref.types import Message, silent
 from tests.support.evaluate_command import evaluate
 from tests.support.generation_server import GenerationServer
@@ -59,7 +59,7 @@ def unneeded():
 
 
 def engine(*servers, **options):
-    policy = Policy("my/policy", "my/policy", TOKENIZER, unneeded, unneeded, unneeded)
+    policy = Policy(unneeded, TOKENIZER, path="my/policy", folder="my/policy")
     defaults = {"temperature": 0.0, "max_new_tokens": 12, "concurrency": 3, "retries": 3, "timeout": 20.0}
     return served(policy, url=[server.url for server in servers], **(defaults | options))
 
@@ -216,7 +216,7 @@ def test_a_key_is_sent_and_appears_nowhere(serve, monkeypatch, tmp_path):
 
 
 def test_weights_that_the_server_lacks_are_refused():
-    policy = Policy("p", "p", TOKENIZER, unneeded, unneeded, unneeded, "the adapter my/adapter")
+    policy = Policy(unneeded, TOKENIZER, path="p", folder="p", on_top="the adapter my/adapter")
     with pytest.raises(ValueError, match="what a server has under p lacks the adapter my/adapter; write the whole"):
         served(policy, url="http://127.0.0.1:1/v1")
 
@@ -237,7 +237,7 @@ def test_the_address_changes_no_sample_and_the_weights_do(tmp_path):
 
 def test_evaluate_with_a_served_policy(tmp_path):
     """The whole command; the lab's smallest model behind a server, against itself here."""
-    policy = loaded("lab:tiny")
+    policy = ModelLoader(torch.device("cpu")).policy("lab:tiny")
     few = [
         "prompts=lab",
         "prompts.num_prompts=6",
@@ -249,7 +249,6 @@ def test_evaluate_with_a_served_policy(tmp_path):
     with GenerationServer(policy.model, policy.tokenizer, "lab:tiny") as server:
         asked = ["generation=served", f"generation.url={server.url}", "generation.temperature=0"]
         evaluate(*few, *asked, "generation.samples_per_prompt=1", f"output_dir={tmp_path / 'served'}")
-    loaded.cache_clear()  # the server computes in float64
     evaluate(*few, "generation=greedy", f"output_dir={tmp_path / 'here'}")
     found = [read_generations(tmp_path / name / "generations.jsonl") for name in ("served", "here")]
     assert found[0] == found[1]

@@ -11,6 +11,7 @@ from dpo_ref.generation.sampling import generate
 from dpo_ref.lab import models as lab_models
 from dpo_ref.lab.gold import gold_rewards
 from dpo_ref.lab.preferences import lab
+from dpo_ref.models import loading
 from dpo_ref.models.loading import load_model, load_tokenizer
 from tests.support.command import forked
 
@@ -64,7 +65,8 @@ def test_a_folder_is_named_by_its_recipe():
 def test_names_and_sizes():
     with pytest.raises(ValueError, match=r"lab:huge is no model of the lab; there are lab:initial"):
         lab_models.locate("lab:huge")
-    assert lab_models.locate("some/model") == "some/model"
+    assert loading.locate("some/model") == "some/model"
+    assert loading.locate("lab:tiny") == lab_models.locate("lab:tiny")
     sizes, tokenizers = {}, {}
     for name in ("initial", "large", "foreign"):
         recipe = lab_models.RECIPES[name]

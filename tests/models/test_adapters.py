@@ -30,16 +30,18 @@ SMALL += ["trainer.batch_size=16", "tracking=none", "beta=0.1", "optim.lr=0.02"]
 def test_adapter_base_is_the_model_below(cache, tmp_path):
     plain = response_logps(tiny_model(seed=0), BATCH).sums
     context = context_for(tmp_path)
-    add_lora(context.policy, 3, None)
-    assert weights_digest(context.policy) == weights_digest(tiny_model(seed=0))  # a fresh adapter changes nothing
-    disturbed(context.policy)
+    add_lora(context.policy.model, 3, None)
+    assert weights_digest(context.policy.model) == weights_digest(
+        tiny_model(seed=0)
+    )  # a fresh adapter changes nothing
+    disturbed(context.policy.model)
     reference = adapter_base(context, cache=cache)
     torch.testing.assert_close(reference.logps(BATCH).sums, plain, atol=1e-5, rtol=0)
     assert reference.weights == weights_digest(tiny_model(seed=0))
-    assert weights_digest(context.policy) != reference.weights
-    with_adapter = initial(replace(context, cache=tmp_path / "other")).logps(BATCH).sums
+    assert weights_digest(context.policy.model) != reference.weights
+    with_adapter = initial(replace(context, work=replace(context.work, cache=tmp_path / "other"))).logps(BATCH).sums
     assert (with_adapter - plain).abs().max() > 0.1
-    torch.testing.assert_close(with_adapter, response_logps(context.policy, BATCH).sums, atol=1e-5, rtol=0)
+    torch.testing.assert_close(with_adapter, response_logps(context.policy.model, BATCH).sums, atol=1e-5, rtol=0)
 
 
 def test_merged_weights_compute_the_same(tmp_path):

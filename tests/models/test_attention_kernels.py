@@ -130,7 +130,7 @@ def test_evaluation_computes_in_the_dtype_of_the_policy(monkeypatch, tmp_path):
 
         monkeypatch.setattr(evaluate, name, noted)
 
-    monkeypatch.setattr(loading.LoadedModel, "precision", lambda _: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(loading.Policy, "precision", lambda _: torch.autocast("cpu", torch.bfloat16))
     for name in ("score_pairs", "sample_kl", "reference_pairs", "loss_reference"):
         noting(name)
     words = [f"policy={tmp_path / 'run'}", "tracking=none", "generation.max_new_tokens=8"]

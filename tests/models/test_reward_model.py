@@ -11,16 +11,16 @@ from transformers import AutoTokenizer
 from dpo_ref.data.packing import collate
 from dpo_ref.evaluation import scorers
 from dpo_ref.lab.models import locate
-from dpo_ref.models.loading import LoadedModel, load_tokenizer
+from dpo_ref.models.loading import load_tokenizer
 from dpo_ref.models.logps import response_scores
-from dpo_ref.models.reward_model import padding_id, save_reward_model, with_score_head
+from dpo_ref.models.reward_model import padding_id, with_score_head
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.reward_model import reward_model, reward_model_margin
 from dpo_ref.references.policies import Zeros
 from dpo_ref.training.trainer import backward, evaluate
 from dpo_ref.types import PairScores
 from tests.support.reward_models import classified
-from tests.support.tiny import random_groups, tiny_model
+from tests.support.tiny import policy_of, random_groups, tiny_model
 
 LAYOUT = [(3 + i % 4, (2 + i % 5, 1 + i % 3)) for i in range(6)]
 
@@ -29,7 +29,7 @@ def scored_model(model_type="llama", **options):
     """A random model with a head, and the lab's tokenizer, whose vocabulary it has."""
     tokenizer = load_tokenizer(locate("lab:tiny"))
     model = tiny_model(model_type, vocab_size=len(tokenizer), **options)
-    return with_score_head(LoadedModel(model, tokenizer, torch.float32), seed=3)
+    return with_score_head(policy_of(model, tokenizer), seed=3)
 
 
 def test_losses_by_hand():
@@ -59,7 +59,7 @@ def test_packed_scores_are_those_of_the_saved_classifier(model_type, tmp_path):
     with torch.no_grad():
         packed = response_scores(loaded.model, collate(groups)).scores
     assert packed.std() > 0.01
-    save_reward_model(tmp_path / "rm", loaded.model, loaded.tokenizer)
+    loaded.save(tmp_path / "rm")
     sequences = [group.prompt_ids + ids for group in groups for ids in group.response_ids]
     model, alone = classified(tmp_path / "rm", sequences)
     assert packed.tolist() == pytest.approx(alone, abs=1e-4)
@@ -88,13 +88,14 @@ def test_gradients_equal_plain_autograd():
     expected = {name: p.grad for name, p in again.named_parameters()}
     objective = bind(reward_model_margin, scale=0.5)
     for packs in ([groups], [groups[:1], groups[1:4], groups[4:]]):
-        model = scored_model().model
-        values, _ = backward(model, Zeros(), objective, packs, torch.device("cpu"))
+        trained = scored_model()
+        model = trained.model
+        values, _ = backward(trained, Zeros(), objective, packs)
         torch.testing.assert_close(values["loss"].float(), torch.stack(losses).detach(), atol=1e-5, rtol=0)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
         assert model.score.weight.grad.abs().max() > 1e-3
-    held_out = evaluate(model, Zeros(), objective, groups, lambda groups: [[g] for g in groups])
+    held_out = evaluate(trained, Zeros(), objective, groups, lambda groups: [[g] for g in groups])
     torch.testing.assert_close(held_out["loss"], values["loss"], atol=1e-5, rtol=0)
     assert torch.equal(
         held_out["rewards/accuracies"], (held_out["rewards/chosen"] > held_out["rewards/rejected"]).double()
@@ -103,10 +104,11 @@ def test_gradients_equal_plain_autograd():
 
 def test_no_vocabulary_logits_are_computed():
     """With a language-model head of nan, scores, loss and every gradient are finite, and the head gets none."""
-    model = scored_model(tie_word_embeddings=False).model
+    trained = scored_model(tie_word_embeddings=False)
+    model = trained.model
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
-    values, _ = backward(model, Zeros(), bind(reward_model), [random_groups(LAYOUT)], torch.device("cpu"))
+    values, _ = backward(trained, Zeros(), bind(reward_model), [random_groups(LAYOUT)])
     assert all(value.isfinite().all() for value in values.values())
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (name == "lm_head.weight")
@@ -119,7 +121,7 @@ def test_a_padding_token_that_ends_turns_is_not_used(tmp_path):
     tokenizer = loaded.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
     assert padding_id(tokenizer) != tokenizer.eos_token_id
-    save_reward_model(tmp_path / "rm", loaded.model, tokenizer)
+    loaded.save(tmp_path / "rm")
     saved = AutoTokenizer.from_pretrained(tmp_path / "rm")
     assert saved.pad_token_id == padding_id(tokenizer)
     ids = [3, 9, 12, tokenizer.eos_token_id]

@@ -119,8 +119,10 @@ def test_beta_dpo_by_hand():
     found = beta_dpo(policy, reference, whole, running, beta=0.5)
     assert found.losses.tolist() == pytest.approx([up(0.8 * 3), up(0.8 * 5)])
     assert found.chosen_rewards.tolist() == pytest.approx([1.6, 4])
-    bind(beta_dpo, beta=0.5).step(running, whole)
-    assert float(running["mean_margin"]) == pytest.approx(1.1)
+    objective = bind(beta_dpo, beta=0.5)
+    objective.running.update(running)
+    objective.step(whole)
+    assert float(objective.running["mean_margin"]) == pytest.approx(1.1)
     low = beta_dpo(policy, reference, whole, {"mean_margin": numbers(9)[0]}, beta=0.5, min_beta=0.25)
     assert low.losses.tolist() == pytest.approx([up(0.25 * 3), up(0.25 * 5)])
 

@@ -15,9 +15,9 @@ from dpo_ref.objectives.pairwise import aot, beta_dpo, dpo, ld_dpo, wpo
 from dpo_ref.objectives.unpaired import bco, kto
 from dpo_ref.references.policies import Frozen
 from dpo_ref.training.optim import adamw
-from dpo_ref.training.rounds import groups_for
-from dpo_ref.training.trainer import TrainerConfig, backward, evaluate, train
-from tests.support.tiny import VOCAB, naive_logps, random_groups, tiny_model
+from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
+from dpo_ref.training.trainer import backward, evaluate, train
+from tests.support.tiny import VOCAB, naive_logps, policy_of, random_groups, tiny_model
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + 3 * i % 5)) for i in range(9)]
 GROUPS = gathered(
@@ -132,10 +132,11 @@ def case(request):
 def test_loss_and_gradient_of_the_whole_batch(case, packing, tokens_per_chunk, monkeypatch):
     objective, loss, gradients = case
     monkeypatch.setattr(logps, "CHUNK_LOGITS", tokens_per_chunk * VOCAB)
-    policy, running = model(0), {"mean_margin": torch.tensor(M0, dtype=torch.float64)}
+    policy = model(0)
+    objective.running.update(mean_margin=torch.tensor(M0, dtype=torch.float64))
     packs = PACKINGS[packing](list(groups_for(objective, GROUPS)))
     assert (len(packs) == 1) == (packing == "one pack")
-    values, _ = backward(policy, reference(), objective, packs, torch.device("cpu"), running=running)
+    values, _ = backward(policy_of(policy), reference(), objective, packs)
     torch.testing.assert_close(values["loss"].mean(), loss, rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(policy.parameters(), gradients, strict=True):
         torch.testing.assert_close(ours.grad, theirs, rtol=1e-7, atol=1e-9)
@@ -143,43 +144,45 @@ def test_loss_and_gradient_of_the_whole_batch(case, packing, tokens_per_chunk, m
 
 @pytest.mark.parametrize("name", ["aot", "kto", "bco", "beta_dpo"])
 def test_held_out_data_is_one_batch_and_leaves_the_running_statistic(name):
-    objective, running = WRITTEN_OUT[name][0], {"mean_margin": torch.tensor(M0, dtype=torch.float64)}
+    objective = WRITTEN_OUT[name][0]
+    objective.running.update(mean_margin=torch.tensor(M0, dtype=torch.float64))
     groups = list(groups_for(objective, GROUPS))
-    found = [evaluate(model(0), reference(), objective, groups, p, running=running) for p in PACKINGS.values()]
+    policy = policy_of(model(0))
+    found = [evaluate(policy, reference(), objective, groups, packing) for packing in PACKINGS.values()]
     for one in found[1:]:
         torch.testing.assert_close(one["loss"].mean(), found[0]["loss"].mean(), rtol=1e-9, atol=1e-9)
-    assert running == {"mean_margin": M0}
+    assert objective.running == {"mean_margin": M0}
 
 
-def steps(policy, optim, running, first_step=0):
+def steps(policy, optim, objective, first_step=0):
     config = TrainerConfig(batch_size=4, max_steps=5)
-    objective, packing = WRITTEN_OUT["beta_dpo"][0], PACKINGS["several packs"]
-    return train(
-        policy, reference(), objective, optim, GROUPS, packing, config, seed=1, first_step=first_step, running=running
-    )
+    rounds = OfflineRounds(GROUPS, config, PACKINGS["several packs"], 1)
+    return train(policy_of(policy), reference(), objective, optim, rounds, first_step)
 
 
 def test_a_resumed_run_has_the_running_statistic_it_had(tmp_path):
-    whole, running = model(0), {}
+    whole, objective = model(0), WRITTEN_OUT["beta_dpo"][0]
     optim = adamw(whole, 5, lr=1e-2)
-    first = [step.metrics["loss"].item() for step in steps(whole, optim, running)]
+    first = [step.metrics["loss"].item() for step in steps(whole, optim, objective)]
+    at_the_end = dict(objective.running)
 
-    half, kept = model(0), {}
+    half = model(0)
     half_optim = adamw(half, 5, lr=1e-2)
-    for step in steps(half, half_optim, kept):
+    for step in steps(half, half_optim, objective):
         if step.step == 3:
-            state = {"step": 3, "running": {name: float(value) for name, value in kept.items()}}
+            state = {"step": 3, "running": {name: float(value) for name, value in objective.running.items()}}
             checkpoint.save(tmp_path, half, half_optim.optimizer, {}, state)
             break
     again = model(5)
     again_optim = adamw(again, 5, lr=1e-2)
     (saved,) = checkpoint.found(tmp_path)
     checkpoint.load(saved, again, again_optim.optimizer)
-    known = {n: torch.tensor(v, dtype=torch.float64) for n, v in checkpoint.read_state(saved)["running"].items()}
-    assert float(known["mean_margin"]) != 0
-    rest = [step.metrics["loss"].item() for step in steps(again, again_optim, known, first_step=3)]
+    kept = {n: torch.tensor(v, dtype=torch.float64) for n, v in checkpoint.read_state(saved)["running"].items()}
+    assert float(kept["mean_margin"]) != 0
+    objective.running.update(kept)
+    rest = [step.metrics["loss"].item() for step in steps(again, again_optim, objective, first_step=3)]
     assert rest == first[3:]
-    assert known == running
+    assert objective.running == at_the_end
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
@@ -190,6 +193,6 @@ def test_what_nothing_declares_is_not_computed(monkeypatch):
         policy, passes = model(0), []
         policy.base_model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         packs = PACKINGS["several packs"](list(groups_for(objective, GROUPS)))
-        backward(policy, reference(), objective, packs, torch.device("cpu"), running={})
+        backward(policy_of(policy), reference(), objective, packs)
         counts[name] = len(passes) / len(packs)
     assert counts == {"dpo": 1, "aot": 2, "beta_dpo": 2, "kto": 2, "bco": 2, "ld_dpo": 1, "wpo": 2}

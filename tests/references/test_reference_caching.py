@@ -14,7 +14,7 @@ from dpo_ref.references.policies import adapter_base
 from tests.support.cache import empty_cache
 from tests.support.command import train
 from tests.support.reference_texts import OTHERS, POLICY, SIZE, TEXTS, context_of, data
-from tests.support.tiny import disturbed, tiny_model
+from tests.support.tiny import disturbed, policy_of, tiny_model
 
 FOREIGN = OTHERS["llama 3: byte-level, BOS"].tokenizer
 KINDS = {
@@ -33,7 +33,8 @@ class Counted:
 
     def __init__(self, groups, folder, tokenizer, **limits):
         self.passes = 0
-        self.context = replace(context_of(groups, folder, tokenizer, **limits), progress=self._progress)
+        context = context_of(groups, folder, tokenizer, **limits)
+        self.context = replace(context, work=replace(context.work, progress=self._progress))
 
     def _progress(self, items, description, total=None):
         self.passes += description == "reference log-probs"
@@ -44,10 +45,10 @@ def filled(kind, folder, texts=TEXTS, policy=None, tokenizer=None, options=None,
     """Tables filled while a reference of this kind was built, and its log-probs of the first group."""
     known, make = KINDS[kind]
     counted = Counted(data(texts), folder, tokenizer or known, **(limits or {}))
-    context = counted.context if policy is None else replace(counted.context, policy=policy)
+    context = counted.context if policy is None else replace(counted.context, policy=policy_of(policy, POLICY))
     if kind == "adapter_base":
-        add_lora(context.policy, 2, None)
-        disturbed(context.policy)
+        add_lora(context.policy.model, 2, None)
+        disturbed(context.policy.model)
     reference = make(context, **(options or {}))
     return counted.passes, reference.logps(collate(list(context.groups)[:1])).sums
 

@@ -16,7 +16,7 @@ from dpo_ref.references.mixture import mixture
 from dpo_ref.references.policies import adapter_base, moving
 from dpo_ref.types import TokenGroup, digest
 from tests.support.reference_contexts import context_for
-from tests.support.tiny import disturbed, tiny_model
+from tests.support.tiny import disturbed, policy_of, tiny_model
 
 V, END, LONGEST = 6, 2, 3
 PROMPT = [3, 5, 4, 1]
@@ -57,8 +57,8 @@ def tree(net, start):
 def context(tmp_path):
     ids = tuple(map(list, RESPONSES))
     group = TokenGroup(0, digest("all"), PROMPT, ids, (1,) * len(ids), ((0, 1),))
-    made = context_for(tmp_path, policy=model(0), tokenizer=Toy(), groups=gathered([group]), text_identity="toy")
-    return replace(made, load=lambda source: model(int(source.path)))
+    make, policy = (lambda source: model(int(source.path))), policy_of(model(0), Toy(), "toy")
+    return replace(context_for(tmp_path, tokenizer=Toy(), make=make, groups=gathered([group])), policy=policy)
 
 
 def between(share):
@@ -77,8 +77,8 @@ def moved(context):
 
 
 def with_adapter(context, **options):
-    add_lora(context.policy, 2, None)
-    disturbed(context.policy)
+    add_lora(context.policy.model, 2, None)
+    disturbed(context.policy.model)
     return adapter_base(context, **options)
 
 

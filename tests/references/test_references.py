@@ -15,7 +15,7 @@ from dpo_ref.models.logps import response_logps
 from dpo_ref.references import policies, table
 from dpo_ref.references.interface import Reference
 from tests.support.reference_contexts import TOKENIZER, context_for
-from tests.support.tiny import tiny_model
+from tests.support.tiny import policy_of, tiny_model
 
 
 @pytest.fixture
@@ -47,13 +47,14 @@ def test_initial_stays_when_the_policy_moves(context):
     context, _ = context
     batch = collate(context.groups)
     for cache in ("auto", "off"):
-        reference = policies.initial(replace(context, policy=copy.deepcopy(context.policy)), cache=cache)
+        policy = policy_of(copy.deepcopy(context.policy.model), TOKENIZER)
+        reference = policies.initial(replace(context, policy=policy), cache=cache)
         before = reference.logps(batch).sums.clone()
         with torch.no_grad():
-            context.policy.lm_head.weight.add_(0.5)
+            context.policy.model.lm_head.weight.add_(0.5)
         assert torch.equal(reference.logps(batch).sums, before)
         with torch.no_grad():
-            context.policy.lm_head.weight.sub_(0.5)
+            context.policy.model.lm_head.weight.sub_(0.5)
 
 
 def test_second_run_computes_only_what_is_missing(context):
@@ -75,9 +76,9 @@ def test_the_table_is_not_hit_when_meaning_changes(context, cause):
     policies.initial(context)
     before = sum(passes)
     if cause == "weights":
-        changed = replace(context, policy=tiny_model(seed=1))
+        changed = replace(context, policy=policy_of(tiny_model(seed=1), TOKENIZER))
     elif cause == "text":
-        changed = replace(context, text_identity="other words")
+        changed = replace(context, policy=policy_of(tiny_model(seed=0), TOKENIZER, "other words"))
     else:
         group = context.groups[0]
         shorter = (
@@ -93,7 +94,7 @@ def test_the_table_is_not_hit_when_meaning_changes(context, cause):
 def test_a_stale_table_is_refused(context):
     context, _ = context
     made = policies.initial(context)
-    folder = context.cache / "reference" / made.identity
+    folder = context.work.cache / "reference" / made.identity
     rows = table.read_shards(folder)
     for path in folder.glob("*"):
         path.unlink()
@@ -104,9 +105,9 @@ def test_a_stale_table_is_refused(context):
 
 def test_holes_are_found(context):
     context, _ = context
-    rows = table.score(context.policy, context.groups[:2], context.device)
+    rows = table.score(context.policy.model, context.groups[:2], context.work.device)
     with pytest.raises(ValueError, match="lacks 2 groups"):
-        table.Table("initial", "x", "y", context.groups, rows, context.device)
+        table.Table("initial", "x", "y", context.groups, rows, context.work.device)
 
 
 def test_a_table_of_no_groups(context):
@@ -154,7 +155,7 @@ def test_uniform_is_minus_length_times_ln_v(context):
     assert found.tokens().shape == batch.target_ids.shape
 
 
-def test_interpolation_lies_between(context):
+def test_interpolation_lies_between(context, tmp_path):
     """At share 0 and 1 it is one of the two; between them the weights are their mean."""
     context, _ = context
     batch = collate(context.groups)
@@ -167,5 +168,6 @@ def test_interpolation_lies_between(context):
             ours.add_(theirs).div_(2)
     found = policies.interpolate(context, path="3", share=0.5, cache="off").logps(batch)
     torch.testing.assert_close(found.sums, response_logps(middle, batch).sums, atol=1e-5, rtol=0)
+    narrow = context_for(tmp_path, make=lambda _: tiny_model(hidden_size=16))
     with pytest.raises(ValueError, match="has other weights than the policy"):
-        policies.interpolate(replace(context, load=lambda source: tiny_model(hidden_size=16)), path="3", share=0.5)
+        policies.interpolate(narrow, path="3", share=0.5)

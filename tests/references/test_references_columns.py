@@ -5,17 +5,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from dpo_ref.data.groups import whole_id
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.data.sources import preferences
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.references.columns import columns
-from dpo_ref.references.interface import ReferenceContext
-from dpo_ref.types import silent
 from tests.support.given_columns import PAIR, given, written
-from tests.support.tiny import tiny_model
+from tests.support.reference_contexts import context_for
 from tests.support.tokenizer_families import FAMILIES
 
 POLICY = FAMILIES["qwen: byte-level, no BOS, ChatML"]().tokenizer
@@ -123,18 +120,11 @@ def test_columns_named_in_vain(rows, names, message, tmp_path, own_cache):
 def context_of(path, **limits):
     """The context of a run on the rows of a file."""
     found = preferences(0, path=path).train
-    return ReferenceContext(
-        policy=tiny_model(),
+    return context_for(
+        Path(path).parent,
         tokenizer=POLICY,
-        uses_reference=True,
-        load=lambda path: tiny_model(),
-        load_tokenizer=lambda path: POLICY,
-        text_identity="text",
         groups=tokenise(found, POLICY, **({"max_length": 1000} | limits)).groups,
         pack=partial(pack, tokens_per_batch=200),
-        progress=silent,
-        device=torch.device("cpu"),
-        cache=Path(path).parent,
     )
 
 

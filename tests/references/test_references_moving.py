@@ -12,8 +12,8 @@ from dpo_ref.models.logps import response_logps
 from dpo_ref.references.policies import moving
 from tests.support.command import composed, train
 from tests.support.evaluate_command import measure
-from tests.support.reference_contexts import LAYOUT, context_for
-from tests.support.tiny import random_groups, tiny_model
+from tests.support.reference_contexts import LAYOUT, TOKENIZER, context_for
+from tests.support.tiny import policy_of, random_groups, tiny_model
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=64", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
 SMALL += ["trainer.batch_size=16", "tracking=none", "beta=0.1", "reference=moving", "optim.lr=0.01"]
@@ -42,7 +42,7 @@ def test_updates_by_hand(share, every, tmp_path):
     plain = tiny_model(seed=1)
     plain.load_state_dict(expected, strict=False)
     torch.testing.assert_close(reference.logps(batch).sums, response_logps(plain, batch).sums, atol=1e-4, rtol=1e-5)
-    other = moving(replace(context, policy=tiny_model(seed=5)), share=share, every=every)
+    other = moving(replace(context, policy=policy_of(tiny_model(seed=5), TOKENIZER)), share=share, every=every)
     other.load_state_dict(reference.state_dict())
     assert torch.equal(other.logps(batch).sums, reference.logps(batch).sums)
     with pytest.raises(ValueError, match="has other weights than this one, or none"):

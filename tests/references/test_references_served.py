@@ -140,7 +140,7 @@ def test_the_identity_is_that_of_the_model_not_of_the_server(serve, tmp_path):  
 def test_a_table_of_other_values_is_refused(serve, tmp_path):  # noqa: F811
     context = context_of(tmp_path)
     server = serve()
-    folder = context.cache / "reference" / Served(context, url=server.url).identity
+    folder = context.work.cache / "reference" / Served(context, url=server.url).identity
     rows = table.read_shards(folder)
     for path in folder.glob("*"):
         path.unlink()

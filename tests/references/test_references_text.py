@@ -119,7 +119,7 @@ def test_the_table_is_shared_and_missed_when_the_text_changes(tmp_path):
         passes.append(description)
         return items
 
-    context = replace(context, progress=counting)
+    context = replace(context, work=replace(context.work, progress=counting))
     first = policies.other(context, path="5")
     again = policies.other(context, path="5")
     assert passes.count("reference log-probs") == 1
@@ -137,7 +137,7 @@ def test_prior_is_the_response_without_its_prompt(tmp_path):
     batch = collate(list(context.groups))
     found = policies.prior(context).logps(batch)
     begin = [POLICY.eos_token_id]
-    expected = [plain_sum(context.policy, begin, ids) for group in context.groups for ids in group.response_ids]
+    expected = [plain_sum(context.policy.model, begin, ids) for group in context.groups for ids in group.response_ids]
     assert found.sums.tolist() == pytest.approx(expected, abs=2e-4)
     assert len(found.tokens()) == int(batch.lengths.sum())
 

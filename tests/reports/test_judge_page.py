@@ -1,10 +1,12 @@
 """The report's part about the judge, its columns and sentences, on invented answers and a judge who likes length."""
 
 import pytest
+import torch
 
 from dpo_ref.evaluation.judging.judge import Judgment, Opinion, Pair
 from dpo_ref.evaluation.judging.judges import JudgeContext, served
 from dpo_ref.evaluation.stages import judge_stage
+from dpo_ref.models.loading import ModelLoader
 from dpo_ref.reports import tables
 from dpo_ref.reports.judge import judge_section, outcome
 from dpo_ref.reports.policy import report, write_report
@@ -20,7 +22,7 @@ def judged(tmp_path_factory):
     root = tmp_path_factory.mktemp("judged")
     baseline = invented.initial(root / "initial", 30)
     policy = invented.trained(root / "policy", baseline, 0.3, 0)
-    context = JudgeContext("alpaca_eval", root, lambda path: None, silent)
+    context = JudgeContext("alpaca_eval", root, ModelLoader(torch.device("cpu")), silent)
     with pytest.MonkeyPatch.context() as patch, JudgeServer() as server:
         patch.setenv("NO_PROXY", "127.0.0.1")
         options = {"template": "alpaca_eval", "max_tokens": 1, "logprobs": 5}

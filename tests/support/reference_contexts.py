@@ -4,31 +4,44 @@ from functools import partial
 
 import torch
 
-from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.data.groups import gathered
 from dpo_ref.data.packing import pack
+from dpo_ref.models.loading import ModelLoader, Workspace
 from dpo_ref.references.interface import ReferenceContext
 from dpo_ref.types import silent
-from tests.support.tiny import random_groups, tiny_model
+from tests.support.tiny import policy_of, random_groups, tiny_model
 from tests.support.tokenizers_here import byte_bpe
 
 LAYOUT = ((5, (4, 7)), (1, (6, 1)), (12, (3, 8)), (2, (2, 2)))
 TOKENIZER = byte_bpe(bos="<s>")
 
 
-def context_for(cache, **changes):
+class Models(ModelLoader):
+    """Gives the models that a function makes of a source, all with one tokenizer."""
+
+    def __init__(self, make, tokenizer):
+        super().__init__(torch.device("cpu"))
+        self._make, self._tokenizer = make, tokenizer
+
+    def fresh(self, source):
+        return self._make(source)
+
+    def tokenizer(self, path, revision=None):
+        return self._tokenizer
+
+
+def workspace(cache, make, tokenizer, progress=silent):
+    """Where references are built for tests."""
+    return Workspace(cache, cache, 0, progress, Models(make, tokenizer))
+
+
+def context_for(cache, policy=None, tokenizer=TOKENIZER, make=None, progress=silent, theirs=None, **changes):
     """A context whose policy is `tiny_model(seed=0)` and whose models are numbered by their seeds."""
+    make = make or (lambda source: tiny_model(seed=int(source.path)))
     options = {
-        "policy": tiny_model(seed=0),
-        "uses_reference": True,
-        "tokenizer": TOKENIZER,
-        "load": lambda source: tiny_model(seed=int(source.path)),
-        "load_tokenizer": lambda path, revision=None: TOKENIZER,
-        "text_identity": text_identity(TOKENIZER),
+        "work": workspace(cache, make, theirs or tokenizer, progress),
+        "policy": policy_of(policy or tiny_model(seed=0), tokenizer),
         "groups": gathered(random_groups(LAYOUT)),
         "pack": partial(pack, tokens_per_batch=25),
-        "progress": silent,
-        "device": torch.device("cpu"),
-        "cache": cache,
     }
     return ReferenceContext(**(options | changes))

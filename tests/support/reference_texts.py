@@ -4,11 +4,10 @@ from functools import partial
 
 import torch
 
-from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
-from dpo_ref.references.interface import ReferenceContext
-from dpo_ref.types import Message, PromptGroup, silent
+from dpo_ref.types import Message, PromptGroup
+from tests.support.reference_contexts import context_for
 from tests.support.tiny import tiny_model
 from tests.support.tokenizer_families import FAMILIES
 
@@ -42,18 +41,14 @@ def data(texts):
 
 def context_of(groups, tmp_path, tokenizer, **limits):
     made = tokenise(groups, POLICY, **({"max_length": 10**6} | limits)).groups
-    return ReferenceContext(
-        policy=tiny_model(seed=0, vocab_size=SIZE),
-        tokenizer=POLICY,
-        uses_reference=True,
-        load=lambda source: tiny_model(seed=int(source.path), vocab_size=SIZE),
-        load_tokenizer=lambda path, revision=None: tokenizer,
-        text_identity=text_identity(POLICY),
+    return context_for(
+        tmp_path,
+        tiny_model(seed=0, vocab_size=SIZE),
+        POLICY,
+        lambda source: tiny_model(seed=int(source.path), vocab_size=SIZE),
+        theirs=tokenizer,
         groups=made,
         pack=partial(pack, tokens_per_batch=200),
-        progress=silent,
-        device=torch.device("cpu"),
-        cache=tmp_path,
     )
 
 

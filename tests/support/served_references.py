@@ -4,16 +4,14 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 
-from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.models import server as model_server
-from dpo_ref.references.interface import ReferenceContext
 from dpo_ref.references.served import served
-from dpo_ref.types import Message, PromptGroup, silent
+from dpo_ref.types import Message, PromptGroup
 from tests.support.completions_server import CompletionsServer
+from tests.support.reference_contexts import context_for
 from tests.support.tiny import tiny_model
 from tests.support.tokenizer_families import FAMILIES
 
@@ -63,18 +61,14 @@ def context_of(tmp_path, tokenizer=POLICY, **changed):
         )
         for number in range(NUM_GROUPS)
     ]
-    made = ReferenceContext(
-        policy=tiny_model(seed=0, vocab_size=SIZE),
-        tokenizer=POLICY,
-        uses_reference=True,
-        load=lambda *_: big(),
-        load_tokenizer=lambda *_: tokenizer,
-        text_identity=text_identity(POLICY),
+    made = context_for(
+        tmp_path / "cache",
+        tiny_model(seed=0, vocab_size=SIZE),
+        POLICY,
+        lambda _: big(),
+        theirs=tokenizer,
         groups=tokenise(groups, POLICY, max_length=10**6).groups,
         pack=partial(pack, tokens_per_batch=200),
-        progress=silent,
-        device=torch.device("cpu"),
-        cache=tmp_path / "cache",
     )
     return replace(made, **changed)
 

@@ -5,6 +5,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_ref.models.attention import register
+from dpo_ref.models.loading import Policy
 from dpo_ref.types import TokenGroup
 
 VOCAB = 61
@@ -76,3 +77,12 @@ def disturbed(model):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     return model
+
+
+def policy_of(model: nn.Module, tokenizer=None, text_identity: str | None = None) -> Policy:
+    """A model at hand as what training and references take; what its text is may be said, where that is not read off
+    a tokenizer."""
+    policy = Policy(lambda: model, tokenizer)
+    if text_identity is not None:
+        vars(policy)["text_identity"] = text_identity
+    return policy

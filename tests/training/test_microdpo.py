@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.data.packing import epoch_order, pack
 from dpo_ref.data.sources import preferences
 from dpo_ref.data.tokenise import tokenise
@@ -22,8 +21,8 @@ from dpo_ref.objectives import pairwise, unpaired
 from dpo_ref.objectives.interface import bind
 from dpo_ref.references import policies
 from dpo_ref.training.optim import adamw
-from dpo_ref.training.rounds import groups_for
-from dpo_ref.training.trainer import TrainerConfig, train
+from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
+from dpo_ref.training.trainer import train
 from tests.support import command, microdpo
 from tests.support.reference_contexts import context_for
 from tests.support.tiny import tiny_model
@@ -114,16 +113,7 @@ def of_the_library(folder: Path, objective: str, reference: str, cache: Path) ->
     packing = partial(pack, tokens_per_batch=TOKENS_PER_BATCH)
     rows = preferences(SEED, path=str(folder / "pairs.jsonl")).train
     groups = groups_for(OBJECTIVES[objective], tokenise(rows, tokenizer).groups)
-    context = context_for(
-        cache,
-        policy=policy,
-        tokenizer=tokenizer,
-        text_identity=text_identity(tokenizer),
-        load=lambda source: load(source.path),
-        load_tokenizer=load_tokenizer,
-        groups=groups,
-        pack=packing,
-    )
+    context = context_for(cache, policy, tokenizer, lambda source: load(source.path), groups=groups, pack=packing)
     made = {
         "initial": partial(policies.initial, cache="off"),  # a table keeps float32
         "other": partial(policies.other, path=str(folder / "other"), cache="off"),
@@ -132,7 +122,8 @@ def of_the_library(folder: Path, objective: str, reference: str, cache: Path) ->
     }[reference](context)
     optim = adamw(policy, STEPS, lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=None)
     config = TrainerConfig(batch_size=BATCH, epochs=EPOCHS, max_steps=STEPS)
-    steps = list(train(policy, made, OBJECTIVES[objective], optim, groups, packing, config, seed=SEED))
+    rounds = OfflineRounds(groups, config, packing, SEED)
+    steps = list(train(context.policy, made, OBJECTIVES[objective], optim, rounds))
     assert max(step.num_packs for step in steps) > 1
     return [step.metrics["loss"].item() for step in steps]
 

@@ -18,7 +18,7 @@ from dpo_ref.models import checkpoint
 from dpo_ref.references.table import read_shards, row_key
 from dpo_ref.training.advantages import PAIRS, all_with
 from dpo_ref.training.on_policy import groups_of, stored
-from dpo_ref.training.run import Session
+from dpo_ref.training.run import TrainingRun
 from tests.support.command import ROOT, resolved, train
 from tests.support.evaluate_command import measure
 from tests.support.on_policy import SMALL
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, step, monkeypatch):
 
     def save_then_die_later(*arguments, **options):
         path = save(*arguments, **options)
-        monkeypatch.setattr(Session, "_log", die)
+        monkeypatch.setattr(TrainingRun, "_log", die)
         return path
 
     def die(*arguments):

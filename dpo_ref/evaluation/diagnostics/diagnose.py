@@ -265,6 +265,11 @@ class _Findings:
         self.rankings[name] = ranking_of(margins(readings, pairs), gaps, prompts)
 
 
+def _other_samples(drawn: set[tuple[float, float]]) -> str:
+    each = ", ".join(f"temperature {temperature:g} and top-p {top_p:g}" for temperature, top_p in sorted(drawn))
+    return f"they were drawn with {each}, not from the policy itself: generation.temperature=1 generation.top_p=1"
+
+
 def _check(*, pairs: list[str] | None, examples: int, top_tokens: int, min_count: int) -> None:
     for name, value, least in (("examples", examples, 0), ("top_tokens", top_tokens, 1), ("min_count", min_count, 1)):
         if value < least:
@@ -273,11 +278,6 @@ def _check(*, pairs: list[str] | None, examples: int, top_tokens: int, min_count
 
 
 @component(check=_check)
-def _other_samples(drawn: set[tuple[float, float]]) -> str:
-    each = ", ".join(f"temperature {temperature:g} and top-p {top_p:g}" for temperature, top_p in sorted(drawn))
-    return f"they were drawn with {each}, not from the policy itself: generation.temperature=1 generation.top_p=1"
-
-
 def tokens(
     context: DiagnosticContext,
     *,
