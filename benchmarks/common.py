@@ -60,7 +60,7 @@ class Stepper:
         from dpo_ref.distributed import keep_memory
         from dpo_ref.objectives.interface import bind
         from dpo_ref.objectives.pairwise import dpo
-        from dpo_ref.references.table import Table, row_key
+        from dpo_ref.references.table import PrecomputedReference, row_key
         from dpo_ref.training import optim as optimisers
 
         keep_memory()
@@ -70,7 +70,7 @@ class Stepper:
         self.optim = make(policy, 1000, lr=1e-5, schedule="constant", warmup_ratio=0.0)
         self.pack = partial(packing.pack, tokens_per_batch=tokens_per_batch)
         rows = {row_key(g): torch.zeros(sum(map(len, g.response_ids))).numpy() for g in groups}
-        self.reference = Table("initial", "", "", groups, rows, self.device)
+        self.reference = PrecomputedReference("initial", "", "", groups, rows, self.device)
         self.number = 0
 
     def __call__(self, batch):

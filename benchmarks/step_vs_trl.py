@@ -52,8 +52,8 @@ def ours(args):
     from dpo_ref.models.packable import install
     from dpo_ref.objectives.interface import bind
     from dpo_ref.objectives.pairwise import dpo
-    from dpo_ref.references.policies import Frozen
-    from dpo_ref.references.table import Table, score
+    from dpo_ref.references.policies import LiveReference
+    from dpo_ref.references.table import PrecomputedReference, score
     from dpo_ref.training.optim import adamw
     from dpo_ref.training.trainer import backward, update
 
@@ -64,10 +64,10 @@ def ours(args):
     steps = batches(args)
     groups = [group for batch in steps for group in batch]
     if args.tool == "ours-live":
-        reference = Frozen("initial", copy.deepcopy(policy), "", "")
+        reference = LiveReference("initial", copy.deepcopy(policy), "", "")
     else:
         rows = {key: row for batch in steps for key, row in score(policy, batch, device).items()}
-        reference = Table("initial", "", "", groups, rows, device)
+        reference = PrecomputedReference("initial", "", "", groups, rows, device)
     optim = adamw(policy, len(steps), lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=1.0)
     pack = partial(packing.pack, tokens_per_batch=8192)
     before, seconds, losses = peak_mib(), [], []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_ref.data.packing import collate
 from dpo_ref.models.logps import sum_by_response
-from dpo_ref.objectives.interface import Known, TokenLogps, WholeBatch
+from dpo_ref.objectives.interface import BatchLogps, ObjectiveInputs, TokenLogps
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores, axes_of
 from tests.support.tiny import random_groups
 
@@ -94,8 +94,8 @@ def test_what_an_objective_is_handed_is_cut_as_a_whole(layout):
     batch = collate(full_groups(layout))
     reference, old, collision = (random_logps(batch, seed) for seed in range(3))
     items = [logps.pairs(batch.chosen, batch.rejected) for logps in (reference, old)]
-    whole = WholeBatch(items[0], items[1], None, slice(5, 5 + batch.num_pairs))
-    known = Known(batch, reference, old, collision, whole)
+    whole = BatchLogps(items[0], items[1], None, slice(5, 5 + batch.num_pairs))
+    known = ObjectiveInputs(batch, reference, old, collision, whole)
     for span in batch.spans(7):
         part = known.part(span)
         same(part.batch, batch.part(span))

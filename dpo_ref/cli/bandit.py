@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from dpo_ref.cli.command_line import composed
-from dpo_ref.cli.resolve import TrainRun, resolve, strength
+from dpo_ref.cli.resolve import RunConfig, resolve, strength
 from dpo_ref.component import Component
-from dpo_ref.lab.bandits.report import Known, findings, metrics_by_step, results, terminal_tables, write_report
+from dpo_ref.lab.bandits.report import ClosedForm, findings, metrics_by_step, results, terminal_tables, write_report
 from dpo_ref.lab.bandits.study import Method, Problem, StudyOptions, Trace, slug, trace
 from dpo_ref.lab.bandits.worlds import World, divergence, frontier, optimum
 from dpo_ref.tracking.run_record import MetricsFile
@@ -29,12 +29,12 @@ NOTES = (
 )
 
 
-def _beta(run: TrainRun) -> float | None:
+def _beta(run: RunConfig) -> float | None:
     key = strength(run.objective.function.func)
     return None if key is None else run.objective.function.keywords[key]
 
 
-def _method(run: TrainRun, bandit: Component, words: tuple[str, ...] = ()) -> Method:
+def _method(run: RunConfig, bandit: Component, words: tuple[str, ...] = ()) -> Method:
     return Method(run.objective, StudyOptions.of(bandit.options), _beta(run), words)
 
 
@@ -54,7 +54,7 @@ def _method_beside(bandit: Component, words: str) -> Method:
     return _method(run, replace(bandit, options=bandit.options | own), method_words)
 
 
-def methods_of(run: TrainRun) -> list[Method]:
+def methods_of(run: RunConfig) -> list[Method]:
     """The run's own method, and those beside it that have another name. Raises ValueError for what train.py would
     refuse."""
     assert run.bandit is not None
@@ -63,25 +63,25 @@ def methods_of(run: TrainRun) -> list[Method]:
     return [own, *{method.label: method for method in others if method.label != own.label}.values()]
 
 
-def _reference(run: TrainRun) -> str:
+def _reference(run: RunConfig) -> str:
     """Which reference `auto` is."""
     usual = "initial" if run.objective.uses_reference else "none"
     return usual if run.reference.name == "auto" else run.reference.name
 
 
-def _closed_form(world: World, peak: int, method: Method) -> Known:
+def _closed_form(world: World, peak: int, method: Method) -> ClosedForm:
     rewards, reference = world.rewards(peak), world.reference
     best = None
     if method.beta is not None:
         best = optimum(reference, rewards, method.options.label_steepness / method.beta, world.length)
     at = None if best is None else (world.length * float(divergence(best, reference)), float(best @ rewards))
     kl, reward = frontier(reference, rewards, world.length)
-    return Known(
+    return ClosedForm(
         peak, reference.numpy(), (kl.numpy(), reward.numpy()), None if best is None else best.numpy(), at, method.beta
     )
 
 
-def _traces(run: TrainRun, world: World, methods: Sequence[Method], progress: Progress) -> list[Trace]:
+def _traces(run: RunConfig, world: World, methods: Sequence[Method], progress: Progress) -> list[Trace]:
     """Every method under every reward, the run's own first."""
     options = methods[0].options
     seeds = range(options.num_seeds)
@@ -104,7 +104,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_bandit(run: TrainRun, directory: Path, tracker: Tracker, progress: Progress) -> dict[str, Any]:
+def run_bandit(run: RunConfig, directory: Path, tracker: Tracker, progress: Progress) -> dict[str, Any]:
     """Train every method, write what they came to into the run's folder; what it contributes to the summary."""
     assert run.bandit is not None
     methods = methods_of(run)

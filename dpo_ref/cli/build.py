@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpo_ref.cli.resolve import TrainRun
+from dpo_ref.cli.resolve import RunConfig
 from dpo_ref.data.chat_templates import ChatText, text_identity
-from dpo_ref.data.groups import Groups, Together, TokenGroups
+from dpo_ref.data.groups import ConcatGroups, Groups, TokenGroups
 from dpo_ref.data.inspection import example_of, inspect, score_margins, short_report, summed_counts
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import Tokenised, length_limit, tokenise, tokenised_once
@@ -35,13 +35,13 @@ NUM_SAMPLES = 8  # answers shown in the tracker at the end of a run
 class Built(NamedTuple):
     """A training run, prompts whose answers are shown at its end, and what became of the data's rows."""
 
-    config: TrainRun
+    config: RunConfig
     training: TrainingRun
     sample_prompts: Sequence[tuple[Message, ...]]
     counts: dict[str, int]
 
 
-def build(config: TrainRun, directory: Path, tracker: Tracker) -> Built:
+def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     """Load the data, the model and the reference of a run."""
     keep_memory()
     check_paths(config)
@@ -60,19 +60,19 @@ def build(config: TrainRun, directory: Path, tracker: Tracker) -> Built:
     return Built(config, training, data.test_prompts[: NUM_SAMPLES if policy.writes else 0], counts)
 
 
-def workspace(config: TrainRun, directory: Path) -> Workspace:
+def workspace(config: RunConfig, directory: Path) -> Workspace:
     """Where and with what a run works. No model is kept once it has been asked."""
     loader = ModelLoader(best_device(), config.model.options["attention"])
     return Workspace(directory, cache_folder(), config.seed, progress, loader)
 
 
-def trained_model(config: TrainRun, device: torch.device) -> TrainedModel:
+def trained_model(config: RunConfig, device: torch.device) -> TrainedModel:
     """The policy, or the reward model made of it."""
     policy = config.model(device)
     return with_score_head(policy, config.seed) if config.objective.of_scores else policy
 
 
-def check_paths(config: TrainRun) -> None:
+def check_paths(config: RunConfig) -> None:
     """Refuse folders that hold no model and a backend that is not here, before any data is read."""
     resolve_backend(config.model.options["attention"])
     for key, component in (("model.path", config.model), ("reference.path", config.reference)):
@@ -86,7 +86,7 @@ def check_paths(config: TrainRun) -> None:
 # --- data
 
 
-def tokenised(config: TrainRun, data: PreferenceData, tokenizer: Any) -> tuple[Tokenised, Tokenised]:
+def tokenised(config: RunConfig, data: PreferenceData, tokenizer: Any) -> tuple[Tokenised, Tokenised]:
     """Train and held-out groups, numbered as one list, from the cache where they are."""
     write, identity = config.data.bound(tokenise), text_identity(tokenizer)
     train, held_out = (
@@ -97,7 +97,7 @@ def tokenised(config: TrainRun, data: PreferenceData, tokenizer: Any) -> tuple[T
 
 
 def prepared(
-    config: TrainRun, data: PreferenceData, tokenizer: Any, tracker: Tracker
+    config: RunConfig, data: PreferenceData, tokenizer: Any, tracker: Tracker
 ) -> tuple[TokenGroups, TokenGroups, dict[str, int]]:
     """Train and held-out groups, and what happened to rows; prints what they are like."""
     train, held_out = tokenised(config, data, tokenizer)
@@ -115,7 +115,7 @@ def prepared(
 
 
 def rounds_of(
-    config: TrainRun, work: Workspace, policy: TrainedModel, data: PreferenceData, groups: TokenGroups
+    config: RunConfig, work: Workspace, policy: TrainedModel, data: PreferenceData, groups: TokenGroups
 ) -> Rounds:
     """How training groups come about: as they are, unless the data component says otherwise."""
     context = RoundsContext(
@@ -131,7 +131,7 @@ def rounds_of(
     return config.data.bound(config.data.hooks.rounds or offline)(context)
 
 
-def report_data(config: TrainRun, directory: Path) -> None:
+def report_data(config: RunConfig, directory: Path) -> None:
     """`stage=data`: read and tokenise, and write what the data is like to data.html; no model is loaded."""
     data = config.data(config.seed, progress)
     options = {name: config.model.options[name] for name in ("template", "template_options", "max_length")}
@@ -150,7 +150,7 @@ def report_data(config: TrainRun, directory: Path) -> None:
 # --- the reference
 
 
-def build_reference(config: TrainRun, work: Workspace, policy: TrainedModel, groups: Groups) -> Reference:
+def build_reference(config: RunConfig, work: Workspace, policy: TrainedModel, groups: Groups) -> Reference:
     """The loss reference, tabulated unless told otherwise; prints which one it is."""
     objective = config.objective
     context = ReferenceContext(
@@ -163,11 +163,11 @@ def build_reference(config: TrainRun, work: Workspace, policy: TrainedModel, gro
 
 
 def reference_of(
-    config: TrainRun, work: Workspace, policy: TrainedModel, rounds: Rounds, held_out: Groups
+    config: RunConfig, work: Workspace, policy: TrainedModel, rounds: Rounds, held_out: Groups
 ) -> Reference:
     """The run's loss reference. Raises ValueError for one that only knows rows from before training, where the run
     makes others."""
-    reference = build_reference(config, work, policy, Together(rounds.known, held_out))
+    reference = build_reference(config, work, policy, ConcatGroups(rounds.known, held_out))
     if rounds.live and not reference.live:
         raise ValueError(
             f"reference={reference.name} is a table of what is known before training, and data={config.data.name} "
@@ -176,14 +176,14 @@ def reference_of(
     return reference
 
 
-def cache_reference(config: TrainRun, directory: Path) -> None:
+def cache_reference(config: RunConfig, directory: Path) -> None:
     """`stage=cache_reference`: fill the reference's table and stop. ValueError for a run that has none to fill."""
     if not config.objective.uses_reference or config.reference.options.get("cache") != "auto":
         raise ValueError(f"stage=cache_reference: reference={config.reference.name} has no table to fill")
     work = workspace(config, directory)
     data, policy = config.data(config.seed, progress), config.model(work.device)
     train, held_out = (groups_for(config.objective, part.groups) for part in tokenised(config, data, policy.tokenizer))
-    reference = build_reference(config, work, policy, Together(train, held_out))
+    reference = build_reference(config, work, policy, ConcatGroups(train, held_out))
     folder = work.cache / "reference" / reference.identity
     print(f"cached {len(train) + len(held_out):,} groups in {folder}")
 
@@ -192,7 +192,7 @@ def cache_reference(config: TrainRun, directory: Path) -> None:
 
 
 def evaluation_of(
-    config: TrainRun, training: TrainingRun, data: PreferenceData, held_out: TokenGroups
+    config: RunConfig, training: TrainingRun, data: PreferenceData, held_out: TokenGroups
 ) -> SampleEvaluation | None:
     """What evaluates the policy while it is trained, where that is asked for; the policy is as before training.
 

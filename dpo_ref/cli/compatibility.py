@@ -21,7 +21,7 @@ from torch import nn
 
 from dpo_ref.cli.build import build_reference, check_paths, tokenised, workspace
 from dpo_ref.cli.command_line import composed, reference_words
-from dpo_ref.cli.resolve import TrainRun, resolve
+from dpo_ref.cli.resolve import RunConfig, resolve
 from dpo_ref.component import Component
 from dpo_ref.data.chat_templates import install_template
 from dpo_ref.data.encoding import Encoder
@@ -32,9 +32,9 @@ from dpo_ref.evaluation import compatibility as numbers
 from dpo_ref.evaluation.compatibility import (
     Candidate,
     CompatibilityOptions,
+    CompatibilityReport,
     Pairs,
-    Refused,
-    Report,
+    RefusedCandidate,
     TokenOverlap,
     metrics_of,
 )
@@ -60,7 +60,7 @@ CHUNK = 64  # groups looked up at once
 class Bench:
     """What all candidates are measured on: the policy, pairs drawn from the training data, prompts to answer."""
 
-    run: TrainRun  # the training run that would follow, with reference=initial
+    run: RunConfig  # the training run that would follow, with reference=initial
     work: Workspace
     policy: Policy
     groups: TokenGroups
@@ -216,7 +216,7 @@ def tokenizer_overlap(bench: Bench, component: Component) -> TokenOverlap | None
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class CompatibilityRequest:
     """What was asked for. `words` are the policy and the data as one types them after train.py."""
 
     name: str
@@ -253,10 +253,10 @@ def _part(entry: Mapping[str, Any]) -> str:
     return title_of(entry["path"]) if set(entry) == {"reference", "path"} else title_of(entry)
 
 
-def _runs(request: Request) -> dict[str, tuple[list[str], TrainRun]]:
+def _runs(request: CompatibilityRequest) -> dict[str, tuple[list[str], RunConfig]]:
     """For every candidate by title the words that select it and the training run it would be in; all options are
     checked before anything is loaded. Raises ValueError for one that is named twice."""
-    found: dict[str, tuple[list[str], TrainRun]] = {}
+    found: dict[str, tuple[list[str], RunConfig]] = {}
     for entry in request.references:
         words = reference_words(entry)
         cfg, choices = composed([*request.words, *words])
@@ -269,7 +269,7 @@ def _runs(request: Request) -> dict[str, tuple[list[str], TrainRun]]:
     return found
 
 
-def _bench(request: Request) -> Bench:
+def _bench(request: CompatibilityRequest) -> Bench:
     """Load the policy and draw the pairs."""
     cfg, choices = composed([*request.words, "reference=initial"])
     run = replace(resolve(cfg, choices), data=request.data)
@@ -282,7 +282,7 @@ def _bench(request: Request) -> Bench:
     return Bench(run, work, policy, groups, prompts[: request.options.num_prompts], request.options.max_new_tokens)
 
 
-def _report(request: Request, runs: Mapping[str, tuple[list[str], TrainRun]]) -> Report:
+def _report(request: CompatibilityRequest, runs: Mapping[str, tuple[list[str], RunConfig]]) -> CompatibilityReport:
     bench = _bench(request)
     pairs = pairs_of(bench.groups)
     policy = sums_of(responses(bench.build(bench.run.reference, bench.groups), bench.groups, bench))
@@ -315,10 +315,10 @@ def _report(request: Request, runs: Mapping[str, tuple[list[str], TrainRun]]) ->
         try:
             candidates.append(measured(title, words, run.reference))
         except ValueError as error:
-            refused.append(Refused(title, str(error)))
+            refused.append(RefusedCandidate(title, str(error)))
     if not candidates:
         raise ValueError("; ".join(f"{one.title}: {one.reason}" for one in refused))
-    return Report(
+    return CompatibilityReport(
         policy=request.name,
         policy_alone=numbers.alone(policy, pairs),
         policy_margins=pairs.margins(policy),
@@ -332,14 +332,14 @@ def _report(request: Request, runs: Mapping[str, tuple[list[str], TrainRun]]) ->
     )
 
 
-def next_command(request: Request, one: Candidate) -> str:
+def next_command(request: CompatibilityRequest, one: Candidate) -> str:
     """How to train with a candidate and the beta suggested for it."""
     beta = one.start.listed if one.start.listed is not None else one.start.unit
     chosen = [] if one.start.unit is None else [f"beta={beta:.2g}"]
     return shlex.join(["python", "train.py", *request.words, *one.words, *chosen])
 
 
-def _track(request: Request, folder: Path, report: Report) -> None:
+def _track(request: CompatibilityRequest, folder: Path, report: CompatibilityReport) -> None:
     info = RunInfo(
         folder, request.config, f"compatibility {request.name}", request.name, "compatibility", resume=False
     )
@@ -353,7 +353,7 @@ def _track(request: Request, folder: Path, report: Report) -> None:
     tracker.finish(0)
 
 
-def run_compatibility(request: Request) -> None:
+def run_compatibility(request: CompatibilityRequest) -> None:
     """Measure, write and show the report. Raises ValueError for bad options, for data without pairs, and if none of
     the references can be built."""
     from rich.console import Console

@@ -25,7 +25,7 @@ from dpo_ref.cli.command_line import composed
 from dpo_ref.cli.resolve import resolve, strength
 from dpo_ref.cli.schemas import CONF, groups, locate, register
 from dpo_ref.evaluation.results import METRICS, Metric
-from dpo_ref.objectives.interface import OF_TOKENS, Objective, bind, made_up
+from dpo_ref.objectives.interface import OF_TOKENS, Objective, bind, probe_inputs
 
 # --- docs/objectives.md
 
@@ -89,7 +89,7 @@ def header(path: Path) -> Header:
 
 def _losses(objective: Objective, doubled: str | None = None) -> torch.Tensor:
     """On made-up items, with one of the policy's sizes doubled."""
-    policy, inputs = made_up(kind=objective.takes["policy"])
+    policy, inputs = probe_inputs(kind=objective.inputs["policy"])
     changed = {doubled: 2 * getattr(policy, doubled)} if doubled else {}
     return objective(replace(policy, **changed), replace(inputs, running={})).losses
 
@@ -100,8 +100,8 @@ def needs(function: Callable[..., Any]) -> list[str]:
     usual = _losses(objective)
     candidates = {name: field for name, field in SIZES.items() if not objective.of_scores}
     sizes = [name for name, field in candidates.items() if not torch.equal(_losses(objective, field), usual)]
-    tokens = ["tokens"] if {*objective.takes.values()} & {*OF_TOKENS} else []
-    others = [WORDS.get(name, name) for name in objective.takes if name != "policy"]
+    tokens = ["tokens"] if {*objective.inputs.values()} & {*OF_TOKENS} else []
+    others = [WORDS.get(name, name) for name in objective.inputs if name != "policy"]
     return ["pairs" if objective.pairwise else "responses", *others, *tokens, *sizes]
 
 

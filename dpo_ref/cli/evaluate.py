@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dpo_ref.cli.command_line import typed_words
-from dpo_ref.cli.compatibility import Request, run_compatibility, title_of
+from dpo_ref.cli.compatibility import CompatibilityRequest, run_compatibility, title_of
 from dpo_ref.cli.exports import STAGE as EXPORT
 from dpo_ref.cli.exports import check_export, publish, run_export
 from dpo_ref.cli.resolve import component, components, saved_config
@@ -19,9 +19,9 @@ from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, 
 from dpo_ref.component import Component
 from dpo_ref.distributed import best_device, keep_memory
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
-from dpo_ref.evaluation.evaluate import assess, at_each, at_other, baseline_of, check_temperature, prompts_of
+from dpo_ref.evaluation.evaluate import at_each, at_other, baseline_of, check_temperature, evaluate_policy, prompts_of
 from dpo_ref.evaluation.judging.judge import JudgeLost
-from dpo_ref.evaluation.policy import Settings, Subject, against
+from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate, against
 from dpo_ref.evaluation.results import RESULTS, Evaluated, Thresholds, joined, read_json, with_curve
 from dpo_ref.evaluation.sweep import cells, collect, results_folder, results_of_checkpoint
 from dpo_ref.files import cache_folder
@@ -40,11 +40,11 @@ from dpo_ref.types import PreferenceData, digest
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class EvaluationOutcome:
     """Whom an evaluation was about, as what it was configured, and what it came to; `found` is None after
     `stage=generate`."""
 
-    subject: Subject
+    subject: PolicyToEvaluate
     config: dict[str, Any]
     training: dict[str, Any] | None  # the configuration of the run that trained the policy
     baseline: Evaluated | None
@@ -79,7 +79,7 @@ class Evaluator:
         check_temperature(parts, self.overrides)
         return parts
 
-    def settings(self, subject: Subject, parts: dict[str, Component]) -> Settings:
+    def settings(self, subject: PolicyToEvaluate, parts: dict[str, Component]) -> EvaluationSettings:
         """How to evaluate a subject: held-out data is drawn with the seed of its run, so that none was trained on."""
         data, seed = parts["data"], self.cfg.seed if subject.seed is None else subject.seed
         key = f"{data} {seed}"
@@ -88,9 +88,9 @@ class Evaluator:
         work = Workspace(subject.folder, cache_folder(), self.cfg.seed, progress, self._loader)
         tokenizer = self._loader.policy(subject.path, subject.text, subject.adapter).tokenizer
         prompts = prompts_of(tokenizer, parts, self._data[key], seed, progress)
-        return Settings(work, self._data[key], prompts, parts, self.cfg.stage, self.thresholds)
+        return EvaluationSettings(work, self._data[key], prompts, parts, self.cfg.stage, self.thresholds)
 
-    def one(self, path: str, output_dir: str | None = None) -> Outcome:
+    def one(self, path: str, output_dir: str | None = None) -> EvaluationOutcome:
         """Evaluate one policy. Where the judge stops answering, this one and all that follow do without it."""
         try:
             return self._one(path, output_dir)
@@ -99,7 +99,7 @@ class Evaluator:
             self.cfg.judge = None
             return self._one(path, output_dir)
 
-    def _one(self, path: str, output_dir: str | None) -> Outcome:
+    def _one(self, path: str, output_dir: str | None) -> EvaluationOutcome:
         subject, run = subject_of(path, output_dir)
         parts = self.parts(run, path)
         if "reference" in parts:
@@ -108,19 +108,21 @@ class Evaluator:
         curve = [self.at_temperature(subject, other) for other in others]
         baseline = self.baseline(subject, settings)
         config: Any = OmegaConf.to_container(self.tree(run, path)[0], resolve=True)
-        found = assess(subject, settings, baseline)
+        found = evaluate_policy(subject, settings, baseline)
         if found is not None and curve:
             found = joined(subject.folder, found, [other for other, _ in curve if other is not None])
         if baseline is not None and curve:
             baseline = with_curve(baseline, [other for _, other in curve if other is not None])
-        return Outcome(subject, config, _plain(run), baseline, found)
+        return EvaluationOutcome(subject, config, _plain(run), baseline, found)
 
-    def at_temperature(self, subject: Subject, settings: Settings) -> tuple[Evaluated | None, Evaluated | None]:
+    def at_temperature(
+        self, subject: PolicyToEvaluate, settings: EvaluationSettings
+    ) -> tuple[Evaluated | None, Evaluated | None]:
         """One policy at a further temperature, and the baseline at the same."""
         baseline = self.baseline(subject, settings)
-        return assess(at_other(subject, settings, baseline), settings, baseline), baseline
+        return evaluate_policy(at_other(subject, settings, baseline), settings, baseline), baseline
 
-    def baseline(self, subject: Subject, settings: Settings) -> Evaluated | None:
+    def baseline(self, subject: PolicyToEvaluate, settings: EvaluationSettings) -> Evaluated | None:
         """Whom the win rate is against: what `baseline=` names, else the run's initial policy."""
         if self.cfg.baseline is not None:
             return baseline_of(self.cfg.baseline, Path(self.cfg.baseline).name, settings)
@@ -130,7 +132,7 @@ class Evaluator:
             else baseline_of(subject.initial, "initial", settings, subject.initial_text, subject.initial_adapter)
         )
 
-    def conclude(self, outcome: Outcome, files: Sequence[Path] = ()) -> None:
+    def conclude(self, outcome: EvaluationOutcome, files: Sequence[Path] = ()) -> None:
         """Fill in the policy's model card, and log the evaluation as a run of its own."""
         subject, found, run = outcome.subject, outcome.found, outcome.subject.run
         assert found is not None
@@ -213,7 +215,7 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
     run_summary(title, rows)
 
 
-def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) -> Request:
+def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) -> CompatibilityRequest:
     """The run that would be trained with each reference: a run's policy brings its data and model options."""
     subject, run = subject_of(cfg.policy, None)
     parts = evaluator.parts(run, cfg.policy)
@@ -226,7 +228,7 @@ def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) ->
     seed = cfg.seed if subject.seed is None else subject.seed
     words += typed_words({"seed": seed}) if seed else []
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    return Request(
+    return CompatibilityRequest(
         name=subject.name if run is not None else title_of(cfg.policy),
         words=(*words, *(word for word in said if word.lstrip("+").startswith("data"))),
         data=parts["data"],
@@ -338,7 +340,7 @@ def _check_compatibility(cfg: Any, given: set[str]) -> None:
 # --- what `policy=` names
 
 
-def subject_of(path: str, output_dir: str | None) -> tuple[Subject, DictConfig | None]:
+def subject_of(path: str, output_dir: str | None) -> tuple[PolicyToEvaluate, DictConfig | None]:
     """What `policy=` names, and the configuration of its run if it is one or a checkpoint of one. ValueError for a
     run without a policy."""
     place = Path(path).expanduser()
@@ -346,7 +348,7 @@ def subject_of(path: str, output_dir: str | None) -> tuple[Subject, DictConfig |
     if not (run / "summary.json").is_file():
         name = path.removeprefix(SCHEME).rstrip("/").rpartition("/")[2]
         default = Path(output_dir or f"outputs/evaluations/{name}")
-        return Subject(name, path, default), None
+        return PolicyToEvaluate(name, path, default), None
     summary = read_json(run / "summary.json")
     if not (run / "policy" / "config.json").is_file():
         raise ValueError(f"policy={path}: the run is {summary['status']} and has saved no policy yet")
@@ -357,7 +359,7 @@ def subject_of(path: str, output_dir: str | None) -> tuple[Subject, DictConfig |
     return _of_run(run, config, summary, folder), config
 
 
-def _at_checkpoint(subject: Subject, place: Path, output_dir: str | None) -> Subject:
+def _at_checkpoint(subject: PolicyToEvaluate, place: Path, output_dir: str | None) -> PolicyToEvaluate:
     """The policy as a checkpoint of its run has it."""
     steps = checkpoint.read_state(place)["step"]
     folder = Path(output_dir) if output_dir else results_of_checkpoint(place)
@@ -366,9 +368,9 @@ def _at_checkpoint(subject: Subject, place: Path, output_dir: str | None) -> Sub
     )
 
 
-def _of_run(run: Path, config: DictConfig, summary: Mapping[str, Any], folder: Path) -> Subject:
+def _of_run(run: Path, config: DictConfig, summary: Mapping[str, Any], folder: Path) -> PolicyToEvaluate:
     """The policy a run ended with."""
-    return Subject(
+    return PolicyToEvaluate(
         name=run.name,
         path=str(run / "policy"),
         folder=folder,

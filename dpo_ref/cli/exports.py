@@ -13,8 +13,8 @@ from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.component import Component, annotations
 from dpo_ref.data.tokenise import end_of_turn_ids, tokenise
 from dpo_ref.evaluation.evaluate import loss_reference
-from dpo_ref.evaluation.heldout import PairScores, reference_pairs, score_pairs
-from dpo_ref.evaluation.policy import Settings, Subject
+from dpo_ref.evaluation.heldout import PairEvaluation, reference_pairs, score_pairs
+from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate
 from dpo_ref.files import write_text
 from dpo_ref.generation.records import read_generations
 from dpo_ref.reports.exports import Answers, Export, RewardedPair, RewardedPairs
@@ -41,12 +41,12 @@ def check_export(export: Component, words: Collection[str], policy: str | None) 
         raise ValueError(f"{min(others)} has no effect on stage=export export={export.name}; leave it out")
 
 
-def _answers(subject: Subject) -> Answers:
+def _answers(subject: PolicyToEvaluate) -> Answers:
     path = subject.folder / "generations.jsonl"
     return Answers(subject.name, read_generations(path), path.stat().st_mtime)
 
 
-def _pairs(subject: Subject, settings: Settings) -> RewardedPairs:
+def _pairs(subject: PolicyToEvaluate, settings: EvaluationSettings) -> RewardedPairs:
     """The held-out pairs with their rewards against the run's loss reference; those too long are left out."""
     if subject.loss_reference is None:
         raise ValueError(
@@ -68,7 +68,7 @@ def _pairs(subject: Subject, settings: Settings) -> RewardedPairs:
 
 
 def rewarded(
-    held_out: Sequence[PromptGroup], groups: Sequence[TokenGroup], policy: PairScores, reference: PairScores
+    held_out: Sequence[PromptGroup], groups: Sequence[TokenGroup], policy: PairEvaluation, reference: PairEvaluation
 ) -> list[RewardedPair]:
     """The texts of the pairs in `groups`, which are in their source's order, with log policy - log reference."""
     sources = [(held_out[group.group_index], pair) for group in groups for pair in group.pairs]
@@ -79,7 +79,7 @@ def rewarded(
     ]
 
 
-def run_export(subject: Subject, export: Component, settings: Callable[[], Settings]) -> Path:
+def run_export(subject: PolicyToEvaluate, export: Component, settings: Callable[[], EvaluationSettings]) -> Path:
     """Write the file of `export`, replaced atomically, and say where it is. Raises ValueError for answers that do not
     fit the format."""
     source = _pairs(subject, settings()) if asks_pairs(export) else _answers(subject)

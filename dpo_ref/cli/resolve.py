@@ -157,7 +157,7 @@ def refuse_relative(scorer: Component) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainRun:
+class RunConfig:
     """A training run, resolved: every option checked, nothing loaded yet."""
 
     model: Component
@@ -245,7 +245,7 @@ def _while_training(
     return None
 
 
-def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str] = ()) -> TrainRun:
+def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str] = ()) -> RunConfig:
     """The composed tree of `train.py` as plain dataclasses.
 
     `choices` maps group to the member chosen, `overrides` is the command line. Raises ValueError naming the key and
@@ -273,7 +273,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
         reference = _asked_live(reference)
     evaluation = _while_training(parts.get("evaluation"), trainer, overrides)
     rest = {group: parts[group] for group in ("model", "data", "optim", "tracking")}
-    return TrainRun(
+    return RunConfig(
         **rest,
         objective=objective,
         reference=reference,

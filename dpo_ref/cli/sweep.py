@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 ENTRY_POINT = Path(__file__).parents[2] / "evaluate.py"
 
 
-class Report(Callback):
+class SweepReport(Callback):
     """Runs `evaluate.py sweep=<folder>` when a multirun's jobs are done.
 
     Jobs that fail do not raise (see `train.run_job`), so this is called whatever they came to; after a kill the same

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.bandit import run_bandit
 from dpo_ref.cli.build import Built, build, cache_reference, report_data
-from dpo_ref.cli.resolve import TrainRun, resolve, saved_config, strength_of
+from dpo_ref.cli.resolve import RunConfig, resolve, saved_config, strength_of
 from dpo_ref.files import write_json
 from dpo_ref.generation.sampling import generate
 from dpo_ref.reports import training_curve
@@ -119,7 +119,7 @@ def record(cfg: DictConfig, job: Job, status: str, **found: Any) -> dict[str, An
     return summary
 
 
-def described(built: Built, steps: int) -> dict[str, Any]:
+def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
     """What a training run contributes to its summary."""
     training, reference = built.training, built.training.reference
     return {
@@ -148,7 +148,7 @@ def _named(kind: str, options: Mapping[str, Any]) -> str:
     return " ".join([kind, *which]) + (f" of {', '.join(parts)}" if parts else "")
 
 
-def _tracker(cfg: DictConfig, job: Job, run: TrainRun) -> Tracker:
+def _tracker(cfg: DictConfig, job: Job, run: RunConfig) -> Tracker:
     usual = "initial" if run.objective.uses_reference else "none"
     about = {
         "objective": run.objective.name,
@@ -168,7 +168,7 @@ def _tracker(cfg: DictConfig, job: Job, run: TrainRun) -> Tracker:
 
 
 @contextmanager
-def tracked(cfg: DictConfig, job: Job, run: TrainRun) -> Iterator[Tracker]:
+def tracked(cfg: DictConfig, job: Job, run: RunConfig) -> Iterator[Tracker]:
     """The run's tracker, which is told whether the run came to its end."""
     tracker, exit_code = _tracker(cfg, job, run), 1
     try:
@@ -187,7 +187,7 @@ def conclude(cfg: DictConfig, job: Job, built: Built, steps: int) -> None:
     if built.sample_prompts:
         _show_samples(built, steps)
     status = "completed" if training.stopped_at is None else "stopped"
-    summary = record(cfg, job, status, **described(built, steps))
+    summary = record(cfg, job, status, **run_summary_fields(built, steps))
     broken = {"degenerate": "; ".join(summary["degenerate"])} if training.evaluation else {}
     tracker.summary({"status": status, **broken, **summary["identities"]})
     write_card(job.directory, summary, OmegaConf.to_container(cfg, resolve=True), None)  # pyright: ignore
@@ -207,7 +207,7 @@ def _show_samples(built: Built, steps: int) -> None:
     training.record.tracker.table("samples", ["prompt", "output", "finish_reason"], rows, step=steps)
 
 
-def _bandit(cfg: DictConfig, job: Job, run: TrainRun) -> None:
+def _bandit(cfg: DictConfig, job: Job, run: RunConfig) -> None:
     with tracked(cfg, job, run) as tracker:
         results = run_bandit(run, job.directory, tracker, progress)
         record(cfg, job, "completed", **results, wandb=tracker.location)
@@ -239,10 +239,12 @@ def run_job(cfg: DictConfig, job: Job) -> int:
             steps = built.training.train(first_step)
             conclude(cfg, job, built, steps)
         command = NEXT_OF_SCORES if run.objective.of_scores else NEXT
-        run_summary(f"{run.objective.name} on {cfg.model.path}", told(built.training), [command.format(job.directory)])
+        run_summary(
+            f"{run.objective.name} on {cfg.model.path}", summary_rows(built.training), [command.format(job.directory)]
+        )
     except Interrupted as stop:
         assert built is not None
-        record(cfg, job, "interrupted", **described(built, first_step))
+        record(cfg, job, "interrupted", **run_summary_fields(built, first_step))
         print(f"\n{stop}; go on with\n  python train.py resume={job.directory}")
         return 130
     except (ValueError, OSError) as error:
@@ -273,7 +275,7 @@ def _failed(cfg: DictConfig, job: Job, error: Exception) -> None:
 TOLD = ("train/loss", "train/rewards/accuracies", "eval/loss", "eval/rewards/accuracies", "on_policy/reward_mean")
 
 
-def told(training: TrainingRun) -> dict[str, str]:
+def summary_rows(training: TrainingRun) -> dict[str, str]:
     """Where a run's results are, and its most telling numbers from the first to the last."""
     record, folder = training.record, training.work.directory
     rows = {"folder": str(folder), "policy": str(folder / "policy")}

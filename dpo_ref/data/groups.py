@@ -195,7 +195,7 @@ class TokenGroups(Groups):
         return cls(Arrays({name: _memory_map(folder / f"{name}.npy") for name in KINDS}), texts=texts)
 
 
-class Together(Groups):
+class ConcatGroups(Groups):
     """Several sequences of groups as one."""
 
     def __init__(self, *parts: Groups) -> None:
@@ -232,7 +232,7 @@ class Together(Groups):
         return self.parts[part], index - (self._ends[part - 1] if part else 0)
 
 
-class Changed(Groups):
+class MappedGroups(Groups):
     """Groups seen through a function, made when they are asked for; their texts are those of the groups, or `texts`
     of a position."""
 
@@ -266,7 +266,7 @@ class Changed(Groups):
         return self.groups.others
 
 
-def gathered(groups: Iterable[TokenGroup], texts: Sequence[PromptGroup] = ()) -> TokenGroups:
+def from_groups(groups: Iterable[TokenGroup], texts: Sequence[PromptGroup] = ()) -> TokenGroups:
     """Groups written one after the other into flat arrays; `texts` are the rows that their `group_index` counts."""
     flat = {name: array(_CODES[kind]) for name, kind in KINDS.items()}
     masked = False

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.data.encoding import Encoder, Ids
-from dpo_ref.data.groups import StoredGroups, TokenGroups, gathered, whole_id
+from dpo_ref.data.groups import StoredGroups, TokenGroups, from_groups, whole_id
 from dpo_ref.types import Message, Progress, PromptGroup, TokenGroup, digest, silent
 
 # --- tokenising
@@ -116,7 +116,7 @@ def tokenise(
                 if ids is not None:
                     yield _token_group(index, group, ids, score)
 
-    token_groups = gathered(fitting_groups(), groups)
+    token_groups = from_groups(fitting_groups(), groups)
     return Tokenised(
         token_groups, {"groups": len(token_groups), **{name: count for name, count in encoder.counts.items() if count}}
     )

@@ -73,7 +73,7 @@ class Alone:
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class BesidePolicy:
     """A reference beside the policy."""
 
     accuracy_difference: Estimate  # reference - policy, pair by pair
@@ -157,12 +157,14 @@ def alone(logps: Float[np.ndarray, " N"], pairs: Pairs) -> Alone:
     )
 
 
-def beside(policy: Float[np.ndarray, " N"], reference: Float[np.ndarray, " N"], pairs: Pairs, seed: int) -> Beside:
+def beside(
+    policy: Float[np.ndarray, " N"], reference: Float[np.ndarray, " N"], pairs: Pairs, seed: int
+) -> BesidePolicy:
     """How a reference's log-probs relate to the policy's; nan where it says the same about everything."""
     ours, theirs = pairs.margins(policy), pairs.margins(reference)
     has_gap = (pairs.num_bytes > 0) & bool(reference.any())  # zeros everywhere are no log-probs: there is no gap
     ours_per_byte, theirs_per_byte = (logps[has_gap] / pairs.num_bytes[has_gap] for logps in (policy, reference))
-    return Beside(
+    return BesidePolicy(
         accuracy_difference=clustered_mean(half_ties(theirs) - half_ties(ours), pairs.clusters),
         logps_pearson=pearson(policy, reference),
         logps_spearman=spearman(policy, reference),
@@ -222,7 +224,7 @@ class Candidate:
     words: tuple[str, ...]
     margins: Float[np.ndarray, " B"]  # of the reference, nats
     alone: Alone
-    beside: Beside
+    beside: BesidePolicy
     start: Start
     forward: Divergence  # KL(policy || reference)
     reverse: Divergence
@@ -241,7 +243,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RefusedCandidate:
     """A reference that could not be built, and why."""
 
     title: str
@@ -249,14 +251,14 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CompatibilityReport:
     """A policy, and candidate references beside it."""
 
     policy: str
     policy_alone: Alone
     policy_margins: Float[np.ndarray, " B"]
     candidates: tuple[Candidate, ...]
-    refused: tuple[Refused, ...]
+    refused: tuple[RefusedCandidate, ...]
     options: CompatibilityOptions
     data: str
     num_pairs: int
@@ -264,7 +266,7 @@ class Report:
     seed: int
 
 
-def metrics_of(report: Report) -> dict[str, float]:
+def metrics_of(report: CompatibilityReport) -> dict[str, float]:
     """The numbers by which runs are compared in a tracker, flat; what was not measured is left out."""
     metrics: dict[str, float] = {"policy/accuracy": report.policy_alone.accuracy.mean}
     for candidate in report.candidates:

@@ -18,7 +18,7 @@ from dpo_ref.evaluation.diagnostics.token_statistics import DiagnosticContext
 from dpo_ref.evaluation.heldout import heldout_metrics, reference_pairs, score_pairs
 from dpo_ref.evaluation.judging.judges import JudgeContext
 from dpo_ref.evaluation.kl import SampleKl, sample_groups, sample_kl, sequence_k1
-from dpo_ref.evaluation.policy import Settings, Subject
+from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate
 from dpo_ref.evaluation.results import (
     RESULTS,
     Evaluated,
@@ -43,7 +43,7 @@ from dpo_ref.evaluation.stages import (
     score_stage,
     with_judgments,
 )
-from dpo_ref.generation.engine import PromptSet, answered, held_out
+from dpo_ref.generation.engine import PromptSet, answer, held_out
 from dpo_ref.generation.records import Generation, read_generations
 from dpo_ref.generation.sampling import never_sampled
 from dpo_ref.models import checkpoint
@@ -51,17 +51,19 @@ from dpo_ref.references.interface import Reference, ReferenceContext, build
 from dpo_ref.types import PreferenceData, Progress, digest
 
 
-def _answers(subject: Subject, settings: Settings, folder: Path) -> list[Generation]:
+def _answers(subject: PolicyToEvaluate, settings: EvaluationSettings, folder: Path) -> list[Generation]:
     model = settings.policy(subject)
     if not settings.prompts.questions:
         raise ValueError("the data has no prompts to answer: hold some out with data.eval_fraction or data.eval_path")
     engine, seed = settings.generation(model), settings.work.seed
     options = settings.generation_identity()
     key = generation_key(engine.weights(), model.text_identity, settings.prompts, seed, options)
-    return generate_stage(folder, key, partial(answered, engine, settings.prompts, seed, settings.work.progress))
+    return generate_stage(folder, key, partial(answer, engine, settings.prompts, seed, settings.work.progress))
 
 
-def _about(subject: Subject, settings: Settings, scorer: str, metrics: Mapping[str, float]) -> Evaluation:
+def _about(
+    subject: PolicyToEvaluate, settings: EvaluationSettings, scorer: str, metrics: Mapping[str, float]
+) -> Evaluation:
     asked = {**settings.generation.plain(), "seed": settings.work.seed}
     before = subject.folder / "evaluation.json"
     if settings.stage == "score" and before.is_file():  # the answers are those of then
@@ -82,13 +84,15 @@ def _flat(diagnosis: Diagnosis | None) -> dict[str, float]:
     return {} if diagnosis is None else metrics_of(diagnosis)
 
 
-def _diagnosis(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> dict[str, float]:
+def _diagnosis(
+    subject: PolicyToEvaluate, settings: EvaluationSettings, generations: Sequence[Generation]
+) -> dict[str, float]:
     """The flat numbers of the configured diagnosis, which is made or read."""
     key = diagnose_key(subject, settings)
-    return _flat(diagnose_stage(subject.folder, key, lambda: diagnosed(subject, settings, generations)))
+    return _flat(diagnose_stage(subject.folder, key, lambda: diagnose(subject, settings, generations)))
 
 
-def _diagnosed_again(subject: Subject, settings: Settings) -> Evaluated:
+def _diagnosed_again(subject: PolicyToEvaluate, settings: EvaluationSettings) -> Evaluated:
     """A stored evaluation with a diagnosis of its own answers; everything else stays."""
     if subject.initial is None:
         raise ValueError(
@@ -104,7 +108,9 @@ def _diagnosed_again(subject: Subject, settings: Settings) -> Evaluated:
 
 
 @torch.no_grad()
-def assess(subject: Subject, settings: Settings, baseline: Evaluated | None) -> Evaluated | None:
+def evaluate_policy(
+    subject: PolicyToEvaluate, settings: EvaluationSettings, baseline: Evaluated | None
+) -> Evaluated | None:
     """Run the stages asked for; None after `stage=generate`. `baseline` is what the win rate is against."""
     folder = subject.folder
     if settings.judge is not None and baseline is None:
@@ -130,7 +136,7 @@ def assess(subject: Subject, settings: Settings, baseline: Evaluated | None) -> 
         metrics = {}
         if subject.initial is not None:
             metrics = measure_stage(
-                folder, measure_key(subject, settings), lambda: measured(subject, settings, generations)
+                folder, measure_key(subject, settings), lambda: measure(subject, settings, generations)
             )
             metrics |= _diagnosis(subject, settings, generations)
     scores = settings.parts["scorer"](generations)
@@ -139,7 +145,7 @@ def assess(subject: Subject, settings: Settings, baseline: Evaluated | None) -> 
     return _judged(settings, folder, found, baseline)
 
 
-def _judged(settings: Settings, folder: Path, found: Evaluated, baseline: Evaluated | None) -> Evaluated:
+def _judged(settings: EvaluationSettings, folder: Path, found: Evaluated, baseline: Evaluated | None) -> Evaluated:
     """With the judge's numbers: asked for now, or those of the same answers that are stored; a baseline has none."""
     if settings.judge is None or baseline is None:
         return with_judgments(folder, found, baseline)
@@ -149,7 +155,7 @@ def _judged(settings: Settings, folder: Path, found: Evaluated, baseline: Evalua
 
 
 def baseline_of(
-    path: str, name: str, settings: Settings, text: str | None = None, adapter: str | None = None
+    path: str, name: str, settings: EvaluationSettings, text: str | None = None, adapter: str | None = None
 ) -> Evaluated:
     """The evaluation that others are compared with. A model's answers are kept in the cache and shared by all runs."""
     if (Path(path) / RESULTS / "evaluation.json").is_file():
@@ -160,7 +166,7 @@ def baseline_of(
     key = digest([deciding(settings.generation.plain()), work.seed, settings.prompts.content(), model.text_identity])
     folder = work.cache / "evaluations" / f"{settings.generation(model).weights()[:16]}-{key[:16]}"
     other_draws = settings.of_baseline(work.seed + BASELINE_SEED)
-    found = assess(Subject(name, path, folder, adapter, text), other_draws, None)
+    found = evaluate_policy(PolicyToEvaluate(name, path, folder, adapter, text), other_draws, None)
     assert found is not None
     return found
 
@@ -168,13 +174,17 @@ def baseline_of(
 # --- what is measured with several models: KL on the policy's own samples, held-out pairs
 
 
-def measured(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> dict[str, float]:
+def measure(
+    subject: PolicyToEvaluate, settings: EvaluationSettings, generations: Sequence[Generation]
+) -> dict[str, float]:
     """KL to the initial policy and to the loss reference, where the samples allow it, and the held-out pairs."""
     with settings.policy(subject).precision():
         return _measured(subject, settings, generations)
 
 
-def _measured(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> dict[str, float]:
+def _measured(
+    subject: PolicyToEvaluate, settings: EvaluationSettings, generations: Sequence[Generation]
+) -> dict[str, float]:
     ours, initial, progress = settings.policy(subject), settings.initial(subject), settings.work.progress
     groups = settings.parts["data"].bound(tokenise)(settings.data.eval, ours.tokenizer).groups
     reference = loss_reference(subject, settings, groups)
@@ -192,7 +202,7 @@ def _measured(subject: Subject, settings: Settings, generations: Sequence[Genera
     return found
 
 
-def measure_key(subject: Subject, settings: Settings) -> str:
+def measure_key(subject: PolicyToEvaluate, settings: EvaluationSettings) -> str:
     """Digest of what measurements depend on: the answers, the models they are compared with, the held-out pairs."""
     assert subject.loss_reference is not None
     answers = read_json(subject.folder / "generations.key.json")["key"]
@@ -201,7 +211,7 @@ def measure_key(subject: Subject, settings: Settings) -> str:
     return digest([answers, others, pairs, settings.parts["data"].plain()])
 
 
-def loss_reference(subject: Subject, settings: Settings, groups: Groups) -> Reference:
+def loss_reference(subject: PolicyToEvaluate, settings: EvaluationSettings, groups: Groups) -> Reference:
     """The loss reference for these groups, by the run's own configuration of it. Raises ValueError if it is not what
     the run was trained against."""
     assert subject.loss_reference is not None
@@ -218,7 +228,7 @@ def loss_reference(subject: Subject, settings: Settings, groups: Groups) -> Refe
     return reference
 
 
-def live_reference(subject: Subject, settings: Settings, groups: Groups) -> Reference:
+def live_reference(subject: PolicyToEvaluate, settings: EvaluationSettings, groups: Groups) -> Reference:
     """The same reference, asked for what no table holds: sampled answers, texts of other files."""
     assert subject.loss_reference is not None
     live = subject.loss_reference.live or subject.loss_reference
@@ -226,8 +236,8 @@ def live_reference(subject: Subject, settings: Settings, groups: Groups) -> Refe
 
 
 def _kl_to_reference(
-    subject: Subject,
-    settings: Settings,
+    subject: PolicyToEvaluate,
+    settings: EvaluationSettings,
     generations: Sequence[Generation],
     reference: Reference,
     to_initial: SampleKl,
@@ -250,7 +260,7 @@ def _kl_to_reference(
 # --- what a diagnosis needs of a subject and its settings: models, held-out groups, answers, the loss reference
 
 
-def diagnose_key(subject: Subject, settings: Settings) -> str:
+def diagnose_key(subject: PolicyToEvaluate, settings: EvaluationSettings) -> str:
     """Digest of what a diagnosis depends on: what measurements do, its options, the content of its pair files."""
     diagnostic = settings.parts["diagnostic"]
     options = diagnostic.plain()
@@ -258,7 +268,9 @@ def diagnose_key(subject: Subject, settings: Settings) -> str:
     return digest([measure_key(subject, settings), diagnostic.name, options, files, settings.work.seed])
 
 
-def diagnosed(subject: Subject, settings: Settings, generations: Sequence[Generation]) -> Diagnosed | None:
+def diagnose(
+    subject: PolicyToEvaluate, settings: EvaluationSettings, generations: Sequence[Generation]
+) -> Diagnosed | None:
     """The configured diagnosis of a policy that a run has trained."""
     policy = settings.policy(subject)
     with policy.precision():
@@ -315,7 +327,7 @@ def _fitting(tokenizer: Any, asked: PromptSet, limits: Component) -> PromptSet:
     return replace(asked, questions=tuple(kept))
 
 
-def at_each(settings: Settings, subject: Subject) -> list[Settings]:
+def at_each(settings: EvaluationSettings, subject: PolicyToEvaluate) -> list[EvaluationSettings]:
     """The settings for each temperature, the evaluation proper's first; of stored answers, for those there are."""
     temperatures = in_order(settings.generation.options["temperature"])
     if settings.stage in OF_STORED:
@@ -323,7 +335,7 @@ def at_each(settings: Settings, subject: Subject) -> list[Settings]:
     return [settings.at(temperature) for temperature in temperatures]
 
 
-def at_other(subject: Subject, settings: Settings, baseline: Evaluated | None) -> Subject:
+def at_other(subject: PolicyToEvaluate, settings: EvaluationSettings, baseline: Evaluated | None) -> PolicyToEvaluate:
     """The subject at a further temperature, where nothing is measured that does not depend on it. Raises ValueError
     for a baseline that was not evaluated there."""
     temperature = settings.generation.options["temperature"]

@@ -17,7 +17,7 @@ from dpo_ref.types import Progress, TokenGroup, silent
 
 
 @dataclass(frozen=True, slots=True)
-class PairScores:
+class PairEvaluation:
     """One model's log-probs of B held-out pairs: both responses, and the token that ends the chosen one."""
 
     chosen: Float[np.ndarray, " B"]
@@ -37,7 +37,7 @@ def score_pairs(
     progress: Progress = silent,
     *,
     tokens_per_batch: int = 8192,
-) -> PairScores:
+) -> PairEvaluation:
     """Log-probs of every pair in `groups`, in order, under a model with packed attention; `end_ids` end a turn."""
     device, ends = next(model.parameters()).device, torch.tensor(sorted(end_ids))
     packs = pack([group for group in groups if group.pairs], tokens_per_batch=tokens_per_batch)
@@ -55,12 +55,12 @@ def score_pairs(
     chosen, end, ended, length, rejected, _, _, rejected_length = np.concatenate(tables, axis=1)[:, order]
     prompts = tuple(tuple(members[index].prompt_ids) for index in order)
     lengths = length.astype(np.int64), rejected_length.astype(np.int64)
-    return PairScores(chosen, rejected, end, ended.astype(bool), *lengths, prompts)
+    return PairEvaluation(chosen, rejected, end, ended.astype(bool), *lengths, prompts)
 
 
 def reference_pairs(
-    reference: Reference, groups: Sequence[TokenGroup], pairs: PairScores, device: torch.device
-) -> PairScores:
+    reference: Reference, groups: Sequence[TokenGroup], pairs: PairEvaluation, device: torch.device
+) -> PairEvaluation:
     """The same pairs as scored by a reference of any kind; it need not know what the end token costs."""
     tables: list[np.ndarray] = [np.empty((2, 0))]
     for group in groups:
@@ -72,7 +72,7 @@ def reference_pairs(
     return replace(pairs, chosen=chosen, rejected=rejected, chosen_end=np.full_like(chosen, np.nan))
 
 
-def displacement(policy: PairScores, initial: PairScores) -> dict[str, float]:
+def displacement(policy: PairEvaluation, initial: PairEvaluation) -> dict[str, float]:
     """How far the policy's log-probs of held-out pairs moved from the initial policy's, the end token's apart."""
     every = np.ones(len(policy.chosen), dtype=bool)
     moved = {
@@ -88,7 +88,7 @@ def displacement(policy: PairScores, initial: PairScores) -> dict[str, float]:
     return metrics
 
 
-def heldout_metrics(policy: PairScores, initial: PairScores, reference: PairScores) -> dict[str, float]:
+def heldout_metrics(policy: PairEvaluation, initial: PairEvaluation, reference: PairEvaluation) -> dict[str, float]:
     """Implicit-reward accuracy against the loss reference, beside the length-only baseline; how far the policy's
     log-probs moved from the initial policy's, the end token's apart.
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from dpo_ref.component import MemberOf, component
 from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids
-from dpo_ref.evaluation.heldout import PairScores, displacement, score_pairs
+from dpo_ref.evaluation.heldout import PairEvaluation, displacement, score_pairs
 from dpo_ref.evaluation.kl import sample_kl
 from dpo_ref.evaluation.results import DEGENERATE, SECONDS, Evaluated, Evaluation, Thresholds, degeneration
 from dpo_ref.evaluation.stages import BASELINE_SEED, compare_metrics, generate_stage, generation_key, score_metrics
@@ -102,7 +102,7 @@ class EvaluationContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SampleOptions:
     """How answers are drawn: from the policy itself, temperature 1 and the whole vocabulary, as KL needs it."""
 
     samples_per_prompt: int
@@ -118,7 +118,7 @@ class TrainingEvaluation:
         context: EvaluationContext,
         scorer: Callable[[Sequence[Generation]], Scores],
         num_prompts: int,
-        sampling: Sampling,
+        sampling: SampleOptions,
     ) -> None:
         self._context, self._scorer, self._sampling = context, scorer, sampling
         self._prompts = drawn_prompts(context, num_prompts, sampling.max_new_tokens)
@@ -171,11 +171,11 @@ class TrainingEvaluation:
         return Evaluated(Evaluation("initial", scores.name, metrics), generations, list(scores.values))
 
     @cached_property
-    def _initial_pairs(self) -> PairScores:
+    def _initial_pairs(self) -> PairEvaluation:
         with self._context.initial.here() as model:
             return self._score_pairs(model)
 
-    def _score_pairs(self, model: Any) -> PairScores:
+    def _score_pairs(self, model: Any) -> PairEvaluation:
         return score_pairs(
             model, self._pairs, end_of_turn_ids(self._context.policy.tokenizer), self._context.work.progress
         )
@@ -253,7 +253,7 @@ def samples(
     `batch_size` is that of sampling and changes no sample. Raises ValueError without held-out prompts.
     """
     assert every is not None
-    sampling = Sampling(samples_per_prompt, max_new_tokens, batch_size)
+    sampling = SampleOptions(samples_per_prompt, max_new_tokens, batch_size)
     made = TrainingEvaluation(context, scorer, num_prompts, sampling)
     copied = context.initial.num_copied
     initial = f"a copy of its {copied:,} trained weights" if copied else "the reference in memory"

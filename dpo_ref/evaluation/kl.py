@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_ref.data.groups import TokenGroups, gathered
+from dpo_ref.data.groups import TokenGroups, from_groups
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.evaluation.results import END_OWN, KL
 from dpo_ref.evaluation.statistics.estimates import Estimate, clustered_mean
@@ -114,7 +114,7 @@ def sample_groups(generations: Sequence[Generation]) -> tuple[TokenGroups, list[
         )
         for index, members in enumerate(indices)
     )
-    return gathered(groups, texts), indices
+    return from_groups(groups, texts), indices
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from dpo_ref.types import PreferenceData
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class PolicyToEvaluate:
     """A policy to evaluate, and what its run says about it; a plain model folder says nothing."""
 
     name: str
@@ -50,7 +50,7 @@ class Subject:
         )
 
 
-def against(subject: Subject, reference: Component) -> Subject:
+def against(subject: PolicyToEvaluate, reference: Component) -> PolicyToEvaluate:
     """The subject measured against another loss reference than its run's, on purpose. Raises ValueError for a policy
     that no run has trained."""
     if subject.loss_reference is None:
@@ -61,7 +61,7 @@ def against(subject: Subject, reference: Component) -> Subject:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class EvaluationSettings:
     """How to evaluate: the data, and what was configured, by group."""
 
     work: Workspace
@@ -81,21 +81,21 @@ class Settings:
         """Who compares answers, if anyone is asked."""
         return self.parts.get("judge")
 
-    def policy(self, subject: Subject) -> Policy:
+    def policy(self, subject: PolicyToEvaluate) -> Policy:
         """The model of a subject."""
         return self.work.loader.policy(subject.path, subject.text, subject.adapter)
 
-    def initial(self, subject: Subject) -> Policy:
+    def initial(self, subject: PolicyToEvaluate) -> Policy:
         """The policy as it was before training."""
         assert subject.initial is not None
         return self.work.loader.policy(subject.initial, subject.initial_text, subject.initial_adapter)
 
-    def at(self, temperature: float) -> "Settings":
+    def at(self, temperature: float) -> "EvaluationSettings":
         """The same with answers drawn at one temperature."""
         options = self.generation.options | {"temperature": temperature}
         return replace(self, parts={**self.parts, "generation": replace(self.generation, options=options)})
 
-    def of_baseline(self, seed: int) -> "Settings":
+    def of_baseline(self, seed: int) -> "EvaluationSettings":
         """How a baseline is evaluated: with other draws, and without a judge, who compares with it."""
         parts = {name: part for name, part in self.parts.items() if name != "judge"}
         return replace(self, work=replace(self.work, seed=seed), parts=parts, stage="all")

@@ -22,7 +22,7 @@ import numpy as np
 
 from dpo_ref.evaluation import results
 from dpo_ref.evaluation.diagnostics.diagnose import Diagnosed, Diagnosis, restored
-from dpo_ref.evaluation.diagnostics.examples import Shown
+from dpo_ref.evaluation.diagnostics.examples import TokenExample
 from dpo_ref.evaluation.judging.judge import Judge, Pair, judge_metrics, judge_pairs, paired, write_judgments
 from dpo_ref.evaluation.results import (
     Evaluated,
@@ -224,9 +224,9 @@ def read_diagnosis(folder: Path) -> Diagnosis | None:
     return restored_from(path, "diagnosis", Diagnosis) if path.is_file() else None
 
 
-def read_examples(folder: Path) -> tuple[Shown, ...]:
+def read_examples(folder: Path) -> tuple[TokenExample, ...]:
     """The responses to look at that were stored with the diagnosis."""
-    return restored_from(folder / EXAMPLES, "examples", tuple[Shown, ...])
+    return restored_from(folder / EXAMPLES, "examples", tuple[TokenExample, ...])
 
 
 def restored_from(path: Path, name: str, hint: Any) -> Any:

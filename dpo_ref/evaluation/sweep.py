@@ -25,7 +25,7 @@ CHECKPOINT = re.compile(r"step-(\d+)$")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class SweptRun:
     """One run of a sweep, or one checkpoint of a run. `evaluation` is None where it failed or was not evaluated."""
 
     name: str
@@ -110,12 +110,12 @@ def _summary(folder: Path) -> dict[str, Any]:
         return {"status": "unreadable", "error": str(error)}
 
 
-def _job(folder: Path, name: str) -> Job:
+def _job(folder: Path, name: str) -> SweptRun:
     """One job, whatever state its files are in: the table of a sweep must come out whatever failed."""
     checkpoint = CHECKPOINT.match(folder.name)
     summary = _summary(folder.parents[1] if checkpoint else folder)
     overrides = [str(override) for override in summary.get("overrides") or []]
-    job = Job(
+    job = SweptRun(
         name=name,
         folder=folder,
         # a checkpoint is whole whatever became of its run
@@ -132,7 +132,7 @@ def _job(folder: Path, name: str) -> Job:
     return _with_evaluation(job)
 
 
-def _with_evaluation(job: Job) -> Job:
+def _with_evaluation(job: SweptRun) -> SweptRun:
     """The job with its evaluation, or with why that cannot be read."""
     if not (job.results / "evaluation.json").is_file():
         return job
@@ -142,7 +142,7 @@ def _with_evaluation(job: Job) -> Job:
         return replace(job, error=str(unreadable))
 
 
-def collect(*sources: str | Path) -> list[Job]:
+def collect(*sources: str | Path) -> list[SweptRun]:
     """Every job of what `sources` name, failed and missing ones included, each once; of a multirun in the order of its
     numbers. A source is a multirun's folder, a run's, the `checkpoints` of a run, or a pattern that matches such.
 
@@ -176,7 +176,7 @@ class Cell:
 
     series: str
     beta: float | None
-    jobs: list[Job]
+    jobs: list[SweptRun]
     evaluation: Evaluation
     step: int | None = None  # of checkpoints
 
@@ -190,20 +190,20 @@ class Cell:
         return [job.evaluation.get(key) for job in self.jobs if job.evaluation]
 
 
-def _series(jobs: Sequence[Job]) -> list[str]:
+def _series(jobs: Sequence[SweptRun]) -> list[str]:
     """A name per job that jobs share which differ in beta and seed only; in step and seed only for checkpoints. Runs
     of several folders that are equal by name are not taken for seeds: their folder is part of the name."""
     measured = [job for job in jobs if job.evaluation]
     common = set.intersection(*(set(job.options) for job in measured)) if measured else set()
     several_references = len({job.reference for job in measured}) > 1
 
-    def name(job: Job) -> str:
+    def name(job: SweptRun) -> str:
         reference = [f"reference {job.reference}"] if several_references else []
         extra = [o for o in job.options if o not in common and o.partition("=")[0] not in NAMED_BY_ITSELF]
         beta = [] if job.step is None or job.beta is None else [f"beta {job.beta:g}"]
         return ", ".join([str(job.objective), *reference, *extra, *beta])
 
-    def sweep(job: Job) -> Path:
+    def sweep(job: SweptRun) -> Path:
         return (job.folder if job.step is None else job.folder.parents[1]).parent
 
     names = [name(job) for job in jobs]
@@ -239,9 +239,9 @@ def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
     return replace(first, metrics=metrics, seed=None, num_seeds=len(evaluations), degenerate=reasons)
 
 
-def cells(jobs: Sequence[Job]) -> list[Cell]:
+def cells(jobs: Sequence[SweptRun]) -> list[Cell]:
     """Evaluated jobs joined over seeds, ordered by series, then by step or beta."""
-    grouped: dict[tuple[str, float | None, int | None], list[Job]] = defaultdict(list)
+    grouped: dict[tuple[str, float | None, int | None], list[SweptRun]] = defaultdict(list)
     for job, series in zip(jobs, _series(jobs), strict=True):
         if job.evaluation is not None:
             grouped[series, job.beta, job.step].append(job)
@@ -253,12 +253,12 @@ def cells(jobs: Sequence[Job]) -> list[Cell]:
     return sorted(unsorted, key=lambda cell: (cell.series, cell.point is None, cell.point or 0.0))
 
 
-def without_result(jobs: Sequence[Job]) -> list[Job]:
+def without_result(jobs: Sequence[SweptRun]) -> list[SweptRun]:
     """Jobs that have no numbers."""
     return [job for job in jobs if job.evaluation is None]
 
 
-def csv_text(jobs: Sequence[Job]) -> str:
+def csv_text(jobs: Sequence[SweptRun]) -> str:
     """One line per job, failed ones included, with every metric."""
     keys = sorted({key for job in jobs if job.evaluation for key in job.evaluation.metrics})
     about = ("job", "status", "error", "series", "objective", "reference", "beta", "step", "seed", "degenerate")

@@ -18,7 +18,7 @@ from dpo_ref.evaluation.judging.judge import Judgment, read_judgments
 from dpo_ref.evaluation.results import read_json
 from dpo_ref.evaluation.statistics.bradley_terry import BradleyTerry, bradley_terry
 from dpo_ref.evaluation.statistics.comparisons import (
-    Difference,
+    PairedDifference,
     alpaca_share,
     alpaca_win_rate,
     paired_difference,
@@ -205,7 +205,7 @@ def distinct_baselines(matches: Sequence[Match]) -> list[Match]:
 
 
 @dataclass(frozen=True, slots=True)
-class WinRate:
+class ModelWinRate:
     """One model against one baseline: the names of `comparisons.preference_metrics`, AlpacaEval's counts and
     standard error, mean lengths in characters, and, where it may be called so, AlpacaEval's length-controlled win
     rate with the coefficients of its regression. Rates are shares."""
@@ -235,7 +235,7 @@ class Versus:
     other: str
     baseline: str
     judge: str
-    difference: Difference
+    difference: PairedDifference
     length_controlled: float | None
 
 
@@ -243,7 +243,7 @@ class Versus:
 class WinRates:
     """Everything, best win rate first. `strengths` by judge, of models that comparisons connect, more than two."""
 
-    rates: list[WinRate]
+    rates: list[ModelWinRate]
     versus: list[Versus]
     strengths: dict[str, list[BradleyTerry]] = field(default_factory=dict)
 
@@ -281,16 +281,16 @@ def _fit(match: Match, control: LengthControl, seed: int) -> tuple[LengthControl
     return fitted, {f"length_controlled{part}": value for part, value in estimates.items()}
 
 
-def _rate(match: Match, control: LengthControl | None, seed: int) -> WinRate:
+def _rate(match: Match, control: LengthControl | None, seed: int) -> ModelWinRate:
     plain = alpaca_win_rate(match.preferences)
     metrics = preference_metrics(match.preferences, match.lengths, match.baseline_lengths, match.prompts, seed)
     metrics |= {"length": float(match.lengths.mean()), "baseline_length": float(match.baseline_lengths.mean())}
     metrics |= {"standard_error": plain.standard_error}
     metrics |= {name: float(getattr(plain, name)) for name in ("n_wins", "n_wins_base", "n_draws")}
     if control is None:
-        return WinRate(match.model, match.baseline, match.judge, metrics)
+        return ModelWinRate(match.model, match.baseline, match.judge, metrics)
     fitted, controlled = _fit(match, control, seed)
-    return WinRate(match.model, match.baseline, match.judge, metrics | controlled, fitted)
+    return ModelWinRate(match.model, match.baseline, match.judge, metrics | controlled, fitted)
 
 
 def _by_prompt(match: Match) -> dict[str, float]:
@@ -302,7 +302,7 @@ def _by_prompt(match: Match) -> dict[str, float]:
     return {prompt: float(np.mean(values)) for prompt, values in by_prompt.items()}
 
 
-def _versus(a: Match, b: Match, rates: Mapping[int, WinRate], control: LengthControl | None, seed: int) -> Versus:
+def _versus(a: Match, b: Match, rates: Mapping[int, ModelWinRate], control: LengthControl | None, seed: int) -> Versus:
     ours, theirs = _by_prompt(a), _by_prompt(b)
     shared = [prompt for prompt in ours if prompt in theirs]
     a_shares, b_shares = (np.array([side[prompt] for prompt in shared]) for side in (ours, theirs))

@@ -279,7 +279,7 @@ def _sample(
     return [kept.found[request.place] for request in requests]
 
 
-def answered(
+def answer(
     engine: Engine, prompt_set: PromptSet, seed: int, progress: Progress = silent, kept: Kept | None = None
 ) -> list[Generation]:
     """The engine's answers to a prompt set, ordered by question, sample and turn.

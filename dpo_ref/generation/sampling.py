@@ -20,7 +20,7 @@ from dpo_ref.generation.engine import (
     Engine,
     Request,
     Sampling,
-    answered,
+    answer,
     check_positive,
     check_temperatures,
     gumbel,
@@ -161,7 +161,7 @@ def generate(
     check_positive(batch_size=batch_size)
     sampling = Sampling(temperature, top_p, max_new_tokens, samples_per_prompt)
     check_temperatures(temperature, samples_per_prompt)
-    return answered(Local(tokenizer, sampling, batch_size, lambda: model), held_out(prompts), seed, progress)
+    return answer(Local(tokenizer, sampling, batch_size, lambda: model), held_out(prompts), seed, progress)
 
 
 # --- the decoding loop: a batch of prompts goes in, each row leaves when it has ended

@@ -34,7 +34,7 @@ from dpo_ref.models.checkpoint import save_policy
 from dpo_ref.models.loading import LOCATORS, Policy
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.unpaired import sft
-from dpo_ref.references.policies import Zeros
+from dpo_ref.references.policies import NoReference
 from dpo_ref.tracking.terminal import TrainingProgress
 from dpo_ref.training.optim import adamw
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
@@ -263,7 +263,7 @@ def _fit(model: Any, tokenizer: Any, stage: Stage, seed: int, title: str) -> Non
     policy, bar = Policy(lambda: model, tokenizer), TrainingProgress(title)
     with bar.shown(stage.num_steps):
         bar.advance(0)
-        for step in train(policy, Zeros(), bind(sft), optim, rounds):
+        for step in train(policy, NoReference(), bind(sft), optim, rounds):
             if step.step % 20 == 0:
                 bar.update({name: float(value) for name, value in step.metrics.items()})
             bar.advance()

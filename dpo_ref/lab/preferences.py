@@ -50,7 +50,7 @@ def lab(
     option out of range.
     """
     check_counts(num_pairs=num_pairs, num_eval_pairs=num_eval_pairs, num_test_prompts=num_test_prompts)
-    judge = Judge(length_bias, label_noise, label_steepness)
+    judge = SimulatedJudge(length_bias, label_noise, label_steepness)
     train = draw_pairs(judge, "train", random.Random(f"{seed} train pairs"))
     held_out = draw_pairs(judge, "validation", random.Random(f"{seed} eval pairs"))
     return PreferenceData(
@@ -61,7 +61,7 @@ def lab(
 
 
 @dataclass(frozen=True)
-class Judge:
+class SimulatedJudge:
     """Prefers the better answer, likes the longer one, and errs. Raises ValueError for an option out of range."""
 
     length_bias: float
@@ -90,7 +90,7 @@ class Judge:
         return (1 - self.label_noise) * honest + self.label_noise * (1 - honest)
 
 
-def draw_pairs(judge: Judge, split: Split, rng: random.Random) -> Iterator[PromptGroup]:
+def draw_pairs(judge: SimulatedJudge, split: Split, rng: random.Random) -> Iterator[PromptGroup]:
     """An endless stream of labelled pairs, the preferred response first."""
     writers = [Writer(competence, MIXED) for competence in COMPETENCES]
     for family in cycle(FAMILIES.values()):
@@ -105,7 +105,7 @@ def draw_pairs(judge: Judge, split: Split, rng: random.Random) -> Iterator[Promp
 
 
 def _labelled_pair(
-    prompt: Prompt, texts: tuple[str, str], gold: tuple[float, float], judge: Judge, rng: random.Random
+    prompt: Prompt, texts: tuple[str, str], gold: tuple[float, float], judge: SimulatedJudge, rng: random.Random
 ) -> PromptGroup:
     words = len(texts[0].split()), len(texts[1].split())
     first_is_better = rng.random() < judge.probability(gold, words)

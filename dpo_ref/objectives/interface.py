@@ -61,7 +61,7 @@ Items = TypeVar("Items", PairLogps, ResponseLogps)
 
 
 @dataclass(frozen=True, slots=True)
-class WholeBatch(HasParts, Generic[Items]):
+class BatchLogps(HasParts, Generic[Items]):
     """Detached log-probs of all pairs or responses of the optimiser batch, in an order that depends on its packs; of
     responses without token values. `here` are the items of the call."""
 
@@ -70,7 +70,7 @@ class WholeBatch(HasParts, Generic[Items]):
     labels: Bool[Tensor, " N"] | None
     here: slice
 
-    def part(self, span: Span) -> "WholeBatch[Items]":
+    def part(self, span: Span) -> "BatchLogps[Items]":
         """The same batch for a call on a part of these items."""
         start, items = self.here.start, span["B" if isinstance(self.policy, PairLogps) else "N"]
         return replace(self, here=slice(start + items.start, start + items.stop))
@@ -84,7 +84,7 @@ class Mismatched(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class ObjectiveInputs:
     """All there is to make arguments from, besides the policy's log-probs: of one pack, or a run of its groups.
 
     `old` are log-probs of the policy that drew the responses; `collision` sums of log sum_v p_v^2 over the policy's
@@ -99,7 +99,7 @@ class Known:
     mismatched: Mismatched | None = None
     running: Running | None = None
 
-    def part(self, span: Span) -> "Known":
+    def part(self, span: Span) -> "ObjectiveInputs":
         """What is known of these groups. What speaks of the whole optimiser batch stays."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(
@@ -158,23 +158,23 @@ def _there(value: Any, name: str) -> Any:
     return value
 
 
-def _view(known: Known, name: str, kind: Any) -> Any:
-    return VIEWS[kind](_there(getattr(known, name), name), known.batch)
+def _view(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
+    return VIEWS[kind](_there(getattr(inputs, name), name), inputs.batch)
 
 
-def _scores(known: Known, name: str, kind: Any) -> Any:
-    return VIEWS[kind](ResponseScores(_of_batch(known, name, kind)), known.batch)
+def _scores(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
+    return VIEWS[kind](ResponseScores(_of_batch(inputs, name, kind)), inputs.batch)
 
 
-def _as_it_is(known: Known, name: str, kind: Any) -> Any:
-    return _there(getattr(known, name), name)
+def _as_it_is(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
+    return _there(getattr(inputs, name), name)
 
 
-def _of_batch(known: Known, name: str, kind: Any) -> Any:
-    return _there(getattr(known.batch, name), name)
+def _of_batch(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
+    return _there(getattr(inputs.batch, name), name)
 
 
-ARGUMENTS: dict[str, Callable[[Known, str, Any], Any]] = {
+ARGUMENTS: dict[str, Callable[[ObjectiveInputs, str, Any], Any]] = {
     "reference": _view,
     "old": _view,
     "collision": _view,
@@ -191,7 +191,7 @@ ARGUMENTS: dict[str, Callable[[Known, str, Any], Any]] = {
 
 
 STRENGTH = "strength of the KL constraint"
-Strength = Annotated[float, STRENGTH]
+KLStrength = Annotated[float, STRENGTH]
 
 
 class Preference(NamedTuple):
@@ -237,13 +237,13 @@ Outcome = Preference | Compared | Likelihood | Labelled | Sampled
 class Objective:
     """An objective with its configuration bound, and what its signature says about it.
 
-    `takes` are the arguments left of its star, by name, with their types. `nll_weight` adds that many times the chosen
-    response's mean negative token log-prob to every pair's loss (RPO, arXiv:2404.19733, eq. 2).
+    `inputs` are the arguments left of its star, by name, with their types. `nll_weight` adds that many times the
+    chosen response's mean negative token log-prob to every pair's loss (RPO, arXiv:2404.19733, eq. 2).
     """
 
     name: str
     function: "partial[Outcome]"
-    takes: Mapping[str, Any]
+    inputs: Mapping[str, Any]
     hooks: Hooks
     nll_weight: float = 0.0
     advance: Callable[..., Running] | None = None
@@ -252,34 +252,34 @@ class Objective:
     @property
     def uses_reference(self) -> bool:
         """Whether its loss depends on a reference."""
-        return "reference" in self.takes
+        return "reference" in self.inputs
 
     @property
     def pairwise(self) -> bool:
         """Whether its items are pairs, not responses."""
-        return issubclass(self.takes["policy"], OF_PAIRS)
+        return issubclass(self.inputs["policy"], OF_PAIRS)
 
     @property
     def of_scores(self) -> bool:
         """Whether the trained model is asked for the scores of a reward model, not for log-probs."""
-        return self.takes["policy"] is PairScores
+        return self.inputs["policy"] is PairScores
 
     @property
     def needs_tokens(self) -> bool:
         """Whether it looks at single tokens of the reference."""
-        return self.takes.get("reference") in OF_TOKENS
+        return self.inputs.get("reference") in OF_TOKENS
 
-    def __call__(self, policy: ResponseLogps | ResponseScores, known: Known) -> Outcome:
+    def __call__(self, policy: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Outcome:
         """Losses and rewards of one pack, or of a run of its groups. ValueError for what it needs and is not there."""
-        pairs = VIEWS[self.takes["policy"]](policy, known.batch)
-        rest = {name: ARGUMENTS[name](known, name, kind) for name, kind in self.takes.items() if name != "policy"}
+        pairs = VIEWS[self.inputs["policy"]](policy, inputs.batch)
+        rest = {name: ARGUMENTS[name](inputs, name, kind) for name, kind in self.inputs.items() if name != "policy"}
         outcome = self.function(policy=pairs, **rest)
         if self.nll_weight:
             nll = -pairs.chosen / pairs.chosen_lengths
             outcome = outcome._replace(losses=outcome.losses + self.nll_weight * nll)
         return outcome
 
-    def step(self, whole: WholeBatch[Any]) -> None:
+    def step(self, whole: BatchLogps[Any]) -> None:
         """Take an optimiser batch into the running statistic, before the batch's loss is computed."""
         if self.advance is not None:
             self.running.update(self.advance(self.running, whole))
@@ -295,18 +295,20 @@ class Objective:
             raise ValueError(f"objective.nll_weight has no place in objective={self.name}: it has no log-probs")
         if self.nll_weight and self.hooks.fits_chosen:
             raise ValueError(f"objective={self.name} fits the chosen response itself; leave objective.nll_weight out")
-        self._made_up(NO_PROMPT)
+        self._probe_losses(NO_PROMPT)
 
     @property
     def constants_cancel(self) -> bool:
         """Whether a constant per prompt in the reference's log-probs leaves the losses as they are, as in objectives
         on differences within a pair; asked of the function itself, on made-up pairs."""
-        return not self.uses_reference or torch.allclose(self._made_up(NO_PROMPT), self._made_up((3.0, -1.0)))
+        return not self.uses_reference or torch.allclose(
+            self._probe_losses(NO_PROMPT), self._probe_losses((3.0, -1.0))
+        )
 
-    def _made_up(self, constants: tuple[float, float]) -> Tensor:
+    def _probe_losses(self, constants: tuple[float, float]) -> Tensor:
         """Losses of two made-up pairs, a constant for each prompt added to the reference's log-probs."""
-        policy, known = made_up(constants, self.takes["policy"])
-        return self(policy, replace(known, running={})).losses
+        policy, inputs = probe_inputs(constants, self.inputs["policy"])
+        return self(policy, replace(inputs, running={})).losses
 
 
 def bind(function: Callable[..., Outcome], *, nll_weight: float = 0.0, **options: object) -> Objective:
@@ -328,7 +330,7 @@ def bind(function: Callable[..., Outcome], *, nll_weight: float = 0.0, **options
     return Objective(
         name=function.__name__,
         function=partial(function, **options),
-        takes={name: hints[name] for name in handed_over},
+        inputs={name: hints[name] for name in handed_over},
         hooks=hooks,
         nll_weight=nll_weight,
         advance=advance,
@@ -380,9 +382,9 @@ def _logps(batch: PackedBatch, tokens: torch.Tensor) -> ResponseLogps:
     return ResponseLogps(sums, batch.lengths, batch.num_bytes, tokens)
 
 
-def made_up(
+def probe_inputs(
     constants: tuple[float, float] = NO_PROMPT, kind: type = PairLogps
-) -> tuple[ResponseLogps | ResponseScores, Known]:
+) -> tuple[ResponseLogps | ResponseScores, ObjectiveInputs]:
     """The policy's log-probs, or scores, and everything else, for an objective on items of this kind.
 
     `constants` are added to all reference log-probs of each of the two prompts, at the responses' first tokens.
@@ -397,12 +399,12 @@ def made_up(
     models: Any = [policy, reference]
     if pairwise:
         models = [model.pairs(batch.chosen, batch.rejected) for model in models]
-    said = ResponseScores(policy.sums) if kind is PairScores else policy
-    return said, Known(
+    outputs = ResponseScores(policy.sums) if kind is PairScores else policy
+    return outputs, ObjectiveInputs(
         batch,
         reference,
         old=_logps(batch, 1.1 * other),
         collision=_logps(batch, 0.5 * other),
-        whole=WholeBatch(models[0], models[1], batch.labels, slice(0, 2 if pairwise else 4)),
+        whole=BatchLogps(models[0], models[1], batch.labels, slice(0, 2 if pairwise else 4)),
         mismatched=Mismatched(policy.sums, reference.sums - 1),
     )

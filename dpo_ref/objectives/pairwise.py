@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dpo_ref.component import component
 from dpo_ref.objectives.interface import (
+    BatchLogps,
+    KLStrength,
     Preference,
     Running,
-    Strength,
     TokenPairLogps,
-    WholeBatch,
     positive,
 )
 from dpo_ref.types import PairLogps
@@ -29,7 +29,7 @@ from dpo_ref.types import PairLogps
 # objectives is only the function of the margin.
 
 
-def dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+def dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1) -> Preference:
     """-log sigmoid(margin), rewards beta log(pi/pi_ref) summed over the response (arXiv:2305.18290, eq. 7).
 
     `beta` in 1/nats: a larger one keeps the policy closer to the reference. The other rewards of arXiv:2407.13709 are
@@ -42,7 +42,7 @@ def dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Pre
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
-def cdpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, eps: float = 0.1) -> Preference:
+def cdpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, eps: float = 0.1) -> Preference:
     """-(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin): DPO with smoothed labels (Mitchell 2023).
 
     Least where sigmoid(margin) = 1 - eps, so margins stay bounded. Rewards are dpo's, sums over the response. `eps` in
@@ -56,7 +56,7 @@ def cdpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, eps: 
     return rewards.with_losses(-(1 - eps) * F.logsigmoid(margins) - eps * F.logsigmoid(-margins))
 
 
-def robust_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.01, eps: float = 0.1) -> Preference:
+def robust_dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.01, eps: float = 0.1) -> Preference:
     """[-(1 - eps) log sigmoid(margin) + eps log sigmoid(-margin)] / (1 - 2 eps) (rDPO, arXiv:2403.00409, section 3.1).
 
     Its mean over labels flipped with probability `eps` in (0, 0.5) is DPO's loss on clean labels. Unbounded below for
@@ -70,7 +70,7 @@ def robust_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.01
     return rewards.with_losses(losses)
 
 
-def hinge(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+def hinge(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1) -> Preference:
     """max(0, 1 - margin): SLiC's rank calibration loss (arXiv:2305.10425) on log-ratios to the reference, as in RSO
     (arXiv:2309.06657).
 
@@ -82,7 +82,7 @@ def hinge(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> P
     return rewards.with_losses(F.relu(1 - rewards.margins))
 
 
-def exo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, eps: float = 1e-3) -> Preference:
+def exo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, eps: float = 1e-3) -> Preference:
     """KL(q || p) of q = (sigmoid(margin), sigmoid(-margin)) from p = (1 - eps, eps) (EXO, arXiv:2402.00856, eq. 16).
 
     The reverse of the KL that cdpo minimises up to a constant; zero where sigmoid(margin) = 1 - eps. Rewards are
@@ -97,7 +97,7 @@ def exo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, eps: f
     return rewards.with_losses(first + second)
 
 
-def discopop(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.05, tau: float = 0.05) -> Preference:
+def discopop(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.05, tau: float = 0.05) -> Preference:
     """-log sigmoid(margin) (1 - s) + exp(-margin) s with s = sigmoid(margin / tau) (LRML, arXiv:2406.08414, eq. 5).
 
     `tau` is the temperature of the blend in (0, 1]: above 1 the exponential would outgrow its weight. Not convex: the
@@ -119,7 +119,7 @@ def discopop(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.05, 
 # IPO and SPPO. No logistic function, so pairs already in order still pull.
 
 
-def ipo_sum(policy: PairLogps, reference: PairLogps, *, tau: Strength = 0.1) -> Preference:
+def ipo_sum(policy: PairLogps, reference: PairLogps, *, tau: KLStrength = 0.1) -> Preference:
     """(h - 1 / (2 tau))^2 with h the difference of summed log-ratios (IPO, arXiv:2310.12036, eq. 17).
 
     In terms of rewards tau log(pi/pi_ref): (margin / tau - 1 / (2 tau))^2. The equation as printed and as in the DPO
@@ -130,7 +130,7 @@ def ipo_sum(policy: PairLogps, reference: PairLogps, *, tau: Strength = 0.1) -> 
     return rewards.with_losses((rewards.margins / tau - 1 / (2 * tau)) ** 2)
 
 
-def ipo_mean(policy: PairLogps, reference: PairLogps, *, tau: Strength = 0.1) -> Preference:
+def ipo_mean(policy: PairLogps, reference: PairLogps, *, tau: KLStrength = 0.1) -> Preference:
     """(h - 1 / (2 tau))^2 with h the difference of per-token mean log-ratios (IPO, arXiv:2310.12036, eq. 17).
 
     Each response's log-ratio is divided by its own number of tokens (the policy's, end of turn included); rewards are
@@ -143,7 +143,7 @@ def ipo_mean(policy: PairLogps, reference: PairLogps, *, tau: Strength = 0.1) ->
     return rewards.with_losses((rewards.margins / tau - 1 / (2 * tau)) ** 2)
 
 
-def sppo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.001) -> Preference:
+def sppo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.001) -> Preference:
     """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, r summed log-ratios (SPPO, arXiv:2405.00675, eq. 4.7).
 
     Hard labels: the chosen response wins with probability 1. `beta` is 1/eta of the paper, whose eta is 1000. Not a
@@ -171,7 +171,7 @@ def _expm1(exponent: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     return torch.expm1(exponent.clamp(max=LARGEST_EXPONENT)) + math.exp(LARGEST_EXPONENT) * beyond
 
 
-def forward_kl_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+def forward_kl_dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1) -> Preference:
     """-log sigmoid(margin), rewards beta (1 - pi_ref/pi): DPO under KL(pi_ref || pi) (f-DPO, arXiv:2309.16240).
 
     f(u) = -log u. The ratio is of whole responses; its exponential is exact up to 40 nats below the reference and
@@ -183,7 +183,7 @@ def forward_kl_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
-def js_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+def js_dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1) -> Preference:
     """-log sigmoid(margin), rewards beta log(2u / (1 + u)): DPO under Jensen-Shannon (f-DPO, arXiv:2309.16240).
 
     f(u) = u log u - (u + 1) log((u + 1) / 2), u = pi/pi_ref of whole responses. No reward exceeds beta log 2. TRL:
@@ -195,7 +195,7 @@ def js_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> 
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
-def alpha_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, alpha: float = 0.5) -> Preference:
+def alpha_dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, alpha: float = 0.5) -> Preference:
     """-log sigmoid(margin), rewards beta (1 - u^-alpha) / alpha: DPO under an alpha-divergence (arXiv:2309.16240).
 
     f(u) = (u^(1 - alpha) - (1 - alpha) u - alpha) / (alpha (alpha - 1)), u = pi/pi_ref of whole responses, alpha in
@@ -212,7 +212,7 @@ def alpha_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, 
 # --- rewards that know how long a response is
 
 
-def dpo_norm(policy: PairLogps, reference: PairLogps, *, beta: Strength = 5.0) -> Preference:
+def dpo_norm(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 5.0) -> Preference:
     """-log sigmoid(margin), rewards beta log(pi/pi_ref) per token of the response (Tulu 3, arXiv:2411.15124).
 
     Both models' sums are divided by the policy's token count, end of turn included, also where the reference has
@@ -225,7 +225,7 @@ def dpo_norm(policy: PairLogps, reference: PairLogps, *, beta: Strength = 5.0) -
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
-def dpo_per_byte(policy: PairLogps, reference: PairLogps, *, beta: Strength = 20.0) -> Preference:
+def dpo_per_byte(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 20.0) -> Preference:
     """-log sigmoid(margin), rewards beta log(pi/pi_ref) per UTF-8 byte of the response's text.
 
     A byte is the same for every tokenizer, so one `beta` means the same for policies, references and responses of
@@ -241,7 +241,7 @@ def dpo_per_byte(policy: PairLogps, reference: PairLogps, *, beta: Strength = 20
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
-def r_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, alpha: float = 0.01) -> Preference:
+def r_dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, alpha: float = 0.01) -> Preference:
     """-log sigmoid(margin), rewards beta log(pi/pi_ref) + alpha length (R-DPO, arXiv:2403.19159).
 
     The reward that DPO fits when the policy pays `alpha` for every token: a longer chosen response explains part of
@@ -262,7 +262,7 @@ def r_dpo(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1, alph
 
 
 def ld_dpo(
-    policy: TokenPairLogps, reference: TokenPairLogps, *, beta: Strength = 0.1, alpha: float = 0.5
+    policy: TokenPairLogps, reference: TokenPairLogps, *, beta: KLStrength = 0.1, alpha: float = 0.5
 ) -> Preference:
     """-log sigmoid(margin), rewards beta log(pi/pi_ref) in which tokens beyond the shorter response's length count
     `alpha` times (LD-DPO, arXiv:2409.06411, eq. 9).
@@ -280,7 +280,7 @@ def ld_dpo(
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
-def wpo(policy: PairLogps, reference: PairLogps, collision: PairLogps, *, beta: Strength = 0.01) -> Preference:
+def wpo(policy: PairLogps, reference: PairLogps, collision: PairLogps, *, beta: KLStrength = 0.01) -> Preference:
     """-w log sigmoid(margin), w = w(chosen) w(rejected), w(y) = exp(mean over tokens of log p(y_t) - log sum_v p_v^2)
     (WPO, arXiv:2406.11827, eq. 2, with its sampled alignment).
 
@@ -301,7 +301,7 @@ def wpo(policy: PairLogps, reference: PairLogps, collision: PairLogps, *, beta: 
 
 
 def dpo_positive(
-    policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.3, penalty: float = 50.0
+    policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.3, penalty: float = 50.0
 ) -> Preference:
     """-log sigmoid(margin) with chosen reward beta (r_w - penalty max(0, -r_w)) (DPOP of Smaug, arXiv:2402.13228).
 
@@ -316,7 +316,7 @@ def dpo_positive(
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
-def nca(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.01) -> Preference:
+def nca(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.01) -> Preference:
     """-log sigmoid(R_w) - 1/2 log sigmoid(-R_w) - 1/2 log sigmoid(-R_l) (pairwise NCA, arXiv:2402.05369).
 
     R = beta log(pi/pi_ref), summed over the response, are the rewards; not a function of their margin. Least in R_w at
@@ -329,7 +329,7 @@ def nca(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.01) -> Pr
     return rewards.with_losses(losses)
 
 
-def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1) -> Preference:
     """sigmoid(-R_w) + sigmoid(R_l): chosen up, rejected down, from where they are (APO, arXiv:2408.06266, eq. 7).
 
     R = beta log(pi/pi_ref), summed over the response, are the rewards; not a function of their margin. For chosen
@@ -340,7 +340,7 @@ def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -
     return rewards.with_losses((-rewards.chosen).sigmoid() + rewards.rejected.sigmoid())
 
 
-def apo_down(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -> Preference:
+def apo_down(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1) -> Preference:
     """sigmoid(R_w) + sigmoid(R_l - R_w): both down, rejected further (APO, arXiv:2408.06266, eq. 8).
 
     R = beta log(pi/pi_ref), summed over the response, are the rewards; not a function of their margin. For chosen
@@ -355,7 +355,9 @@ def apo_down(policy: PairLogps, reference: PairLogps, *, beta: Strength = 0.1) -
 # The loss of a pair depends on the other pairs of the optimiser batch, which are held fixed.
 
 
-def aot(policy: PairLogps, reference: PairLogps, whole: WholeBatch[PairLogps], *, beta: Strength = 0.1) -> Preference:
+def aot(
+    policy: PairLogps, reference: PairLogps, whole: BatchLogps[PairLogps], *, beta: KLStrength = 0.1
+) -> Preference:
     """-log sigmoid(beta (h - h_ref)), h = log pi(chosen) - log pi(rejected) of the policy and h_ref that of the
     reference for the pair of the same rank (paired AOT, arXiv:2406.05882).
 
@@ -370,11 +372,11 @@ def aot(policy: PairLogps, reference: PairLogps, whole: WholeBatch[PairLogps], *
     return log_ratio_rewards(policy, reference, beta).with_losses(-F.logsigmoid(beta * gap))
 
 
-def _mean_margin(whole: WholeBatch[PairLogps], beta: float) -> Float[Tensor, ""]:
+def _mean_margin(whole: BatchLogps[PairLogps], beta: float) -> Float[Tensor, ""]:
     return log_ratio_rewards(whole.policy, whole.reference, beta).margins.mean()
 
 
-def _advance(running: Running, whole: WholeBatch[PairLogps], *, beta: float = 0.1, momentum: float = 0.9) -> Running:
+def _advance(running: Running, whole: BatchLogps[PairLogps], *, beta: float = 0.1, momentum: float = 0.9) -> Running:
     mean = _mean_margin(whole, beta)
     return {"mean_margin": momentum * running.get("mean_margin", 0 * mean) + (1 - momentum) * mean}
 
@@ -383,10 +385,10 @@ def _advance(running: Running, whole: WholeBatch[PairLogps], *, beta: float = 0.
 def beta_dpo(
     policy: PairLogps,
     reference: PairLogps,
-    whole: WholeBatch[PairLogps],
+    whole: BatchLogps[PairLogps],
     running: Running,
     *,
-    beta: Strength = 0.1,
+    beta: KLStrength = 0.1,
     alpha: float = 0.6,
     momentum: float = 0.9,
     min_beta: float = 0.001,
@@ -410,7 +412,7 @@ def beta_dpo(
 # --- without a reference: on the policy's own log-probabilities
 
 
-def simpo(policy: PairLogps, *, beta: Strength = 2.0, gamma: float = 1.0) -> Preference:
+def simpo(policy: PairLogps, *, beta: KLStrength = 2.0, gamma: float = 1.0) -> Preference:
     """-log sigmoid(margin - gamma), rewards beta log pi per token of the response (SimPO, arXiv:2405.14734).
 
     `gamma` is the margin that the rewards should reach, in units of reward; authors and HALOs configure gamma / beta.
@@ -424,7 +426,7 @@ def simpo(policy: PairLogps, *, beta: Strength = 2.0, gamma: float = 1.0) -> Pre
 
 
 @component(fits_chosen=True)
-def cpo(policy: PairLogps, *, beta: Strength = 0.1, alpha: float = 1.0) -> Preference:
+def cpo(policy: PairLogps, *, beta: KLStrength = 0.1, alpha: float = 1.0) -> Preference:
     """-log sigmoid(beta (log pi_w - log pi_l)) - alpha log pi_w / length (CPO, arXiv:2401.08417, eq. 3).
 
     Rewards are beta log pi, summed over the response; the second term is the chosen response's mean token negative

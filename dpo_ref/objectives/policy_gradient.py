@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_ref.component import component
-from dpo_ref.objectives.interface import Sampled, Strength, TokenLogps, positive
+from dpo_ref.objectives.interface import KLStrength, Sampled, TokenLogps, positive
 from dpo_ref.types import ResponseLogps
 
 LARGEST_LOG_RATIO = 20.0  # nats on a token; beyond it a ratio is held where float32 is still finite
@@ -18,7 +18,7 @@ LARGEST_LOG_RATIO = 20.0  # nats on a token; beyond it a ratio is held where flo
 
 @component(advantage="none")
 def rwr(
-    policy: ResponseLogps, advantages: Float[Tensor, " N"], *, beta: Strength = 1.0, max_weight: float = 20.0
+    policy: ResponseLogps, advantages: Float[Tensor, " N"], *, beta: KLStrength = 1.0, max_weight: float = 20.0
 ) -> Sampled:
     """-min(exp(A / beta), max_weight) log pi(y|x), summed over the response (AWR, arXiv:1910.00177).
 
@@ -33,7 +33,7 @@ def rwr(
 
 @component(advantage="leave_one_out")
 def reinforce(
-    policy: ResponseLogps, reference: ResponseLogps, advantages: Float[Tensor, " N"], *, beta: Strength = 0.05
+    policy: ResponseLogps, reference: ResponseLogps, advantages: Float[Tensor, " N"], *, beta: KLStrength = 0.05
 ) -> Sampled:
     """-(A - beta log(pi/pi_ref)) log pi(y|x), the bracket held fixed, both summed over the response (REINFORCE,
     Williams 1992; leave-one-out baseline and KL in the reward as in RLOO, arXiv:2402.14740).
@@ -54,7 +54,7 @@ def ppo_clip(
     reference: ResponseLogps,
     advantages: Float[Tensor, " N"],
     *,
-    beta: Strength = 0.05,
+    beta: KLStrength = 0.05,
     epsilon: float = 0.2,
 ) -> Sampled:
     """-sum_t min(rho_t A', clip(rho_t, 1 - epsilon, 1 + epsilon) A'), rho_t = pi / pi_old of token t (PPO,
@@ -76,7 +76,7 @@ def grpo(
     reference: TokenLogps,
     advantages: Float[Tensor, " N"],
     *,
-    beta: Strength = 0.04,
+    beta: KLStrength = 0.04,
     epsilon: float = 0.2,
 ) -> Sampled:
     """-1/|y| sum_t [min(rho_t A, clip(rho_t, 1 - epsilon, 1 + epsilon) A) - beta k3_t] with

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dpo_ref.objectives.interface import Labelled, Likelihood, Mismatched, Strength, WholeBatch, positive
+from dpo_ref.objectives.interface import BatchLogps, KLStrength, Labelled, Likelihood, Mismatched, positive
 from dpo_ref.types import ResponseLogps
 
 
@@ -20,7 +20,7 @@ def kto(
     labels: Bool[Tensor, " N"],
     mismatched: Mismatched,
     *,
-    beta: Strength = 0.1,
+    beta: KLStrength = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Labelled:
@@ -42,9 +42,9 @@ def bco(
     policy: ResponseLogps,
     reference: ResponseLogps,
     labels: Bool[Tensor, " N"],
-    whole: WholeBatch[ResponseLogps],
+    whole: BatchLogps[ResponseLogps],
     *,
-    beta: Strength = 0.1,
+    beta: KLStrength = 0.1,
 ) -> Labelled:
     """-log sigmoid(R - delta) of wanted and -log sigmoid(delta - R) of unwanted responses (BCO, arXiv:2404.04656).
 

@@ -10,7 +10,7 @@ from dpo_ref.data.formats.recognise import LISTS, PAIRS
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import ReferenceContext
-from dpo_ref.references.other_tokenizer import TextTable
+from dpo_ref.references.other_tokenizer import PrecomputedSums
 from dpo_ref.types import PromptGroup, digest
 
 _KNOWN = "; ".join(", ".join(names) for names in (*PAIRS, *LISTS))
@@ -22,7 +22,7 @@ ABOVE_0 = (
 CUT = "data.over_length=drop leaves such rows out, a larger data.max_length keeps them whole"
 
 
-class Columns(TextTable):
+class Columns(PrecomputedSums):
     """Sums over responses as they were given. `provenance` says whose they are, which nothing here can check, nor
     whether they are of a distribution."""
 
@@ -35,7 +35,7 @@ class Columns(TextTable):
 
 def _check_run(objective: Objective, plan: RunPlan) -> None:
     """Refuse objectives that look at single tokens, or at responses behind prompts that are not theirs."""
-    if "mismatched" in objective.takes:
+    if "mismatched" in objective.inputs:
         raise ValueError(
             f"reference=columns has log-probs of the data's own responses, and objective={objective.name} estimates "
             "its KL from responses behind other prompts; use objective=bco, or another reference"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dpo_ref.component import Component
-from dpo_ref.data.groups import Groups, Together
+from dpo_ref.data.groups import ConcatGroups, Groups
 from dpo_ref.models.loading import TrainedModel, Workspace
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
 
@@ -81,6 +81,6 @@ class ReferenceContext:
 
 def build(reference: Component, context: ReferenceContext) -> Reference:
     """A configured reference for the context's groups and the others that an objective looks at beside them."""
-    groups = Together(context.groups, *context.groups.others)
+    groups = ConcatGroups(context.groups, *context.groups.others)
     with context.policy.precision():
         return reference(replace(context, groups=groups))

@@ -24,9 +24,9 @@ from jaxtyping import Float, Int
 
 from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.data.encoding import Encoder, Ids
-from dpo_ref.data.groups import TokenGroups, gathered
+from dpo_ref.data.groups import TokenGroups, from_groups
 from dpo_ref.references.interface import Reference, ReferenceContext
-from dpo_ref.references.table import Rows, Scorer, Table, row_key, rows_of
+from dpo_ref.references.table import PrecomputedReference, Rows, Scorer, row_key, rows_of
 from dpo_ref.types import Message, PackedBatch, PromptGroup, ResponseLogps, TokenGroup, digest
 
 # --- the policy's groups as the reference reads them
@@ -37,7 +37,7 @@ EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class OwnText:
+class ReferenceText:
     """How a reference reads: in which tokens and template, under which system prompt, with or without the token that
     ends the turn; and which share of responses may come back changed."""
 
@@ -53,7 +53,7 @@ class OwnText:
 
 
 @dataclass
-class Audit:
+class TextAudit:
     """What became of the responses on their way through the reference's template and tokenizer."""
 
     num_responses: int = 0
@@ -88,16 +88,16 @@ class Audit:
         )
 
 
-class Writer:
+class ReferenceEncoder:
     """Writes the policy's groups as the reference reads them."""
 
-    def __init__(self, context: ReferenceContext, own: OwnText) -> None:
+    def __init__(self, context: ReferenceContext, own: ReferenceText) -> None:
         self.context, self.skip, self.system_prompt = context, own.terminator == "skip", own.system_prompt
         tokenizer = own.tokenizer
         self.policy, self.reference = Encoder(context.policy.tokenizer), Encoder(tokenizer)
         self.unknown = tokenizer.unk_token_id
         self.ends = {context.policy.tokenizer.eos_token_id, self.policy.chat.end_id}
-        self.audit = Audit()
+        self.audit = TextAudit()
 
     def groups(self) -> Iterator[TokenGroup]:
         """Every group of the context in the reference's tokens."""
@@ -182,7 +182,7 @@ class Writer:
 # --- the reference
 
 
-class TextTable(Reference):
+class PrecomputedSums(Reference):
     """A reference whose response log-probs were computed beforehand from text.
 
     `sums` are log-probs of responses by `group_index`, `aligned` those carried to the policy's tokens, if any.
@@ -198,7 +198,7 @@ class TextTable(Reference):
         sums: dict[int, np.ndarray],
         device: torch.device,
         aligned: dict[int, np.ndarray] | None = None,
-        audit: Audit | None = None,
+        audit: TextAudit | None = None,
     ) -> None:
         self.name, self.identity, self.weights, self.audit = name, identity, weights, audit
         self._sums, self._aligned = sums, aligned
@@ -233,19 +233,19 @@ def _ends(group: TokenGroup) -> list[int]:
 def from_text(
     name: str,
     scorer: Scorer,
-    own: OwnText,
+    own: ReferenceText,
     identity: str,
     weights: str,
     context: ReferenceContext,
     cache: Literal["auto", "off"],
-) -> TextTable | Table:
+) -> PrecomputedSums | PrecomputedReference:
     """The reference's log-probs of the context's responses under its own template and tokenizer.
 
     Prints an audit. A Table of tokens where its response tokens turn out to be the policy's. Raises ValueError if more
     than `own.max_altered` of the responses come back changed, and for an objective that needs values of tokens.
     """
-    writer = Writer(context, own)
-    groups = gathered(writer.groups())
+    writer = ReferenceEncoder(context, own)
+    groups = from_groups(writer.groups())
     writer.audit.check(own.max_altered)
     same = all(ours.response_ids == theirs.response_ids for ours, theirs in zip(context.groups, groups, strict=True))
     if context.needs_tokens and not same:
@@ -256,11 +256,11 @@ def from_text(
     rows = ROWS[cache](scorer, groups, identity, context)
     identity = digest([identity, own.terminator, own.system_prompt])
     if same:
-        table = Table(name, identity, weights, groups, rows, context.work.device)
+        table = PrecomputedReference(name, identity, weights, groups, rows, context.work.device)
         table.own_text = True
         return table
     aligned = None if any(group.scored for group in groups) else _Aligner(writer, own.tokenizer).carried(groups, rows)
-    return TextTable(name, identity, weights, _sums(groups, rows), context.work.device, aligned, writer.audit)
+    return PrecomputedSums(name, identity, weights, _sums(groups, rows), context.work.device, aligned, writer.audit)
 
 
 def _computed(scorer: Scorer, groups: TokenGroups, identity: str, context: ReferenceContext) -> Rows:
@@ -275,7 +275,7 @@ ROWS = {"auto": rows_of, "off": _computed}
 class _Aligner:
     """Carries a reference's token log-probs to the policy's tokens."""
 
-    def __init__(self, writer: Writer, tokenizer: Any) -> None:
+    def __init__(self, writer: ReferenceEncoder, tokenizer: Any) -> None:
         self.writer = writer
         self.policy, self.reference = ByteSizes(writer.context.policy.tokenizer), ByteSizes(tokenizer)
 

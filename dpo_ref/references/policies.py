@@ -13,22 +13,22 @@ from torch import nn
 
 from dpo_ref.component import RunPlan, component
 from dpo_ref.data.chat_templates import install_template, text_identity
-from dpo_ref.data.groups import Changed
+from dpo_ref.data.groups import MappedGroups
 from dpo_ref.models.adapters import adapter_off, base_weights, effective
 from dpo_ref.models.checkpoint import state_digest, weights_digest
 from dpo_ref.models.loading import ModelSource
 from dpo_ref.models.logps import response_logps
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext
-from dpo_ref.references.other_tokenizer import OwnText, from_text
-from dpo_ref.references.table import Rows, Scorer, Table, rows_of, scorer_of, tabulate
+from dpo_ref.references.other_tokenizer import ReferenceText, from_text
+from dpo_ref.references.table import PrecomputedReference, Rows, Scorer, precompute, rows_of, scorer_of
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup, digest
 
 Cache = Literal["auto", "off"]
 
 
 @torch.no_grad()
-def asked(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
+def logps_on_device(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
     """A model's log-probs of a batch, on the batch's device, which may be another than the model's."""
     here, there = batch.input_ids.device, next(model.parameters()).device
     if here == there:
@@ -38,7 +38,7 @@ def asked(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
     return ResponseLogps(*(value.to(here) for value in values))
 
 
-class Frozen(Reference):
+class LiveReference(Reference):
     """A model that is asked at every step (`reference.cache=off`)."""
 
     def __init__(self, name: str, model: nn.Module, identity: str, weights: str) -> None:
@@ -52,10 +52,10 @@ class Frozen(Reference):
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """A forward pass of the model, wherever it is."""
-        return asked(self._model, batch)
+        return logps_on_device(self._model, batch)
 
 
-class Uniform(Reference):
+class UniformReference(Reference):
     """Every token equally likely: log p(y) = -tokens ln V, V the tokenizer's vocabulary.
 
     It differs from `none` by a reward for length alone, which is what it is there to show.
@@ -73,7 +73,7 @@ class Uniform(Reference):
         return ResponseLogps(batch.lengths.double() * self._value, batch.lengths, batch.num_bytes, tokens)
 
 
-class Zeros(Reference):
+class NoReference(Reference):
     """No reference: log-probability 0 for every response, at no cost.
 
     The reward is then beta log pi itself, the convention of arXiv:2407.13709 (posterior probability).
@@ -104,8 +104,8 @@ def initial(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
     weights = context.policy.weights
     identity = identity_of(context.policy.model, weights, context.policy.text_identity)
     if cache == "auto":
-        return tabulate("initial", context.policy.model, identity, weights, context)
-    return Frozen("initial", copy.deepcopy(context.policy.model), identity, weights)
+        return precompute("initial", context.policy.model, identity, weights, context)
+    return LiveReference("initial", copy.deepcopy(context.policy.model), identity, weights)
 
 
 def other(
@@ -141,12 +141,12 @@ def other(
     model = context.work.loader.reference(ModelSource(path, revision, adapter, dtype, quantisation, device))
     weights = weights_digest(model)
     identity = identity_of(model, weights, text_identity(tokenizer))
-    own = OwnText(tokenizer, system_prompt, terminator, max_altered)
+    own = ReferenceText(tokenizer, system_prompt, terminator, max_altered)
     if own.differs(context):
         return from_text("other", scorer_of(model), own, identity, weights, context, cache)
     if cache == "auto":
-        return tabulate("other", model, identity, weights, context)
-    return Frozen("other", model, identity, weights)
+        return precompute("other", model, identity, weights, context)
+    return LiveReference("other", model, identity, weights)
 
 
 def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Reference:
@@ -154,11 +154,11 @@ def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Refe
     none). With the objective dpo this is the likelihood reward of arXiv:2407.13709."""
     tokenizer = context.policy.tokenizer
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    groups = Changed(context.groups, lambda group: replace(group, prompt_ids=[begin]))
+    groups = MappedGroups(context.groups, lambda group: replace(group, prompt_ids=[begin]))
     weights = context.policy.weights
     identity = identity_of(context.policy.model, weights, context.policy.text_identity)
     rows = rows_of(scorer_of(context.policy.model), groups, identity, context)
-    return Table("prior", digest([identity, "prior", begin]), "", groups, rows, context.work.device)
+    return PrecomputedReference("prior", digest([identity, "prior", begin]), "", groups, rows, context.work.device)
 
 
 def interpolate(context: ReferenceContext, *, path: str, share: float, cache: Cache = "auto") -> Reference:
@@ -177,8 +177,8 @@ def interpolate(context: ReferenceContext, *, path: str, share: float, cache: Ca
     weights = weights_digest(model)
     identity = identity_of(model, weights, context.policy.text_identity)
     if cache == "auto":
-        return tabulate("interpolate", model, identity, weights, context)
-    return Frozen("interpolate", model, identity, weights)
+        return precompute("interpolate", model, identity, weights, context)
+    return LiveReference("interpolate", model, identity, weights)
 
 
 def _shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
@@ -187,17 +187,17 @@ def _shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
 
 def none(context: ReferenceContext) -> Reference:
     """No reference at all."""
-    return Zeros()
+    return NoReference()
 
 
 def uniform_token(context: ReferenceContext) -> Reference:
     """Every token of the vocabulary equally likely."""
-    return Uniform(len(context.policy.tokenizer))
+    return UniformReference(len(context.policy.tokenizer))
 
 
 def auto(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
     """`initial` where the objective has a reference, else `none`."""
-    return initial(context, cache=cache) if context.uses_reference else Zeros()
+    return initial(context, cache=cache) if context.uses_reference else NoReference()
 
 
 # --- the model below an adapter that is trained: no second copy of it is needed
@@ -247,13 +247,13 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
             return whole(groups)
 
     rows = rows_of(Scorer(scored, whole.tolerance), context.groups, identity, context)
-    return Table("adapter_base", identity, weights, context.groups, rows, context.work.device)
+    return PrecomputedReference("adapter_base", identity, weights, context.groups, rows, context.work.device)
 
 
 # --- references that follow the policy: the trust-region methods of TR-DPO (arXiv:2404.09656)
 
 
-class Moving(Reference):
+class MovingReference(Reference):
     """A copy of the policy that takes a step of `share` towards it every `every` optimiser steps."""
 
     name = "moving"
@@ -320,4 +320,4 @@ def moving(context: ReferenceContext, *, share: float = 0.6, every: int = 512, c
         [identity_of(context.policy.model, weights, context.policy.text_identity), "moving", share, every]
     )
     print("reference: it moves, so it is asked at every step and nothing is cached")
-    return Moving(copy.deepcopy(context.policy.model), identity, weights, share, every)
+    return MovingReference(copy.deepcopy(context.policy.model), identity, weights, share, every)

@@ -26,8 +26,8 @@ from dpo_ref.data.encoding import Encoder
 from dpo_ref.files import write_json
 from dpo_ref.models.server import ServedModel, Server, ServerRefused, ServerUnavailable, check_url
 from dpo_ref.references.interface import Reference, ReferenceContext
-from dpo_ref.references.other_tokenizer import OwnText, from_text
-from dpo_ref.references.table import Rows, Scorer, Table, row_key, rows_of
+from dpo_ref.references.other_tokenizer import ReferenceText, from_text
+from dpo_ref.references.table import PrecomputedReference, Rows, Scorer, row_key, rows_of
 from dpo_ref.types import Message, PromptGroup, TokenGroup, digest
 
 # --- log-probs of token ids, asked for
@@ -158,11 +158,11 @@ def served(
     identity = identity_of(first, theirs, context.work.cache)
     scorer = Scorer(partial(score, client, context), TOLERANCE)
     whole = replace(context, pack=lambda groups: [list(groups)])  # many requests are under way at once
-    own = OwnText(theirs, system_prompt, terminator, max_altered)
+    own = ReferenceText(theirs, system_prompt, terminator, max_altered)
     if own.differs(context):
         return from_text("served", scorer, own, identity, "", whole, cache)
     rows = rows_of(scorer, context.groups, identity, whole)
-    return Table("served", identity, "", context.groups, rows, context.work.device)
+    return PrecomputedReference("served", identity, "", context.groups, rows, context.work.device)
 
 
 # --- which model answers behind a name

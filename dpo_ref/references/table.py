@@ -154,7 +154,7 @@ def _probe(scorer: Scorer, groups: Sequence[TokenGroup], rows: Rows, folder: Pat
             )
 
 
-class Table(Reference):
+class PrecomputedReference(Reference):
     """A reference whose log-probabilities were computed beforehand; its model is not needed any more."""
 
     live = False
@@ -194,7 +194,9 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
     return stored | _fill(scorer, groups, missing, folder, context) if missing else stored
 
 
-def tabulate(name: str, model: nn.Module, identity: str, weights: str, context: ReferenceContext) -> Table:
+def precompute(
+    name: str, model: nn.Module, identity: str, weights: str, context: ReferenceContext
+) -> PrecomputedReference:
     """The table of `model` for all of the context's groups."""
     rows = rows_of(scorer_of(model), context.groups, identity, context)
-    return Table(name, identity, weights, context.groups, rows, context.work.device)
+    return PrecomputedReference(name, identity, weights, context.groups, rows, context.work.device)

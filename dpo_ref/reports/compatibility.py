@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ref.evaluation.compatibility import LEVELS, SATURATED, TOLERATED, Alone, Candidate, Report
+from dpo_ref.evaluation.compatibility import LEVELS, SATURATED, TOLERATED, Alone, Candidate, CompatibilityReport
 from dpo_ref.evaluation.kl import BY_TEXT, BY_TOKEN, Divergence
 from dpo_ref.evaluation.statistics.estimates import Estimate
 from dpo_ref.files import write_text
@@ -20,14 +20,14 @@ from dpo_ref.reports.plots import INITIAL, SERIES, Panel, write_png
 from dpo_ref.reports.tables import MISSING, number, percent
 
 
-def _pairs_table(report: Report) -> str:
+def _pairs_table(report: CompatibilityReport) -> str:
     names, rows = cells(report, pair_entries())
     colours = [INITIAL, *(colour for _, colour in coloured(report))]
     kinds = [' class="baseline"', *("" for _ in report.candidates)]
     return table(names, [page_row(names, *entries) for entries in zip(rows, colours, kinds, strict=True)])
 
 
-def _step_table(report: Report) -> str:
+def _step_table(report: CompatibilityReport) -> str:
     names, rows = cells(report, step_entries(report))
     lines = [page_row(names, texts, colour) for texts, (_, colour) in zip(rows[1:], coloured(report), strict=True)]
     lines += [
@@ -57,7 +57,7 @@ def _items(sentences: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def settings(report: Report) -> list[tuple[str, str]]:
+def settings(report: CompatibilityReport) -> list[tuple[str, str]]:
     """How the report was made."""
     return [
         ("policy", report.policy),
@@ -68,7 +68,7 @@ def settings(report: Report) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def compatibility_page(report: Report) -> str:
+def compatibility_page(report: CompatibilityReport) -> str:
     """The page as HTML."""
     title = f"{len(report.candidates) + len(report.refused)} references beside {report.policy}"
     audits = [(candidate.title, candidate.audit) for candidate in report.candidates if candidate.audit]
@@ -99,7 +99,7 @@ def compatibility_page(report: Report) -> str:
     return page.page(title, "\n".join(filter(None, parts)))
 
 
-def write_page(folder: Path, report: Report) -> None:
+def write_page(folder: Path, report: CompatibilityReport) -> None:
     """Write `compatibility.html` and `compatibility.png` into `folder`."""
     write_text(folder / "compatibility.html", compatibility_page(report))
     write_png(folder / "compatibility.png", panels(report))
@@ -123,7 +123,7 @@ def clipped(title: str, size: int) -> str:
     return title if len(title) <= size else f"{title[:half]}…{title[1 - half :]}"
 
 
-def coloured(report: Report) -> list[tuple[Candidate, str]]:
+def coloured(report: CompatibilityReport) -> list[tuple[Candidate, str]]:
     """Every candidate and its colour."""
     return [(candidate, SERIES[index % len(SERIES)]) for index, candidate in enumerate(report.candidates)]
 
@@ -136,13 +136,13 @@ def _rows(axes: Any, names: Sequence[str], title: str) -> None:
     axes.grid(axis="y", visible=False)
 
 
-def margin_panels(report: Report) -> list[Panel]:
+def margin_panels(report: CompatibilityReport) -> list[Panel]:
     """One cloud per reference whose margins are neither all zero nor the policy's own."""
     shown = [(c, hue) for c, hue in coloured(report) if c.margins.any() and c.start.sd > 0]
     return [_cloud(candidate, hue, report) for candidate, hue in shown]
 
 
-def _cloud(candidate: Candidate, colour: str, report: Report) -> Panel:
+def _cloud(candidate: Candidate, colour: str, report: CompatibilityReport) -> Panel:
     ours, theirs = report.policy_margins, candidate.margins
 
     def dots(axes: Any) -> None:
@@ -167,7 +167,7 @@ def _cloud(candidate: Candidate, colour: str, report: Report) -> Panel:
     )
 
 
-def _lines(report: Report, axes: Any, value: Callable[[Any], float]) -> None:
+def _lines(report: CompatibilityReport, axes: Any, value: Callable[[Any], float]) -> None:
     for candidate, colour in coloured(report):
         betas = [at.beta for at in candidate.start.at]
         axes.plot(betas, [value(at) for at in candidate.start.at], marker="o", markersize=4, linewidth=1.8,
@@ -179,7 +179,7 @@ def _lines(report: Report, axes: Any, value: Callable[[Any], float]) -> None:
     axes.set_xlabel("β")
 
 
-def saturation_panel(report: Report) -> Panel:
+def saturation_panel(report: CompatibilityReport) -> Panel:
     """Share of saturated pairs against beta."""
 
     def draw(axes: Any) -> None:
@@ -197,7 +197,7 @@ def saturation_panel(report: Report) -> Panel:
     )
 
 
-def weight_panel(report: Report) -> Panel:
+def weight_panel(report: CompatibilityReport) -> Panel:
     """Where the gradient weights lie at the quoted beta."""
     quoted = report.candidates[0].quoted.beta
 
@@ -220,7 +220,7 @@ def weight_panel(report: Report) -> Panel:
     )
 
 
-def accuracy_panel(report: Report) -> Panel:
+def accuracy_panel(report: CompatibilityReport) -> Panel:
     """Pairs ranked as labelled, with intervals."""
 
     def draw(axes: Any) -> None:
@@ -238,7 +238,7 @@ def accuracy_panel(report: Report) -> Panel:
     return Panel("Pairs whose chosen response the model finds likelier; bars are 95 % intervals over prompts.", draw)
 
 
-def gap_panel(report: Report) -> Panel:
+def gap_panel(report: CompatibilityReport) -> Panel:
     """How much likelier the policy finds the responses, per byte."""
     shown = [(c, hue) for c, hue in coloured(report) if np.isfinite(c.beside.gap_per_byte.mean)]
 
@@ -259,7 +259,7 @@ def gap_panel(report: Report) -> Panel:
     )
 
 
-def panels(report: Report) -> list[Panel]:
+def panels(report: CompatibilityReport) -> list[Panel]:
     """The pictures of the report."""
     gaps = [gap_panel(report)] if any(np.isfinite(c.beside.gap_per_byte.mean) for c in report.candidates) else []
     return [
@@ -282,7 +282,7 @@ def _no_entry(alone: Alone) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CandidateRow:
     """A column: its title, what its numbers mean, a reference's entry, and the policy's where it has one. A `brief`
     title puts it into the terminal's 80 characters."""
 
@@ -322,80 +322,80 @@ def _beta(candidate: Candidate) -> str:
     return "any" if unit is None else MISSING if listed is None else f"{listed:g}"
 
 
-def pair_entries() -> list[Entry]:
+def pair_entries() -> list[CandidateRow]:
     """What each model says about the pairs, and how that relates to what the policy says."""
     return [
-        Entry(
+        CandidateRow(
             "pairs right", "share of pairs whose chosen response it finds likelier, ties half; 95 % interval",
             lambda c: share(c.alone.accuracy), lambda a: share(a.accuracy), brief="pairs right",
         ),
-        Entry(
+        CandidateRow(
             "margin", "mean of log p(chosen) − log p(rejected), nats, ± standard error clustered by prompt",
             lambda c: plus_minus(c.alone.margin, 2), lambda a: plus_minus(a.margin, 2),
         ),
-        Entry(
+        CandidateRow(
             "length corr.", "correlation of its margin with the difference in bytes, chosen − rejected",
             lambda c: number(c.alone.length_correlation, 2), lambda a: number(a.length_correlation, 2),
         ),
-        Entry(
+        CandidateRow(
             "r, ρ log-probs", "correlation and rank correlation of responses' log-probs with the policy's",
             lambda c: _correlations(c.beside.logps_pearson, c.beside.logps_spearman),
         ),
-        Entry(
+        CandidateRow(
             "r, ρ margins", "the same of pair margins",
             lambda c: _correlations(c.beside.margins_pearson, c.beside.margins_spearman),
         ),
-        Entry(
+        CandidateRow(
             "ρ per byte", "rank correlation of log p / bytes with the policy's: sums follow the length anyway",
             lambda c: number(c.beside.per_byte_spearman, 2), brief="ρ/byte",
         ),
-        Entry(
+        CandidateRow(
             "gap/byte", "mean over responses of (log π − log ref) / bytes, nats, ± standard error",
             lambda c: plus_minus(c.beside.gap_per_byte, 3),
         ),
-        Entry(
+        CandidateRow(
             "vocabulary, tokens", "share of the policy's vocabulary that a reference of another tokenizer has too; "
             "its tokens for one of the policy's", _overlap,
         ),
     ]  # fmt: skip
 
 
-def step_entries(report: Report) -> list[Entry]:
+def step_entries(report: CompatibilityReport) -> list[CandidateRow]:
     """How far the reference is from the policy, and what DPO's first step makes of that."""
     quoted = f"{report.candidates[0].quoted.beta:g}"
     return [
-        Entry(
+        CandidateRow(
             "KL(π‖ref)", f"nats per answer on the policy's samples ± standard error: {BY_TOKEN}; * {BY_TEXT}",
             lambda c: _kl_cell(c.forward), brief="π‖ref",
         ),
-        Entry(
+        CandidateRow(
             "KL(ref‖π)", "the same on the reference's samples", lambda c: _kl_cell(c.reverse), brief="ref‖π",
         ),
-        Entry("s.d.", "of the step-0 margin, nats", lambda c: f"{c.start.sd:.3g}", brief="s.d."),
-        Entry(
+        CandidateRow("s.d.", "of the step-0 margin, nats", lambda c: f"{c.start.sd:.3g}", brief="s.d."),
+        CandidateRow(
             f"saturated at β {quoted}", f"share of pairs with |beta × step-0 margin| above {SATURATED:g}",
             lambda c: percent(c.quoted.saturated.mean), brief=f"sat. {quoted}",
         ),
-        Entry(
+        CandidateRow(
             "start β", f"the largest listed beta with at most {LIMIT} of pairs saturated", _beta, brief="start β",
         ),
-        Entry("β at s.d. 1", "1 / s.d. of the step-0 margin", _unit),
+        CandidateRow("β at s.d. 1", "1 / s.d. of the step-0 margin", _unit),
     ]  # fmt: skip
 
 
-def entries(report: Report) -> list[Entry]:
+def entries(report: CompatibilityReport) -> list[CandidateRow]:
     """All columns."""
     return [*pair_entries(), *step_entries(report)]
 
 
-def cells(report: Report, columns: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+def cells(report: CompatibilityReport, columns: Sequence[CandidateRow]) -> tuple[list[str], list[list[str]]]:
     """The columns' titles, and the rows: the policy first, each opened by its name."""
     rows = [["policy", *(column.policy(report.policy_alone) or MISSING for column in columns)]]
     rows += [[c.title, *(column.text(c) for column in columns)] for c in report.candidates]
     return ["reference", *(column.title for column in columns)], rows
 
 
-def estimators(report: Report) -> list[tuple[str, str]]:
+def estimators(report: CompatibilityReport) -> list[tuple[str, str]]:
     """How each reference's KLs were estimated, or why there is none."""
     return [
         (c.title, f"KL(π‖ref): {_estimation(c.forward)}. KL(ref‖π): {_estimation(c.reverse)}.")
@@ -414,7 +414,7 @@ def _estimation(kl: Divergence) -> str:
     )
 
 
-def terminal_table(report: Report) -> Any:
+def terminal_table(report: CompatibilityReport) -> Any:
     """The brief columns as a rich table; refused references are rows with their reason below."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -494,7 +494,7 @@ def _start(candidate: Candidate) -> str:
     return f"Start near beta {start.listed:g}{top} (at most {LIMIT} saturated); {unit}."
 
 
-def _accuracy(candidate: Candidate, report: Report) -> str:
+def _accuracy(candidate: Candidate, report: CompatibilityReport) -> str:
     if not candidate.margins.any():
         return ""
     low, high = interval(candidate.beside.accuracy_difference)
@@ -531,7 +531,7 @@ def _kl_sentence(candidate: Candidate) -> str:
     return f"{', '.join(parts)}." if parts else ""
 
 
-def verdict(candidate: Candidate, report: Report) -> str:
+def verdict(candidate: Candidate, report: CompatibilityReport) -> str:
     """The evidence on one reference."""
     if candidate.start.unit is None and candidate.start.mean == 0:
         return f"{_margins(candidate)} {_start(candidate)}"
@@ -545,7 +545,7 @@ def verdict(candidate: Candidate, report: Report) -> str:
     return " ".join(filter(None, parts))
 
 
-def headline(report: Report) -> str:
+def headline(report: CompatibilityReport) -> str:
     """Where to start with each reference."""
 
     def start(c: Candidate) -> str:

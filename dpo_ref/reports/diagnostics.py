@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from dpo_ref.evaluation.diagnostics.diagnose import HELD_OUT, Diagnosis, TextDiagnosis
-from dpo_ref.evaluation.diagnostics.examples import Shown, ShownResponse, ShownToken
-from dpo_ref.evaluation.diagnostics.logratios import EDGES, STEPS, TENTHS, Bucket, Hazard, Moved, Shift
+from dpo_ref.evaluation.diagnostics.examples import ShownResponse, ShownToken, TokenExample
+from dpo_ref.evaluation.diagnostics.logratios import EDGES, STEPS, TENTHS, Bucket, Hazard, LogRatios, Moved
 from dpo_ref.evaluation.diagnostics.pairs import Displacement, LengthBin, Ranking
 from dpo_ref.evaluation.results import KL, Evaluation, read_evaluation
 from dpo_ref.evaluation.stages import read_diagnosis, read_examples
@@ -60,7 +60,7 @@ def lead(diagnosis: Diagnosis) -> str:
     return " ".join(parts)
 
 
-def _text_row(name: str, text: TextDiagnosis, shift: Shift) -> list[str]:
+def _text_row(name: str, text: TextDiagnosis, shift: LogRatios) -> list[str]:
     entropy = f"{number(text.entropy.policy.mean, 3)} / {number(text.entropy.initial.mean, 3)}"
     ranks = f"{percent(text.ranks.policy_first)} / {percent(text.ranks.initial_first)}"
     return [
@@ -449,7 +449,7 @@ def _response(response: ShownResponse, reference: str) -> str:
     return f"<p><b>{page.text(response.name)}, {number(total, 2, True)} nats</b>{tokens}</p>"
 
 
-def _view(example: Shown, reference: str) -> str:
+def _view(example: TokenExample, reference: str) -> str:
     responses = "".join(_response(response, reference) for response in example.responses)
     return (
         f'<article class="sample example"><p><b>prompt, {page.text(example.picked)}</b>'
@@ -469,7 +469,7 @@ def legend() -> str:
     )
 
 
-def token_views(examples: Sequence[Shown], reference: str) -> str:
+def token_views(examples: Sequence[TokenExample], reference: str) -> str:
     """All examples with the legend above; "" for none."""
     if not examples:
         return ""

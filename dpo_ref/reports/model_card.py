@@ -15,7 +15,7 @@ from dpo_ref.evaluation.results import ACCURACY, ENDED, KL, LENGTH, SCORE, WIN_R
 from dpo_ref.files import write_text
 from dpo_ref.reports.policy import settings
 from dpo_ref.reports.tables import columns
-from dpo_ref.tracking.redaction import Places, Redactor
+from dpo_ref.tracking.redaction import PathRedactor, Redactor
 
 CARD = "README.md"
 MARK = re.compile(r"<!-- dpo_ref ([0-9a-f]{64}) -->\n\Z")
@@ -103,7 +103,7 @@ def card(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], evalu
     """The model card of a run's policy: its configuration, what it was trained against, what was measured."""
     import yaml
 
-    redactor, paths = Redactor(config), Places({**config, "run": str(run)})
+    redactor, paths = Redactor(config), PathRedactor({**config, "run": str(run)})
     about, options = (paths.tree(redactor.tree(tree)) for tree in (summary, config))
     options = {name: value for name, value in options.items() if name not in ABOUT_THE_MACHINE}
     words = [word for word in about["overrides"] if word.lstrip("+").partition("=")[0] not in ABOUT_THE_MACHINE]

@@ -21,7 +21,7 @@ LATEX = {"\\": r"\textbackslash{}", "β": r"$\beta$", "±": r"$\pm$", "−": "$-
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class PaperRow:
     """What one cell of the table says; `best` of its column."""
 
     text: str
@@ -35,7 +35,7 @@ class PaperTable:
     corner: str
     groups: list[str]
     measures: list[str]
-    rows: list[tuple[str, list[Entry]]]
+    rows: list[tuple[str, list[PaperRow]]]
     note: str
 
     def part(self, first: int, last: int) -> "PaperTable":
@@ -68,13 +68,13 @@ def paper_table(cells: Sequence[Cell]) -> PaperTable:
         for name in short
     }
 
-    def entries(name: str, point: float | None) -> list[Entry]:
+    def entries(name: str, point: float | None) -> list[PaperRow]:
         cell = at.get((name, point))
         if cell is None:
-            return [Entry(MISSING) for _ in keys]
+            return [PaperRow(MISSING) for _ in keys]
         first, *rest = (_text(cell, *key) for key in keys)
         marked = f"{first}{BROKEN}" if cell.evaluation.degenerate else first
-        return [Entry(marked, cell is champions[name]), *map(Entry, rest)]
+        return [PaperRow(marked, cell is champions[name]), *map(PaperRow, rest)]
 
     points = sorted({cell.point for cell in cells}, key=lambda point: math.inf if point is None else point)
     rows = [

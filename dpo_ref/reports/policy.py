@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_ref.component import Component
-from dpo_ref.evaluation.policy import Subject
+from dpo_ref.evaluation.policy import PolicyToEvaluate
 from dpo_ref.evaluation.results import AT_TEMPERATURE, LENGTH, REPETITION, SCORE, WIN_RATE, Evaluated, Evaluation
 from dpo_ref.files import write_text
 from dpo_ref.reports import page, tables
@@ -57,7 +57,7 @@ def sample_sections(evaluated: Sequence[Evaluated]) -> str:
 def _pictures(evaluated: Sequence[Evaluated]) -> list[Panel]:
     """All pictures of a report."""
     evaluations = [policy.evaluation for policy in evaluated]
-    curves = list(map(Curve, evaluations, labels(evaluations), colours(evaluations)))
+    curves = list(map(TemperatureCurve, evaluations, labels(evaluations), colours(evaluations)))
     return [*comparison_panels(evaluated), *temperature_panels(curves)]
 
 
@@ -112,7 +112,7 @@ KEY = re.compile(AT_TEMPERATURE.of(temperature="([^/]+)", key="(.+)"))
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class TemperatureCurve:
     """A policy as a line."""
 
     evaluation: Evaluation
@@ -121,7 +121,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ShownAnswers:
     """A metric to draw: its key, the panel's title and caption, a factor for its unit, and the line of no change."""
 
     key: str
@@ -149,7 +149,7 @@ def _bar(evaluation: Evaluation, temperature: float, key: str) -> float:
     return halves[0] if halves else 0.0
 
 
-def _panel(curves: Sequence[Curve], metric: Shown, with_legend: bool) -> Panel:
+def _panel(curves: Sequence[TemperatureCurve], metric: ShownAnswers, with_legend: bool) -> Panel:
     def draw(axes: Any) -> None:
         for index, curve in enumerate(curves):
             at = temperatures(curve.evaluation, metric.key)
@@ -174,23 +174,25 @@ def _panel(curves: Sequence[Curve], metric: Shown, with_legend: bool) -> Panel:
     return Panel(f"{metric.caption} Bars are 95 % intervals.", draw)
 
 
-def temperature_panels(curves: Sequence[Curve]) -> list[Panel]:
+def temperature_panels(curves: Sequence[TemperatureCurve]) -> list[Panel]:
     """Reward, win rate, length and repetition against the sampling temperature; none where a single one was used."""
     if not curves:
         return []
     last = curves[-1].evaluation
     scorer, baseline = last.scorer, last.baseline
     metrics = [
-        Shown(last.key(SCORE), f"{scorer.capitalize()} reward by temperature", "Mean reward at each temperature."),
-        Shown(
+        ShownAnswers(
+            last.key(SCORE), f"{scorer.capitalize()} reward by temperature", "Mean reward at each temperature."
+        ),
+        ShownAnswers(
             last.key(WIN_RATE),
             f"Win rate against {baseline} by temperature, %",
             "Both policies sampled at the same temperature; ties half.",
             scale=100.0,
             level=50.0,
         ),
-        Shown(LENGTH.key, "Tokens by temperature", "Mean length of the answers, the end token counted."),
-        Shown(REPETITION.key, "Repetition by temperature", "Share of an answer's 4-grams that are repeats."),
+        ShownAnswers(LENGTH.key, "Tokens by temperature", "Mean length of the answers, the end token counted."),
+        ShownAnswers(REPETITION.key, "Repetition by temperature", "Share of an answer's 4-grams that are repeats."),
     ]
     panels = []
     for metric in metrics:
@@ -225,7 +227,7 @@ def _answers(evaluated: Evaluated, baseline: Evaluated | None) -> list[list[Any]
 def track_evaluation(
     tracking: Component,
     config: dict[str, Any],
-    subject: Subject,
+    subject: PolicyToEvaluate,
     evaluated: Evaluated,
     baseline: Evaluated | None,
     files: Sequence[Path] = (),

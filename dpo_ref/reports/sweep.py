@@ -26,7 +26,7 @@ from dpo_ref.evaluation.results import (
     measure_of,
 )
 from dpo_ref.evaluation.stages import read_evaluated
-from dpo_ref.evaluation.sweep import Cell, Job, csv_text, without_result
+from dpo_ref.evaluation.sweep import Cell, SweptRun, csv_text, without_result
 from dpo_ref.files import write_text
 from dpo_ref.reports import page, tables
 from dpo_ref.reports.paper_table import (
@@ -53,7 +53,7 @@ from dpo_ref.reports.plots import (
     write_panels,
     write_png,
 )
-from dpo_ref.reports.policy import Curve, log_files, sample_sections, settings, temperature_panels
+from dpo_ref.reports.policy import TemperatureCurve, log_files, sample_sections, settings, temperature_panels
 from dpo_ref.reports.tables import MISSING, columns, judge_columns, number, results_table, titles
 from dpo_ref.tracking.tracker import RunInfo
 from dpo_ref.tracking.weights_and_biases import known_id
@@ -88,11 +88,11 @@ def _answers(folder: Path) -> Evaluated | None:
         return None
 
 
-def _pictures(jobs: Sequence[Job], cells: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
+def _pictures(jobs: Sequence[SweptRun], cells: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
     """All pictures of a sweep."""
     if not cells:
         return []
-    before = [Curve(initial, "initial policy", INITIAL)] if initial else []
+    before = [TemperatureCurve(initial, "initial policy", INITIAL)] if initial else []
     return [*panels(jobs, cells, initial), *temperature_panels([*before, *temperature_curves(cells)])]
 
 
@@ -108,7 +108,7 @@ def _points_section(cells: Sequence[Cell]) -> str:
     )
 
 
-def sweep_page(jobs: Sequence[Job], baseline: Evaluated | None) -> str:
+def sweep_page(jobs: Sequence[SweptRun], baseline: Evaluated | None) -> str:
     """The page of a sweep; jobs without a result are rows of its table."""
     cells, initial = sweep.cells(jobs), baseline.evaluation if baseline else None
     evaluations = [cell.evaluation for cell in cells]
@@ -137,7 +137,7 @@ def sweep_page(jobs: Sequence[Job], baseline: Evaluated | None) -> str:
     return page.page(title, "\n".join(parts))
 
 
-def sweep_tables(jobs: Sequence[Job], initial: Evaluation | None) -> list[Any]:
+def sweep_tables(jobs: Sequence[SweptRun], initial: Evaluation | None) -> list[Any]:
     """The sweep for the terminal: the initial policy, a row per cell, a row per job without a result; then the paper's
     table, where there are several strengths or steps."""
     cells = sweep.cells(jobs)
@@ -147,7 +147,7 @@ def sweep_tables(jobs: Sequence[Job], initial: Evaluation | None) -> list[Any]:
     return [everything, *(terminal_tables(paper_table(cells)) if several else [])]
 
 
-def write_sweep(folder: Path, jobs: Sequence[Job], baseline: Evaluated | None) -> None:
+def write_sweep(folder: Path, jobs: Sequence[SweptRun], baseline: Evaluated | None) -> None:
     """Write what there is to say about jobs into `folder`, whatever they came to: `sweep.csv`, `report.html`, and
     where any has a result `frontier.csv`, `paper_table.csv`, `.md` and `.tex`, `sweep.png` and `panels/`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ def sweep_panels(cells: Sequence[Cell], initial: Evaluation | None) -> list[Pane
     return [point_panel(cells, against, with_legend=against is metrics[0]) for against in available]
 
 
-def temperature_curves(cells: Sequence[Cell]) -> list[Curve]:
+def temperature_curves(cells: Sequence[Cell]) -> list[TemperatureCurve]:
     """Lines over sampling temperatures: every cell where these are few, else the best of each series. Those of one
     series share its colour, the fainter the smaller beta or step."""
     hues, short = series_colours(cells), short_names(cells)
@@ -254,7 +254,7 @@ def temperature_curves(cells: Sequence[Cell]) -> list[Curve]:
         members = [sibling.point for sibling in shown if sibling.series == cell.series]
         faint = 1 - 0.6 * sum((sibling or 0) > (cell.point or 0) for sibling in members) / len(members)
         colour = f"{hues[cell.series]}{round(255 * faint):02x}"
-        curves.append(Curve(cell.evaluation, f"{short[cell.series]}{_point(cell)}", colour))
+        curves.append(TemperatureCurve(cell.evaluation, f"{short[cell.series]}{_point(cell)}", colour))
     return curves
 
 
@@ -265,7 +265,7 @@ def _point(cell: Cell) -> str:
     return "" if cell.beta is None else f", β = {cell.beta:g}"
 
 
-def panels(jobs: Sequence[Job], cells: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
+def panels(jobs: Sequence[SweptRun], cells: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
     """Pictures against beta or the step where there are several, else of the jobs beside each other."""
     swept = [cell for cell in cells if cell.point]
     if len({cell.point for cell in swept}) < 2:
@@ -393,7 +393,7 @@ NOTE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Strength:
+class BestBeta:
     """The best sound cell of a series, the 95 % interval of its measure, and what became of the other strengths."""
 
     series: str
@@ -435,17 +435,17 @@ def told_apart(first: Cell, second: Cell, key: str) -> bool:
     return abs(gap) > quantile(1) * math.hypot(error(first, key), error(second, key))
 
 
-def _strength(series: str, members: Sequence[Cell], key: str) -> Strength:
+def _strength(series: str, members: Sequence[Cell], key: str) -> BestBeta:
     sound = [cell for cell in members if not cell.evaluation.degenerate]
     degenerate = [cell.point for cell in members if cell.evaluation.degenerate and cell.point is not None]
     if not sound:
-        return Strength(series, None, math.nan, math.nan, [], degenerate)
+        return BestBeta(series, None, math.nan, math.nan, [], degenerate)
     best = max(sound, key=lambda cell: cell.evaluation.get(key))
     as_good = [cell.point for cell in sound if cell is not best and not told_apart(best, cell, key)]
-    return Strength(series, best, *interval(best, key), [point for point in as_good if point is not None], degenerate)
+    return BestBeta(series, best, *interval(best, key), [point for point in as_good if point is not None], degenerate)
 
 
-def best_strengths(cells: Sequence[Cell]) -> list[Strength]:
+def best_strengths(cells: Sequence[Cell]) -> list[BestBeta]:
     """The best strength of every series, in the series' order, by the sweep's measure."""
     key = measure_of([cell.evaluation for cell in cells]).key
     names = dict.fromkeys(cell.series for cell in cells)
@@ -456,7 +456,7 @@ def _strengths_text(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values) or MISSING
 
 
-def _entries(strength: Strength, name: str, measure: Measure) -> list[str]:
+def _entries(strength: BestBeta, name: str, measure: Measure) -> list[str]:
     if strength.best is None:
         return [name, MISSING, MISSING, MISSING, MISSING, MISSING, _strengths_text(strength.degenerate)]
     evaluation, scale = strength.best.evaluation, measure.scale
@@ -493,7 +493,7 @@ FRONTIER = (
 FILES_OF_A_SWEEP = ("sweep.png", "sweep.csv", "frontier.csv", "paper_table.csv", "report.html")
 
 
-def _frontier_row(job: Job) -> list[Any]:
+def _frontier_row(job: SweptRun) -> list[Any]:
     """What a job bought with how much KL, in the order of `FRONTIER` but for its last."""
     assert job.evaluation is not None
     evaluation = job.evaluation
@@ -504,7 +504,7 @@ def _frontier_row(job: Job) -> list[Any]:
     return [*about, *values, bool(evaluation.degenerate)]
 
 
-def frontier(jobs: Sequence[Job]) -> list[list[Any]]:
+def frontier(jobs: Sequence[SweptRun]) -> list[list[Any]]:
     """A row per evaluated job, columns `FRONTIER`; on the frontier is what no other sound job beats."""
     rows = [_frontier_row(job) for job in jobs if job.evaluation is not None]
     kl, score, broken = (FRONTIER.index(name) for name in ("kl", "score", "degenerate"))
@@ -514,7 +514,7 @@ def frontier(jobs: Sequence[Job]) -> list[list[Any]]:
     return [[*row, index in front] for index, row in enumerate(rows)]
 
 
-def track_sweep(tracking: Component, config: dict[str, Any], folder: Path, jobs: Sequence[Job]) -> None:
+def track_sweep(tracking: Component, config: dict[str, Any], folder: Path, jobs: Sequence[SweptRun]) -> None:
     """Log a sweep as a whole: the table and picture of reward against KL, and its files."""
     name = folder.resolve().name
     tracker = tracking(RunInfo(folder, config, f"sweep {name}", name, "sweep", resume=False))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_ref.evaluation.statistics.bradley_terry import BradleyTerry
-from dpo_ref.evaluation.winrates import Versus, WinRate, WinRates
+from dpo_ref.evaluation.winrates import ModelWinRate, Versus, WinRates
 from dpo_ref.reports.plots import INITIAL, LONGEST_LABEL, SERIES, Panel
 from dpo_ref.reports.tables import MISSING, number
 
@@ -16,35 +16,35 @@ CONTROLLED, ADJUSTED = "length_controlled", "length_adjusted"
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class WinRateColumn:
     """A column: its title, what its numbers mean, and a model's entry."""
 
     title: str
     note: str
-    text: Callable[[WinRate], str]
+    text: Callable[[ModelWinRate], str]
 
 
 def _points(value: float) -> str:
     return number(100 * value, 1)
 
 
-def _plus_minus(rate: WinRate) -> str:
+def _plus_minus(rate: ModelWinRate) -> str:
     mean, error = _points(rate.get("win_rate")), _points(rate.get("win_rate_se"))
     return mean if MISSING in (mean, error) else f"{mean}±{error}"
 
 
-def interval(rate: WinRate, key: str) -> str:
+def interval(rate: ModelWinRate, key: str) -> str:
     """A rate in percent with its 95 % interval."""
     mean, low, high = (_points(rate.get(f"{key}{part}")) for part in ("", "_low", "_high"))
     return mean if MISSING in (mean, low) else f"{mean} [{low},{high}]"
 
 
-def equal_length_key(rates: Sequence[WinRate]) -> str:
+def equal_length_key(rates: Sequence[ModelWinRate]) -> str:
     """Which estimate for equal lengths a table shows."""
     return CONTROLLED if any(CONTROLLED in rate.metrics for rate in rates) else ADJUSTED
 
 
-def columns(rates: Sequence[WinRate]) -> list[Column]:
+def columns(rates: Sequence[ModelWinRate]) -> list[WinRateColumn]:
     """The columns of a table; baseline and judge only where they differ."""
     key = equal_length_key(rates)
     note = {
@@ -52,18 +52,20 @@ def columns(rates: Sequence[WinRate]) -> list[Column]:
         ADJUSTED: "at equal lengths, by our own regression: not AlpacaEval's length-controlled win rate",
     }
     optional = [
-        Column("against", "the baseline", lambda rate: rate.baseline),
-        Column("judge", "who judged", lambda rate: rate.judge),
+        WinRateColumn("against", "the baseline", lambda rate: rate.baseline),
+        WinRateColumn("judge", "who judged", lambda rate: rate.judge),
     ]
     differing = [len({rate.baseline for rate in rates}) > 1, len({rate.judge for rate in rates}) > 1]
     return [
         *(column for column, differs in zip(optional, differing, strict=True) if differs),
-        Column("win rate", "%, ± standard error clustered by prompt", _plus_minus),
-        Column("discrete", "%, preferences rounded to win, tie, loss", lambda r: _points(r.get("discrete_win_rate"))),
-        Column({CONTROLLED: "LC", ADJUSTED: "length-adj."}[key], note[key], lambda rate: interval(rate, key)),
-        Column("chars", "mean length of the answers", lambda rate: number(rate.get("length"), 0)),
-        Column("n", "judged pairs", lambda rate: number(rate.get("num_compared"), 0)),
-        Column("missing", "pairs without a preference", lambda rate: number(rate.get("num_missing"), 0)),
+        WinRateColumn("win rate", "%, ± standard error clustered by prompt", _plus_minus),
+        WinRateColumn(
+            "discrete", "%, preferences rounded to win, tie, loss", lambda r: _points(r.get("discrete_win_rate"))
+        ),
+        WinRateColumn({CONTROLLED: "LC", ADJUSTED: "length-adj."}[key], note[key], lambda rate: interval(rate, key)),
+        WinRateColumn("chars", "mean length of the answers", lambda rate: number(rate.get("length"), 0)),
+        WinRateColumn("n", "judged pairs", lambda rate: number(rate.get("num_compared"), 0)),
+        WinRateColumn("missing", "pairs without a preference", lambda rate: number(rate.get("num_missing"), 0)),
     ]
 
 
@@ -126,7 +128,7 @@ def headline(win_rates: WinRates) -> str:
     return f"{pair.model} cannot be told from {pair.other} against {pair.baseline}: {points}"
 
 
-def _is_top(pair: Versus, rates: Sequence[WinRate]) -> bool:
+def _is_top(pair: Versus, rates: Sequence[ModelWinRate]) -> bool:
     """Whether it is between the two best win rates."""
     first, second = rates[:2]
     return (pair.model, pair.other) == (first.model, second.model) and pair.baseline == first.baseline
@@ -187,16 +189,16 @@ def _bar(axes: Any, values: Sequence[float], row: float, colour: str, **marker: 
     axes.plot([mean], [row], color=colour, linestyle="none", **marker)
 
 
-def _names(rates: Sequence[WinRate]) -> list[str]:
+def _names(rates: Sequence[ModelWinRate]) -> list[str]:
     several = len({rate.baseline for rate in rates}) > 1
     return [f"{rate.model} / {rate.baseline}" if several else rate.model for rate in rates]
 
 
-def _percentages(rate: WinRate, key: str) -> list[float]:
+def _percentages(rate: ModelWinRate, key: str) -> list[float]:
     return [100 * rate.get(f"{key}{part}") for part in ("", "_low", "_high")]
 
 
-def rates_panel(rates: Sequence[WinRate]) -> Panel:
+def rates_panel(rates: Sequence[ModelWinRate]) -> Panel:
     """Win rates and estimates for equal lengths, with their intervals."""
     key = equal_length_key(rates)
     label = "length-controlled (AlpacaEval 2)" if key == CONTROLLED else "length-adjusted"
@@ -215,7 +217,7 @@ def rates_panel(rates: Sequence[WinRate]) -> Panel:
     return Panel(f"How often the judge prefers the model, as judged and {label}; bars are 95 % intervals.", draw)
 
 
-def length_panel(rates: Sequence[WinRate]) -> Panel:
+def length_panel(rates: Sequence[ModelWinRate]) -> Panel:
     """What becomes of the win rate where the model's answer is the longer one, and the shorter one."""
 
     def draw(axes: Any) -> None:

@@ -107,7 +107,7 @@ def _places(value: Any) -> Iterator[str]:
         yield value
 
 
-class Places:
+class PathRedactor:
     """Reduces paths and addresses, those that a configuration holds wherever they stand in a text."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_ref.objectives.interface import Compared, Known, Labelled, Likelihood, Outcome, Preference, Sampled
+from dpo_ref.objectives.interface import Compared, Labelled, Likelihood, ObjectiveInputs, Outcome, Preference, Sampled
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores
 
 Values = dict[str, Float[Tensor, "..."]]
@@ -116,22 +116,23 @@ VALUES: dict[type, Callable[..., Values]] = {
 }
 
 
-def values_of(outcome: Outcome, outputs: ResponseLogps | ResponseScores, known: Known) -> Values:
+def item_values(outcome: Outcome, outputs: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Values:
     """Per-item values of one pack, detached."""
-    values = VALUES[type(outcome)](outcome, outputs, known.reference, known.batch)
+    values = VALUES[type(outcome)](outcome, outputs, inputs.reference, inputs.batch)
     return {name: value.detach() for name, value in values.items()}
 
 
 def mean_of(values: Values) -> dict[str, Tensor]:
     """Means over all items, of what there is any of; scalars on the device."""
-    known = {name: value for name, value in values.items() if value.numel()}
-    return {name: value.nanmean() if name in MAY_LACK else value.mean() for name, value in known.items()}
+    return {
+        name: value.nanmean() if name in MAY_LACK else value.mean() for name, value in values.items() if value.numel()
+    }
 
 
-def joined(parts: Iterable[Values]) -> Values:
+def concat(parts: Iterable[Values]) -> Values:
     """The values of all items of an optimiser batch, whatever its packs."""
-    found: dict[str, list[Tensor]] = {}
+    columns: dict[str, list[Tensor]] = {}
     for part in parts:
         for name, value in part.items():
-            found.setdefault(name, []).append(value)
-    return {name: torch.cat(values) for name, values in found.items()}
+            columns.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in columns.items()}

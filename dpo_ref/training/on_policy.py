@@ -16,14 +16,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from dpo_ref.component import MemberOf, RunPlan, component
-from dpo_ref.data.groups import Groups, TokenGroups, gathered
+from dpo_ref.data.groups import Groups, TokenGroups, from_groups
 from dpo_ref.data.packing import epoch_order, steps_per_epoch
 from dpo_ref.files import write_json
 from dpo_ref.generation.records import Generation, Scores, read_generations, write_generations
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.objectives.interface import Objective
-from dpo_ref.references.table import Rows, Table, read_shards, score, write_shard
+from dpo_ref.references.table import PrecomputedReference, Rows, read_shards, score, write_shard
 from dpo_ref.training.advantages import ADVANTAGES, PAIRS, Grouping, Picked, all_with, best_of_n, bradley_terry
 from dpo_ref.training.rounds import Round, Rounds, RoundsContext, groups_for
 from dpo_ref.types import Message, PreferenceData, Progress, PromptGroup, TokenGroup, digest, silent
@@ -89,7 +89,7 @@ class Sampler:
         return Samples(generations, list(scores.values), drawn - started, time.perf_counter() - drawn)
 
 
-def store(folder: Path, samples: Samples) -> None:
+def write_samples(folder: Path, samples: Samples) -> None:
     """Write a round's files; the record comes last and says that the folder is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     write_generations(folder / GENERATIONS, samples.generations)
@@ -97,8 +97,8 @@ def store(folder: Path, samples: Samples) -> None:
     write_json(folder / RECORD, content)
 
 
-def stored(folder: Path) -> Samples | None:
-    """What `store` wrote; None where it did not come to its end. Raises ValueError for a damaged file."""
+def read_samples(folder: Path) -> Samples | None:
+    """What `write_samples` wrote; None where it did not come to its end. Raises ValueError for a damaged file."""
     if not (folder / RECORD).is_file():
         return None
     try:
@@ -158,12 +158,12 @@ def grouping_of(objective: Objective, pairs: str | None, scale: float | None, ad
 
 def takes_pairs(objective: Objective) -> bool:
     """Whether it learns from a better and a worse response."""
-    return objective.pairwise or "labels" in objective.takes
+    return objective.pairwise or "labels" in objective.inputs
 
 
 def takes_advantages(objective: Objective) -> bool:
     """Whether it learns from all samples and what they are worth."""
-    return "advantages" in objective.takes
+    return "advantages" in objective.inputs
 
 
 def _advantage(objective: Objective, advantage: str | None) -> str:
@@ -286,7 +286,7 @@ class OnPolicyRounds(Rounds):
             number = begin // self._plan.steps
             samples = self._samples(number, max(begin, first_step))
             fresh = self._groups(number, samples)
-            groups = [*groups_for(self._context.objective, gathered(fresh)), *self._offline(number)]
+            groups = [*groups_for(self._context.objective, from_groups(fresh)), *self._offline(number)]
             if not groups:
                 raise ValueError(
                     f"round {number + 1}: the samples of every prompt have equal rewards or texts, so there is no "
@@ -299,7 +299,7 @@ class OnPolicyRounds(Rounds):
 
     @property
     def _needs_old(self) -> bool:
-        return "old" in self._context.objective.takes
+        return "old" in self._context.objective.inputs
 
     def _seed(self, number: int) -> int:
         return int(digest(["round", self._context.work.seed, number])[:8], 16)
@@ -313,9 +313,9 @@ class OnPolicyRounds(Rounds):
         first = number - number % self._plan.sample_every
         if step == first * self._plan.steps:
             due = range(first, min(first + self._plan.sample_every, self._plan.rounds))
-            for one in (one for one in due if stored(self._folder(one)) is None):
+            for one in (one for one in due if read_samples(self._folder(one)) is None):
                 self._draw(one)
-        found = stored(self._folder(number))
+        found = read_samples(self._folder(number))
         if found is None:
             raise ValueError(
                 f"{self._folder(number)} is not complete, and the policy that drew its samples has been trained "
@@ -328,7 +328,7 @@ class OnPolicyRounds(Rounds):
         samples = self._sampler.draw(self._prompts[number * size : (number + 1) * size], self._seed(number))
         if self._needs_old:
             write_shard(self._folder(number) / "old", self._scored(self._groups(number, samples)))
-        store(self._folder(number), samples)
+        write_samples(self._folder(number), samples)
 
     def _scored(self, groups: list[TokenGroup]) -> Rows:
         policy, device = self._context.policy.model.eval(), self._context.work.device
@@ -347,9 +347,9 @@ class OnPolicyRounds(Rounds):
         places = range(number * count, (number + 1) * count)
         return [self.known[epoch_order(total, self._context.work.seed, at // total)[at % total]] for at in places]
 
-    def _old(self, number: int, groups: list[TokenGroup]) -> Table:
+    def _old(self, number: int, groups: list[TokenGroup]) -> PrecomputedReference:
         rows = read_shards(self._folder(number) / "old")
-        return Table("old", "", "", groups, rows, self._context.work.device)
+        return PrecomputedReference("old", "", "", groups, rows, self._context.work.device)
 
     def _metrics(self, number: int, samples: Samples, fresh: list[TokenGroup]) -> dict[str, float]:
         size = self._plan.prompts_per_round

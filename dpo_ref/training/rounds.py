@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import overload
 
-from dpo_ref.data.groups import Changed, Groups, TokenGroups
+from dpo_ref.data.groups import Groups, MappedGroups, TokenGroups
 from dpo_ref.data.packing import optimiser_batches, steps_per_epoch
 from dpo_ref.models.loading import TrainedModel, Workspace
 from dpo_ref.objectives.interface import Objective
@@ -165,7 +165,7 @@ def labelled(group: TokenGroup) -> TokenGroup:
 
 
 def _likelihood(objective: Objective, groups: TokenGroups) -> Groups:
-    return Changed(groups.where(groups.wanted), best_response_only)
+    return MappedGroups(groups.where(groups.wanted), best_response_only)
 
 
 def _pairwise(objective: Objective, groups: TokenGroups) -> Groups:
@@ -189,7 +189,7 @@ def _unpaired(objective: Objective, groups: TokenGroups) -> Groups:
             f"objective={objective.name}: {ranked.sum():,} of {len(said):,} rows rank several responses, and whether "
             "a middle one is wanted is not said; data.pairing=best_vs_worst keeps the ends"
         )
-    return Changed(groups, labelled)
+    return MappedGroups(groups, labelled)
 
 
 def _sampled(objective: Objective, groups: TokenGroups) -> Groups:
@@ -212,16 +212,16 @@ KINDS: dict[str, Callable[[Objective, TokenGroups], Groups]] = {
 def groups_for(objective: Objective, groups: TokenGroups) -> Groups:
     """The groups as the objective needs them: a likelihood is fitted to wanted responses alone, pairs are split for
     one that asks for labels. Raises ValueError for data that lacks what the objective needs."""
-    asked = [name for name in ("labels", "advantages") if name in objective.takes]
+    asked = [name for name in ("labels", "advantages") if name in objective.inputs]
     kind = "pairwise" if objective.pairwise else (asked or ["likelihood"])[0]
     found = KINDS[kind](objective, groups)
-    return WithMismatched(found) if "mismatched" in objective.takes and len(found) else found
+    return WithMismatched(found) if "mismatched" in objective.inputs and len(found) else found
 
 
 def with_rewards(objective: Objective, groups: Groups) -> Groups:
     """The groups with the scores of their rows, where the objective asks for them. Raises ValueError naming the first
     row without scores."""
-    if "rewards" not in objective.takes:
+    if "rewards" not in objective.inputs:
         return groups
     rows = {group.group_index: groups.text(index) for index, group in enumerate(groups)}
     unscored = next((row for row in rows.values() if row.rewards is None), None)
@@ -231,7 +231,7 @@ def with_rewards(objective: Objective, groups: Groups) -> Groups:
             "of (score_chosen and score_rejected, or a score of each response); use objective=reward_model"
         )
     rewards = {index: row.rewards for index, row in rows.items()}
-    return Changed(groups, lambda group: replace(group, rewards=rewards[group.group_index]))
+    return MappedGroups(groups, lambda group: replace(group, rewards=rewards[group.group_index]))
 
 
 class WithMismatched(Groups):
@@ -283,7 +283,7 @@ class WithMismatched(Groups):
     @property
     def others(self) -> list[Groups]:
         """The groups of other prompts' responses alone; their `group_index` is -1 minus the prompt's."""
-        return [Changed(self, _mismatched, self._mismatched_text)]
+        return [MappedGroups(self, _mismatched, self._mismatched_text)]
 
     def text(self, index: int) -> PromptGroup:
         """The texts of the group, without the other prompt's responses."""

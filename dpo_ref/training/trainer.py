@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from dpo_ref.data.packing import collate
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.models.logps import response_collisions
-from dpo_ref.objectives.interface import Known, Mismatched, Objective, WholeBatch
+from dpo_ref.objectives.interface import BatchLogps, Mismatched, Objective, ObjectiveInputs
 from dpo_ref.references.interface import Reference
-from dpo_ref.training.metrics import Values, joined, mean_of, values_of
+from dpo_ref.training.metrics import Values, concat, item_values, mean_of
 from dpo_ref.training.optim import Optimisation
 from dpo_ref.training.rounds import Pack, Rounds
 from dpo_ref.types import PackedBatch, PairLogps, ResponseLogps, TokenGroup
 
-# --- a look ahead
+# --- statistics of an optimiser batch
 # What objectives that couple the items of an optimiser batch must know before the first gradient: a forward pass over
 # all of its packs, without gradient. Others cost nothing.
 
@@ -31,13 +31,13 @@ Packs = list[list[TokenGroup]]
 
 
 @dataclass
-class Lookahead:
-    """What was found; None where the objective does not ask for it."""
+class BatchStatistics:
+    """None for what the objective does not ask for."""
 
-    whole: WholeBatch[Any] | None = None
+    whole: BatchLogps[Any] | None = None
     mismatched: Mismatched | None = None
 
-    def next_part(self, objective: Objective, batch: PackedBatch) -> WholeBatch[Any] | None:
+    def next_part(self, objective: Objective, batch: PackedBatch) -> BatchLogps[Any] | None:
         """The whole batch as the next pack's items see it; packs come in the order in which they were looked at."""
         if self.whole is None:
             return None
@@ -48,24 +48,26 @@ class Lookahead:
 
 
 @torch.no_grad()
-def looked_ahead(policy: TrainedModel, reference: Reference, objective: Objective, packs: Packs) -> Lookahead:
+def batch_statistics(
+    policy: TrainedModel, reference: Reference, objective: Objective, packs: Packs
+) -> BatchStatistics:
     """What `objective` asks for of these packs together."""
-    return Lookahead(
-        whole=_whole(policy, reference, objective, packs) if "whole" in objective.takes else None,
-        mismatched=_mismatched(policy, reference, packs) if "mismatched" in objective.takes else None,
+    return BatchStatistics(
+        whole=_whole(policy, reference, objective, packs) if "whole" in objective.inputs else None,
+        mismatched=_mismatched(policy, reference, packs) if "mismatched" in objective.inputs else None,
     )
 
 
-def _whole(policy: TrainedModel, reference: Reference, objective: Objective, packs: Packs) -> WholeBatch[Any]:
-    found, labels = [], []
+def _whole(policy: TrainedModel, reference: Reference, objective: Objective, packs: Packs) -> BatchLogps[Any]:
+    models, labels = [], []
     for groups in packs:
         batch = collate(groups).to(policy.device)
         both = policy.outputs(batch), reference.logps(batch)
-        found.append([_items(logps, objective, batch) for logps in both])
+        models.append([_items(logps, objective, batch) for logps in both])
         labels.append(batch.labels)
-    ours, theirs = (_joined(list(parts)) for parts in zip(*found, strict=True))
-    known = [part for part in labels if part is not None]
-    return WholeBatch(ours, theirs, torch.cat(known) if len(known) == len(labels) else None, slice(0, 0))
+    ours, theirs = (_concat(list(parts)) for parts in zip(*models, strict=True))
+    stated = [part for part in labels if part is not None]
+    return BatchLogps(ours, theirs, torch.cat(stated) if len(stated) == len(labels) else None, slice(0, 0))
 
 
 def _items(logps: ResponseLogps, objective: Objective, batch: PackedBatch) -> PairLogps | ResponseLogps:
@@ -75,7 +77,7 @@ def _items(logps: ResponseLogps, objective: Objective, batch: PackedBatch) -> Pa
     return ResponseLogps(logps.sums, logps.lengths, logps.num_bytes, None)
 
 
-def _joined(parts: list[Any]) -> Any:
+def _concat(parts: list[Any]) -> Any:
     columns = ([getattr(part, f.name) for part in parts] for f in fields(parts[0]))
     return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))
 
@@ -115,29 +117,29 @@ class Step:
     preparing: float  # seconds that making this round took
 
 
-def loss_and_metrics(policy: TrainedModel, objective: Objective, known: Known) -> tuple[Tensor, Values]:
-    """The method: the policy's outputs, the reference's (in `known`), the objective, its gradient."""
-    loss, outputs = policy.loss(known.batch, lambda part, span: objective(part, known.part(span)).losses.sum())
-    outcome = objective(outputs, known)
-    return loss, values_of(outcome, outputs, known)
+def loss_and_metrics(policy: TrainedModel, objective: Objective, inputs: ObjectiveInputs) -> tuple[Tensor, Values]:
+    """The method: the policy's outputs, the reference's (in `inputs`), the objective, its gradient."""
+    loss, outputs = policy.loss(inputs.batch, lambda part, span: objective(part, inputs.part(span)).losses.sum())
+    outcome = objective(outputs, inputs)
+    return loss, item_values(outcome, outputs, inputs)
 
 
-def known_of(
+def objective_inputs(
     policy: TrainedModel,
     reference: Reference,
     objective: Objective,
     batch: PackedBatch,
-    ahead: Lookahead,
+    statistics: BatchStatistics,
     old: Reference | None = None,
-) -> Known:
+) -> ObjectiveInputs:
     """Everything the objective asks for besides the policy's log-probs; what it does not is not computed."""
-    return Known(
+    return ObjectiveInputs(
         batch,
         reference.logps(batch),
-        old=old.logps(batch) if old is not None and "old" in objective.takes else None,
-        collision=response_collisions(policy.model, batch) if "collision" in objective.takes else None,
-        whole=ahead.next_part(objective, batch),
-        mismatched=ahead.mismatched,
+        old=old.logps(batch) if old is not None and "old" in objective.inputs else None,
+        collision=response_collisions(policy.model, batch) if "collision" in objective.inputs else None,
+        whole=statistics.next_part(objective, batch),
+        mismatched=statistics.mismatched,
         running=objective.running,
     )
 
@@ -156,18 +158,18 @@ def backward(
     the responses. The objective's running statistic takes the batch in before its loss is computed.
     """
     total = num_items(objective, [group for groups in packs for group in groups])
-    ahead = looked_ahead(policy, reference, objective, packs)
-    if ahead.whole is not None:
-        objective.step(ahead.whole)
+    statistics = batch_statistics(policy, reference, objective, packs)
+    if statistics.whole is not None:
+        objective.step(statistics.whole)
     parts, num_tokens = [], 0
     for groups in packs:
         batch = collate(groups).to(policy.device)
-        known = known_of(policy, reference, objective, batch, ahead, old)
-        loss, values = loss_and_metrics(policy, objective, known)
+        inputs = objective_inputs(policy, reference, objective, batch, statistics, old)
+        loss, values = loss_and_metrics(policy, objective, inputs)
         (loss / total).backward()
         parts.append(values)
         num_tokens += len(batch.input_ids)
-    return joined(parts), num_tokens
+    return concat(parts), num_tokens
 
 
 def update(policy: TrainedModel, optim: Optimisation, step: int) -> Tensor:
@@ -200,20 +202,20 @@ def train(
     if first_step == 0:
         objective.running.clear()
     started = time.perf_counter()
-    for now in rounds.after(first_step):
-        if first_step == now.begin == 0:
-            check_step_zero(policy, reference, rounds.pack(now.groups[:8])[0])
-        of_round = now.metrics if first_step <= now.begin else {}  # told once, whoever resumes in the middle
+    for current in rounds.after(first_step):
+        if first_step == current.begin == 0:
+            check_step_zero(policy, reference, rounds.pack(current.groups[:8])[0])
+        of_round = current.metrics if first_step <= current.begin else {}  # told once, whoever resumes in the middle
         preparing = time.perf_counter() - started
-        for step, groups in now.batches(first_step):
+        for step, groups in current.batches(first_step):
             policy.model.train()
             packs = rounds.pack(groups)
-            values, num_tokens = backward(policy, reference, objective, packs, now.old)
+            values, num_tokens = backward(policy, reference, objective, packs, current.old)
             metrics = mean_of(values) | {f"objective/{name}": value for name, value in objective.running.items()}
             metrics["grad_norm"] = update(policy, optim, step)
             metrics["lr"] = torch.tensor(optim.lr_at(step))
             reference.update(policy.model, step + 1)
-            done, size = now.epochs(step + 1), len(packs)
+            done, size = current.epochs(step + 1), len(packs)
             yield Step(step + 1, done, metrics, values, groups, num_tokens, size, of_round, preparing)
             of_round, preparing = {}, 0.0
         started = time.perf_counter()
@@ -227,12 +229,12 @@ def evaluate(
     at the whole batch they are one batch; the running statistic is read, not advanced."""
     policy.model.eval()
     parts, packs = [], pack(groups)
-    ahead = looked_ahead(policy, reference, objective, packs)
+    statistics = batch_statistics(policy, reference, objective, packs)
     for pack_groups in packs:
         batch = collate(pack_groups).to(policy.device)
-        outputs, known = policy.outputs(batch), known_of(policy, reference, objective, batch, ahead)
-        parts.append(values_of(objective(outputs, known), outputs, known))
-    return joined(parts)
+        outputs, inputs = policy.outputs(batch), objective_inputs(policy, reference, objective, batch, statistics)
+        parts.append(item_values(objective(outputs, inputs), outputs, inputs))
+    return concat(parts)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_ref.data.groups import Changed, Together, TokenGroups, gathered
+from dpo_ref.data.groups import ConcatGroups, MappedGroups, TokenGroups, from_groups
 from dpo_ref.data.packing import collate
 from dpo_ref.data.tokenise import tokenise, tokenised_once
 from dpo_ref.models.logps import head_of, packed_hidden, response_logps, separate_hidden, token_logps
@@ -39,7 +39,7 @@ def token_groups(draw, number):
 @given(data=st.data(), count=st.integers(1, 5))
 def test_what_goes_in_comes_out(data, count, tmp_path_factory):
     groups = [data.draw(token_groups(number)) for number in range(count)]
-    made = gathered(groups)
+    made = from_groups(groups)
     assert list(made) == groups
     folder = tmp_path_factory.mktemp("kept") / "groups"
     made.save(folder, {"note.txt": "so"})
@@ -49,15 +49,15 @@ def test_what_goes_in_comes_out(data, count, tmp_path_factory):
     assert made.have_pairs.tolist() == [bool(g.pairs) for g in groups]
     assert made.wanted.tolist() == [g.labels is None or g.labels[0] for g in groups]
     assert list(made.where(made.have_pairs)) == [g for g in groups if g.pairs]
-    both = Together(made[:1], made, made)
+    both = ConcatGroups(made[:1], made, made)
     assert list(both) == [groups[0], *groups, *groups]
     assert both[1:3] == [*groups, *groups][:2]
-    assert [g.pairs for g in Changed(made, lambda g: g)[1:]] == [g.pairs for g in groups[1:]]
+    assert [g.pairs for g in MappedGroups(made, lambda g: g)[1:]] == [g.pairs for g in groups[1:]]
 
 
 def test_what_another_process_kept_meanwhile_stays(tmp_path):
     """Its arrays may be mapped by those who read them."""
-    groups = gathered([TokenGroup(0, "0" * 32, [1, 2], ([3],), (1,), ())])
+    groups = from_groups([TokenGroup(0, "0" * 32, [1, 2], ([3],), (1,), ())])
     groups.save(tmp_path / "kept", {"note.txt": "theirs"})
     groups.save(tmp_path / "kept", {"note.txt": "ours"})
     assert (tmp_path / "kept" / "note.txt").read_text() == "theirs"
@@ -136,13 +136,13 @@ def test_tokens_are_kept_for_what_they_depend_on(cause, tmp_path):
 
 def test_groups_know_their_texts_whatever_is_done_with_them():
     rows = [PromptGroup((), (f"yes {n}", f"no {n}"), ((0, 1),)) for n in range(4)]
-    made = gathered(random_groups([(2, (1, 1))] * 4), rows)
+    made = from_groups(random_groups([(2, (1, 1))] * 4), rows)
     views = {
         "slice": made[1:3],
         "selection": made.where(np.array([False, True, True, False])),
         "numbers": made.numbered_from(7)[1:3],
-        "function": Changed(made[1:3], lambda group: group),
-        "parts": Together(made[1:2], Changed(made[2:3], lambda group: group)),
+        "function": MappedGroups(made[1:3], lambda group: group),
+        "parts": ConcatGroups(made[1:2], MappedGroups(made[2:3], lambda group: group)),
     }
     for name, groups in views.items():
         assert [groups.text(index) for index in range(len(groups))] == rows[1:3], name

@@ -11,7 +11,7 @@ from dpo_ref.evaluation.heldout import heldout_metrics, reference_pairs, score_p
 from dpo_ref.evaluation.kl import SampleKl, SequenceK1, sample_kl
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import Rule, decode, decoding_mode
-from dpo_ref.references.policies import Zeros
+from dpo_ref.references.policies import NoReference
 from tests.support.tiny import naive_logps, random_groups, tiny_model
 
 END, PAD, VOCAB, LONGEST = 2, 4, 5, 3
@@ -181,7 +181,7 @@ def test_held_out_pairs_against_each_response_alone():
         assert ours.chosen_end[row] == pytest.approx(chosen[-1].item(), abs=1e-4)
         assert (ours.chosen_lengths[row], ours.rejected_lengths[row]) == (len(chosen), len(rejected))
     assert ours.chosen_ended.tolist() == [True, False, True, False]
-    found = heldout_metrics(ours, theirs, reference_pairs(Zeros(), groups, ours, torch.device("cpu")))
+    found = heldout_metrics(ours, theirs, reference_pairs(NoReference(), groups, ours, torch.device("cpu")))
     ends = [(chosen[-1] - chosen_0[-1]).item() for chosen, _, chosen_0, _ in expected]
     assert found["eos/chosen_logratio"] == pytest.approx((ends[0] + ends[2]) / 2, abs=1e-4)
     margins = [(chosen.sum() - rejected.sum()).item() for chosen, rejected, *_ in expected]
@@ -198,7 +198,9 @@ def test_rewards_are_measured_against_the_loss_reference():
     pairs = score_pairs(model, groups, {END})
     assert heldout_metrics(pairs, pairs, pairs)["rewards/ties"] == 1.0
     assert (
-        heldout_metrics(pairs, pairs, reference_pairs(Zeros(), groups, pairs, torch.device("cpu")))["rewards/ties"]
+        heldout_metrics(pairs, pairs, reference_pairs(NoReference(), groups, pairs, torch.device("cpu")))[
+            "rewards/ties"
+        ]
         == 0.0
     )
     with pytest.raises(ValueError, match="no held-out pairs"):

@@ -8,7 +8,15 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from dpo_ref.evaluation.judging.judge import FILE, Answer, AnswerCache, Pair, Request, first_wins, judge_pairs
+from dpo_ref.evaluation.judging.judge import (
+    FILE,
+    AnswerCache,
+    JudgeAnswer,
+    JudgeRequest,
+    Pair,
+    first_wins,
+    judge_pairs,
+)
 from dpo_ref.evaluation.judging.judges import JudgeContext, served
 from dpo_ref.models import server as model_server
 from dpo_ref.models.loading import ModelLoader
@@ -233,8 +241,8 @@ def test_an_answer_is_read_back_as_it_was_stored(tmp_path):
 def _fill(path):
     cache = AnswerCache(path)
     for number in range(50):
-        request = Request((Message(role="user", content=str(number)),), {"model": "m"})
-        cache.store(request, Answer("x", None, 1, 1, None))
+        request = JudgeRequest((Message(role="user", content=str(number)),), {"model": "m"})
+        cache.store(request, JudgeAnswer("x", None, 1, 1, None))
 
 
 def test_processes_share_one_cache(tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dpo_ref.evaluation.judging.judge import (
-    Answer,
     Judge,
+    JudgeAnswer,
     Pair,
     combined,
     first_wins,
@@ -27,7 +27,7 @@ QUESTION = (Message(role="user", content="Name {second} birds. {0} <b> $5 \\1 {p
 
 
 def said(text="", candidates=None):
-    return Answer(text, candidates, 1, 1, "stop")
+    return JudgeAnswer(text, candidates, 1, 1, "stop")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 import pytest
 
 from dpo_ref.evaluation.stages import generate_stage
-from dpo_ref.generation.engine import PromptSet, Question, Sampling, answered
+from dpo_ref.generation.engine import PromptSet, Question, Sampling, answer
 from dpo_ref.generation.records import read_generations
 from dpo_ref.generation.sampling import Local
 from dpo_ref.types import silent
@@ -42,7 +42,7 @@ def engine():
 
 
 def run(folder, counted):
-    return generate_stage(folder, "0123456789abcdef-key", lambda kept: answered(engine(), ASKED, 3, counted, kept))
+    return generate_stage(folder, "0123456789abcdef-key", lambda kept: answer(engine(), ASKED, 3, counted, kept))
 
 
 @pytest.mark.parametrize("last", [0, 1, 3, 4, 6])
@@ -71,14 +71,14 @@ def test_a_torn_line_costs_its_batch_alone(tmp_path):
     second = Counted()
     found = run(tmp_path, second)
     assert second.done == 6
-    assert found == answered(engine(), ASKED, 3)
+    assert found == answer(engine(), ASKED, 3)
 
 
 def test_other_answers_are_not_taken_over(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Counted(3))
     other = Counted()
-    generate_stage(tmp_path, "fedcba9876543210", lambda kept: answered(engine(), ASKED, 4, other, kept))
+    generate_stage(tmp_path, "fedcba9876543210", lambda kept: answer(engine(), ASKED, 4, other, kept))
     assert other.done == 8
     assert len(list(tmp_path.glob("*.partial.jsonl"))) == 1  # the first may still go on
 
@@ -99,6 +99,6 @@ def test_a_process_that_is_killed_leaves_what_it_had(tmp_path):
     process.kill()
     process.join()
     second = Counted()
-    assert run(tmp_path, second) == answered(engine(), ASKED, 3, silent)
+    assert run(tmp_path, second) == answer(engine(), ASKED, 3, silent)
     assert second.done == 6
     assert read_generations(tmp_path / "generations.jsonl")[0].prompt == ASKED.questions[0].prompt

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpo_ref.evaluation.stages import deciding, generate_stage, generation_key
-from dpo_ref.generation.engine import PromptSet, Question, Sampling, answered
+from dpo_ref.generation.engine import PromptSet, Question, Sampling, answer
 from dpo_ref.generation.records import read_generations
 from dpo_ref.generation.sampling import Local
 from dpo_ref.generation.served import folder_digest, served
@@ -65,18 +65,18 @@ def engine(*servers, **options):
 
 
 def here(sampling=GREEDY):
-    return answered(Local(TOKENIZER, sampling, 4, model), ASKED, 7)
+    return answer(Local(TOKENIZER, sampling, 4, model), ASKED, 7)
 
 
 @pytest.mark.parametrize("tells", ["ids", "ids without the end", "log-probs"])
 def test_greedy_answers_are_those_of_the_model_here(tells, serve):
-    found = answered(engine(serve(tells=tells)), ASKED, 7)
+    found = answer(engine(serve(tells=tells)), ASKED, 7)
     assert found == here()
     assert {g.finish_reason for g in found} == {"stop", "length"}
 
 
 def test_texts_alone_are_encoded_and_say_so(serve):
-    found = answered(engine(serve(tells="text"), protocol="openai"), ASKED, 7)
+    found = answer(engine(serve(tells="text"), protocol="openai"), ASKED, 7)
     expected = {(g.prompt_index, g.turn): g for g in here()}
     assert {g.tokens for g in found} == {"text"}
     for g in found:
@@ -89,7 +89,7 @@ def test_texts_alone_are_encoded_and_say_so(serve):
 def test_what_a_server_is_asked(serve):
     """vLLM samples as the engine here does only if it is told so; others are told what OpenAI's API knows."""
     server = serve()
-    answered(engine(server, temperature=0.5, samples_per_prompt=2), ASKED, 7)
+    answer(engine(server, temperature=0.5, samples_per_prompt=2), ASKED, 7)
     body = server.bodies[0]
     assert body["prompt"] in [list(g.prompt_ids) for g in here()]
     assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"], body["max_tokens"]) == (
@@ -103,7 +103,7 @@ def test_what_a_server_is_asked(serve):
     ends = {TOKENIZER.eos_token_id, TOKENIZER.convert_tokens_to_ids("<|im_end|>")}
     assert (body["ignore_eos"], set(body["stop_token_ids"])) == (True, ends)
     assert len({body["seed"] for body in server.bodies}) == len(server.bodies) == 2 * NUM_ANSWERS
-    answered(engine(server, protocol="openai"), ASKED, 7)
+    answer(engine(server, protocol="openai"), ASKED, 7)
     assert set(server.bodies[-1]) == {"model", "prompt", "max_tokens", "temperature", "top_p", "seed"}
 
 
@@ -111,14 +111,14 @@ def test_an_answer_that_the_server_cut_before_the_limit_is_refused(serve):
     """A server may have a limit of its own; what it cut would count as too long for ours."""
     server = serve(most=10)
     with pytest.raises(ValueError, match=r"cut an answer at 10 tokens, before generation.max_new_tokens=12: start it"):
-        answered(engine(server), ASKED, 7)
-    short = {g.prompt_index: g for g in answered(engine(server, max_new_tokens=10), ASKED, 7)}
+        answer(engine(server), ASKED, 7)
+    short = {g.prompt_index: g for g in answer(engine(server, max_new_tokens=10), ASKED, 7)}
     assert {g.num_tokens for g in short.values() if not g.finished} == {10}
 
 
 def test_samples_differ_and_come_again_with_the_seed(serve):
     made = [
-        answered(engine(serve(), temperature=1.0, samples_per_prompt=3, max_new_tokens=8), ASKED, seed)
+        answer(engine(serve(), temperature=1.0, samples_per_prompt=3, max_new_tokens=8), ASKED, seed)
         for seed in (7, 7, 8)
     ]
     assert made[0] == made[1]
@@ -129,12 +129,12 @@ def test_samples_differ_and_come_again_with_the_seed(serve):
 
 def test_faults_are_survived(serve):
     server = serve(faults=["429", "500", "slow", "cut", "malformed", "dropped", "503"])
-    assert answered(engine(server, retries=7), ASKED, 7) == here()
+    assert answer(engine(server, retries=7), ASKED, 7) == here()
     assert set(server.answered.values()) == {1}
 
 
 def stage(folder, engine):
-    return generate_stage(folder, "0123456789abcdef-key", lambda kept: answered(engine, ASKED, 7, silent, kept))
+    return generate_stage(folder, "0123456789abcdef-key", lambda kept: answer(engine, ASKED, 7, silent, kept))
 
 
 @pytest.mark.parametrize("dies_after", [1, 5, 10])
@@ -161,7 +161,7 @@ def test_an_interrupted_generation_asks_no_further(serve, tmp_path):
             yield item
 
     with pytest.raises(KeyboardInterrupt):
-        generate_stage(tmp_path, "k" * 16, lambda kept: answered(engine(server), ASKED, 7, interrupted, kept))
+        generate_stage(tmp_path, "k" * 16, lambda kept: answer(engine(server), ASKED, 7, interrupted, kept))
     (partial,) = tmp_path.glob("*.partial.jsonl")
     assert len([line for line in partial.read_text().splitlines() if line]) == 2
     assert len(server.bodies) < 8
@@ -170,13 +170,13 @@ def test_an_interrupted_generation_asks_no_further(serve, tmp_path):
 def test_a_server_of_another_model_is_refused(serve):
     other, silent_one = serve("another/policy"), serve("another/policy", lists=False)
     with pytest.raises(ValueError) as error:
-        answered(engine(other), ASKED, 7)
+        answer(engine(other), ASKED, 7)
     assert f"no server has my/policy: {other.url} serves another/policy. Start one with `vllm serve" in str(
         error.value
     )
     with pytest.raises(ValueError, match=r"generation\.url must be the base of a completions server"):
-        answered(engine(silent_one), ASKED, 7)
-    assert answered(engine(other, serve()), ASKED, 7) == here()
+        answer(engine(silent_one), ASKED, 7)
+    assert answer(engine(other, serve()), ASKED, 7) == here()
     assert not other.bodies
 
 
@@ -201,7 +201,7 @@ def test_an_answer_that_is_none_is_named(case, serve):
     changed, message = ANSWERS[case]
     server = serve(alter=lambda answer: answer | {"choices": [answer["choices"][0] | changed]})
     with pytest.raises(ValueError) as error:
-        answered(engine(server), ASKED, 7)
+        answer(engine(server), ASKED, 7)
     assert message in str(error.value)
     assert "(prompt " in str(error.value)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo_ref.generation.engine import PromptSet, Question, answered, held_out
+from dpo_ref.generation.engine import PromptSet, Question, answer, held_out
 from dpo_ref.generation.prompt_sets import alpaca_eval, arena_hard, jsonl, mt_bench
 from dpo_ref.generation.sampling import generate
 from dpo_ref.lab.gold import gold_rewards
@@ -101,7 +101,7 @@ def test_a_file_cut_short_names_its_row(tmp_path):
 def test_the_second_turn_is_asked_after_the_own_first_answer(tmp_path):
     """Every sample goes on with its own conversation, as if that had been the prompt from the beginning."""
     questions = asked(mt_bench, written(tmp_path / "question.jsonl", MT_BENCH))
-    made = answered(engine(), questions, 7)
+    made = answer(engine(), questions, 7)
     assert [(g.question_id, g.sample_index, g.turn) for g in made] == [
         (id, sample, turn) for id in (81, 111) for sample in (0, 1) for turn in (1, 2)
     ]
@@ -120,7 +120,7 @@ def test_the_second_turn_is_asked_after_the_own_first_answer(tmp_path):
 
 def test_what_was_asked_is_the_same_question_whatever_the_first_answer():
     questions = PromptSet("", (Question((user("a cat"),), ("why?",)), Question((user("the dog"),), ("why?",))))
-    ours, theirs = (answered(engine(), questions, seed) for seed in (1, 2))
+    ours, theirs = (answer(engine(), questions, seed) for seed in (1, 2))
     keys = [[g.question for g in made] for made in (ours, theirs)]
     assert keys[0] == keys[1]
     assert len(set(keys[0])) == 4
@@ -130,11 +130,11 @@ def test_what_was_asked_is_the_same_question_whatever_the_first_answer():
 def test_categories_have_temperatures_of_their_own(tmp_path):
     path = written(tmp_path / "question.jsonl", MT_BENCH)
     questions = asked(mt_bench, path, temperatures={"writing": 0.7, "math": 0.0})
-    made = answered(engine(), questions, 3)
+    made = answer(engine(), questions, 3)
     assert [(g.category, g.temperature, g.sample_index) for g in made if g.turn == 1] == [
         ("writing", 0.7, 0), ("writing", 0.7, 1), ("math", 0.0, 0),
     ]  # fmt: skip
-    greedy = answered(engine(temperature=0.0, samples_per_prompt=1), asked(mt_bench, path), 99)
+    greedy = answer(engine(temperature=0.0, samples_per_prompt=1), asked(mt_bench, path), 99)
     assert [g.token_ids for g in made if g.category == "math"] == [g.token_ids for g in greedy if g.category == "math"]
     with pytest.raises(ValueError, match=r"prompts.temperatures has none for math"):
         asked(mt_bench, path, temperatures={"writing": 0.7})

@@ -12,7 +12,7 @@ from dpo_ref.lab.bandits.worlds import (
     Arms,
     Categorical,
     Draws,
-    Tokens,
+    TokenWorld,
     bump,
     divergence,
     frontier,
@@ -38,7 +38,7 @@ def generator(seed=0):
 @pytest.fixture(scope="module")
 def small_tokens():
     """Three tokens of three, so that all 27 responses can be written down; weights large enough to matter."""
-    world = Tokens(width=1.0, length=3, fit_steps=1, num_tokens=3)
+    world = TokenWorld(width=1.0, length=3, fit_steps=1, num_tokens=3)
     policy, reference = world.initial(0), world.initial(1)
     for model in (policy, reference):
         for parameter in model.parameters():

@@ -11,22 +11,22 @@ import pytest
 
 from dpo_ref.lab.conversations import FAMILIES, read_prompt
 from dpo_ref.lab.gold import gold_rewards
-from dpo_ref.lab.preferences import Judge, draw_pairs, draw_prompts, lab, lab_sft
+from dpo_ref.lab.preferences import SimulatedJudge, draw_pairs, draw_prompts, lab, lab_sft
 
 
 def test_probability_by_hand():
-    judge = Judge(length_bias=1.5, label_noise=0.1, label_steepness=4.0)
+    judge = SimulatedJudge(length_bias=1.5, label_noise=0.1, label_steepness=4.0)
     honest = 1 / (1 + math.exp(-(4.0 * (0.8 - 0.5) + 1.5 * (10 - 30) / 10)))
     assert judge.probability((0.8, 0.5), (10, 30)) == pytest.approx(0.9 * honest + 0.1 * (1 - honest))
     forward, backward = judge.probability((0.8, 0.5), (10, 30)), judge.probability((0.5, 0.8), (30, 10))
     assert forward + backward == pytest.approx(1)
-    assert Judge(0.0, 0.0, 4.0).probability((0.5, 0.8), (30, 10)) == 0.0
-    assert Judge(0.0, 0.1, 4.0).probability((0.5, 0.5), (30, 10)) == 0.5
+    assert SimulatedJudge(0.0, 0.0, 4.0).probability((0.5, 0.8), (30, 10)) == 0.0
+    assert SimulatedJudge(0.0, 0.1, 4.0).probability((0.5, 0.5), (30, 10)) == 0.5
 
 
 @pytest.mark.parametrize("options", [(0.0, 0.2, 3.0), (1.5, 0.0, 3.0), (-1.0, 0.05, 10.0)])
 def test_labels_match_their_probability_empirically(options):
-    judge = Judge(*options)
+    judge = SimulatedJudge(*options)
     expected, agreeing, variance = 0.0, 0.0, 0.0
     for group in islice(draw_pairs(judge, "train", random.Random(5)), 4000):
         words = tuple(len(text.split()) for text in group.responses)

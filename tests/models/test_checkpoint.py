@@ -7,23 +7,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_ref.data.groups import gathered
+from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
 from dpo_ref.models import checkpoint
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import dpo
-from dpo_ref.references.policies import Zeros
+from dpo_ref.references.policies import NoReference
 from dpo_ref.training.optim import adamw
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import train
 from tests.support.tiny import policy_of, random_groups, tiny_model
 
-GROUPS = gathered(random_groups([(3 + i % 5, (2 + i % 7, 1 + i % 4)) for i in range(11)]))
+GROUPS = from_groups(random_groups([(3 + i % 5, (2 + i % 7, 1 + i % 4)) for i in range(11)]))
 
 
 def steps(policy, optim, first_step=0):
     packing, config = partial(pack, tokens_per_batch=60), TrainerConfig(batch_size=4, epochs=2.0)
-    return train(policy_of(policy), Zeros(), bind(dpo), optim, OfflineRounds(GROUPS, config, packing, 1), first_step)
+    return train(
+        policy_of(policy), NoReference(), bind(dpo), optim, OfflineRounds(GROUPS, config, packing, 1), first_step
+    )
 
 
 def test_resume_is_bit_for_bit(tmp_path):

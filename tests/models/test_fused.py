@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dpo_ref.data.packing import collate
 from dpo_ref.models import logps
 from dpo_ref.models.logps import Head, sum_by_response
-from dpo_ref.objectives.interface import Known, bind
+from dpo_ref.objectives.interface import ObjectiveInputs, bind
 from dpo_ref.objectives.pairwise import dpo
 from dpo_ref.objectives.unpaired import sft
 from dpo_ref.types import ResponseLogps
@@ -45,11 +45,11 @@ def test_fused_equals_full_logits(objective, bias, scale, softcap, layout, token
     full = full if softcap is None else softcap * torch.tanh(full / softcap)
     tokens = full.log_softmax(-1).gather(1, batch.target_ids[:, None]).squeeze(1)
     want_policy = ResponseLogps(sum_by_response(tokens, batch), batch.lengths, batch.num_bytes, tokens)
-    want = objective(want_policy, Known(batch, reference)).losses.sum()
+    want = objective(want_policy, ObjectiveInputs(batch, reference)).losses.sum()
     want_gradients = torch.autograd.grad(0.3 * want, inputs)
 
     def loss_of(policy, span):
-        return objective(policy, Known(batch, reference).part(span)).losses.sum()
+        return objective(policy, ObjectiveInputs(batch, reference).part(span)).losses.sum()
 
     before, logps.CHUNK_LOGITS = logps.CHUNK_LOGITS, tokens_per_chunk * VOCAB
     try:

@@ -16,7 +16,7 @@ from dpo_ref.models.logps import response_scores
 from dpo_ref.models.reward_model import padding_id, with_score_head
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.reward_model import reward_model, reward_model_margin
-from dpo_ref.references.policies import Zeros
+from dpo_ref.references.policies import NoReference
 from dpo_ref.training.trainer import backward, evaluate
 from dpo_ref.types import PairScores
 from tests.support.reward_models import classified
@@ -90,12 +90,12 @@ def test_gradients_equal_plain_autograd():
     for packs in ([groups], [groups[:1], groups[1:4], groups[4:]]):
         trained = scored_model()
         model = trained.model
-        values, _ = backward(trained, Zeros(), objective, packs)
+        values, _ = backward(trained, NoReference(), objective, packs)
         torch.testing.assert_close(values["loss"].float(), torch.stack(losses).detach(), atol=1e-5, rtol=0)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
         assert model.score.weight.grad.abs().max() > 1e-3
-    held_out = evaluate(trained, Zeros(), objective, groups, lambda groups: [[g] for g in groups])
+    held_out = evaluate(trained, NoReference(), objective, groups, lambda groups: [[g] for g in groups])
     torch.testing.assert_close(held_out["loss"], values["loss"], atol=1e-5, rtol=0)
     assert torch.equal(
         held_out["rewards/accuracies"], (held_out["rewards/chosen"] > held_out["rewards/rejected"]).double()
@@ -108,7 +108,7 @@ def test_no_vocabulary_logits_are_computed():
     model = trained.model
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
-    values, _ = backward(trained, Zeros(), bind(reward_model), [random_groups(LAYOUT)])
+    values, _ = backward(trained, NoReference(), bind(reward_model), [random_groups(LAYOUT)])
     assert all(value.isfinite().all() for value in values.values())
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (name == "lm_head.weight")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dpo_ref.cli import schemas
 from dpo_ref.models.logps import Head, token_collisions
 from dpo_ref.objectives import interface
-from dpo_ref.objectives.interface import Mismatched, Preference, TokenPairLogps, WholeBatch, bind, made_up
+from dpo_ref.objectives.interface import BatchLogps, Mismatched, Preference, TokenPairLogps, bind, probe_inputs
 from dpo_ref.objectives.pairwise import aot, beta_dpo, cpo, dpo, ld_dpo, orpo, simpo, wpo
 from dpo_ref.objectives.policy_gradient import rwr
 from dpo_ref.objectives.unpaired import bco, kto, sft
@@ -95,7 +95,7 @@ def test_kto_by_hand(gaps, kl):
 def test_bco_by_hand(labels, shift):
     """Rewards 1, 3, -0.5: the two classes count alike, however many are of each; of one class alone its mean."""
     policy, reference, known = responses(-3, 1, -6), responses(-5, -5, -5), torch.tensor(labels)
-    found = bco(policy, reference, known, WholeBatch(policy, reference, known, slice(0, 3)), beta=0.5)
+    found = bco(policy, reference, known, BatchLogps(policy, reference, known, slice(0, 3)), beta=0.5)
     expected = [up(r - shift) if wanted else up(shift - r) for r, wanted in zip((1, 3, -0.5), labels, strict=True)]
     assert found.losses.tolist() == pytest.approx(expected)
     assert found.rewards.tolist() == [1, 3, -0.5]
@@ -104,7 +104,7 @@ def test_bco_by_hand(labels, shift):
 def test_aot_by_hand():
     """Policy margins 3, -1, 7 rank 1, 0, 2; reference margins 0, 2, 1 sorted are 0, 1, 2."""
     policy, reference = pairs([-3, -6, 2], [-6, -5, -5]), pairs([-5, -4, -5], [-5, -6, -6])
-    whole = WholeBatch(policy, reference, None, slice(0, 3))
+    whole = BatchLogps(policy, reference, None, slice(0, 3))
     found = aot(policy, reference, whole, beta=0.5)
     assert found.losses.tolist() == pytest.approx([up((3 - 1) / 2), up((-1 - 0) / 2), up((7 - 2) / 2)])
     assert found.chosen_rewards.tolist() == [1, -1, 3.5]
@@ -115,7 +115,7 @@ def test_aot_by_hand():
 def test_beta_dpo_by_hand():
     """Margins 3 and 5 nats, at beta 0.5 a mean of 2; usual is 1: b = 0.5 (1 + 0.6). Then 0.9 + 0.2 is usual."""
     policy, reference = pairs([-3, 0], [-6, -5]), pairs([-5, -5], [-5, -5])
-    whole, running = WholeBatch(policy, reference, None, slice(0, 2)), {"mean_margin": numbers(1)[0]}
+    whole, running = BatchLogps(policy, reference, None, slice(0, 2)), {"mean_margin": numbers(1)[0]}
     found = beta_dpo(policy, reference, whole, running, beta=0.5)
     assert found.losses.tolist() == pytest.approx([up(0.8 * 3), up(0.8 * 5)])
     assert found.chosen_rewards.tolist() == pytest.approx([1.6, 4])
@@ -149,14 +149,14 @@ def test_refusals(function, options, message):
 
 
 TAKE_THE_TERM = [
-    n for n, f in EVERY.items() if issubclass(bind(f).takes["policy"], PairLogps) and f not in (cpo, orpo)
+    n for n, f in EVERY.items() if issubclass(bind(f).inputs["policy"], PairLogps) and f not in (cpo, orpo)
 ]
 
 
 @pytest.mark.parametrize("name", TAKE_THE_TERM)
 def test_the_likelihood_term_is_added_to_every_pair(name):
     """0.3 times the chosen response's mean negative token log-prob; rewards stay."""
-    policy, known = made_up()
+    policy, known = probe_inputs()
     plain, mixed = (bind(EVERY[name], nll_weight=weight)(policy, replace(known, running={})) for weight in (0.0, 0.3))
     chosen = known.batch.chosen
     torch.testing.assert_close(mixed.losses - plain.losses, -0.3 * policy.sums[chosen] / policy.lengths[chosen])
@@ -169,7 +169,7 @@ NEEDED = {"labels": kto, "mismatched": kto, "whole": aot, "collision": wpo, "adv
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_what_is_not_there_is_named(name):
-    policy, known = made_up(kind=bind(NEEDED[name]).takes["policy"])
+    policy, known = probe_inputs(kind=bind(NEEDED[name]).inputs["policy"])
     batch = replace(known.batch, **{name: None}) if name in ("labels", "advantages") else known.batch
     lacking = replace(known, batch=batch, **({} if batch is not known.batch else {name: None}))
     with pytest.raises(ValueError, match="the objective needs ") as error:
@@ -178,7 +178,7 @@ def test_what_is_not_there_is_named(name):
 
 
 def test_a_reference_without_tokens_says_so():
-    policy, known = made_up()
+    policy, known = probe_inputs()
     with pytest.raises(ValueError, match="this reference has no per-token log-probs"):
         bind(ld_dpo)(policy, replace(known, reference=replace(known.reference, token_logps=None)))
     assert [bind(f).needs_tokens for f in (ld_dpo, wpo, dpo, kto, simpo)] == [True, False, False, False, False]

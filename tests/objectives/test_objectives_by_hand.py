@@ -91,7 +91,7 @@ def test_by_hand(function):
 def test_every_pairwise_objective_on_sums_alone_is_here():
     """The others are in test_objectives_beyond_pairs.py."""
     every = {schemas.locate(target) for target in schemas.groups()["objective"].values()}
-    sums_alone = {f for f in every if bind(f).pairwise and set(bind(f).takes.values()) == {PairLogps}}
+    sums_alone = {f for f in every if bind(f).pairwise and set(bind(f).inputs.values()) == {PairLogps}}
     assert sums_alone - {wpo} == set(BY_HAND)
 
 

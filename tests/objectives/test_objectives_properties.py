@@ -39,7 +39,7 @@ EVERY = {path.stem: schemas.locate(target) for path, target in schemas.groups()[
 PAIRWISE = {  # on sums of the pair alone
     name: function
     for name, function in EVERY.items()
-    if set(bind(function).takes) <= {"policy", "reference"} and bind(function).takes["policy"] is PairLogps
+    if set(bind(function).inputs) <= {"policy", "reference"} and bind(function).inputs["policy"] is PairLogps
 }
 
 

@@ -115,7 +115,7 @@ def test_extremes_are_finite_in_float32(objective):
     for distance in (1e4, -1e4):
         leaf = torch.full((6,), -1e4, requires_grad=True)
         models = {"old": responses(leaf.detach() + distance), "reference": responses(leaf.detach() - distance)}
-        takes = bind(objective).takes
+        takes = bind(objective).inputs
         arguments = {name: model for name, model in models.items() if name in takes}
         losses = objective(responses(leaf), advantages=1e3 * ADVANTAGES, **arguments).losses
         losses.sum().backward()

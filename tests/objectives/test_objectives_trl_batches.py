@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_ref.objectives.interface import Mismatched, TokenPairLogps, WholeBatch
+from dpo_ref.objectives.interface import BatchLogps, Mismatched, TokenPairLogps
 from dpo_ref.objectives.pairwise import aot, beta_dpo, dpo, ld_dpo, wpo
 from dpo_ref.objectives.unpaired import bco, kto
 from dpo_ref.types import ResponseLogps
@@ -60,7 +60,7 @@ def test_aot_of_a_whole_batch_is_trls_of_a_batch():
     leaf, ref_chosen, ref_rejected = token_logps(torch.float64)
     ref_chosen = ref_chosen.flip(0)  # another order than the policy's
     policy, reference = pairs(*leaf.sum(1).chunk(2)), pairs(ref_chosen, ref_rejected)
-    whole = WholeBatch(pairs(*leaf.detach().sum(1).chunk(2)), reference, None, slice(0, NUM_PAIRS))
+    whole = BatchLogps(pairs(*leaf.detach().sum(1).chunk(2)), reference, None, slice(0, NUM_PAIRS))
     ours = aot(policy, reference, whole, beta=0.3).losses.mean()
     theirs = dpo_loss(leaf, LENGTHS, ref_chosen, ref_rejected, loss_type="aot", beta=0.3)
     torch.testing.assert_close(value_and_gradient(ours, leaf), value_and_gradient(theirs, leaf))
@@ -85,7 +85,7 @@ def test_bco_without_shift_is_trls_bco_pair():
     labels = torch.arange(2 * NUM_PAIRS) < NUM_PAIRS
     gaps = (policy - reference).detach()
     seen = responses(torch.cat([gaps, -gaps])), responses(torch.zeros(4 * NUM_PAIRS).double())
-    balanced = WholeBatch(*seen, torch.cat([labels, labels]), slice(0, 2 * NUM_PAIRS))
+    balanced = BatchLogps(*seen, torch.cat([labels, labels]), slice(0, 2 * NUM_PAIRS))
     ours = bco(responses(policy), responses(reference), labels, balanced, beta=0.3).losses.sum() / NUM_PAIRS
     theirs = dpo_loss(leaf, LENGTHS, ref_chosen, ref_rejected, loss_type="bco_pair", beta=0.3)
     torch.testing.assert_close(value_and_gradient(ours, leaf), value_and_gradient(theirs, leaf))
@@ -94,7 +94,7 @@ def test_bco_without_shift_is_trls_bco_pair():
 def test_beta_dpo_is_dpo_where_the_batch_is_as_usual():
     leaf, ref_chosen, ref_rejected = token_logps(torch.float64)
     policy, reference = pairs(*leaf.sum(1).chunk(2)), pairs(ref_chosen, ref_rejected)
-    whole = WholeBatch(pairs(*leaf.detach().sum(1).chunk(2)), reference, None, slice(0, NUM_PAIRS))
+    whole = BatchLogps(pairs(*leaf.detach().sum(1).chunk(2)), reference, None, slice(0, NUM_PAIRS))
     ratios = policy.chosen - ref_chosen - policy.rejected + ref_rejected
     running = {"mean_margin": 0.3 * ratios.detach().mean()}
     ours = beta_dpo(policy, reference, whole, running, beta=0.3).losses.mean()

@@ -7,20 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpo_ref.data.groups import gathered
+from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
 from dpo_ref.models import checkpoint, logps
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import aot, beta_dpo, dpo, ld_dpo, wpo
 from dpo_ref.objectives.unpaired import bco, kto
-from dpo_ref.references.policies import Frozen
+from dpo_ref.references.policies import LiveReference
 from dpo_ref.training.optim import adamw
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
 from dpo_ref.training.trainer import backward, evaluate, train
 from tests.support.tiny import VOCAB, naive_logps, policy_of, random_groups, tiny_model
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + 3 * i % 5)) for i in range(9)]
-GROUPS = gathered(
+GROUPS = from_groups(
     replace(group, group_id=f"{number:032x}") for number, group in enumerate(random_groups(LAYOUT, seed=3))
 )
 PACKINGS = {
@@ -37,7 +37,7 @@ def model(seed):
 
 
 def reference():
-    return Frozen("other", model(1), "id", "weights")
+    return LiveReference("other", model(1), "id", "weights")
 
 
 def each(scores, part):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpo_ref.data.groups import gathered
+from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate
 from dpo_ref.models.adapters import add_lora
 from dpo_ref.references import policies
@@ -58,7 +58,7 @@ def context(tmp_path):
     ids = tuple(map(list, RESPONSES))
     group = TokenGroup(0, digest("all"), PROMPT, ids, (1,) * len(ids), ((0, 1),))
     make, policy = (lambda source: model(int(source.path))), policy_of(model(0), Toy(), "toy")
-    return replace(context_for(tmp_path, tokenizer=Toy(), make=make, groups=gathered([group])), policy=policy)
+    return replace(context_for(tmp_path, tokenizer=Toy(), make=make, groups=from_groups([group])), policy=policy)
 
 
 def between(share):

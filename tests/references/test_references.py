@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_ref.data.groups import gathered
+from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate
 from dpo_ref.models.logps import response_logps
 from dpo_ref.references import policies, table
@@ -86,7 +86,7 @@ def test_the_table_is_not_hit_when_meaning_changes(context, cause):
             if cause == "prompt"
             else replace(group, response_ids=(group.response_ids[0][:-1], group.response_ids[1]))
         )
-        changed = replace(context, groups=gathered([shorter, *context.groups[1:]]))
+        changed = replace(context, groups=from_groups([shorter, *context.groups[1:]]))
     policies.initial(changed)
     assert sum(passes) > before
 
@@ -107,7 +107,7 @@ def test_holes_are_found(context):
     context, _ = context
     rows = table.score(context.policy.model, context.groups[:2], context.work.device)
     with pytest.raises(ValueError, match="lacks 2 groups"):
-        table.Table("initial", "x", "y", context.groups, rows, context.work.device)
+        table.PrecomputedReference("initial", "x", "y", context.groups, rows, context.work.device)
 
 
 def test_a_table_of_no_groups(context):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_ref.data.groups import gathered
+from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate
 from dpo_ref.lab.models import locate
 from dpo_ref.models import server as model_server
@@ -64,7 +64,7 @@ def test_only_scored_tokens_are_kept(serve, tmp_path):  # noqa: F811
         replace(group, scored=tuple([place % 2 == 0 for place in range(len(ids))] for ids in group.response_ids))
         for group in context.groups
     ]
-    context = replace(context, groups=gathered(masked))
+    context = replace(context, groups=from_groups(masked))
     batch = collate(masked)
     found = Served(context, url=serve().url).logps(batch)
     live = policies.other(context, path="big", cache="off").logps(batch)

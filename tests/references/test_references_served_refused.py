@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dpo_ref.data.groups import gathered
+from dpo_ref.data.groups import from_groups
 from tests.support.completions_server import CompletionsServer
 from tests.support.served_references import NUM_PROBE_REQUESTS, Served, big, context_of, sequences, serve, surroundings  # noqa: F401
 
@@ -68,7 +68,7 @@ def test_answers_that_cannot_be_used_are_refused(case, serve, tmp_path):  # noqa
 def test_a_row_longer_than_the_server_takes_is_named(serve, tmp_path):  # noqa: F811
     context = context_of(tmp_path)
     longer = replace(context.groups[0], prompt_ids=[*context.groups[0].prompt_ids] * 9)
-    context = replace(context, groups=gathered([*list(context.groups)[1:], longer], context.groups.texts))
+    context = replace(context, groups=from_groups([*list(context.groups)[1:], longer], context.groups.texts))
     size = max(map(len, sequences([longer])))
     message = rf"context length is {size} tokens.*pairs.jsonl row 1, response 1, with {size} tokens.*max_length"
     with pytest.raises(ValueError, match=message):

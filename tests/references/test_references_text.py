@@ -12,7 +12,7 @@ from dpo_ref.data.packing import collate
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.references import other_tokenizer, policies
 from dpo_ref.references.mixture import mixture
-from dpo_ref.references.other_tokenizer import OwnText
+from dpo_ref.references.other_tokenizer import ReferenceText
 from dpo_ref.references.table import scorer_of
 from dpo_ref.types import Message
 from tests.support.reference_texts import OTHERS, POLICY, SIZE, TEXTS, context_of, data, plain_sum
@@ -76,7 +76,7 @@ def test_the_same_tokenizer_by_text_equals_the_path_by_ids(tmp_path):
     batch = collate(list(context.groups))
     by_ids = policies.other(context, path="5").logps(batch)
     model = tiny_model(seed=5, vocab_size=SIZE)
-    own = OwnText(POLICY, None, "count", 0.0)
+    own = ReferenceText(POLICY, None, "count", 0.0)
     by_text = other_tokenizer.from_text("other", scorer_of(model), own, "id", "w", context, "off").logps(batch)
     torch.testing.assert_close(by_text.sums, by_ids.sums, atol=1e-5, rtol=1e-6)
     skipped = policies.other(context, path="5", terminator="skip").logps(batch)

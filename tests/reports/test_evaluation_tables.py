@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ref.evaluation.results import Evaluation
-from dpo_ref.evaluation.sweep import Cell, Job, joined
+from dpo_ref.evaluation.sweep import Cell, SweptRun, joined
 from dpo_ref.reports import paper_table as tables
 from dpo_ref.reports.plots import short_names
-from dpo_ref.reports.policy import Curve, temperature_panels, temperatures
+from dpo_ref.reports.policy import TemperatureCurve, temperature_panels, temperatures
 from dpo_ref.reports.sweep import (
     best_strengths,
     front_of,
@@ -54,7 +54,7 @@ def cell(series="dpo", beta=0.1, wins=(0.6,), half=0.04, kl=1.0, gold=0.5, token
         for win in wins
     ]
     jobs = [
-        Job("", Path(), "completed", None, "dpo", "initial", beta, seed, (), one)
+        SweptRun("", Path(), "completed", None, "dpo", "initial", beta, seed, (), one)
         for seed, one in enumerate(evaluations)
     ]
     return Cell(series, beta, jobs, joined(evaluations))
@@ -219,14 +219,16 @@ def test_temperature_curves_are_drawn_from_the_keys():
     }  # fmt: skip
     policy = Evaluation("p", "gold", metrics, baseline="initial")
     assert temperatures(policy, "gold/mean") == [0.0, 0.5, 1.0]
-    (panel,) = temperature_panels([Curve(policy, "p", "#2563eb")])  # one temperature makes no curve
+    (panel,) = temperature_panels([TemperatureCurve(policy, "p", "#2563eb")])  # one temperature makes no curve
     axes = Figure().subplots()
     panel.draw(axes)
     assert list(axes.lines[0].get_xdata()) == [0.0, 0.5, 1.0]
     assert list(axes.lines[0].get_ydata()) == [0.5, 0.6, 0.4]
     (bars,) = axes.containers[0].lines[2]
     assert bars.get_segments()[0][:, 1] == pytest.approx([0.5 - 0.196, 0.5 + 0.196])
-    assert temperature_panels([]) == temperature_panels([Curve(Evaluation("q", "gold", {}), "q", "k")]) == []
+    assert (
+        temperature_panels([]) == temperature_panels([TemperatureCurve(Evaluation("q", "gold", {}), "q", "k")]) == []
+    )
 
 
 def test_temperatures_of_several_policies_stay_apart_and_the_verdict_is_marked_where_it_holds():
@@ -236,7 +238,9 @@ def test_temperatures_of_several_policies_stay_apart_and_the_verdict_is_marked_w
     metrics = {"temperature/0/gold/mean": 0.5, "temperature/1/gold/mean": 0.4}
     initial = Evaluation("initial", "gold", metrics)
     broken = Evaluation("p", "gold", metrics, baseline="initial", degenerate=["x"], generation={"temperature": 1.0})
-    (panel,) = temperature_panels([Curve(initial, "initial", "#000000"), Curve(broken, "p", "#2563eb80")])
+    (panel,) = temperature_panels(
+        [TemperatureCurve(initial, "initial", "#000000"), TemperatureCurve(broken, "p", "#2563eb80")]
+    )
     axes = Figure().subplots()
     panel.draw(axes)
     first, second = (container.lines[0] for container in axes.containers)

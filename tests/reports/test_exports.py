@@ -8,7 +8,7 @@ import pytest
 
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.generation import prompt_sets
-from dpo_ref.generation.engine import PromptSet, Question, answered
+from dpo_ref.generation.engine import PromptSet, Question, answer
 from dpo_ref.generation.records import read_generations
 from dpo_ref.reports.exports import Answers, RewardedPairs, alpaca_eval, arena_hard, mt_bench
 from dpo_ref.reports.exports import rewardbench as rewardbench_rows
@@ -27,7 +27,7 @@ ARENA = [
 
 def answers(read, rows, tmp_path, **options):
     questions = read(0, silent, path=written(tmp_path / "q.jsonl", rows))
-    return Answers("my_run", answered(engine(**options), questions, 7), 1234.5)
+    return Answers("my_run", answer(engine(**options), questions, 7), 1234.5)
 
 
 def rows_of(export) -> list:
@@ -96,17 +96,17 @@ def test_rewardbench_reads_whole_conversations(tmp_path):
 
 def several_turns():
     question = Question((Message(role="user", content="a"),), ("b",))
-    return Answers("r", answered(engine(), PromptSet("jsonl", (question,)), 7), 0.0)
+    return Answers("r", answer(engine(), PromptSet("jsonl", (question,)), 7), 0.0)
 
 
 def one_turn():
     question = Question((Message(role="user", content="a"),), (), 5)
-    return Answers("r", answered(engine(), PromptSet("mt_bench", (question,)), 7), 0.0)
+    return Answers("r", answer(engine(), PromptSet("mt_bench", (question,)), 7), 0.0)
 
 
 def with_system():
     question = Question((Message(role="system", content="s"), Message(role="user", content="a")))
-    return Answers("r", answered(engine(), PromptSet("jsonl", (question,)), 7), 0.0)
+    return Answers("r", answer(engine(), PromptSet("jsonl", (question,)), 7), 0.0)
 
 
 REFUSED = {

@@ -14,7 +14,7 @@ from dpo_ref.cli.exports import chosen, push
 from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.models import checkpoint
 from dpo_ref.reports.model_card import is_ours, on_hub
-from dpo_ref.tracking.redaction import Places
+from dpo_ref.tracking.redaction import PathRedactor
 from tests.support.command import ROOT, train
 from tests.support.evaluate_command import DATA, evaluate
 from tests.support.hub_server import hub
@@ -101,7 +101,7 @@ def test_a_card_edited_by_hand_is_kept_also_by_longer_training(evaluated, tmp_pa
 )  # fmt: skip
 def test_paths_are_reduced_to_names(text, published, monkeypatch):
     monkeypatch.chdir(ROOT)
-    places = Places({"model": {"path": "/home/me/my models/x"}, "given": text})
+    places = PathRedactor({"model": {"path": "/home/me/my models/x"}, "given": text})
     assert places.text(text) == published
     assert places.tree({"a": [text, 1, None]}) == {"a": [published, 1, None]}
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from dpo_ref.data.groups import gathered
+from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
 from dpo_ref.models.loading import ModelLoader, Workspace
 from dpo_ref.references.interface import ReferenceContext
@@ -41,7 +41,7 @@ def context_for(cache, policy=None, tokenizer=TOKENIZER, make=None, progress=sil
     options = {
         "work": workspace(cache, make, theirs or tokenizer, progress),
         "policy": policy_of(policy or tiny_model(seed=0), tokenizer),
-        "groups": gathered(random_groups(LAYOUT)),
+        "groups": from_groups(random_groups(LAYOUT)),
         "pack": partial(pack, tokens_per_batch=25),
     }
     return ReferenceContext(**(options | changes))

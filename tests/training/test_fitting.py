@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ref.data.groups import TokenGroups, gathered
+from dpo_ref.data.groups import TokenGroups, from_groups
 from dpo_ref.data.packing import collate
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import aot, dpo
@@ -19,7 +19,7 @@ from tests.support.tiny import random_groups
 
 def groups(*layout, **changes) -> TokenGroups:
     made = random_groups(layout or [(3, (2, 4)), (5, (1, 3)), (2, (6, 2))])
-    return gathered(replace(g, group_id=f"{n:032x}", **changes) for n, g in enumerate(made))
+    return from_groups(replace(g, group_id=f"{n:032x}", **changes) for n, g in enumerate(made))
 
 
 def test_pairs_are_split_into_a_wanted_and_an_unwanted_response():
@@ -42,7 +42,7 @@ def test_responses_in_the_middle_of_a_ranking_are_refused():
     with pytest.raises(ValueError, match=r"1 of 1 rows rank .*data\.pairing=best_vs_worst"):
         groups_for(bind(bco), groups((3, (2, 4, 1))))
     made = groups((3, (2, 4, 1)), (2, (1, 1)), (2, (3, 1, 2)))
-    ends = gathered(replace(g, pairs=((0, len(g.response_ids) - 1), (0, 1))) for g in made)
+    ends = from_groups(replace(g, pairs=((0, len(g.response_ids) - 1), (0, 1))) for g in made)
     assert made.undecided.tolist() == [True, False, True]
     assert [g.labels for g in groups_for(bind(bco), ends)] == [
         (True, False, False),
@@ -94,12 +94,12 @@ def test_mismatched_responses_are_the_next_prompts_cyclically():
 def test_groups_of_the_same_prompt_are_skipped():
     first, second, third = groups()
     same = replace(second, prompt_ids=first.prompt_ids)
-    found = WithMismatched(gathered([first, same, third]))
+    found = WithMismatched(from_groups([first, same, third]))
     owners = {tuple(ids[:1]): n for n, g in enumerate((first, same, third)) for ids in g.response_ids}
     following = [owners[tuple(g.response_ids[0][:1])] for g in found.others[0]]
     assert following == [2, 2, 0]
     with pytest.raises(ValueError, match="needs data with at least two prompts"):
-        WithMismatched(gathered([first, same]))
+        WithMismatched(from_groups([first, same]))
 
 
 def test_texts_follow():
@@ -111,7 +111,7 @@ def test_texts_follow():
         )
         for n in range(3)
     ]
-    found = WithMismatched(gathered(groups(), rows).numbered_from(10))
+    found = WithMismatched(from_groups(groups(), rows).numbered_from(10))
     (others,) = found.others
     texts = [others.text(index) for index in range(len(others))]
     assert [found.text(index) for index in range(len(found))] == rows

@@ -17,7 +17,7 @@ from dpo_ref.lab.preferences import draw_prompts
 from dpo_ref.models import checkpoint
 from dpo_ref.references.table import read_shards, row_key
 from dpo_ref.training.advantages import PAIRS, all_with
-from dpo_ref.training.on_policy import groups_of, stored
+from dpo_ref.training.on_policy import groups_of, read_samples
 from dpo_ref.training.run import TrainingRun
 from tests.support.command import ROOT, resolved, train
 from tests.support.evaluate_command import measure
@@ -131,7 +131,7 @@ def test_old_logps_are_those_of_the_sampling_policy(whole):
     initial = AutoModelForCausalLM.from_pretrained(lab_models.locate("lab:tiny")).eval()
     for number, same in (("0001", True), ("0002", False)):
         rows = read_shards(whole / "rounds" / number / "old")
-        groups = groups_of(stored(whole / "rounds" / number), all_with("none"), 0, seed=0)
+        groups = groups_of(read_samples(whole / "rounds" / number), all_with("none"), 0, seed=0)
         assert len(rows) == len(groups) == 12
         for group in groups:
             with torch.no_grad():
@@ -156,7 +156,7 @@ def test_offline_pairs_are_mixed_in(tmp_path):
     (state,) = folder.glob("checkpoints/*/state.json")
     assert json.loads(state.read_text())["step"] == 1
     row = next(row for row in lines(folder) if row["step"] == 1 and "train/loss" in row)
-    samples = stored(folder / "rounds" / "0001")
+    samples = read_samples(folder / "rounds" / "0001")
     pairs = groups_of(samples, PAIRS["best_vs_worst"], 0, seed=0)
     assert row["on_policy/prompts_used"] == len(pairs) / 12
     offline = 4
@@ -176,7 +176,7 @@ def test_an_on_policy_run_is_evaluated_as_any_other(tmp_path):
 
 
 def test_groups_hold_the_tokens_that_were_drawn(whole):
-    samples = stored(whole / "rounds" / "0001")
+    samples = read_samples(whole / "rounds" / "0001")
     best = PAIRS["best_vs_worst"]
     found = groups_of(samples, best, 100, seed=0)
     assert found

@@ -7,14 +7,14 @@ from itertools import islice
 import pytest
 import torch
 
-from dpo_ref.data.groups import gathered
+from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.models.loading import Policy
 from dpo_ref.models.logps import response_hidden
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import dpo
 from dpo_ref.objectives.unpaired import sft
-from dpo_ref.references.policies import Frozen, Zeros
+from dpo_ref.references.policies import LiveReference, NoReference
 from dpo_ref.training.optim import SCHEDULES, adamw
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import backward, check_step_zero, evaluate, train
@@ -27,10 +27,10 @@ PLAIN = {"lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
 
 def run(packing=None, steps=3, objective=None, **options):
     policy = policy_of(tiny_model(seed=0))
-    reference = Frozen("other", tiny_model(seed=1), "id", "weights")
+    reference = LiveReference("other", tiny_model(seed=1), "id", "weights")
     optim = adamw(policy.model, steps, **(PLAIN | options))
     config = TrainerConfig(batch_size=4, max_steps=steps)
-    rounds = OfflineRounds(gathered(random_groups(LAYOUT)), config, packing or PACKING, 2)
+    rounds = OfflineRounds(from_groups(random_groups(LAYOUT)), config, packing or PACKING, 2)
     return policy.model, list(train(policy, reference, objective or bind(dpo, beta=0.3), optim, rounds))
 
 
@@ -66,7 +66,7 @@ def test_half_precision_gives_float32_gradients_close_to_float32s():
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             batch = collate(groups)
             assert response_hidden(policy, batch).dtype == (torch.bfloat16 if half else torch.float32)
-            values, _ = backward(policy_of(policy), Zeros(), bind(dpo, beta=0.05), [groups])
+            values, _ = backward(policy_of(policy), NoReference(), bind(dpo, beta=0.05), [groups])
         losses.append(values["loss"].mean().item())
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     assert gradients[1].dtype == torch.float32
@@ -88,11 +88,11 @@ def test_half_precision_sees_every_update():
     """Autocast keeps its half-precision copies of weights until it is left; a run is one context from end to end."""
 
     def losses(contexts):
-        model, groups = tiny_model(), gathered(random_groups(LAYOUT))
+        model, groups = tiny_model(), from_groups(random_groups(LAYOUT))
         policy = Policy(lambda: model, None, torch.bfloat16)
         config = TrainerConfig(batch_size=len(groups), epochs=4.0)
         rounds = OfflineRounds(groups, config, PACKING, 2)
-        steps = train(policy, Zeros(), bind(dpo, beta=0.3), adamw(model, 4, **PLAIN), rounds)
+        steps = train(policy, NoReference(), bind(dpo, beta=0.3), adamw(model, 4, **PLAIN), rounds)
         found = []
         for _ in range(contexts):
             with policy.precision():
@@ -111,13 +111,13 @@ def test_the_same_run_twice_is_the_same_bit_for_bit():
 
 def test_a_policy_that_is_its_own_reference_starts_at_ln_2():
     policy, groups = policy_of(tiny_model(seed=0)), random_groups(LAYOUT)
-    reference = Frozen("initial", tiny_model(seed=0), "id", policy.weights)
+    reference = LiveReference("initial", tiny_model(seed=0), "id", policy.weights)
     found = evaluate(policy, reference, bind(dpo, beta=0.1), groups, partial(pack, tokens_per_batch=40))
     assert found["loss"].mean().item() == pytest.approx(math.log(2), abs=1e-6)
     check_step_zero(policy, reference, groups)
     with pytest.raises(ValueError, match="step 0: policy and reference have the same weights"):
-        check_step_zero(policy, Frozen("initial", tiny_model(seed=1), "id", policy.weights), groups)
-    check_step_zero(policy, Frozen("other", tiny_model(seed=1), "id", "other weights"), groups)
+        check_step_zero(policy, LiveReference("initial", tiny_model(seed=1), "id", policy.weights), groups)
+    check_step_zero(policy, LiveReference("other", tiny_model(seed=1), "id", "other weights"), groups)
 
 
 def test_a_non_finite_gradient_leaves_the_weights_untouched():
@@ -126,18 +126,18 @@ def test_a_non_finite_gradient_leaves_the_weights_untouched():
     before = [p.detach().clone() for p in policy.parameters()]
     optim = adamw(policy, 1, **PLAIN)
     config = TrainerConfig(batch_size=4, max_steps=1)
-    rounds = OfflineRounds(gathered(random_groups(LAYOUT)), config, PACKING, 0)
-    (step,) = train(policy_of(policy), Zeros(), bind(dpo, beta=0.3), optim, rounds)
+    rounds = OfflineRounds(from_groups(random_groups(LAYOUT)), config, PACKING, 0)
+    (step,) = train(policy_of(policy), NoReference(), bind(dpo, beta=0.3), optim, rounds)
     assert not step.metrics["grad_norm"].isfinite()
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
 def test_overfits_one_batch():
     policy = tiny_model(seed=0)
-    config, groups = TrainerConfig(batch_size=4, epochs=25.0), gathered(random_groups(LAYOUT[:4]))
+    config, groups = TrainerConfig(batch_size=4, epochs=25.0), from_groups(random_groups(LAYOUT[:4]))
     optim = adamw(policy, 25, lr=1e-2, schedule="constant")
     rounds = OfflineRounds(groups, config, PACKING, 0)
-    history = list(train(policy_of(policy), Zeros(), bind(dpo, beta=0.1), optim, rounds))
+    history = list(train(policy_of(policy), NoReference(), bind(dpo, beta=0.1), optim, rounds))
     assert history[-1].metrics["loss"] < 0.05 < history[0].metrics["loss"]
     assert history[-1].metrics["rewards/accuracies"] == 1.0
     assert history[-1].epoch == 25

@@ -13,12 +13,12 @@ import numpy as np
 
 from dpo_ref.component import component
 from dpo_ref.evaluation import results
-from dpo_ref.evaluation.diagnostics.examples import Looks, Shown, drawn_answers, drawn_pairs
+from dpo_ref.evaluation.diagnostics.examples import Looks, TokenExample, drawn_answers, drawn_pairs
 from dpo_ref.evaluation.diagnostics.logratios import (
     EndShift,
     Hazard,
+    LogRatios,
     Ranks,
-    Shift,
     Vocabulary,
     classes_of,
     end_shift,
@@ -61,8 +61,8 @@ class TextDiagnosis:
     """One set of responses: chosen, rejected, or the policy's own answers."""
 
     num_responses: int
-    shift: Shift  # against the initial policy
-    reference_shift: Shift | None  # against the loss reference, where that is another and knows tokens
+    shift: LogRatios  # against the initial policy
+    reference_shift: LogRatios | None  # against the loss reference, where that is another and knows tokens
     end: EndShift
     hazard: Hazard
     relative_hazard: Hazard
@@ -86,7 +86,7 @@ class Diagnosed(NamedTuple):
     """A diagnosis, and responses to look at."""
 
     diagnosis: Diagnosis
-    examples: tuple[Shown, ...]
+    examples: tuple[TokenExample, ...]
 
 
 def restored(hint: Any, value: Any) -> Any:
@@ -177,7 +177,7 @@ class _Findings:
         self.texts: dict[str, TextDiagnosis] = {}
         self.rankings: dict[str, Ranking] = {}
         self.absent: dict[str, str] = {}
-        self.examples: list[Shown] = []
+        self.examples: list[TokenExample] = []
         self.displacement = None
 
     def text(self, name: str, readings: Read, responses: np.ndarray | None = None) -> None:

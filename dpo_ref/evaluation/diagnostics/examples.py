@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_ref.data.inspection import decoded, token_texts
-from dpo_ref.evaluation.diagnostics.token_statistics import Tokens
+from dpo_ref.evaluation.diagnostics.token_statistics import ScoredTokens
 from dpo_ref.types import TokenGroup
 
 
@@ -37,7 +37,7 @@ class ShownResponse:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class TokenExample:
     """A prompt with one or two responses, and how it was picked."""
 
     picked: str
@@ -48,27 +48,27 @@ class Shown:
 class Looks:
     """Groups, their tokens' readings and a tokenizer: what is needed to show one of them."""
 
-    def __init__(self, tokenizer: Any, groups: Sequence[TokenGroup], tokens: Tokens) -> None:
+    def __init__(self, tokenizer: Any, groups: Sequence[TokenGroup], tokens: ScoredTokens) -> None:
         self.tokenizer, self.groups, self.tokens = tokenizer, groups, tokens
         sizes = [len(group.response_ids) for group in groups]
         self._firsts = list(accumulate(sizes, initial=0))
         self._owners = np.repeat(np.arange(len(groups)), sizes)
         self._starts = np.concatenate([[0], tokens.lengths.cumsum()])
 
-    def pair(self, group: int, picked: str) -> Shown:
+    def pair(self, group: int, picked: str) -> TokenExample:
         """A group's first pair."""
         better, worse = self.groups[group].pairs[0]
         return self._example(group, picked, {"chosen": better, "rejected": worse})
 
-    def answer(self, response: int, picked: str) -> Shown:
+    def answer(self, response: int, picked: str) -> TokenExample:
         """One of all responses."""
         group = int(self._owners[response])
         return self._example(group, picked, {"answer": response - self._firsts[group]})
 
-    def _example(self, group: int, picked: str, indices: dict[str, int]) -> Shown:
+    def _example(self, group: int, picked: str, indices: dict[str, int]) -> TokenExample:
         prompt = self.groups[group].prompt_ids
         responses = (ShownResponse(name, self._tokens(group, index)) for name, index in indices.items())
-        return Shown(picked, decoded(self.tokenizer, prompt), tuple(responses))
+        return TokenExample(picked, decoded(self.tokenizer, prompt), tuple(responses))
 
     def _tokens(self, group: int, index: int) -> tuple[ShownToken, ...]:
         owner, response = self.groups[group], self._firsts[group] + index
@@ -95,14 +95,14 @@ def _sum(values: np.ndarray | None, start: int, stop: int) -> float | None:
     return None if np.isnan(total) else total
 
 
-def drawn_pairs(looks: Looks, count: int, seed: int) -> list[Shown]:
+def drawn_pairs(looks: Looks, count: int, seed: int) -> list[TokenExample]:
     """The first pairs of `count` groups, drawn by the seed."""
     with_pairs = [index for index, group in enumerate(looks.groups) if group.pairs]
     order = np.random.default_rng([seed, 7]).permutation(len(with_pairs))[:count]
     return [looks.pair(with_pairs[index], "drawn at random") for index in sorted(order.tolist())]
 
 
-def drawn_answers(looks: Looks, count: int, seed: int) -> list[Shown]:
+def drawn_answers(looks: Looks, count: int, seed: int) -> list[TokenExample]:
     """`count` responses drawn by the seed, then the `count` others that moved furthest per token."""
     size = looks.tokens.num_responses
     order = np.random.default_rng([seed, 8]).permutation(size)[:count].tolist()

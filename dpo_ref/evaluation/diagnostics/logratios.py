@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from dpo_ref.evaluation.diagnostics.token_statistics import Tokens
+from dpo_ref.evaluation.diagnostics.token_statistics import ScoredTokens
 from dpo_ref.evaluation.statistics.estimates import Estimate, clustered_mean
 
 # --- what kind of token a token is, and what it looks like
@@ -53,7 +53,7 @@ def kind_of_text(text: str) -> int:
     return PUNCTUATION if marks and "\N{REPLACEMENT CHARACTER}" not in visible else OTHER
 
 
-def classes_of(tokens: Tokens, vocabulary: Vocabulary) -> Int[np.ndarray, " R"]:
+def classes_of(tokens: ScoredTokens, vocabulary: Vocabulary) -> Int[np.ndarray, " R"]:
     """The class of every token: the end of the answer goes before its first token, and both before what is written."""
     distinct, inverse = np.unique(tokens.ids, return_inverse=True)
     classes = vocabulary.kinds(distinct.tolist())[inverse]
@@ -94,7 +94,7 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True)
-class Shift:
+class LogRatios:
     """Log-ratios of a set of tokens. `counts` are tokens below `EDGES[0]`, between neighbouring edges, and above.
     `top_1_percent` is the share of the sum of |log-ratio| in that share of the tokens, rounded up; nan where no token
     moved."""
@@ -130,7 +130,7 @@ def position_buckets(position: Int[np.ndarray, " R"]) -> tuple[Int[np.ndarray, "
 
 
 def _buckets(
-    values: Float[np.ndarray, " R"], tokens: Tokens, codes: Int[np.ndarray, " R"], names: Sequence[str]
+    values: Float[np.ndarray, " R"], tokens: ScoredTokens, codes: Int[np.ndarray, " R"], names: Sequence[str]
 ) -> tuple[Bucket, ...]:
     """One bucket for each code that occurs."""
     buckets, total = [], np.abs(values).sum()
@@ -143,7 +143,7 @@ def _buckets(
     return tuple(buckets)
 
 
-def _mean_inside(values: Float[np.ndarray, " R"], tokens: Tokens, inside: np.ndarray) -> Estimate:
+def _mean_inside(values: Float[np.ndarray, " R"], tokens: ScoredTokens, inside: np.ndarray) -> Estimate:
     """Mean over the tokens inside, with the error of a ratio, clustered by prompt."""
     mean = float(values[inside].mean())
     residuals = np.bincount(tokens.prompts[tokens.response], weights=np.where(inside, values - mean, 0.0))
@@ -179,17 +179,17 @@ def _most_moved(
 
 def shift_of(
     values: Float[np.ndarray, " R"],
-    tokens: Tokens,
+    tokens: ScoredTokens,
     classes: Int[np.ndarray, " R"],
     vocabulary: Vocabulary,
     top: int,
     least: int,
-) -> Shift:
+) -> LogRatios:
     """Everything about the log-ratios `values` of `tokens`, which are at least one."""
     sizes = np.abs(values)
     positions, names = position_buckets(tokens.position)
     by_mean, by_total = _most_moved(values, tokens.ids, vocabulary, top, least)
-    return Shift(
+    return LogRatios(
         num_tokens=len(values),
         mean=tokens.per_token(values),
         mean_abs=float(sizes.mean()),
@@ -243,7 +243,7 @@ class Ranks:
     share_fallen: float
 
 
-def end_shift(tokens: Tokens) -> EndShift:
+def end_shift(tokens: ScoredTokens) -> EndShift:
     """The shift of the end token, standard error clustered by prompt; nan where nothing ended."""
     ended = tokens.ends & tokens.last
     prompts = tokens.prompts[tokens.response[ended]].tolist()
@@ -256,17 +256,17 @@ def _means(bins: Int[np.ndarray, " R"], values: Float[np.ndarray, " R"]) -> tupl
     return tuple((sums / np.where(counts, counts, np.nan)).tolist())
 
 
-def _hazard(tokens: Tokens, bins: Int[np.ndarray, " R"]) -> Hazard:
+def _hazard(tokens: ScoredTokens, bins: Int[np.ndarray, " R"]) -> Hazard:
     models = (_means(bins, np.exp(readings.end_logps)) for readings in (tokens.policy, tokens.initial))
     return Hazard(tuple(np.bincount(bins).tolist()), *models)
 
 
-def hazard(tokens: Tokens) -> Hazard:
+def hazard(tokens: ScoredTokens) -> Hazard:
     """By position: entry t is over the responses with more than t scored tokens."""
     return _hazard(tokens, tokens.position)
 
 
-def relative_hazard(tokens: Tokens) -> Hazard:
+def relative_hazard(tokens: ScoredTokens) -> Hazard:
     """By tenths of the way from a response's first token to its last, and at last the last token by itself. A place
     that no token stands at has 0 responses and nan."""
     lengths = tokens.lengths[tokens.response]
@@ -274,7 +274,7 @@ def relative_hazard(tokens: Tokens) -> Hazard:
     return _hazard(tokens, np.where(lengths > 1, tenths, TENTHS))
 
 
-def ranks_of(tokens: Tokens) -> Ranks:
+def ranks_of(tokens: ScoredTokens) -> Ranks:
     """Ranks under policy and initial policy."""
     ours, theirs = tokens.policy.ranks, tokens.initial.ranks
     return Ranks(

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from dpo_ref.data.formats.checks import BadRow
 from dpo_ref.data.rows import Named, Source, files, open_source
 from dpo_ref.data.sources import Reader, Rules
-from dpo_ref.evaluation.diagnostics.token_statistics import PairPlaces, Tokens
+from dpo_ref.evaluation.diagnostics.token_statistics import PairPlaces, ScoredTokens
 from dpo_ref.evaluation.statistics.estimates import Estimate, clustered_mean
 from dpo_ref.types import PromptGroup, digest
 
@@ -82,7 +82,7 @@ def _displacement(
     return Displacement(clustered_mean(moved, prompts), float(np.median(moved)), down, Estimate(ratio, error))
 
 
-def displacements(tokens: Tokens, pairs: PairPlaces) -> Displacements:
+def displacements(tokens: ScoredTokens, pairs: PairPlaces) -> Displacements:
     """Likelihood displacement of both sides of the pairs, which are at least one."""
     moved, lengths = tokens.sums(tokens.logratios), tokens.lengths
     prompts = tokens.prompts[pairs.chosen].tolist()

@@ -31,7 +31,7 @@ LIVE_TENSORS = 4  # [tokens, vocabulary] tensors alive in one chunk
 NEVER = -1e30  # logit of tokens that are never sampled; finite, so that 0 * logit is 0 and not nan
 
 
-class Readings(NamedTuple):
+class TokenStatistics(NamedTuple):
     """One model at each of R response tokens, whose prefixes it is shown."""
 
     logps: Float[np.ndarray, " R"]  # of the token, nats
@@ -58,7 +58,7 @@ def _distribution(
 def read_tokens(
     model: nn.Module, batch: PackedBatch, ends: Int[Tensor, " E"], never: Int[Tensor, " X"]
 ) -> Float[Tensor, "4 R"]:
-    """The four rows of `Readings` for a pack, under a model with packed attention.
+    """The four rows of `TokenStatistics` for a pack, under a model with packed attention.
 
     The token's log-prob is that of `logps.token_logps`, the function policy and references share. `never` are tokens
     that sampling excludes: on sampled answers every number is that of the distribution without them.
@@ -99,7 +99,7 @@ def readings_of(
     description: str = "tokens",
     *,
     tokens_per_batch: int = 8192,
-) -> Readings:
+) -> TokenStatistics:
     """What `model` says at every scored token of `groups`; `ends` end a turn, `never` is as in `read_tokens`."""
     device = next(model.parameters()).device
     end_ids, excluded = torch.tensor(sorted(ends), device=device), never.to(device)
@@ -107,14 +107,16 @@ def readings_of(
     def measure(batch: PackedBatch) -> Float[Tensor, "4 R"]:
         return read_tokens(model, batch, end_ids, excluded)
 
-    return Readings(*per_token(groups, measure, device, progress, description, tokens_per_batch=tokens_per_batch))
+    return TokenStatistics(
+        *per_token(groups, measure, device, progress, description, tokens_per_batch=tokens_per_batch)
+    )
 
 
 # --- the scored tokens of a set of responses
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class ScoredTokens:
     """R scored tokens of N responses, the responses one after the other."""
 
     ids: Int[np.ndarray, " R"]
@@ -122,8 +124,8 @@ class Tokens:
     position: Int[np.ndarray, " R"]  # 0-based, among the scored tokens of its response
     ends: Bool[np.ndarray, " R"]  # whether it is a token that ends a turn
     prompts: Int[np.ndarray, " N"]  # equal for responses to the same prompt
-    policy: Readings
-    initial: Readings
+    policy: TokenStatistics
+    initial: TokenStatistics
     reference: Float[np.ndarray, " R"] | None = None  # log-probs of the loss reference, if it knows tokens
 
     @property
@@ -157,12 +159,12 @@ class Tokens:
         error = clustered_mean(self.sums(values) - mean * lengths, self.prompts.tolist()).se / float(lengths.mean())
         return Estimate(mean, error)
 
-    def of(self, responses: Int[np.ndarray, " M"]) -> "Tokens":
+    def of(self, responses: Int[np.ndarray, " M"]) -> "ScoredTokens":
         """The tokens of these responses, ascending and each once."""
         mask = np.isin(self.response, responses)
         reference = None if self.reference is None else self.reference[mask]
         policy, initial = (
-            Readings(*(values[mask] for values in readings)) for readings in (self.policy, self.initial)
+            TokenStatistics(*(values[mask] for values in readings)) for readings in (self.policy, self.initial)
         )
         return replace(
             self,
@@ -179,13 +181,15 @@ def _scored(group: TokenGroup) -> list[list[int]]:
     return [list(compress(ids, mask)) for ids, mask in zip(group.response_ids, group.scored, strict=True)]
 
 
-def tokens_of(groups: Sequence[TokenGroup], ends: Collection[int], policy: Readings, initial: Readings) -> Tokens:
+def tokens_of(
+    groups: Sequence[TokenGroup], ends: Collection[int], policy: TokenStatistics, initial: TokenStatistics
+) -> ScoredTokens:
     """Tokens of `groups`, with the readings of both models on them."""
     prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(tuple(g.prompt_ids) for g in groups))}
     responses = [response for group in groups for response in _scored(group)]
     sizes = [len(response) for response in responses]
     ids = np.array([token for response in responses for token in response], dtype=np.int64)
-    return Tokens(
+    return ScoredTokens(
         ids=ids,
         response=np.repeat(np.arange(len(sizes)), sizes),
         position=np.array([index for size in sizes for index in range(size)], dtype=np.int64),
@@ -253,7 +257,7 @@ NO_TOKENS = "its tokens do not correspond to the policy's"
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class ReferenceStatistics:
     """A loss reference on N responses: log-probs summed over each, and of their R tokens; None where it cannot say,
     and `why` not. `entropy` is its next-token entropy where it is a model of the policy's tokens."""
 
@@ -268,8 +272,8 @@ class Read:
     """Responses with what all three say about them."""
 
     groups: Sequence[TokenGroup]
-    tokens: Tokens
-    beside: Beside
+    tokens: ScoredTokens
+    beside: ReferenceStatistics
 
 
 def ask(
@@ -294,22 +298,22 @@ def ask(
 
 
 def beside(
-    context: DiagnosticContext, groups: Sequence[TokenGroup], tokens: Tokens, build: Callable[[], Reference]
-) -> Beside:
+    context: DiagnosticContext, groups: Sequence[TokenGroup], tokens: ScoredTokens, build: Callable[[], Reference]
+) -> ReferenceStatistics:
     """The loss reference on responses that were read; a ValueError of it is the reason why it says nothing."""
     if context.reference.equals(context.initial):
-        return Beside(sums=tokens.sums(tokens.initial.logps), why=SAME)
+        return ReferenceStatistics(sums=tokens.sums(tokens.initial.logps), why=SAME)
     try:
         reference = build()
         sums, token_logps = ask(reference, groups, context.work.device)
     except ValueError as error:
-        return Beside(why=str(error))
+        return ReferenceStatistics(why=str(error))
     if not reference.normalised:
-        return Beside(sums=sums, why=NOT_NORMALISED)
+        return ReferenceStatistics(sums=sums, why=NOT_NORMALISED)
     return (
-        Beside(sums=sums, why=NO_TOKENS)
+        ReferenceStatistics(sums=sums, why=NO_TOKENS)
         if token_logps is None
-        else Beside(sums, token_logps, _entropy(context, groups, reference))
+        else ReferenceStatistics(sums, token_logps, _entropy(context, groups, reference))
     )
 
 

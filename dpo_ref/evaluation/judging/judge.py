@@ -102,7 +102,7 @@ def _pairs(ours: dict[int, Generation], theirs: dict[int, Generation]) -> list[P
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class JudgeRequest:
     """One question. `parameters` are everything beside the messages that determines the answer, the model's name
     first of all."""
 
@@ -116,7 +116,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class JudgeAnswer:
     """What a judge wrote. `candidates` are the likeliest first tokens with their log-probs in nats, None where none
     were asked for."""
 
@@ -131,10 +131,10 @@ class JudgeRefused(Exception):
     """The judge will not answer this question, however often it is asked; the message is its reason."""
 
 
-Store = Callable[[Request, Answer | JudgeRefused], None]
+Store = Callable[[JudgeRequest, JudgeAnswer | JudgeRefused], None]
 # Asks all requests, hands every outcome to the store the moment it arrives, and yields the request then. Raises
 # ServerUnavailable when the judge is lost.
-Asker = Callable[[Sequence[Request], Store], Iterator[Request]]
+Asker = Callable[[Sequence[JudgeRequest], Store], Iterator[JudgeRequest]]
 
 
 # --- from a judge's answers to a preference
@@ -152,7 +152,7 @@ def label_of(verdict: Verdict, text: str) -> str | None:
     return label if label in verdict.labels else None
 
 
-def first_wins(verdict: Verdict, answer: Answer) -> float | None:
+def first_wins(verdict: Verdict, answer: JudgeAnswer) -> float | None:
     """How far the first answer wins; None where the judge's answer names no label (a parse failure).
 
     With log-probs it is P(first) + P(tie) / 2 with probabilities normalised over the labels, as AlpacaEval 2 has it
@@ -226,16 +226,16 @@ class AnswerCache:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def store(self, request: Request, answer: Answer) -> None:
+    def store(self, request: JudgeRequest, answer: JudgeAnswer) -> None:
         """Keep an answer; the first one to a question stays."""
         row = (request.key, str(request.parameters.get("model")), time.time(), json.dumps(asdict(answer)))
         with self._lock:
             self._connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
 
-    def known(self, requests: Iterable[Request]) -> dict[str, Answer]:
+    def known(self, requests: Iterable[JudgeRequest]) -> dict[str, JudgeAnswer]:
         """The stored answers to `requests`, by their keys."""
         keys = list(dict.fromkeys(request.key for request in requests))
-        answers: dict[str, Answer] = {}
+        answers: dict[str, JudgeAnswer] = {}
         for start in range(0, len(keys), AT_ONCE):
             batch = keys[start : start + AT_ONCE]
             query = f"SELECT key, answer FROM answers WHERE key IN ({','.join('?' * len(batch))})"
@@ -244,31 +244,33 @@ class AnswerCache:
         return answers
 
 
-def _answer(row: dict[str, Any]) -> Answer:
+def _answer(row: dict[str, Any]) -> JudgeAnswer:
     candidates = row.pop("candidates")
-    return Answer(**row, candidates=None if candidates is None else tuple((token, logp) for token, logp in candidates))
+    return JudgeAnswer(
+        **row, candidates=None if candidates is None else tuple((token, logp) for token, logp in candidates)
+    )
 
 
 # --- asking what has not been asked before
 
 
 @dataclass(slots=True)
-class Outcome:
+class JudgeOutcome:
     """Answers and refusals by the keys of their requests; `num_asked` questions went to the judge this time. `lost`
     says why it was given up, if it was."""
 
-    answers: dict[str, Answer]
+    answers: dict[str, JudgeAnswer]
     refusals: dict[str, str] = field(default_factory=dict)
     num_asked: int = 0
     lost: str | None = None
 
 
-def collect(requests: Sequence[Request], cache: AnswerCache, ask: Asker, progress: Progress) -> Outcome:
+def collect(requests: Sequence[JudgeRequest], cache: AnswerCache, ask: Asker, progress: Progress) -> JudgeOutcome:
     """The outcome of every request: from the cache, or asked once however often it occurs, and stored."""
-    outcome = Outcome(cache.known(requests))
+    outcome = JudgeOutcome(cache.known(requests))
     missing = list({request.key: request for request in requests if request.key not in outcome.answers}.values())
 
-    def keep(request: Request, answer: Answer | JudgeRefused) -> None:
+    def keep(request: JudgeRequest, answer: JudgeAnswer | JudgeRefused) -> None:
         if isinstance(answer, JudgeRefused):
             outcome.refusals[request.key] = str(answer)
             return
@@ -318,10 +320,10 @@ class Judge:
             "parameters": dict(self.parameters),
         }
 
-    def request(self, pair: Pair, policy_first: bool) -> Request:
+    def request(self, pair: Pair, policy_first: bool) -> JudgeRequest:
         """The question about a pair, with the policy's answer first or second."""
         answers = (pair.output, pair.baseline_output) if policy_first else (pair.baseline_output, pair.output)
-        return Request(self.template.filled(pair.prompt, *answers), self.parameters)
+        return JudgeRequest(self.template.filled(pair.prompt, *answers), self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,22 +378,22 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress) -> Judg
     return Judged([_judgment(judge, pair, outcome) for pair in pairs], outcome.num_asked)
 
 
-def _requests(judge: Judge, pair: Pair) -> list[Request]:
+def _requests(judge: Judge, pair: Pair) -> list[JudgeRequest]:
     return [judge.request(pair, policy_first) for policy_first in pair.orders(judge.both_orders)]
 
 
-def _settled(outcome: Outcome, request: Request) -> bool:
+def _settled(outcome: JudgeOutcome, request: JudgeRequest) -> bool:
     return request.key in outcome.answers or request.key in outcome.refusals
 
 
-def _judgment(judge: Judge, pair: Pair, outcome: Outcome) -> Judgment:
+def _judgment(judge: Judge, pair: Pair, outcome: JudgeOutcome) -> Judgment:
     if pair.identical:
         return Judgment(pair, (), TIE)
     opinions = tuple(_opinion(judge, pair, first, outcome) for first in pair.orders(judge.both_orders))
     return Judgment(pair, opinions, combined([opinion.win for opinion in opinions], judge.soft))
 
 
-def _opinion(judge: Judge, pair: Pair, policy_first: bool, outcome: Outcome) -> Opinion:
+def _opinion(judge: Judge, pair: Pair, policy_first: bool, outcome: JudgeOutcome) -> Opinion:
     key = judge.request(pair, policy_first).key
     if key in outcome.refusals:
         return Opinion(policy_first, None, "", outcome.refusals[key], 0, 0)

@@ -18,7 +18,7 @@ from dpo_ref.component import component
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.distributed import best_device
-from dpo_ref.evaluation.judging.judge import Answer, Judge, JudgeRefused, Request, Store
+from dpo_ref.evaluation.judging.judge import Judge, JudgeAnswer, JudgeRefused, JudgeRequest, Store
 from dpo_ref.evaluation.judging.templates import load_template
 from dpo_ref.models.loading import ModelLoader, check_folder, compute_dtype
 from dpo_ref.models.logps import response_logps
@@ -137,7 +137,7 @@ class ChatServer:
     server: Server
     max_workers: int
 
-    def ask(self, requests: Sequence[Request], store: Store) -> Iterator[Request]:
+    def ask(self, requests: Sequence[JudgeRequest], store: Store) -> Iterator[JudgeRequest]:
         """Every request, in the order in which their answers come. Raises `ServerUnavailable` when one got no answer
         after all retries, ValueError for a key, address, model or parameter that the server does not take; what is
         under way then is waited for and stored.
@@ -164,10 +164,10 @@ class _Session:
     num_refusals: int = 0
     answered: bool = False
 
-    def settle(self, request: Request) -> Request:
+    def settle(self, request: JudgeRequest) -> JudgeRequest:
         """Ask until there is an answer or a refusal, and store it."""
         try:
-            answer: Answer | JudgeRefused = self._answer(request)
+            answer: JudgeAnswer | JudgeRefused = self._answer(request)
             self.answered = True
         except ServerRefused as refusal:
             self._count(refusal)
@@ -175,7 +175,7 @@ class _Session:
         self.store(request, answer)
         return request
 
-    def _answer(self, request: Request) -> Answer:
+    def _answer(self, request: JudgeRequest) -> JudgeAnswer:
         body = {"messages": request.messages, **request.parameters}
         parse = _read_logprobs if "top_logprobs" in request.parameters else _read_text
         return self.server.post("/chat/completions", body, parse)
@@ -192,11 +192,11 @@ class _Session:
             raise ValueError(f"the judge at {url} refuses every question: {refusal}") from None
 
 
-def _read_text(body: Any) -> Answer:
+def _read_text(body: Any) -> JudgeAnswer:
     """An answer from the body of a chat completion; ValueError, LookupError, TypeError or AttributeError for what is
     none."""
     choice, usage = body["choices"][0], body.get("usage") or {}
-    return Answer(
+    return JudgeAnswer(
         text=str(choice["message"].get("content") or ""),
         candidates=None,
         prompt_tokens=int(usage.get("prompt_tokens", 0)),
@@ -205,7 +205,7 @@ def _read_text(body: Any) -> Answer:
     )
 
 
-def _read_logprobs(body: Any) -> Answer:
+def _read_logprobs(body: Any) -> JudgeAnswer:
     """An answer with the likeliest first tokens and their log-probs."""
     content = (body["choices"][0].get("logprobs") or {}).get("content")
     if not content or not content[0].get("top_logprobs"):
@@ -226,7 +226,7 @@ class LocalModel(NamedTuple):
     lead: str
     tokens_per_batch: int
 
-    def ask(self, requests: Sequence[Request], store: Store) -> Iterator[Request]:
+    def ask(self, requests: Sequence[JudgeRequest], store: Store) -> Iterator[JudgeRequest]:
         """Every request, batch by batch, with log p(label | prompt, lead) of each label in nats. One that is longer
         than the model's positions is refused."""
         groups = self._groups(requests)
@@ -244,7 +244,7 @@ class LocalModel(NamedTuple):
                 store(requests[group.group_index], self._answer(group, logps))
                 yield requests[group.group_index]
 
-    def _groups(self, requests: Sequence[Request]) -> list[TokenGroup]:
+    def _groups(self, requests: Sequence[JudgeRequest]) -> list[TokenGroup]:
         """The questions with a response per label, each without the token that would end the turn."""
         responses = tuple(self.lead + label for label in self.labels)
         questions = [
@@ -265,10 +265,10 @@ class LocalModel(NamedTuple):
             sums = response_logps(self.loaded.model, collate(members).to(device)).sums
         return sums.reshape(len(members), len(self.labels)).tolist()
 
-    def _answer(self, group: TokenGroup, logps: list[float]) -> Answer:
+    def _answer(self, group: TokenGroup, logps: list[float]) -> JudgeAnswer:
         candidates = tuple(zip(self.labels, logps, strict=True))
         likeliest = max(candidates, key=lambda candidate: candidate[1])[0]
-        return Answer(likeliest, candidates, len(group.prompt_ids), 0, None)
+        return JudgeAnswer(likeliest, candidates, len(group.prompt_ids), 0, None)
 
 
 def _longest(group: TokenGroup) -> int:

@@ -12,7 +12,7 @@ from dpo_ref.evaluation.statistics.estimates import RIDGE, fit_logistic, owners,
 
 
 @dataclass(frozen=True, slots=True)
-class Strength:
+class ModelStrength:
     """A model's log-odds of beating the anchor, or an average model where there is none, and 95 % interval."""
 
     model: str
@@ -30,7 +30,7 @@ class BradleyTerry:
     is set by the ridge alone. `ridge` is the precision of the normal prior on strengths that keeps them finite.
     """
 
-    strengths: list[Strength]
+    strengths: list[ModelStrength]
     anchor: str | None
     groups: list[list[str]]
     ridge: float = RIDGE
@@ -148,6 +148,6 @@ def bradley_terry(
         fitted, fits = fitted - fitted[index[anchor]], fits - fits[:, index[anchor], None]
     order = sorted(names, key=lambda name: -fitted[index[name]])
     strengths = [
-        Strength(name, fitted[index[name]].item(), *percentile_interval(fits[:, index[name]])) for name in order
+        ModelStrength(name, fitted[index[name]].item(), *percentile_interval(fits[:, index[name]])) for name in order
     ]
     return BradleyTerry(strengths, anchor, groups)

@@ -104,7 +104,7 @@ def cluster_interval(values: Float[np.ndarray, " N"], clusters: Sequence[Hashabl
     return percentile_interval(_resampled_means(values, clusters, seed))
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """Mean of one model's preferences less another's on the same prompts, with cluster-robust error and interval."""
 
     mean: float
@@ -116,7 +116,7 @@ class Difference(NamedTuple):
 
 def paired_difference(
     ours: Float[np.ndarray, " N"], theirs: Float[np.ndarray, " N"], clusters: Sequence[Hashable], seed: int
-) -> Difference:
+) -> PairedDifference:
     """How much higher one win rate is than another against the same baseline, row by row on the same prompts; rows
     that either lacks are left out. Prompts that are hard for both cancel, so this is sharper than two intervals."""
     check_preferences(ours)
@@ -125,7 +125,7 @@ def paired_difference(
     present = ~np.isnan(gaps)
     prompts = _where(clusters, present)
     mean, low_high = clustered_mean(gaps[present], prompts), cluster_interval(gaps[present], prompts, seed)
-    return Difference(mean.mean, mean.se, *low_high, int(present.sum()))
+    return PairedDifference(mean.mean, mean.se, *low_high, int(present.sum()))
 
 
 def _where(clusters: Sequence[Hashable], present: Bool[np.ndarray, " N"]) -> list[Hashable]:

@@ -22,7 +22,7 @@ MARKERS = {"offline": "s", "on_policy": "o"}
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class ClosedForm:
     """What is known of one reward in closed form; distributions are of a token.
 
     `optimum` is None for an objective without a KL strength.
@@ -58,7 +58,7 @@ def _legend(axes: Any, traces: Sequence[Trace], location: str, columns: int) -> 
     axes.legend(handles=handles, loc=location, ncols=columns, fontsize=8, handlelength=2.2, labelspacing=0.3)
 
 
-def frontier_panel(traces: Sequence[Trace], closed_form: Known) -> Panel:
+def frontier_panel(traces: Sequence[Trace], closed_form: ClosedForm) -> Panel:
     """Where training leads each method, below what is possible."""
 
     def draw(axes: Any) -> None:
@@ -83,7 +83,7 @@ def frontier_panel(traces: Sequence[Trace], closed_form: Known) -> Panel:
     )
 
 
-def queries_panel(traces: Sequence[Trace], closed_form: Known) -> Panel:
+def queries_panel(traces: Sequence[Trace], closed_form: ClosedForm) -> Panel:
     """What each method made of so many scored samples."""
 
     def draw(axes: Any) -> None:
@@ -117,7 +117,7 @@ def queries_panel(traces: Sequence[Trace], closed_form: Known) -> Panel:
     )
 
 
-def distribution_panel(traces: Sequence[Trace], closed_form: Known) -> Panel:
+def distribution_panel(traces: Sequence[Trace], closed_form: ClosedForm) -> Panel:
     """Which arms the first method ended with, beside the reference and the optimum."""
     first_traces = [trace for trace in traces if trace.label == traces[0].label]
 
@@ -142,7 +142,7 @@ def distribution_panel(traces: Sequence[Trace], closed_form: Known) -> Panel:
     )
 
 
-def panels(traces: Sequence[Trace], closed_forms: Sequence[Known]) -> list[Panel]:
+def panels(traces: Sequence[Trace], closed_forms: Sequence[ClosedForm]) -> list[Panel]:
     """Three pictures for every reward, as rows of a grid with one column a reward."""
     groups = [[trace for trace in traces if trace.peak == closed_form.peak] for closed_form in closed_forms]
     kinds = (frontier_panel, queries_panel, distribution_panel)
@@ -184,7 +184,7 @@ def results(traces: Sequence[Trace]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _best_reward(kl: float, closed_form: Known) -> float:
+def _best_reward(kl: float, closed_form: ClosedForm) -> float:
     """The frontier's reward at a KL."""
     import numpy as np
 
@@ -195,7 +195,7 @@ def _with_deviation(mean: float, deviation: float, decimals: int) -> str:
     return f"{mean:.{decimals}f}" + ("" if deviation != deviation else f" ± {deviation:.{decimals}f}")
 
 
-def rows(traces: Sequence[Trace], closed_form: Known) -> list[tuple[str, ...]]:
+def rows(traces: Sequence[Trace], closed_form: ClosedForm) -> list[tuple[str, ...]]:
     """A row for every method under one reward, the best first, then what was known beforehand."""
     rows = []
     for trace in ranking(traces, closed_form.peak):
@@ -220,7 +220,7 @@ def rows(traces: Sequence[Trace], closed_form: Known) -> list[tuple[str, ...]]:
     return rows
 
 
-def terminal_tables(traces: Sequence[Trace], closed_forms: Sequence[Known]) -> list[Any]:
+def terminal_tables(traces: Sequence[Trace], closed_forms: Sequence[ClosedForm]) -> list[Any]:
     """A rich table for every reward."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -236,7 +236,7 @@ def terminal_tables(traces: Sequence[Trace], closed_forms: Sequence[Known]) -> l
     return tables
 
 
-def _table(traces: Sequence[Trace], closed_form: Known) -> str:
+def _table(traces: Sequence[Trace], closed_form: ClosedForm) -> str:
     head = "".join(f"<th>{page.text(name)}</th>" for name in HEAD)
     body = "".join(
         f'<tr><th scope="row">{page.text(first)}</th>'
@@ -255,7 +255,7 @@ def _table(traces: Sequence[Trace], closed_form: Known) -> str:
 def document(
     title: str,
     traces: Sequence[Trace],
-    closed_forms: Sequence[Known],
+    closed_forms: Sequence[ClosedForm],
     notes: Sequence[str],
     settings: Mapping[str, Any],
 ) -> str:
@@ -280,7 +280,7 @@ def write_report(
     folder: Path,
     title: str,
     traces: Sequence[Trace],
-    closed_forms: Sequence[Known],
+    closed_forms: Sequence[ClosedForm],
     notes: Sequence[str],
     settings: Mapping[str, Any],
 ) -> None:
@@ -305,7 +305,7 @@ def spread(values: Float[np.ndarray, " S"]) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else math.nan
 
 
-class Difference(NamedTuple):
+class MethodDifference(NamedTuple):
     """The final reward of one method less another's, paired by seed: mean, standard error, and in how many seeds it
     has the sign of the mean."""
 
@@ -320,11 +320,11 @@ class Difference(NamedTuple):
         return self.agreeing == self.num_seeds >= 3 and abs(self.mean) > 3 * self.error
 
 
-def difference(first: Trace, second: Trace) -> Difference:
+def difference(first: Trace, second: Trace) -> MethodDifference:
     """Of the rewards at the end."""
     values = first.reward[:, -1] - second.reward[:, -1]
     mean, error = float(values.mean()), spread(values) / math.sqrt(len(values))
-    return Difference(mean, error, int((np.sign(values) == np.sign(mean)).sum()), len(values))
+    return MethodDifference(mean, error, int((np.sign(values) == np.sign(mean)).sum()), len(values))
 
 
 def _schedule_sentences(traces: Sequence[Trace], peak: int) -> list[str]:

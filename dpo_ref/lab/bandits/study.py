@@ -18,13 +18,13 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from dpo_ref.component import RunPlan, component
-from dpo_ref.data.groups import gathered
+from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
-from dpo_ref.lab.bandits.worlds import Arms, Draws, Tokens, World, frozen_copy, rated_groups, utilities
+from dpo_ref.lab.bandits.worlds import Arms, Draws, TokenWorld, World, frozen_copy, rated_groups, utilities
 from dpo_ref.models.loading import Policy
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
-from dpo_ref.references.policies import Frozen, Zeros
+from dpo_ref.references.policies import LiveReference, NoReference
 from dpo_ref.training.on_policy import grouping_of, takes_advantages
 from dpo_ref.training.optim import Optimisation, adamw
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
@@ -100,7 +100,7 @@ class Method:
     @property
     def label(self) -> str:
         """Its name in tables and pictures."""
-        fitted = set(self.objective.takes) == {"policy"} and not self.objective.pairwise
+        fitted = set(self.objective.inputs) == {"policy"} and not self.objective.pairwise
         best = (f"best of {self.options.samples_per_group}",) if fitted else ()
         return ", ".join((self.objective.name, *best, *self.words))
 
@@ -196,7 +196,7 @@ def one_run(
     """
     options, world = method.options, problem.world
     policy, initial = frozen_copy(start).requires_grad_(True), frozen_copy(start)
-    reference: Reference = Frozen("initial", initial, "", "") if problem.with_reference else Zeros()
+    reference: Reference = LiveReference("initial", initial, "", "") if problem.with_reference else NoReference()
     rewards, draws = world.rewards(problem.peak), _stream(*seeds, problem.peak, 0)
     optim = _optimiser(policy, options)
 
@@ -205,10 +205,10 @@ def one_run(
         return _rate(sample, method, draws, index * options.groups_per_round)
 
     def fit(groups: list[TokenGroup]) -> Iterator[Step]:
-        fitting = groups_for(method.objective, gathered(groups))
+        fitting = groups_for(method.objective, from_groups(groups))
         config = TrainerConfig(batch_size=options.groups_per_round, epochs=float(options.steps_per_round))
         whole = partial(pack, tokens_per_batch=2**20)
-        old = Frozen("old", frozen_copy(policy), "", "")
+        old = LiveReference("old", frozen_copy(policy), "", "")
         rounds = OfflineRounds(fitting, config, whole, seeds[0], old)
         return train(Policy(lambda: policy, None), reference, method.objective, optim, rounds)
 
@@ -281,4 +281,4 @@ def arms(*, width: float = 10.0) -> World:
 @component(check=_check_options, check_run=_check_run)
 def tokens(*, width: float = 10.0, length: int = 10, fit_steps: int = 200) -> World:
     """The sequence bandit: `length` tokens of 100; `fit_steps` fit the initial policy to the reference."""
-    return Tokens(width, length, fit_steps)
+    return TokenWorld(width, length, fit_steps)

@@ -266,7 +266,7 @@ class Arms:
         return Measured(float(ours @ rewards), float(divergence(ours, theirs)), ours)
 
 
-class Tokens:
+class TokenWorld:
     """A small GPT answers one random token with L tokens; the reward is the mean of the tokens' rewards.
 
     The policy starts as a fit to independent tokens of the reference. The prompt is not scored, and log-probs are of
