@@ -57,8 +57,8 @@ def one_or_several(hint: Any) -> Any:
 
 def mapped_to(hint: Any) -> Any:
     """The V of `dict[str, V] | None`, whose None OmegaConf cannot override; None for any other type."""
-    found = [get_args(part)[1] for part in get_args(hint) if get_origin(part) is dict]
-    return found[0] if found and type(None) in get_args(hint) else None
+    values = [get_args(part)[1] for part in get_args(hint) if get_origin(part) is dict]
+    return values[0] if values and type(None) in get_args(hint) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,14 +76,14 @@ class Bench:
         causal_lm: Any = model
         positions = getattr(causal_lm.config, "max_position_embeddings", 10**9)
         sizes = map(len, encode_prompts(tokenizer, prompts))
-        fits = [place for place, size in enumerate(sizes) if size + self.max_new_tokens <= positions]
+        fits = [index for index, size in enumerate(sizes) if size + self.max_new_tokens <= positions]
         if not fits:
             raise ValueError(f"no prompt leaves room for compatibility.max_new_tokens={self.max_new_tokens}")
-        drawn = generate(
-            model, tokenizer, [prompts[place] for place in fits], self.work.seed, progress,
+        answers = generate(
+            model, tokenizer, [prompts[index] for index in fits], self.work.seed, progress,
             max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
-        return [replace(sample, prompt_index=fits[sample.prompt_index]) for sample in drawn]
+        return [replace(sample, prompt_index=fits[sample.prompt_index]) for sample in answers]
 
 
 def draw(groups: TokenGroups, num_pairs: int, seed: int) -> TokenGroups:
@@ -92,11 +92,11 @@ def draw(groups: TokenGroups, num_pairs: int, seed: int) -> TokenGroups:
     if not len(paired):
         raise ValueError("the data has no preference pairs to look at: choose other data=")
     chosen, count = np.zeros(len(paired), dtype=bool), 0
-    for place in np.random.default_rng(seed).permutation(len(paired)).tolist():
+    for index in np.random.default_rng(seed).permutation(len(paired)).tolist():
         if count >= num_pairs:
             break
-        chosen[place] = True
-        count += len(paired[place].pairs)
+        chosen[index] = True
+        count += len(paired[index].pairs)
     return paired.where(chosen)
 
 
@@ -119,9 +119,9 @@ def responses(reference: Reference, groups: Sequence[TokenGroup], bench: Bench) 
         return [reference.logps(collate(groups[at : at + CHUNK]).to(bench.work.device)) for at in starts]
 
 
-def sums_of(found: Sequence[ResponseLogps]) -> Float[np.ndarray, " N"]:
+def sums_of(outputs: Sequence[ResponseLogps]) -> Float[np.ndarray, " N"]:
     """Log-probs of all responses, in order."""
-    return np.concatenate([one.sums.cpu().numpy() for one in found])
+    return np.concatenate([logps.sums.cpu().numpy() for logps in outputs])
 
 
 def divergences(
@@ -137,8 +137,8 @@ def divergences(
         if model is not None and _outputs(model) == _outputs(policy):
             theirs = bench.samples(model, tokenizer, bench.prompts)
             return by_tokens(policy, model, tokenizer, ours), by_tokens(model, policy, tokenizer, theirs)
-        drawn = _drawn_by(bench, component, reference)
-    return both_by_text(ours, drawn, bench.prompts, lambda texts: _scored(bench, component, texts))
+        theirs_by_text = _drawn_by(bench, component, reference)
+    return both_by_text(ours, theirs_by_text, bench.prompts, lambda texts: _scored(bench, component, texts))
 
 
 def _outputs(model: Any) -> int:
@@ -174,13 +174,13 @@ def _under(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
 
 def _scored(bench: Bench, component: Component, texts: Sequence[PromptGroup]) -> Scored:
     """Log-probs of texts under policy and reference, and which of them fit the data's limits."""
-    made = bench.run.data.bound(tokenise)(texts, bench.policy.tokenizer).groups
-    if not len(made):
+    groups = bench.run.data.bound(tokenise)(texts, bench.policy.tokenizer).groups
+    if not len(groups):
         return np.zeros(0), np.zeros(0), []
     with redirect_stdout(io.StringIO()):
-        both = [bench.build(one, made) for one in (bench.run.reference, component)]
-    scored = [sums_of(responses(reference, made, bench)) for reference in both]
-    return scored[0], scored[1], made.rows.tolist()
+        both = [bench.build(reference, groups) for reference in (bench.run.reference, component)]
+    scored = [sums_of(responses(reference, groups, bench)) for reference in both]
+    return scored[0], scored[1], groups.rows.tolist()
 
 
 def tokenizer_of(bench: Bench, component: Component) -> Any:
@@ -205,8 +205,8 @@ def tokenizer_overlap(bench: Bench, component: Component) -> TokenOverlap | None
     if ours.get_vocab() == theirs.get_vocab():
         return None
     texts = [bench.groups.text(index) for index in range(len(bench.groups))]
-    found = Encoder(theirs).last_turns(texts)
-    reference_tokens = sum(len(ids) for one in found for ids in one.responses)
+    encoded = Encoder(theirs).last_turns(texts)
+    reference_tokens = sum(len(ids) for text in encoded for ids in text.responses)
     policy_tokens = sum(len(ids) for group in bench.groups for ids in group.response_ids)
     words = _words(ours)
     return TokenOverlap(len(words & _words(theirs)) / len(words), reference_tokens / policy_tokens)
@@ -237,8 +237,8 @@ def title_of(entry: Any) -> str:
         parts = entry.rstrip("/").split("/")
         return "/".join(parts[-2:])
     options = {key: value for key, value in entry.items() if key != "reference"}
-    said = sorted((_told(key, value) for key, value in options.items()), key=lambda text: "=" in text)
-    return f"{entry['reference']} ({', '.join(said)})" if said else entry["reference"]
+    listed = sorted((_told(key, value) for key, value in options.items()), key=lambda text: "=" in text)
+    return f"{entry['reference']} ({', '.join(listed)})" if listed else entry["reference"]
 
 
 def _told(key: str, value: Any) -> str:
@@ -256,17 +256,17 @@ def _part(entry: Mapping[str, Any]) -> str:
 def _runs(request: CompatibilityRequest) -> dict[str, tuple[list[str], RunConfig]]:
     """For every candidate by title the words that select it and the training run it would be in; all options are
     checked before anything is loaded. Raises ValueError for one that is named twice."""
-    found: dict[str, tuple[list[str], RunConfig]] = {}
+    runs: dict[str, tuple[list[str], RunConfig]] = {}
     for entry in request.references:
         words = reference_words(entry)
         cfg, choices = composed([*request.words, *words])
         run = replace(resolve(cfg, choices, words), data=request.data)
         check_paths(run)
         title = title_of(entry)
-        if title in found:
+        if title in runs:
             raise ValueError(f"references: {title} is there twice")
-        found[title] = words, run
-    return found
+        runs[title] = words, run
+    return runs
 
 
 def _bench(request: CompatibilityRequest) -> Bench:
@@ -332,11 +332,11 @@ def _report(request: CompatibilityRequest, runs: Mapping[str, tuple[list[str], R
     )
 
 
-def next_command(request: CompatibilityRequest, one: Candidate) -> str:
+def next_command(request: CompatibilityRequest, candidate: Candidate) -> str:
     """How to train with a candidate and the beta suggested for it."""
-    beta = one.start.listed if one.start.listed is not None else one.start.unit
-    chosen = [] if one.start.unit is None else [f"beta={beta:.2g}"]
-    return shlex.join(["python", "train.py", *request.words, *one.words, *chosen])
+    beta = candidate.start.listed if candidate.start.listed is not None else candidate.start.unit
+    chosen = [] if candidate.start.unit is None else [f"beta={beta:.2g}"]
+    return shlex.join(["python", "train.py", *request.words, *candidate.words, *chosen])
 
 
 def _track(request: CompatibilityRequest, folder: Path, report: CompatibilityReport) -> None:

@@ -105,13 +105,13 @@ def _single(key: str, value: Any, kind: Any) -> Any:
 
 
 def _one_or_several(key: str, value: Any, kind: Any) -> Any:
-    return [_single(key, one, kind) for one in value] if isinstance(value, list) else _single(key, value, kind)
+    return [_single(key, single, kind) for single in value] if isinstance(value, list) else _single(key, value, kind)
 
 
 def _mapping(key: str, value: Any, kind: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{key}={value} must be a dictionary: {key}={{name: value}}")
-    return {name: one if kind is Any else _single(f"{key}.{name}", one, kind) for name, one in value.items()}
+    return {name: inner if kind is Any else _single(f"{key}.{name}", inner, kind) for name, inner in value.items()}
 
 
 def _shared_by_members(group: str, hints: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def _shared_by_members(group: str, hints: Mapping[str, Any], values: Mapping[str
 
 def _sections(cfg: DictConfig, schema_type: type) -> None:
     """Refuse unknown keys at the top level and in its plain sections."""
-    known = [f.name for f in fields(schema_type)]
-    refuse_unknown("", map(str, cfg), known)
+    names = [f.name for f in fields(schema_type)]
+    refuse_unknown("", map(str, cfg), names)
     for f in fields(schema_type):
         if is_dataclass(f.type):
             given = map(str, cfg.get(f.name) or {})  # a run's configuration may be older than the section
@@ -138,10 +138,10 @@ def components(cfg: DictConfig, choices: Mapping[str, str], kind: str) -> dict[s
     if cfg.stage not in STAGES[kind]:
         raise ValueError(f"stage={cfg.stage} is none of {', '.join(STAGES[kind])}")
     chosen = [f.name for f in fields(schema_type) if f.name in groups() and cfg.get(f.name) is not None]
-    found = {group: component(group, cfg[group], choices.get(group, group)) for group in chosen}
-    if "scorer" in found:
-        refuse_relative(found["scorer"])
-    return found
+    parts = {group: component(group, cfg[group], choices.get(group, group)) for group in chosen}
+    if "scorer" in parts:
+        refuse_relative(parts["scorer"])
+    return parts
 
 
 def refuse_relative(scorer: Component) -> None:
@@ -233,8 +233,8 @@ def _while_training(
     if evaluation is not None and evaluation.options["every"] is not None:
         refuse_relative(evaluation.options["scorer"])
         return evaluation
-    asked = ("evaluation.", "scorer@evaluation.", "degeneration.")
-    without = [key for key in _keys(overrides) if key.startswith(asked)]
+    prefixes = ("evaluation.", "scorer@evaluation.", "degeneration.")
+    without = [key for key in _keys(overrides) if key.startswith(prefixes)]
     if changed := sorted(set(without) - {"evaluation.every"}):
         raise ValueError(f"{changed[0]} has no effect without evaluation.every=<optimiser steps>")
     if trainer.stop_when_degenerate:

@@ -307,10 +307,10 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "hydra-core", "o
 def _git(*arguments: str) -> str | None:
     root = Path(__file__).parents[2]
     try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10)
+        process = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def _version(library: str) -> str | None:

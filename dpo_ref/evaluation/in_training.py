@@ -145,9 +145,9 @@ class TrainingEvaluation:
         metrics = self._scored(generations) | self._moved(generations)
         model.train(training)
         degenerate = degeneration(metrics, self._initial.evaluation.metrics, context.thresholds)
-        known = {name: value for name, value in metrics.items() if value == value}
+        measured = {name: value for name, value in metrics.items() if value == value}
         seconds = time.perf_counter() - started
-        return known | {DEGENERATE.key: float(bool(degenerate)), SECONDS.key: seconds}, degenerate
+        return measured | {DEGENERATE.key: float(bool(degenerate)), SECONDS.key: seconds}, degenerate
 
     @property
     def _folder(self) -> Path:
@@ -191,8 +191,8 @@ class TrainingEvaluation:
         context, policy = self._context, self._context.policy
         never = never_sampled(policy.tokenizer, policy.model.get_output_embeddings().weight.shape[0])
         with context.initial.here() as model:
-            found = sample_kl(policy.model, model, generations, never, context.work.progress)
-        metrics = found.metrics("initial") | found.end_metrics()
+            kl = sample_kl(policy.model, model, generations, never, context.work.progress)
+        metrics = kl.metrics("initial") | kl.end_metrics()
         if self._pairs:
             metrics |= displacement(self._score_pairs(policy.model), self._initial_pairs)
         return metrics
@@ -224,7 +224,7 @@ def drawn_prompts(context: EvaluationContext, count: int, max_new_tokens: int) -
         )
     if left_out := len(context.prompts) - len(fitting):
         print(f"  {left_out} held-out prompts left out: with an answer they exceed {context.max_length} tokens")
-    return [fitting[place] for place in _drawn(len(fitting), count, context.work.seed)]
+    return [fitting[index] for index in _drawn(len(fitting), count, context.work.seed)]
 
 
 def _check_options(**options: Any) -> None:
@@ -254,11 +254,11 @@ def samples(
     """
     assert every is not None
     sampling = SampleOptions(samples_per_prompt, max_new_tokens, batch_size)
-    made = TrainingEvaluation(context, scorer, num_prompts, sampling)
+    evaluation = TrainingEvaluation(context, scorer, num_prompts, sampling)
     copied = context.initial.num_copied
     initial = f"a copy of its {copied:,} trained weights" if copied else "the reference in memory"
     print(
-        f"evaluation: every {every} steps, {made.num_prompts} held-out prompts, answers per prompt: "
+        f"evaluation: every {every} steps, {evaluation.num_prompts} held-out prompts, answers per prompt: "
         f"{samples_per_prompt}; the initial policy is {initial}"
     )
-    return made
+    return evaluation

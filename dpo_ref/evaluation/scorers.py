@@ -64,12 +64,12 @@ def _loaded(path: str, dtype: str) -> _Loaded:
     try:
         config = AutoConfig.from_pretrained(path)
         _check_classifier(config)
-        found: Any = AutoModelForSequenceClassification.from_pretrained(
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
             path, config=config, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{KEY}={path}: {str(error).splitlines()[0]}") from error
-    model, info = found
+    model, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"{KEY}={path} lacks weights, such as {sorted(info['missing_keys'])[0]}")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -80,10 +80,10 @@ def _sequences(loaded: _Loaded, generations: Sequence[Generation]) -> list[list[
     """Prompt and answer as the reward model's own template and tokenizer write them, end of turn included."""
     rows = [PromptGroup(g.prompt, (g.output,), origin=f"generation {n}") for n, g in enumerate(generations, 1)]
     written = [ids.prompt + ids.responses[0] for ids in Encoder(loaded.tokenizer).last_turns(rows)]
-    for number, ids in enumerate(written, 1):
+    for row, ids in enumerate(written, 1):
         if loaded.max_length is not None and len(ids) > loaded.max_length:
             raise ValueError(
-                f"generation {number} has {len(ids)} tokens with its prompt, and the reward model has positions for "
+                f"generation {row} has {len(ids)} tokens with its prompt, and the reward model has positions for "
                 f"{loaded.max_length}; lower max_new_tokens or max_prompt_length"
             )
     return written
@@ -108,18 +108,18 @@ def _padding(model: Any, sequences: Sequence[Sequence[int]]) -> int:
 @torch.no_grad()
 def score_sequences(model: Any, sequences: Sequence[list[int]], batch_size: int) -> list[float]:
     """The model's output for each sequence of token ids, read where its architecture reads it; padded on the right."""
-    device, found = next(model.parameters()).device, torch.empty(len(sequences), dtype=torch.float64)
+    device, scores = next(model.parameters()).device, torch.empty(len(sequences), dtype=torch.float64)
     text_config = model.config.get_text_config()
     stated = text_config.pad_token_id
-    for places in _batches(sequences, batch_size):
-        rows = [sequences[place] for place in places]
+    for indices in _batches(sequences, batch_size):
+        rows = [sequences[index] for index in indices]
         text_config.pad_token_id = padding = _padding(model, rows)
         longest = max(map(len, rows))
         ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-        found[places] = model(input_ids=ids, attention_mask=mask).logits[:, 0].double().cpu()
+        scores[indices] = model(input_ids=ids, attention_mask=mask).logits[:, 0].double().cpu()
         text_config.pad_token_id = stated
-    return found.tolist()
+    return scores.tolist()
 
 
 def _check_options(path: str, dtype: str, batch_size: int) -> None:
@@ -161,27 +161,28 @@ def judge(generations: Sequence[Generation], *, judge: Annotated[Any, MemberOf("
     """
     chosen: Judge = judge(JudgeContext(judge.name, cache_folder(), _loader(), silent))
     by_prompt: dict[int, list[int]] = defaultdict(list)
-    for place, generation in enumerate(generations):
-        by_prompt[generation.prompt_index].append(place)
-    if alone := [places[0] for places in by_prompt.values() if len(places) == 1]:
+    for index, generation in enumerate(generations):
+        by_prompt[generation.prompt_index].append(index)
+    if alone := [indices[0] for indices in by_prompt.values() if len(indices) == 1]:
         raise ValueError(
             f"scorer=judge compares answers to the same prompt, and prompt {generations[alone[0]].prompt_index} has "
             "one; draw at least two"
         )
-    duels = [duel for places in by_prompt.values() for duel in combinations(places, 2)]
+    duels = [duel for indices in by_prompt.values() for duel in combinations(indices, 2)]
     shares: dict[int, list[float]] = defaultdict(list)
-    judgments = judge_pairs(chosen, [_pair(generations, *duel) for duel in duels], silent).judgments
-    for (one, other), judgment in zip(duels, judgments, strict=True):
+    judgments = judge_pairs(
+        chosen, [_pair(generations[first], generations[other]) for first, other in duels], silent
+    ).judgments
+    for (first, other), judgment in zip(duels, judgments, strict=True):
         if judgment.preference is not None:
-            shares[one].append(judgment.preference)
+            shares[first].append(judgment.preference)
             shares[other].append(1 - judgment.preference)
-    means = {place: sum(values) / len(values) for place, values in shares.items()}
-    return Scores("judge", [means.get(place, float("nan")) for place in range(len(generations))])
+    means = {index: sum(values) / len(values) for index, values in shares.items()}
+    return Scores("judge", [means.get(index, float("nan")) for index in range(len(generations))])
 
 
-def _pair(generations: Sequence[Generation], one: int, other: int) -> Pair:
-    first, second = generations[one], generations[other]
-    return Pair(first.prompt, first.prompt_index, first.sample_index, first.output, second.output)
+def _pair(answer: Generation, other: Generation) -> Pair:
+    return Pair(answer.prompt, answer.prompt_index, answer.sample_index, answer.output, other.output)
 
 
 @cache

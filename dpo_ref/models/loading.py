@@ -137,13 +137,13 @@ def check_folder(path: str, key: str, needed: str = "config.json") -> None:
     """Raise ValueError if `path` is a local folder without the file `needed`, or looks local and does not exist."""
     if path[: path.find(":") + 1] in LOCATORS:
         return
-    place = Path(path).expanduser()
-    if place.is_dir() and not (place / needed).is_file():
-        inner = place / "policy" / "config.json"
-        hint = f"; the run's policy is in {place / 'policy'}" if inner.is_file() else ""
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not (folder / needed).is_file():
+        inner = folder / "policy" / "config.json"
+        hint = f"; the run's policy is in {folder / 'policy'}" if inner.is_file() else ""
         raise ValueError(f"{key}={path} is not a model folder: it has no {needed}{hint}")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not place.exists() and looks_local and "/" in path:
+    if not folder.exists() and looks_local and "/" in path:
         raise ValueError(f"{key}={path} does not exist")
 
 
@@ -158,11 +158,11 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
 
 
 def prepared_tokenizer(
-    place: str, template: str, template_options: dict[str, Any] | None, max_length: int | None
+    folder: str, template: str, template_options: dict[str, Any] | None, max_length: int | None
 ) -> Any:
-    """The tokenizer at `place` with its chat template and its length as `pretrained` says."""
-    check_folder(place, "model.path")
-    tokenizer = load_tokenizer(place)
+    """The tokenizer at `folder` with its chat template and its length as `pretrained` says."""
+    check_folder(folder, "model.path")
+    tokenizer = load_tokenizer(folder)
     install_template(tokenizer, template, template_options)
     if max_length is not None:
         tokenizer.model_max_length = max_length
@@ -311,8 +311,8 @@ def _selective_checkpointing(model: Any) -> None:
 
     def policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
         name = str(operator)
-        kept = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "attention", "attn"))
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        keep = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "attention", "attn"))
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = partial(create_selective_checkpoint_contexts, policy)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts})
@@ -377,12 +377,12 @@ def _placed(device: str, quantised: bool, policy: torch.device) -> tuple[torch.d
                 "reference.device=spread needs accelerate: pip install -r requirements-reference.txt"
             ) from error
         return None, {"device_map": "auto"}
-    place = policy if device == "auto" else torch.device(device)
-    return (None, {"device_map": {"": place}}) if quantised else (place, {})
+    target = policy if device == "auto" else torch.device(device)
+    return (None, {"device_map": {"": target}}) if quantised else (target, {})
 
 
-def load_reference(source: ModelSource, place: str, policy_device: torch.device, attention: str) -> nn.Module:
-    """The model of `source`, which lies at `place`, ready to be asked for log-probs.
+def load_reference(source: ModelSource, folder: str, policy_device: torch.device, attention: str) -> nn.Module:
+    """The model of `source`, which lies at `folder`, ready to be asked for log-probs.
 
     Raises ValueError for what is no model, for packages that are missing, and for a second model that does not fit
     into memory, with the options that avoid it.
@@ -391,7 +391,7 @@ def load_reference(source: ModelSource, place: str, policy_device: torch.device,
     device, placing = _placed(source.device, bool(how), policy_device)
     try:
         model = load_model(
-            place, device, attention, KEY, source.revision, dtype=DTYPES[source.dtype], **how, **placing
+            folder, device, attention, KEY, source.revision, dtype=DTYPES[source.dtype], **how, **placing
         )
         if source.adapter is not None:
             load_adapter(model, source.adapter, "reference.adapter", trainable=False)
@@ -428,18 +428,18 @@ class ModelLoader:
         return load_tokenizer(locate(path), revision)
 
     def _policy(self, path: str, text: str | None, adapter: str | None) -> Policy:
-        place = locate(path)
-        run = run_of(Path(place))
-        folder = place if run is None else str(run / "policy")
+        located = locate(path)
+        run = run_of(Path(located))
+        folder = located if run is None else str(run / "policy")
         check_folder(folder, "policy")
         on_top = None if adapter is None else f"the adapter {adapter}"
         return Policy(
-            partial(self._weights, folder, None if run is None else Path(place), adapter),
+            partial(self._weights, folder, None if run is None else Path(located), adapter),
             load_tokenizer(text or folder),
             compute_dtype("auto", self.device),
             path,
             folder,
-            on_top if run is None else f"the weights of {place}",
+            on_top if run is None else f"the weights of {located}",
         )
 
     def _weights(self, folder: str, checkpoint: Path | None, adapter: str | None) -> nn.Module:

@@ -114,12 +114,12 @@ def token_logps_and_entropy(
 def token_collisions(hidden: Float[Tensor, "R H"], head: Head) -> Float[Tensor, " R"]:
     """log sum_v p_v^2 of the distribution at each token: the log-probability that two draws from it agree, nats."""
     rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
-    found = []
+    values = []
     for hidden_c in hidden.split(rows):
         logits = head.logits(hidden_c)
         normaliser = logits.logsumexp(dim=-1)
-        found.append(logits.mul_(2).logsumexp(dim=-1) - 2 * normaliser)
-    return torch.cat(found)
+        values.append(logits.mul_(2).logsumexp(dim=-1) - 2 * normaliser)
+    return torch.cat(values)
 
 
 def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
@@ -128,11 +128,11 @@ def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"
     return hidden_at(model, batch, batch.head_index)
 
 
-def hidden_at(model: nn.Module, batch: PackedBatch, places: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
+def hidden_at(model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
     """Last hidden states at these positions of the pack, computed as `response_hidden` says."""
     causal_lm: Any = model
     packed = causal_lm.config._attn_implementation in REGISTERED.values()
-    hidden = (_packed_states if packed else _separate_states)(model, batch).index_select(0, places)
+    hidden = (_packed_states if packed else _separate_states)(model, batch).index_select(0, positions)
     device = hidden.device.type
     # Autocast leaves the residual stream in float32, and does not reach the head's in-place products.
     return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
@@ -145,15 +145,15 @@ def separate_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"
 
 def _separate_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "T H"]:
     backbone: Any = model.base_model
-    found, place = [], 0  # hidden states of the whole pack; the prompt's come from its first response
+    states, start = [], 0  # hidden states of the whole pack; the prompt's come from its first response
     for prompt, responses in batch.layout:
-        prompt_ids, place = batch.input_ids[place : place + prompt], place + prompt
-        for number, size in enumerate(responses):
-            ids = torch.cat([prompt_ids, batch.input_ids[place : place + size]])
+        prompt_ids, start = batch.input_ids[start : start + prompt], start + prompt
+        for index, size in enumerate(responses):
+            ids = torch.cat([prompt_ids, batch.input_ids[start : start + size]])
             hidden = backbone(input_ids=ids[None], use_cache=False)[0][0]
-            found.append(hidden if number == 0 else hidden[prompt:])
-            place += size
-    return torch.cat(found)
+            states.append(hidden if index == 0 else hidden[prompt:])
+            start += size
+    return torch.cat(states)
 
 
 def packed_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
@@ -184,13 +184,13 @@ def response_logps(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
 
 def last_places(batch: PackedBatch) -> Int[Tensor, " N"]:
     """Where in the pack each response's last token lies: its end-of-turn token unless it was cut."""
-    found, place = [], 0
+    last, end = [], 0
     for prompt, responses in batch.layout:
-        place += prompt
+        end += prompt
         for size in responses:
-            place += size
-            found.append(place - 1)
-    return torch.tensor(found, device=batch.input_ids.device)
+            end += size
+            last.append(end - 1)
+    return torch.tensor(last, device=batch.input_ids.device)
 
 
 def response_scores(model: nn.Module, batch: PackedBatch) -> ResponseScores:

@@ -44,14 +44,16 @@ def padding_id(tokenizer: Any) -> int:
     Raises ValueError where there is none.
     """
     ends = end_of_turn_ids(tokenizer)
-    special = (place for place, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special)
-    found = next((place for place in (tokenizer.pad_token_id, *special) if place not in (None, *ends)), None)
-    if found is None:
+    special = (token_id for token_id, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special)
+    padding = next(
+        (token_id for token_id in (tokenizer.pad_token_id, *special) if token_id not in (None, *ends)), None
+    )
+    if padding is None:
         raise ValueError(
             "a reward model needs a padding token that ends no turn, and this tokenizer has no special token besides "
             "its end of turn; add one to the tokenizer (tokenizer.add_special_tokens) and save it"
         )
-    return found
+    return padding
 
 
 def classifier_of(model: Any) -> Any:

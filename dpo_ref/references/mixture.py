@@ -34,19 +34,19 @@ class Mixture(Reference):
         return self._combine([part.logps(batch) for part in self._parts], self._shares)
 
 
-def _geometric(found: Sequence[ResponseLogps], shares: Sequence[float]) -> ResponseLogps:
+def _geometric(parts: Sequence[ResponseLogps], shares: Sequence[float]) -> ResponseLogps:
     """sum_i w_i log p_i. Its normaliser depends on the prompt alone and cancels between the responses of a pair."""
-    sums = sum(share * one.sums for share, one in zip(shares, found, strict=True))
+    sums = sum(share * part.sums for share, part in zip(shares, parts, strict=True))
     tokens = None
-    if all(one.token_logps is not None for one in found):
-        tokens = sum(share * one.tokens() for share, one in zip(shares, found, strict=True))
-    return ResponseLogps(sums, found[0].lengths, found[0].num_bytes, tokens)  # pyright: ignore[reportArgumentType]
+    if all(part.token_logps is not None for part in parts):
+        tokens = sum(share * part.tokens() for share, part in zip(shares, parts, strict=True))
+    return ResponseLogps(sums, parts[0].lengths, parts[0].num_bytes, tokens)  # pyright: ignore[reportArgumentType]
 
 
-def _arithmetic(found: Sequence[ResponseLogps], shares: Sequence[float]) -> ResponseLogps:
+def _arithmetic(parts: Sequence[ResponseLogps], shares: Sequence[float]) -> ResponseLogps:
     """log sum_i w_i p_i of whole sequences; tokens have no values of their own."""
-    logs = torch.stack([one.sums + math.log(share) for share, one in zip(shares, found, strict=True)])
-    return ResponseLogps(logs.logsumexp(dim=0), found[0].lengths, found[0].num_bytes, None)
+    logs = torch.stack([part.sums + math.log(share) for share, part in zip(shares, parts, strict=True)])
+    return ResponseLogps(logs.logsumexp(dim=0), parts[0].lengths, parts[0].num_bytes, None)
 
 
 MEANS = {"geometric": _geometric, "arithmetic": _arithmetic}
@@ -86,8 +86,8 @@ def mixture(
     shares = [1.0] * len(parts) if weights is None else weights
     if len(shares) != len(parts) or not all(0 < share < math.inf for share in shares):
         raise ValueError(f"reference.weights={shares} must be {len(parts)} positive numbers, one for each part")
-    made = [_part(entry, context) for entry in parts]
-    return Mixture(made, [share / sum(shares) for share in shares], mean)
+    references = [_part(entry, context) for entry in parts]
+    return Mixture(references, [share / sum(shares) for share in shares], mean)
 
 
 def _part(entry: Any, context: ReferenceContext) -> Reference:
@@ -95,8 +95,8 @@ def _part(entry: Any, context: ReferenceContext) -> Reference:
     kind = options.pop("reference", None)
     if kind not in KINDS:
         raise ValueError(f"reference.parts: {entry} is not {{reference: {'|'.join(KINDS)}, and its options}}")
-    known = {n for n, p in inspect.signature(KINDS[kind]).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    if set(options) - known:
-        unknown = ", ".join(sorted(set(options) - known))
-        raise ValueError(f"reference.parts: {unknown} is not an option of {kind}; known: {', '.join(sorted(known))}")
+    names = {n for n, p in inspect.signature(KINDS[kind]).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if set(options) - names:
+        unknown = ", ".join(sorted(set(options) - names))
+        raise ValueError(f"reference.parts: {unknown} is not an option of {kind}; known: {', '.join(sorted(names))}")
     return KINDS[kind](context, **options)

@@ -110,10 +110,10 @@ class ReferenceEncoder:
 
     def _ids(self, groups: Sequence[TokenGroup], texts: Sequence[PromptGroup]) -> list[Ids]:
         """The last turn of every text, or all of the assistant's turns where the policy is scored on them."""
-        found = dict(zip(range(len(texts)), self.reference.last_turns(texts), strict=True))
-        several = [place for place, group in enumerate(groups) if group.scored is not None]
-        found.update(zip(several, self.reference.all_turns([texts[place] for place in several]), strict=True))
-        return [found[place] for place in range(len(texts))]
+        ids = dict(zip(range(len(texts)), self.reference.last_turns(texts), strict=True))
+        several = [index for index, group in enumerate(groups) if group.scored is not None]
+        ids.update(zip(several, self.reference.all_turns([texts[index] for index in several]), strict=True))
+        return [ids[index] for index in range(len(texts))]
 
     def text(self, index: int) -> PromptGroup:
         """The texts of a group of the context as the reference reads them."""
@@ -137,10 +137,10 @@ class ReferenceEncoder:
         bodies = self.policy.chat.render(text.prompt, text.responses, text.tools).bodies
         before = self.policy.decode(group.prompt_ids)
         responses = list(text.responses)
-        for place in (place for place, short in enumerate(cut) if short):
-            scored = self.policy.decode([*group.prompt_ids, *group.response_ids[place]])[len(before) :]
-            lead = max(0, bodies[place].find(text.responses[place].strip()))
-            responses[place] = scored[lead:].rstrip("\N{REPLACEMENT CHARACTER}")
+        for at in (at for at, short in enumerate(cut) if short):
+            scored = self.policy.decode([*group.prompt_ids, *group.response_ids[at]])[len(before) :]
+            lead = max(0, bodies[at].find(text.responses[at].strip()))
+            responses[at] = scored[lead:].rstrip("\N{REPLACEMENT CHARACTER}")
         return replace(text, responses=tuple(responses))
 
     def _written(self, group: TokenGroup, text: PromptGroup, ids: Ids) -> TokenGroup:
@@ -167,8 +167,8 @@ class ReferenceEncoder:
         audit.reference_tokens += len(ids)
         audit.unknown += 0 if self.unknown is None else ids.count(self.unknown) + prompt.count(self.unknown)
         back = self.reference.decode([*prompt, *ids])[len(before) :]
-        said = [turn["content"].strip() for turn in text.prompt]
-        if response not in back or not all(words in before + back for words in said):
+        turns = [turn["content"].strip() for turn in text.prompt]
+        if response not in back or not all(words in before + back for words in turns):
             audit.altered += 1
             if len(audit.examples) < EXAMPLES:
                 lost = (
@@ -207,21 +207,21 @@ class PrecomputedSums(Reference):
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """Look the pack's responses up; there are no values of tokens."""
-        sums = np.concatenate([self._sums[number] for number in batch.group_index])
+        sums = np.concatenate([self._sums[index] for index in batch.group_index])
         aligned = None
         if self._aligned is not None:
-            tokens = np.concatenate([self._aligned[number] for number in batch.group_index])
+            tokens = np.concatenate([self._aligned[index] for index in batch.group_index])
             aligned = torch.from_numpy(tokens).to(self._device)
         return ResponseLogps(torch.from_numpy(sums).to(self._device), batch.lengths, batch.num_bytes, None, aligned)
 
 
 def _sums(groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
     """Log-probs of every group's responses, summed in float64."""
-    found = {}
+    sums = {}
     for group in groups:
         values = rows[row_key(group)].astype(np.float64)
-        found[group.group_index] = np.add.reduceat(values, [0, *_ends(group)[:-1]])
-    return found
+        sums[group.group_index] = np.add.reduceat(values, [0, *_ends(group)[:-1]])
+    return sums
 
 
 def _ends(group: TokenGroup) -> list[int]:
@@ -288,15 +288,15 @@ class _Aligner:
 
     def _group(self, ours: TokenGroup, theirs: TokenGroup, texts: Sequence[str], rows: Rows) -> list[np.ndarray]:
         parts = np.split(rows[row_key(theirs)].astype(np.float64), _ends(theirs)[:-1])
-        found = []
-        for place, (text, logps) in enumerate(zip(texts, parts, strict=True)):
-            here = self.policy.spans(ours.prompt_ids, ours.response_ids[place], text)
-            there = self.reference.spans(theirs.prompt_ids, theirs.response_ids[place], text)
-            values = np.full(len(ours.response_ids[place]), np.nan)
+        values_by_response = []
+        for index, (text, logps) in enumerate(zip(texts, parts, strict=True)):
+            here = self.policy.spans(ours.prompt_ids, ours.response_ids[index], text)
+            there = self.reference.spans(theirs.prompt_ids, theirs.response_ids[index], text)
+            values = np.full(len(ours.response_ids[index]), np.nan)
             if here is not None and there is not None:
                 values = carried(there, logps, here)
-            found.append(values.astype(np.float32))
-        return found
+            values_by_response.append(values.astype(np.float32))
+        return values_by_response
 
 
 # --- one text in two tokenizers: where every token ends, in bytes, and log-probs carried from one to the other
@@ -320,7 +320,7 @@ class ByteSizes:
         self.tokenizer = tokenizer
         decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
         measure = _bytes_of_characters if "ByteLevel" in decoder else _bytes_of_piece
-        added = {place: token.content for place, token in tokenizer.added_tokens_decoder.items()}
+        added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
         pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         sizes = [len(added[i].encode()) if i in added else measure(piece or "") for i, piece in enumerate(pieces)]
         self._sizes = np.array(sizes, dtype=np.int64)
@@ -329,14 +329,14 @@ class ByteSizes:
         """Where each of `ids`, written after the prompt, stands in the response; None where it does not come back."""
         before = prompt_ids[-1:]
         text = self._text([*before, *ids])[len(self._text(before)) :]
-        place = text.find(response)
-        if place < 0:
+        begin = text.find(response)
+        if begin < 0:
             return None
         ends = self._sizes[np.asarray(ids, dtype=np.int64)].cumsum()
         if ends[-1] != len(text.encode()):  # a tokenizer that writes a token differently beside others
             ends = self._decoded(before, ids)
         size = len(response.encode())
-        borders = (np.concatenate([[0], ends]) - len(text[:place].encode())).clip(0, size)
+        borders = (np.concatenate([[0], ends]) - len(text[:begin].encode())).clip(0, size)
         return Spans(borders[:-1], borders[1:], size)
 
     def _decoded(self, before: Sequence[int], ids: Sequence[int]) -> Int[np.ndarray, " S"]:
@@ -376,8 +376,8 @@ def carried(theirs: Spans, logps: Float[np.ndarray, " R"], ours: Spans) -> Float
     the turn. A token of ours that ends the turn where theirs is not scored has nan."""
     per_byte = byte_logps(theirs, logps)
     total = np.concatenate([[0.0], per_byte.cumsum()])
-    found = total[ours.end] - total[ours.begin]
+    values = total[ours.end] - total[ours.begin]
     if ours.begin[-1] >= ours.size:
-        found[ours.begin >= ours.size] = 0.0  # what stands between the words and the end goes with the end
-        found[-1] = per_byte[-1] if theirs.begin[-1] >= theirs.size else np.nan
-    return found
+        values[ours.begin >= ours.size] = 0.0  # what stands between the words and the end goes with the end
+        values[-1] = per_byte[-1] if theirs.begin[-1] >= theirs.size else np.nan
+    return values

@@ -33,8 +33,8 @@ def logps_on_device(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
     here, there = batch.input_ids.device, next(model.parameters()).device
     if here == there:
         return response_logps(model, batch)
-    found = response_logps(model, batch.to(there))
-    values = (found.sums, found.lengths, found.num_bytes, found.tokens())
+    logps = response_logps(model, batch.to(there))
+    values = (logps.sums, logps.lengths, logps.num_bytes, logps.tokens())
     return ResponseLogps(*(value.to(here) for value in values))
 
 

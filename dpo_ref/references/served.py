@@ -62,7 +62,7 @@ class CompletionsClient:
             return [values for part in parts for values in part]
 
     def _batch(self, wanted: Sequences, start: int) -> list[np.ndarray]:
-        ids = [list(one) for one in wanted.ids[start : start + self.batch_size]]
+        ids = [list(sequence) for sequence in wanted.ids[start : start + self.batch_size]]
         options = {"prompt": ids, "max_tokens": 1, "temperature": 0, **PROTOCOLS[self.protocol].options}
         answer = self.model.complete(options)
         return values_of(answer, self.protocol, ids, lambda place: wanted.name(start + place))
@@ -74,16 +74,16 @@ class CompletionsClient:
 TOLERANCE = 1.0  # nats on a token: bfloat16 logits of 32 and more are 0.25 apart, and a server's batches vary
 
 
-def _scored(values: np.ndarray, group: TokenGroup, place: int) -> np.ndarray:
+def _scored(values: np.ndarray, group: TokenGroup, index: int) -> np.ndarray:
     """Of a sequence's log-probs those of the response's tokens that count."""
     response = values[len(group.prompt_ids) - 1 :]
-    return response if group.scored is None else np.fromiter(compress(response, group.scored[place]), np.float64)
+    return response if group.scored is None else np.fromiter(compress(response, group.scored[index]), np.float64)
 
 
 def score(client: CompletionsClient, context: ReferenceContext, groups: Sequence[TokenGroup]) -> Rows:
     """Per-token log-probs of the groups' responses, from the server. ValueError if it is lost or refuses a row."""
-    owners = [(group, place) for group in groups for place in range(len(group.response_ids))]
-    ids = [[*group.prompt_ids, *group.response_ids[place]] for group, place in owners]
+    owners = [(group, response) for group in groups for response in range(len(group.response_ids))]
+    ids = [[*group.prompt_ids, *group.response_ids[response]] for group, response in owners]
 
     def name(number: int) -> str:
         (group, response), keys = owners[number], (one.group_index for one in context.groups)
@@ -92,7 +92,7 @@ def score(client: CompletionsClient, context: ReferenceContext, groups: Sequence
 
     server = client.model.server
     try:
-        found = client.logps(Sequences(ids, name))
+        logps = client.logps(Sequences(ids, name))
     except ServerUnavailable as error:
         raise ValueError(
             f"the server at {server.url} gave no answer in {server.retries + 1} attempts ({error}); everything scored "
@@ -105,7 +105,7 @@ def score(client: CompletionsClient, context: ReferenceContext, groups: Sequence
             f"with {len(ids[longest])} tokens; a server must take that and 1 more: raise its --max-model-len, or "
             "lower data.max_length"
         ) from None
-    parts = [_scored(values, *owner) for values, owner in zip(found, owners, strict=True)]
+    parts = [_scored(values, *owner) for values, owner in zip(logps, owners, strict=True)]
     ends = np.cumsum([len(group.response_ids) for group in groups]).tolist()
     spans = pairwise([0, *ends])
     return {
@@ -192,7 +192,7 @@ def _answers(client: CompletionsClient, ids: list[list[int]]) -> np.ndarray:
     """Log-probs of all texts, one after the other."""
     server = client.model.server
     try:
-        found = client.logps(Sequences(ids, lambda number: f"probe text {number + 1}"))
+        logps = client.logps(Sequences(ids, lambda number: f"probe text {number + 1}"))
     except ServerUnavailable as error:
         raise ValueError(
             f"the server at reference.url={server.url} gave no answer to a first question ({error}); start it, such "
@@ -203,7 +203,7 @@ def _answers(client: CompletionsClient, ids: list[list[int]]) -> np.ndarray:
             f"the server at {server.url} refused a first, short question ({error}); if it does not give log-probs of "
             f"prompts in the way of reference.protocol={client.protocol}, choose the other one"
         ) from None
-    return np.concatenate(found)
+    return np.concatenate(logps)
 
 
 def _known(folder: Path, values: np.ndarray) -> str | None:
@@ -270,14 +270,14 @@ def _vllm(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Any]:
 
 def _echo(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Any]:
     """`logprobs.token_logprobs`: those of the prompt, null for the first, then of what was generated."""
-    found = (choice.get("logprobs") or {}).get("token_logprobs")
-    if found is None or len(found) <= 1 < len(ids):  # only of what was generated
+    logps = (choice.get("logprobs") or {}).get("token_logprobs")
+    if logps is None or len(logps) <= 1 < len(ids):  # only of what was generated
         raise Lacking
-    if len(found) not in (len(ids), len(ids) + 1):
-        raise Mismatch(f"log-probs of {len(found)} tokens for {len(ids)} and one that is generated")
-    if found[0] is not None:
+    if len(logps) not in (len(ids), len(ids) + 1):
+        raise Mismatch(f"log-probs of {len(logps)} tokens for {len(ids)} and one that is generated")
+    if logps[0] is not None:
         raise Mismatch("a log-prob of the first token, which has none: it put tokens before those that were sent")
-    return found[1 : len(ids)]
+    return logps[1 : len(ids)]
 
 
 class Protocol(NamedTuple):
@@ -305,7 +305,7 @@ def values_of(
         count = len(choices) if isinstance(choices, list) else "no"
         raise ValueError(f"the server gave {count} choices for {len(ids)} prompts; does it take lists of token ids?")
     ordered = sorted(choices, key=lambda choice: choice.get("index", 0))  # a stable sort keeps what has no index
-    return [_checked(choice, protocol, ids[place], name, place) for place, choice in enumerate(ordered)]
+    return [_checked(choice, protocol, ids[index], name, index) for index, choice in enumerate(ordered)]
 
 
 def _checked(

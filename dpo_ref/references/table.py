@@ -131,7 +131,7 @@ def _packs(
 ) -> Iterator[list[TokenGroup]]:
     starts = range(0, len(missing), WINDOW)
     for start in context.work.progress(starts, "reference log-probs", len(starts)):
-        yield from context.pack([groups[place] for place in missing[start : start + WINDOW]])
+        yield from context.pack([groups[index] for index in missing[start : start + WINDOW]])
 
 
 def _fill(
@@ -186,11 +186,11 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
     folder = context.work.cache / "reference" / identity
     stored = read_shards(folder)
     keys = [row_key(group) for group in groups]
-    known = [place for place, key in enumerate(keys) if key in stored]
-    if known:
-        picked = known[:: max(1, len(known) // PROBES)][:PROBES]
-        _probe(scorer, [groups[place] for place in picked], stored, folder)
-    missing = list({key: place for place, key in enumerate(keys) if key not in stored}.values())
+    reused = [index for index, key in enumerate(keys) if key in stored]
+    if reused:
+        picked = reused[:: max(1, len(reused) // PROBES)][:PROBES]
+        _probe(scorer, [groups[index] for index in picked], stored, folder)
+    missing = list({key: index for index, key in enumerate(keys) if key not in stored}.values())
     return stored | _fill(scorer, groups, missing, folder, context) if missing else stored
 
 

@@ -34,18 +34,18 @@ def best_vs_worst(rewards: Sequence[float], chance: random.Random) -> Picked | N
 
 def random_two(rewards: Sequence[float], chance: random.Random) -> Picked | None:
     """Two samples at random, in the order of their rewards; None if these are equal."""
-    one, other = chance.sample(range(len(rewards)), 2)
-    if rewards[one] == rewards[other]:
+    first, other = chance.sample(range(len(rewards)), 2)
+    if rewards[first] == rewards[other]:
         return None
-    return _pair(one, other) if rewards[one] > rewards[other] else _pair(other, one)
+    return _pair(first, other) if rewards[first] > rewards[other] else _pair(other, first)
 
 
 def bradley_terry(rewards: Sequence[float], chance: random.Random, scale: float = 1.0) -> Picked:
     """Two samples at random; the first is preferred with probability sigmoid(scale (r_1 - r_2)) (Bradley and Terry
     1952), so that equal rewards are a coin flip."""
-    one, other = chance.sample(range(len(rewards)), 2)
-    first_wins = chance.random() < 0.5 * (1 + math.tanh(scale * (rewards[one] - rewards[other]) / 2))
-    return _pair(one, other) if first_wins else _pair(other, one)
+    first, other = chance.sample(range(len(rewards)), 2)
+    first_wins = chance.random() < 0.5 * (1 + math.tanh(scale * (rewards[first] - rewards[other]) / 2))
+    return _pair(first, other) if first_wins else _pair(other, first)
 
 
 def best_of_n(rewards: Sequence[float], chance: random.Random) -> Picked:

@@ -53,7 +53,7 @@ class Samples:
         """What the round's samples are like. `reward_spread` is the standard deviation among a prompt's samples,
         `reward_best` the mean of each prompt's highest reward, `length` in tokens."""
         rewards = [rewards for _, rewards in self.by_prompt()]
-        found = {
+        values = {
             "reward_mean": fmean(self.rewards),
             "reward_best": fmean(map(max, rewards)),
             "reward_spread": fmean(map(pstdev, rewards)),
@@ -62,7 +62,7 @@ class Samples:
             "sample_seconds": self.sample_seconds,
             "score_seconds": self.score_seconds,
         }
-        return {f"on_policy/{name}": value for name, value in found.items()}
+        return {f"on_policy/{name}": value for name, value in values.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Sampler:
         """Answers of the policy as it is now. Raises ValueError where the scorer has no number for one."""
         started = time.perf_counter()
         generations = generate(self.policy.model, self.policy.tokenizer, prompts, seed, self.progress, **self.options)
-        drawn = time.perf_counter()
+        sampled_at = time.perf_counter()
         scores = self.scorer(generations)
         unscored = sum(not math.isfinite(value) for value in scores.values)
         if unscored:
@@ -86,7 +86,7 @@ class Sampler:
                 f"scorer {scores.name} has no finite reward for {unscored} of {len(generations)} samples, such as "
                 f"an answer to {prompts[0][-1]['content']!r}; choose another with scorer@data.scorer=..."
             )
-        return Samples(generations, list(scores.values), drawn - started, time.perf_counter() - drawn)
+        return Samples(generations, list(scores.values), sampled_at - started, time.perf_counter() - sampled_at)
 
 
 def write_samples(folder: Path, samples: Samples) -> None:
@@ -113,15 +113,15 @@ def read_samples(folder: Path) -> Samples | None:
     return samples
 
 
-def token_group(number: int, generations: Sequence[Generation], picked: Picked) -> TokenGroup:
+def token_group(index: int, generations: Sequence[Generation], picked: Picked) -> TokenGroup:
     """The samples that were kept, as the tokens that were drawn: text tokenised again may be other tokens."""
-    kept = [generations[place] for place in picked.places]
+    samples = [generations[position] for position in picked.places]
     return TokenGroup(
-        group_index=number,
-        group_id=PromptGroup(kept[0].prompt, tuple(sample.output for sample in kept)).group_id,
-        prompt_ids=list(kept[0].prompt_ids),
-        response_ids=tuple(list(sample.token_ids) for sample in kept),
-        num_bytes=tuple(len(sample.output.encode()) for sample in kept),
+        group_index=index,
+        group_id=PromptGroup(samples[0].prompt, tuple(sample.output for sample in samples)).group_id,
+        prompt_ids=list(samples[0].prompt_ids),
+        response_ids=tuple(list(sample.token_ids) for sample in samples),
+        num_bytes=tuple(len(sample.output.encode()) for sample in samples),
         pairs=picked.pairs,
         advantages=picked.advantages,
     )
@@ -131,12 +131,12 @@ def groups_of(samples: Samples, grouping: Grouping, first_number: int, seed: int
     """The groups that the samples give, numbered from `first_number`: a prompt whose samples say nothing gives none,
     nor does a pair of equal answers."""
     chance = random.Random(f"{seed} pairs")
-    found = []
-    for number, (generations, rewards) in enumerate(samples.by_prompt(), first_number):
+    groups = []
+    for index, (generations, rewards) in enumerate(samples.by_prompt(), first_number):
         picked = grouping(rewards, chance)
         if picked is not None:
-            found.append(token_group(number, generations, picked))
-    return [group for group in found if not group.pairs or len(set(map(tuple, group.response_ids))) > 1]
+            groups.append(token_group(index, generations, picked))
+    return [group for group in groups if not group.pairs or len(set(map(tuple, group.response_ids))) > 1]
 
 
 # --- what is refused before anything is loaded, and which grouping an objective gets
@@ -283,79 +283,79 @@ class OnPolicyRounds(Rounds):
     def after(self, first_step: int) -> Iterator[Round]:
         """The rounds that are not over after `first_step` steps, each sampled when it is asked for."""
         for begin in range(first_step - first_step % self._plan.steps, self.num_steps, self._plan.steps):
-            number = begin // self._plan.steps
-            samples = self._samples(number, max(begin, first_step))
-            fresh = self._groups(number, samples)
-            groups = [*groups_for(self._context.objective, from_groups(fresh)), *self._offline(number)]
+            index = begin // self._plan.steps
+            samples = self._samples(index, max(begin, first_step))
+            fresh = self._groups(index, samples)
+            groups = [*groups_for(self._context.objective, from_groups(fresh)), *self._offline(index)]
             if not groups:
                 raise ValueError(
-                    f"round {number + 1}: the samples of every prompt have equal rewards or texts, so there is no "
+                    f"round {index + 1}: the samples of every prompt have equal rewards or texts, so there is no "
                     "pair to learn from; raise data.samples_per_prompt, data.prompts_per_round or data.temperature"
                 )
             steps = min(self._plan.steps, self.num_steps - begin)
             config = replace(self._context.config, epochs=float(steps), max_steps=steps)
-            old = self._old(number, fresh) if self._needs_old else None
-            yield Round(begin, groups, config, self._seed(number), old, self._metrics(number, samples, fresh))
+            old = self._old(index, fresh) if self._needs_old else None
+            yield Round(begin, groups, config, self._seed(index), old, self._metrics(index, samples, fresh))
 
     @property
     def _needs_old(self) -> bool:
         return "old" in self._context.objective.inputs
 
-    def _seed(self, number: int) -> int:
-        return int(digest(["round", self._context.work.seed, number])[:8], 16)
+    def _seed(self, index: int) -> int:
+        return int(digest(["round", self._context.work.seed, index])[:8], 16)
 
-    def _folder(self, number: int) -> Path:
-        return self._context.work.directory / "rounds" / f"{number + 1:04d}"
+    def _folder(self, index: int) -> Path:
+        return self._context.work.directory / "rounds" / f"{index + 1:04d}"
 
-    def _samples(self, number: int, step: int) -> Samples:
+    def _samples(self, index: int, step: int) -> Samples:
         """The round's samples: from its files, or drawn now if now is when they are due. Raises ValueError if they are
         lost: the policy that drew them is gone."""
-        first = number - number % self._plan.sample_every
+        first = index - index % self._plan.sample_every
         if step == first * self._plan.steps:
             due = range(first, min(first + self._plan.sample_every, self._plan.rounds))
-            for one in (one for one in due if read_samples(self._folder(one)) is None):
-                self._draw(one)
-        found = read_samples(self._folder(number))
-        if found is None:
+            for each in (each for each in due if read_samples(self._folder(each)) is None):
+                self._draw(each)
+        samples = read_samples(self._folder(index))
+        if samples is None:
             raise ValueError(
-                f"{self._folder(number)} is not complete, and the policy that drew its samples has been trained "
+                f"{self._folder(index)} is not complete, and the policy that drew its samples has been trained "
                 "since: put the folder back, or start a new run"
             )
-        return found
+        return samples
 
-    def _draw(self, number: int) -> None:
+    def _draw(self, index: int) -> None:
         size = self._plan.prompts_per_round
-        samples = self._sampler.draw(self._prompts[number * size : (number + 1) * size], self._seed(number))
+        samples = self._sampler.draw(self._prompts[index * size : (index + 1) * size], self._seed(index))
         if self._needs_old:
-            write_shard(self._folder(number) / "old", self._scored(self._groups(number, samples)))
-        write_samples(self._folder(number), samples)
+            write_shard(self._folder(index) / "old", self._scored(self._groups(index, samples)))
+        write_samples(self._folder(index), samples)
 
     def _scored(self, groups: list[TokenGroup]) -> Rows:
         policy, device = self._context.policy.model.eval(), self._context.work.device
-        found: Rows = {}
+        rows: Rows = {}
         for pack in self._context.pack(groups):
-            found |= score(policy, pack, device)
-        return found
+            rows |= score(policy, pack, device)
+        return rows
 
-    def _groups(self, number: int, samples: Samples) -> list[TokenGroup]:
-        first = self._context.first_index + number * self._plan.prompts_per_round
-        return groups_of(samples, self._plan.grouping, first, self._seed(number))
+    def _groups(self, index: int, samples: Samples) -> list[TokenGroup]:
+        first = self._context.first_index + index * self._plan.prompts_per_round
+        return groups_of(samples, self._plan.grouping, first, self._seed(index))
 
-    def _offline(self, number: int) -> list[TokenGroup]:
+    def _offline(self, index: int) -> list[TokenGroup]:
         """The round's pairs of the data; none comes again before all have come."""
         count, total = self._plan.num_offline, len(self.known)
-        places = range(number * count, (number + 1) * count)
-        return [self.known[epoch_order(total, self._context.work.seed, at // total)[at % total]] for at in places]
+        indices = range(index * count, (index + 1) * count)
+        return [self.known[epoch_order(total, self._context.work.seed, at // total)[at % total]] for at in indices]
 
-    def _old(self, number: int, groups: list[TokenGroup]) -> PrecomputedReference:
-        rows = read_shards(self._folder(number) / "old")
+    def _old(self, index: int, groups: list[TokenGroup]) -> PrecomputedReference:
+        rows = read_shards(self._folder(index) / "old")
         return PrecomputedReference("old", "", "", groups, rows, self._context.work.device)
 
-    def _metrics(self, number: int, samples: Samples, fresh: list[TokenGroup]) -> dict[str, float]:
+    def _metrics(self, index: int, samples: Samples, fresh: list[TokenGroup]) -> dict[str, float]:
         size = self._plan.prompts_per_round
         return {
-            "on_policy/round": float(number + 1),
-            "on_policy/reward_queries": float((number + 1) * size * self._plan.samples_per_prompt),
+            "on_policy/round": float(index + 1),
+            "on_policy/reward_queries": float((index + 1) * size * self._plan.samples_per_prompt),
             "on_policy/prompts_used": len(fresh) / size,
             **samples.metrics(),
         }
@@ -410,13 +410,13 @@ def sampled(
         "samples_per_prompt": samples_per_prompt,
         "batch_size": generation_batch_size,
     }
-    made = OnPolicyRounds(context, Sampler(context.policy, scorer, options, context.work.progress), plan)
+    on_policy = OnPolicyRounds(context, Sampler(context.policy, scorer, options, context.work.progress), plan)
     queries = rounds * prompts_per_round * samples_per_prompt
     print(
         f"on-policy: {rounds} rounds of {prompts_per_round} prompts x {samples_per_prompt} samples, "
-        f"{queries:,} rewards from {scorer.name}, {made.num_steps} steps"
+        f"{queries:,} rewards from {scorer.name}, {on_policy.num_steps} steps"
     )
-    return made
+    return on_policy
 
 
 @component(check=check_options, check_run=check_run, rounds=sampled, held_out=fitted)
@@ -437,13 +437,13 @@ def draw_prompts(context: RoundsContext, max_new_tokens: int, count: int) -> Seq
     """
     sizes = context.groups.lengths()[0][context.groups.places]
     room, seen, too_long = context.max_length - max_new_tokens, {}, 0
-    for place in np.random.default_rng([context.work.seed, 3]).permutation(len(sizes)).tolist():
+    for index in np.random.default_rng([context.work.seed, 3]).permutation(len(sizes)).tolist():
         if len(seen) == count:
             break
-        if sizes[place] > room:
+        if sizes[index] > room:
             too_long += 1
             continue
-        row = context.groups.text(place)
+        row = context.groups.text(index)
         if not row.prompt:
             raise ValueError(f"{row.origin} has no prompt that the policy could answer; choose other data.prompts")
         seen.setdefault(row.prompt_id, row.prompt)
@@ -454,5 +454,5 @@ def draw_prompts(context: RoundsContext, max_new_tokens: int, count: int) -> Seq
         )
     if too_long:
         print(f"  {too_long} prompts left out: with data.max_new_tokens they exceed {context.max_length} tokens")
-    found = list(seen.values())
-    return [found[place % len(found)] for place in range(count)]
+    prompts = list(seen.values())
+    return [prompts[index % len(prompts)] for index in range(count)]

@@ -171,14 +171,14 @@ def constant(step: int, num_steps: int, warmup_steps: int) -> float:
 
 def linear(step: int, num_steps: int, warmup_steps: int) -> float:
     """Straight from 1 after the warm-up towards 0, which the step after the last would reach."""
-    done = max(0, step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return warmup(step, warmup_steps) * (1.0 - done)
+    share = max(0, step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return warmup(step, warmup_steps) * (1.0 - share)
 
 
 def cosine(step: int, num_steps: int, warmup_steps: int) -> float:
     """Half a cosine from 1 after the warm-up towards 0, which the step after the last would reach."""
-    done = max(0, step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return warmup(step, warmup_steps) * 0.5 * (1.0 + math.cos(math.pi * done))
+    share = max(0, step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return warmup(step, warmup_steps) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
 SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine}

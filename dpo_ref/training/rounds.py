@@ -160,8 +160,8 @@ def labelled(group: TokenGroup) -> TokenGroup:
     """The group with its labels, or with those that its pairs say: what is better in a pair is wanted."""
     if group.labels is not None:
         return group
-    better = {place for place, _ in group.pairs}
-    return replace(group, labels=tuple(place in better for place in range(len(group.response_ids))))
+    better = {index for index, _ in group.pairs}
+    return replace(group, labels=tuple(index in better for index in range(len(group.response_ids))))
 
 
 def _likelihood(objective: Objective, groups: TokenGroups) -> Groups:
@@ -178,16 +178,16 @@ def _pairwise(objective: Objective, groups: TokenGroups) -> Groups:
 
 
 def _unpaired(objective: Objective, groups: TokenGroups) -> Groups:
-    said = groups.have_pairs | groups.labelled
-    if not said.all():
+    decided = groups.have_pairs | groups.labelled
+    if not decided.all():
         raise ValueError(
-            f"objective={objective.name} learns from wanted and unwanted responses, but {(~said).sum():,} of "
-            f"{len(said):,} rows have neither a label nor a second response; use sft"
+            f"objective={objective.name} learns from wanted and unwanted responses, but {(~decided).sum():,} of "
+            f"{len(decided):,} rows have neither a label nor a second response; use sft"
         )
     if (ranked := groups.undecided & ~groups.labelled).any():
         raise ValueError(
-            f"objective={objective.name}: {ranked.sum():,} of {len(said):,} rows rank several responses, and whether "
-            "a middle one is wanted is not said; data.pairing=best_vs_worst keeps the ends"
+            f"objective={objective.name}: {ranked.sum():,} of {len(decided):,} rows rank several responses, and "
+            "whether a middle one is wanted is not said; data.pairing=best_vs_worst keeps the ends"
         )
     return MappedGroups(groups, labelled)
 
@@ -212,10 +212,10 @@ KINDS: dict[str, Callable[[Objective, TokenGroups], Groups]] = {
 def groups_for(objective: Objective, groups: TokenGroups) -> Groups:
     """The groups as the objective needs them: a likelihood is fitted to wanted responses alone, pairs are split for
     one that asks for labels. Raises ValueError for data that lacks what the objective needs."""
-    asked = [name for name in ("labels", "advantages") if name in objective.inputs]
-    kind = "pairwise" if objective.pairwise else (asked or ["likelihood"])[0]
-    found = KINDS[kind](objective, groups)
-    return WithMismatched(found) if "mismatched" in objective.inputs and len(found) else found
+    stated = [name for name in ("labels", "advantages") if name in objective.inputs]
+    kind = "pairwise" if objective.pairwise else (stated or ["likelihood"])[0]
+    fitting = KINDS[kind](objective, groups)
+    return WithMismatched(fitting) if "mismatched" in objective.inputs and len(fitting) else fitting
 
 
 def with_rewards(objective: Objective, groups: Groups) -> Groups:
@@ -251,15 +251,15 @@ class WithMismatched(Groups):
         return len(self.groups)
 
     @overload
-    def __getitem__(self, place: int) -> TokenGroup: ...
+    def __getitem__(self, index: int) -> TokenGroup: ...
     @overload
-    def __getitem__(self, place: slice) -> list[TokenGroup]: ...
-    def __getitem__(self, place: int | slice) -> TokenGroup | list[TokenGroup]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
-        if place >= len(self):
-            raise IndexError(place)
-        group, other = self.groups[place], self.groups[self._next(place)]
+    def __getitem__(self, index: slice) -> list[TokenGroup]: ...
+    def __getitem__(self, index: int | slice) -> TokenGroup | list[TokenGroup]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        if index >= len(self):
+            raise IndexError(index)
+        group, other = self.groups[index], self.groups[self._next(index)]
         size = self.longest - len(group.prompt_ids)
         mismatched = TokenGroup(
             group_index=-1 - group.group_index,
@@ -272,10 +272,10 @@ class WithMismatched(Groups):
         )
         return replace(group, mismatched=mismatched)
 
-    def _next(self, place: int) -> int:
-        prompt = self.groups[place].prompt_ids
+    def _next(self, index: int) -> int:
+        prompt = self.groups[index].prompt_ids
         for step in range(1, len(self)):
-            other = (place + step) % len(self)
+            other = (index + step) % len(self)
             if self.groups[other].prompt_ids != prompt:
                 return other
         raise ValueError("a KL on responses of other prompts needs data with at least two prompts")

@@ -251,14 +251,14 @@ def stop_requests() -> Iterator[list[int]]:
     received: list[int] = []
     previous: dict[int, Any] = {}
 
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
+    def note(signum: int, frame: object) -> None:
+        received.append(signum)
+        signal.signal(signum, previous[signum])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, note)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        previous[signum] = signal.signal(signum, note)
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -215,8 +215,8 @@ def train(
             metrics["grad_norm"] = update(policy, optim, step)
             metrics["lr"] = torch.tensor(optim.lr_at(step))
             reference.update(policy.model, step + 1)
-            done, size = current.epochs(step + 1), len(packs)
-            yield Step(step + 1, done, metrics, values, groups, num_tokens, size, of_round, preparing)
+            epoch, size = current.epochs(step + 1), len(packs)
+            yield Step(step + 1, epoch, metrics, values, groups, num_tokens, size, of_round, preparing)
             of_round, preparing = {}, 0.0
         started = time.perf_counter()
 
