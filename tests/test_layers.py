@@ -96,3 +96,18 @@ def test_what_a_component_declares_is_typed(path):
 
 def test_attributes_are_looked_up_by_name_no_more_often():
     assert sum(len(looked_up(path)) for path in FILES) <= 61
+
+
+HANDED_OVER = ("Context", "Request", "Settings", "Workspace")
+
+
+def fields_handed_over(path: Path) -> dict[str, int]:
+    """How many fields each class of the file has that is handed over to do work, by its name."""
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    bodies = {node.name: node.body for node in classes if node.name.endswith(HANDED_OVER)}
+    return {name: sum(isinstance(line, ast.AnnAssign) for line in body) for name, body in bodies.items()}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_context_has_at_most_8_fields(path):
+    assert [name for name, count in fields_handed_over(path).items() if count > 8] == []

@@ -217,18 +217,16 @@ def tokenizer_overlap(bench: Bench, component: Component) -> TokenOverlap | None
 
 @dataclass(frozen=True, slots=True)
 class CompatibilityRequest:
-    """What was asked for. `words` are the policy and the data as one types them after train.py."""
+    """What was asked for. `words` are the policy, the data and its seed as one types them after train.py."""
 
     name: str
     words: tuple[str, ...]
     data: Component
-    data_seed: int
     tracking: Component
-    references: tuple[Any, ...]
     options: CompatibilityOptions
     seed: int
     output_dir: str | None
-    config: dict[str, Any]
+    config: dict[str, Any]  # all that was composed, the `references` to look at among it
 
 
 def title_of(entry: Any) -> str:
@@ -257,7 +255,7 @@ def _runs(request: CompatibilityRequest) -> dict[str, tuple[list[str], RunConfig
     """For every candidate by title the words that select it and the training run it would be in; all options are
     checked before anything is loaded. Raises ValueError for one that is named twice."""
     runs: dict[str, tuple[list[str], RunConfig]] = {}
-    for entry in request.references:
+    for entry in request.config["references"]:
         words = reference_words(entry)
         cfg, choices = composed([*request.words, *words])
         run = replace(resolve(cfg, choices, words), data=request.data)
@@ -274,7 +272,7 @@ def _bench(request: CompatibilityRequest) -> Bench:
     cfg, choices = composed([*request.words, "reference=initial"])
     run = replace(resolve(cfg, choices), data=request.data)
     work = replace(workspace(run, Path(request.output_dir or ".")), seed=request.seed)
-    data = run.data(request.data_seed, progress)
+    data = run.data(run.seed, progress)
     policy: Policy = run.model(work.device)
     groups = draw(tokenised(run, data, policy.tokenizer)[0].groups, request.options.num_pairs, request.seed)
     texts = [groups.text(index) for index in range(len(groups))]

@@ -21,14 +21,14 @@ from dpo_ref.distributed import best_device, keep_memory
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.evaluate import at_each, at_other, baseline_of, check_temperature, evaluate_policy, prompts_of
 from dpo_ref.evaluation.judging.judge import JudgeLost
-from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate, against
+from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate, TrainedRun, against
 from dpo_ref.evaluation.results import RESULTS, Evaluated, Thresholds, joined, read_json, with_curve
 from dpo_ref.evaluation.sweep import cells, collect, results_folder, results_of_checkpoint
 from dpo_ref.files import cache_folder
 from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import run_of
-from dpo_ref.models.loading import ModelLoader, Workspace
+from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
 from dpo_ref.reports.sweep import sweep_tables, track_sweep, write_sweep
@@ -79,14 +79,18 @@ class Evaluator:
         check_temperature(parts, self.overrides)
         return parts
 
+    def data_seed(self, subject: PolicyToEvaluate) -> int:
+        """The seed that data is drawn with: that of the subject's run, so that held-out data was not trained on."""
+        return self.cfg.seed if subject.run is None else subject.run.summary["seed"]
+
     def settings(self, subject: PolicyToEvaluate, parts: dict[str, Component]) -> EvaluationSettings:
-        """How to evaluate a subject: held-out data is drawn with the seed of its run, so that none was trained on."""
-        data, seed = parts["data"], self.cfg.seed if subject.seed is None else subject.seed
+        """How to evaluate a subject."""
+        data, seed = parts["data"], self.data_seed(subject)
         key = f"{data} {seed}"
         if key not in self._data:
             self._data[key] = data(seed, progress)
         work = Workspace(subject.folder, cache_folder(), self.cfg.seed, progress, self._loader)
-        tokenizer = self._loader.policy(subject.path, subject.text, subject.adapter).tokenizer
+        tokenizer = self._loader.policy(subject.model).tokenizer
         prompts = prompts_of(tokenizer, parts, self._data[key], seed, progress)
         return EvaluationSettings(work, self._data[key], prompts, parts, self.cfg.stage, self.thresholds)
 
@@ -125,19 +129,15 @@ class Evaluator:
     def baseline(self, subject: PolicyToEvaluate, settings: EvaluationSettings) -> Evaluated | None:
         """Whom the win rate is against: what `baseline=` names, else the run's initial policy."""
         if self.cfg.baseline is not None:
-            return baseline_of(self.cfg.baseline, Path(self.cfg.baseline).name, settings)
-        return (
-            None
-            if subject.initial is None
-            else baseline_of(subject.initial, "initial", settings, subject.initial_text, subject.initial_adapter)
-        )
+            return baseline_of(ModelPath(self.cfg.baseline), Path(self.cfg.baseline).name, settings)
+        return None if subject.run is None else baseline_of(subject.run.initial, "initial", settings)
 
     def conclude(self, outcome: EvaluationOutcome, files: Sequence[Path] = ()) -> None:
         """Fill in the policy's model card, and log the evaluation as a run of its own."""
         subject, found, run = outcome.subject, outcome.found, outcome.subject.run
         assert found is not None
-        if run is not None and subject.folder == run / RESULTS:
-            write_card(run, read_json(run / "summary.json"), outcome.training or {}, found.evaluation)
+        if run is not None and subject.folder == run.folder / RESULTS:
+            write_card(run.folder, read_json(run.folder / "summary.json"), outcome.training or {}, found.evaluation)
         track_evaluation(self.tracking, outcome.config, subject, found, outcome.baseline, files)
 
 
@@ -221,20 +221,19 @@ def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) ->
     parts = evaluator.parts(run, cfg.policy)
     folder = run_of(Path(cfg.policy)) or Path(cfg.policy)
     said = overrides if run is None or evaluator.own_data else read_json(folder / "summary.json")["overrides"]
-    words = [] if subject.path == "lab:initial" else ["model=pretrained", *typed_words({"model.path": subject.path})]
+    path = subject.model.path
+    words = [] if path == "lab:initial" else ["model=pretrained", *typed_words({"model.path": path})]
     if run is not None:
         changed = {name: run.model[name] for name in ("dtype", "attention") if run.model[name] != "auto"}
         words += typed_words({f"model.{name}": value for name, value in changed.items()})
-    seed = cfg.seed if subject.seed is None else subject.seed
+    seed = evaluator.data_seed(subject)
     words += typed_words({"seed": seed}) if seed else []
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     return CompatibilityRequest(
         name=subject.name if run is not None else title_of(cfg.policy),
         words=(*words, *(word for word in said if word.lstrip("+").startswith("data"))),
         data=parts["data"],
-        data_seed=seed,
         tracking=parts["tracking"],
-        references=tuple(config["references"]),
         options=CompatibilityOptions(**config["compatibility"]),
         seed=cfg.seed,
         output_dir=cfg.output_dir,
@@ -344,49 +343,36 @@ def subject_of(path: str, output_dir: str | None) -> tuple[PolicyToEvaluate, Dic
     """What `policy=` names, and the configuration of its run if it is one or a checkpoint of one. ValueError for a
     run without a policy."""
     place = Path(path).expanduser()
-    run = checkpoint.run_of(place) or place
-    if not (run / "summary.json").is_file():
+    folder = checkpoint.run_of(place) or place
+    if not (folder / "summary.json").is_file():
         name = path.removeprefix(SCHEME).rstrip("/").rpartition("/")[2]
-        default = Path(output_dir or f"outputs/evaluations/{name}")
-        return PolicyToEvaluate(name, path, default), None
-    summary = read_json(run / "summary.json")
-    if not (run / "policy" / "config.json").is_file():
+        return PolicyToEvaluate(name, Path(output_dir or f"outputs/evaluations/{name}"), ModelPath(path)), None
+    summary = read_json(folder / "summary.json")
+    if not (folder / "policy" / "config.json").is_file():
         raise ValueError(f"policy={path}: the run is {summary['status']} and has saved no policy yet")
-    config = saved_config(run, f"policy={path}")
-    folder = Path(output_dir) if output_dir else run / "evaluation"
-    if run != place:
-        return _at_checkpoint(_of_run(run, config, summary, folder), place, output_dir), config
-    return _of_run(run, config, summary, folder), config
+    config = saved_config(folder, f"policy={path}")
+    run = _trained_run(folder, config, summary)
+    if folder != place:
+        return _at_checkpoint(run, place, output_dir), config
+    results, model = Path(output_dir or folder / RESULTS), ModelPath(str(folder / "policy"))
+    return PolicyToEvaluate(folder.name, results, model, run), config
 
 
-def _at_checkpoint(subject: PolicyToEvaluate, place: Path, output_dir: str | None) -> PolicyToEvaluate:
+def _at_checkpoint(run: TrainedRun, place: Path, output_dir: str | None) -> PolicyToEvaluate:
     """The policy as a checkpoint of its run has it."""
-    steps = checkpoint.read_state(place)["step"]
-    folder = Path(output_dir) if output_dir else results_of_checkpoint(place)
-    return replace(
-        subject, name=f"{subject.name} {place.name}", path=str(place), folder=folder, checkpoint=place, steps=steps
-    )
+    summary = {**run.summary, "steps": checkpoint.read_state(place)["step"]}
+    results = Path(output_dir or results_of_checkpoint(place))
+    at_hand = replace(run, summary=summary, checkpoint=place)
+    return PolicyToEvaluate(f"{run.folder.name} {place.name}", results, ModelPath(str(place)), at_hand)
 
 
-def _of_run(run: Path, config: DictConfig, summary: Mapping[str, Any], folder: Path) -> PolicyToEvaluate:
-    """The policy a run ended with."""
-    return PolicyToEvaluate(
-        name=run.name,
-        path=str(run / "policy"),
-        folder=folder,
-        initial=config.model.path,
-        initial_text=_text_of(run, config),
-        initial_adapter=config.model.get("adapter"),
-        reference=summary["reference"],
-        loss_reference=component("reference", config.reference, summary["choices"]["reference"]),
-        checkpoint=next(iter(checkpoint.found(run / "checkpoints")[::-1]), None),
-        identities=summary["identities"],
-        objective=summary["objective"],
-        beta=summary["beta"],
-        seed=summary["seed"],
-        run=run,
-        group=summary.get("sweep") or run.name,
-        steps=summary["steps"],
+def _trained_run(folder: Path, config: DictConfig, summary: Mapping[str, Any]) -> TrainedRun:
+    return TrainedRun(
+        folder,
+        summary,
+        ModelPath(config.model.path, _text_of(folder, config), config.model.get("adapter")),
+        component("reference", config.reference, summary["choices"]["reference"]),
+        next(iter(checkpoint.found(folder / "checkpoints")[::-1]), None),
     )
 
 

@@ -48,10 +48,10 @@ def _answers(subject: PolicyToEvaluate) -> Answers:
 
 def _pairs(subject: PolicyToEvaluate, settings: EvaluationSettings) -> RewardedPairs:
     """The held-out pairs with their rewards against the run's loss reference; those too long are left out."""
-    if subject.loss_reference is None:
+    if subject.run is None:
         raise ValueError(
             f"export=rewardbench wants implicit rewards, which are measured against a run's reference; "
-            f"policy={subject.path} is no run"
+            f"policy={subject.model.path} is no run"
         )
     ours, held_out, source = settings.policy(subject), settings.data.eval, settings.parts["data"]
     groups = source.bound(tokenise)(held_out, ours.tokenizer).groups

@@ -47,6 +47,7 @@ from dpo_ref.generation.engine import PromptSet, answer, held_out
 from dpo_ref.generation.records import Generation, read_generations
 from dpo_ref.generation.sampling import never_sampled
 from dpo_ref.models import checkpoint
+from dpo_ref.models.loading import ModelPath
 from dpo_ref.references.interface import Reference, ReferenceContext, build
 from dpo_ref.types import PreferenceData, Progress, digest
 
@@ -72,11 +73,8 @@ def _about(
         name=subject.name,
         scorer=scorer,
         metrics=dict(metrics),
-        objective=subject.objective,
-        reference=subject.reference,
-        beta=subject.beta,
-        seed=subject.seed,
         generation=asked,
+        **subject.summary("objective", "reference", "beta", "seed"),
     )
 
 
@@ -94,9 +92,10 @@ def _diagnosis(
 
 def _diagnosed_again(subject: PolicyToEvaluate, settings: EvaluationSettings) -> Evaluated:
     """A stored evaluation with a diagnosis of its own answers; everything else stays."""
-    if subject.initial is None:
+    if not settings.measures(subject):
         raise ValueError(
-            f"stage=diagnose has no effect: policy={subject.path} is no run, and has no initial policy to compare with"
+            f"stage=diagnose has no effect: policy={subject.model.path} is no run, and has no initial policy to "
+            "compare with"
         )
     before = read_evaluated(subject.folder)
     stale = _flat(read_diagnosis(subject.folder))
@@ -115,8 +114,8 @@ def evaluate_policy(
     folder = subject.folder
     if settings.judge is not None and baseline is None:
         raise ValueError(
-            f"judge={settings.judge.name} compares with a baseline; policy={subject.path} is no run with an initial "
-            "policy: give baseline=<run or model folder>"
+            f"judge={settings.judge.name} compares with a baseline; policy={subject.model.path} is no run with an "
+            "initial policy: give baseline=<run or model folder>"
         )
     if settings.stage == "report":
         return read_evaluated(folder)
@@ -134,7 +133,7 @@ def evaluate_policy(
         if settings.stage == "generate":
             return None
         metrics = {}
-        if subject.initial is not None:
+        if settings.measures(subject):
             metrics = measure_stage(
                 folder, measure_key(subject, settings), lambda: measure(subject, settings, generations)
             )
@@ -154,19 +153,18 @@ def _judged(settings: EvaluationSettings, folder: Path, found: Evaluated, baseli
     return judge_stage(folder, judge, found, baseline, work.seed, work.progress)
 
 
-def baseline_of(
-    path: str, name: str, settings: EvaluationSettings, text: str | None = None, adapter: str | None = None
-) -> Evaluated:
+def baseline_of(source: ModelPath, name: str, settings: EvaluationSettings) -> Evaluated:
     """The evaluation that others are compared with. A model's answers are kept in the cache and shared by all runs."""
-    if (Path(path) / RESULTS / "evaluation.json").is_file():
-        aside = folder_at(Path(path) / RESULTS, settings.generation.options["temperature"])
-        return read_evaluated(aside if (aside / "evaluation.json").is_file() else Path(path) / RESULTS)
-    model = settings.work.loader.policy(path, text, adapter)
+    results = Path(source.path) / RESULTS
+    if (results / "evaluation.json").is_file():
+        aside = folder_at(results, settings.generation.options["temperature"])
+        return read_evaluated(aside if (aside / "evaluation.json").is_file() else results)
     work = settings.work
+    model = work.loader.policy(source)
     key = digest([deciding(settings.generation.plain()), work.seed, settings.prompts.content(), model.text_identity])
     folder = work.cache / "evaluations" / f"{settings.generation(model).weights()[:16]}-{key[:16]}"
     other_draws = settings.of_baseline(work.seed + BASELINE_SEED)
-    found = evaluate_policy(PolicyToEvaluate(name, path, folder, adapter, text), other_draws, None)
+    found = evaluate_policy(PolicyToEvaluate(name, folder, source), other_draws, None)
     assert found is not None
     return found
 
@@ -204,9 +202,10 @@ def _measured(
 
 def measure_key(subject: PolicyToEvaluate, settings: EvaluationSettings) -> str:
     """Digest of what measurements depend on: the answers, the models they are compared with, the held-out pairs."""
-    assert subject.loss_reference is not None
+    assert subject.run is not None
     answers = read_json(subject.folder / "generations.key.json")["key"]
-    others = [settings.initial(subject).weights, subject.loss_reference.name, subject.loss_reference.options]
+    reference = subject.run.loss_reference
+    others = [settings.initial(subject).weights, reference.name, reference.options]
     pairs = [(group.group_id, group.logps) for group in settings.data.eval]
     return digest([answers, others, pairs, settings.parts["data"].plain()])
 
@@ -214,25 +213,27 @@ def measure_key(subject: PolicyToEvaluate, settings: EvaluationSettings) -> str:
 def loss_reference(subject: PolicyToEvaluate, settings: EvaluationSettings, groups: Groups) -> Reference:
     """The loss reference for these groups, by the run's own configuration of it. Raises ValueError if it is not what
     the run was trained against."""
-    assert subject.loss_reference is not None
+    run = subject.run
+    assert run is not None
     context = ReferenceContext(
         settings.work,
         settings.initial(subject),
         groups,
         settings.parts["data"].bound(pack),
-        uses_reference=subject.reference != "none",
+        uses_reference=run.summary["reference"] != "none",
     )
-    reference = build(subject.loss_reference, context)
-    reference.load_state_dict(checkpoint.read_reference(subject.checkpoint) if subject.checkpoint else {})
+    reference = build(run.loss_reference, context)
+    reference.load_state_dict(checkpoint.read_reference(run.checkpoint) if run.checkpoint else {})
     subject.check_reference(reference)
     return reference
 
 
 def live_reference(subject: PolicyToEvaluate, settings: EvaluationSettings, groups: Groups) -> Reference:
     """The same reference, asked for what no table holds: sampled answers, texts of other files."""
-    assert subject.loss_reference is not None
-    live = subject.loss_reference.live or subject.loss_reference
-    return loss_reference(replace(subject, loss_reference=live), settings, groups)
+    run = subject.run
+    assert run is not None
+    live = replace(run, loss_reference=run.loss_reference.live or run.loss_reference)
+    return loss_reference(replace(subject, run=live), settings, groups)
 
 
 def _kl_to_reference(
@@ -245,7 +246,6 @@ def _kl_to_reference(
 ) -> dict[str, float]:
     """KL(policy || loss reference) on the same samples: Rao-Blackwellised where the reference is a model of the same
     vocabulary, else the mean log-ratio of whole answers (k1). Empty where it is no distribution."""
-    assert subject.loss_reference is not None
     if not reference.normalised:
         return {}
     ours, progress = settings.policy(subject), settings.work.progress
@@ -332,16 +332,16 @@ def at_each(settings: EvaluationSettings, subject: PolicyToEvaluate) -> list[Eva
     temperatures = in_order(settings.generation.options["temperature"])
     if settings.stage in OF_STORED:
         temperatures = [*temperatures[:1], *stored_in(subject.folder)]
-    return [settings.at(temperature) for temperature in temperatures]
+    first, *others = [settings.at(temperature) for temperature in temperatures]
+    return [first, *(replace(other, aside=True) for other in others)]
 
 
 def at_other(subject: PolicyToEvaluate, settings: EvaluationSettings, baseline: Evaluated | None) -> PolicyToEvaluate:
-    """The subject at a further temperature, where nothing is measured that does not depend on it. Raises ValueError
-    for a baseline that was not evaluated there."""
+    """The subject at a further temperature. Raises ValueError for a baseline that was not evaluated there."""
     temperature = settings.generation.options["temperature"]
     if baseline is not None and (was := baseline.evaluation.generation.get("temperature")) != temperature:
         raise ValueError(
             f"the baseline was evaluated at temperature {was} and not at {temperature:g}: evaluate it with the same "
             "list in generation.temperature"
         )
-    return replace(subject, folder=folder_at(subject.folder, temperature), initial=None, loss_reference=None)
+    return replace(subject, folder=folder_at(subject.folder, temperature))

@@ -8,56 +8,65 @@ from typing import Any
 from dpo_ref.component import Component
 from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.generation.engine import PromptSet
-from dpo_ref.models.loading import Policy, Workspace
+from dpo_ref.models.loading import ModelPath, Policy, Workspace
 from dpo_ref.references.interface import Reference
 from dpo_ref.types import PreferenceData
 
 
 @dataclass(frozen=True, slots=True)
+class TrainedRun:
+    """The run that trained a policy, and the models it was trained with."""
+
+    folder: Path
+    summary: Mapping[str, Any]  # its summary.json, with the steps of the checkpoint at hand
+    initial: ModelPath
+    loss_reference: Component  # as the run configured it
+    checkpoint: Path | None  # the one at hand, else the run's last
+
+    @property
+    def group(self) -> str:
+        """What trackers join its evaluations under."""
+        return self.summary.get("sweep") or self.folder.name
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyToEvaluate:
-    """A policy to evaluate, and what its run says about it; a plain model folder says nothing."""
+    """A policy to evaluate, and the run that trained it; a plain model folder has none."""
 
     name: str
-    path: str
     folder: Path  # where results go
-    adapter: str | None = None  # on top of the model at `path`
-    text: str | None = None  # the folder whose tokenizer and template it is used with; None: its own
-    initial: str | None = None
-    initial_text: str | None = None  # as `text`, for the initial policy
-    initial_adapter: str | None = None
-    reference: str | None = None  # name of the loss reference
-    loss_reference: Component | None = None  # as the run configured it
-    checkpoint: Path | None = None  # the run's last
-    objective: str | None = None
-    beta: float | None = None
-    seed: int | None = None
-    identities: Mapping[str, str] | None = None  # what the run was trained against
-    run: Path | None = None  # the run's folder
-    group: str | None = None  # what trackers join its runs under
-    steps: int = 0  # optimiser steps the policy was trained for
+    model: ModelPath
+    run: TrainedRun | None = None
+
+    def summary(self, *keys: str) -> dict[str, Any]:
+        """These entries of its run's summary; each is None for a plain model folder."""
+        return {key: None if self.run is None else self.run.summary[key] for key in keys}
 
     def check_reference(self, reference: Reference) -> None:
         """Raise ValueError if the loss reference is not the run's. Its dtype may differ with the device."""
-        was = self.identities
+        entries = self.summary("reference", "identities")
+        was = entries["identities"]
         if was is None or reference.identity == was["loss_reference"]:
             return
         if reference.weights and reference.weights == was["loss_reference_weights"]:
             return
         raise ValueError(
-            f"policy={self.path} was trained against reference={self.reference} {was['loss_reference'][:12]}, and "
-            f"that is {reference.identity[:12]} now: its model, tokenizer or template has changed. reference=... on "
-            "the command line evaluates against another one on purpose"
+            f"policy={self.model.path} was trained against reference={entries['reference']} "
+            f"{was['loss_reference'][:12]}, and that is {reference.identity[:12]} now: its model, tokenizer or "
+            "template has changed. reference=... on the command line evaluates against another one on purpose"
         )
 
 
 def against(subject: PolicyToEvaluate, reference: Component) -> PolicyToEvaluate:
     """The subject measured against another loss reference than its run's, on purpose. Raises ValueError for a policy
     that no run has trained."""
-    if subject.loss_reference is None:
+    if subject.run is None:
         raise ValueError(
-            f"reference={reference.name} has no effect: policy={subject.path} is no run, and has no initial policy"
+            f"reference={reference.name} has no effect: policy={subject.model.path} is no run, and has no initial "
+            "policy"
         )
-    return replace(subject, loss_reference=reference, reference=reference.name, identities=None, checkpoint=None)
+    summary = {**subject.run.summary, "reference": reference.name, "identities": None}
+    return replace(subject, run=replace(subject.run, summary=summary, loss_reference=reference, checkpoint=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,7 @@ class EvaluationSettings:
     parts: Mapping[str, Component]
     stage: str
     thresholds: Thresholds
+    aside: bool = False  # at a further temperature, where nothing is measured that does not depend on it
 
     @property
     def generation(self) -> Component:
@@ -83,12 +93,16 @@ class EvaluationSettings:
 
     def policy(self, subject: PolicyToEvaluate) -> Policy:
         """The model of a subject."""
-        return self.work.loader.policy(subject.path, subject.text, subject.adapter)
+        return self.work.loader.policy(subject.model)
 
     def initial(self, subject: PolicyToEvaluate) -> Policy:
         """The policy as it was before training."""
-        assert subject.initial is not None
-        return self.work.loader.policy(subject.initial, subject.initial_text, subject.initial_adapter)
+        assert subject.run is not None
+        return self.work.loader.policy(subject.run.initial)
+
+    def measures(self, subject: PolicyToEvaluate) -> bool:
+        """Whether a subject is compared with the models of its run."""
+        return subject.run is not None and not self.aside
 
     def at(self, temperature: float) -> "EvaluationSettings":
         """The same with answers drawn at one temperature."""

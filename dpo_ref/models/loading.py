@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -402,6 +402,14 @@ def load_reference(source: ModelSource, folder: str, policy_device: torch.device
         raise ValueError(f"{KEY}={source.path} does not fit into memory beside the policy: {SMALLER}") from error
 
 
+class ModelPath(NamedTuple):
+    """A folder, a hub name or a checkpoint of a run, as the user wrote it, and what the model in it is used with."""
+
+    path: str
+    text: str | None = None  # the folder of its tokenizer and template; None: its own
+    adapter: str | None = None  # on top of its weights
+
+
 class ModelLoader:
     """Gives models by the paths that users write, on one device; the last `keep` asked for are loaded once."""
 
@@ -409,15 +417,14 @@ class ModelLoader:
         self.device, self.keep, self._attention = device, keep, attention
         self._policies = lru_cache(maxsize=keep)(self._policy)
 
-    def policy(self, path: str, text: str | None = None, adapter: str | None = None) -> Policy:
-        """A model that is asked, not trained: a folder, a hub name, or a checkpoint of a run. `text` is the folder
-        whose tokenizer and template it is used with, its own unless given; `adapter` lies on top of it."""
-        return self._policies(path, text, adapter)
+    def policy(self, model: ModelPath) -> Policy:
+        """A model that is asked, not trained."""
+        return self._policies(model)
 
     def reference(self, source: ModelSource) -> nn.Module:
         """The model of `source`, which nobody may change: that of a policy where nothing tells them apart."""
         plain = source == ModelSource(source.path)
-        return self.policy(source.path).model if self.keep and plain else self.fresh(source)
+        return self.policy(ModelPath(source.path)).model if self.keep and plain else self.fresh(source)
 
     def fresh(self, source: ModelSource) -> nn.Module:
         """The model of `source`, of which nobody else knows."""
@@ -427,17 +434,17 @@ class ModelLoader:
         """The tokenizer of a model."""
         return load_tokenizer(locate(path), revision)
 
-    def _policy(self, path: str, text: str | None, adapter: str | None) -> Policy:
-        located = locate(path)
+    def _policy(self, model: ModelPath) -> Policy:
+        located = locate(model.path)
         run = run_of(Path(located))
         folder = located if run is None else str(run / "policy")
         check_folder(folder, "policy")
-        on_top = None if adapter is None else f"the adapter {adapter}"
+        on_top = None if model.adapter is None else f"the adapter {model.adapter}"
         return Policy(
-            partial(self._weights, folder, None if run is None else Path(located), adapter),
-            load_tokenizer(text or folder),
+            partial(self._weights, folder, None if run is None else Path(located), model.adapter),
+            load_tokenizer(model.text or folder),
             compute_dtype("auto", self.device),
-            path,
+            model.path,
             folder,
             on_top if run is None else f"the weights of {located}",
         )

@@ -233,14 +233,16 @@ def track_evaluation(
     files: Sequence[Path] = (),
 ) -> None:
     """Log an evaluation as a run of its own that names the training it belongs to. `files` are pages and pictures."""
-    training = None if subject.run is None else known_id(subject.run, "train")
-    about = {"id": training, "policy": subject.name, "steps": subject.steps}
-    about |= {name: getattr(subject, name) for name in ("objective", "reference", "beta", "seed", "identities")}
-    group = subject.group or subject.name
+    run = subject.run
+    training, step, group = None, 0, subject.name
+    if run is not None:
+        training, step, group = known_id(run.folder, "train"), run.summary["steps"], run.group
+    about = {"id": training, "policy": subject.name, "steps": step}
+    about |= subject.summary("objective", "reference", "beta", "seed", "identities")
     info = RunInfo(
         subject.folder, {**config, "training": about}, f"evaluate {subject.name}", group, "evaluate", resume=False
     )
-    tracker, step, metrics = tracking(info), subject.steps, evaluated.evaluation.metrics
+    tracker, metrics = tracking(info), evaluated.evaluation.metrics
     values = {f"{PREFIX}{name}": value for name, value in metrics.items()}
     tracker.log(values, step=step)
     tracker.table("generations", ANSWERS, _answers(evaluated, baseline), step=step)

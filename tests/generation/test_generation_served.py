@@ -9,7 +9,7 @@ from dpo_ref.generation.records import read_generations
 from dpo_ref.generation.sampling import Local
 from dpo_ref.generation.served import folder_digest, served
 from dpo_ref.models import server as model_server
-from dpo_ref.models.loading import ModelLoader, Policy
+from dpo_ref.models.loading import ModelLoader, ModelPath, Policy
 from dpo_ref.types import Message, silent
 from tests.support.evaluate_command import evaluate
 from tests.support.generation_server import GenerationServer
@@ -237,7 +237,7 @@ def test_the_address_changes_no_sample_and_the_weights_do(tmp_path):
 
 def test_evaluate_with_a_served_policy(tmp_path):
     """The whole command; the lab's smallest model behind a server, against itself here."""
-    policy = ModelLoader(torch.device("cpu")).policy("lab:tiny")
+    policy = ModelLoader(torch.device("cpu")).policy(ModelPath("lab:tiny"))
     few = [
         "prompts=lab",
         "prompts.num_prompts=6",

@@ -20,7 +20,7 @@ from dpo_ref.data.packing import collate, pack
 from dpo_ref.distributed import best_device
 from dpo_ref.evaluation.judging.judge import Judge, JudgeAnswer, JudgeRefused, JudgeRequest, Store
 from dpo_ref.evaluation.judging.templates import load_template
-from dpo_ref.models.loading import ModelLoader, check_folder, compute_dtype
+from dpo_ref.models.loading import ModelLoader, ModelPath, check_folder, compute_dtype
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.server import Server, ServerRefused, check_url
 from dpo_ref.types import Progress, PromptGroup, TokenGroup
@@ -303,7 +303,7 @@ def local(
     label has no stated lead.
     """
     check_folder(model, "judge.model")
-    question, loaded = load_template(template), context.loader.policy(model)
+    question, loaded = load_template(template), context.loader.policy(ModelPath(model))
     labels = tuple(question.verdict.labels)
     dtype = str(compute_dtype("auto", best_device())).removeprefix("torch.")
     return Judge(
