@@ -47,6 +47,12 @@ def test_temperature_1_is_the_evaluation_proper(run, tmp_path):
         assert found[f"temperature/1/{key}"] == found[key]
 
 
+def test_what_does_not_depend_on_temperature_is_measured_once(run):
+    folders = {path.parent.relative_to(run / "evaluation").name for path in run.rglob("measurements.json")}
+    assert folders == {""}
+    assert (run / "evaluation" / "temperature-0.7" / "evaluation.json").is_file()
+
+
 def test_the_page_draws_the_policy_beside_the_initial_one(run):
     drawn = {path.name for path in (run / "evaluation" / "panels").glob("*_by_temperature.svg")}
     assert {name.partition("_")[2] for name in drawn} == {
