@@ -233,6 +233,11 @@ class PairLogps:
     chosen_bytes: Int[Tensor, " B"]  # of the response's text, in UTF-8
     rejected_bytes: Int[Tensor, " B"]
 
+    @classmethod
+    def of(cls, logps: "ResponseLogps", batch: PackedBatch) -> "PairLogps":
+        """The pairs of a pack."""
+        return logps.pairs(batch.chosen, batch.rejected)
+
 
 @dataclass(frozen=True, slots=True)
 class ResponseLogps(HasParts):
@@ -248,6 +253,11 @@ class ResponseLogps(HasParts):
     num_bytes: Int[Tensor, " N"]
     token_logps: Float[Tensor, " R"] | None
     aligned: Float[Tensor, " R"] | None = None
+
+    @classmethod
+    def of(cls, logps: "ResponseLogps", batch: PackedBatch) -> "ResponseLogps":
+        """The responses of a pack."""
+        return logps
 
     def tokens(self) -> Float[Tensor, " R"]:
         """The per-token values; ValueError where there are none."""
@@ -267,6 +277,11 @@ class PairScores:
 
     chosen: Float[Tensor, " B"]
     rejected: Float[Tensor, " B"]
+
+    @classmethod
+    def of(cls, scores: "ResponseScores", batch: PackedBatch) -> "PairScores":
+        """The pairs of a pack."""
+        return scores.pairs(batch.chosen, batch.rejected)
 
 
 @dataclass(frozen=True, slots=True)

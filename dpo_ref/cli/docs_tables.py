@@ -32,7 +32,10 @@ from dpo_ref.objectives.interface import OF_TOKENS, Objective, bind, probe_input
 
 FIELDS = ("loss", "reward", "convention", "TRL", "HALOs")
 COLUMNS = ("objective", "loss", "reward", "convention", "needs", "TRL", "HALOs", "strength", "paper")
-SIZES = {"lengths": "lengths", "bytes": "num_bytes"}
+SIZES: dict[str, Callable[[Any], Any]] = {  # the policy's log-probs with one of their sizes doubled
+    "lengths": lambda policy: replace(policy, lengths=2 * policy.lengths),
+    "bytes": lambda policy: replace(policy, num_bytes=2 * policy.num_bytes),
+}
 WORDS = {
     "whole": "the whole batch",
     "mismatched": "responses of other prompts",
@@ -87,19 +90,18 @@ def header(path: Path) -> Header:
     return Header(comment[0].removesuffix("."), comment[1], fields)
 
 
-def _losses(objective: Objective, doubled: str | None = None) -> torch.Tensor:
-    """On made-up items, with one of the policy's sizes doubled."""
+def _losses(objective: Objective, changed: Callable[[Any], Any] = lambda policy: policy) -> torch.Tensor:
+    """On made-up items, of which the policy's are changed."""
     policy, inputs = probe_inputs(kind=objective.inputs["policy"])
-    changed = {doubled: 2 * getattr(policy, doubled)} if doubled else {}
-    return objective(replace(policy, **changed), replace(inputs, running={})).losses
+    return objective(changed(policy), replace(inputs, running={})).losses
 
 
 def needs(function: Callable[..., Any]) -> list[str]:
     """What an objective reads: pairs or responses, other arguments left of its star, token values, lengths, bytes."""
     objective = bind(function)
     usual = _losses(objective)
-    candidates = {name: field for name, field in SIZES.items() if not objective.of_scores}
-    sizes = [name for name, field in candidates.items() if not torch.equal(_losses(objective, field), usual)]
+    candidates = {} if objective.of_scores else SIZES
+    sizes = [name for name, doubled in candidates.items() if not torch.equal(_losses(objective, doubled), usual)]
     tokens = ["tokens"] if {*objective.inputs.values()} & {*OF_TOKENS} else []
     others = [WORDS.get(name, name) for name in objective.inputs if name != "policy"]
     return ["pairs" if objective.pairwise else "responses", *others, *tokens, *sizes]

@@ -296,13 +296,20 @@ def from_groups(groups: Iterable[TokenGroup], texts: Sequence[PromptGroup] = ())
 
 
 BATCH = 1000  # groups written at once
-IDS = ("group_id", "prompt_id", "set_id", "whole_id")
 
 
 def whole_id(group: PromptGroup) -> str:
     """Digest of all that tokenising depends on: the texts, and what is said about them; not where they came from, nor
     log-probs that came along: data with them and without shares its tokens."""
     return digest([group.group_id, group.pairs, group.labels])
+
+
+IDS: dict[str, Callable[[PromptGroup], str]] = {
+    "group_id": lambda group: group.group_id,
+    "prompt_id": lambda group: group.prompt_id,
+    "set_id": set_id,
+    "whole_id": whole_id,
+}
 
 
 def write(groups: Iterable[PromptGroup], path: Path) -> None:
@@ -315,11 +322,8 @@ def write(groups: Iterable[PromptGroup], path: Path) -> None:
     with replacing(path) as partial, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while batch := list(islice(rest, BATCH)):
             columns = [list(map(_to_json, batch))]
-            columns += [[bytes.fromhex(id_of(group)) for group in batch] for id_of in _ID_OF]
+            columns += [[bytes.fromhex(id_of(group)) for group in batch] for id_of in IDS.values()]
             writer.write_batch(pa.record_batch(columns, schema=schema))
-
-
-_ID_OF = (lambda group: group.group_id, lambda group: group.prompt_id, set_id, whole_id)
 
 
 def _to_json(group: PromptGroup) -> str:

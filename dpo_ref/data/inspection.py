@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from dpo_ref.data.groups import StoredGroups
-from dpo_ref.data.pairing import set_id
+from dpo_ref.data.groups import IDS, StoredGroups
 from dpo_ref.data.tokenise import Tokenised
 from dpo_ref.types import PreferenceData, PromptGroup, Reading, TokenGroup
 
@@ -40,10 +39,10 @@ class Hygiene:
 
 
 def ids_of(groups: Sequence[PromptGroup], name: str) -> list[Any]:
-    """`group_id`, `prompt_id` or `set_id` of every group."""
+    """One of `IDS` of every group."""
     if isinstance(groups, StoredGroups):
         return groups.ids(name)
-    return [set_id(group) if name == "set_id" else getattr(group, name) for group in groups]
+    return [IDS[name](group) for group in groups]
 
 
 def summed_counts(reading: Reading, *counts: dict[str, int]) -> dict[str, int]:

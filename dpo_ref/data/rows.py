@@ -8,7 +8,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,11 @@ class Source:
     split_key: str = "data.split"  # by which messages call it
     streaming: bool = False
 
+    def hub_options(self) -> dict[str, Any]:
+        """Options of data sets of the hub, by the keys that messages call them."""
+        options = {"data.name": self.name, "data.folder": self.folder}
+        return {**options, self.split_key: self.split, "data.streaming": self.streaming}
+
 
 class Opened(NamedTuple):
     """A source's rows, and a digest of all that they hold; None where only reading them could tell."""
@@ -48,7 +53,7 @@ def open_source(source: Source, key: str) -> Opened:
         return _open_hub(source, key)
     if place.is_dir() and any((place / name).exists() for name in ("state.json", "dataset_dict.json")):
         return _open_saved(source, key)
-    _refuse_options(source, key, ("name", "folder", "split", "streaming"), "a file or a folder of files")
+    _refuse_options(source, key, "a file or a folder of files")
     paths = files(source.path, key)
     hasher = hashlib.sha256()
     for path in paths:
@@ -57,11 +62,10 @@ def open_source(source: Source, key: str) -> Opened:
     return Opened(chain.from_iterable(map(_file_rows, paths)), hasher.hexdigest())
 
 
-def _refuse_options(source: Source, key: str, names: tuple[str, ...], description: str) -> None:
-    for name in names:
-        if getattr(source, name):
-            option = source.split_key if name == "split" else f"data.{name}"
-            raise ValueError(f"{option}={getattr(source, name)} has no effect: {key}={source.path} is {description}")
+def _refuse_options(source: Source, key: str, description: str) -> None:
+    for option, value in source.hub_options().items():
+        if value:
+            raise ValueError(f"{option}={value} has no effect: {key}={source.path} is {description}")
 
 
 def _kind(path: Path) -> tuple[str, str]:
@@ -176,7 +180,7 @@ def _open_saved(source: Source, key: str) -> Opened:
     """A folder written by `datasets`' save_to_disk."""
     from datasets import DatasetDict, load_from_disk
 
-    _refuse_options(source, key, ("name", "folder", "streaming"), "a folder on this machine")
+    _refuse_options(replace(source, split=None), key, "a folder on this machine")
     try:
         dataset: Any = load_from_disk(str(Path(source.path).expanduser()))
     except (OSError, ValueError) as error:

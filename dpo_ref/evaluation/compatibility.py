@@ -36,9 +36,10 @@ class CompatibilityOptions:
     betas: list[float] = field(default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
 
     def __post_init__(self) -> None:
-        for name, least in (("num_pairs", 2), ("num_prompts", 2), ("max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"compatibility.{name}={getattr(self, name)} must be at least {least}")
+        counts = (("num_pairs", self.num_pairs, 2), ("num_prompts", self.num_prompts, 2))
+        for name, count, least in (*counts, ("max_new_tokens", self.max_new_tokens, 1)):
+            if count < least:
+                raise ValueError(f"compatibility.{name}={count} must be at least {least}")
         if not self.betas or not all(0 < beta < float("inf") for beta in self.betas):
             raise ValueError(f"compatibility.betas={list(self.betas)} must be positive numbers, at least one")
         self.betas = sorted(set(self.betas))

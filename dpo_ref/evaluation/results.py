@@ -306,9 +306,9 @@ class Thresholds:
     max_length_ratio: float = 2.0  # mean length in tokens over the initial policy's
 
     def __post_init__(self) -> None:
-        for name in ("min_ended_share", "max_seq_rep_4"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"degeneration.{name}={getattr(self, name)} is a share: it must lie in [0, 1]")
+        for name, share in (("min_ended_share", self.min_ended_share), ("max_seq_rep_4", self.max_seq_rep_4)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"degeneration.{name}={share} is a share: it must lie in [0, 1]")
         if not self.max_length_ratio > 0:
             raise ValueError(f"degeneration.max_length_ratio={self.max_length_ratio} must be positive")
 

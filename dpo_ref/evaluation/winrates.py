@@ -285,8 +285,8 @@ def _rate(match: Match, control: LengthControl | None, seed: int) -> ModelWinRat
     plain = alpaca_win_rate(match.preferences)
     metrics = preference_metrics(match.preferences, match.lengths, match.baseline_lengths, match.prompts, seed)
     metrics |= {"length": float(match.lengths.mean()), "baseline_length": float(match.baseline_lengths.mean())}
-    metrics |= {"standard_error": plain.standard_error}
-    metrics |= {name: float(getattr(plain, name)) for name in ("n_wins", "n_wins_base", "n_draws")}
+    counts = {"n_wins": plain.n_wins, "n_wins_base": plain.n_wins_base, "n_draws": plain.n_draws}
+    metrics |= {"standard_error": plain.standard_error} | {name: float(count) for name, count in counts.items()}
     if control is None:
         return ModelWinRate(match.model, match.baseline, match.judge, metrics)
     fitted, controlled = _fit(match, control, seed)

@@ -1,6 +1,6 @@
 """What objectives may ask for, what they return, how they are told apart, and how they are called.
 
-The types of the arguments left of an objective's star say what it is handed, and `VIEWS` how each is made. What it
+The types of the arguments left of an objective's star say what it is handed: `of` of each makes it of a pack. What it
 refuses and reads is found by asking it, on two pairs that are no one's.
 """
 
@@ -41,6 +41,14 @@ class TokenPairLogps(PairLogps):
     chosen_starts: Int[Tensor, " B"]
     rejected_starts: Int[Tensor, " B"]
 
+    @classmethod
+    def of(cls, logps: ResponseLogps, batch: PackedBatch) -> "TokenPairLogps":
+        """The pairs of a pack, with their tokens."""
+        pairs, starts = PairLogps.of(logps, batch), batch.lengths.cumsum(0) - batch.lengths
+        sums = (pairs.chosen, pairs.rejected, pairs.chosen_lengths, pairs.rejected_lengths)
+        sizes = (pairs.chosen_bytes, pairs.rejected_bytes)
+        return cls(*sums, *sizes, logps.tokens(), starts[batch.chosen], starts[batch.rejected])
+
     def first(self, counts: Int[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Log-probs of the first `counts` tokens of chosen and rejected, summed in float64; `counts` must not exceed
         a response's tokens."""
@@ -55,6 +63,12 @@ class TokenLogps(ResponseLogps):
     """Responses whose token values are there, and which of the N responses each of them belongs to."""
 
     response_index: Int[Tensor, " R"] = field(kw_only=True, metadata={POSITIONS_ON: "N"})
+
+    @classmethod
+    def of(cls, logps: ResponseLogps, batch: PackedBatch) -> "TokenLogps":
+        """The responses of a pack, with their tokens."""
+        sums = (logps.sums, logps.lengths, logps.num_bytes)
+        return cls(*sums, logps.tokens(), response_index=batch.response_index)
 
 
 Items = TypeVar("Items", PairLogps, ResponseLogps)
@@ -107,84 +121,48 @@ class ObjectiveInputs:
         )
 
 
-def _pairs(logps: ResponseLogps, batch: PackedBatch) -> PairLogps:
-    return logps.pairs(batch.chosen, batch.rejected)
-
-
-def _pair_scores(scores: ResponseScores, batch: PackedBatch) -> PairScores:
-    return scores.pairs(batch.chosen, batch.rejected)
-
-
-def _token_pairs(logps: ResponseLogps, batch: PackedBatch) -> TokenPairLogps:
-    pairs, starts = _pairs(logps, batch), batch.lengths.cumsum(0) - batch.lengths
-    sums = (pairs.chosen, pairs.rejected, pairs.chosen_lengths, pairs.rejected_lengths)
-    sizes = (pairs.chosen_bytes, pairs.rejected_bytes)
-    return TokenPairLogps(*sums, *sizes, logps.tokens(), starts[batch.chosen], starts[batch.rejected])
-
-
-def _responses(logps: ResponseLogps, batch: PackedBatch) -> ResponseLogps:
-    return logps
-
-
-def _token_responses(logps: ResponseLogps, batch: PackedBatch) -> TokenLogps:
-    sums = (logps.sums, logps.lengths, logps.num_bytes)
-    return TokenLogps(*sums, logps.tokens(), response_index=batch.response_index)
-
-
-VIEWS: dict[type, Callable[[Any, PackedBatch], Any]] = {
-    PairLogps: _pairs,
-    TokenPairLogps: _token_pairs,
-    ResponseLogps: _responses,
-    TokenLogps: _token_responses,
-    PairScores: _pair_scores,
-}
 OF_PAIRS = (PairLogps, PairScores)
 OF_TOKENS = (TokenPairLogps, TokenLogps)
-REMEDIES = {  # by argument: what to say where it is not there
-    "old": "log-probs of the policy that drew the responses; they come with data=on_policy",
-    "collision": "the policy's distributions",
-    "whole": "statistics of the optimiser batch",
-    "mismatched": "responses of other prompts",
-    "running": "its running statistic",
-    "labels": "whether each response is wanted: rows with a label, or pairs",
-    "advantages": "an advantage for each response; they come with data=on_policy",
-    "rewards": "a score of each response: rows with score_chosen and score_rejected, or ranked by their scores",
+
+
+def _row_scores(inputs: ObjectiveInputs) -> ResponseScores | None:
+    return None if inputs.batch.rewards is None else ResponseScores(inputs.batch.rewards)
+
+
+class Argument(NamedTuple):
+    """What can stand left of an objective's star: where it comes from, and what to say where it is not there."""
+
+    value: Callable[[ObjectiveInputs], Any]
+    remedy: str
+
+
+ARGUMENTS = {
+    "reference": Argument(lambda inputs: inputs.reference, "a reference"),
+    "old": Argument(
+        lambda inputs: inputs.old, "log-probs of the policy that drew the responses; they come with data=on_policy"
+    ),
+    "collision": Argument(lambda inputs: inputs.collision, "the policy's distributions"),
+    "labels": Argument(
+        lambda inputs: inputs.batch.labels, "whether each response is wanted: rows with a label, or pairs"
+    ),
+    "advantages": Argument(
+        lambda inputs: inputs.batch.advantages, "an advantage for each response; they come with data=on_policy"
+    ),
+    "rewards": Argument(
+        _row_scores, "a score of each response: rows with score_chosen and score_rejected, or ranked by their scores"
+    ),
+    "whole": Argument(lambda inputs: inputs.whole, "statistics of the optimiser batch"),
+    "mismatched": Argument(lambda inputs: inputs.mismatched, "responses of other prompts"),
+    "running": Argument(lambda inputs: inputs.running, "its running statistic"),
 }
 
 
-def _there(value: Any, name: str) -> Any:
+def _argument(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
+    """An argument as an objective is handed it: what models say of responses as its annotation, `kind`, sees it."""
+    value = ARGUMENTS[name].value(inputs)
     if value is None:
-        raise ValueError(f"the objective needs {REMEDIES[name]}")
-    return value
-
-
-def _view(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
-    return VIEWS[kind](_there(getattr(inputs, name), name), inputs.batch)
-
-
-def _scores(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
-    return VIEWS[kind](ResponseScores(_of_batch(inputs, name, kind)), inputs.batch)
-
-
-def _as_it_is(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
-    return _there(getattr(inputs, name), name)
-
-
-def _of_batch(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
-    return _there(getattr(inputs.batch, name), name)
-
-
-ARGUMENTS: dict[str, Callable[[ObjectiveInputs, str, Any], Any]] = {
-    "reference": _view,
-    "old": _view,
-    "collision": _view,
-    "labels": _of_batch,
-    "advantages": _of_batch,
-    "rewards": _scores,
-    "whole": _as_it_is,
-    "mismatched": _as_it_is,
-    "running": _as_it_is,
-}
+        raise ValueError(f"the objective needs {ARGUMENTS[name].remedy}")
+    return kind.of(value, inputs.batch) if isinstance(value, ResponseLogps | ResponseScores) else value
 
 
 # --- what they return, and how they are called
@@ -271,8 +249,8 @@ class Objective:
 
     def __call__(self, policy: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Outcome:
         """Losses and rewards of one pack, or of a run of its groups. ValueError for what it needs and is not there."""
-        pairs = VIEWS[self.inputs["policy"]](policy, inputs.batch)
-        rest = {name: ARGUMENTS[name](inputs, name, kind) for name, kind in self.inputs.items() if name != "policy"}
+        pairs = self.inputs["policy"].of(policy, inputs.batch)
+        rest = {name: _argument(inputs, name, kind) for name, kind in self.inputs.items() if name != "policy"}
         outcome = self.function(policy=pairs, **rest)
         if self.nll_weight:
             nll = -pairs.chosen / pairs.chosen_lengths

@@ -143,7 +143,8 @@ def _displacement(diagnosis: Diagnosis) -> str:
 
     names = ["Log-probability", "Mean change", "Median", "Per token", "Pairs in which it fell"]
     both = diagnosis.displacement
-    rows = [row(names, entries(name, getattr(both, name)), HUES[name]) for name in ("chosen", "rejected")]
+    sides = {"chosen": both.chosen, "rejected": both.rejected}
+    rows = [row(names, entries(name, side), HUES[name]) for name, side in sides.items()]
     quadrants = [
         ("both rose", percent(both.both_up)),
         ("chosen rose, rejected fell", percent(both.chosen_up_rejected_down)),

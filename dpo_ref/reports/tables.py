@@ -110,8 +110,9 @@ def judge_columns(evaluations: Sequence[Evaluation]) -> list[Column]:
 def titles(evaluations: Sequence[Evaluation]) -> list[str]:
     """Short names that tell the policies of one table apart."""
     trained = [e for e in evaluations if e.objective is not None]
-    varies = {name: len({getattr(e, name) for e in trained}) > 1 for name in ("reference", "seed")}
-    names = [_title(e, varies["reference"], varies["seed"]) for e in evaluations]
+    with_reference = len({evaluation.reference for evaluation in trained}) > 1
+    with_seed = len({evaluation.seed for evaluation in trained}) > 1
+    names = [_title(e, with_reference, with_seed) for e in evaluations]
     return [e.name if names.count(name) > 1 else name for e, name in zip(evaluations, names, strict=True)]
 
 

@@ -1,6 +1,8 @@
 """Metric keys and their definitions, in one place, the same for training and held-out data; callers add the prefix."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import singledispatch
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,12 +18,19 @@ MAY_LACK = ("eos/chosen_logratio",)  # nan where a reference with another tokeni
 SATURATED = 4.0  # a margin beyond it has a gradient weight sigmoid(-margin) below 0.018 or above 0.982
 
 
+@singledispatch
+def values_of(outcome: Any, policy: Any, reference: ResponseLogps, batch: PackedBatch) -> Values:
+    """Per-item values of one pack, by the kind of outcome."""
+    raise TypeError(f"a {type(outcome).__name__} has no metrics")
+
+
 def _last_token(logps: ResponseLogps, batch: PackedBatch) -> Float[Tensor, " N"] | None:
     """Log-prob of each response's last token, its end-of-turn token unless it was cut."""
     tokens = logps.aligned if logps.token_logps is None else logps.token_logps
     return None if tokens is None else tokens[batch.lengths.cumsum(0) - 1]
 
 
+@values_of.register(Compared)
 def compared_values(
     outcome: Preference | Compared,
     policy: ResponseLogps | ResponseScores,
@@ -43,6 +52,7 @@ def compared_values(
     }
 
 
+@values_of.register(Preference)
 def pair_values(outcome: Preference, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch) -> Values:
     """Per-pair values of everything whose mean is reported."""
     chosen, rejected = batch.chosen, batch.rejected
@@ -62,6 +72,7 @@ def pair_values(outcome: Preference, policy: ResponseLogps, reference: ResponseL
     return values
 
 
+@values_of.register(Likelihood)
 def likelihood_values(
     outcome: Likelihood, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch
 ) -> Values:
@@ -74,6 +85,7 @@ def likelihood_values(
     }
 
 
+@values_of.register(Labelled)
 def labelled_values(outcome: Labelled, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch) -> Values:
     """Per-response values for objectives on wanted (chosen) and unwanted (rejected) responses, and per-pair ones where
     the data has pairs."""
@@ -95,6 +107,7 @@ def labelled_values(outcome: Labelled, policy: ResponseLogps, reference: Respons
     }
 
 
+@values_of.register(Sampled)
 def sampled_values(outcome: Sampled, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch) -> Values:
     """Per-response values for objectives on samples."""
     assert batch.advantages is not None
@@ -107,18 +120,9 @@ def sampled_values(outcome: Sampled, policy: ResponseLogps, reference: ResponseL
     }
 
 
-VALUES: dict[type, Callable[..., Values]] = {
-    Preference: pair_values,
-    Compared: compared_values,
-    Likelihood: likelihood_values,
-    Labelled: labelled_values,
-    Sampled: sampled_values,
-}
-
-
 def item_values(outcome: Outcome, outputs: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Values:
     """Per-item values of one pack, detached."""
-    values = VALUES[type(outcome)](outcome, outputs, inputs.reference, inputs.batch)
+    values = values_of(outcome, outputs, inputs.reference, inputs.batch)
     return {name: value.detach() for name, value in values.items()}
 
 

@@ -93,8 +93,8 @@ def write_samples(folder: Path, samples: Samples) -> None:
     """Write a round's files; the record comes last and says that the folder is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     write_generations(folder / GENERATIONS, samples.generations)
-    content = {name: getattr(samples, name) for name in ("rewards", "sample_seconds", "score_seconds")}
-    write_json(folder / RECORD, content)
+    seconds = {"sample_seconds": samples.sample_seconds, "score_seconds": samples.score_seconds}
+    write_json(folder / RECORD, {"rewards": samples.rewards} | seconds)
 
 
 def read_samples(folder: Path) -> Samples | None:

@@ -34,9 +34,9 @@ class TrainerConfig:
     stop_when_degenerate: bool = False  # end the run once an evaluation in training says so
 
     def __post_init__(self) -> None:
-        names = ("batch_size", "epochs", "max_steps", "eval_every", "save_every", "keep_checkpoints")
-        values = {name: getattr(self, name) for name in names}
-        for name, value in values.items():
+        lengths = {"batch_size": self.batch_size, "epochs": self.epochs, "max_steps": self.max_steps}
+        cadences = {"eval_every": self.eval_every, "save_every": self.save_every}
+        for name, value in (lengths | cadences | {"keep_checkpoints": self.keep_checkpoints}).items():
             if value is not None and value <= 0:
                 raise ValueError(f"trainer.{name}={value} must be positive; null leaves it out")
 

@@ -174,7 +174,7 @@ def test_what_is_not_there_is_named(name):
     lacking = replace(known, batch=batch, **({} if batch is not known.batch else {name: None}))
     with pytest.raises(ValueError, match="the objective needs ") as error:
         bind(NEEDED[name])(policy, lacking)
-    assert interface.REMEDIES[name] in str(error.value)
+    assert interface.ARGUMENTS[name].remedy in str(error.value)
 
 
 def test_a_reference_without_tokens_says_so():

@@ -53,10 +53,12 @@ class StudyOptions:
     measure_every: int = 10
 
     def __post_init__(self) -> None:
-        counts = ("num_seeds", "rounds", "steps_per_round", "queries_per_round", "samples_per_group", "measure_every")
-        for name in (*counts, "label_steepness", "lr"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"bandit.{name}={getattr(self, name)} must be positive and finite")
+        counts = {"num_seeds": self.num_seeds, "rounds": self.rounds, "steps_per_round": self.steps_per_round}
+        counts |= {"queries_per_round": self.queries_per_round, "samples_per_group": self.samples_per_group}
+        counts |= {"measure_every": self.measure_every}
+        for name, value in {**counts, "label_steepness": self.label_steepness, "lr": self.lr}.items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"bandit.{name}={value} must be positive and finite")
         if self.samples_per_group % 2:
             raise ValueError(f"bandit.samples_per_group={self.samples_per_group} must be even: responses are paired")
         if self.queries_per_round % self.samples_per_group:
