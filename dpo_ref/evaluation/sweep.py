@@ -189,6 +189,30 @@ class Cell:
         """The metric of every seed."""
         return [job.evaluation.get(key) for job in self.jobs if job.evaluation]
 
+    def error(self, key: str) -> float:
+        """The metric's standard error over prompts, root mean square over the seeds; nan if unknown."""
+        evaluations = [job.evaluation for job in self.jobs if job.evaluation]
+        from_intervals = [(e.get(f"{key}_high") - e.get(f"{key}_low")) / (2 * 1.96) for e in evaluations]
+        clustered = [e.get(f"{key}_se") for e in evaluations]
+        errors = [se if math.isnan(half) else half for se, half in zip(clustered, from_intervals, strict=True)]
+        return math.sqrt(sum(se**2 for se in errors) / len(errors)) if errors else math.nan
+
+    def spread(self, key: str) -> float:
+        """Half the length of the metric's bar: over seeds if there are several, else of the one evaluation; 0 if
+        unknown."""
+        values = self.values(key)
+        if len(values) > 1:
+            return float(np.std(values, ddof=1))
+        alone = self.error(key)
+        return 0.0 if math.isnan(alone) else alone
+
+
+def short_names(cells: Sequence[Cell]) -> dict[str, str]:
+    """What tells each series from the others: its name without the parts that all of them share."""
+    parts = {cell.series: cell.series.split(", ") for cell in cells}
+    shared = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
+    return {name: ", ".join(part for part in own if part not in shared) or name for name, own in parts.items()}
+
 
 def _series(jobs: Sequence[SweptRun]) -> list[str]:
     """A name per job that jobs share which differ in beta and seed only; in step and seed only for checkpoints. Runs

@@ -13,8 +13,7 @@ from typing import Any
 
 from dpo_ref.evaluation.results import ACCURACY, ENDED, KL, LENGTH, SCORE, WIN_RATE, Evaluation
 from dpo_ref.files import write_text
-from dpo_ref.reports.policy import settings
-from dpo_ref.reports.tables import columns
+from dpo_ref.reports.tables import columns, settings
 from dpo_ref.tracking.redaction import PathRedactor, Redactor
 
 CARD = "README.md"

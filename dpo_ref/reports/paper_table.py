@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_ref.evaluation.results import LENGTH, measure_of
-from dpo_ref.evaluation.sweep import Cell
+from dpo_ref.evaluation.sweep import Cell, short_names
 from dpo_ref.reports import page
-from dpo_ref.reports.plots import short_names, spread
 from dpo_ref.reports.tables import MISSING, number
 
 BROKEN = "†"
@@ -47,7 +46,7 @@ class PaperTable:
 
 def _text(cell: Cell, key: str, scale: float, decimals: int) -> str:
     value = number(scale * cell.evaluation.get(key), decimals)
-    bar = spread(cell, key)
+    bar = cell.spread(key)
     return value if value == MISSING or not bar else f"{value} ± {number(scale * bar, decimals)}"
 
 

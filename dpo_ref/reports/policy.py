@@ -20,7 +20,7 @@ from dpo_ref.reports.diagnostics import diagnostics_panels, diagnostics_section
 from dpo_ref.reports.judge import judge_section
 from dpo_ref.reports.page import by_question, select
 from dpo_ref.reports.plots import BROKEN, INITIAL, Panel, colours, comparison_panels, labels, write_panels, write_png
-from dpo_ref.reports.tables import columns, judge_columns, titles
+from dpo_ref.reports.tables import columns, judge_columns, settings, titles
 from dpo_ref.tracking.tracker import RunInfo, Tracker, evaluation_artifacts
 from dpo_ref.tracking.weights_and_biases import known_id
 
@@ -28,14 +28,6 @@ SHOWN_PER_SELECTION = 30
 DIAGNOSTICS = "diagnostics.png"
 
 SECTIONS = (judge_section, diagnostics_section)  # each reads the files of its topic, if they are there
-
-
-def settings(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """How an evaluation was made, as names and values."""
-    prompts = f"{evaluation.num_prompts} prompts, {evaluation.num_generations} answers"
-    options = [(f"generation.{name}", str(value)) for name, value in evaluation.generation.items()]
-    judge = [("judge", f"{evaluation.judge['name']}, {evaluation.judge['model']}")] if evaluation.judge else []
-    return [("prompts", prompts), ("scorer", evaluation.scorer), *judge, *options]
 
 
 def sample_sections(evaluated: Sequence[Evaluated]) -> str:

@@ -26,7 +26,7 @@ from dpo_ref.evaluation.results import (
     measure_of,
 )
 from dpo_ref.evaluation.stages import read_evaluated
-from dpo_ref.evaluation.sweep import Cell, SweptRun, csv_text, without_result
+from dpo_ref.evaluation.sweep import Cell, SweptRun, csv_text, short_names, without_result
 from dpo_ref.files import write_text
 from dpo_ref.reports import page, tables
 from dpo_ref.reports.paper_table import (
@@ -41,20 +41,15 @@ from dpo_ref.reports.plots import (
     BROKEN,
     INITIAL,
     INK,
+    SERIES,
     Panel,
-    error,
-    legend,
-    point_axis,
     score_panel,
-    series_colours,
-    short_names,
-    spread,
     win_panel,
     write_panels,
     write_png,
 )
-from dpo_ref.reports.policy import TemperatureCurve, log_files, sample_sections, settings, temperature_panels
-from dpo_ref.reports.tables import MISSING, columns, judge_columns, number, results_table, titles
+from dpo_ref.reports.policy import TemperatureCurve, log_files, sample_sections, temperature_panels
+from dpo_ref.reports.tables import MISSING, columns, judge_columns, number, results_table, settings, titles
 from dpo_ref.tracking.tracker import RunInfo
 from dpo_ref.tracking.weights_and_biases import known_id
 
@@ -171,6 +166,45 @@ FEW = 5  # lines of a picture over temperatures
 BARS = "Bars are standard deviations over seeds (faint dots); with one seed, standard errors over prompts."
 
 
+FEW_ENTRIES = 5  # of a legend that stands among the curves
+LONGEST_ENTRY = 34  # characters
+SMALLER = 0.88  # the letters of a legend below the curves
+ROW = 1.7  # its lines, in letters
+
+
+def series_colours(cells: Sequence[Cell]) -> dict[str, str]:
+    """One colour per series, in their order."""
+    names = list(dict.fromkeys(cell.series for cell in cells))
+    return {name: SERIES[index % len(SERIES)] for index, name in enumerate(names)}
+
+
+def point_axis(axes: Any, cells: Sequence[Cell]) -> None:
+    """The axis of the KL strengths, logarithmic, or of a run's steps."""
+    if any(cell.step is not None for cell in cells):
+        axes.set_xlabel("optimiser step")
+        return
+    betas = sorted({cell.beta for cell in cells if cell.beta})
+    axes.set_xscale("log")
+    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("β (larger: closer to the reference)")
+
+
+def legend(axes: Any) -> None:
+    """Inside where it leaves room for the curves, else below them in two columns, for which the picture grows."""
+    from matplotlib import rcParams
+
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= FEW_ENTRIES:
+        axes.legend(loc="best")
+        return
+    half = LONGEST_ENTRY // 2
+    short = [name if len(name) <= LONGEST_ENTRY else f"{name[:half]}…{name[-half:]}" for name in names]
+    points = SMALLER * rcParams["legend.fontsize"]
+    axes.figure.set_figheight(axes.figure.get_figheight() + ROW * points / 72 * math.ceil(len(names) / 2))
+    axes.legend(handles, short, loc="upper left", bbox_to_anchor=(-0.12, -0.2), ncols=2, fontsize=points)
+
+
 @dataclass(frozen=True, slots=True)
 class Against:
     """A metric to draw against beta or the step: its key, the initial policy's value, and a factor for its unit."""
@@ -186,7 +220,7 @@ def _line(axes: Any, cells: Sequence[Cell], against: Against, colour: str, label
     key, scale = against.key, against.scale
     points = [cell.point for cell in cells]
     means = [scale * cell.evaluation.get(key) for cell in cells]
-    bars = [scale * spread(cell, key) for cell in cells]
+    bars = [scale * cell.spread(key) for cell in cells]
     axes.errorbar(
         points, means, yerr=bars, color=colour, linewidth=1.8, elinewidth=1.4, capsize=3, marker="o", label=label
     )
@@ -314,8 +348,8 @@ def front_of(cells: Sequence[Cell]) -> list[Cell]:
 
 def _draw_series(axes: Any, members: Sequence[Cell], colour: str, label: str) -> None:
     distances, rewards = _kl_and_score(members)
-    bars = {"xerr": [spread(cell, DISTANCE) for cell in members],
-            "yerr": [spread(cell, cell.evaluation.key(SCORE)) for cell in members]}  # fmt: skip
+    bars = {"xerr": [cell.spread(DISTANCE) for cell in members],
+            "yerr": [cell.spread(cell.evaluation.key(SCORE)) for cell in members]}  # fmt: skip
     axes.errorbar(
         distances, rewards, **bars, fmt="-o", color=colour, linewidth=1.5, elinewidth=0.9, markersize=5, label=label
     )
@@ -415,7 +449,7 @@ def interval(cell: Cell, key: str) -> tuple[float, float]:
     """The 95 % interval of a cell's mean: prompts are the same for every seed, so seeds do not shrink their part."""
     values = cell.values(key)
     training = np.var(values, ddof=1) / len(values) if len(values) > 1 else 0.0
-    half = quantile(len(values)) * math.sqrt(error(cell, key) ** 2 + training)
+    half = quantile(len(values)) * math.sqrt(cell.error(key) ** 2 + training)
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
@@ -432,7 +466,7 @@ def told_apart(first: Cell, second: Cell, key: str) -> bool:
         gaps = np.array([mine[seed] - theirs[seed] for seed in seeds])
         return bool(abs(gaps.mean()) > quantile(len(gaps)) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
     gap = first.evaluation.get(key) - second.evaluation.get(key)
-    return abs(gap) > quantile(1) * math.hypot(error(first, key), error(second, key))
+    return abs(gap) > quantile(1) * math.hypot(first.error(key), second.error(key))
 
 
 def _strength(series: str, members: Sequence[Cell], key: str) -> BestBeta:

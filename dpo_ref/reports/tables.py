@@ -127,6 +127,14 @@ def _title(evaluation: Evaluation, with_reference: bool, with_seed: bool) -> str
     return f"{name} ({', '.join(details)})" if details else name
 
 
+def settings(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """How an evaluation was made, as names and values."""
+    prompts = f"{evaluation.num_prompts} prompts, {evaluation.num_generations} answers"
+    options = [(f"generation.{name}", str(value)) for name, value in evaluation.generation.items()]
+    judge = [("judge", f"{evaluation.judge['name']}, {evaluation.judge['model']}")] if evaluation.judge else []
+    return [("prompts", prompts), ("scorer", evaluation.scorer), *judge, *options]
+
+
 # --- the table in a terminal
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from dpo_ref.evaluation.results import RESULTS, Evaluation
 from dpo_ref.evaluation.sweep import cells, collect, csv_text, joined, without_result
-from dpo_ref.reports.plots import spread
 from dpo_ref.reports.sweep import panels, sweep_panels, sweep_tables, write_sweep
 from tests.support import evaluations as invented
 
@@ -64,7 +63,7 @@ def test_cells_join_seeds_and_nothing_else(folder):
         values = [metrics[key] for metrics in pair]
         assert cell.evaluation.metrics[key] == pytest.approx(np.mean(values))
         assert cell.evaluation.metrics[f"{key}_se"] == pytest.approx(np.std(values, ddof=1))
-        assert spread(cell, key) == pytest.approx(np.std(values, ddof=1))
+        assert cell.spread(key) == pytest.approx(np.std(values, ddof=1))
     assert cell.evaluation.num_seeds == 2
 
 

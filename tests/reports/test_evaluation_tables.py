@@ -15,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ref.evaluation.results import Evaluation
-from dpo_ref.evaluation.sweep import Cell, SweptRun, joined
+from dpo_ref.evaluation.sweep import Cell, SweptRun, joined, short_names
 from dpo_ref.reports import paper_table as tables
-from dpo_ref.reports.plots import short_names
 from dpo_ref.reports.policy import TemperatureCurve, temperature_panels, temperatures
 from dpo_ref.reports.sweep import (
     best_strengths,
