@@ -48,7 +48,7 @@ def test_the_table_of_groups_is_complete():
 def test_the_objective_that_is_added_works():
     """Margins 0.2 and 1.4 at beta 0.1: losses 0.8 squared and 0."""
     code = re.search(r"```python\n(def truncated_quadratic.*?)```", README, re.DOTALL).group(1)
-    space = {name: getattr(interface, name) for name in ("Strength", "Preference")} | {"PairLogps": PairLogps}
+    space = {name: getattr(interface, name) for name in ("KLStrength", "Preference")} | {"PairLogps": PairLogps}
     exec(code, space)
     sizes = torch.ones(2, dtype=torch.long)
     policy = PairLogps(torch.tensor([1.0, 10.0]), torch.tensor([-1.0, -4.0]), sizes, sizes, sizes, sizes)
