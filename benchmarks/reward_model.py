@@ -96,7 +96,7 @@ def main() -> None:
         print(f"{name:20}{row['labels']:8.3f}{row['gold']:8.3f}")
 
     place, samples = locate("lab:initial"), max(COUNTS)
-    model, tokenizer = load_model(place, best_device(), "auto"), load_tokenizer(place)
+    model, tokenizer = load_model(place, best_device(), "auto").model, load_tokenizer(place)
     answers = generate(model, tokenizer, data.test_prompts, 0, samples_per_prompt=samples)
     worth = gold(answers).values
     scores = {name: reward_model(answers, path=path, batch_size=64).values for name, path in models.items()}

@@ -71,6 +71,14 @@ def test_hydra_and_wandb_stay_in_their_rooms(path):
     assert "pickle" not in roots
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_the_user_is_told_is_printed_by_the_terminal_and_the_command_line(path):
+    names = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)]
+    in_the_open = room_of(path) == "cli" or path == PACKAGE / "tracking" / "terminal.py"
+    assert in_the_open or "print" not in {node.id for node in names}
+    assert "redirect_stdout" not in path.read_text()
+
+
 def hung_on_functions(path: Path) -> list[str]:
     """Assignments to attributes of the file's own functions and classes, and to any attribute while it is imported."""
     tree = ast.parse(path.read_text())

@@ -22,7 +22,7 @@ from dpo_ref.references import interface as references
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.reports.data import data_page
 from dpo_ref.tracking.run_record import RunRecord
-from dpo_ref.tracking.terminal import progress, run_summary, show_example
+from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
 from dpo_ref.tracking.tracker import Tracker
 from dpo_ref.training.rounds import Rounds, RoundsContext, fitted, groups_for, offline
 from dpo_ref.training.run import SampleEvaluation, TrainingRun
@@ -69,6 +69,7 @@ def workspace(config: RunConfig, directory: Path) -> Workspace:
 def trained_model(config: RunConfig, device: torch.device) -> TrainedModel:
     """The policy, or the reward model made of it."""
     policy = config.model(device)
+    say(*policy.notes)
     return with_score_head(policy, config.seed) if config.objective.of_scores else policy
 
 
@@ -99,15 +100,14 @@ def tokenised(config: RunConfig, data: PreferenceData, tokenizer: Any) -> tuple[
 def prepared(
     config: RunConfig, data: PreferenceData, tokenizer: Any, tracker: Tracker
 ) -> tuple[TokenGroups, TokenGroups, dict[str, int]]:
-    """Train and held-out groups, and what happened to rows; prints what they are like."""
+    """Train and held-out groups, and what happened to rows; says what they are like."""
     train, held_out = tokenised(config, data, tokenizer)
-    for line in short_report(inspect(data, train, held_out)):
-        print(line)
+    say(*short_report(inspect(data, train, held_out)))
     counts = summed_counts(data.reading, train.counts, held_out.counts)
     if not len(train.groups):
         raise ValueError("nothing is left to train on: every row was dropped; see data.max_length, data.over_length")
     if ChatText(tokenizer).leaves_out_bos:
-        print("  the chat template writes no BOS, which the tokenizer adds by itself; see model.template")
+        say("  the chat template writes no BOS, which the tokenizer adds by itself; see model.template")
     example = example_of(tokenizer, train.groups[0]).rows()
     show_example(example)
     tracker.table("data/example", ["part", "text", "scored"], example, step=0)
@@ -128,7 +128,9 @@ def rounds_of(
         pack=config.data.bound(pack),
         config=config.trainer,
     )
-    return config.data.bound(config.data.hooks.rounds or offline)(context)
+    rounds = config.data.bound(config.data.hooks.rounds or offline)(context)
+    say(*rounds.notes)
+    return rounds
 
 
 def report_data(config: RunConfig, directory: Path) -> None:
@@ -143,7 +145,7 @@ def report_data(config: RunConfig, directory: Path) -> None:
     title = f"{config.data.name} for {config.model.options['path']}"
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / "data.html", data_page(inspection, score_margins(data.train), examples, title))
-    print("\n".join(short_report(inspection)))
+    say(*short_report(inspection))
     run_summary(f"data={config.data.name}", {"page": str(directory / "data.html")})
 
 
@@ -151,15 +153,18 @@ def report_data(config: RunConfig, directory: Path) -> None:
 
 
 def build_reference(config: RunConfig, work: Workspace, policy: TrainedModel, groups: Groups) -> Reference:
-    """The loss reference, tabulated unless told otherwise; prints which one it is."""
+    """The loss reference, tabulated unless told otherwise."""
     objective = config.objective
     context = ReferenceContext(
         work, policy, groups, config.data.bound(pack), objective.uses_reference, objective.needs_tokens
     )
-    reference = references.build(config.reference, context)
+    return references.build(config.reference, context)
+
+
+def say_which(reference: Reference) -> None:
+    """How the reference came about, and which one it is."""
     whose = reference.provenance or (reference.identity[:12] if reference.weights else reference.name)
-    print(f"reference: {reference.name}" + (f" ({whose})" if whose != reference.name else ""))
-    return reference
+    say(*reference.notes, f"reference: {reference.name}" + (f" ({whose})" if whose != reference.name else ""))
 
 
 def reference_of(
@@ -168,6 +173,7 @@ def reference_of(
     """The run's loss reference. Raises ValueError for one that only knows rows from before training, where the run
     makes others."""
     reference = build_reference(config, work, policy, ConcatGroups(rounds.known, held_out))
+    say_which(reference)
     if rounds.live and not reference.live:
         raise ValueError(
             f"reference={reference.name} is a table of what is known before training, and data={config.data.name} "
@@ -181,11 +187,12 @@ def cache_reference(config: RunConfig, directory: Path) -> None:
     if not config.objective.uses_reference or config.reference.options.get("cache") != "auto":
         raise ValueError(f"stage=cache_reference: reference={config.reference.name} has no table to fill")
     work = workspace(config, directory)
-    data, policy = config.data(config.seed, progress), config.model(work.device)
+    data, policy = config.data(config.seed, progress), trained_model(config, work.device)
     train, held_out = (groups_for(config.objective, part.groups) for part in tokenised(config, data, policy.tokenizer))
     reference = build_reference(config, work, policy, ConcatGroups(train, held_out))
+    say_which(reference)
     folder = work.cache / "reference" / reference.identity
-    print(f"cached {len(train) + len(held_out):,} groups in {folder}")
+    say(f"cached {len(train) + len(held_out):,} groups in {folder}")
 
 
 # --- evaluation while training
@@ -219,4 +226,5 @@ def evaluation_of(
         thresholds=config.degeneration,
     )
     evaluation = config.evaluation(context)
+    say(*evaluation.notes)
     return SampleEvaluation(evaluation.measure, every)

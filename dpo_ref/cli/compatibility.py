@@ -5,10 +5,8 @@ cache, so that a run that follows finds these log-probs. A candidate that cannot
 reason, and the others go on.
 """
 
-import io
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from dpo_ref.cli.build import build_reference, check_paths, tokenised, workspace
+from dpo_ref.cli.build import build_reference, check_paths, say_which, tokenised, workspace
 from dpo_ref.cli.command_line import composed, reference_words
 from dpo_ref.cli.resolve import RunConfig, resolve
 from dpo_ref.component import Component
@@ -46,9 +44,9 @@ from dpo_ref.models.checkpoint import weights_digest
 from dpo_ref.models.loading import ModelSource, Policy, Workspace
 from dpo_ref.references.interface import Reference
 from dpo_ref.reports.compatibility import cells, entries, headline, terminal_table, verdict, write_page
-from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.tracking.terminal import progress, run_summary, say
 from dpo_ref.tracking.tracker import RunInfo
-from dpo_ref.types import Message, PromptGroup, ResponseLogps, TokenGroup
+from dpo_ref.types import Message, PromptGroup, ResponseLogps, TokenGroup, silent
 
 # --- a candidate: built, and asked about pairs and samples
 
@@ -67,9 +65,16 @@ class Bench:
     prompts: Sequence[tuple[Message, ...]]
     max_new_tokens: int
 
-    def build(self, reference: Component, groups: Groups) -> Reference:
-        """The reference for these groups."""
-        return build_reference(replace(self.run, reference=reference), self.work, self.policy, groups)
+    def build(self, component: Component, groups: Groups) -> Reference:
+        """The reference for these groups; says which one it is."""
+        reference = build_reference(replace(self.run, reference=component), self.work, self.policy, groups)
+        say_which(reference)
+        return reference
+
+    def rebuild(self, component: Component, groups: Groups) -> Reference:
+        """The reference for other groups than before, in silence."""
+        work = replace(self.work, progress=silent)
+        return build_reference(replace(self.run, reference=component), work, self.policy, groups)
 
     def samples(self, model: nn.Module, tokenizer: Any, prompts: Sequence[tuple[Message, ...]]) -> list[Generation]:
         """One answer of a model to each prompt that leaves room for it, at temperature 1."""
@@ -149,8 +154,7 @@ def _own_model(bench: Bench, component: Component, reference: Reference) -> nn.M
     """The model behind a reference of the policy's tokens; None where it is no single one that can be asked."""
     if reference.model is not None or component.live is None:
         return reference.model
-    with redirect_stdout(io.StringIO()):  # it was built before, and has said what there is to say
-        return bench.build(component.live, bench.groups[:1]).model
+    return bench.rebuild(component.live, bench.groups[:1]).model
 
 
 def _drawn_by(bench: Bench, component: Component, reference: Reference) -> list[Generation] | None:
@@ -177,8 +181,7 @@ def _scored(bench: Bench, component: Component, texts: Sequence[PromptGroup]) ->
     groups = bench.run.data.bound(tokenise)(texts, bench.policy.tokenizer).groups
     if not len(groups):
         return np.zeros(0), np.zeros(0), []
-    with redirect_stdout(io.StringIO()):
-        both = [bench.build(reference, groups) for reference in (bench.run.reference, component)]
+    both = [bench.rebuild(reference, groups) for reference in (bench.run.reference, component)]
     scored = [sums_of(responses(reference, groups, bench)) for reference in both]
     return scored[0], scored[1], groups.rows.tolist()
 
@@ -274,6 +277,7 @@ def _bench(request: CompatibilityRequest) -> Bench:
     work = replace(workspace(run, Path(request.output_dir or ".")), seed=request.seed)
     data = run.data(run.seed, progress)
     policy: Policy = run.model(work.device)
+    say(*policy.notes)
     groups = draw(tokenised(run, data, policy.tokenizer)[0].groups, request.options.num_pairs, request.seed)
     texts = [groups.text(index) for index in range(len(groups))]
     prompts = [prompt for prompt in {text.prompt_id: text.prompt for text in texts}.values() if prompt]
@@ -309,7 +313,7 @@ def _report(request: CompatibilityRequest, runs: Mapping[str, tuple[list[str], R
         )
 
     for title, (words, run) in runs.items():
-        print(f"{title}:")
+        say(f"{title}:")
         try:
             candidates.append(measured(title, words, run.reference))
         except ValueError as error:

@@ -19,7 +19,7 @@ from dpo_ref.files import write_text
 from dpo_ref.generation.records import read_generations
 from dpo_ref.reports.exports import Answers, Export, RewardedPair, RewardedPairs
 from dpo_ref.reports.model_card import CARD
-from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.tracking.terminal import progress, run_summary, say
 from dpo_ref.types import PromptGroup, TokenGroup
 
 STAGE, FOLDER = "export", "exports"
@@ -63,7 +63,7 @@ def _pairs(subject: PolicyToEvaluate, settings: EvaluationSettings) -> RewardedP
     against = reference_pairs(reference, members, policy, settings.work.device)
     pairs = rewarded(held_out, members, policy, against)
     if left_out := sum(len(group.pairs) for group in held_out) - len(pairs):
-        print(f"{left_out} of {left_out + len(pairs)} pairs left out: they are longer than data.max_length")
+        say(f"{left_out} of {left_out + len(pairs)} pairs left out: they are longer than data.max_length")
     return RewardedPairs(subject.name, source.name, pairs)
 
 

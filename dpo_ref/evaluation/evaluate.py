@@ -49,6 +49,7 @@ from dpo_ref.generation.sampling import never_sampled
 from dpo_ref.models import checkpoint
 from dpo_ref.models.loading import ModelPath
 from dpo_ref.references.interface import Reference, ReferenceContext, build
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import PreferenceData, Progress, digest
 
 
@@ -223,6 +224,7 @@ def loss_reference(subject: PolicyToEvaluate, settings: EvaluationSettings, grou
         uses_reference=run.summary["reference"] != "none",
     )
     reference = build(run.loss_reference, context)
+    say(*reference.notes)
     reference.load_state_dict(checkpoint.read_reference(run.checkpoint) if run.checkpoint else {})
     subject.check_reference(reference)
     return reference
@@ -323,7 +325,7 @@ def _fitting(tokenizer: Any, asked: PromptSet, limits: Component) -> PromptSet:
     sizes = map(len, encode_prompts(tokenizer, [question.prompt for question in asked.questions]))
     kept = [question for question, size in zip(asked.questions, sizes, strict=True) if size <= limit]
     if len(kept) < (count := len(asked.questions)):
-        print(f"{count - len(kept)} of {count} prompts left out: longer than {limit} tokens")
+        say(f"{count - len(kept)} of {count} prompts left out: longer than {limit} tokens")
     return replace(asked, questions=tuple(kept))
 
 

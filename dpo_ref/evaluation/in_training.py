@@ -111,7 +111,7 @@ class SampleOptions:
 
 
 class TrainingEvaluation:
-    """Evaluations of the policy of one run."""
+    """Evaluations of the policy of one run. `notes` is what the user is told of how they are done."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class TrainingEvaluation:
         sampling: SampleOptions,
     ) -> None:
         self._context, self._scorer, self._sampling = context, scorer, sampling
-        self._prompts = drawn_prompts(context, num_prompts, sampling.max_new_tokens)
+        self._prompts, self.notes = drawn_prompts(context, num_prompts, sampling.max_new_tokens)
         self._pairs = [context.pairs[place] for place in _drawn(len(context.pairs), num_prompts, context.work.seed)]
 
     @property
@@ -203,11 +203,13 @@ def _drawn(total: int, count: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng([seed, 4]).permutation(total)[:count].tolist())
 
 
-def drawn_prompts(context: EvaluationContext, count: int, max_new_tokens: int) -> list[Sequence[Message]]:
+def drawn_prompts(
+    context: EvaluationContext, count: int, max_new_tokens: int
+) -> tuple[list[Sequence[Message]], tuple[str, ...]]:
     """`count` of the held-out prompts, drawn by the seed; all, where there are no more.
 
-    Prompts that leave no room for an answer are left out, and counted on the terminal. Raises ValueError where none
-    is held out, or none left.
+    Prompts that leave no room for an answer are left out, and counted in a note. Raises ValueError where none is held
+    out, or none left.
     """
     if not context.prompts:
         raise ValueError(
@@ -222,9 +224,10 @@ def drawn_prompts(context: EvaluationContext, count: int, max_new_tokens: int) -
             f"no held-out prompt leaves room for evaluation.max_new_tokens={max_new_tokens} in {context.max_length} "
             "tokens; lower it, or raise data.max_length"
         )
-    if left_out := len(context.prompts) - len(fitting):
-        print(f"  {left_out} held-out prompts left out: with an answer they exceed {context.max_length} tokens")
-    return [fitting[index] for index in _drawn(len(fitting), count, context.work.seed)]
+    left_out = len(context.prompts) - len(fitting)
+    note = f"  {left_out} held-out prompts left out: with an answer they exceed {context.max_length} tokens"
+    prompts = [fitting[index] for index in _drawn(len(fitting), count, context.work.seed)]
+    return prompts, (note,) if left_out else ()
 
 
 def _check_options(**options: Any) -> None:
@@ -257,8 +260,8 @@ def samples(
     evaluation = TrainingEvaluation(context, scorer, num_prompts, sampling)
     copied = context.initial.num_copied
     initial = f"a copy of its {copied:,} trained weights" if copied else "the reference in memory"
-    print(
+    evaluation.notes += (
         f"evaluation: every {every} steps, {evaluation.num_prompts} held-out prompts, answers per prompt: "
-        f"{samples_per_prompt}; the initial policy is {initial}"
+        f"{samples_per_prompt}; the initial policy is {initial}",
     )
     return evaluation

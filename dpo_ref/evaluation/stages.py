@@ -41,6 +41,7 @@ from dpo_ref.evaluation.statistics.estimates import clustered_mean
 from dpo_ref.files import plain, write_json
 from dpo_ref.generation.engine import Kept, KeptInFile, PromptSet
 from dpo_ref.generation.records import Generation, read_generations, write_generations
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Progress, digest
 
 CHANGES_NO_SAMPLE = ("batch_size", "concurrency", "retries", "timeout", "url")
@@ -165,7 +166,7 @@ def judge_stage(
     pairs, name = paired(evaluated.generations, baseline.generations), baseline.evaluation.name
     judged = judge_pairs(judge, pairs, progress)
     metrics = judge_metrics(judge, judged.judgments, name, seed)
-    print(f"judge={judge.name}: {len(pairs)} pairs judged, {judged.num_asked} questions asked, the others known")
+    say(f"judge={judge.name}: {len(pairs)} pairs judged, {judged.num_asked} questions asked, the others known")
     (folder / RECORD).unlink(missing_ok=True)  # a crash between the two files must not join numbers to other pairs
     write_judgments(folder / JUDGMENTS, judged.judgments)
     write_json(

@@ -31,6 +31,7 @@ from dpo_ref.evaluation.statistics.length_control import (
     predict,
     refit_interval,
 )
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Progress, digest
 
 # --- judged answers on disk
@@ -192,7 +193,7 @@ def distinct_baselines(matches: Sequence[Match]) -> list[Match]:
         answers = [_answers(match) for match in group]
         if any(a[p] != b[p] for a, b in combinations(answers, 2) for p in a.keys() & b.keys()):
             apart.add(key)
-            print(f"{key[1]} is not the same model everywhere: its answers to the same prompts differ between files")
+            say(f"{key[1]} is not the same model everywhere: its answers to the same prompts differ between files")
     return [
         replace(match, baseline=f"{match.baseline} of {match.model}")
         if (match.judge, match.baseline) in apart

@@ -35,7 +35,7 @@ from dpo_ref.models.loading import LOCATORS, Policy
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.unpaired import sft
 from dpo_ref.references.policies import NoReference
-from dpo_ref.tracking.terminal import TrainingProgress
+from dpo_ref.tracking.terminal import TrainingProgress, say
 from dpo_ref.training.optim import adamw
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import train
@@ -208,7 +208,7 @@ def _lock(path: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another process is building lab:{name}; waiting for it")
+            say(f"another process is building lab:{name}; waiting for it")
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
@@ -236,7 +236,7 @@ def _model(recipe: Recipe, tokenizer: Any) -> Any:
 def _build(name: str, recipe: Recipe, folder: Path) -> None:
     """Train a model from its recipe and move it into its place."""
     minutes = {"tiny": "some seconds", "large": "a GPU and some minutes"}.get(name, "a few minutes")
-    print(f"building lab:{name}, once per machine ({minutes})")
+    say(f"building lab:{name}, once per machine ({minutes})")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         tokenizer = TOKENIZERS[recipe.tokenizer]()

@@ -21,6 +21,7 @@ from dpo_ref.models.attention import KERNELS, resolve_backend
 from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_digest
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
 from dpo_ref.models.packable import install, kernel_refuses
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import PackedBatch, Progress, ResponseLogps, Span
 
 # --- a model and what determines what it says
@@ -43,6 +44,7 @@ class TrainedModel(ABC):
     on_top: str | None = None
     compiled: bool = False
     adapter: Any = None  # peft's view of the model, where an adapter is trained instead of its weights
+    notes: tuple[str, ...] = ()  # what the user is told of how it runs
     writes: ClassVar[bool]  # whether it can be asked for answers
 
     @cached_property
@@ -185,6 +187,13 @@ def _check_writes(config: Any) -> None:
         raise ValueError(f"it is a {kinds[0]}, which scores answers and writes none: scorer=reward_model scorer.path=")
 
 
+class LoadedModel(NamedTuple):
+    """A causal language model, and what the user is told of how it runs."""
+
+    model: Any
+    notes: tuple[str, ...]
+
+
 def load_model(
     path: str,
     device: torch.device | None,
@@ -192,7 +201,7 @@ def load_model(
     key: str = "model.path",
     revision: str | None = None,
     **how: Any,
-) -> Any:
+) -> LoadedModel:
     """A causal language model in float32, packed where its architecture allows; safetensors only, no code from the
     folder. `how` is handed to transformers: another dtype, a quantisation; with `device=None` it also says where the
     weights go. Raises ValueError naming `key` for what is no model."""
@@ -210,16 +219,21 @@ def load_model(
         raise ValueError(f"{key}={path}: no model could be loaded: {str(error).splitlines()[0]}") from error
     if device is not None:
         model.to(device)
-    model.eval()
+    return LoadedModel(model, _packed(model.eval(), attention, f"{key}={path}"))
+
+
+def _packed(model: nn.Module, attention: str, title: str) -> tuple[str, ...]:
+    """Install packed attention where the architecture allows it; what the user is told where it does not."""
     backend = resolve_backend(attention)
     reason = install(model, backend)
     if reason is not None:
-        print(f"{key}={path} runs one response at a time, unpacked: {reason}")
-    elif backend in KERNELS and (refusal := kernel_refuses(model, backend)) is not None:
-        if attention != "auto":
-            raise ValueError(f"{key}={path} cannot run with attention={attention}: {refusal}; use auto or sdpa")
-        print(f"{key}={path} attends piece by piece, as with sdpa: {refusal}")
-    return model
+        return (f"{title} runs one response at a time, unpacked: {reason}",)
+    refusal = kernel_refuses(model, backend) if backend in KERNELS else None
+    if refusal is None:
+        return ()
+    if attention != "auto":
+        raise ValueError(f"{title} cannot run with attention={attention}: {refusal}; use auto or sdpa")
+    return (f"{title} attends piece by piece, as with sdpa: {refusal}",)
 
 
 def _check_options(
@@ -268,13 +282,13 @@ def pretrained(
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)
     tokenizer = prepared_tokenizer(folder, template, template_options, max_length)
-    model = load_model(folder, device, attention)
+    model, notes = load_model(folder, device, attention)
     trained = _adapter(model, adapter, lora_rank, lora_alpha)
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
-    return Policy(lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained)
+    return Policy(lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes)
 
 
 def _adapter(model: Any, adapter: str | None, rank: int | None, alpha: float | None) -> Any:
@@ -381,7 +395,7 @@ def _placed(device: str, quantised: bool, policy: torch.device) -> tuple[torch.d
     return (None, {"device_map": {"": target}}) if quantised else (target, {})
 
 
-def load_reference(source: ModelSource, folder: str, policy_device: torch.device, attention: str) -> nn.Module:
+def load_reference(source: ModelSource, folder: str, policy_device: torch.device, attention: str) -> LoadedModel:
     """The model of `source`, which lies at `folder`, ready to be asked for log-probs.
 
     Raises ValueError for what is no model, for packages that are missing, and for a second model that does not fit
@@ -390,12 +404,12 @@ def load_reference(source: ModelSource, folder: str, policy_device: torch.device
     how = _quantised(source.quantisation)
     device, placing = _placed(source.device, bool(how), policy_device)
     try:
-        model = load_model(
+        loaded = load_model(
             folder, device, attention, KEY, source.revision, dtype=DTYPES[source.dtype], **how, **placing
         )
         if source.adapter is not None:
-            load_adapter(model, source.adapter, "reference.adapter", trainable=False)
-        return model
+            load_adapter(loaded.model, source.adapter, "reference.adapter", trainable=False)
+        return loaded
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -416,6 +430,7 @@ class ModelLoader:
     def __init__(self, device: torch.device, attention: str = "auto", keep: int = 0) -> None:
         self.device, self.keep, self._attention = device, keep, attention
         self._policies = lru_cache(maxsize=keep)(self._policy)
+        self._notes: set[str] = set()
 
     def policy(self, model: ModelPath) -> Policy:
         """A model that is asked, not trained."""
@@ -428,11 +443,17 @@ class ModelLoader:
 
     def fresh(self, source: ModelSource) -> nn.Module:
         """The model of `source`, of which nobody else knows."""
-        return load_reference(source, locate(source.path), self.device, self._attention)
+        return self._announced(load_reference(source, locate(source.path), self.device, self._attention))
 
     def tokenizer(self, path: str, revision: str | None = None) -> Any:
         """The tokenizer of a model."""
         return load_tokenizer(locate(path), revision)
+
+    def _announced(self, loaded: LoadedModel) -> Any:
+        """The model; what there is to tell of it is said at the first time, as it may be loaded again."""
+        say(*(note for note in loaded.notes if note not in self._notes))
+        self._notes.update(loaded.notes)
+        return loaded.model
 
     def _policy(self, model: ModelPath) -> Policy:
         located = locate(model.path)
@@ -450,7 +471,7 @@ class ModelLoader:
         )
 
     def _weights(self, folder: str, checkpoint: Path | None, adapter: str | None) -> nn.Module:
-        model = load_model(folder, self.device, self._attention, "policy")
+        model = self._announced(load_model(folder, self.device, self._attention, "policy"))
         if checkpoint is not None:
             load_policy(checkpoint, model)
         if adapter is not None:

@@ -32,6 +32,7 @@ class Reference(ABC):
     values_digest: str | None = None  # of its log-probs, where they were computed or given beforehand
     provenance: str | None = None  # whose log-probs it has, as the user declared
     audit: "Audit | None" = None  # what became of the responses in its own tokenizer and template
+    notes: tuple[str, ...] = ()  # what the user is told of how it came about
 
     @property
     def model(self) -> nn.Module | None:

@@ -28,6 +28,7 @@ class Mixture(Reference):
         self._parts, self._shares, self._combine = parts, weights, MEANS[mean]
         self.identity = digest([[part.identity for part in parts], list(weights), mean])
         self.values_digest = digest([part.values_digest or part.identity for part in parts])
+        self.notes = tuple(note for part in parts for note in part.notes)
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """The combination of what the parts say."""

@@ -27,6 +27,7 @@ from dpo_ref.data.encoding import Encoder, Ids
 from dpo_ref.data.groups import TokenGroups, from_groups
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.table import PrecomputedReference, Rows, Scorer, row_key, rows_of
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Message, PackedBatch, PromptGroup, ResponseLogps, TokenGroup, digest
 
 # --- the policy's groups as the reference reads them
@@ -69,14 +70,19 @@ class TextAudit:
         """Of responses that were altered."""
         return self.altered / max(1, self.num_responses)
 
-    def check(self, max_altered: float) -> None:
-        """Print the audit; raise ValueError if more than a share of `max_altered` was altered."""
-        print(f"reference text: {self.line()}")
-        if self.share > max_altered:
-            raise ValueError(
-                f"{self.share:.1%} of the responses are not what they were after the reference's template and "
-                f"tokenizer (reference.max_altered={max_altered:g}), such as {'; '.join(self.examples)}"
-            )
+    @property
+    def note(self) -> str:
+        """The audit as the user is told of it."""
+        return f"reference text: {self.line()}"
+
+    def refusal(self, max_altered: float) -> str | None:
+        """Why the reference cannot be used, if more than a share of `max_altered` was altered."""
+        if self.share <= max_altered:
+            return None
+        return (
+            f"{self.share:.1%} of the responses are not what they were after the reference's template and "
+            f"tokenizer (reference.max_altered={max_altered:g}), such as {'; '.join(self.examples)}"
+        )
 
     def line(self) -> str:
         """The audit in a line."""
@@ -201,6 +207,7 @@ class PrecomputedSums(Reference):
         audit: TextAudit | None = None,
     ) -> None:
         self.name, self.identity, self.weights, self.audit = name, identity, weights, audit
+        self.notes = () if audit is None else (audit.note,)
         self._sums, self._aligned = sums, aligned
         self._device = device
         self.values_digest = hashlib.sha256(np.concatenate(list(sums.values())).tobytes()).hexdigest()[:32]
@@ -241,23 +248,27 @@ def from_text(
 ) -> PrecomputedSums | PrecomputedReference:
     """The reference's log-probs of the context's responses under its own template and tokenizer.
 
-    Prints an audit. A Table of tokens where its response tokens turn out to be the policy's. Raises ValueError if more
-    than `own.max_altered` of the responses come back changed, and for an objective that needs values of tokens.
+    A table of tokens where its response tokens turn out to be the policy's. Raises ValueError if more than
+    `own.max_altered` of the responses come back changed, and for an objective that needs values of tokens; the user
+    is then told of the audit here, as there is no reference to carry it.
     """
     writer = ReferenceEncoder(context, own)
     groups = from_groups(writer.groups())
-    writer.audit.check(own.max_altered)
     same = all(ours.response_ids == theirs.response_ids for ours, theirs in zip(context.groups, groups, strict=True))
-    if context.needs_tokens and not same:
-        raise ValueError(
+    refusal = writer.audit.refusal(own.max_altered)
+    if refusal is None and context.needs_tokens and not same:
+        refusal = (
             f"the objective looks at single tokens of the reference, and the tokens of reference={name} are not the "
             "policy's: use a reference with the policy's tokenizer and template, or an objective on sums such as dpo"
         )
+    if refusal is not None:
+        say(writer.audit.note)
+        raise ValueError(refusal)
     rows = ROWS[cache](scorer, groups, identity, context)
     identity = digest([identity, own.terminator, own.system_prompt])
     if same:
         table = PrecomputedReference(name, identity, weights, groups, rows, context.work.device)
-        table.own_text = True
+        table.own_text, table.notes = True, (writer.audit.note,)
         return table
     aligned = None if any(group.scored for group in groups) else _Aligner(writer, own.tokenizer).carried(groups, rows)
     return PrecomputedSums(name, identity, weights, _sums(groups, rows), context.work.device, aligned, writer.audit)

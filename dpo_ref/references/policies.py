@@ -257,6 +257,7 @@ class MovingReference(Reference):
     """A copy of the policy that takes a step of `share` towards it every `every` optimiser steps."""
 
     name = "moving"
+    notes = ("reference: it moves, so it is asked at every step and nothing is cached",)
 
     def __init__(self, model: nn.Module, identity: str, weights: str, share: float, every: int) -> None:
         self.identity, self.weights, self.share, self.every = identity, weights, share, every
@@ -319,5 +320,4 @@ def moving(context: ReferenceContext, *, share: float = 0.6, every: int = 512, c
     identity = digest(
         [identity_of(context.policy.model, weights, context.policy.text_identity), "moving", share, every]
     )
-    print("reference: it moves, so it is asked at every step and nothing is cached")
     return MovingReference(copy.deepcopy(context.policy.model), identity, weights, share, every)

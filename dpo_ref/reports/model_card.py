@@ -15,6 +15,7 @@ from dpo_ref.evaluation.results import ACCURACY, ENDED, KL, LENGTH, SCORE, WIN_R
 from dpo_ref.files import write_text
 from dpo_ref.reports.tables import columns, settings
 from dpo_ref.tracking.redaction import PathRedactor, Redactor
+from dpo_ref.tracking.terminal import say
 
 CARD = "README.md"
 MARK = re.compile(r"<!-- dpo_ref ([0-9a-f]{64}) -->\n\Z")
@@ -165,6 +166,6 @@ def write_card(
     so."""
     path = run / "policy" / CARD
     if path.is_file() and not is_ours(path.read_text(encoding="utf-8")):
-        print(f"{path} was edited by hand and stays as it is; delete it to have it written again")
+        say(f"{path} was edited by hand and stays as it is; delete it to have it written again")
         return
     write_text(path, card(run, summary, config, evaluation))

@@ -30,6 +30,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def say(*sentences: str) -> None:
+    """Tell the user each sentence in a line of its own, below a bar that is being drawn."""
+    for sentence in sentences:
+        print(sentence, flush=True)
+
+
 class PlainLine:
     """One thing in progress, told about now and then."""
 

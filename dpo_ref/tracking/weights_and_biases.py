@@ -31,6 +31,7 @@ from uuid import uuid4
 
 from dpo_ref.files import write_text
 from dpo_ref.tracking.redaction import Redactor
+from dpo_ref.tracking.terminal import say
 from dpo_ref.tracking.tracker import Artifact, NoTracker, RunInfo, Tracker
 
 # --- starting one
@@ -110,7 +111,7 @@ def _open(directory: Path, start: Callable[[Mode], Any], mode: Mode, why: str, u
     if mode == "online":
         try:
             tracker = WandbTracker(start("online"), directory, upload_weights)
-            say(f"online at {tracker.location}")
+            announce(f"online at {tracker.location}")
             return tracker
         except Exception as error:  # no network, a refused key, a service in trouble: none is the run's concern
             why = f"the service did not answer ({described(error)})"
@@ -118,10 +119,12 @@ def _open(directory: Path, start: Callable[[Mode], Any], mode: Mode, why: str, u
     try:
         tracker = WandbTracker(start("offline"), directory, upload_weights)
     except Exception as error:
-        say(f"off ({described(error)}); metrics.jsonl has the run's numbers")
+        announce(f"off ({described(error)}); metrics.jsonl has the run's numbers")
         end_service()
         return NoTracker()
-    say(f"offline, because {why}; upload later with: wandb sync {shlex.quote(str(directory / 'wandb'))}/offline-run-*")
+    announce(
+        f"offline, because {why}; upload later with: wandb sync {shlex.quote(str(directory / 'wandb'))}/offline-run-*"
+    )
     return tracker
 
 
@@ -149,7 +152,7 @@ def wandb_tracker(
     if mode == "online" and actual_mode != "online":
         raise ValueError(f"tracking.mode=online: {why}; run `wandb login` first, or write tracking.mode=offline")
     if actual_mode == "disabled":
-        say(f"off, because {why}")
+        announce(f"off, because {why}")
         return NoTracker()
     redactor = Redactor(run.config)
     arguments = {
@@ -172,9 +175,9 @@ def wandb_tracker(
 LONGEST_ARTIFACT_NAME = 128  # characters
 
 
-def say(text: str) -> None:
-    """One line to the user."""
-    print(f"W&B: {' '.join(text.split())}", flush=True)
+def announce(text: str) -> None:
+    """One line to the user about W&B."""
+    say(f"W&B: {' '.join(text.split())}")
 
 
 def described(error: Exception) -> str:
@@ -282,7 +285,7 @@ class WandbTracker:
             self._run.finish(exit_code=exit_code)
         except TimeoutError:
             folder = shlex.quote(str(Path(self._run.dir).parent))
-            say(f"not everything was uploaded in time; later: wandb sync --include-online {folder}")
+            announce(f"not everything was uploaded in time; later: wandb sync --include-online {folder}")
         except Exception as error:  # whatever it is, the run itself is done
             self._report(error)
             end_service()
@@ -298,7 +301,7 @@ class WandbTracker:
 
     def _report(self, error: Exception) -> None:
         if not self._reported:
-            say(f"logging failed ({described(error)}); the run goes on, metrics.jsonl has its numbers")
+            announce(f"logging failed ({described(error)}); the run goes on, metrics.jsonl has its numbers")
         self._reported = True
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Annotated, Any, Literal
@@ -278,7 +279,7 @@ class OnPolicyRounds(Rounds):
         if plan.num_offline and not len(self.known):
             raise ValueError("data.mix_offline: data.prompts has no pairs to mix in; leave it out")
         count = plan.rounds * plan.prompts_per_round
-        self._prompts = draw_prompts(context, sampler.options["max_new_tokens"], count)
+        self._prompts, self.notes = draw_prompts(context, sampler.options["max_new_tokens"], count)
 
     def after(self, first_step: int) -> Iterator[Round]:
         """The rounds that are not over after `first_step` steps, each sampled when it is asked for."""
@@ -410,13 +411,13 @@ def sampled(
         "samples_per_prompt": samples_per_prompt,
         "batch_size": generation_batch_size,
     }
-    on_policy = OnPolicyRounds(context, Sampler(context.policy, scorer, options, context.work.progress), plan)
+    sampled_rounds = OnPolicyRounds(context, Sampler(context.policy, scorer, options, context.work.progress), plan)
     queries = rounds * prompts_per_round * samples_per_prompt
-    print(
+    sampled_rounds.notes += (
         f"on-policy: {rounds} rounds of {prompts_per_round} prompts x {samples_per_prompt} samples, "
-        f"{queries:,} rewards from {scorer.name}, {on_policy.num_steps} steps"
+        f"{queries:,} rewards from {scorer.name}, {sampled_rounds.num_steps} steps",
     )
-    return on_policy
+    return sampled_rounds
 
 
 @component(check=check_options, check_run=check_run, rounds=sampled, held_out=fitted)
@@ -429,11 +430,13 @@ def on_policy(seed: int, progress: Progress = silent, *, prompts: Annotated[Any,
 # --- the prompts of all rounds, drawn from the rows of other data
 
 
-def draw_prompts(context: RoundsContext, max_new_tokens: int, count: int) -> Sequence[tuple[Message, ...]]:
+def draw_prompts(
+    context: RoundsContext, max_new_tokens: int, count: int
+) -> tuple[list[tuple[Message, ...]], tuple[str, ...]]:
     """`count` prompts in an order drawn from the seed; none comes again before all have come.
 
-    Prompts that leave no room for `max_new_tokens` are left out, and counted on the terminal. Raises ValueError for a
-    row without a prompt, and where none is left.
+    Prompts that leave no room for `max_new_tokens` are left out, and counted in a note. Raises ValueError for a row
+    without a prompt, and where none is left.
     """
     sizes = context.groups.lengths()[0][context.groups.places]
     room, seen, too_long = context.max_length - max_new_tokens, {}, 0
@@ -452,7 +455,5 @@ def draw_prompts(context: RoundsContext, max_new_tokens: int, count: int) -> Seq
             f"no prompt leaves room for data.max_new_tokens={max_new_tokens} in {context.max_length} tokens; lower "
             "it, or raise data.prompts.max_length"
         )
-    if too_long:
-        print(f"  {too_long} prompts left out: with data.max_new_tokens they exceed {context.max_length} tokens")
-    prompts = list(seen.values())
-    return [prompts[index % len(prompts)] for index in range(count)]
+    note = f"  {too_long} prompts left out: with data.max_new_tokens they exceed {context.max_length} tokens"
+    return list(islice(cycle(seen.values()), count)), (note,) if too_long else ()

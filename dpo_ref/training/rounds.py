@@ -82,6 +82,7 @@ class Rounds(ABC):
     config: TrainerConfig
     pack: "partial[list[list[TokenGroup]]]"  # `data.packing.pack` with its options
     live: bool = False  # whether there are groups besides the known ones, which the reference is asked about
+    notes: tuple[str, ...] = ()  # what the user is told of how they come about
 
     @property
     def tokens_per_batch(self) -> int:

@@ -59,7 +59,7 @@ def drawn_groups():
 def explicit(path, groups):
     """Log-probs of responses: messages through the model's own template, and a plain forward pass of each."""
     place = locate(path)
-    tokenizer, model = load_tokenizer(place), load_model(place, torch.device("cpu"), "eager")
+    tokenizer, model = load_tokenizer(place), load_model(place, torch.device("cpu"), "eager").model
     model.set_attn_implementation("eager")
     sums = []
     for group in tokenise(groups, tokenizer).groups:
@@ -105,7 +105,7 @@ def test_kl_to_a_reference_of_another_tokenizer(found, foreign):  # noqa: F811
     place = lab_models.locate("lab:tiny")
     prompts = list(dict.fromkeys(str(group.prompt) for group in drawn_groups()))[:8]
     asked = [next(group.prompt for group in drawn_groups() if str(group.prompt) == text) for text in prompts]
-    policy, tokenizer = load_model(place, torch.device("cpu"), "auto"), load_tokenizer(place)
+    policy, tokenizer = load_model(place, torch.device("cpu"), "auto").model, load_tokenizer(place)
     samples = generate(policy, tokenizer, asked, 0, max_new_tokens=24)
     texts = [PromptGroup(sample.prompt, (sample.output,)) for sample in samples if sample.finished]
     kl = found["by"]["other"]["forward"]
@@ -181,7 +181,13 @@ def test_what_to_type_next_composes_and_wandb_gets_everything(foreign, tmp_path,
     assert any(row.get("compatibility.nrows") == 3 for row in tracked.history)
     stored = {path.name for path in (tracked.files[0].parent / "files").iterdir()}
     assert {"compatibility.html", "compatibility.json", "media"} <= stored
-    told = [line.strip() for line in capsys.readouterr().out.split("next:")[1].splitlines() if line.strip()]
+    shown = capsys.readouterr().out
+    sentences = [
+        line.partition(" (")[0].partition("%")[0] for line in shown.splitlines() if line.startswith("reference")
+    ]
+    initial, mixed = ["reference: initial"], ["reference text: 100.00", "reference: mixture"]
+    assert sentences == [*initial, *initial, *mixed]  # the policy's own, then each candidate, once
+    told = [line.strip() for line in shown.split("next:")[1].splitlines() if line.strip()]
     assert len(told) == 2
     for line in told:
         words = shlex.split(line)[2:]

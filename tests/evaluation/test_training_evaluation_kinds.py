@@ -1,10 +1,14 @@
 """Every kind of run is evaluated against the policy it started from."""
 
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import nn
 
 from dpo_ref.data.packing import collate
+from dpo_ref.evaluation import in_training
 from dpo_ref.evaluation.in_training import FOLDER, InitialPolicy
 from dpo_ref.evaluation.kl import sample_kl
 from dpo_ref.generation.records import read_generations
@@ -13,6 +17,7 @@ from dpo_ref.lab.models import locate
 from dpo_ref.models.adapters import add_lora
 from dpo_ref.models.loading import load_model, load_tokenizer
 from dpo_ref.models.logps import response_logps
+from dpo_ref.types import Message
 from tests.support.command import train
 from tests.support.reference_contexts import LAYOUT
 from tests.support.tiny import random_groups, tiny_model
@@ -23,7 +28,7 @@ def kl_to_initial(folder):
     """KL of the policy in the run's folder to lab:tiny on the run's last answers, both loaded anew."""
     generations = read_generations(sorted((folder / FOLDER).glob("step_*.jsonl"))[-1])
     policy, initial = (
-        load_model(str(place), torch.device("cpu"), "auto") for place in (folder / "policy", locate("lab:tiny"))
+        load_model(str(place), torch.device("cpu"), "auto").model for place in (folder / "policy", locate("lab:tiny"))
     )
     tokenizer = load_tokenizer(locate("lab:tiny"))
     return sample_kl(policy, initial, generations, never_sampled(tokenizer, len(tokenizer))).metrics("initial")
@@ -56,6 +61,9 @@ def test_every_kind_of_run_is_evaluated_against_its_initial_policy(kind, tmp_pat
     evaluation = ["evaluation.every=2", "evaluation.num_prompts=12", "evaluation.max_new_tokens=12"]
     done = train(*data, *options, *evaluation, *KINDS[kind], f"output_dir={folder}")
     assert done.returncode == 0, done.stderr
+    assert (
+        "evaluation: every 2 steps, 12 held-out prompts, answers per prompt: 1; the initial policy is " in done.stdout
+    )
     rows = lines(folder, "evaluation/")
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert rows[0]["evaluation/kl/initial"] == pytest.approx(0, abs=1e-7)
@@ -67,6 +75,17 @@ def test_every_kind_of_run_is_evaluated_against_its_initial_policy(kind, tmp_pat
     assert ("evaluation/eos/chosen_logratio" in rows[-1]) == (kind != "no pairs")
     in_memory = "the initial policy is the reference in memory" in done.stdout
     assert in_memory == (kind in ("initial in memory", "on_policy"))  # asked live there
+
+
+def test_held_out_prompts_without_room_are_left_out_and_counted(monkeypatch, capsys):
+    monkeypatch.setattr(in_training, "encode_prompts", lambda tokenizer, prompts: [range(5), range(17), range(16)])
+    work, policy = SimpleNamespace(seed=0), SimpleNamespace(tokenizer=None)
+    asked = [(Message(role="user", content=text),) for text in ("one", "long", "two")]
+    context = Mock(spec=in_training.EvaluationContext, prompts=asked, max_length=20, work=work, policy=policy)
+    note = "  1 held-out prompts left out: with an answer they exceed 20 tokens"
+    assert in_training.drawn_prompts(context, 8, 4) == ([asked[0], asked[2]], (note,))
+    assert in_training.drawn_prompts(context, 8, 3) == (asked, ())
+    assert capsys.readouterr().out == ""
 
 
 def test_the_initial_policy_stays_and_shares_what_is_not_trained():

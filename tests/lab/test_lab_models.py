@@ -87,9 +87,8 @@ def test_the_world_is_hard_but_not_too_hard():
     means = {}
     for name in ("initial", "strong"):
         folder = lab_models.locate(f"lab:{name}")
-        made = generate(
-            load_model(folder, torch.device("cpu"), "auto"), load_tokenizer(folder), prompts, 0, samples_per_prompt=4
-        )
+        model = load_model(folder, torch.device("cpu"), "auto").model
+        made = generate(model, load_tokenizer(folder), prompts, 0, samples_per_prompt=4)
         rewards = gold_rewards([g.prompt for g in made], [g.output for g in made], [g.finished for g in made])
         means[name] = sum(rewards) / len(rewards)
     assert 0.3 <= means["initial"] <= 0.55

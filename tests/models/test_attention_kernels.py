@@ -75,7 +75,8 @@ def folders(tmp_path_factory):
 
 def test_float32_weights_load_and_only_half_precision_reaches_the_kernel(on_cuda, folders):
     calls = on_cuda()
-    model = loading.load_model(folders[8], CPU, "auto")
+    model, notes = loading.load_model(folders[8], CPU, "auto")
+    assert notes == ()
     assert model.config._attn_implementation == attention.REGISTERED["varlen"]
     assert set(calls) == {torch.bfloat16}  # tried at loading
     calls.clear()
@@ -91,13 +92,29 @@ def test_float32_weights_load_and_only_half_precision_reaches_the_kernel(on_cuda
 @pytest.mark.parametrize(("head_dim", "word"), [(12, "12 dimensions"), (320, "320 dimensions")])
 def test_heads_that_the_kernel_does_not_know_go_piece_by_piece(on_cuda, folders, capsys, head_dim, word):
     calls = on_cuda()
-    model = loading.load_model(folders[head_dim], CPU, "auto")
-    assert word in capsys.readouterr().out
+    model, (note,) = loading.load_model(folders[head_dim], CPU, "auto")
+    assert note.startswith(
+        f"model.path={folders[head_dim]} attends piece by piece, as with sdpa: its heads have {word}"
+    )
+    assert capsys.readouterr().out == ""
     with torch.autocast("cpu", torch.bfloat16):
         assert response_logps(model, collate(random_groups(LAYOUT))).tokens().isfinite().all()
     assert calls == []
     with pytest.raises(ValueError, match=f"attention=varlen: its heads have {word}"):
         loading.load_model(folders[head_dim], CPU, "varlen")
+
+
+def test_a_model_that_is_loaded_when_asked_for_says_once_how_it_runs(on_cuda, folders, capsys, monkeypatch):
+    on_cuda()
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *arguments: None)
+    loader = loading.ModelLoader(CPU)
+    policy = loader.policy(folders[12])
+    assert capsys.readouterr().out == ""
+    for model in (policy, loader.policy(folders[12])):
+        assert model.model is not None
+    loader.fresh(loading.ModelSource(folders[12]))
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition("=")[0] for line in told] == ["policy", "reference.path"]
 
 
 def test_a_kernel_that_computes_something_else_stops_the_run(on_cuda, folders):

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def other(folder, place, **options):
-    context = context_for(place, make=lambda source: load_reference(source, source.path, CPU, "auto"))
+    context = context_for(place, make=lambda source: load_reference(source, source.path, CPU, "auto").model)
     return policies.other(context, path=str(folder), **options)
 
 

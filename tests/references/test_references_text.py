@@ -54,7 +54,10 @@ def test_equals_explicit_tokenisation_and_a_plain_forward_pass(name, tmp_path, c
             assert value == pytest.approx(plain_sum(model, start, ids), abs=2e-4)
             checked += 1
     assert checked >= 8
-    assert "of its tokens for one of the policy's" in capsys.readouterr().out
+    (note,) = reference.notes
+    assert note.startswith("reference text: ")
+    assert "of its tokens for one of the policy's" in note
+    assert capsys.readouterr().out == ""
 
 
 def test_special_strings_of_either_side_are_text(tmp_path):
@@ -99,10 +102,11 @@ def test_a_cut_response_is_scored_as_far_as_it_goes(tmp_path):
     assert sums[0].item() == pytest.approx(plain_sum(model, ids.prompt_ids, ids.response_ids[0][:-1]), abs=2e-4)
 
 
-def test_the_audit_stops_a_reference_that_changes_the_text(tmp_path):
+def test_the_audit_stops_a_reference_that_changes_the_text(tmp_path, capsys):
     context = context_of(data(EDGES), tmp_path, OTHERS["llama 3: byte-level, BOS"].tokenizer)
     with pytest.raises(ValueError, match=r"100\.0% of the responses .*max_altered=0\.02.*'  leading' became 'leading"):
         policies.other(context, path="5")
+    assert capsys.readouterr().out.startswith("reference text: 0.00% of ")
     dropping = FAMILIES["mistral: SentencePiece with a prefix on the first"]().tokenizer  # knows no system turn
     (group,) = data([("a", "b", "c")])
     system = replace(group, prompt=(Message(role="system", content="be brief"), *group.prompt))
@@ -147,7 +151,9 @@ def test_mixtures_by_their_formulas(tmp_path):
     batch = collate(list(context.groups))
     parts = [{"reference": "initial"}, {"reference": "other", "path": "5"}]
     one, two = (make(context).logps(batch).sums for make in (policies.initial, partial(policies.other, path="5")))
-    geometric = mixture(context, parts=parts, weights=[3.0, 1.0]).logps(batch)
+    mixed = mixture(context, parts=parts, weights=[3.0, 1.0])
+    assert [note.partition(":")[0] for note in mixed.notes] == ["reference text"]
+    geometric = mixed.logps(batch)
     np.testing.assert_allclose(geometric.sums, 0.75 * one + 0.25 * two)
     assert geometric.token_logps is None  # the other has none
     arithmetic = mixture(context, parts=parts, mean="arithmetic").logps(batch)

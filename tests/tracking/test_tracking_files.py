@@ -125,6 +125,12 @@ def test_short_work_is_silent_in_a_log_and_failures_pass_through(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_each_sentence_is_said_in_a_line_and_none_is_no_line(capsys):
+    terminal.say("one", "  two")
+    terminal.say()
+    assert capsys.readouterr().out == "one\n  two\n"
+
+
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (3_725.0, "1:02:05"), (-3.0, "0:00")])
 def test_clock(seconds, shown):
     assert terminal.clock(seconds) == shown

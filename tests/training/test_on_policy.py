@@ -4,7 +4,10 @@ import json
 import random
 import re
 import shutil
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,9 +19,12 @@ from dpo_ref.lab.gold import gold_rewards
 from dpo_ref.lab.preferences import draw_prompts
 from dpo_ref.models import checkpoint
 from dpo_ref.references.table import read_shards, row_key
+from dpo_ref.training import on_policy
 from dpo_ref.training.advantages import PAIRS, all_with
 from dpo_ref.training.on_policy import groups_of, read_samples
+from dpo_ref.training.rounds import RoundsContext
 from dpo_ref.training.run import TrainingRun
+from dpo_ref.types import Message, PromptGroup
 from tests.support.command import ROOT, resolved, train
 from tests.support.evaluate_command import measure
 from tests.support.on_policy import SMALL
@@ -201,10 +207,23 @@ def test_prompts_come_from_files(tmp_path):
         "data.max_new_tokens=4", "tracking=none", f"output_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "on-policy: 1 rounds of 6 prompts x 2 samples, 12 rewards from " in done.stdout
     asked = [g.prompt for g in read_generations(tmp_path / "run" / "rounds" / "0001" / "generations.jsonl")][::2]
     assert sorted(map(str, asked[:4])) == sorted(str(tuple(row["messages"][:-1])) for row in rows)
     assert asked[4:] == asked[:2]
     assert lines(tmp_path / "run")[0]["on_policy/prompts_used"] == 1
+
+
+def test_prompts_without_room_are_left_out_and_counted(capsys):
+    rows = [PromptGroup((Message(role="user", content=text),), ("yes",)) for text in ("one", "long", "two")]
+    groups = SimpleNamespace(lengths=lambda: (np.array([5, 17, 16]),), places=np.arange(3), text=rows.__getitem__)
+    context = Mock(spec=RoundsContext, groups=groups, max_length=20, work=SimpleNamespace(seed=0))
+    prompts, notes = on_policy.draw_prompts(context, 4, 5)
+    assert {prompt[0]["content"] for prompt in prompts[:2]} == {"one", "two"}
+    assert prompts[2:] == [*prompts[:2], prompts[0]]
+    assert notes == ("  1 prompts left out: with data.max_new_tokens they exceed 20 tokens",)
+    assert on_policy.draw_prompts(context, 3, 5)[1] == ()
+    assert capsys.readouterr().out == ""
 
 
 REFUSED = {
