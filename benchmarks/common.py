@@ -51,35 +51,35 @@ def write(name, content, out=None):
 
 
 class Stepper:
-    """Optimiser steps of the trainer on given groups, the reference tabulated beforehand."""
+    """Optimiser steps of the trainer on given groups, the reference precomputed."""
 
-    def __init__(self, policy, groups, tokens_per_batch=8192, optimiser="adamw"):
+    def __init__(self, model, groups, tokens_per_batch=8192, optimiser="adamw"):
         import torch
 
         from dpo_ref.data import packing
         from dpo_ref.distributed import keep_memory
+        from dpo_ref.models.loading import Policy
         from dpo_ref.objectives.interface import bind
         from dpo_ref.objectives.pairwise import dpo
         from dpo_ref.references.table import PrecomputedReference, row_key
         from dpo_ref.training import optim as optimisers
 
         keep_memory()
-        self.device = next(policy.parameters()).device
-        self.policy, self.objective = policy, bind(dpo, beta=0.1)
+        self.policy, self.objective = Policy(lambda: model, None), bind(dpo, beta=0.1)
         make = getattr(optimisers, optimiser)
-        self.optim = make(policy, 1000, lr=1e-5, schedule="constant", warmup_ratio=0.0)
+        self.optim = make(model, 1000, lr=1e-5, schedule="constant", warmup_ratio=0.0)
         self.pack = partial(packing.pack, tokens_per_batch=tokens_per_batch)
         rows = {row_key(g): torch.zeros(sum(map(len, g.response_ids))).numpy() for g in groups}
-        self.reference = PrecomputedReference("initial", "", "", groups, rows, self.device)
-        self.number = 0
+        self.reference = PrecomputedReference("initial", "", "", groups, rows, self.policy.device)
+        self.steps = 0
 
     def __call__(self, batch):
         """One step; seconds until its loss is known."""
         from dpo_ref.training.trainer import backward, update
 
         start = time.perf_counter()
-        values, _ = backward(self.policy, self.reference, self.objective, self.pack(batch), self.device)
-        update(self.policy, self.optim, self.number)
+        values, _ = backward(self.policy, self.reference, self.objective, self.pack(batch))
+        update(self.policy, self.optim, self.steps)
         float(values["loss"].mean())
-        self.number += 1
+        self.steps += 1
         return time.perf_counter() - start

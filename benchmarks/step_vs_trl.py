@@ -49,6 +49,7 @@ def ours(args):
 
     from dpo_ref.data import packing
     from dpo_ref.distributed import keep_memory
+    from dpo_ref.models.loading import Policy
     from dpo_ref.models.packable import install
     from dpo_ref.objectives.interface import bind
     from dpo_ref.objectives.pairwise import dpo
@@ -59,21 +60,22 @@ def ours(args):
 
     if args.allocator != "plain":
         keep_memory()
-    policy, device = llama(args.vocab).eval(), torch.device("cpu")
-    assert install(policy, "sdpa") is None
+    model, device = llama(args.vocab).eval(), torch.device("cpu")
+    assert install(model, "sdpa") is None
+    policy = Policy(lambda: model, None)
     steps = batches(args)
     groups = [group for batch in steps for group in batch]
     if args.tool == "ours-live":
-        reference = LiveReference("initial", copy.deepcopy(policy), "", "")
+        reference = LiveReference("initial", copy.deepcopy(model), "", "")
     else:
-        rows = {key: row for batch in steps for key, row in score(policy, batch, device).items()}
+        rows = {key: row for batch in steps for key, row in score(model, batch, device).items()}
         reference = PrecomputedReference("initial", "", "", groups, rows, device)
-    optim = adamw(policy, len(steps), lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=1.0)
+    optim = adamw(model, len(steps), lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=1.0)
     pack = partial(packing.pack, tokens_per_batch=8192)
     before, seconds, losses = peak_mib(), [], []
     for number, batch in enumerate(steps):
         start = time.perf_counter()
-        values, _ = backward(policy, reference, bind(dpo, beta=BETA), pack(batch), device)
+        values, _ = backward(policy, reference, bind(dpo, beta=BETA), pack(batch))
         update(policy, optim, number)
         losses.append(float(values["loss"].mean()))
         seconds.append(time.perf_counter() - start)
