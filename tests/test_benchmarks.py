@@ -1,4 +1,4 @@
-"""Programs in benchmarks/ that cannot run here still keep what they measured."""
+"""Programs in benchmarks/ time the step that train.py takes; those that cannot run here keep what they measured."""
 
 import importlib
 import json
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.command import ROOT
+from tests.support.tiny import random_groups, tiny_model
 
 
 @pytest.fixture
@@ -41,3 +42,12 @@ def test_one_shape_out_of_memory_loses_no_other(gpu, monkeypatch, tmp_path, caps
     assert rows[1]["failure"] == "out of memory, at 79.0 GiB"
     assert [row.get("pairs_per_second") for row in rows] == [2.0, None, 2.0]
     assert "out of memory" in capsys.readouterr().out
+
+
+def test_the_step_that_is_timed_trains_the_model(gpu):
+    model, groups = tiny_model(), random_groups([(5, (4, 6)), (7, (3, 3))])
+    before = model.lm_head.weight.detach().clone()
+    step = gpu.Stepper(model, groups)
+    assert step(groups) > 0
+    assert step.steps == 1
+    assert not torch.equal(model.lm_head.weight, before)

@@ -1,4 +1,5 @@
-"""Every command of the README composes, its refusals are real, its code works, and its lists are complete."""
+"""Every command of the README composes, its refusals are real, its code works, its lists are complete, and the way
+through the code that docs/architecture.md shows is there."""
 
 import re
 import shlex
@@ -12,6 +13,7 @@ from dpo_ref.types import PairLogps
 from tests.support.command import ROOT, composes, train
 
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 COMMANDS = sorted(set(re.findall(r"^python (?:train|evaluate)\.py.*?(?=\s+#|$)", README, re.MULTILINE)))
 REFUSALS = re.findall(r"^\$ python train\.py (.*)\n(error: .*)$", README, re.MULTILINE)
 
@@ -63,3 +65,19 @@ def test_the_layout_names_files_that_exist():
     names = re.findall(r"[\w]+(?:\.py|/)", block)
     missing = [n for n in names if not (ROOT / n).exists() and not (ROOT / "dpo_ref" / n).exists()]
     assert not [n for n in missing if n not in ("benchmarks/", "docs/")]
+
+
+def test_the_stops_of_the_way_to_dpo_exist():
+    """A stop is a file and what it defines; there are at most eight rows, and `FusedLoss` inside one of them."""
+    stops = re.findall(r"`([\w/]+\.py): (?:(\w+)\.)?(\w+)`", ARCHITECTURE)
+    assert 8 <= len(stops) <= 9
+    for file, owner, name in stops:
+        path = ROOT / file if (ROOT / file).exists() else ROOT / "dpo_ref" / file
+        source = path.read_text()
+        assert re.search(rf"^ *(def|class) {name}\b", source, re.MULTILINE), (file, name)
+        assert not owner or re.search(rf"^class {owner}\b", source, re.MULTILINE), (file, owner)
+
+
+def test_the_method_is_shown_as_it_is():
+    shown = re.search(r"```python\n(.*?)```", ARCHITECTURE, re.DOTALL).group(1)
+    assert shown in (ROOT / "dpo_ref" / "training" / "trainer.py").read_text()

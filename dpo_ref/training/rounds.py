@@ -76,7 +76,7 @@ class Round:
 class Rounds(ABC):
     """Training groups, round by round; how they are packed, and for how many steps."""
 
-    known: Groups  # what is known before training: what a reference can tabulate
+    known: Groups  # what is known before training: what a reference can precompute
     num_groups: int  # of the data; a resumed run must have as many
     num_steps: int  # optimiser steps of the whole run
     config: TrainerConfig
