@@ -108,9 +108,10 @@ def test_a_model_that_is_loaded_when_asked_for_says_once_how_it_runs(on_cuda, fo
     on_cuda()
     monkeypatch.setattr(loading, "load_tokenizer", lambda *arguments: None)
     loader = loading.ModelLoader(CPU)
-    policy = loader.policy(folders[12])
+    path = loading.ModelPath(folders[12])
+    policy = loader.policy(path)
     assert capsys.readouterr().out == ""
-    for model in (policy, loader.policy(folders[12])):
+    for model in (policy, loader.policy(path)):
         assert model.model is not None
     loader.fresh(loading.ModelSource(folders[12]))
     told = capsys.readouterr().out.splitlines()

@@ -107,7 +107,10 @@ def of_the_command(folder: Path, objective: str, reference: str, run: Path) -> l
 
 def of_the_library(folder: Path, objective: str, reference: str, cache: Path) -> list[float]:
     """What the training loop yields in float64, which the command line does not offer."""
-    load = partial(load_model, device=torch.device("cpu"), attention="auto", dtype=torch.float64)
+
+    def load(path):
+        return load_model(path, torch.device("cpu"), "auto", dtype=torch.float64).model
+
     policy, tokenizer = load(str(folder / "policy")), load_tokenizer(str(folder / "policy"))
     assert policy.config._attn_implementation in REGISTERED.values()  # it is packed
     packing = partial(pack, tokens_per_batch=TOKENS_PER_BATCH)
