@@ -56,8 +56,8 @@ class Evaluator:
 
     def __init__(self, cfg: DictConfig, choices: dict[str, str], overrides: Sequence[str]) -> None:
         self.cfg, self.choices, self.overrides = cfg, choices, overrides
-        said = [override.lstrip("+").partition("=")[0] for override in overrides]
-        self.own_data = any(key.partition(".")[0] == "data" for key in said)
+        keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+        self.own_data = any(key.partition(".")[0] == "data" for key in keys)
         self.thresholds = Thresholds(**OmegaConf.to_container(cfg.degeneration))  # pyright: ignore[reportCallIssue]
         self._data: dict[str, PreferenceData] = {}
         self._loader = ModelLoader(best_device(), keep=3)  # initial policy, loss reference and the policy at hand
@@ -171,15 +171,16 @@ def _evaluate_policy(evaluator: Evaluator, cfg: DictConfig) -> None:
 
 def _sources(sweep: Any) -> list[str]:
     """`sweep=` as a list. Raises ValueError for anything but a folder, a pattern or a list of these."""
-    found = list(sweep) if isinstance(sweep, ListConfig) else [sweep]
-    if not found or not all(isinstance(one, str) for one in found):
+    sources = list(sweep) if isinstance(sweep, ListConfig) else [sweep]
+    if not sources or not all(isinstance(source, str) for source in sources):
         raise ValueError(f"sweep={sweep} must be a folder, a pattern or a list of these")
-    return found
+    return sources
 
 
 def _shared(baselines: Sequence[Evaluated]) -> Evaluated | None:
     """The baseline of all jobs; None where they have none or several, of which no single one would be true."""
-    if len({digest([asdict(one.evaluation)]) for one in baselines}) <= 1:  # by value: NaN is what was not measured
+    # by value: NaN is what was not measured
+    if len({digest([asdict(baseline.evaluation)]) for baseline in baselines}) <= 1:
         return next(iter(baselines), None)
     print("the jobs have different baselines: each is compared with its own, and none is shown", file=sys.stderr)
     return None
@@ -220,7 +221,7 @@ def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) ->
     subject, run = subject_of(cfg.policy, None)
     parts = evaluator.parts(run, cfg.policy)
     folder = run_of(Path(cfg.policy)) or Path(cfg.policy)
-    said = overrides if run is None or evaluator.own_data else read_json(folder / "summary.json")["overrides"]
+    typed = overrides if run is None or evaluator.own_data else read_json(folder / "summary.json")["overrides"]
     path = subject.model.path
     words = [] if path == "lab:initial" else ["model=pretrained", *typed_words({"model.path": path})]
     if run is not None:
@@ -231,7 +232,7 @@ def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) ->
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     return CompatibilityRequest(
         name=subject.name if run is not None else title_of(cfg.policy),
-        words=(*words, *(word for word in said if word.lstrip("+").startswith("data"))),
+        words=(*words, *(word for word in typed if word.lstrip("+").startswith("data"))),
         data=parts["data"],
         tracking=parts["tracking"],
         options=CompatibilityOptions(**config["compatibility"]),
@@ -342,8 +343,8 @@ def _check_compatibility(cfg: Any, given: set[str]) -> None:
 def subject_of(path: str, output_dir: str | None) -> tuple[PolicyToEvaluate, DictConfig | None]:
     """What `policy=` names, and the configuration of its run if it is one or a checkpoint of one. ValueError for a
     run without a policy."""
-    place = Path(path).expanduser()
-    folder = checkpoint.run_of(place) or place
+    named = Path(path).expanduser()
+    folder = checkpoint.run_of(named) or named
     if not (folder / "summary.json").is_file():
         name = path.removeprefix(SCHEME).rstrip("/").rpartition("/")[2]
         return PolicyToEvaluate(name, Path(output_dir or f"outputs/evaluations/{name}"), ModelPath(path)), None
@@ -352,18 +353,18 @@ def subject_of(path: str, output_dir: str | None) -> tuple[PolicyToEvaluate, Dic
         raise ValueError(f"policy={path}: the run is {summary['status']} and has saved no policy yet")
     config = saved_config(folder, f"policy={path}")
     run = _trained_run(folder, config, summary)
-    if folder != place:
-        return _at_checkpoint(run, place, output_dir), config
+    if folder != named:
+        return _at_checkpoint(run, named, output_dir), config
     results, model = Path(output_dir or folder / RESULTS), ModelPath(str(folder / "policy"))
     return PolicyToEvaluate(folder.name, results, model, run), config
 
 
-def _at_checkpoint(run: TrainedRun, place: Path, output_dir: str | None) -> PolicyToEvaluate:
+def _at_checkpoint(run: TrainedRun, saved: Path, output_dir: str | None) -> PolicyToEvaluate:
     """The policy as a checkpoint of its run has it."""
-    summary = {**run.summary, "steps": checkpoint.read_state(place)["step"]}
-    results = Path(output_dir or results_of_checkpoint(place))
-    at_hand = replace(run, summary=summary, checkpoint=place)
-    return PolicyToEvaluate(f"{run.folder.name} {place.name}", results, ModelPath(str(place)), at_hand)
+    summary = {**run.summary, "steps": checkpoint.read_state(saved)["step"]}
+    results = Path(output_dir or results_of_checkpoint(saved))
+    at_hand = replace(run, summary=summary, checkpoint=saved)
+    return PolicyToEvaluate(f"{run.folder.name} {saved.name}", results, ModelPath(str(saved)), at_hand)
 
 
 def _trained_run(folder: Path, config: DictConfig, summary: Mapping[str, Any]) -> TrainedRun:

@@ -66,15 +66,15 @@ def _answers(subject: PolicyToEvaluate, settings: EvaluationSettings, folder: Pa
 def _about(
     subject: PolicyToEvaluate, settings: EvaluationSettings, scorer: str, metrics: Mapping[str, float]
 ) -> Evaluation:
-    asked = {**settings.generation.plain(), "seed": settings.work.seed}
+    generation = {**settings.generation.plain(), "seed": settings.work.seed}
     before = subject.folder / "evaluation.json"
     if settings.stage == "score" and before.is_file():  # the answers are those of then
-        asked = read_evaluation(subject.folder).generation
+        generation = read_evaluation(subject.folder).generation
     return Evaluation(
         name=subject.name,
         scorer=scorer,
         metrics=dict(metrics),
-        generation=asked,
+        generation=generation,
         **subject.summary("objective", "reference", "beta", "seed"),
     )
 
@@ -100,9 +100,9 @@ def _diagnosed_again(subject: PolicyToEvaluate, settings: EvaluationSettings) ->
         )
     before = read_evaluated(subject.folder)
     stale = _flat(read_diagnosis(subject.folder))
-    kept = {name: value for name, value in before.evaluation.metrics.items() if name not in stale}
-    found = _diagnosis(subject, settings, before.generations)
-    evaluation = replace(before.evaluation, metrics=kept | found)
+    metrics = {name: value for name, value in before.evaluation.metrics.items() if name not in stale}
+    diagnosis = _diagnosis(subject, settings, before.generations)
+    evaluation = replace(before.evaluation, metrics=metrics | diagnosis)
     write_evaluation(subject.folder, evaluation)
     return replace(before, evaluation=evaluation)
 
@@ -141,17 +141,18 @@ def evaluate_policy(
             metrics |= _diagnosis(subject, settings, generations)
     scores = settings.parts["scorer"](generations)
     about = _about(subject, settings, scores.name, metrics)
-    found = score_stage(folder, about, generations, scores.values, baseline, settings.work.seed, settings.thresholds)
-    return _judged(settings, folder, found, baseline)
+    seed = settings.work.seed
+    evaluated = score_stage(folder, about, generations, scores.values, baseline, seed, settings.thresholds)
+    return _judged(settings, folder, evaluated, baseline)
 
 
-def _judged(settings: EvaluationSettings, folder: Path, found: Evaluated, baseline: Evaluated | None) -> Evaluated:
+def _judged(settings: EvaluationSettings, folder: Path, evaluated: Evaluated, baseline: Evaluated | None) -> Evaluated:
     """With the judge's numbers: asked for now, or those of the same answers that are stored; a baseline has none."""
     if settings.judge is None or baseline is None:
-        return with_judgments(folder, found, baseline)
+        return with_judgments(folder, evaluated, baseline)
     work = settings.work
     judge = settings.judge(JudgeContext(settings.judge.name, work.cache, work.loader, work.progress))
-    return judge_stage(folder, judge, found, baseline, work.seed, work.progress)
+    return judge_stage(folder, judge, evaluated, baseline, work.seed, work.progress)
 
 
 def baseline_of(source: ModelPath, name: str, settings: EvaluationSettings) -> Evaluated:
@@ -165,9 +166,9 @@ def baseline_of(source: ModelPath, name: str, settings: EvaluationSettings) -> E
     key = digest([deciding(settings.generation.plain()), work.seed, settings.prompts.content(), model.text_identity])
     folder = work.cache / "evaluations" / f"{settings.generation(model).weights()[:16]}-{key[:16]}"
     other_draws = settings.of_baseline(work.seed + BASELINE_SEED)
-    found = evaluate_policy(PolicyToEvaluate(name, folder, source), other_draws, None)
-    assert found is not None
-    return found
+    evaluated = evaluate_policy(PolicyToEvaluate(name, folder, source), other_draws, None)
+    assert evaluated is not None
+    return evaluated
 
 
 # --- what is measured with several models: KL on the policy's own samples, held-out pairs
@@ -187,18 +188,18 @@ def _measured(
     ours, initial, progress = settings.policy(subject), settings.initial(subject), settings.work.progress
     groups = settings.parts["data"].bound(tokenise)(settings.data.eval, ours.tokenizer).groups
     reference = loss_reference(subject, settings, groups)
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     own = "best_of" not in settings.generation.options  # else they are not the policy's own samples
     if own and all(g.temperature == g.top_p == 1 and g.tokens == "drawn" for g in generations):
         never = never_sampled(ours.tokenizer, ours.model.get_output_embeddings().weight.shape[0])
         to_initial = sample_kl(ours.model, initial.model, generations, never, progress)
-        found |= to_initial.metrics("initial") | to_initial.end_metrics()
-        found |= _kl_to_reference(subject, settings, generations, reference, to_initial, never)
+        metrics |= to_initial.metrics("initial") | to_initial.end_metrics()
+        metrics |= _kl_to_reference(subject, settings, generations, reference, to_initial, never)
     if groups.have_pairs.any():
         ends = end_of_turn_ids(ours.tokenizer)
         policy, start = (score_pairs(m.model, groups, ends, progress) for m in (ours, initial))
-        found |= heldout_metrics(policy, start, reference_pairs(reference, groups, start, settings.work.device))
-    return found
+        metrics |= heldout_metrics(policy, start, reference_pairs(reference, groups, start, settings.work.device))
+    return metrics
 
 
 def measure_key(subject: PolicyToEvaluate, settings: EvaluationSettings) -> str:
@@ -300,9 +301,9 @@ OF_STORED = ("score", "judge")  # stages that look at the answers of every tempe
 
 def check_temperature(parts: Mapping[str, Component], overrides: Sequence[str]) -> None:
     """Raise ValueError where the temperature that is given would have no effect."""
-    said = {override.lstrip("+").partition("=")[0] for override in overrides}
+    keys = {override.lstrip("+").partition("=")[0] for override in overrides}
     own = "prompts" in parts and parts["prompts"].options.get("temperatures") is not None
-    if own and said & {"generation", "generation.temperature"}:
+    if own and keys & {"generation", "generation.temperature"}:
         raise ValueError(
             "generation.temperature has no effect: prompts.temperatures gives every category its own; leave one out"
         )
@@ -314,19 +315,19 @@ def prompts_of(
     """What is asked: the data's held-out prompts, or `prompts=`. Data brings its limits on length, in tokens of the
     policy's tokenizer."""
     named = parts.get("prompts")
-    asked = held_out(data.test_prompts) if named is None else named(seed, progress)
+    prompts = held_out(data.test_prompts) if named is None else named(seed, progress)
     limits = parts["data"] if named is None else named.options.get("data")
-    return asked if limits is None else _fitting(tokenizer, asked, limits)
+    return prompts if limits is None else _fitting(tokenizer, prompts, limits)
 
 
-def _fitting(tokenizer: Any, asked: PromptSet, limits: Component) -> PromptSet:
+def _fitting(tokenizer: Any, prompts: PromptSet, limits: Component) -> PromptSet:
     """The prompts that are not longer than their data's limit, by which training drops them too; says how many."""
     limit = limits.options["max_prompt_length"] or length_limit(tokenizer, limits.options["max_length"])
-    sizes = map(len, encode_prompts(tokenizer, [question.prompt for question in asked.questions]))
-    kept = [question for question, size in zip(asked.questions, sizes, strict=True) if size <= limit]
-    if len(kept) < (count := len(asked.questions)):
-        say(f"{count - len(kept)} of {count} prompts left out: longer than {limit} tokens")
-    return replace(asked, questions=tuple(kept))
+    sizes = map(len, encode_prompts(tokenizer, [question.prompt for question in prompts.questions]))
+    questions = [question for question, size in zip(prompts.questions, sizes, strict=True) if size <= limit]
+    if len(questions) < (count := len(prompts.questions)):
+        say(f"{count - len(questions)} of {count} prompts left out: longer than {limit} tokens")
+    return replace(prompts, questions=tuple(questions))
 
 
 def at_each(settings: EvaluationSettings, subject: PolicyToEvaluate) -> list[EvaluationSettings]:

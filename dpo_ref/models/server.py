@@ -204,9 +204,9 @@ def seconds_asked(header: str | None) -> float:
     return 0.0
 
 
-def pause(attempt: int, asked: float = 0.0) -> float:
-    """Seconds to wait after the 0-based `attempt` failed, at least the `asked` ones."""
-    return max(asked, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.5))
+def pause(attempt: int, requested: float = 0.0) -> float:
+    """Seconds to wait after the 0-based `attempt` failed, at least the `requested` ones."""
+    return max(requested, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.5))
 
 
 # --- a model that speaks OpenAI's completions API
