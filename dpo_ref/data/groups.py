@@ -5,6 +5,7 @@ Arrow file, read once, memory-mapped by every later run, of any size.
 import hashlib
 import json
 import math
+from abc import abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,9 +58,9 @@ def _memory_map(path: Path) -> np.ndarray:
 class Groups(Sequence[TokenGroup]):
     """Token groups that know the texts they are from."""
 
+    @abstractmethod
     def text(self, index: int) -> PromptGroup:
         """The texts of the group at this position."""
-        raise NotImplementedError
 
     @property
     def others(self) -> "list[Groups]":
