@@ -153,7 +153,7 @@ def report_data(config: RunConfig, directory: Path) -> None:
 
 
 def build_reference(config: RunConfig, work: Workspace, policy: TrainedModel, groups: Groups) -> Reference:
-    """The loss reference, tabulated unless told otherwise."""
+    """The loss reference, precomputed unless told otherwise."""
     objective = config.objective
     context = ReferenceContext(
         work, policy, groups, config.data.bound(pack), objective.uses_reference, objective.needs_tokens

@@ -13,6 +13,7 @@ from dpo_ref.models.loading import ModelLoader, ModelPath, Policy
 from dpo_ref.types import Message, silent
 from tests.support.evaluate_command import evaluate
 from tests.support.generation_server import GenerationServer
+from tests.support.loopback import surroundings  # noqa: F401
 from tests.support.tiny import tiny_model
 from tests.support.tokenizers_here import byte_bpe
 
@@ -26,14 +27,6 @@ ASKED = PromptSet(
 GREEDY = Sampling(0.0, 1.0, 12, 1)
 NUM_ANSWERS = 12  # 8 first turns and 4 second ones
 KEY = "sk-not-a-real-key-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    """No proxy between us and ourselves, no key of the user's, short pauses."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv(model_server.KEY, raising=False)
-    monkeypatch.setattr(model_server, "FIRST_PAUSE", 0.004)
 
 
 def model():

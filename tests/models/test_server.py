@@ -14,17 +14,9 @@ import dpo_ref
 from dpo_ref.models import server as model_server
 from dpo_ref.models.server import Server, ServerRefused, ServerUnavailable, check_url
 from tests.support.command import ROOT
-from tests.support.loopback import Answering, LoopbackServer
+from tests.support.loopback import Answering, LoopbackServer, surroundings  # noqa: F401
 
 KEY = "sk-not-a-real-key-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    """No proxy between us and ourselves, no key of the user's, short pauses."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv(model_server.KEY, raising=False)
-    monkeypatch.setattr(model_server, "FIRST_PAUSE", 0.004)
 
 
 class Scripted(LoopbackServer):

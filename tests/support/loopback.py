@@ -4,6 +4,18 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
+from dpo_ref.models import server as model_server
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    """No proxy between us and ourselves, no key of the user's, short pauses."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv(model_server.KEY, raising=False)
+    monkeypatch.setattr(model_server, "FIRST_PAUSE", 0.004)
+
 
 class LoopbackServer(ThreadingHTTPServer):
     """Listens from when it is made; as a context manager, until the end of its block."""

@@ -7,10 +7,10 @@ import pytest
 
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
-from dpo_ref.models import server as model_server
 from dpo_ref.references.served import served
 from dpo_ref.types import Message, PromptGroup
 from tests.support.completions_server import CompletionsServer
+from tests.support.loopback import surroundings  # noqa: F401
 from tests.support.reference_contexts import context_for
 from tests.support.tiny import tiny_model
 from tests.support.tokenizer_families import FAMILIES
@@ -23,14 +23,6 @@ NUM_PROBE_REQUESTS = 2  # six texts, four in a request
 SMALL = ["model.path=lab:tiny", "data.num_pairs=48", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
 SMALL += ["trainer.batch_size=16", "tracking=none", "beta=0.1"]
 Served = partial(served, model="big", tokenizer="theirs", batch_size=4, concurrency=3, timeout=20.0)
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    """No proxy between us and ourselves, no key of the user's, short pauses."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv(model_server.KEY, raising=False)
-    monkeypatch.setattr(model_server, "FIRST_PAUSE", 0.004)
 
 
 @pytest.fixture
