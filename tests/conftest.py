@@ -53,7 +53,7 @@ beartype_package("dpo_ref", conf=CONF)
 
 @pytest.fixture
 def undrawn_pictures():
-    """Every picture is empty (see tests/support/pictures.py)."""
+    """A picture is its words (see tests/support/pictures.py)."""
     from tests.support.pictures import undrawn
 
     with undrawn():

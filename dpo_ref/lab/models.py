@@ -17,7 +17,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,8 +149,14 @@ class Recipe:
     @property
     def key(self) -> str:
         """Digest of the recipe and of what the world says: another wording or fact makes another model."""
-        demonstrations = lab_sft(self.seed, num_examples=WORLD_SAMPLES, num_eval_examples=0, num_test_prompts=0).train
-        return digest([asdict(self), [group.group_id for group in demonstrations]])[:16]
+        return digest([asdict(self), _world(self.seed)])[:16]
+
+
+@cache
+def _world(seed: int) -> list[str]:
+    """Digests of some conversations."""
+    demonstrations = lab_sft(seed, num_examples=WORLD_SAMPLES, num_eval_examples=0, num_test_prompts=0).train
+    return [group.group_id for group in demonstrations]
 
 
 SMALL = {

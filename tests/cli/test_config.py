@@ -5,28 +5,16 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from dpo_ref.cli import command_line, schemas
-from tests.support.command import REQUIRED, composed, resolved, typed, typed_afresh
+from tests.support.command import INSIDE, composed, file_composes, files_of, resolved, typed, typed_afresh
 
-FILES = sorted(path for path in schemas.CONF.glob("*/*.yaml"))
-ELSEWHERE = {"model"}  # composed in tests/models/test_presets.py
-EVALUATE_ONLY = {"diagnostic", "export", "generation", "judge", "prompts", "scorer"}
-INSIDE = {"scorer=judge": ["data=on_policy", "scorer@data.scorer=judge", "data.scorer.judge.model=big"]}
+FILES = sorted(schemas.CONF.glob("*/*.yaml"))
+ROOMS = {"data", "model", "objective", "reference"}  # composed by the tests of their rooms
+GROUPS = {path.parent.name for path in FILES}
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in FILES if path.parent.name not in ELSEWHERE],
-    ids=lambda path: f"{path.parent.name}={path.stem}",
-)
-def test_every_file_composes(path):
-    group = path.parent.name
-    if inside := INSIDE.get(f"{group}={path.stem}"):  # a choice that only has a place in another
-        resolved(*inside)
-        return
-    kind = "evaluate" if group in EVALUATE_ONLY else "train"
-    choice = f"+experiment={path.stem}" if group == "experiment" else f"{group}={path.stem}"
-    required = REQUIRED.get(path.stem, [])
-    resolved(choice, *(required[group] if isinstance(required, dict) else required), kind=kind)
+@pytest.mark.parametrize("choice", files_of(*sorted(GROUPS - ROOMS)))
+def test_every_file_composes(choice):
+    file_composes(choice)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")

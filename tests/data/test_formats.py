@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 
 from dpo_ref.data.formats.recognise import FORMATS
 from dpo_ref.data.sources import preferences
+from tests.support.command import file_composes, files_of
 from tests.support.format_rows import CASES
 
 
@@ -52,6 +53,11 @@ def plain(groups):
 
 def answers(groups):
     return [group.responses for group in groups]
+
+
+@pytest.mark.parametrize("choice", files_of("data"))
+def test_every_file_composes(choice):
+    file_composes(choice)
 
 
 def test_every_format_has_rows():

@@ -7,7 +7,7 @@ import pytest
 from dpo_ref.cli import resolve
 from dpo_ref.generation.records import read_generations
 from tests.support.command import composed, train
-from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, evaluate_drawn, measure, numbers
+from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, measure, numbers
 from tests.support.metric_table import unlisted
 
 
@@ -15,7 +15,7 @@ from tests.support.metric_table import unlisted
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     assert train(*TRAIN, f"output_dir={folder}", "beta=0.1", "trainer.max_steps=2").returncode == 0
-    evaluate_drawn(f"policy={folder}", *PLAIN, "generation.temperature=[0,0.7,1]")
+    evaluate(f"policy={folder}", *PLAIN, "generation.temperature=[0,0.7,1]")
     return folder
 
 

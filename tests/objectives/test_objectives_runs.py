@@ -5,10 +5,15 @@ import json
 import pytest
 
 from dpo_ref.cli import docs_tables, schemas
-from tests.support.command import ROOT, train
+from tests.support.command import ROOT, file_composes, files_of, train
 
 ONE_OF_EACH = ["ipo_mean", "dpo_per_byte", "nca", "simpo", "orpo", "ld_dpo", "wpo", "kto", "bco", "aot", "beta_dpo"]
 SMALL = ["model.path=lab:tiny", "data.num_pairs=16", "data.num_eval_pairs=4", "trainer.batch_size=8", "tracking=none"]
+
+
+@pytest.mark.parametrize("choice", files_of("objective"))
+def test_every_file_composes(choice):
+    file_composes(choice)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

@@ -1,11 +1,18 @@
-"""docs/references.md: its table is what composing every reference with every objective gives."""
+"""Every reference composes, and the table of docs/references.md is what composing each with every objective gives."""
 
 import re
+
+import pytest
 
 from dpo_ref.cli import docs_tables
 from dpo_ref.cli.docs_tables import PAGE, commands, refusal
 from dpo_ref.cli.schemas import CONF
-from tests.support.command import composed
+from tests.support.command import composed, file_composes, files_of
+
+
+@pytest.mark.parametrize("choice", files_of("reference"))
+def test_every_file_composes(choice):
+    file_composes(choice)
 
 
 def test_the_page_is_up_to_date(monkeypatch):

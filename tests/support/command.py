@@ -157,6 +157,29 @@ def train(*overrides: str) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
+EVALUATE_ONLY = {"diagnostic", "export", "generation", "judge", "prompts", "scorer"}
+INSIDE = {"scorer=judge": ["data=on_policy", "scorer@data.scorer=judge", "data.scorer.judge.model=big"]}
+
+
+def files_of(*groups: str) -> list[str]:
+    """The choices of some groups as one types them, `objective=dpo`."""
+    return [
+        f"{path.parent.name}={path.stem}" for name in groups for path in sorted(schemas.CONF.glob(f"{name}/*.yaml"))
+    ]
+
+
+def file_composes(choice: str):
+    """Raises what keeps a file of a group from being composed and resolved with what it requires."""
+    group, _, name = choice.partition("=")
+    if inside := INSIDE.get(choice):  # a choice that only has a place in another
+        resolved(*inside)
+        return
+    required = REQUIRED.get(name, [])
+    words = [f"+{choice}" if group == "experiment" else choice]
+    words += required[group] if isinstance(required, dict) else required
+    resolved(*words, kind="evaluate" if group in EVALUATE_ONLY else "train")
+
+
 def composes(command):
     """Raises what keeps a documented command line from being composed and resolved, with each value that it sweeps
     over."""
