@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from dpo_ref.evaluation import results
 from dpo_ref.evaluation.results import Metric
-from dpo_ref.tracking.dashboard import Curves, Plane, Section, save
+from dpo_ref.tracking.weights_and_biases import Curves, Plane, Section, save_dashboard
 
 NAMES = {"scorer": "gold", "baseline": "initial", "model": "initial"}
 WHILE_TRAINING = (results.SCORE, results.WIN_RATE, results.KL, results.LENGTH, results.ENDED)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
         raise ValueError("python -m dpo_ref.cli.dashboard <user or team> <project>")
     entity, project = arguments
-    print(save(entity, project, SECTIONS))
+    print(save_dashboard(entity, project, SECTIONS))
 
 
 if __name__ == "__main__":

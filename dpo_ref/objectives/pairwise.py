@@ -16,13 +16,14 @@ from torch import Tensor
 from dpo_ref.component import component
 from dpo_ref.objectives.interface import (
     BatchLogps,
+    Compared,
     KLStrength,
     Preference,
     Running,
     TokenPairLogps,
     positive,
 )
-from dpo_ref.types import PairLogps
+from dpo_ref.types import PairLogps, PairScores
 
 # --- functions of the margin
 # Of DPO's implicit rewards, beta (log pi - log pi_ref) summed over each response. What differs between these
@@ -473,6 +474,30 @@ def unlikelihood(policy: PairLogps, *, alpha: float = 0.1) -> Preference:
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha={alpha} must lie in (0, 1]; alpha=0 only fits the chosen response: objective=sft")
     return Rewards(policy.chosen, policy.rejected).with_losses(alpha * policy.rejected - policy.chosen)
+
+
+# --- reward models: a scalar head on the model, fitted to which response of a pair is the better one
+
+
+def reward_model(policy: PairScores) -> Compared:
+    """-log sigmoid(r_w - r_l), the likelihood of the preferences under Bradley-Terry (arXiv:2203.02155, eq. 1).
+
+    Rewards are the scores themselves: of the response's last token, end of turn included. TRL: RewardTrainer; HALOs:
+    bradley-terry.
+    """
+    return Compared(-F.logsigmoid(policy.chosen - policy.rejected), policy.chosen.detach(), policy.rejected.detach())
+
+
+def reward_model_margin(policy: PairScores, rewards: PairScores, *, scale: float = 1.0) -> Compared:
+    """-log sigmoid(r_w - r_l - m), m = scale (s_w - s_l) of the rows' own scores s (Llama 2, arXiv:2307.09288, eq. 2).
+
+    A pair that was judged further apart must be scored further apart. `scale` is in units of reward per unit of the
+    rows' scores. Rewards are the model's scores. TRL: RewardTrainer with a column `margin`.
+    """
+    positive(scale=scale)
+    margins = scale * (rewards.chosen - rewards.rejected)
+    losses = -F.logsigmoid(policy.chosen - policy.rejected - margins)
+    return Compared(losses, policy.chosen.detach(), policy.rejected.detach())
 
 
 # --- implicit rewards of pairs, and the option checks that objectives share

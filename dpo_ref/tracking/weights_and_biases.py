@@ -24,9 +24,10 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 from dpo_ref.files import write_text
@@ -311,3 +312,80 @@ def end_service() -> None:
 
     with contextlib.suppress(Exception):  # it may be what failed
         wandb.teardown()
+
+
+# --- the dashboard of a project, as a view that is made by a program: what it shows is handed in
+
+
+DASHBOARD = "Reference policies"
+NO_WORKSPACES = "the dashboard needs wandb-workspaces: pip install -r requirements-wandb.txt"
+GROUPED_BY = ("training.objective", "training.reference", "training.beta")  # of both kinds of run
+
+
+class Curves(NamedTuple):
+    """Metrics over the optimiser step, by the keys they are logged under."""
+
+    title: str
+    keys: Sequence[str]
+
+    def panel(self, panels: Any) -> Any:
+        """As the module `panels` of wandb-workspaces has it."""
+        return panels.LinePlot(title=self.title, x="step", y=list(self.keys))
+
+
+class Plane(NamedTuple):
+    """Policies as points of two metrics, by their keys in a run's summary."""
+
+    title: str
+    x: str
+    y: str
+
+    def panel(self, panels: Any) -> Any:
+        """As the module `panels` of wandb-workspaces has it."""
+        x, y = panels.SummaryMetric(self.x), panels.SummaryMetric(self.y)
+        return panels.ScatterPlot(title=self.title, x=x, y=y)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the view that can be folded."""
+
+    name: str
+    panels: Sequence[Curves | Plane]
+    is_open: bool = True
+
+
+def workspace(entity: str, project: str, sections: Sequence[Section]) -> Any:
+    """The view, not saved yet. Raises ValueError where wandb-workspaces is not installed."""
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise ValueError(NO_WORKSPACES) from error
+
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=DASHBOARD,
+        sections=[
+            workspaces.Section(
+                name=section.name, panels=[panel.panel(panels) for panel in section.panels], is_open=section.is_open
+            )
+            for section in sections
+        ],
+        settings=workspaces.WorkspaceSettings(x_axis="step", max_runs=50),
+        runset_settings=workspaces.RunsetSettings(groupby=[workspaces.Config(name) for name in GROUPED_BY]),
+    )
+
+
+def save_dashboard(entity: str, project: str, sections: Sequence[Section]) -> str:
+    """Store the view with the service; its address. Raises ValueError, with what to type, where that fails."""
+    view = workspace(entity, project, sections)
+    try:
+        return str(view.save().url)
+    except Exception as error:  # no key, no network, no such project: all are the user's to mend
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the view was not saved ({type(error).__name__}: {reason}). It needs an API key (`wandb login`), the "
+            f"network and runs in {entity}/{project}; offline runs are uploaded with `wandb sync`"
+        ) from error

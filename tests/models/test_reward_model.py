@@ -15,7 +15,7 @@ from dpo_ref.models.loading import load_tokenizer
 from dpo_ref.models.logps import response_scores
 from dpo_ref.models.reward_model import padding_id, with_score_head
 from dpo_ref.objectives.interface import bind
-from dpo_ref.objectives.reward_model import reward_model, reward_model_margin
+from dpo_ref.objectives.pairwise import reward_model, reward_model_margin
 from dpo_ref.references.policies import NoReference
 from dpo_ref.training.trainer import backward, evaluate
 from dpo_ref.types import PairScores

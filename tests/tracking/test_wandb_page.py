@@ -9,9 +9,9 @@ import wandb
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from dpo_ref.cli import dashboard as standard
+from dpo_ref.cli import dashboard
 from dpo_ref.cli.resolve import resolve
-from dpo_ref.tracking import dashboard, tracker
+from dpo_ref.tracking import tracker
 from dpo_ref.tracking import weights_and_biases as tracking
 from tests.support.command import ROOT, composed, composes
 
@@ -95,9 +95,9 @@ def test_the_page_names_what_is_logged():
 
 
 def test_the_dashboard_is_built_offline_and_draws_over_the_optimiser_step():
-    pytest.importorskip("wandb_workspaces", reason=dashboard.MISSING)
-    view = dashboard.workspace("me", "my_project", standard.SECTIONS)
-    assert (view.entity, view.project, view.name) == ("me", "my_project", dashboard.NAME)
+    pytest.importorskip("wandb_workspaces", reason=tracking.NO_WORKSPACES)
+    view = tracking.workspace("me", "my_project", dashboard.SECTIONS)
+    assert (view.entity, view.project, view.name) == ("me", "my_project", tracking.DASHBOARD)
     by_name = {section.name: section.panels for section in view.sections}
     lines = [panel for name in ("Training", "Policies while training", "Cost") for panel in by_name[name]]
     assert {panel.x.name if hasattr(panel.x, "name") else panel.x for panel in lines} == {"step"}
@@ -112,7 +112,7 @@ def test_the_dashboard_is_built_offline_and_draws_over_the_optimiser_step():
 
 
 def test_the_dashboard_is_not_saved_without_a_key(monkeypatch, tmp_path):
-    pytest.importorskip("wandb_workspaces", reason=dashboard.MISSING)
+    pytest.importorskip("wandb_workspaces", reason=tracking.NO_WORKSPACES)
     for name in ("HOME", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -120,15 +120,15 @@ def test_the_dashboard_is_not_saved_without_a_key(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     wandb.teardown()
     with pytest.raises(ValueError, match="It needs an API key"):
-        standard.main(["me", "my_project"])
+        dashboard.main(["me", "my_project"])
     wandb.teardown()
 
 
 def test_the_dashboard_needs_two_words_and_names_metrics_that_are_logged():
     with pytest.raises(ValueError, match="<user or team> <project>"):
-        standard.main(["me"])
+        dashboard.main(["me"])
     source = "".join(path.read_text() for path in Path(ROOT / "dpo_ref").rglob("*.py") if path.name != "dashboard.py")
-    panels = [panel for section in standard.SECTIONS for panel in section.panels]
-    for name in {name for panel in panels if isinstance(panel, dashboard.Curves) for name in panel.keys}:
+    panels = [panel for section in dashboard.SECTIONS for panel in section.panels]
+    for name in {name for panel in panels if isinstance(panel, tracking.Curves) for name in panel.keys}:
         last = name.rpartition("/")[2]
         assert last in source, name
