@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_ref.cli.command_line import composed
+from dpo_ref.cli.command_line import compose_command
 from dpo_ref.cli.resolve import RunConfig, resolve, strength
 from dpo_ref.component import Component
 from dpo_ref.lab.bandits.report import ClosedForm, findings, metrics_by_step, results, terminal_tables, write_report
@@ -44,7 +44,7 @@ def _method_beside(bandit: Component, words: str) -> Method:
     name, *rest = words.split()
     typed = [f"objective={name}", f"bandit={bandit.name}", *rest]
     try:
-        run = resolve(*composed(typed), typed)
+        run = resolve(*compose_command(typed), typed)
     except Exception as error:  # Hydra's own, for an objective that does not exist
         raise ValueError(f"bandit.beside: {words}: {error}") from error
     assert run.bandit is not None

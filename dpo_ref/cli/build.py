@@ -24,7 +24,7 @@ from dpo_ref.reports.data import data_page
 from dpo_ref.tracking.run_record import RunRecord
 from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
 from dpo_ref.tracking.tracker import Tracker
-from dpo_ref.training.rounds import Rounds, RoundsContext, fitted, groups_for, offline
+from dpo_ref.training.rounds import Rounds, RoundsContext, groups_for, objective_groups, offline
 from dpo_ref.training.run import SampleEvaluation, TrainingRun
 from dpo_ref.types import Message, PreferenceData
 
@@ -49,9 +49,9 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     work = workspace(config, directory)
     data = config.data(config.seed, progress)
     policy = trained_model(config, work.device)
-    groups, held_out, counts = prepared(config, data, policy.tokenizer, tracker)
+    groups, held_out, counts = prepare_groups(config, data, policy.tokenizer, tracker)
     rounds = rounds_of(config, work, policy, data, groups)
-    fitting = (config.data.hooks.held_out or fitted)(config.objective, held_out)
+    fitting = (config.data.hooks.held_out or objective_groups)(config.objective, held_out)
     optim = config.optim(policy.model, rounds.num_steps)
     reference = reference_of(config, work, policy, rounds, fitting)
     record = RunRecord(directory / "metrics.jsonl", tracker)
@@ -87,7 +87,7 @@ def check_paths(config: RunConfig) -> None:
 # --- data
 
 
-def tokenised(config: RunConfig, data: PreferenceData, tokenizer: Any) -> tuple[Tokenised, Tokenised]:
+def tokenise_data(config: RunConfig, data: PreferenceData, tokenizer: Any) -> tuple[Tokenised, Tokenised]:
     """Train and held-out groups, numbered as one list, from the cache where they are."""
     write, identity = config.data.bound(tokenise), text_identity(tokenizer)
     train, held_out = (
@@ -97,11 +97,11 @@ def tokenised(config: RunConfig, data: PreferenceData, tokenizer: Any) -> tuple[
     return train, Tokenised(held_out.groups.numbered_from(len(data.train)), held_out.counts)
 
 
-def prepared(
+def prepare_groups(
     config: RunConfig, data: PreferenceData, tokenizer: Any, tracker: Tracker
 ) -> tuple[TokenGroups, TokenGroups, dict[str, int]]:
     """Train and held-out groups, and what happened to rows; says what they are like."""
-    train, held_out = tokenised(config, data, tokenizer)
+    train, held_out = tokenise_data(config, data, tokenizer)
     say(*short_report(inspect(data, train, held_out)))
     counts = summed_counts(data.reading, train.counts, held_out.counts)
     if not len(train.groups):
@@ -138,7 +138,7 @@ def report_data(config: RunConfig, directory: Path) -> None:
     data = config.data(config.seed, progress)
     options = {name: config.model.options[name] for name in ("template", "template_options", "max_length")}
     tokenizer = prepared_tokenizer(locate(config.model.options["path"]), **options)
-    train, held_out = tokenised(config, data, tokenizer)
+    train, held_out = tokenise_data(config, data, tokenizer)
     inspection = inspect(data, train, held_out)
     drawn = torch.randperm(len(train.groups), generator=torch.Generator().manual_seed(config.seed))[:NUM_EXAMPLES]
     examples = [example_of(tokenizer, train.groups[index]) for index in drawn.tolist()]
@@ -188,7 +188,9 @@ def cache_reference(config: RunConfig, directory: Path) -> None:
         raise ValueError(f"stage=cache_reference: reference={config.reference.name} has no table to fill")
     work = workspace(config, directory)
     data, policy = config.data(config.seed, progress), trained_model(config, work.device)
-    train, held_out = (groups_for(config.objective, part.groups) for part in tokenised(config, data, policy.tokenizer))
+    train, held_out = (
+        groups_for(config.objective, part.groups) for part in tokenise_data(config, data, policy.tokenizer)
+    )
     reference = build_reference(config, work, policy, ConcatGroups(train, held_out))
     say_which(reference)
     folder = work.cache / "reference" / reference.identity

@@ -51,7 +51,7 @@ def check_command_line(arguments: Sequence[str], kind: str) -> None:
             refuse_unknown(f"{head}.", [rest], top[head])
 
 
-def composed(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
+def compose_command(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
     """The tree and the choices that `train.py` gets for a command line. Raises what `train.py` would say."""
     check_command_line(overrides, "train")
     inside = GlobalHydra.instance().is_initialized()

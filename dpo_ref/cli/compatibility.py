@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from dpo_ref.cli.build import build_reference, check_paths, say_which, tokenised, workspace
-from dpo_ref.cli.command_line import composed, reference_words
+from dpo_ref.cli.build import build_reference, check_paths, say_which, tokenise_data, workspace
+from dpo_ref.cli.command_line import compose_command, reference_words
 from dpo_ref.cli.resolve import RunConfig, resolve
 from dpo_ref.component import Component
 from dpo_ref.data.chat_templates import install_template
@@ -143,7 +143,7 @@ def divergences(
             theirs = bench.samples(model, tokenizer, bench.prompts)
             return by_tokens(policy, model, tokenizer, ours), by_tokens(model, policy, tokenizer, theirs)
         theirs_by_text = _drawn_by(bench, component, reference)
-    return both_by_text(ours, theirs_by_text, bench.prompts, lambda texts: _scored(bench, component, texts))
+    return both_by_text(ours, theirs_by_text, bench.prompts, lambda texts: _score_texts(bench, component, texts))
 
 
 def _outputs(model: Any) -> int:
@@ -176,7 +176,7 @@ def _under(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
     return (Message(role="system", content=system), *turns)
 
 
-def _scored(bench: Bench, component: Component, texts: Sequence[PromptGroup]) -> Scored:
+def _score_texts(bench: Bench, component: Component, texts: Sequence[PromptGroup]) -> Scored:
     """Log-probs of texts under policy and reference, and which of them fit the data's limits."""
     groups = bench.run.data.bound(tokenise)(texts, bench.policy.tokenizer).groups
     if not len(groups):
@@ -260,7 +260,7 @@ def _runs(request: CompatibilityRequest) -> dict[str, tuple[list[str], RunConfig
     runs: dict[str, tuple[list[str], RunConfig]] = {}
     for entry in request.config["references"]:
         words = reference_words(entry)
-        cfg, choices = composed([*request.words, *words])
+        cfg, choices = compose_command([*request.words, *words])
         run = replace(resolve(cfg, choices, words), data=request.data)
         check_paths(run)
         title = title_of(entry)
@@ -272,13 +272,13 @@ def _runs(request: CompatibilityRequest) -> dict[str, tuple[list[str], RunConfig
 
 def _bench(request: CompatibilityRequest) -> Bench:
     """Load the policy and draw the pairs."""
-    cfg, choices = composed([*request.words, "reference=initial"])
+    cfg, choices = compose_command([*request.words, "reference=initial"])
     run = replace(resolve(cfg, choices), data=request.data)
     work = replace(workspace(run, Path(request.output_dir or ".")), seed=request.seed)
     data = run.data(run.seed, progress)
     policy: Policy = run.model(work.device)
     say(*policy.notes)
-    groups = draw(tokenised(run, data, policy.tokenizer)[0].groups, request.options.num_pairs, request.seed)
+    groups = draw(tokenise_data(run, data, policy.tokenizer)[0].groups, request.options.num_pairs, request.seed)
     texts = [groups.text(index) for index in range(len(groups))]
     prompts = [prompt for prompt in {text.prompt_id: text.prompt for text in texts}.values() if prompt]
     return Bench(run, work, policy, groups, prompts[: request.options.num_prompts], request.options.max_new_tokens)
@@ -292,7 +292,7 @@ def _report(request: CompatibilityRequest, runs: Mapping[str, tuple[list[str], R
         samples = bench.samples(bench.policy.model, bench.policy.tokenizer, bench.prompts)
     candidates, refused = [], []
 
-    def measured(title: str, words: Sequence[str], component: Component) -> Candidate:
+    def candidate(title: str, words: Sequence[str], component: Component) -> Candidate:
         reference = bench.build(component, bench.groups)
         found = responses(reference, bench.groups, bench)
         logps, by_token = sums_of(found), found[0].token_logps is not None
@@ -315,7 +315,7 @@ def _report(request: CompatibilityRequest, runs: Mapping[str, tuple[list[str], R
     for title, (words, run) in runs.items():
         say(f"{title}:")
         try:
-            candidates.append(measured(title, words, run.reference))
+            candidates.append(candidate(title, words, run.reference))
         except ValueError as error:
             refused.append(RefusedCandidate(title, str(error)))
     if not candidates:

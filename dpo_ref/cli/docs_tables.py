@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_ref.cli.command_line import composed
+from dpo_ref.cli.command_line import compose_command
 from dpo_ref.cli.resolve import resolve, strength
 from dpo_ref.cli.schemas import CONF, groups, locate, register
 from dpo_ref.evaluation.results import METRICS, Metric
@@ -176,7 +176,9 @@ def _names_in_code(names: Sequence[str] | set[str]) -> str:
 
 def table() -> str:
     """The table in Markdown."""
-    objectives = {path.stem: composed([f"objective={path.stem}"])[0] for path in sorted(CONF.glob("objective/*.yaml"))}
+    objectives = {
+        path.stem: compose_command([f"objective={path.stem}"])[0] for path in sorted(CONF.glob("objective/*.yaml"))
+    }
     without = {name for name, cfg in objectives.items() if refusal(cfg, cfg, ("initial", name))}
     with_one = set(objectives) - without
     rows = []
@@ -184,7 +186,7 @@ def table() -> str:
         for words in commands(path):
             overrides = [word for word in words if not word.startswith(("beta=", "data", "stage", "optim"))]
             command = " ".join(word for word in overrides if word.startswith(("reference=", "reference.mean")))
-            rows.append(_row(command, composed(overrides)[0], path.stem, objectives, with_one))
+            rows.append(_row(command, compose_command(overrides)[0], path.stem, objectives, with_one))
     head = ["| reference | goes with | refused, and why |", "|---|---|---|"]
     return "\n".join([*head, *dict.fromkeys(rows), "", f"Objectives without a reference: {_names_in_code(without)}."])
 

@@ -22,7 +22,7 @@ from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.evaluate import at_each, at_other, baseline_of, check_temperature, evaluate_policy, prompts_of
 from dpo_ref.evaluation.judging.judge import JudgeLost
 from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate, TrainedRun, against
-from dpo_ref.evaluation.results import RESULTS, Evaluated, Thresholds, joined, read_json, with_curve
+from dpo_ref.evaluation.results import RESULTS, Evaluated, Thresholds, join_temperatures, read_json, with_curve
 from dpo_ref.evaluation.sweep import cells, collect, results_folder, results_of_checkpoint
 from dpo_ref.files import cache_folder
 from dpo_ref.lab.models import SCHEME
@@ -114,7 +114,7 @@ class Evaluator:
         config: Any = OmegaConf.to_container(self.tree(run, path)[0], resolve=True)
         found = evaluate_policy(subject, settings, baseline)
         if found is not None and curve:
-            found = joined(subject.folder, found, [other for other, _ in curve if other is not None])
+            found = join_temperatures(subject.folder, found, [other for other, _ in curve if other is not None])
         if baseline is not None and curve:
             baseline = with_curve(baseline, [other for _, other in curve if other is not None])
         return EvaluationOutcome(subject, config, _plain(run), baseline, found)
@@ -177,7 +177,7 @@ def _sources(sweep: Any) -> list[str]:
     return sources
 
 
-def _shared(baselines: Sequence[Evaluated]) -> Evaluated | None:
+def _shared_baseline(baselines: Sequence[Evaluated]) -> Evaluated | None:
     """The baseline of all jobs; None where they have none or several, of which no single one would be true."""
     # by value: NaN is what was not measured
     if len({digest([asdict(baseline.evaluation)]) for baseline in baselines}) <= 1:
@@ -201,7 +201,7 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
         baselines += [outcome.baseline] if outcome.baseline else []
         if outcome.found is not None:
             evaluator.conclude(outcome)
-    jobs, baseline = collect(*sources), _shared(baselines)
+    jobs, baseline = collect(*sources), _shared_baseline(baselines)
     write_sweep(folder, jobs, baseline)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     track_sweep(evaluator.tracking, config, folder, jobs)

@@ -61,13 +61,13 @@ def _pairs(subject: PolicyToEvaluate, settings: EvaluationSettings) -> RewardedP
     reference = loss_reference(subject, settings, members)
     policy = score_pairs(ours.model, members, end_of_turn_ids(ours.tokenizer), progress)
     against = reference_pairs(reference, members, policy, settings.work.device)
-    pairs = rewarded(held_out, members, policy, against)
+    pairs = rewarded_pairs(held_out, members, policy, against)
     if left_out := sum(len(group.pairs) for group in held_out) - len(pairs):
         say(f"{left_out} of {left_out + len(pairs)} pairs left out: they are longer than data.max_length")
     return RewardedPairs(subject.name, source.name, pairs)
 
 
-def rewarded(
+def rewarded_pairs(
     held_out: Sequence[PromptGroup], groups: Sequence[TokenGroup], policy: PairEvaluation, reference: PairEvaluation
 ) -> list[RewardedPair]:
     """The texts of the pairs in `groups`, which are in their source's order, with log policy - log reference."""

@@ -207,7 +207,7 @@ def _keys(overrides: Sequence[str]) -> set[str]:
     return {override.lstrip("+~").partition("=")[0] for override in overrides}
 
 
-def _changed(trainer: Mapping[str, Any]) -> set[str]:
+def _changed_keys(trainer: Mapping[str, Any]) -> set[str]:
     """The keys of `trainer.*` that are not at their defaults: a resumed run's changes are in the tree alone."""
     return {f"trainer.{f.name}" for f in fields(TrainerConfig) if trainer.get(f.name, f.default) != f.default}
 
@@ -255,7 +255,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
     beta = cfg.beta
     settings: Any = OmegaConf.to_container(cfg.trainer)
     objective = _objective(parts["objective"], beta, overrides)
-    plan = RunPlan(parts, overrides, _keys(overrides) | _changed(settings))
+    plan = RunPlan(parts, overrides, _keys(overrides) | _changed_keys(settings))
     reference = parts["reference"]
     if "bandit" in parts:
         parts["bandit"].hooks.check_run(objective, plan)

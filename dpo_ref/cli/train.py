@@ -56,7 +56,7 @@ class Job:
         return self.sweep or self.directory.name
 
 
-def restored(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
+def restore(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
     """The configuration of the run that `resume` names, with the few changes a run survives.
 
     Raises ValueError for a folder that holds no run and for an override that would make it another run.
@@ -124,7 +124,7 @@ def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
     training, reference = built.training, built.training.reference
     return {
         "objective": training.objective.name,
-        "reference": _named(reference.name, built.config.reference.options),
+        "reference": _reference_title(reference.name, built.config.reference.options),
         "provenance": reference.provenance,
         "identities": {
             "initial_policy": training.initial_weights,
@@ -141,9 +141,9 @@ def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
     }
 
 
-def _named(kind: str, options: Mapping[str, Any]) -> str:
+def _reference_title(kind: str, options: Mapping[str, Any]) -> str:
     """A reference as tables show it: its kind, and which model it is where there is a choice."""
-    parts = [_named(part["reference"], part) for part in options.get("parts", ())]
+    parts = [_reference_title(part["reference"], part) for part in options.get("parts", ())]
     which = [str(options[key]) for key in ("path", "model") if options.get(key)]
     return " ".join([kind, *which]) + (f" of {', '.join(parts)}" if parts else "")
 
@@ -168,7 +168,7 @@ def _tracker(cfg: DictConfig, job: Job, run: RunConfig) -> Tracker:
 
 
 @contextmanager
-def tracked(cfg: DictConfig, job: Job, run: RunConfig) -> Iterator[Tracker]:
+def tracking_of(cfg: DictConfig, job: Job, run: RunConfig) -> Iterator[Tracker]:
     """The run's tracker, which is told whether the run came to its end."""
     tracker, exit_code = _tracker(cfg, job, run), 1
     try:
@@ -208,7 +208,7 @@ def _show_samples(built: Built, steps: int) -> None:
 
 
 def _bandit(cfg: DictConfig, job: Job, run: RunConfig) -> None:
-    with tracked(cfg, job, run) as tracker:
+    with tracking_of(cfg, job, run) as tracker:
         results = run_bandit(run, job.directory, tracker, progress)
         record(cfg, job, "completed", **results, wandb=tracker.location)
         tracker.summary({"status": "completed"})
@@ -222,7 +222,7 @@ def run_job(cfg: DictConfig, job: Job) -> int:
     built, first_step = None, 0
     try:
         if cfg.resume:
-            cfg, job = restored(cfg, job)
+            cfg, job = restore(cfg, job)
         run = resolve(cfg, job.choices, job.overrides)
         if run.stage in ASIDE:
             ASIDE[run.stage](run, job.directory)
@@ -233,7 +233,7 @@ def run_job(cfg: DictConfig, job: Job) -> int:
         if run.bandit is not None:
             _bandit(cfg, job, run)
             return 0
-        with tracked(cfg, job, run) as tracker:
+        with tracking_of(cfg, job, run) as tracker:
             built = build(run, job.directory, tracker)
             first_step = built.training.resume() if cfg.resume else 0
             steps = built.training.train(first_step)
@@ -248,17 +248,17 @@ def run_job(cfg: DictConfig, job: Job) -> int:
         print(f"\n{stop}; go on with\n  python train.py resume={job.directory}")
         return 130
     except (ValueError, OSError) as error:
-        _failed(cfg, job, error)
+        _record_failure(cfg, job, error)
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        _failed(cfg, job, error)
+        _record_failure(cfg, job, error)
         traceback.print_exc()
         return 1
     return 0
 
 
-def _failed(cfg: DictConfig, job: Job, error: Exception) -> None:
+def _record_failure(cfg: DictConfig, job: Job, error: Exception) -> None:
     """Leave the status and the traceback in the run's folder, where there is one."""
     if not job.directory.is_dir():
         return

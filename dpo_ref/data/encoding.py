@@ -116,7 +116,7 @@ class Literals:
             raise TemplateRefuses("contains U+10FFFD U+10FFFC beside a special token's text; they stand for it here")
         return _substitute(text, self.pattern, self._stand_ins)
 
-    def named(self, text: str) -> str:
+    def reveal(self, text: str) -> str:
         """What the template wrote, in the copy's names; the literals are text again."""
         text = _substitute(text, self.pattern, self._copy_names)
         for literal, stand_in in self._stand_ins.items():
@@ -191,7 +191,7 @@ class Ids(NamedTuple):
 # --- groups encoded
 
 
-def named(group: PromptGroup, make: Callable[[], Any]) -> Any:
+def naming_row(group: PromptGroup, make: Callable[[], Any]) -> Any:
     """What `make` gives; its refusal as a ValueError that names the row."""
     try:
         return make()
@@ -245,7 +245,7 @@ class Encoder:
         plain = [index for index, group in enumerate(groups) if not self.literals.occur_in(group)]
         plain_ids = dict(zip(plain, self._plain([groups[index] for index in plain]), strict=True))
         return [
-            plain_ids[index] if index in plain_ids else named(group, lambda g=group: self._with_literals(g))
+            plain_ids[index] if index in plain_ids else naming_row(group, lambda g=group: self._with_literals(g))
             for index, group in enumerate(groups)
         ]
 
@@ -256,19 +256,23 @@ class Encoder:
             self.last_turns([g for g, has_answers in zip(groups, have_answers, strict=True) if not has_answers])
         )
         return [
-            named(group, lambda g=group: self._all_turns(g)) if has_answers else next(single)
+            naming_row(group, lambda g=group: self._all_turns(g)) if has_answers else next(single)
             for group, has_answers in zip(groups, have_answers, strict=True)
         ]
 
     def _plain(self, groups: Sequence[PromptGroup]) -> Iterator[Ids]:
-        texts = [named(group, lambda g=group: self.chat.render(g.prompt, g.responses, g.tools)) for group in groups]
+        texts = [
+            naming_row(group, lambda g=group: self.chat.render(g.prompt, g.responses, g.tools)) for group in groups
+        ]
         prompts = self.ids([text.start for text in texts])
         tails = [self._tail(text.start, ids) for text, ids in zip(texts, prompts, strict=True)]
         continuations = [tail + body for (tail, _), text in zip(tails, texts, strict=True) for body in text.bodies]
         wholes = iter(self.ids(continuations))
         for group, prompt, (_, before), text in zip(groups, prompts, tails, texts, strict=True):
             calls = [(before, next(wholes), body, self.encode, self._anchor) for body in text.bodies]
-            yield Ids(prompt, named(group, lambda calls=calls: [self._response(*arguments) for arguments in calls]))
+            yield Ids(
+                prompt, naming_row(group, lambda calls=calls: [self._response(*arguments) for arguments in calls])
+            )
 
     def _tail(self, start: str, prompt: list[int]) -> tuple[str, list[int]]:
         """The end of the prompt that decides how a response is encoded, as text and ids: from the last special token
@@ -288,25 +292,25 @@ class Encoder:
 
     def _with_literals(self, group: PromptGroup) -> Ids:
         self.counts["special tokens in a text, encoded as text"] += 1
-        hide, name, encode = self.literals.hide, self.literals.named, self.literals.encode
+        hide, reveal, encode = self.literals.hide, self.literals.reveal, self.literals.encode
         text = self.chat.render(hide(group.prompt), [self.literals.hidden(r) for r in group.responses], group.tools)
-        start, bodies = name(text.start), [name(body) for body in text.bodies]
+        start, bodies = reveal(text.start), [reveal(body) for body in text.bodies]
         prompt, *wholes = (encoding.ids for encoding in encode([start, *(start + body for body in bodies)]))
-        pairs, anchor = zip(wholes, bodies, strict=True), name(self._anchor)
+        pairs, anchor = zip(wholes, bodies, strict=True), reveal(self._anchor)
         return Ids(prompt, [self._response(prompt, whole, body, encode, anchor) for whole, body in pairs])
 
     def _all_turns(self, group: PromptGroup) -> Ids:
-        hide, name, encode = list, str, self.encode
+        hide, reveal, encode = list, str, self.encode
         if self.literals.occur_in(group):
             self.counts["special tokens in a text, encoded as text"] += 1
-            hide, name, encode = self.literals.hide, self.literals.named, self.literals.encode
+            hide, reveal, encode = self.literals.hide, self.literals.reveal, self.literals.encode
         prompt: list[int] = []
         responses, masks = [], []
         for response in group.responses:
-            text = scored_turns(self.chat, hide(conversation(group.prompt, response)), group.tools, name)
+            text = scored_turns(self.chat, hide(conversation(group.prompt, response)), group.tools, reveal)
             (prompt, _), whole = encode([text.start, text.start + text.body])
             spans = [(begin + len(text.start), end + len(text.start)) for begin, end in text.spans]
-            responses.append(self._response(prompt, whole.ids, text.body, encode, name(self._anchor)))
+            responses.append(self._response(prompt, whole.ids, text.body, encode, reveal(self._anchor)))
             mask = mask_of(whole.offsets, spans)
             changed = len(responses[-1]) - _common_end(responses[-1], whole.ids)  # where the boundary was resolved
             masks.append([True] * changed + mask[len(mask) - len(responses[-1]) + changed :])

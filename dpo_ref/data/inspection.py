@@ -148,12 +148,12 @@ def example_of(tokenizer: Any, group: TokenGroup) -> Example:
     masks = group.scored or [[True] * len(ids) for ids in group.response_ids]
     parts = zip(names, group.response_ids, masks, strict=True)
     return Example(
-        decoded(tokenizer, group.prompt_ids),
+        decode_ids(tokenizer, group.prompt_ids),
         {name: _pieces(tokenizer, group.prompt_ids[-1:], ids, mask) for name, ids, mask in parts},
     )
 
 
-def decoded(tokenizer: Any, ids: list[int]) -> str:
+def decode_ids(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -167,7 +167,7 @@ def token_texts(tokenizer: Any, before: list[int], ids: list[int]) -> list[tuple
     texts: list[tuple[str, int, int]] = []
     start = 0
     for stop in range(1, len(ids) + 1):
-        prefix, longer = decoded(tokenizer, before), decoded(tokenizer, [*before, *ids[start:stop]])
+        prefix, longer = decode_ids(tokenizer, before), decode_ids(tokenizer, [*before, *ids[start:stop]])
         if longer.endswith("\N{REPLACEMENT CHARACTER}") and stop < len(ids):
             continue
         texts.append((longer[len(prefix) :], start, stop))

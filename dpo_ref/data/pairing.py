@@ -73,7 +73,7 @@ class Filters:
         return self.too_close(group.rewards[better], group.rewards[worse])
 
 
-def paired(group: PromptGroup, pairing: str, filters: Filters) -> PromptGroup | str:
+def add_pairs(group: PromptGroup, pairing: str, filters: Filters) -> PromptGroup | str:
     """A scored group with its pairs, the better response of each first; or why there are none.
 
     `best_vs_worst` and `best_vs_random` keep two responses, `all` keeps every one and pairs those whose scores differ
@@ -100,7 +100,7 @@ class Seen:
     """Notices groups that were there before: the same texts, or the same but for case, blanks and Unicode forms."""
 
     def __init__(self, mode: str) -> None:
-        self._text = {"exact": str, "normalised": normalised}.get(mode)
+        self._text = {"exact": str, "normalised": normalise}.get(mode)
         self._keys: set[bytes] = set()
 
     def before(self, group: PromptGroup) -> bool:
@@ -115,7 +115,7 @@ class Seen:
         return repeated
 
 
-def normalised(text: str) -> str:
+def normalise(text: str) -> str:
     """The text without differences of Unicode form, case and blanks, in any language."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 

@@ -17,7 +17,7 @@ from dpo_ref.component import component
 from dpo_ref.data.formats.checks import BadRow, Row, columns_of
 from dpo_ref.data.formats.recognise import Format, check_format, convert, format_of, known_logps, named_logps
 from dpo_ref.data.groups import StoredGroups, write
-from dpo_ref.data.pairing import Filters, Seen, paired
+from dpo_ref.data.pairing import Filters, Seen, add_pairs
 from dpo_ref.data.rows import Named, Source, open_source
 from dpo_ref.files import cache_folder, write_json
 from dpo_ref.types import PreferenceData, Progress, PromptGroup, Reading, digest, silent
@@ -155,7 +155,7 @@ class Reader:
         if group.rewards is not None and not group.pairs:
             if len(group.responses) == 1:
                 return "one response alone"
-            outcome = paired(group, rules.pairing or "best_vs_worst", rules.filters)
+            outcome = add_pairs(group, rules.pairing or "best_vs_worst", rules.filters)
             if isinstance(outcome, str):
                 return outcome
             group = outcome

@@ -121,7 +121,7 @@ def evaluate_policy(
     if settings.stage == "report":
         return read_evaluated(folder)
     if settings.stage == "judge":
-        return _judged(settings, folder, read_evaluated(folder), baseline)
+        return _with_judge(settings, folder, read_evaluated(folder), baseline)
     if settings.stage == "diagnose":
         return _diagnosed_again(subject, settings)
     if settings.stage == "score":
@@ -143,10 +143,12 @@ def evaluate_policy(
     about = _about(subject, settings, scores.name, metrics)
     seed = settings.work.seed
     evaluated = score_stage(folder, about, generations, scores.values, baseline, seed, settings.thresholds)
-    return _judged(settings, folder, evaluated, baseline)
+    return _with_judge(settings, folder, evaluated, baseline)
 
 
-def _judged(settings: EvaluationSettings, folder: Path, evaluated: Evaluated, baseline: Evaluated | None) -> Evaluated:
+def _with_judge(
+    settings: EvaluationSettings, folder: Path, evaluated: Evaluated, baseline: Evaluated | None
+) -> Evaluated:
     """With the judge's numbers: asked for now, or those of the same answers that are stored; a baseline has none."""
     if settings.judge is None or baseline is None:
         return with_judgments(folder, evaluated, baseline)
@@ -179,10 +181,10 @@ def measure(
 ) -> dict[str, float]:
     """KL to the initial policy and to the loss reference, where the samples allow it, and the held-out pairs."""
     with settings.policy(subject).precision():
-        return _measured(subject, settings, generations)
+        return _measure(subject, settings, generations)
 
 
-def _measured(
+def _measure(
     subject: PolicyToEvaluate, settings: EvaluationSettings, generations: Sequence[Generation]
 ) -> dict[str, float]:
     ours, initial, progress = settings.policy(subject), settings.initial(subject), settings.work.progress

@@ -142,7 +142,7 @@ class TrainingEvaluation:
         generations = self._answers(model, context.work.seed)
         self._folder.mkdir(parents=True, exist_ok=True)
         write_generations(self._folder / f"step_{step:08d}.jsonl", generations)
-        metrics = self._scored(generations) | self._moved(generations)
+        metrics = self._answer_metrics(generations) | self._drift(generations)
         model.train(training)
         degenerate = degeneration(metrics, self._initial.evaluation.metrics, context.thresholds)
         measured = {name: value for name, value in metrics.items() if value == value}
@@ -180,13 +180,13 @@ class TrainingEvaluation:
             model, self._pairs, end_of_turn_ids(self._context.policy.tokenizer), self._context.work.progress
         )
 
-    def _scored(self, generations: Sequence[Generation]) -> dict[str, float]:
+    def _answer_metrics(self, generations: Sequence[Generation]) -> dict[str, float]:
         """What answers alone say, and their win rate."""
         scores = self._scorer(generations)
         metrics = score_metrics(scores.name, generations, scores.values)
         return metrics | compare_metrics(generations, scores.values, self._initial, self._context.work.seed)
 
-    def _moved(self, generations: Sequence[Generation]) -> dict[str, float]:
+    def _drift(self, generations: Sequence[Generation]) -> dict[str, float]:
         """How far the policy is from the initial one: KL on its own answers, log-ratios on held-out pairs."""
         context, policy = self._context, self._context.policy
         never = never_sampled(policy.tokenizer, policy.model.get_output_embeddings().weight.shape[0])

@@ -244,7 +244,7 @@ class Divergence:
     num_cut: int = 0
 
 
-def estimated(
+def estimate_divergence(
     values: Float[np.ndarray, " N"], num_bytes: Float[np.ndarray, " N"], prompts: Sequence[int], estimator: str,
     num_cut: int,
 ) -> Divergence:  # fmt: skip
@@ -266,7 +266,7 @@ def by_tokens(
     num_cut = sum(not sample.finished for sample in samples)
     if not num_bytes.sum():
         return Divergence(reason="all of its answers are empty")
-    return estimated(values.kl, num_bytes, values.prompt_index.tolist(), BY_TOKEN, num_cut)
+    return estimate_divergence(values.kl, num_bytes, values.prompt_index.tolist(), BY_TOKEN, num_cut)
 
 
 def finished_texts(samples: Sequence[Generation], prompts: Sequence[tuple[Message, ...]]) -> list[PromptGroup]:
@@ -289,7 +289,7 @@ def by_text(
     num_bytes = np.array([len(texts[index].responses[0].encode()) for index in indices], dtype=np.float64)
     if len(indices) < 2 or not num_bytes.sum():
         return Divergence(reason=f"only {len(indices)} of {len(samples)} answers ended within the token limit")
-    return estimated(sign * (policy - reference), num_bytes, indices, BY_TEXT, len(samples) - len(texts))
+    return estimate_divergence(sign * (policy - reference), num_bytes, indices, BY_TEXT, len(samples) - len(texts))
 
 
 def both_by_text(

@@ -401,7 +401,7 @@ def with_curve(evaluated: Evaluated, others: Sequence[Evaluated]) -> Evaluated:
     return replace(evaluated, evaluation=replace(evaluated.evaluation, metrics=evaluated.evaluation.metrics | curve))
 
 
-def joined(folder: Path, evaluated: Evaluated, others: Sequence[Evaluated]) -> Evaluated:
+def join_temperatures(folder: Path, evaluated: Evaluated, others: Sequence[Evaluated]) -> Evaluated:
     """The evaluation proper with its curve, stored."""
     whole = with_curve(evaluated, others)
     write_evaluation(folder, whole.evaluation)

@@ -52,7 +52,7 @@ def _check_classifier(config: Any) -> None:
 
 
 @lru_cache(maxsize=2)  # one that chooses among answers and one that judges the chosen ones
-def _loaded(path: str, dtype: str) -> _Loaded:
+def _load(path: str, dtype: str) -> _Loaded:
     """The classifier at `path`. Raises ValueError for what is none, or has no head of one output."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
     from transformers.utils.logging import disable_progress_bar
@@ -130,7 +130,7 @@ def _check_options(path: str, dtype: str, batch_size: int) -> None:
 
 def _identity(*, path: str, dtype: Precision = "auto") -> str:
     """Digest of what the scores mean: weights, their dtype, tokenizer and template."""
-    loaded = _loaded(path, dtype)
+    loaded = _load(path, dtype)
     return digest([state_digest(loaded.model.state_dict()), text_identity(loaded.tokenizer)])
 
 
@@ -144,7 +144,7 @@ def reward_model(
     `dtype` auto is bfloat16 on CUDA, float32 on a CPU; `batch_size` counts answers. Raises ValueError for what has no
     scalar head and for answers longer than its positions.
     """
-    loaded = _loaded(path, dtype)
+    loaded = _load(path, dtype)
     return Scores("reward_model", score_sequences(loaded.model, _sequences(loaded, generations), batch_size))
 
 

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from dpo_ref.evaluation import results
-from dpo_ref.evaluation.diagnostics.diagnose import Diagnosed, Diagnosis, restored
+from dpo_ref.evaluation.diagnostics.diagnose import Diagnosed, Diagnosis, restore
 from dpo_ref.evaluation.diagnostics.examples import TokenExample
-from dpo_ref.evaluation.judging.judge import Judge, Pair, judge_metrics, judge_pairs, paired, write_judgments
+from dpo_ref.evaluation.judging.judge import Judge, Pair, answer_pairs, judge_metrics, judge_pairs, write_judgments
 from dpo_ref.evaluation.results import (
     Evaluated,
     Evaluation,
@@ -163,7 +163,7 @@ def judge_stage(
     """The evaluation with the judge's numbers on policy against baseline, stored. Questions that were asked before
     cost nothing. `seed` drives the bootstrap. Raises JudgeLost, with the evaluation as it was, where the judge stops
     answering."""
-    pairs, name = paired(evaluated.generations, baseline.generations), baseline.evaluation.name
+    pairs, name = answer_pairs(evaluated.generations, baseline.generations), baseline.evaluation.name
     judged = judge_pairs(judge, pairs, progress)
     metrics = judge_metrics(judge, judged.judgments, name, seed)
     say(f"judge={judge.name}: {len(pairs)} pairs judged, {judged.num_asked} questions asked, the others known")
@@ -180,7 +180,7 @@ def with_judgments(folder: Path, evaluated: Evaluated, baseline: Evaluated | Non
     if baseline is None or not (folder / RECORD).is_file():
         return evaluated
     stored = read_json(folder / RECORD)
-    pairs = paired(evaluated.generations, baseline.generations)
+    pairs = answer_pairs(evaluated.generations, baseline.generations)
     if stored["pairs"] != _key(pairs, baseline.evaluation.name):
         return evaluated
     return _join(folder, evaluated, stored["judge"], stored["metrics"])
@@ -233,7 +233,7 @@ def read_examples(folder: Path) -> tuple[TokenExample, ...]:
 def restored_from(path: Path, name: str, hint: Any) -> Any:
     """One entry of a JSON file as the values it was written from. Raises ValueError for other content."""
     try:
-        return restored(hint, read_json(path)[name])
+        return restore(hint, read_json(path)[name])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no diagnosis ({error!r}); make it again with stage=diagnose") from error
 

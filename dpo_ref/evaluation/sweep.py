@@ -241,7 +241,7 @@ def _series(jobs: Sequence[SweptRun]) -> list[str]:
     ]
 
 
-def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
+def mean_over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Several seeds as one evaluation: means over seeds; `_se` becomes the standard deviation over seeds.
 
     An interval, such as a win rate's, holds both kinds of chance: the mean squared error of one evaluation (its
@@ -271,7 +271,7 @@ def cells(jobs: Sequence[SweptRun]) -> list[Cell]:
             grouped[series, job.beta, job.step].append(job)
     unsorted = []
     for (series, beta, step), members in grouped.items():
-        whole = joined([job.evaluation for job in members if job.evaluation])
+        whole = mean_over_seeds([job.evaluation for job in members if job.evaluation])
         point = [f"step {step}"] if step is not None else [] if beta is None else [f"beta {beta:g}"]
         unsorted.append(Cell(series, beta, members, replace(whole, name=", ".join([series, *point])), step))
     return sorted(unsorted, key=lambda cell: (cell.series, cell.point is None, cell.point or 0.0))

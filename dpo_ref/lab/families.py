@@ -19,11 +19,11 @@ from dpo_ref.lab.tasks import (
     Family,
     ItemKind,
     Slots,
-    enumerated,
     enumeration,
-    graded,
+    enumeration_pattern,
+    grade,
     items_of,
-    shuffled,
+    shuffle,
     unlike,
 )
 
@@ -47,7 +47,7 @@ class NameMembers(Family):
     slot_patterns: ClassVar = {
         "count": "two|three|four",
         "category": "|".join(CATEGORIES),
-        "excluded": enumerated(_WORD),
+        "excluded": enumeration_pattern(_WORD),
     }
 
     def draw_slots(self, rng: random.Random) -> Slots:
@@ -122,7 +122,7 @@ class Spell(Family):
     def correctness(self, slots: Slots, items: list[str]) -> float:
         """Graded by character, marks included."""
         right = self.right(slots, random.Random(0))
-        return graded(list("".join(items)), list("".join(right)))
+        return grade(list("".join(items)), list("".join(right)))
 
 
 class Repeat(Family):
@@ -163,7 +163,7 @@ class Reverse(Family):
         "Here are some words: {words}. Reverse them.",
         "Say {words} backwards, word by word.",
     )
-    slot_patterns: ClassVar = {"words": enumerated(_WORD)}
+    slot_patterns: ClassVar = {"words": enumeration_pattern(_WORD)}
 
     def draw_slots(self, rng: random.Random) -> Slots:
         return {"words": enumeration(rng.sample(WORDS, rng.choice((3, 4))))}
@@ -176,7 +176,7 @@ class Reverse(Family):
 
     def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
         right = self.right(slots, rng)
-        return rng.choice((shuffled(right, rng), right[::-1], right[:-1]))
+        return rng.choice((shuffle(right, rng), right[::-1], right[:-1]))
 
 
 class ReadPassage(Family):
@@ -191,7 +191,7 @@ class ReadPassage(Family):
         "What colour is the {thing}, if {passage}?",
     )
     _entry = f"the (?:{'|'.join(THINGS)}) is (?:{'|'.join(COLOURS)})"
-    slot_patterns: ClassVar = {"passage": enumerated(_entry), "thing": "|".join(THINGS)}
+    slot_patterns: ClassVar = {"passage": enumeration_pattern(_entry), "thing": "|".join(THINGS)}
 
     def draw_slots(self, rng: random.Random) -> Slots:
         things = rng.sample(THINGS, 3)
@@ -212,7 +212,7 @@ class ReadPassage(Family):
 # --- about numbers
 
 
-_NUMBERS = enumerated("|".join(reversed(NUMBERS)))
+_NUMBERS = enumeration_pattern("|".join(reversed(NUMBERS)))
 
 
 class Count(Family):
@@ -277,7 +277,7 @@ class Sort(Family):
 
     def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
         right = self.right(slots, rng)
-        return rng.choice((shuffled(right, rng), shuffled(right, rng), right[::-1]))
+        return rng.choice((shuffle(right, rng), shuffle(right, rng), right[::-1]))
 
 
 class PickNumber(Family):

@@ -166,7 +166,7 @@ def _hedging(answer: str, rng: random.Random) -> str:
     return f"{rng.choice(HEDGES)} {answer}."
 
 
-def _unfinished(answer: str, rng: random.Random) -> str:
+def _cut_answer(answer: str, rng: random.Random) -> str:
     words = " ".join((_polite(answer, rng), *rng.sample(ASIDES, 2))).split()
     beginning = words[: rng.randint(len(words) // 3, len(words) - 1)]
     return " ".join(beginning).rstrip(".,:")
@@ -179,7 +179,7 @@ STYLES: dict[Style, Callable[[str, random.Random], str]] = {
     "verbose": _verbose,
     "rambling": _rambling,
     "hedging": _hedging,
-    "unfinished": _unfinished,
+    "unfinished": _cut_answer,
 }
 StyleMix = dict[Style, float]
 MIXED: StyleMix = {

@@ -110,7 +110,7 @@ class Family(ABC):
     def correctness(self, slots: Slots, items: list[str]) -> float:
         """1 for the right items in order; else at most 0.4, by the share of positions that agree."""
         right = self.right(slots, random.Random(0))
-        return graded(items, right)
+        return grade(items, right)
 
     def draw(self, rng: random.Random) -> tuple[Task, Prompt]:
         """A random task and a prompt that asks for it."""
@@ -132,7 +132,7 @@ class Family(ABC):
         return Task(self.name, tuple(sorted(slots.items())))
 
 
-def graded(items: Sequence[str], right: Sequence[str]) -> float:
+def grade(items: Sequence[str], right: Sequence[str]) -> float:
     """1 where the two agree; else 0.4 times the share of positions that agree, out of the longer of the two."""
     if list(items) == list(right):
         return 1.0
@@ -145,7 +145,7 @@ def unlike(right: list[str], draw: Callable[[], list[str]]) -> list[str]:
     return next(items for items in iter(draw, None) if items != right)
 
 
-def shuffled(items: list[str], rng: random.Random) -> list[str]:
+def shuffle(items: list[str], rng: random.Random) -> list[str]:
     """The items in another order."""
     return unlike(items, lambda: rng.sample(items, len(items)))
 
@@ -160,7 +160,7 @@ def items_of(text: str) -> list[str]:
     return text.split(", ")
 
 
-def enumerated(item_pattern: str) -> str:
+def enumeration_pattern(item_pattern: str) -> str:
     """The pattern of an enumeration of at least one item."""
     return f"(?:{item_pattern})(?:, (?:{item_pattern}))*"
 

@@ -86,7 +86,7 @@ def base_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merged(model: Any) -> Any:
+def merge(model: Any) -> Any:
     """A model without adapters that computes the same: W + (alpha / rank) B A."""
     state = base_weights(effective(model))
     for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpo_ref.files import remove_abandoned, replacing_folder, write_json
-from dpo_ref.models.adapters import effective, merged
+from dpo_ref.models.adapters import effective, merge
 
 PREFIX = "step-"
 REFERENCE = "reference.safetensors"
@@ -25,7 +25,7 @@ def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None) 
     adapter is merged into the weights, and saved apart in `adapter/`. A model card that is there already stays."""
     remove_abandoned(folder)
     with replacing_folder(folder) as partial:
-        (policy if adapter is None else merged(policy)).save_pretrained(partial)
+        (policy if adapter is None else merge(policy)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if (folder / "README.md").is_file():
             shutil.copy2(folder / "README.md", partial)

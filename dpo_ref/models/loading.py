@@ -219,10 +219,10 @@ def load_model(
         raise ValueError(f"{key}={path}: no model could be loaded: {str(error).splitlines()[0]}") from error
     if device is not None:
         model.to(device)
-    return LoadedModel(model, _packed(model.eval(), attention, f"{key}={path}"))
+    return LoadedModel(model, _install_packing(model.eval(), attention, f"{key}={path}"))
 
 
-def _packed(model: nn.Module, attention: str, title: str) -> tuple[str, ...]:
+def _install_packing(model: nn.Module, attention: str, title: str) -> tuple[str, ...]:
     """Install packed attention where the architecture allows it; what the user is told where it does not."""
     backend = resolve_backend(attention)
     reason = install(model, backend)
@@ -363,7 +363,7 @@ SMALLER = (
 )
 
 
-def _quantised(quantisation: str) -> dict[str, Any]:
+def _quantisation_options(quantisation: str) -> dict[str, Any]:
     """What transformers is told. Raises ValueError without bitsandbytes."""
     if quantisation == "none":
         return {}
@@ -381,7 +381,7 @@ def _quantised(quantisation: str) -> dict[str, Any]:
     return {"quantization_config": bits}
 
 
-def _placed(device: str, quantised: bool, policy: torch.device) -> tuple[torch.device | None, dict[str, Any]]:
+def _placement(device: str, quantised: bool, policy: torch.device) -> tuple[torch.device | None, dict[str, Any]]:
     """Where the model is moved after loading, or how transformers spreads it while loading."""
     if device == "spread":
         try:
@@ -401,8 +401,8 @@ def load_reference(source: ModelSource, folder: str, policy_device: torch.device
     Raises ValueError for what is no model, for packages that are missing, and for a second model that does not fit
     into memory, with the options that avoid it.
     """
-    how = _quantised(source.quantisation)
-    device, placing = _placed(source.device, bool(how), policy_device)
+    how = _quantisation_options(source.quantisation)
+    device, placing = _placement(source.device, bool(how), policy_device)
     try:
         loaded = load_model(
             folder, device, attention, KEY, source.revision, dtype=DTYPES[source.dtype], **how, **placing
@@ -443,13 +443,13 @@ class ModelLoader:
 
     def fresh(self, source: ModelSource) -> nn.Module:
         """The model of `source`, of which nobody else knows."""
-        return self._announced(load_reference(source, locate(source.path), self.device, self._attention))
+        return self._announce(load_reference(source, locate(source.path), self.device, self._attention))
 
     def tokenizer(self, path: str, revision: str | None = None) -> Any:
         """The tokenizer of a model."""
         return load_tokenizer(locate(path), revision)
 
-    def _announced(self, loaded: LoadedModel) -> Any:
+    def _announce(self, loaded: LoadedModel) -> Any:
         """The model; what there is to tell of it is said at the first time, as it may be loaded again."""
         say(*(note for note in loaded.notes if note not in self._notes))
         self._notes.update(loaded.notes)
@@ -471,7 +471,7 @@ class ModelLoader:
         )
 
     def _weights(self, folder: str, checkpoint: Path | None, adapter: str | None) -> nn.Module:
-        model = self._announced(load_model(folder, self.device, self._attention, "policy"))
+        model = self._announce(load_model(folder, self.device, self._attention, "policy"))
         if checkpoint is not None:
             load_policy(checkpoint, model)
         if adapter is not None:

@@ -109,16 +109,16 @@ class Server:
 
         Raises `ServerRefused` and `ServerUnavailable`, and ValueError for a key that the server does not accept.
         """
-        return self._asked(path, json.dumps(content).encode(), read)
+        return self._ask(path, json.dumps(content).encode(), read)
 
     def models(self) -> list[str] | None:
         """The names under which models are served; None where the server does not say. Raises `ServerUnavailable`."""
         try:
-            return [str(entry["id"]) for entry in self._asked("/models", None, _whole)["data"]]
+            return [str(entry["id"]) for entry in self._ask("/models", None, _whole)["data"]]
         except (ServerRefused, LookupError, TypeError):
             return None
 
-    def _asked(self, path: str, data: bytes | None, read: Callable[[Any], Any]) -> Any:
+    def _ask(self, path: str, data: bytes | None, read: Callable[[Any], Any]) -> Any:
         for attempt in range(self.retries + 1):
             try:
                 return self._read(self._sent(path, data), read)

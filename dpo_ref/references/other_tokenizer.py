@@ -270,17 +270,17 @@ def from_text(
         table = PrecomputedReference(name, identity, weights, groups, rows, context.work.device)
         table.own_text, table.notes = True, (writer.audit.note,)
         return table
-    aligned = None if any(group.scored for group in groups) else _Aligner(writer, own.tokenizer).carried(groups, rows)
+    aligned = None if any(group.scored for group in groups) else _Aligner(writer, own.tokenizer).carry(groups, rows)
     return PrecomputedSums(name, identity, weights, _sums(groups, rows), context.work.device, aligned, writer.audit)
 
 
-def _computed(scorer: Scorer, groups: TokenGroups, identity: str, context: ReferenceContext) -> Rows:
+def _compute(scorer: Scorer, groups: TokenGroups, identity: str, context: ReferenceContext) -> Rows:
     """Rows that are not kept."""
     packs: Sequence[list[TokenGroup]] = context.pack(list(groups))
     return {key: row for pack in packs for key, row in scorer(pack).items()}
 
 
-ROWS = {"auto": rows_of, "off": _computed}
+ROWS = {"auto": rows_of, "off": _compute}
 
 
 class _Aligner:
@@ -290,7 +290,7 @@ class _Aligner:
         self.writer = writer
         self.policy, self.reference = ByteSizes(writer.context.policy.tokenizer), ByteSizes(tokenizer)
 
-    def carried(self, groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
+    def carry(self, groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
         """For every group the values on the policy's response tokens; nan where a response does not come back."""
         return {
             ours.group_index: np.concatenate(self._group(ours, theirs, self.writer.text(index).responses, rows))
@@ -305,7 +305,7 @@ class _Aligner:
             there = self.reference.spans(theirs.prompt_ids, theirs.response_ids[index], text)
             values = np.full(len(ours.response_ids[index]), np.nan)
             if here is not None and there is not None:
-                values = carried(there, logps, here)
+                values = carry(there, logps, here)
             values_by_response.append(values.astype(np.float32))
         return values_by_response
 
@@ -345,12 +345,12 @@ class ByteSizes:
             return None
         ends = self._sizes[np.asarray(ids, dtype=np.int64)].cumsum()
         if ends[-1] != len(text.encode()):  # a tokenizer that writes a token differently beside others
-            ends = self._decoded(before, ids)
+            ends = self._decode(before, ids)
         size = len(response.encode())
         borders = (np.concatenate([[0], ends]) - len(text[:begin].encode())).clip(0, size)
         return Spans(borders[:-1], borders[1:], size)
 
-    def _decoded(self, before: Sequence[int], ids: Sequence[int]) -> Int[np.ndarray, " S"]:
+    def _decode(self, before: Sequence[int], ids: Sequence[int]) -> Int[np.ndarray, " S"]:
         texts = [self._text([*before, *ids[:count]]) for count in range(len(ids) + 1)]
         sizes = [len(text.rstrip(REPLACEMENT).encode()) for text in texts]
         return np.maximum.accumulate(np.array(sizes[1:]) - sizes[0])
@@ -382,7 +382,7 @@ def byte_logps(tokens: Spans, logps: Float[np.ndarray, " S"]) -> Float[np.ndarra
     return slopes.cumsum()[:-1]
 
 
-def carried(theirs: Spans, logps: Float[np.ndarray, " R"], ours: Spans) -> Float[np.ndarray, " S"]:
+def carry(theirs: Spans, logps: Float[np.ndarray, " R"], ours: Spans) -> Float[np.ndarray, " S"]:
     """The log-probs of their R tokens on our S tokens of the same response; the sum stays what it was where both end
     the turn. A token of ours that ends the turn where theirs is not scored has nan."""
     per_byte = byte_logps(theirs, logps)

@@ -242,11 +242,11 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
         return AdapterBase(policy, identity, weights)
     whole = scorer_of(policy)
 
-    def scored(groups: Sequence[TokenGroup]) -> Rows:
+    def score(groups: Sequence[TokenGroup]) -> Rows:
         with adapter_off(policy):
             return whole(groups)
 
-    rows = rows_of(Scorer(scored, whole.tolerance), context.groups, identity, context)
+    rows = rows_of(Scorer(score, whole.tolerance), context.groups, identity, context)
     return PrecomputedReference("adapter_base", identity, weights, context.groups, rows, context.work.device)
 
 

@@ -74,7 +74,7 @@ class CompletionsClient:
 TOLERANCE = 1.0  # nats on a token: bfloat16 logits of 32 and more are 0.25 apart, and a server's batches vary
 
 
-def _scored(values: np.ndarray, group: TokenGroup, index: int) -> np.ndarray:
+def _response_logps(values: np.ndarray, group: TokenGroup, index: int) -> np.ndarray:
     """Of a sequence's log-probs those of the response's tokens that count."""
     response = values[len(group.prompt_ids) - 1 :]
     return response if group.scored is None else np.fromiter(compress(response, group.scored[index]), np.float64)
@@ -105,7 +105,7 @@ def score(client: CompletionsClient, context: ReferenceContext, groups: Sequence
             f"with {len(ids[longest])} tokens; a server must take that and 1 more: raise its --max-model-len, or "
             "lower data.max_length"
         ) from None
-    parts = [_scored(values, *owner) for values, owner in zip(logps, owners, strict=True)]
+    parts = [_response_logps(values, *owner) for values, owner in zip(logps, owners, strict=True)]
     ends = np.cumsum([len(group.response_ids) for group in groups]).tolist()
     spans = pairwise([0, *ends])
     return {
@@ -305,10 +305,10 @@ def values_of(
         count = len(choices) if isinstance(choices, list) else "no"
         raise ValueError(f"the server gave {count} choices for {len(ids)} prompts; does it take lists of token ids?")
     ordered = sorted(choices, key=lambda choice: choice.get("index", 0))  # a stable sort keeps what has no index
-    return [_checked(choice, protocol, ids[index], name, index) for index, choice in enumerate(ordered)]
+    return [_check(choice, protocol, ids[index], name, index) for index, choice in enumerate(ordered)]
 
 
-def _checked(
+def _check(
     choice: Mapping[str, Any], protocol: str, ids: Sequence[int], name: Callable[[int], str], place: int
 ) -> np.ndarray:
     try:

@@ -22,14 +22,14 @@ from dpo_ref.reports.tables import MISSING, number, percent
 
 def _pairs_table(report: CompatibilityReport) -> str:
     names, rows = cells(report, pair_entries())
-    colours = [INITIAL, *(colour for _, colour in coloured(report))]
+    colours = [INITIAL, *(colour for _, colour in with_colours(report))]
     kinds = [' class="baseline"', *("" for _ in report.candidates)]
     return table(names, [page_row(names, *entries) for entries in zip(rows, colours, kinds, strict=True)])
 
 
 def _step_table(report: CompatibilityReport) -> str:
     names, rows = cells(report, step_entries(report))
-    lines = [page_row(names, texts, colour) for texts, (_, colour) in zip(rows[1:], coloured(report), strict=True)]
+    lines = [page_row(names, texts, colour) for texts, (_, colour) in zip(rows[1:], with_colours(report), strict=True)]
     lines += [
         f'<tr class="failed"><th scope="row">{page.text(refusal.title)}</th><td colspan="{len(names) - 1}">'
         f"{page.text(refusal.reason)}</td></tr>"
@@ -88,7 +88,7 @@ def compatibility_page(report: CompatibilityReport) -> str:
         '<details class="notes"><summary>What the columns mean</summary>',
         page.definitions(notes + reading()) + "</details>",
         "<h2>Step 0 at every beta</h2>",
-        *(_betas_table(candidate, colour) for candidate, colour in coloured(report)),
+        *(_betas_table(candidate, colour) for candidate, colour in with_colours(report)),
         "<h2>KL and how it was estimated</h2>",
         _items(estimators(report)),
         "<h2>Text for references with another tokenizer</h2>" + _items(audits) if audits else "",
@@ -114,16 +114,16 @@ LARGE = 1500  # pairs from which dots would cover each other
 
 def short(title: str) -> str:
     """A title that leaves room for a picture, in at most two lines."""
-    return fill(clipped(title, 2 * LABEL - 4), LABEL)
+    return fill(clip(title, 2 * LABEL - 4), LABEL)
 
 
-def clipped(title: str, size: int) -> str:
+def clip(title: str, size: int) -> str:
     """A title without its middle where it is longer than `size` characters."""
     half = size // 2
     return title if len(title) <= size else f"{title[:half]}…{title[1 - half :]}"
 
 
-def coloured(report: CompatibilityReport) -> list[tuple[Candidate, str]]:
+def with_colours(report: CompatibilityReport) -> list[tuple[Candidate, str]]:
     """Every candidate and its colour."""
     return [(candidate, SERIES[index % len(SERIES)]) for index, candidate in enumerate(report.candidates)]
 
@@ -138,7 +138,7 @@ def _rows(axes: Any, names: Sequence[str], title: str) -> None:
 
 def margin_panels(report: CompatibilityReport) -> list[Panel]:
     """One cloud per reference whose margins are neither all zero nor the policy's own."""
-    shown = [(c, hue) for c, hue in coloured(report) if c.margins.any() and c.start.sd > 0]
+    shown = [(c, hue) for c, hue in with_colours(report) if c.margins.any() and c.start.sd > 0]
     return [_cloud(candidate, hue, report) for candidate, hue in shown]
 
 
@@ -152,7 +152,7 @@ def _cloud(candidate: Candidate, colour: str, report: CompatibilityReport) -> Pa
         axes.hexbin(ours, theirs, gridsize=36, mincnt=1, bins="log", cmap="Blues", linewidths=0.1)
 
     def draw(axes: Any) -> None:
-        axes.set_title(f"Margins: {clipped(candidate.title, 28)}")
+        axes.set_title(f"Margins: {clip(candidate.title, 28)}")
         (honeycomb if len(ours) > LARGE else dots)(axes)
         axes.axline((0, 0), slope=1, color=INITIAL, linewidth=1, linestyle=(0, (4, 3)))
         axes.axhline(0, color=INITIAL, linewidth=0.6)
@@ -168,7 +168,7 @@ def _cloud(candidate: Candidate, colour: str, report: CompatibilityReport) -> Pa
 
 
 def _lines(report: CompatibilityReport, axes: Any, value: Callable[[Any], float]) -> None:
-    for candidate, colour in coloured(report):
+    for candidate, colour in with_colours(report):
         betas = [at.beta for at in candidate.start.at]
         axes.plot(betas, [value(at) for at in candidate.start.at], marker="o", markersize=4, linewidth=1.8,
                   color=colour, label=short(candidate.title))  # fmt: skip
@@ -203,7 +203,7 @@ def weight_panel(report: CompatibilityReport) -> Panel:
 
     def draw(axes: Any) -> None:
         _rows(axes, [c.title for c in report.candidates], f"Gradient weights at β = {quoted:g}")
-        for row, (candidate, colour) in enumerate(coloured(report)):
+        for row, (candidate, colour) in enumerate(with_colours(report)):
             low, left, middle, right, high = candidate.quoted.weight_quantiles
             axes.plot([low, high], [row, row], color=colour, linewidth=2, alpha=0.45, solid_capstyle="round")
             axes.plot([left, right], [row, row], color=colour, linewidth=8, alpha=0.45, solid_capstyle="butt")
@@ -224,7 +224,7 @@ def accuracy_panel(report: CompatibilityReport) -> Panel:
     """Pairs ranked as labelled, with intervals."""
 
     def draw(axes: Any) -> None:
-        candidates = [(c.title, c.alone, colour) for c, colour in coloured(report)]
+        candidates = [(c.title, c.alone, colour) for c, colour in with_colours(report)]
         entries = [("policy", report.policy_alone, INITIAL), *candidates]
         _rows(axes, [name for name, _, _ in entries], "Pairs ranked as labelled")
         axes.axvline(50, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
@@ -240,7 +240,7 @@ def accuracy_panel(report: CompatibilityReport) -> Panel:
 
 def gap_panel(report: CompatibilityReport) -> Panel:
     """How much likelier the policy finds the responses, per byte."""
-    shown = [(c, hue) for c, hue in coloured(report) if np.isfinite(c.beside.gap_per_byte.mean)]
+    shown = [(c, hue) for c, hue in with_colours(report) if np.isfinite(c.beside.gap_per_byte.mean)]
 
     def draw(axes: Any) -> None:
         _rows(axes, [c.title for c, _ in shown], "Gap per byte")

@@ -29,7 +29,7 @@ SCORES = {
 }
 
 
-def _signed(estimate: Estimate | None, decimals: int = 2) -> str:
+def _signed_text(estimate: Estimate | None, decimals: int = 2) -> str:
     return MISSING if estimate is None else _with_error(estimate, number(estimate.mean, decimals, True), decimals)
 
 
@@ -54,7 +54,7 @@ def lead(diagnosis: Diagnosis) -> str:
         f"the tokens carry {percent(moved.top_1_percent)} of it."
     ]
     ends = {NAMES[name]: diagnosis.texts[name].end.logratio for name in ("chosen", "own") if name in diagnosis.texts}
-    shifts = [f"{_signed(end)} on {name}" for name, end in ends.items() if not math.isnan(end.mean)]
+    shifts = [f"{_signed_text(end)} on {name}" for name, end in ends.items() if not math.isnan(end.mean)]
     if shifts:
         parts.append(f"Where answers end, that of the end token moved by {' and '.join(shifts)} (nats).")
     return " ".join(parts)
@@ -64,8 +64,9 @@ def _text_row(name: str, text: TextDiagnosis, shift: LogRatios) -> list[str]:
     entropy = f"{number(text.entropy.policy.mean, 3)} / {number(text.entropy.initial.mean, 3)}"
     ranks = f"{percent(text.ranks.policy_first)} / {percent(text.ranks.initial_first)}"
     return [
-        name, f"{shift.num_tokens:,}", _signed(shift.mean, 3), number(shift.mean_abs, 3), percent(shift.share_above_1),
-        percent(shift.top_1_percent), percent(shift.top_10_percent), _signed(text.end.logratio), ranks, entropy,
+        name, f"{shift.num_tokens:,}", _signed_text(shift.mean, 3), number(shift.mean_abs, 3),
+        percent(shift.share_above_1), percent(shift.top_1_percent), percent(shift.top_10_percent),
+        _signed_text(text.end.logratio), ranks, entropy,
     ]  # fmt: skip
 
 
@@ -95,13 +96,13 @@ def _texts(diagnosis: Diagnosis) -> str:
 def _buckets(buckets: tuple[Bucket, ...], title: str) -> str:
     names = [title, "Tokens", "Mean log-ratio", "Mean size", "Share of all movement"]
     rows = [
-        row(names, [b.name, f"{b.num_tokens:,}", _signed(b.mean, 3), number(b.mean_abs, 3), percent(b.share)])
+        row(names, [b.name, f"{b.num_tokens:,}", _signed_text(b.mean, 3), number(b.mean_abs, 3), percent(b.share)])
         for b in buckets
     ]
     return table(names, rows)
 
 
-def _moved(moved: tuple[Moved, ...], title: str) -> str:
+def _moved_tokens(moved: tuple[Moved, ...], title: str) -> str:
     names = [title, "Occurrences", "Mean log-ratio", "Sum"]
     rows = [
         row(names, [shown_token(m.text), f"{m.num_tokens:,}", number(m.mean, 3, True), number(m.total, 1, True)])
@@ -119,7 +120,8 @@ def _details(diagnosis: Diagnosis) -> str:
         for against, shift in shifts.items():
             inner = (
                 _buckets(shift.by_class, "Class") + _buckets(shift.by_position, "Position")
-                + _moved(shift.by_total, "Moved most in total") + _moved(shift.by_mean, "Moved most by mean")
+                + _moved_tokens(shift.by_total, "Moved most in total")
+                + _moved_tokens(shift.by_mean, "Moved most by mean")
             )  # fmt: skip
             title = page.text(f"{NAMES[name]}, against {against}: by class and position, tokens that moved most")
             parts.append(
@@ -135,9 +137,9 @@ def _displacement(diagnosis: Diagnosis) -> str:
     def entries(name: str, displacement: Displacement) -> list[str]:
         return [
             name,
-            _signed(displacement.mean),
+            _signed_text(displacement.mean),
             number(displacement.median, 2, True),
-            _signed(displacement.per_token, 3),
+            _signed_text(displacement.per_token, 3),
             _share(displacement.share_down),
         ]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_ref.evaluation.results import WIN_RATE, Evaluated, Evaluation
 from dpo_ref.generation.records import Generation
-from dpo_ref.reports.plots import Panel, svg, themed
+from dpo_ref.reports.plots import Panel, svg, theme_colour
 from dpo_ref.reports.tables import MISSING, Column
 from dpo_ref.types import Message
 
@@ -22,7 +22,7 @@ from dpo_ref.types import Message
 def row(names: Sequence[str], entries: Sequence[str], colour: str | None = None, kind: str = "") -> str:
     """One row under these column names, the first entry its head; `kind` is an attribute of the row."""
     head, *rest = entries
-    dot = "" if colour is None else f'<i style="background:{themed(colour)}"></i>'
+    dot = "" if colour is None else f'<i style="background:{theme_colour(colour)}"></i>'
     cells = "".join(
         f'<td data-label="{text(name)}"{" class=empty" if entry == MISSING else ""}><span>{text(entry)}</span></td>'
         for name, entry in zip(names[1:], rest, strict=True)
@@ -172,7 +172,7 @@ def _row(index: int, entry: Row, columns: Sequence[Column], reach: float) -> str
     tag += '<em class="front" title="no sound policy has more reward at less KL">Pareto</em>' if entry.on_front else ""
     cells = "".join(_cell(column, entry.evaluation, reach) for column in columns)
     kind = ' class="baseline"' if entry.evaluation.baseline is None else ""
-    dot = f'<i style="background:{themed(entry.colour)}"></i>'
+    dot = f'<i style="background:{theme_colour(entry.colour)}"></i>'
     return f'<tr{kind}><th scope="row" data-sort="{index}">{dot}{text(entry.name)} {tag}</th>{cells}</tr>'
 
 
@@ -195,7 +195,7 @@ def policy_table(entries: Sequence[Row], columns: Sequence[Column], failures: Se
 
 def _plain_row(names: Sequence[str], entries: Sequence[str], colour: str | None) -> str:
     head, *rest = entries
-    dot = "" if colour is None else f'<i style="background:{themed(colour)}"></i>'
+    dot = "" if colour is None else f'<i style="background:{theme_colour(colour)}"></i>'
     cells = "".join(
         f'<td data-label="{text(name)}"{" class=empty" if entry == MISSING else ""}><span>{text(entry)}</span></td>'
         for name, entry in zip(names[1:], rest, strict=True)

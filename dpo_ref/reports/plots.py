@@ -82,7 +82,7 @@ def figure_of(
         yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def themed(colour: str) -> str:
+def theme_colour(colour: str) -> str:
     """A colour as CSS: the page's shade of it, which may differ in light and dark, where the page has one."""
     return f"var(--{THEMED[colour]}, {colour})" if colour in THEMED else colour
 
@@ -94,7 +94,7 @@ def svg(panel: Panel) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda match: themed(match[0]), text[text.index("<svg") :])
+    return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda match: theme_colour(match[0]), text[text.index("<svg") :])
 
 
 def write_png(path: Path, panels: Sequence[Panel], dpi: int = 160) -> None:

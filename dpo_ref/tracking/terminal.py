@@ -56,7 +56,7 @@ class PlainLine:
             left = clock((now - self._started) / (done - self._first) * (self._total - done)) + " left"
         self._print(done, numbers, left)
 
-    def completed(self, done: int, numbers: str) -> None:
+    def finish(self, done: int, numbers: str) -> None:
         """Print the end of what took a while."""
         took = time.monotonic() - self._started
         if took >= SECONDS_WORTH_A_LINE:
@@ -127,7 +127,7 @@ class BarLine:
         """Move the bar."""
         self._progress.update(self._task, completed=done, numbers=numbers)
 
-    def completed(self, done: int, numbers: str) -> None:
+    def finish(self, done: int, numbers: str) -> None:
         """Fill the bar."""
         self.show(done, numbers)
 
@@ -152,7 +152,7 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
             yield item
             done += 1
             line.show(done, "")
-        line.completed(done, "")
+        line.finish(done, "")
     finally:
         line.close()
 
@@ -197,7 +197,7 @@ class TrainingProgress:
     def complete(self) -> None:
         """All steps are done; what comes after them is not counted."""
         if self._line is not None:
-            self._line.completed(self._done, self._numbers)
+            self._line.finish(self._done, self._numbers)
             self._line.close()
         self._line = None
 

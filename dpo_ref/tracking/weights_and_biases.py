@@ -81,7 +81,7 @@ def _available(mode: str) -> tuple[Mode, str]:
             return QUIET_MODES[configured], f"WANDB_MODE (or `wandb {configured}`) says so"
         has_key = wandb.login(prompt=False, verify=False)
     except Exception as error:  # such as a key of the wrong form
-        return "offline", f"the configured API key is of no use ({described(error)})"
+        return "offline", f"the configured API key is of no use ({one_line(error)})"
     return ("online", "") if has_key else ("offline", "no API key is configured")
 
 
@@ -115,12 +115,12 @@ def _open(directory: Path, start: Callable[[Mode], Any], mode: Mode, why: str, u
             announce(f"online at {tracker.location}")
             return tracker
         except Exception as error:  # no network, a refused key, a service in trouble: none is the run's concern
-            why = f"the service did not answer ({described(error)})"
+            why = f"the service did not answer ({one_line(error)})"
             end_service()
     try:
         tracker = WandbTracker(start("offline"), directory, upload_weights)
     except Exception as error:
-        announce(f"off ({described(error)}); metrics.jsonl has the run's numbers")
+        announce(f"off ({one_line(error)}); metrics.jsonl has the run's numbers")
         end_service()
         return NoTracker()
     announce(
@@ -181,7 +181,7 @@ def announce(text: str) -> None:
     say(f"W&B: {' '.join(text.split())}")
 
 
-def described(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {str(error)[:200]}"
 
@@ -302,7 +302,7 @@ class WandbTracker:
 
     def _report(self, error: Exception) -> None:
         if not self._reported:
-            announce(f"logging failed ({described(error)}); the run goes on, metrics.jsonl has its numbers")
+            announce(f"logging failed ({one_line(error)}); the run goes on, metrics.jsonl has its numbers")
         self._reported = True
 
 

@@ -275,7 +275,7 @@ class OnPolicyRounds(Rounds):
         self.num_groups = len(context.groups)
         self.num_steps = min(plan.rounds * plan.steps, context.config.max_steps or plan.rounds * plan.steps)
         self._context, self._sampler, self._plan = context, sampler, plan
-        self.known = fitted(context.objective, context.groups) if plan.num_offline else context.groups[:0]
+        self.known = comparable_groups(context.objective, context.groups) if plan.num_offline else context.groups[:0]
         if plan.num_offline and not len(self.known):
             raise ValueError("data.mix_offline: data.prompts has no pairs to mix in; leave it out")
         count = plan.rounds * plan.prompts_per_round
@@ -328,10 +328,10 @@ class OnPolicyRounds(Rounds):
         size = self._plan.prompts_per_round
         samples = self._sampler.draw(self._prompts[index * size : (index + 1) * size], self._seed(index))
         if self._needs_old:
-            write_shard(self._folder(index) / "old", self._scored(self._groups(index, samples)))
+            write_shard(self._folder(index) / "old", self._score(self._groups(index, samples)))
         write_samples(self._folder(index), samples)
 
-    def _scored(self, groups: list[TokenGroup]) -> Rows:
+    def _score(self, groups: list[TokenGroup]) -> Rows:
         policy, device = self._context.policy.model.eval(), self._context.work.device
         rows: Rows = {}
         for pack in self._context.pack(groups):
@@ -362,14 +362,14 @@ class OnPolicyRounds(Rounds):
         }
 
 
-def fitted(objective: Objective, groups: TokenGroups) -> Groups:
+def comparable_groups(objective: Objective, groups: TokenGroups) -> Groups:
     """Those that have what a round's groups have: pairs, or one wanted answer; none have advantages."""
     if takes_advantages(objective):
         return groups[:0]
     return groups_for(objective, groups.where(groups.have_pairs) if takes_pairs(objective) else groups)
 
 
-def sampled(
+def sampling_rounds(
     context: RoundsContext,
     *,
     scorer: Annotated[Any, MemberOf("scorer")],
@@ -420,7 +420,7 @@ def sampled(
     return sampled_rounds
 
 
-@component(check=check_options, check_run=check_run, rounds=sampled, held_out=fitted)
+@component(check=check_options, check_run=check_run, rounds=sampling_rounds, held_out=comparable_groups)
 def on_policy(seed: int, progress: Progress = silent, *, prompts: Annotated[Any, MemberOf("data")]) -> PreferenceData:
     """The data whose prompts the policy answers: its training prompts in the rounds, its pairs as `mix_offline`; held
     out are its own held-out pairs and test prompts."""

@@ -25,7 +25,7 @@ class Optimisation:
     max_grad_norm: float | None
 
 
-def _scaled(step: int, lr: float, factor: Callable[[int], float]) -> float:
+def _scaled_lr(step: int, lr: float, factor: Callable[[int], float]) -> float:
     return lr * factor(step)
 
 
@@ -52,7 +52,7 @@ def _optimisation(
     optimizer: torch.optim.Optimizer, num_steps: int, lr: float, schedule: str, warmup_ratio: float, norm: float | None
 ) -> Optimisation:
     factor = partial(SCHEDULES[schedule], num_steps=num_steps, warmup_steps=round(warmup_ratio * num_steps))
-    return Optimisation(optimizer, partial(_scaled, lr=lr, factor=factor), norm)
+    return Optimisation(optimizer, partial(_scaled_lr, lr=lr, factor=factor), norm)
 
 
 Schedule = Literal["constant", "linear", "cosine"]

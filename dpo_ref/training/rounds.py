@@ -131,11 +131,11 @@ class RoundsContext:
 
 def offline(context: RoundsContext) -> Rounds:
     """The data's training groups as they are. Raises ValueError if they are not what the objective needs."""
-    groups = fitted(context.objective, context.groups)
+    groups = objective_groups(context.objective, context.groups)
     return OfflineRounds(groups, context.config, context.pack, context.work.seed)
 
 
-def fitted(objective: Objective, groups: TokenGroups) -> Groups:
+def objective_groups(objective: Objective, groups: TokenGroups) -> Groups:
     """Training or held-out groups as an objective needs them, with the scores of their rows where it asks for them."""
     return with_rewards(objective, groups_for(objective, groups))
 
@@ -157,7 +157,7 @@ def best_response_only(group: TokenGroup) -> TokenGroup:
     )
 
 
-def labelled(group: TokenGroup) -> TokenGroup:
+def with_labels(group: TokenGroup) -> TokenGroup:
     """The group with its labels, or with those that its pairs say: what is better in a pair is wanted."""
     if group.labels is not None:
         return group
@@ -178,7 +178,7 @@ def _pairwise(objective: Objective, groups: TokenGroups) -> Groups:
     return groups
 
 
-def _unpaired(objective: Objective, groups: TokenGroups) -> Groups:
+def _with_all_labels(objective: Objective, groups: TokenGroups) -> Groups:
     decided = groups.have_pairs | groups.labelled
     if not decided.all():
         raise ValueError(
@@ -190,10 +190,10 @@ def _unpaired(objective: Objective, groups: TokenGroups) -> Groups:
             f"objective={objective.name}: {ranked.sum():,} of {len(decided):,} rows rank several responses, and "
             "whether a middle one is wanted is not said; data.pairing=best_vs_worst keeps the ends"
         )
-    return MappedGroups(groups, labelled)
+    return MappedGroups(groups, with_labels)
 
 
-def _sampled(objective: Objective, groups: TokenGroups) -> Groups:
+def _scored_samples(objective: Objective, groups: TokenGroups) -> Groups:
     if not groups.have_advantages.all():
         raise ValueError(
             f"objective={objective.name} learns from scored samples, and the data has rows without advantages; use "
@@ -204,8 +204,8 @@ def _sampled(objective: Objective, groups: TokenGroups) -> Groups:
 
 KINDS: dict[str, Callable[[Objective, TokenGroups], Groups]] = {
     "pairwise": _pairwise,
-    "labels": _unpaired,
-    "advantages": _sampled,
+    "labels": _with_all_labels,
+    "advantages": _scored_samples,
     "likelihood": _likelihood,
 }
 
@@ -284,7 +284,7 @@ class WithMismatched(Groups):
     @property
     def others(self) -> list[Groups]:
         """The groups of other prompts' responses alone; their `group_index` is -1 minus the prompt's."""
-        return [MappedGroups(self, _mismatched, self._mismatched_text)]
+        return [MappedGroups(self, _mismatched_group, self._mismatched_text)]
 
     def text(self, index: int) -> PromptGroup:
         """The texts of the group, without the other prompt's responses."""
@@ -295,6 +295,6 @@ class WithMismatched(Groups):
         return replace(other, prompt=prompt.prompt, tools=prompt.tools, pairs=(), logps=None)
 
 
-def _mismatched(group: TokenGroup) -> TokenGroup:
+def _mismatched_group(group: TokenGroup) -> TokenGroup:
     assert group.mismatched is not None
     return group.mismatched

@@ -54,7 +54,7 @@ def batch_statistics(
     """What `objective` asks for of these packs together."""
     return BatchStatistics(
         whole=_whole(policy, reference, objective, packs) if "whole" in objective.inputs else None,
-        mismatched=_mismatched(policy, reference, packs) if "mismatched" in objective.inputs else None,
+        mismatched=_mismatched_logps(policy, reference, packs) if "mismatched" in objective.inputs else None,
     )
 
 
@@ -82,7 +82,7 @@ def _concat(parts: list[Any]) -> Any:
     return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
-def _mismatched(policy: TrainedModel, reference: Reference, packs: Packs) -> Mismatched:
+def _mismatched_logps(policy: TrainedModel, reference: Reference, packs: Packs) -> Mismatched:
     ours, theirs = [], []
     for groups in packs:
         others = [group.mismatched for group in groups if group.mismatched is not None]

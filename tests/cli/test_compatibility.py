@@ -192,7 +192,7 @@ def test_what_to_type_next_composes_and_wandb_gets_everything(foreign, tmp_path,
     for line in told:
         words = shlex.split(line)[2:]
         assert words[:2] == ["model=pretrained", "model.path=lab:tiny"]
-        run = resolve.resolve(*command_line.composed(words), words)
+        run = resolve.resolve(*command_line.compose_command(words), words)
         assert run.data.options["num_pairs"] == 40
     assert run.reference.options["weights"] == [1.0, 3.0]
 

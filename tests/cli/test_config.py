@@ -54,7 +54,7 @@ ANYTHING = {
 def test_these_tests_compose_what_hydra_does(case):
     """`composed` of the tests types options over trees that it keeps."""
     cfg, choices = composed(*ANYTHING[case])
-    whole, chosen = command_line.composed(ANYTHING[case])
+    whole, chosen = command_line.compose_command(ANYTHING[case])
     assert (OmegaConf.to_container(cfg), choices) == (OmegaConf.to_container(whole), chosen)
 
 

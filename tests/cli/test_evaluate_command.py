@@ -212,7 +212,7 @@ def test_baselines_without_a_scorer_are_the_same_baseline(capsys):
         Evaluated(Evaluation("initial", "none", {"gold/mean": float("nan"), "lengths/response": 3.0}), [], [])
         for _ in range(2)
     )
-    assert evaluate_command._shared([first, second]) is first
+    assert evaluate_command._shared_baseline([first, second]) is first
     other = Evaluated(replace(first.evaluation, metrics={"gold/mean": 0.5, "lengths/response": 3.0}), [], [])
-    assert evaluate_command._shared([first, other]) is None
+    assert evaluate_command._shared_baseline([first, other]) is None
     assert "different baselines" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_ref.evaluation import compatibility as numbers
 from dpo_ref.evaluation.compatibility import CompatibilityOptions, Pairs
-from dpo_ref.evaluation.kl import BY_TEXT, estimated
+from dpo_ref.evaluation.kl import BY_TEXT, estimate_divergence
 from dpo_ref.evaluation.statistics.estimates import Estimate
 from dpo_ref.reports.compatibility import interval, share
 
@@ -120,7 +120,7 @@ def test_no_reference_has_no_relations():
 
 def test_kl_per_byte_is_a_ratio_of_totals():
     values, num_bytes = np.array([3.0, 1.0, 8.0]), np.array([10.0, 10.0, 20.0])
-    found = estimated(values, num_bytes, [0, 1, 2], BY_TEXT, 1)
+    found = estimate_divergence(values, num_bytes, [0, 1, 2], BY_TEXT, 1)
     assert found.per_answer is not None
     assert found.per_byte is not None
     assert (found.per_answer.mean, found.per_byte.mean) == (4.0, 0.3)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ref.evaluation.diagnostics.diagnose import Diagnosis, metrics_of, restored
+from dpo_ref.evaluation.diagnostics.diagnose import Diagnosis, metrics_of, restore
 from dpo_ref.evaluation.diagnostics.pairs import check_pairs, content_of, read_pairs
 from dpo_ref.evaluation.stages import read_diagnosis, read_examples
 from dpo_ref.files import plain
@@ -108,7 +108,7 @@ def test_real_llmbar():
 
 def test_a_diagnosis_survives_the_disk(run):
     found = read_diagnosis(run)
-    again = restored(Diagnosis, json.loads(json.dumps(plain(found))))
+    again = restore(Diagnosis, json.loads(json.dumps(plain(found))))
     assert plain(again) == plain(found)
     assert again.texts["own"].shift == found.texts["own"].shift
     (run.parent / "other").mkdir()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_ref.evaluation.results import RESULTS, Evaluation
-from dpo_ref.evaluation.sweep import cells, collect, csv_text, joined, without_result
+from dpo_ref.evaluation.sweep import cells, collect, csv_text, mean_over_seeds, without_result
 from dpo_ref.reports.sweep import panels, sweep_panels, sweep_tables, write_sweep
 from tests.support import evaluations as invented
 
@@ -72,7 +72,7 @@ def test_the_joined_win_rate_holds_both_kinds_of_chance():
         metrics = {"winrate/initial": mean, "winrate/initial_low": mean - half, "winrate/initial_high": mean + half}
         return Evaluation("x", "gold", metrics, baseline="initial")
 
-    found = joined([one(0.5, 0.0392), one(0.6, 0.0588)]).metrics
+    found = mean_over_seeds([one(0.5, 0.0392), one(0.6, 0.0588)]).metrics
     # standard errors 0.02 and 0.03, variance over seeds 0.005, two seeds
     half = 1.96 * math.sqrt((0.02**2 + 0.03**2) / 2 + 0.005 / 2)
     assert found["winrate/initial"] == pytest.approx(0.55)

@@ -30,7 +30,7 @@ def by_logits(template, pair, policy_first):
     tokenizer = AutoTokenizer.from_pretrained(place)
     model = AutoModelForCausalLM.from_pretrained(place, attn_implementation="eager").double()
     answers = (pair.output, pair.baseline_output) if policy_first else (pair.baseline_output, pair.output)
-    messages = list(template.filled(pair.prompt, *answers))
+    messages = list(template.fill(pair.prompt, *answers))
     start = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     totals = {}
     for label in template.verdict.labels:

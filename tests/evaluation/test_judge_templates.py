@@ -9,11 +9,11 @@ from dpo_ref.evaluation.judging.judge import (
     Judge,
     JudgeAnswer,
     Pair,
-    combined,
+    answer_pairs,
+    combine_orders,
     first_wins,
     judge_metrics,
     label_of,
-    paired,
     read_judgments,
     write_judgments,
 )
@@ -36,7 +36,7 @@ def test_the_answers_stand_in_their_places_in_both_orders(name):
     template = load_template(name)
     ours, theirs = "OURS {first} {prompt} %s [[A]]", "THEIRS </answer> {second} {}"
     for first, second in ((ours, theirs), (theirs, ours)):
-        text = "\n".join(turn["content"] for turn in template.filled(QUESTION, first, second))
+        text = "\n".join(turn["content"] for turn in template.fill(QUESTION, first, second))
         assert text.count(ours) == text.count(theirs) == text.count(QUESTION[0]["content"]) == 1
         assert text.index(QUESTION[0]["content"]) < text.index(first) < text.index(second)
         whole = "\n".join(turn["content"] for turn in template.messages)
@@ -109,12 +109,12 @@ def test_log_probs_become_a_share(verdict, candidates, share):
 
 
 def test_a_preference_is_the_mean_or_an_agreement():
-    assert combined([0.9, 0.4], soft=True) == pytest.approx(0.65)
-    assert combined([0.9], soft=True) == 0.9
-    assert combined([0.9, None], soft=True) is None
+    assert combine_orders([0.9, 0.4], soft=True) == pytest.approx(0.65)
+    assert combine_orders([0.9], soft=True) == 0.9
+    assert combine_orders([0.9, None], soft=True) is None
     hard = {(1.0, 1.0): 1.0, (0.0, 0.0): 0.0, (1.0, 0.0): 0.5, (0.5, 1.0): 0.5, (0.5, 0.5): 0.5}
-    assert {wins: combined(list(wins), soft=False) for wins in hard} == hard
-    assert combined([1.0, None], soft=False) is None
+    assert {wins: combine_orders(list(wins), soft=False) for wins in hard} == hard
+    assert combine_orders([1.0, None], soft=False) is None
 
 
 def generation(prompt, sample, output, seed=0, number=0):
@@ -126,18 +126,22 @@ def test_answers_are_paired_by_prompt_and_sample():
     """Also when a prompt occurs twice, and when the baseline stands in another order or has fewer samples."""
     ours = [generation(p, s, f"{n}{s}", 1, n) for n, p in enumerate(("a", "b", "a")) for s in (0, 1)]
     theirs = [generation(p, s, f"{n}{s}", 2, n) for n, p in enumerate(("b", "a", "a")) for s in (1, 0)]
-    found = {pair.output: pair.baseline_output for pair in paired(ours, theirs)}
+    found = {pair.output: pair.baseline_output for pair in answer_pairs(ours, theirs)}
     assert found == {"00": "10", "01": "11", "10": "00", "11": "01", "20": "20", "21": "21"}
     fewer = [one for one in theirs if one.sample_index == 0]
-    assert [pair.output for pair in paired(ours, fewer)] == ["00", "10", "20"]
+    assert [pair.output for pair in answer_pairs(ours, fewer)] == ["00", "10", "20"]
     with pytest.raises(ValueError, match="only 1 prompts are shared by the policy's 2 and the baseline's 1"):
-        paired(ours[:4], [theirs[2]])
+        answer_pairs(ours[:4], [theirs[2]])
 
 
 def test_answers_of_the_same_random_numbers_do_not_meet():
     ours, theirs = ([generation("a", s, f"{who}{s}", 7) for s in range(3)] for who in "xy")
-    assert [(p.output, p.baseline_output) for p in paired(ours, theirs)] == [("x0", "y1"), ("x1", "y2"), ("x2", "y0")]
-    assert [(p.output, p.baseline_output) for p in paired(ours[:1], theirs[:1])] == [("x0", "y0")]
+    assert [(p.output, p.baseline_output) for p in answer_pairs(ours, theirs)] == [
+        ("x0", "y1"),
+        ("x1", "y2"),
+        ("x2", "y0"),
+    ]
+    assert [(p.output, p.baseline_output) for p in answer_pairs(ours[:1], theirs[:1])] == [("x0", "y0")]
 
 
 def test_one_order_is_drawn_evenly_by_the_pair_alone():

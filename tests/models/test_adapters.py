@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from dpo_ref.cli import resolve
 from dpo_ref.data.packing import collate
 from dpo_ref.lab.models import locate
-from dpo_ref.models.adapters import add_lora, merged
+from dpo_ref.models.adapters import add_lora, merge
 from dpo_ref.models.attention import register
 from dpo_ref.models.checkpoint import weights_digest
 from dpo_ref.models.logps import response_logps
@@ -48,7 +48,7 @@ def test_merged_weights_compute_the_same(tmp_path):
     model = tiny_model(seed=0)
     add_lora(model, 3, 12.0)
     expected = response_logps(disturbed(model), BATCH).sums
-    plain = merged(model)
+    plain = merge(model)
     assert plain.state_dict().keys() == tiny_model(seed=0).state_dict().keys()
     plain.set_attn_implementation(register("sdpa"))
     torch.testing.assert_close(response_logps(plain, BATCH).sums, expected, atol=1e-4, rtol=1e-6)

@@ -114,7 +114,7 @@ def test_a_changed_reward_model_chooses_anew(run, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["score.weight"] = -weights["score.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    scorers._loaded.cache_clear()
+    scorers._load.cache_clear()
     _, worst = evaluated(tmp_path / "found", *options)
     _, drawn = evaluated(tmp_path / "drawn", "scorer=none", "generation.samples_per_prompt=3")
     scores = scorers.reward_model(drawn, path=str(run / "policy")).values

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpo_ref.data.tokenise import tokenise
-from dpo_ref.references.other_tokenizer import ByteSizes, Spans, byte_logps, carried
+from dpo_ref.references.other_tokenizer import ByteSizes, Spans, byte_logps, carry
 from dpo_ref.types import Message, PromptGroup
 from tests.support.tokenizer_families import FAMILIES
 
@@ -46,8 +46,8 @@ def test_carried_by_hand():
     """A text of 4 bytes: theirs [0,3) [3,4) end, ours [0,1) [1,4) end; -3 is spread as -1 a byte."""
     theirs, ours = spans_of([3, 4, 4], 4), spans_of([1, 4, 4], 4)
     assert byte_logps(theirs, np.array([-3.0, -0.5, -0.25])).tolist() == [-1, -1, -1, -0.5, -0.25]
-    assert carried(theirs, np.array([-3.0, -0.5, -0.25]), ours).tolist() == [-1.0, -2.5, -0.25]
-    skipped = carried(spans_of([3, 4], 4), np.array([-3.0, -0.5]), ours)
+    assert carry(theirs, np.array([-3.0, -0.5, -0.25]), ours).tolist() == [-1.0, -2.5, -0.25]
+    skipped = carry(spans_of([3, 4], 4), np.array([-3.0, -0.5]), ours)
     assert skipped[:2].tolist() == [-1.0, -2.5]
     assert np.isnan(skipped[2])  # the reference says nothing of the end
 
@@ -65,11 +65,11 @@ def test_sums_are_kept_and_the_same_tokenizer_changes_nothing(response):
     for theirs in placed.values():
         logps = -generator.exponential(size=len(theirs.begin))
         for ours in placed.values():
-            values = carried(theirs, logps, ours)
+            values = carry(theirs, logps, ours)
             assert values.sum() == pytest.approx(logps.sum(), abs=1e-9)
             closing = theirs.begin >= theirs.size
             assert values[-1] == pytest.approx(logps[closing].sum())  # end for end
         wide = theirs.end > theirs.begin
-        again = carried(theirs, logps, theirs)
+        again = carry(theirs, logps, theirs)
         if wide[:-1].all():
             np.testing.assert_allclose(again, logps, atol=1e-9)

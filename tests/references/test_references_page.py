@@ -16,7 +16,7 @@ def test_every_file_composes(choice):
 
 
 def test_the_page_is_up_to_date(monkeypatch):
-    monkeypatch.setattr(docs_tables, "composed", lambda words: composed(*words))  # which keeps what it composed
+    monkeypatch.setattr(docs_tables, "compose_command", lambda words: composed(*words))  # which keeps what it composed
     assert PAGE.read_text() == docs_tables.references_page(), "python -m dpo_ref.cli.docs_tables references"
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ref.evaluation.results import Evaluation
-from dpo_ref.evaluation.sweep import Cell, SweptRun, joined, short_names
+from dpo_ref.evaluation.sweep import Cell, SweptRun, mean_over_seeds, short_names
 from dpo_ref.reports import paper_table as tables
 from dpo_ref.reports.policy import TemperatureCurve, temperature_panels, temperatures
 from dpo_ref.reports.sweep import (
@@ -56,7 +56,7 @@ def cell(series="dpo", beta=0.1, wins=(0.6,), half=0.04, kl=1.0, gold=0.5, token
         SweptRun("", Path(), "completed", None, "dpo", "initial", beta, seed, (), one)
         for seed, one in enumerate(evaluations)
     ]
-    return Cell(series, beta, jobs, joined(evaluations))
+    return Cell(series, beta, jobs, mean_over_seeds(evaluations))
 
 
 def test_the_front_by_hand():

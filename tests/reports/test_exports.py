@@ -163,7 +163,7 @@ def test_the_rewards_are_those_the_evaluation_measures(run):
 
 def test_rows_belong_to_their_pairs():
     """Groups of several pairs and one that is too long: each row has the texts that its rewards are of."""
-    from dpo_ref.cli.exports import rewarded
+    from dpo_ref.cli.exports import rewarded_pairs
     from dpo_ref.evaluation.heldout import score_pairs
     from dpo_ref.types import PromptGroup
 
@@ -173,7 +173,9 @@ def test_rows_belong_to_their_pairs():
     groups = tokenise(held_out, TOKENIZER, max_length=80).groups
     model = tiny_model("llama", vocab_size=len(TOKENIZER))
     policy = score_pairs(model, groups, {TOKENIZER.eos_token_id})
-    found = rewarded(held_out, groups, policy, replace(policy, chosen=policy.chosen * 0, rejected=policy.rejected * 0))
+    found = rewarded_pairs(
+        held_out, groups, policy, replace(policy, chosen=policy.chosen * 0, rejected=policy.rejected * 0)
+    )
     assert [(one.chosen, one.rejected) for one in found] == [
         ("yes", "no"), ("maybe a cat", "yes"), ("of course!", "what is it?"),
     ]  # fmt: skip
@@ -227,9 +229,9 @@ def test_words_without_effect_are_refused(case, run):
 
 
 def test_turns_are_not_judged_as_single_answers(tmp_path):
-    from dpo_ref.evaluation.judging.judge import paired
+    from dpo_ref.evaluation.judging.judge import answer_pairs
 
     made = answers(prompt_sets.mt_bench, MT_BENCH, tmp_path).generations
     with pytest.raises(ValueError, match="these questions have further turns; stage=export export=mt_bench hands"):
-        paired(made, made)
-    assert len(paired([g for g in made if g.turn == 1], [g for g in made if g.turn == 1])) == 4
+        answer_pairs(made, made)
+    assert len(answer_pairs([g for g in made if g.turn == 1], [g for g in made if g.turn == 1])) == 4

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dpo_ref.data.formats.checks import BadRow, Row, column, flag, group, number, record, several, text, turns
-from dpo_ref.data.formats.standard import instructed
+from dpo_ref.data.formats.standard import instruction_text
 from dpo_ref.types import Message, PromptGroup
 
 
@@ -110,7 +110,7 @@ def annotated(row: Row, origin: str) -> PromptGroup:
     value = number(column(row, name), name)
     if not 1 <= value <= 2:
         raise BadRow(f"has {value:g} in {name}, which runs from 1 (the first is better) to 2")
-    prompt = [Message(role="user", content=instructed(row))]
+    prompt = [Message(role="user", content=instruction_text(row))]
     responses = [text(column(row, f"output_{side}"), f"output_{side}") for side in (1, 2)]
     return group(prompt, responses, origin, rewards=[2 - value, value - 1])
 

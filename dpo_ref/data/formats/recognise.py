@@ -103,7 +103,7 @@ FORMATS = {
 }
 
 
-def recognised(row: Row) -> Format | None:
+def matching_format(row: Row) -> Format | None:
     """The format whose columns the row has."""
     for format in FORMATS.values():
         if format.columns <= row.keys() and (format.name != "hh" or _is_dialogue(row)):
@@ -120,7 +120,7 @@ def format_of(name: str, row: Row) -> Format:
     """The format called `name`, or what `auto` makes of the row. Raises BadRow for columns that fit none."""
     if name != "auto":
         return FORMATS[name]
-    format = recognised(row)
+    format = matching_format(row)
     if format is None:
         nearest = max(FORMATS.values(), key=lambda f: (len(f.columns & row.keys()) / len(f.columns), f.name != "hh"))
         raise BadRow(
@@ -133,7 +133,7 @@ def format_of(name: str, row: Row) -> Format:
 def convert(row: Row, origin: str, expected: Format, options: dict[str, Any], is_named: bool) -> PromptGroup:
     """The row as a group. Raises BadRow; for a row of another format than the rows before (unless `named`) it says
     which."""
-    format = recognised(row)
+    format = matching_format(row)
     lacks_columns = not expected.columns <= row.keys()
     if format is not None and format is not expected and (lacks_columns or not is_named):
         raise BadRow(f"looks like format {format.name}, while the rows before are {expected.name}")

@@ -147,11 +147,11 @@ def unpaired(row: Row, origin: str) -> PromptGroup:
 
 def instruction(row: Row, origin: str) -> PromptGroup:
     """Alpaca's demonstrations: `instruction`, `input`, `output`."""
-    prompt = [Message(role="user", content=instructed(row))]
+    prompt = [Message(role="user", content=instruction_text(row))]
     return group(prompt, [text(column(row, "output"), "output")], origin, names=("output",))
 
 
-def instructed(row: Row) -> str:
+def instruction_text(row: Row) -> str:
     """Alpaca's instruction with its input below."""
     parts = [text(row[name], name) for name in ("instruction", "input") if row.get(name)]
     if not parts:

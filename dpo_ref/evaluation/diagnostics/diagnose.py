@@ -89,18 +89,18 @@ class Diagnosed(NamedTuple):
     examples: tuple[TokenExample, ...]
 
 
-def restored(hint: Any, value: Any) -> Any:
+def restore(hint: Any, value: Any) -> Any:
     """What `files.plain` made of a value of this type; a null where a number belongs is nan. Raises KeyError or
     TypeError for other content."""
     if isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields")):
-        return hint(**{name: restored(inner, value[name]) for name, inner in get_type_hints(hint).items()})
+        return hint(**{name: restore(inner, value[name]) for name, inner in get_type_hints(hint).items()})
     origin, parts = get_origin(hint), get_args(hint)
     if origin is UnionType:
-        return None if value is None else restored(parts[0], value)
+        return None if value is None else restore(parts[0], value)
     if origin is tuple:
-        return tuple(restored(parts[0], inner) for inner in value)
+        return tuple(restore(parts[0], inner) for inner in value)
     if origin in (dict, Mapping):
-        return {name: restored(parts[1], inner) for name, inner in value.items()}
+        return {name: restore(parts[1], inner) for name, inner in value.items()}
     return math.nan if hint is float and value is None else value
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ref.data.inspection import decoded, token_texts
+from dpo_ref.data.inspection import decode_ids, token_texts
 from dpo_ref.evaluation.diagnostics.token_statistics import ScoredTokens
 from dpo_ref.types import TokenGroup
 
@@ -68,7 +68,7 @@ class Looks:
     def _example(self, group: int, picked: str, indices: dict[str, int]) -> TokenExample:
         prompt = self.groups[group].prompt_ids
         responses = (ShownResponse(name, self._tokens(group, index)) for name, index in indices.items())
-        return TokenExample(picked, decoded(self.tokenizer, prompt), tuple(responses))
+        return TokenExample(picked, decode_ids(self.tokenizer, prompt), tuple(responses))
 
     def _tokens(self, group: int, index: int) -> tuple[ShownToken, ...]:
         owner, response = self.groups[group], self._firsts[group] + index

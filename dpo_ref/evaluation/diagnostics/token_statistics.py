@@ -174,7 +174,7 @@ class ScoredTokens:
         )  # fmt: skip
 
 
-def _scored(group: TokenGroup) -> list[list[int]]:
+def _scored_tokens(group: TokenGroup) -> list[list[int]]:
     """Each response's scored tokens."""
     if group.scored is None:
         return list(group.response_ids)
@@ -186,7 +186,7 @@ def tokens_of(
 ) -> ScoredTokens:
     """Tokens of `groups`, with the readings of both models on them."""
     prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(tuple(g.prompt_ids) for g in groups))}
-    responses = [response for group in groups for response in _scored(group)]
+    responses = [response for group in groups for response in _scored_tokens(group)]
     sizes = [len(response) for response in responses]
     ids = np.array([token for response in responses for token in response], dtype=np.int64)
     return ScoredTokens(

@@ -67,7 +67,7 @@ def _by_prompt(generations: Sequence[Generation]) -> dict[tuple[str, int], dict[
     return samples
 
 
-def paired(generations: Sequence[Generation], baseline: Sequence[Generation]) -> list[Pair]:
+def answer_pairs(generations: Sequence[Generation], baseline: Sequence[Generation]) -> list[Pair]:
     """Every answer beside the baseline's of the same sample index, as far as both have it.
 
     Answers that were drawn with the same random numbers (same seed and index) are no independent draws where the
@@ -178,7 +178,7 @@ def winner(share: float) -> int:
     return (share > TIE) - (share < TIE)
 
 
-def combined(wins: list[float | None], soft: bool) -> float | None:
+def combine_orders(wins: list[float | None], soft: bool) -> float | None:
     """One preference from the wins that the same answer has in each order; None if an order gave no verdict.
 
     Probabilities are averaged; verdicts without them must agree, or the pair is a tie (Zheng et al. 2023,
@@ -323,7 +323,7 @@ class Judge:
     def request(self, pair: Pair, policy_first: bool) -> JudgeRequest:
         """The question about a pair, with the policy's answer first or second."""
         answers = (pair.output, pair.baseline_output) if policy_first else (pair.baseline_output, pair.output)
-        return JudgeRequest(self.template.filled(pair.prompt, *answers), self.parameters)
+        return JudgeRequest(self.template.fill(pair.prompt, *answers), self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +367,7 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress) -> Judg
     with AnswerCache(path) as cache:
         outcome = collect([request for members in requests for request in members], cache, judge.ask, progress)
     if outcome.lost is not None:
-        num_judged = sum(all(_settled(outcome, request) for request in members) for members in requests)
+        num_judged = sum(all(_is_settled(outcome, request) for request in members) for members in requests)
         raise JudgeLost(
             f"{num_judged} of {len(pairs)} pairs are judged, then judge={judge.name} gave no answer: {outcome.lost}. "
             f"Every answer so far is kept in {path}: type the same command again when the judge is back (stage=judge "
@@ -382,7 +382,7 @@ def _requests(judge: Judge, pair: Pair) -> list[JudgeRequest]:
     return [judge.request(pair, policy_first) for policy_first in pair.orders(judge.both_orders)]
 
 
-def _settled(outcome: JudgeOutcome, request: JudgeRequest) -> bool:
+def _is_settled(outcome: JudgeOutcome, request: JudgeRequest) -> bool:
     return request.key in outcome.answers or request.key in outcome.refusals
 
 
@@ -390,7 +390,7 @@ def _judgment(judge: Judge, pair: Pair, outcome: JudgeOutcome) -> Judgment:
     if pair.identical:
         return Judgment(pair, (), TIE)
     opinions = tuple(_opinion(judge, pair, first, outcome) for first in pair.orders(judge.both_orders))
-    return Judgment(pair, opinions, combined([opinion.win for opinion in opinions], judge.soft))
+    return Judgment(pair, opinions, combine_orders([opinion.win for opinion in opinions], judge.soft))
 
 
 def _opinion(judge: Judge, pair: Pair, policy_first: bool, outcome: JudgeOutcome) -> Opinion:

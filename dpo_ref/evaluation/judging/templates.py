@@ -49,7 +49,7 @@ class Template:
         """Digest of everything that is asked and how it is read."""
         return digest([self.messages, asdict(self.verdict)])
 
-    def filled(self, prompt: Sequence[Message], first: str, second: str) -> tuple[Message, ...]:
+    def fill(self, prompt: Sequence[Message], first: str, second: str) -> tuple[Message, ...]:
         """The messages that ask which of two answers to `prompt` is better."""
         texts = {"prompt": conversation_text(prompt), "first": first, "second": second}
         return tuple(

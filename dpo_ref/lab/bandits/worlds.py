@@ -111,7 +111,7 @@ def bump(peak: int, width: float, num_arms: int = NUM_ARMS) -> Float[Tensor, " V
     return torch.exp(-(((arms - peak) / width) ** 2))
 
 
-def tilted(reference: Float[Tensor, " V"], rewards: Float[Tensor, " V"], strength: float) -> Float[Tensor, " V"]:
+def tilt(reference: Float[Tensor, " V"], rewards: Float[Tensor, " V"], strength: float) -> Float[Tensor, " V"]:
     """pi_ref exp(strength r) / Z, which maximises strength E[r] - KL(pi || pi_ref)."""
     return (reference.log() + strength * rewards).softmax(dim=-1)
 
@@ -128,7 +128,7 @@ def optimum(
 
     r is the mean over the tokens, so every token is tilted by its share strength / length.
     """
-    return tilted(reference, rewards, strength / length)
+    return tilt(reference, rewards, strength / length)
 
 
 def frontier(
@@ -136,7 +136,7 @@ def frontier(
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """(KL, expected reward) of the optima at strengths from 0 to 1000 times the length: no policy lies above."""
     strengths = torch.cat([torch.zeros(1), torch.logspace(-2, 3, num_points - 1)]).tolist()
-    policies = torch.stack([tilted(reference, rewards, strength) for strength in strengths])
+    policies = torch.stack([tilt(reference, rewards, strength) for strength in strengths])
     return length * divergence(policies, reference.expand_as(policies)), policies @ rewards
 
 
