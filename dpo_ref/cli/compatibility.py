@@ -294,8 +294,8 @@ def _report(request: CompatibilityRequest, runs: Mapping[str, tuple[list[str], R
 
     def candidate(title: str, words: Sequence[str], component: Component) -> Candidate:
         reference = bench.build(component, bench.groups)
-        found = responses(reference, bench.groups, bench)
-        logps, by_token = sums_of(found), found[0].token_logps is not None
+        outputs = responses(reference, bench.groups, bench)
+        logps, by_token = sums_of(outputs), outputs[0].token_logps is not None
         margins = pairs.margins(logps)
         forward, reverse = divergences(bench, component, reference, by_token, samples)
         return Candidate(
@@ -319,7 +319,7 @@ def _report(request: CompatibilityRequest, runs: Mapping[str, tuple[list[str], R
         except ValueError as error:
             refused.append(RefusedCandidate(title, str(error)))
     if not candidates:
-        raise ValueError("; ".join(f"{one.title}: {one.reason}" for one in refused))
+        raise ValueError("; ".join(f"{each.title}: {each.reason}" for each in refused))
     return CompatibilityReport(
         policy=request.name,
         policy_alone=numbers.alone(policy, pairs),
@@ -364,14 +364,14 @@ def run_compatibility(request: CompatibilityRequest) -> None:
     report = _report(request, _runs(request))
     folder.mkdir(parents=True, exist_ok=True)
     write_page(folder, report)
-    verdicts = {one.title: verdict(one, report) for one in report.candidates}
+    verdicts = {each.title: verdict(each, report) for each in report.candidates}
     write_json(folder / "compatibility.json", {**plain(report), "verdicts": verdicts})
     Console().print(terminal_table(report))
-    print(*(f"{title}: {said}" for title, said in verdicts.items()), sep="\n")
+    print(*(f"{title}: {sentence}" for title, sentence in verdicts.items()), sep="\n")
     _track(request, folder, report)
     run_summary(
         headline(report),
         {name: str(folder / f"compatibility.{end}") for name, end in
          (("report", "html"), ("plot", "png"), ("numbers", "json"))},
-        [next_command(request, one) for one in report.candidates],
+        [next_command(request, each) for each in report.candidates],
     )  # fmt: skip

@@ -41,14 +41,14 @@ from dpo_ref.types import PreferenceData, digest
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOutcome:
-    """Whom an evaluation was about, as what it was configured, and what it came to; `found` is None after
+    """Whom an evaluation was about, as what it was configured, and what it came to; `evaluated` is None after
     `stage=generate`."""
 
     subject: PolicyToEvaluate
     config: dict[str, Any]
     training: dict[str, Any] | None  # the configuration of the run that trained the policy
     baseline: Evaluated | None
-    found: Evaluated | None
+    evaluated: Evaluated | None
 
 
 class Evaluator:
@@ -112,12 +112,14 @@ class Evaluator:
         curve = [self.at_temperature(subject, other) for other in others]
         baseline = self.baseline(subject, settings)
         config: Any = OmegaConf.to_container(self.tree(run, path)[0], resolve=True)
-        found = evaluate_policy(subject, settings, baseline)
-        if found is not None and curve:
-            found = join_temperatures(subject.folder, found, [other for other, _ in curve if other is not None])
+        evaluated = evaluate_policy(subject, settings, baseline)
+        if evaluated is not None and curve:
+            evaluated = join_temperatures(
+                subject.folder, evaluated, [other for other, _ in curve if other is not None]
+            )
         if baseline is not None and curve:
             baseline = with_curve(baseline, [other for _, other in curve if other is not None])
-        return EvaluationOutcome(subject, config, _plain(run), baseline, found)
+        return EvaluationOutcome(subject, config, _plain(run), baseline, evaluated)
 
     def at_temperature(
         self, subject: PolicyToEvaluate, settings: EvaluationSettings
@@ -134,11 +136,13 @@ class Evaluator:
 
     def conclude(self, outcome: EvaluationOutcome, files: Sequence[Path] = ()) -> None:
         """Fill in the policy's model card, and log the evaluation as a run of its own."""
-        subject, found, run = outcome.subject, outcome.found, outcome.subject.run
-        assert found is not None
+        subject, evaluated, run = outcome.subject, outcome.evaluated, outcome.subject.run
+        assert evaluated is not None
         if run is not None and subject.folder == run.folder / RESULTS:
-            write_card(run.folder, read_json(run.folder / "summary.json"), outcome.training or {}, found.evaluation)
-        track_evaluation(self.tracking, outcome.config, subject, found, outcome.baseline, files)
+            write_card(
+                run.folder, read_json(run.folder / "summary.json"), outcome.training or {}, evaluated.evaluation
+            )
+        track_evaluation(self.tracking, outcome.config, subject, evaluated, outcome.baseline, files)
 
 
 def _plain(cfg: DictConfig | None) -> dict[str, Any] | None:
@@ -156,7 +160,7 @@ def _print(table: Any) -> None:
 
 def _evaluate_policy(evaluator: Evaluator, cfg: DictConfig) -> None:
     outcome = evaluator.one(cfg.policy, cfg.output_dir)
-    folder, baseline, found = outcome.subject.folder, outcome.baseline, outcome.found
+    folder, baseline, found = outcome.subject.folder, outcome.baseline, outcome.evaluated
     if found is None:
         run_summary("generated", {"generations": str(folder / "generations.jsonl")}, [])
         return
@@ -199,7 +203,7 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
             print(f"{job.name} could not be evaluated: {error}", file=sys.stderr)
             continue
         baselines += [outcome.baseline] if outcome.baseline else []
-        if outcome.found is not None:
+        if outcome.evaluated is not None:
             evaluator.conclude(outcome)
     jobs, baseline = collect(*sources), _shared_baseline(baselines)
     write_sweep(folder, jobs, baseline)
@@ -373,7 +377,7 @@ def _trained_run(folder: Path, config: DictConfig, summary: Mapping[str, Any]) -
         summary,
         ModelPath(config.model.path, _text_of(folder, config), config.model.get("adapter")),
         component("reference", config.reference, summary["choices"]["reference"]),
-        next(iter(checkpoint.found(folder / "checkpoints")[::-1]), None),
+        next(iter(checkpoint.complete_in(folder / "checkpoints")[::-1]), None),
     )
 
 

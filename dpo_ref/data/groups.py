@@ -44,10 +44,10 @@ _CODES = {np.int32: "i", np.int64: "q", np.int8: "b", np.uint8: "B", np.bool_: "
 class Arrays:
     """The flat arrays of `KINDS`, by name."""
 
-    found: dict[str, np.ndarray]
+    by_name: dict[str, np.ndarray]
 
     def __getattr__(self, name: str) -> np.ndarray:
-        return self.found[name]
+        return self.by_name[name]
 
 
 def _memory_map(path: Path) -> np.ndarray:
@@ -187,7 +187,7 @@ class TokenGroups(Groups):
         with replacing_folder(folder) as partial:
             for name, text in notes.items():
                 (partial / name).write_text(text)
-            for name, values in self.arrays.found.items():
+            for name, values in self.arrays.by_name.items():
                 np.save(partial / f"{name}.npy", values, allow_pickle=False)
 
     @classmethod

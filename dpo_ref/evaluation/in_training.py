@@ -122,7 +122,7 @@ class TrainingEvaluation:
     ) -> None:
         self._context, self._scorer, self._sampling = context, scorer, sampling
         self._prompts, self.notes = drawn_prompts(context, num_prompts, sampling.max_new_tokens)
-        self._pairs = [context.pairs[place] for place in _drawn(len(context.pairs), num_prompts, context.work.seed)]
+        self._pairs = [context.pairs[index] for index in _drawn(len(context.pairs), num_prompts, context.work.seed)]
 
     @property
     def num_prompts(self) -> int:

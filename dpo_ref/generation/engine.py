@@ -127,11 +127,11 @@ class Kept:
     """The answers so far, by place."""
 
     def __init__(self) -> None:
-        self.found: dict[Place, Generation] = {}
+        self.generations: dict[Place, Generation] = {}
 
     def add(self, generations: Sequence[Generation]) -> None:
         """Take over what has been sampled."""
-        self.found |= {Place(g.prompt_index, g.sample_index, g.turn): g for g in generations}
+        self.generations |= {Place(g.prompt_index, g.sample_index, g.turn): g for g in generations}
 
 
 # --- questions, and their answers
@@ -272,11 +272,11 @@ def _sample(
     engine: Engine, prompt_set: PromptSet, requests: Sequence[Request], seed: int, progress: Progress, kept: Kept
 ) -> list[Generation]:
     """An answer to every request, in their order; what comes is kept at once."""
-    skip = {index for index, request in enumerate(requests) if request.place in kept.found}
+    skip = {index for index, request in enumerate(requests) if request.place in kept.generations}
     with closing(engine.answers(requests, skip, progress)) as answers:
         for batch in answers:
             kept.add([_record(engine, prompt_set, seed, requests[index], answer) for index, answer in batch.items()])
-    return [kept.found[request.place] for request in requests]
+    return [kept.generations[request.place] for request in requests]
 
 
 def answer(

@@ -24,12 +24,12 @@ from dpo_ref.types import Progress
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 
-def folder_digest(place: str) -> str:
+def folder_digest(location: str) -> str:
     """What stands for the weights of a model that is not loaded here: the content of its files; the name of one that
     is on the hub alone."""
-    folder, hasher = Path(place), hashlib.sha256()
+    folder, hasher = Path(location), hashlib.sha256()
     if not folder.is_dir():
-        return hashlib.sha256(f"hub {place}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"hub {location}".encode()).hexdigest()[:32]
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         with path.open("rb") as stream:
             hasher.update(f"{path.name}\0".encode() + hashlib.file_digest(stream, "sha256").digest())

@@ -72,12 +72,12 @@ def save(
         save_file(dict(reference), partial / REFERENCE)
         save_file(_random_states(), partial / "random.safetensors")
         write_json(partial / "state.json", dict(state))
-    for old in found(folder)[:-keep] if keep else ():
+    for old in complete_in(folder)[:-keep] if keep else ():
         shutil.rmtree(old)
     return target
 
 
-def found(folder: Path) -> list[Path]:
+def complete_in(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file())
 

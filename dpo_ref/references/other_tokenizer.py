@@ -152,10 +152,10 @@ class ReferenceEncoder:
     def _written(self, group: TokenGroup, text: PromptGroup, ids: Ids) -> TokenGroup:
         responses = []
         before = self.reference.decode(ids.prompt)
-        for policy_ids, response, found in zip(group.response_ids, text.responses, ids.responses, strict=True):
+        for policy_ids, response, own_ids in zip(group.response_ids, text.responses, ids.responses, strict=True):
             cut = policy_ids[-1] not in self.ends
-            self._look(before, text, response, ids.prompt, found, cut)
-            responses.append(found[:-1] if cut or self.skip else found)
+            self._look(before, text, response, ids.prompt, own_ids, cut)
+            responses.append(own_ids[:-1] if cut or self.skip else own_ids)
             self.audit.policy_tokens += len(policy_ids)
         if not all(responses):
             raise ValueError(f"{text.origin} leaves the reference nothing to score: a response is empty in its tokens")

@@ -85,8 +85,8 @@ def score(client: CompletionsClient, context: ReferenceContext, groups: Sequence
     owners = [(group, response) for group in groups for response in range(len(group.response_ids))]
     ids = [[*group.prompt_ids, *group.response_ids[response]] for group, response in owners]
 
-    def name(number: int) -> str:
-        (group, response), keys = owners[number], (one.group_index for one in context.groups)
+    def name(owner: int) -> str:
+        (group, response), keys = owners[owner], (each.group_index for each in context.groups)
         index = next(index for index, key in enumerate(keys) if key == group.group_index)
         return f"{context.groups.text(index).origin}, response {response + 1}"
 
@@ -149,12 +149,12 @@ def served(
     if retries < 0:
         raise ValueError(f"reference.retries={retries} must not be negative")
     server = Server(check_url(url, "reference.url"), timeout, retries)
-    asked = ServedModel(server, model, "reference", "set reference.model")
-    client = CompletionsClient(asked, protocol, batch_size, concurrency)
+    served_model = ServedModel(server, model, "reference", "set reference.model")
+    client = CompletionsClient(served_model, protocol, batch_size, concurrency)
     theirs = context.work.loader.tokenizer(tokenizer)
     install_template(theirs, template, template_options, "reference")
     hasty = replace(server, retries=min(retries, FIRST_RETRIES))  # a wrong address is known within seconds
-    first = replace(client, model=replace(asked, server=hasty))
+    first = replace(client, model=replace(served_model, server=hasty))
     identity = identity_of(first, theirs, context.work.cache)
     scorer = Scorer(partial(score, client, context), TOLERANCE)
     whole = replace(context, pack=lambda groups: [list(groups)])  # many requests are under way at once
@@ -184,7 +184,7 @@ EXCHANGES = (
 
 def _probe_ids(tokenizer: Any) -> list[list[int]]:
     """The fixed texts in the reference's template and tokens."""
-    groups = [PromptGroup((Message(role="user", content=asked),), (said,)) for asked, said in EXCHANGES]
+    groups = [PromptGroup((Message(role="user", content=question),), (reply,)) for question, reply in EXCHANGES]
     return [[*ids.prompt, *ids.responses[0]] for ids in Encoder(tokenizer).last_turns(groups)]
 
 
@@ -231,12 +231,12 @@ def identity_of(client: CompletionsClient, tokenizer: Any, cache: Path) -> str:
     ids = _probe_ids(tokenizer)
     values = _answers(client, ids)
     folder = cache / "served" / digest([client.model.name, text_identity(tokenizer), ids])
-    if (known := _known(folder, values)) is not None:
-        return known
+    if (identity := _known(folder, values)) is not None:
+        return identity
     _store(folder, client.model.name, values)
-    found = _known(folder, values)  # of runs that start at once, all take the earliest
-    assert found is not None
-    return found
+    earliest = _known(folder, values)  # of runs that start at once, all take the earliest
+    assert earliest is not None
+    return earliest
 
 
 # --- how servers are asked for the log-probs of a prompt, and how they answer
@@ -309,10 +309,10 @@ def values_of(
 
 
 def _check(
-    choice: Mapping[str, Any], protocol: str, ids: Sequence[int], name: Callable[[int], str], place: int
+    choice: Mapping[str, Any], protocol: str, ids: Sequence[int], name: Callable[[int], str], index: int
 ) -> np.ndarray:
     try:
-        found = PROTOCOLS[protocol].read(choice, ids)
+        logps = PROTOCOLS[protocol].read(choice, ids)
     except Lacking:
         others = " or ".join(f"reference.protocol={other}" for other in PROTOCOLS if other != protocol)
         raise ValueError(
@@ -321,13 +321,13 @@ def _check(
         ) from None
     except Mismatch as error:
         raise ValueError(
-            f"{name(place)}: the server gave {error}; reference.tokenizer must be the tokenizer of the model it serves"
+            f"{name(index)}: the server gave {error}; reference.tokenizer must be the tokenizer of the model it serves"
         ) from None
-    values = np.array([np.nan if value is None else value for value in found], dtype=np.float64)
+    values = np.array([np.nan if value is None else value for value in logps], dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(values) | (values <= LEAST))
     if len(bad):
         raise ValueError(
-            f"{name(place)}: the server gives token {ids[bad[0] + 1]} the log-prob {found[bad[0]]}, which is not "
+            f"{name(index)}: the server gives token {ids[bad[0] + 1]} the log-prob {logps[bad[0]]}, which is not "
             "finite; the model may be broken (its quantisation, its dtype), or the token is none of its vocabulary"
         )
     return values

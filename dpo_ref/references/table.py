@@ -163,15 +163,15 @@ class PrecomputedReference(Reference):
         self, name: str, identity: str, weights: str, groups: Sequence[TokenGroup], rows: Rows, device: torch.device
     ) -> None:
         self.name, self.identity, self.weights = name, identity, weights
-        places = [(group.group_index, row_key(group)) for group in groups]
-        holes = [number for number, key in places if key not in rows]
+        keys = [(group.group_index, row_key(group)) for group in groups]
+        holes = [index for index, key in keys if key not in rows]
         if holes:
             raise ValueError(f"the reference table lacks {len(holes)} groups, such as number {holes[0]}")
-        parts = [np.zeros(0, dtype=np.float32), *(rows[key] for _, key in places)]  # there may be no groups
+        parts = [np.zeros(0, dtype=np.float32), *(rows[key] for _, key in keys)]  # there may be no groups
         self._values = torch.from_numpy(np.concatenate(parts)).to(device)
         ends = np.cumsum([len(part) for part in parts]).tolist()
-        numbers = (number for number, _ in places)
-        self._span = dict(zip(numbers, pairwise(ends), strict=True))
+        indices = (index for index, _ in keys)
+        self._span = dict(zip(indices, pairwise(ends), strict=True))
         self.values_digest = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()[:32]
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:

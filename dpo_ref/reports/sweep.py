@@ -353,10 +353,10 @@ def _draw_series(axes: Any, members: Sequence[Cell], colour: str, label: str) ->
     axes.errorbar(
         distances, rewards, **bars, fmt="-o", color=colour, linewidth=1.5, elinewidth=0.9, markersize=5, label=label
     )
-    for cell, *place in zip(members, distances, rewards, strict=True):
-        axes.annotate(f"{cell.point:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
+    for cell, *point in zip(members, distances, rewards, strict=True):
+        axes.annotate(f"{cell.point:g}", point, xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
         if cell.evaluation.degenerate:
-            axes.plot(*place, "X", color=BROKEN, markersize=8, zorder=4)
+            axes.plot(*point, "X", color=BROKEN, markersize=8, zorder=4)
 
 
 def _draw_front(axes: Any, cells: Sequence[Cell], initial: Evaluation | None) -> None:

@@ -87,7 +87,7 @@ class TrainingRun:
 
     def resume(self) -> int:
         """Restore the newest checkpoint; returns the number of steps done. ValueError if it is another run's."""
-        saved = checkpoint.found(self.checkpoints)
+        saved = checkpoint.complete_in(self.checkpoints)
         if not saved:
             self.record.go_on_after(-1)
             return 0

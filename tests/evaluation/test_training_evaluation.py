@@ -140,7 +140,7 @@ def test_a_degenerating_run_is_stopped_and_says_why(degenerating):
     assert "evaluation/eos/own_logratio" not in last  # none of its answers ends
     kept = {name for name in found["metrics"] if name.startswith("evaluation/")} - {"evaluation/seconds"}
     assert kept == set(last)
-    assert [path.name for path in checkpoint.found(folder / "checkpoints")] == ["step-00000004", "step-00000005"]
+    assert [path.name for path in checkpoint.complete_in(folder / "checkpoints")] == ["step-00000004", "step-00000005"]
     saved = load_file(folder / "checkpoints" / "step-00000005" / "policy.safetensors")
     policy = load_file(folder / "policy" / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in policy.items() if name in saved)

@@ -41,7 +41,7 @@ def test_resume_is_bit_for_bit(tmp_path):
             break
     second = tiny_model(seed=5)
     second_optim = adamw(second, 6, lr=1e-2)
-    (saved,) = checkpoint.found(tmp_path)
+    (saved,) = checkpoint.complete_in(tmp_path)
     checkpoint.load(saved, second, second_optim.optimizer)
     rest = [{k: v.item() for k, v in step.metrics.items()} for step in steps(second, second_optim, first_step=4)]
     assert rest == whole[4:]
@@ -53,7 +53,7 @@ def test_only_the_newest_is_kept_and_a_full_disk_keeps_the_previous(tmp_path, mo
     optim = adamw(policy, 6).optimizer
     for step in (2, 4):
         checkpoint.save(tmp_path, policy, optim, {}, {"step": step})
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-00000004"]
+    assert [path.name for path in checkpoint.complete_in(tmp_path)] == ["step-00000004"]
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

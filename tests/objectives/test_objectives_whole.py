@@ -175,7 +175,7 @@ def test_a_resumed_run_has_the_running_statistic_it_had(tmp_path):
             break
     again = model(5)
     again_optim = adamw(again, 5, lr=1e-2)
-    (saved,) = checkpoint.found(tmp_path)
+    (saved,) = checkpoint.complete_in(tmp_path)
     checkpoint.load(saved, again, again_optim.optimizer)
     kept = {n: torch.tensor(v, dtype=torch.float64) for n, v in checkpoint.read_state(saved)["running"].items()}
     assert float(kept["mean_margin"]) != 0

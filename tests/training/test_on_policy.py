@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, step, monkeypatch):
         *SMALL, f"output_dir={folder}", "objective=ppo_clip", "data.inner_epochs=2", f"trainer.save_every={step}"
     )
     assert failed.returncode == 1
-    assert [path.name for path in checkpoint.found(folder / "checkpoints")] == [f"step-{step:08d}"]
+    assert [path.name for path in checkpoint.complete_in(folder / "checkpoints")] == [f"step-{step:08d}"]
     monkeypatch.undo()
     done = train(f"resume={folder}", "tracking=none")
     assert done.returncode == 0, done.stderr
