@@ -34,40 +34,43 @@ def ranked(values):
 def clustered(values, clusters):
     """Mean, and the error from the sums of residuals by cluster."""
     mean = sum(values) / len(values)
-    sums = [sum(v - mean for v, c in zip(values, clusters, strict=True) if c == one) for one in sorted(set(clusters))]
+    sums = [
+        sum(v - mean for v, c in zip(values, clusters, strict=True) if c == cluster)
+        for cluster in sorted(set(clusters))
+    ]
     count = len(sums)
     return mean, math.sqrt(sum(s * s for s in sums) / len(values) ** 2 * count / (count - 1))
 
 
 def test_a_model_alone():
-    found = numbers.alone(REFERENCE, PAIRS)
+    alone = numbers.alone(REFERENCE, PAIRS)
     margins = [REFERENCE[2 * i] - REFERENCE[2 * i + 1] for i in range(12)]
     right = [1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins]
     assert right.count(0.5) == 1
     prompts = [i // 2 for i in range(12)]
-    assert found.accuracy == pytest.approx(clustered(right, prompts))
-    assert found.margin == pytest.approx(clustered(margins, prompts))
+    assert alone.accuracy == pytest.approx(clustered(right, prompts))
+    assert alone.margin == pytest.approx(clustered(margins, prompts))
     longer = [float(PAIRS.num_bytes[2 * i] - PAIRS.num_bytes[2 * i + 1]) for i in range(12)]
-    assert found.length_correlation == pytest.approx(correlation(margins, longer))
+    assert alone.length_correlation == pytest.approx(correlation(margins, longer))
 
 
 def test_a_reference_beside_the_policy():
-    found = numbers.beside(POLICY, REFERENCE, PAIRS, seed=0)
+    beside = numbers.beside(POLICY, REFERENCE, PAIRS, seed=0)
     ours, theirs = (x[0::2] - x[1::2] for x in (POLICY, REFERENCE))
-    assert found.logps_pearson == pytest.approx(correlation(POLICY, REFERENCE))
-    assert found.logps_spearman == pytest.approx(correlation(ranked(POLICY), ranked(REFERENCE)))
-    assert found.margins_pearson == pytest.approx(correlation(ours, theirs))
-    assert found.margins_spearman == pytest.approx(correlation(ranked(ours), ranked(theirs)))
-    low, high = found.margins_spearman_interval
-    assert -1 <= low < found.margins_spearman < high <= 1
+    assert beside.logps_pearson == pytest.approx(correlation(POLICY, REFERENCE))
+    assert beside.logps_spearman == pytest.approx(correlation(ranked(POLICY), ranked(REFERENCE)))
+    assert beside.margins_pearson == pytest.approx(correlation(ours, theirs))
+    assert beside.margins_spearman == pytest.approx(correlation(ranked(ours), ranked(theirs)))
+    low, high = beside.margins_spearman_interval
+    assert -1 <= low < beside.margins_spearman < high <= 1
     gaps = [(p - r) / b for p, r, b in zip(POLICY, REFERENCE, PAIRS.num_bytes, strict=True)]
-    assert found.gap_per_byte == pytest.approx(clustered(gaps, [i // 4 for i in range(24)]))
+    assert beside.gap_per_byte == pytest.approx(clustered(gaps, [i // 4 for i in range(24)]))
     per_byte = [ranked(x / PAIRS.num_bytes) for x in (POLICY, REFERENCE)]
-    assert found.per_byte_spearman == pytest.approx(correlation(*per_byte))
+    assert beside.per_byte_spearman == pytest.approx(correlation(*per_byte))
     right = [
         (float(a > 0) + float(a >= 0) - float(b > 0) - float(b >= 0)) / 2 for a, b in zip(theirs, ours, strict=True)
     ]
-    assert found.accuracy_difference == pytest.approx(clustered(right, [i // 2 for i in range(12)]))
+    assert beside.accuracy_difference == pytest.approx(clustered(right, [i // 2 for i in range(12)]))
 
 
 def test_ranks_share_ties():
@@ -77,13 +80,13 @@ def test_ranks_share_ties():
 def test_saturation_and_weights_by_hand():
     """Rewards -5, 0, 3, 6, ln 3 at beta 1: one pair saturated on each side; the weight of ln 3 is 1/4."""
     margins = np.array([-5.0, 0.0, 3.0, 6.0, math.log(3)])
-    found = numbers.at_beta(margins, 1.0, range(5))
-    assert (found.saturated.mean, found.saturated_wrong, found.saturated_right) == (0.4, 0.2, 0.2)
+    at_one = numbers.at_beta(margins, 1.0, range(5))
+    assert (at_one.saturated.mean, at_one.saturated_wrong, at_one.saturated_right) == (0.4, 0.2, 0.2)
     weights = [1 / (1 + math.exp(m)) for m in margins]
     assert weights[4] == pytest.approx(0.25)
-    assert found.effective_share == pytest.approx(sum(weights) ** 2 / (5 * sum(w * w for w in weights)))
-    assert found.loss == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / 5)
-    assert found.weight_quantiles[2] == pytest.approx(0.25)  # the middle one of five
+    assert at_one.effective_share == pytest.approx(sum(weights) ** 2 / (5 * sum(w * w for w in weights)))
+    assert at_one.loss == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / 5)
+    assert at_one.weight_quantiles[2] == pytest.approx(0.25)  # the middle one of five
     tenth = numbers.at_beta(margins, 0.1, range(5))
     assert tenth.saturated.mean == 0
     far = numbers.at_beta(1e4 * np.ones(4), 3.0, range(4))  # weights of e^-30000 are zero in floating point
@@ -93,9 +96,9 @@ def test_saturation_and_weights_by_hand():
 def test_where_to_start():
     """A hundred margins of +-10 in equal parts: saturated from beta 0.4 on, s.d. 1 at beta 0.1."""
     margins = np.array([10.0, -10.0] * 50)
-    found = numbers.start(margins, [0.01, 0.3, 1.0], range(100))
-    assert (found.sd, found.mean, found.listed) == (10, 0, 0.3)
-    assert found.unit == pytest.approx(0.1)
+    start = numbers.start(margins, [0.01, 0.3, 1.0], range(100))
+    assert (start.sd, start.mean, start.listed) == (10, 0, 0.3)
+    assert start.unit == pytest.approx(0.1)
     assert numbers.start(margins, [1.0], range(100)).listed is None
     some = np.concatenate([margins, [100.0] * 5])  # 5 of 105 are beyond at 0.3, 4.8 %
     assert numbers.start(some, [0.3], range(105)).listed == 0.3
@@ -107,25 +110,25 @@ def test_a_policy_beside_itself():
     assert beside.logps_pearson == pytest.approx(1)
     assert (beside.margins_spearman, beside.accuracy_difference) == (pytest.approx(1), Estimate(0, 0))
     assert beside.gap_per_byte == Estimate(0, 0)
-    found = numbers.start(np.zeros(12), [0.1, 3.0], PAIRS.clusters)
-    assert (found.sd, found.unit, found.listed) == (0, None, 3.0)
-    assert all(at.loss == pytest.approx(math.log(2)) and at.saturated.mean == 0 for at in found.at)
-    assert all(at.effective_share == pytest.approx(1) for at in found.at)
+    start = numbers.start(np.zeros(12), [0.1, 3.0], PAIRS.clusters)
+    assert (start.sd, start.unit, start.listed) == (0, None, 3.0)
+    assert all(at.loss == pytest.approx(math.log(2)) and at.saturated.mean == 0 for at in start.at)
+    assert all(at.effective_share == pytest.approx(1) for at in start.at)
 
 
 def test_no_reference_has_no_relations():
-    found = numbers.beside(POLICY, np.zeros(24), PAIRS, seed=0)
-    assert all(map(math.isnan, (found.logps_spearman, found.margins_spearman, found.gap_per_byte.mean)))
+    beside = numbers.beside(POLICY, np.zeros(24), PAIRS, seed=0)
+    assert all(map(math.isnan, (beside.logps_spearman, beside.margins_spearman, beside.gap_per_byte.mean)))
 
 
 def test_kl_per_byte_is_a_ratio_of_totals():
     values, num_bytes = np.array([3.0, 1.0, 8.0]), np.array([10.0, 10.0, 20.0])
-    found = estimate_divergence(values, num_bytes, [0, 1, 2], BY_TEXT, 1)
-    assert found.per_answer is not None
-    assert found.per_byte is not None
-    assert (found.per_answer.mean, found.per_byte.mean) == (4.0, 0.3)
+    divergence = estimate_divergence(values, num_bytes, [0, 1, 2], BY_TEXT, 1)
+    assert divergence.per_answer is not None
+    assert divergence.per_byte is not None
+    assert (divergence.per_answer.mean, divergence.per_byte.mean) == (4.0, 0.3)
     residuals = [0.0, -2.0, 2.0]  # of 0.3 nats a byte
-    assert found.per_byte.se == pytest.approx(math.sqrt(sum(r * r for r in residuals) / 9 * 3 / 2) / (40 / 3))
+    assert divergence.per_byte.se == pytest.approx(math.sqrt(sum(r * r for r in residuals) / 9 * 3 / 2) / (40 / 3))
 
 
 def test_shares_are_told_with_their_interval():

@@ -60,9 +60,9 @@ def metrics(folder):
 
 
 def test_both_layouts_are_read_with_their_subsets(files):
-    found = read_pairs([str(files / "bench.jsonl"), str(files / "Natural.json")])
-    assert found.subsets == ["sums", "<b>words</b>", "sums", "Natural", "Natural"]
-    better = [group.responses[group.pairs[0][0]] for group in found.groups]
+    pairs = read_pairs([str(files / "bench.jsonl"), str(files / "Natural.json")])
+    assert pairs.subsets == ["sums", "<b>words</b>", "sums", "Natural", "Natural"]
+    better = [group.responses[group.pairs[0][0]] for group in pairs.groups]
     assert better == ["3", "<|eot|> ba", "It is 4.", "An apple.", "An owl."]
     assert content_of([str(files)]) != content_of([str(files / "bench.jsonl")])
 
@@ -95,22 +95,22 @@ def test_files_are_looked_for_before_anything_is_generated(files, tmp_path):
 @pytest.mark.skipif(not LLMBAR.is_dir(), reason="no LLMBar here")
 def test_real_llmbar():
     """419 pairs in five files; the longer answer is the better one in 11.9 % of Neighbor's."""
-    found = read_pairs([str(LLMBAR)])
+    pairs = read_pairs([str(LLMBAR)])
     sizes = {"GPTInst": 92, "GPTOut": 47, "Manual": 46, "Natural": 100, "Neighbor": 134}
-    assert {name: found.subsets.count(name) for name in found.subsets} == sizes
+    assert {name: pairs.subsets.count(name) for name in pairs.subsets} == sizes
     longer = [
         len(group.responses[group.pairs[0][0]]) > len(group.responses[group.pairs[0][1]])
-        for group, name in zip(found.groups, found.subsets, strict=True)
+        for group, name in zip(pairs.groups, pairs.subsets, strict=True)
         if name == "Neighbor"
     ]
     assert sum(longer) / len(longer) == pytest.approx(16 / 134)
 
 
 def test_a_diagnosis_survives_the_disk(run):
-    found = read_diagnosis(run)
-    again = restore(Diagnosis, json.loads(json.dumps(plain(found))))
-    assert plain(again) == plain(found)
-    assert again.texts["own"].shift == found.texts["own"].shift
+    diagnosis = read_diagnosis(run)
+    again = restore(Diagnosis, json.loads(json.dumps(plain(diagnosis))))
+    assert plain(again) == plain(diagnosis)
+    assert again.texts["own"].shift == diagnosis.texts["own"].shift
     (run.parent / "other").mkdir()
     (run.parent / "other" / "diagnostics.json").write_text('{"key": "k", "diagnosis": {"texts": 3}}')
     with pytest.raises(ValueError, match=r"diagnostics\.json is no diagnosis .* make it again with stage=diagnose"):
@@ -119,31 +119,31 @@ def test_a_diagnosis_survives_the_disk(run):
 
 def test_the_diagnosis_agrees_with_the_measurements(run):
     """End shift and displacement were measured by another path: evaluation/kl.py and heldout.py."""
-    found, known = read_diagnosis(run), metrics(run)
-    assert found.texts["own"].end.logratio.mean == pytest.approx(known["eos/own_logratio"], abs=1e-5)
-    assert found.texts["own"].end.logratio.se == pytest.approx(known["eos/own_logratio_se"], abs=1e-5)
-    assert found.texts["chosen"].end.logratio.mean == pytest.approx(known["eos/chosen_logratio"], abs=1e-5)
-    assert found.displacement.chosen.mean.mean == pytest.approx(known["logratios/chosen"], abs=1e-4)
-    assert found.rankings["held-out pairs"].accuracy["implicit"].mean == known["rewards/accuracies"]
-    assert found.rankings["held-out pairs"].accuracy["length"].mean == known["rewards/length_baseline"]
-    assert {name: known[name] for name in metrics_of(found)} == metrics_of(found)
-    assert found.rankings["sums"].num_pairs == 2
-    assert found.rankings["all files"].num_pairs == 5
-    assert known["pairs/Natural/length"] == 0
+    diagnosis, measurements = read_diagnosis(run), metrics(run)
+    assert diagnosis.texts["own"].end.logratio.mean == pytest.approx(measurements["eos/own_logratio"], abs=1e-5)
+    assert diagnosis.texts["own"].end.logratio.se == pytest.approx(measurements["eos/own_logratio_se"], abs=1e-5)
+    assert diagnosis.texts["chosen"].end.logratio.mean == pytest.approx(measurements["eos/chosen_logratio"], abs=1e-5)
+    assert diagnosis.displacement.chosen.mean.mean == pytest.approx(measurements["logratios/chosen"], abs=1e-4)
+    assert diagnosis.rankings["held-out pairs"].accuracy["implicit"].mean == measurements["rewards/accuracies"]
+    assert diagnosis.rankings["held-out pairs"].accuracy["length"].mean == measurements["rewards/length_baseline"]
+    assert {name: measurements[name] for name in metrics_of(diagnosis)} == metrics_of(diagnosis)
+    assert diagnosis.rankings["sums"].num_pairs == 2
+    assert diagnosis.rankings["all files"].num_pairs == 5
+    assert measurements["pairs/Natural/length"] == 0
 
 
 def test_twice_is_the_same_and_is_read_not_made(run, files):
     options = (f"policy={run.parent}", *QUICK, f"diagnostic.pairs=[{files}]", "diagnostic.examples=2")
-    path, known = run / "diagnostics.json", metrics(run)
+    path, metrics_before = run / "diagnostics.json", metrics(run)
     before, stamp = path.read_text(), path.stat().st_mtime_ns
     measure(*options, "stage=diagnose")
     assert path.stat().st_mtime_ns == stamp
     path.unlink()
     measure(*options, "stage=diagnose")
     assert path.read_text() == before
-    assert metrics(run) == known
+    assert metrics(run) == metrics_before
     measure(f"policy={run.parent}", *QUICK, "stage=score")
-    assert metrics(run) == known
+    assert metrics(run) == metrics_before
 
 
 def test_none_leaves_none(run, tmp_path):
@@ -158,20 +158,20 @@ def test_none_leaves_none(run, tmp_path):
 
 def test_the_page_shows_it_and_escapes_what_it_is_given(run):
     section = diagnostics_section(run)
-    found = parsed(section)
-    said = "".join(found.texts)
-    assert "<b>words</b>" in said
+    structure = parsed(section)
+    page_text = "".join(structure.texts)
+    assert "<b>words</b>" in page_text
     assert section.count("<figure>") == 7
     examples = read_examples(run)
     assert len(examples) == 2 + 4
-    assert section.count('class="tok"') == 9 + sum(len(r.tokens) for one in examples for r in one.responses)
-    assert f"{100 * read_diagnosis(run).texts['own'].shift.top_1_percent:.1f}\u00a0%" in said
+    assert section.count('class="tok"') == 9 + sum(len(r.tokens) for example in examples for r in example.responses)
+    assert f"{100 * read_diagnosis(run).texts['own'].shift.top_1_percent:.1f}\u00a0%" in page_text
     for name in ("chosen", "own"):
         end = read_diagnosis(run).texts[name].end.logratio
-        assert f"{end.mean:+.2f} ± {end.se:.2f} on {name}".replace("-", "−") in said
-    known = metrics(run)
+        assert f"{end.mean:+.2f} ± {end.se:.2f} on {name}".replace("-", "−") in page_text
+    measurements = metrics(run)
     for name in ("kl/initial", "kl/initial_k1"):
-        assert f"{known[name]:.2f} ± {known[name + '_se']:.2f}".replace("-", "−") in found.texts
+        assert f"{measurements[name]:.2f} ± {measurements[name + '_se']:.2f}".replace("-", "−") in structure.texts
     assert diagnostics_section(run.parent) == ""
 
 
@@ -200,15 +200,15 @@ def test_a_loss_reference_without_tokens_is_absent_with_its_reason(run, foreign,
     words = other if reference == "foreign" else [f"reference={reference}"]
     out = tmp_path / "out"
     measure(f"policy={run.parent}", *QUICK, *words, f"output_dir={out}", "diagnostic.examples=1")
-    found = read_diagnosis(out)
-    said = "".join(parsed(diagnostics_section(out)).texts)
+    diagnosis = read_diagnosis(out)
+    page_text = "".join(parsed(diagnostics_section(out)).texts)
     if reference == "uniform_token":
-        text = found.texts["own"]
-        assert found.absent == {}
+        text = diagnosis.texts["own"]
+        assert diagnosis.absent == {}
         assert text.reference_shift.num_tokens == text.shift.num_tokens
         return
     why = {"none": "it is no distribution over answers", "foreign": "its tokens do not correspond to the policy's"}
-    assert set(found.absent.values()) == {why[reference]}
-    assert all(text.reference_shift is None for text in found.texts.values())
-    assert why[reference] in said
-    assert found.rankings["held-out pairs"].accuracy["implicit"].mean == metrics(out)["rewards/accuracies"]
+    assert set(diagnosis.absent.values()) == {why[reference]}
+    assert all(text.reference_shift is None for text in diagnosis.texts.values())
+    assert why[reference] in page_text
+    assert diagnosis.rankings["held-out pairs"].accuracy["implicit"].mean == metrics(out)["rewards/accuracies"]

@@ -16,9 +16,9 @@ def test_displacement_and_ranking_by_loops(groups, tokens):  # noqa: F811
         change = [(a - b).sum().item() for a, b in zip(ours, theirs, strict=True)]
         moved += [(change[better], change[worse], tuple(group.prompt_ids)) for better, worse in group.pairs]
         sizes += [(len(group.response_ids[better]), len(group.response_ids[worse])) for better, worse in group.pairs]
-    found, prompts = displacements(tokens, pairs), [each[2] for each in moved]
-    for place, side in enumerate((found.chosen, found.rejected)):
-        values, lengths = [each[place] for each in moved], [each[place] for each in sizes]
+    displacement, prompts = displacements(tokens, pairs), [each[2] for each in moved]
+    for index, side in enumerate((displacement.chosen, displacement.rejected)):
+        values, lengths = [each[index] for each in moved], [each[index] for each in sizes]
         assert side.mean == pytest.approx(clustered(values, prompts), abs=1e-9)
         assert side.median == pytest.approx(np.median(values))
         assert side.share_down == pytest.approx(clustered([float(v < 0) for v in values], prompts))
@@ -28,7 +28,7 @@ def test_displacement_and_ranking_by_loops(groups, tokens):  # noqa: F811
     quadrants = [(a >= 0, b >= 0) for a, b, _ in moved]
     for name, where in (("both_up", (True, True)), ("chosen_up_rejected_down", (True, False)),
                         ("chosen_down_rejected_up", (False, True)), ("both_down", (False, False))):  # fmt: skip
-        assert getattr(found, name) == quadrants.count(where) / len(moved)
+        assert getattr(displacement, name) == quadrants.count(where) / len(moved)
     margins = np.array([a - b for a, b, _ in moved])
     gaps = np.array([a - b for a, b in sizes])
     ranked = ranking({"implicit": margins, "likelihood": -margins}, gaps, tokens.prompts[pairs.chosen].tolist())
@@ -39,10 +39,10 @@ def test_displacement_and_ranking_by_loops(groups, tokens):  # noqa: F811
     difference = [float(m > 0) - b for m, b in zip(margins, longer, strict=True)]
     assert ranked.above_length == pytest.approx(clustered(difference, prompts))
     expected = {"−10 to −4": gaps < -3, "−3 to −1": (gaps < 0) & (gaps > -4), "0": gaps == 0, "+4 to +10": gaps > 3}
-    assert [one.name for one in ranked.by_length] == list(expected)
-    for one, inside in zip(ranked.by_length, expected.values(), strict=True):
-        assert (one.num_pairs, one.accuracy) == (inside.sum(), (margins[inside] > 0).mean())
-        assert one.margin == pytest.approx(margins[inside].mean())
+    assert [length_bin.name for length_bin in ranked.by_length] == list(expected)
+    for length_bin, inside in zip(ranked.by_length, expected.values(), strict=True):
+        assert (length_bin.num_pairs, length_bin.accuracy) == (inside.sum(), (margins[inside] > 0).mean())
+        assert length_bin.margin == pytest.approx(margins[inside].mean())
 
 
 def test_length_bins_and_wilson_by_hand():

@@ -70,20 +70,20 @@ def sampled(prompts, samples, seed, temperature=1.0, top_p=1.0):
 
 def test_estimator_is_the_exact_formula_at_every_prefix():
     answers = sampled(PROMPTS[:7], 3, seed=0)
-    found = sample_kl(POLICY, INITIAL, answers, NEVER, tokens_per_batch=16)
-    assert 0 < np.isnan(found.end_logratio).sum() < len(answers)
+    estimates = sample_kl(POLICY, INITIAL, answers, NEVER, tokens_per_batch=16)
+    assert 0 < np.isnan(estimates.end_logratio).sum() < len(answers)
     for row, answer in enumerate(answers):
         kl = k1 = 0.0
-        for place, token in enumerate(answer.token_ids):
-            prefix = [*answer.prompt_ids, *answer.token_ids[:place]]
+        for position, token in enumerate(answer.token_ids):
+            prefix = [*answer.prompt_ids, *answer.token_ids[:position]]
             ours, theirs = next_logps(POLICY, prefix), next_logps(INITIAL, prefix)
             kl += sum(math.exp(p) * (p - q) for p, q in zip(ours, theirs, strict=True) if p > -math.inf)
             k1 += ours[token] - theirs[token]
             last = ours[token] - theirs[token]
-        assert found.kl[row] == pytest.approx(kl, abs=1e-5)
-        assert found.k1[row] == pytest.approx(k1, abs=1e-5)
+        assert estimates.kl[row] == pytest.approx(kl, abs=1e-5)
+        assert estimates.k1[row] == pytest.approx(k1, abs=1e-5)
         expected_end = last if answer.finished else math.nan
-        assert found.end_logratio[row] == pytest.approx(expected_end, abs=1e-5, nan_ok=True)
+        assert estimates.end_logratio[row] == pytest.approx(expected_end, abs=1e-5, nan_ok=True)
 
 
 REPETITIONS = 200
@@ -105,13 +105,13 @@ def test_estimates_cover_the_enumerated_kl_as_often_as_their_errors_say():
     drawn = np.random.default_rng(7).integers(len(PROMPTS), size=(REPETITIONS, 40))
     answers = sampled([PROMPTS[i] for i in drawn.flat], 2, seed=0)  # at once: all are independent
     distinct = list({(a.prompt_ids, a.token_ids): a for a in answers}.values())
-    place = {(a.prompt_ids, a.token_ids): index for index, a in enumerate(distinct)}
+    indices = {(a.prompt_ids, a.token_ids): index for index, a in enumerate(distinct)}
     every = sample_kl(POLICY, INITIAL, distinct, NEVER)
     rows = []
     for part in np.array_split(np.arange(len(answers)), REPETITIONS):
-        values = SampleKl(*(v[[place[answers[i].prompt_ids, answers[i].token_ids] for i in part]] for v in every))
-        found = values._replace(prompt_index=part // 2).metrics("initial")
-        rows.append([found[f"kl/initial{name}"] for name in ("", "_se", "_k1", "_k1_se")])
+        values = SampleKl(*(v[[indices[answers[i].prompt_ids, answers[i].token_ids] for i in part]] for v in every))
+        metrics = values._replace(prompt_index=part // 2).metrics("initial")
+        rows.append([metrics[f"kl/initial{name}"] for name in ("", "_se", "_k1", "_k1_se")])
     fewest, most = coverage_bounds(REPETITIONS, 0.95, 0.001)
     assert (fewest, most) == (179, 198)  # 89.5 to 99 %
     for means, errors in np.array(rows).T.reshape(2, 2, REPETITIONS):
@@ -124,13 +124,13 @@ def test_estimates_cover_the_enumerated_kl_as_often_as_their_errors_say():
 
 def test_a_model_does_not_differ_from_itself_and_errors_shrink():
     answers = sampled(PROMPTS, 4, seed=3)
-    found = sample_kl(POLICY, POLICY, answers, NEVER)
-    same = found.metrics("initial") | found.end_metrics()
+    estimates = sample_kl(POLICY, POLICY, answers, NEVER)
+    same = estimates.metrics("initial") | estimates.end_metrics()
     assert same["kl/initial"] == same["kl/initial_k1"] == same["eos/own_logratio"] == 0.0
-    found = sample_kl(POLICY, INITIAL, answers, NEVER).metrics("initial")
-    assert 0 < found["kl/initial_se"] < found["kl/initial_k1_se"]
-    assert found["kl/initial_per_token"] < found["kl/initial"]
-    assert found["kl/initial_share_cut"] == np.mean([not a.finished for a in answers])
+    metrics = sample_kl(POLICY, INITIAL, answers, NEVER).metrics("initial")
+    assert 0 < metrics["kl/initial_se"] < metrics["kl/initial_k1_se"]
+    assert metrics["kl/initial_per_token"] < metrics["kl/initial"]
+    assert metrics["kl/initial_share_cut"] == np.mean([not a.finished for a in answers])
 
 
 def test_pack_size_changes_nothing():
@@ -181,15 +181,15 @@ def test_held_out_pairs_against_each_response_alone():
         assert ours.chosen_end[row] == pytest.approx(chosen[-1].item(), abs=1e-4)
         assert (ours.chosen_lengths[row], ours.rejected_lengths[row]) == (len(chosen), len(rejected))
     assert ours.chosen_ended.tolist() == [True, False, True, False]
-    found = heldout_metrics(ours, theirs, reference_pairs(NoReference(), groups, ours, torch.device("cpu")))
+    metrics = heldout_metrics(ours, theirs, reference_pairs(NoReference(), groups, ours, torch.device("cpu")))
     ends = [(chosen[-1] - chosen_0[-1]).item() for chosen, _, chosen_0, _ in expected]
-    assert found["eos/chosen_logratio"] == pytest.approx((ends[0] + ends[2]) / 2, abs=1e-4)
+    assert metrics["eos/chosen_logratio"] == pytest.approx((ends[0] + ends[2]) / 2, abs=1e-4)
     margins = [(chosen.sum() - rejected.sum()).item() for chosen, rejected, *_ in expected]
-    assert found["rewards/accuracies"] == np.mean([margin > 0 for margin in margins])
-    assert found["rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-4)
+    assert metrics["rewards/accuracies"] == np.mean([margin > 0 for margin in margins])
+    assert metrics["rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-4)
     moved = [(chosen.sum() - chosen_0.sum()).item() for chosen, _, chosen_0, _ in expected]
-    assert found["logratios/chosen"] == pytest.approx(np.mean(moved), abs=1e-4)
-    assert found["rewards/length_baseline"] == (0 + 1 + 0 + 0.5) / 4  # lengths 4-6, 7-2, 2-5, 3-3
+    assert metrics["logratios/chosen"] == pytest.approx(np.mean(moved), abs=1e-4)
+    assert metrics["rewards/length_baseline"] == (0 + 1 + 0 + 0.5) / 4  # lengths 4-6, 7-2, 2-5, 3-3
 
 
 def test_rewards_are_measured_against_the_loss_reference():
@@ -209,7 +209,7 @@ def test_rewards_are_measured_against_the_loss_reference():
 
 def test_k1_of_answers_that_were_all_cut_is_unknown():
     none = SequenceK1(np.empty(0), np.empty(0, dtype=int), np.empty(0, dtype=int), 1.0)
-    found = none.metrics("loss_reference")
-    assert found.pop("kl/loss_reference_share_cut") == 1
-    assert len(found) == 3
-    assert all(math.isnan(value) for value in found.values())
+    metrics = none.metrics("loss_reference")
+    assert metrics.pop("kl/loss_reference_share_cut") == 1
+    assert len(metrics) == 3
+    assert all(math.isnan(value) for value in metrics.values())

@@ -40,19 +40,19 @@ def test_the_key_of_generations_changes_with_what_determines_them_and_nothing_el
 
 
 def test_generations_are_made_once_per_key(tmp_path):
-    made = []
+    seeds = []
 
     def make(seed):
-        made.append(seed)
+        seeds.append(seed)
         return invented.answers(3, 2, 5, 1.0, 0.5, seed=seed)[0]
 
     first = generate_stage(tmp_path / "run", "k", lambda kept: make(1))
     assert generate_stage(tmp_path / "run", "k", lambda kept: make(2)) == first
     assert generate_stage(tmp_path / "run", "other", lambda kept: make(3)) != first
-    assert made == [1, 3]
+    assert seeds == [1, 3]
     (tmp_path / "run" / "generations.jsonl").unlink()
     generate_stage(tmp_path / "run", "other", lambda kept: make(4))
-    assert made == [1, 3, 4]
+    assert seeds == [1, 3, 4]
 
 
 def test_no_crash_leaves_a_key_beside_other_generations(tmp_path):
@@ -74,8 +74,8 @@ def test_no_crash_leaves_a_key_beside_other_generations(tmp_path):
 
 
 def test_measurements_are_made_once_per_key_and_leave_out_what_could_not_be_measured(tmp_path):
-    found = measure_stage(tmp_path, "k", lambda: {"kl/initial": 1.5, "kl/initial_se": math.nan})
-    assert found == {"kl/initial": 1.5} == measure_stage(tmp_path, "k", lambda: {"kl/initial": 2.0})
+    metrics = measure_stage(tmp_path, "k", lambda: {"kl/initial": 1.5, "kl/initial_se": math.nan})
+    assert metrics == {"kl/initial": 1.5} == measure_stage(tmp_path, "k", lambda: {"kl/initial": 2.0})
     assert measure_stage(tmp_path, "j", lambda: {"kl/initial": 2.0}) == {"kl/initial": 2.0}
 
 
@@ -85,14 +85,14 @@ def test_scoring_joins_measurements_text_scores_and_comparison(tmp_path):
     scores = [score + 0.01 for score in baseline.scores]  # above the baseline's where the two were equal
     about = Evaluation("run", "gold", {"kl/initial": 3.25}, objective="dpo", beta=0.1)
     generate_stage(tmp_path / "run", "k", lambda kept: generations)
-    found = score_stage(tmp_path / "run", about, generations, scores, baseline, seed=0)
-    metrics = found.evaluation.metrics
+    evaluated = score_stage(tmp_path / "run", about, generations, scores, baseline, seed=0)
+    metrics = evaluated.evaluation.metrics
     assert metrics["kl/initial"] == 3.25
     assert metrics["gold/mean"] == pytest.approx(baseline.evaluation.metrics["gold/mean"] + 0.01)
     assert 0.7 < metrics["winrate/initial_low"] <= metrics["winrate/initial"] <= metrics["winrate/initial_high"]
-    assert (found.evaluation.num_prompts, found.evaluation.num_generations) == (40, 80)
-    assert [reason[:6] for reason in found.evaluation.degenerate] == ["only 5", "answer"]
-    assert read_evaluated(tmp_path / "run") == found
+    assert (evaluated.evaluation.num_prompts, evaluated.evaluation.num_generations) == (40, 80)
+    assert [reason[:6] for reason in evaluated.evaluation.degenerate] == ["only 5", "answer"]
+    assert read_evaluated(tmp_path / "run") == evaluated
     assert baseline.evaluation.baseline is None
     assert not any(key.startswith("winrate") for key in baseline.evaluation.metrics)
 

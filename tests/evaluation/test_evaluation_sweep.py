@@ -53,11 +53,11 @@ def test_a_folder_without_jobs_is_refused(tmp_path):
 
 
 def test_cells_join_seeds_and_nothing_else(folder):
-    found = cells(collect(folder[0]))
-    assert [(cell.series, cell.beta, len(cell.jobs)) for cell in found] == [
+    sweep_cells = cells(collect(folder[0]))
+    assert [(cell.series, cell.beta, len(cell.jobs)) for cell in sweep_cells] == [
         (f"dpo, reference {reference}", beta, 2) for reference in ("initial", "other") for beta in (0.005, 0.3, 3.0)
     ]
-    cell = found[1]
+    cell = sweep_cells[1]
     pair = [job.evaluation.metrics for job in cell.jobs]
     for key in ("gold/mean", "kl/initial", "lengths/response"):
         values = [metrics[key] for metrics in pair]
@@ -68,32 +68,32 @@ def test_cells_join_seeds_and_nothing_else(folder):
 
 
 def test_the_joined_win_rate_holds_both_kinds_of_chance():
-    def one(mean, half):
+    def evaluation(mean, half):
         metrics = {"winrate/initial": mean, "winrate/initial_low": mean - half, "winrate/initial_high": mean + half}
         return Evaluation("x", "gold", metrics, baseline="initial")
 
-    found = mean_over_seeds([one(0.5, 0.0392), one(0.6, 0.0588)]).metrics
+    metrics = mean_over_seeds([evaluation(0.5, 0.0392), evaluation(0.6, 0.0588)]).metrics
     # standard errors 0.02 and 0.03, variance over seeds 0.005, two seeds
     half = 1.96 * math.sqrt((0.02**2 + 0.03**2) / 2 + 0.005 / 2)
-    assert found["winrate/initial"] == pytest.approx(0.55)
-    assert found["winrate/initial_high"] == pytest.approx(0.55 + half)
-    assert found["winrate/initial_low"] == pytest.approx(0.55 - half)
+    assert metrics["winrate/initial"] == pytest.approx(0.55)
+    assert metrics["winrate/initial_high"] == pytest.approx(0.55 + half)
+    assert metrics["winrate/initial_low"] == pytest.approx(0.55 - half)
 
 
 def test_one_degenerate_seed_marks_its_cell(folder):
-    found = cells(collect(folder[0]))
-    broken = [cell for cell in found if cell.evaluation.degenerate]
+    sweep_cells = cells(collect(folder[0]))
+    broken = [cell for cell in sweep_cells if cell.evaluation.degenerate]
     assert {cell.beta for cell in broken} == {0.005}
     assert broken[0].evaluation.degenerate[0].startswith("2 of 2 seeds: ")
 
 
 def test_options_that_vary_make_series_of_their_own(tmp_path):
     baseline = invented.initial(tmp_path / "initial", num_prompts=5)
-    for number, lr in enumerate(("1e-4", "1e-4", "3e-4")):
-        job = tmp_path / "sweep" / f"{number}_lr={lr}"
-        invented.trained(job / RESULTS, baseline, 0.3, number)
-        overrides = ["objective=dpo", f"optim.lr={lr}", f"seed={number}", "trainer.epochs=2"]
-        invented.summary(job, objective="dpo", reference="initial", beta=0.3, seed=number, overrides=overrides)
+    for seed, lr in enumerate(("1e-4", "1e-4", "3e-4")):
+        job = tmp_path / "sweep" / f"{seed}_lr={lr}"
+        invented.trained(job / RESULTS, baseline, 0.3, seed)
+        overrides = ["objective=dpo", f"optim.lr={lr}", f"seed={seed}", "trainer.epochs=2"]
+        invented.summary(job, objective="dpo", reference="initial", beta=0.3, seed=seed, overrides=overrides)
     assert [(cell.series, len(cell.jobs)) for cell in cells(collect(tmp_path / "sweep"))] == [
         ("dpo, optim.lr=1e-4", 2),
         ("dpo, optim.lr=3e-4", 1),
@@ -153,12 +153,12 @@ def test_lines_go_through_the_means_and_crosses_mark_degenerate_cells(folder):
     from matplotlib.figure import Figure
 
     sweep, baseline = folder
-    found = cells(collect(sweep))
+    sweep_cells = cells(collect(sweep))
     axes = Figure().subplots()
-    sweep_panels(found, baseline.evaluation)[2].draw(axes)
+    sweep_panels(sweep_cells, baseline.evaluation)[2].draw(axes)
     lines = [container.lines[0] for container in axes.containers]
     assert len(lines) == 2
-    for line, cell_row in zip(lines, (found[:3], found[3:]), strict=True):
+    for line, cell_row in zip(lines, (sweep_cells[:3], sweep_cells[3:]), strict=True):
         assert line.get_xdata().tolist() == [0.005, 0.3, 3.0]
         assert line.get_ydata().tolist() == [cell.evaluation.metrics["lengths/response"] for cell in cell_row]
     assert axes.get_xscale() == "log"
@@ -171,7 +171,7 @@ def test_lines_go_through_the_means_and_crosses_mark_degenerate_cells(folder):
 def test_pictures_leave_out_what_was_not_measured(tmp_path):
     baseline = invented.initial(tmp_path / "initial", num_prompts=5)
     invented.sweep(tmp_path / "sweep", baseline, (0.1, 1.0), (0,))
-    found = cells(collect(tmp_path / "sweep"))
-    for cell in found:
+    sweep_cells = cells(collect(tmp_path / "sweep"))
+    for cell in sweep_cells:
         del cell.evaluation.metrics["kl/initial"]
-    assert len(panels(collect(tmp_path / "sweep"), found, baseline.evaluation)) == 3
+    assert len(panels(collect(tmp_path / "sweep"), sweep_cells, baseline.evaluation)) == 3

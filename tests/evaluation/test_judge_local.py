@@ -26,9 +26,9 @@ def judge(tmp_path, **options):
 @torch.no_grad()
 def by_logits(template, pair, policy_first):
     """The policy's share of the win: probabilities of the labels after `lead`, from full logits in float64."""
-    place = lab_models.locate("lab:tiny")
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    model = AutoModelForCausalLM.from_pretrained(place, attn_implementation="eager").double()
+    path = lab_models.locate("lab:tiny")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").double()
     answers = (pair.output, pair.baseline_output) if policy_first else (pair.baseline_output, pair.output)
     messages = list(template.fill(pair.prompt, *answers))
     start = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -46,13 +46,13 @@ def by_logits(template, pair, policy_first):
 
 @pytest.mark.parametrize("name", ["alpaca_eval", "mt_bench"])
 def test_preferences_are_those_of_the_logits(tmp_path, name):
-    found = judge_pairs(judge(tmp_path, template=name), PAIRS, silent)
-    assert found.num_asked == 10
-    for pair, judgment in zip(PAIRS[:3], found.judgments, strict=False):
+    judged = judge_pairs(judge(tmp_path, template=name), PAIRS, silent)
+    assert judged.num_asked == 10
+    for pair, judgment in zip(PAIRS[:3], judged.judgments, strict=False):
         wins = [by_logits(load_template(name), pair, first) for first in (False, True)]
         assert [opinion.win for opinion in judgment.opinions] == pytest.approx(wins, abs=1e-5)
         assert judgment.preference == pytest.approx(sum(wins) / 2, abs=1e-5)
-    assert len({judgment.preference for judgment in found.judgments}) == 5
+    assert len({judgment.preference for judgment in judged.judgments}) == 5
 
 
 def test_the_size_of_a_batch_changes_nothing_and_answers_are_kept(tmp_path):
@@ -65,9 +65,9 @@ def test_the_size_of_a_batch_changes_nothing_and_answers_are_kept(tmp_path):
 
 def test_a_pair_without_room_is_refused_and_the_others_are_judged(tmp_path):
     long = Pair(PAIRS[0].prompt, 9, 0, "owl " * 2000, "bat")
-    found = judge_pairs(judge(tmp_path), [*PAIRS, long], silent).judgments
-    assert [judgment.preference is None for judgment in found] == [False] * 5 + [True]
-    assert "tokens; the model has 2048 positions" in str(found[-1].opinions[0].refusal)
+    judgments = judge_pairs(judge(tmp_path), [*PAIRS, long], silent).judgments
+    assert [judgment.preference is None for judgment in judgments] == [False] * 5 + [True]
+    assert "tokens; the model has 2048 positions" in str(judgments[-1].opinions[0].refusal)
 
 
 def test_a_label_behind_unknown_words_needs_a_lead(tmp_path):

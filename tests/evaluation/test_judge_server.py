@@ -33,9 +33,9 @@ def _surroundings(monkeypatch):
     monkeypatch.setattr(model_server, "FIRST_PAUSE", 0.004)
 
 
-def pairs(number, **changes):
+def pairs(count, **changes):
     message = Message(role="user", content="Name birds.")
-    return [Pair((message,), i, 0, f"{i} " + "owl, " * (i % 7), f"{i} " + "bat, " * 3) for i in range(number)]
+    return [Pair((message,), i, 0, f"{i} " + "owl, " * (i % 7), f"{i} " + "bat, " * 3) for i in range(count)]
 
 
 def judge(tmp_path, url, **changes):
@@ -55,26 +55,26 @@ PASSING = ["429", "500", "503", "cut", "dropped", "half json", "no choices", "ht
 @pytest.mark.parametrize("fault", [*PASSING, "slow"])
 def test_a_fault_that_passes_costs_one_more_request(tmp_path, fault):
     with JudgeServer(faults=[fault]) as server:
-        one = judge(tmp_path, server.url, timeout=0.4 if fault == "slow" else 5.0)
-        found = judge_pairs(one, pairs(3), silent)
-    assert all(judgment.preference is not None for judgment in found.judgments)
+        server_judge = judge(tmp_path, server.url, timeout=0.4 if fault == "slow" else 5.0)
+        judged = judge_pairs(server_judge, pairs(3), silent)
+    assert all(judgment.preference is not None for judgment in judged.judgments)
     assert server.asked.total() == 7
-    assert len(server.asked) == len(rows(tmp_path)) == found.num_asked == 6
+    assert len(server.asked) == len(rows(tmp_path)) == judged.num_asked == 6
 
 
 def test_every_pair_is_judged_exactly_once_whatever_fails(tmp_path):
-    faults = [fault for place in range(5) for fault in (*PASSING[place:], *PASSING[:place])]
+    faults = [fault for start in range(5) for fault in (*PASSING[start:], *PASSING[:start])]
     with JudgeServer(faults=faults) as server:
-        found = judge_pairs(judge(tmp_path, server.url, max_workers=8), pairs(40), silent)
+        judged = judge_pairs(judge(tmp_path, server.url, max_workers=8), pairs(40), silent)
         unheard = faults.count("no logprobs")  # answers that could not be used
         assert server.asked.total() == 80 + len(faults)
         assert server.answered.total() == 80 + unheard
         assert len(server.asked) == len(rows(tmp_path)) == 80
         again = judge_pairs(judge(tmp_path, server.url), pairs(40), silent)
         assert server.asked.total() == 80 + len(faults)
-    assert again.judgments == found.judgments
+    assert again.judgments == judged.judgments
     assert again.num_asked == 0
-    for judgment in found.judgments:  # the mean over both orders of what the server's taste says
+    for judgment in judged.judgments:  # the mean over both orders of what the server's taste says
         ours, theirs = judgment.pair.output, judgment.pair.baseline_output
         by_hand = (longer_wins(ours, theirs) + 1 - longer_wins(theirs, ours)) / 2
         assert judgment.preference == pytest.approx(by_hand, abs=1e-12)
@@ -89,23 +89,23 @@ def test_a_server_that_dies_loses_nothing_and_the_rest_is_asked_once(tmp_path):
     assert len(rows(tmp_path)) == 25
     done = int(str(lost.value).split()[0])
     with AnswerCache(tmp_path / FILE) as cache:
-        one = judge(tmp_path, server.url)
-        keys = [[one.request(pair, first).key for first in (False, True)] for pair in asked]
-        known = cache.known(one.request(pair, first) for pair in asked for first in (False, True))
-        assert done == sum(all(key in known for key in both) for both in keys)
+        server_judge = judge(tmp_path, server.url)
+        keys = [[server_judge.request(pair, first).key for first in (False, True)] for pair in asked]
+        answers = cache.known(server_judge.request(pair, first) for pair in asked for first in (False, True))
+        assert done == sum(all(key in answers for key in both) for both in keys)
     assert "type the same command again" in str(lost.value)
     assert str(tmp_path / FILE) in str(lost.value)
     with JudgeServer() as other:
-        found = judge_pairs(judge(tmp_path, other.url), asked, silent)
-        assert other.asked.total() == found.num_asked == 60 - 25
+        judged = judge_pairs(judge(tmp_path, other.url), asked, silent)
+        assert other.asked.total() == judged.num_asked == 60 - 25
         assert not other.asked.keys() & server.answered.keys()
     assert len(rows(tmp_path)) == 60
 
 
 def test_a_run_that_is_killed_asks_again_only_what_was_under_way(tmp_path):
     with JudgeServer(wait=0.02) as server:
-        one = judge(tmp_path, server.url)
-        process = get_context("fork").Process(target=judge_pairs, args=(one, pairs(40), silent))
+        server_judge = judge(tmp_path, server.url)
+        process = get_context("fork").Process(target=judge_pairs, args=(server_judge, pairs(40), silent))
         process.start()
         while server.answered.total() < 20:
             assert process.is_alive()
@@ -114,8 +114,8 @@ def test_a_run_that_is_killed_asks_again_only_what_was_under_way(tmp_path):
         kept = len(rows(tmp_path))
         assert 80 > kept >= 20 - 4  # four workers
         server.wait = 0.0
-        found = judge_pairs(one, pairs(40), silent)
-        assert found.num_asked == 80 - kept
+        judged = judge_pairs(server_judge, pairs(40), silent)
+        assert judged.num_asked == 80 - kept
         assert server.asked.total() <= 80 + 4
         assert len(server.asked) == 80
 
@@ -130,13 +130,13 @@ def test_a_question_is_no_line_of_the_log(tmp_path, caplog):
 
 def test_equal_answers_and_equal_questions_cost_nothing(tmp_path):
     """Pairs of the same texts are one question each way; identical answers are a tie that nobody is asked about."""
-    twins = [Pair(p.prompt, number, 0, p.output, p.baseline_output) for number, p in enumerate(pairs(1) * 3)]
+    twins = [Pair(p.prompt, index, 0, p.output, p.baseline_output) for index, p in enumerate(pairs(1) * 3)]
     same = Pair(twins[0].prompt, 3, 0, "owl", "owl")
     with JudgeServer() as server:
-        found = judge_pairs(judge(tmp_path, server.url), [*twins, same], silent)
+        judged = judge_pairs(judge(tmp_path, server.url), [*twins, same], silent)
         assert server.asked.total() == 2
-    assert len({judgment.preference for judgment in found.judgments[:3]}) == 1
-    assert (found.judgments[3].preference, found.judgments[3].opinions) == (0.5, ())
+    assert len({judgment.preference for judgment in judged.judgments[:3]}) == 1
+    assert (judged.judgments[3].preference, judged.judgments[3].opinions) == (0.5, ())
 
 
 def test_other_parameters_and_models_are_other_questions(tmp_path):
@@ -158,17 +158,17 @@ def test_log_probs_that_never_come_are_said_so(tmp_path):
 
 def test_written_verdicts_where_no_log_probs_are_asked_for(tmp_path):
     with JudgeServer() as server:
-        found = judge_pairs(judge(tmp_path, server.url, logprobs=None), pairs(8), silent)
+        judged = judge_pairs(judge(tmp_path, server.url, logprobs=None), pairs(8), silent)
         assert "logprobs" not in server.bodies[0]
-    assert {judgment.preference for judgment in found.judgments} == {0.0, 0.5, 1.0}
+    assert {judgment.preference for judgment in judged.judgments} == {0.0, 0.5, 1.0}
 
 
 def test_a_text_that_is_refused_leaves_the_others(tmp_path):
     with JudgeServer(faults=[None, "too long"]) as server:
-        found = judge_pairs(judge(tmp_path, server.url, max_workers=1), pairs(3), silent)
+        judged = judge_pairs(judge(tmp_path, server.url, max_workers=1), pairs(3), silent)
         assert server.asked.total() == 6
-    assert [judgment.preference is None for judgment in found.judgments] == [True, False, False]
-    assert "400: maximum context length is 8 tokens" in str(found.judgments[0].opinions[1].refusal)
+    assert [judgment.preference is None for judgment in judged.judgments] == [True, False, False]
+    assert "400: maximum context length is 8 tokens" in str(judged.judgments[0].opinions[1].refusal)
 
 
 FATAL = {
@@ -183,18 +183,18 @@ FATAL = {
 
 @pytest.mark.parametrize("case", FATAL)
 def test_what_does_not_pass_ends_at_once(tmp_path, case):
-    faults, url, number, message = FATAL[case]
+    faults, url, num_pairs, message = FATAL[case]
     with JudgeServer(faults=faults) as server:
-        one = judge(tmp_path, url.format(url=server.url), retries=1)
+        server_judge = judge(tmp_path, url.format(url=server.url), retries=1)
         with pytest.raises(ValueError) as error:
-            judge_pairs(one, pairs(number), silent)
+            judge_pairs(server_judge, pairs(num_pairs), silent)
     assert message in str(error.value)
     assert server.asked.total() <= 16
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    said = []
+    errors = []
     with JudgeServer(key=KEY, faults=["tells"]) as server:
         judge_pairs(judge(tmp_path, server.url, key_variable="JUDGE_KEY"), pairs(2), silent)
         server.faults.extend(["tells"] * 50)
@@ -203,7 +203,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch, capf
             server.faults.extend([fault] * 50)
             with pytest.raises(ValueError) as error:
                 judge_pairs(judge(tmp_path, server.url, key_variable="JUDGE_KEY", **changes), pairs(20), silent)
-            said.append(error.value)
+            errors.append(error.value)
             assert "bad Bearer ***" in str(error.value)
         server.faults.clear()
         for variable, message in (("NO_SUCH", "(401) wants a key: set NO_SUCH"), ("WRONG", "does not accept the key")):
@@ -211,11 +211,11 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch, capf
             with pytest.raises(ValueError) as error:
                 judge_pairs(judge(tmp_path, server.url, key_variable=variable, temperature=0.1), pairs(2), silent)
             assert message in str(error.value)
-            said.append(error.value)
+            errors.append(error.value)
     monkeypatch.setenv("JUDGE_KEY", "")
     with pytest.raises(ValueError, match="the judge wants a key: set the environment variable OPENAI_API_KEY"):
         judge_pairs(judge(tmp_path, None), pairs(3), silent)
-    for error in said:
+    for error in errors:
         while error is not None:
             assert KEY not in f"{error!r} {error}"
             assert error.__cause__ is None
@@ -226,22 +226,22 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch, capf
 
 def test_an_answer_is_read_back_as_it_was_stored(tmp_path):
     with JudgeServer() as server:
-        one = judge(tmp_path, server.url)
-        judge_pairs(one, pairs(1), silent)
-    request = one.request(pairs(1)[0], policy_first=True)
+        server_judge = judge(tmp_path, server.url)
+        judge_pairs(server_judge, pairs(1), silent)
+    request = server_judge.request(pairs(1)[0], policy_first=True)
     with AnswerCache(tmp_path / FILE) as cache:
         answer = cache.known([request])[request.key]
     assert answer.candidates is not None
     assert (answer.prompt_tokens, answer.completion_tokens, answer.finish_reason) == (100, 1, "stop")
-    assert first_wins(one.template.verdict, answer) == pytest.approx(
+    assert first_wins(server_judge.template.verdict, answer) == pytest.approx(
         longer_wins(pairs(1)[0].output, "0 " + "bat, " * 3)
     )
 
 
 def _fill(path):
     cache = AnswerCache(path)
-    for number in range(50):
-        request = JudgeRequest((Message(role="user", content=str(number)),), {"model": "m"})
+    for index in range(50):
+        request = JudgeRequest((Message(role="user", content=str(index)),), {"model": "m"})
         cache.store(request, JudgeAnswer("x", None, 1, 1, None))
 
 

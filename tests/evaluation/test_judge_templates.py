@@ -104,8 +104,8 @@ WITH_TIE = Verdict("A", "B", "C", pattern="([ABC])", lead="[[")
     ],
 )
 def test_log_probs_become_a_share(verdict, candidates, share):
-    found = first_wins(verdict, said("whatever", candidates))
-    assert found == (share if share is None else pytest.approx(share, abs=1e-12))
+    win = first_wins(verdict, said("whatever", candidates))
+    assert win == (share if share is None else pytest.approx(share, abs=1e-12))
 
 
 def test_a_preference_is_the_mean_or_an_agreement():
@@ -117,18 +117,18 @@ def test_a_preference_is_the_mean_or_an_agreement():
     assert combine_orders([1.0, None], soft=False) is None
 
 
-def generation(prompt, sample, output, seed=0, number=0):
+def generation(prompt, sample, output, seed=0, prompt_index=0):
     message = Message(role="user", content=prompt)
-    return Generation((message,), number, sample, output, (), (), "stop", 1, 1, seed, 1.0, 1.0)
+    return Generation((message,), prompt_index, sample, output, (), (), "stop", 1, 1, seed, 1.0, 1.0)
 
 
 def test_answers_are_paired_by_prompt_and_sample():
     """Also when a prompt occurs twice, and when the baseline stands in another order or has fewer samples."""
     ours = [generation(p, s, f"{n}{s}", 1, n) for n, p in enumerate(("a", "b", "a")) for s in (0, 1)]
     theirs = [generation(p, s, f"{n}{s}", 2, n) for n, p in enumerate(("b", "a", "a")) for s in (1, 0)]
-    found = {pair.output: pair.baseline_output for pair in answer_pairs(ours, theirs)}
-    assert found == {"00": "10", "01": "11", "10": "00", "11": "01", "20": "20", "21": "21"}
-    fewer = [one for one in theirs if one.sample_index == 0]
+    baseline_outputs = {pair.output: pair.baseline_output for pair in answer_pairs(ours, theirs)}
+    assert baseline_outputs == {"00": "10", "01": "11", "10": "00", "11": "01", "20": "20", "21": "21"}
+    fewer = [answer for answer in theirs if answer.sample_index == 0]
     assert [pair.output for pair in answer_pairs(ours, fewer)] == ["00", "10", "20"]
     with pytest.raises(ValueError, match="only 1 prompts are shared by the policy's 2 and the baseline's 1"):
         answer_pairs(ours[:4], [theirs[2]])
@@ -145,7 +145,7 @@ def test_answers_of_the_same_random_numbers_do_not_meet():
 
 
 def test_one_order_is_drawn_evenly_by_the_pair_alone():
-    drawn = [Pair(QUESTION, number, 0, f"answer {number}", "other").orders(both=False) for number in range(400)]
+    drawn = [Pair(QUESTION, index, 0, f"answer {index}", "other").orders(both=False) for index in range(400)]
     assert {len(orders) for orders in drawn} == {1}
     assert abs(sum(orders[0] for orders in drawn) - 200) < 4 * math.sqrt(400 / 4)
     again = Pair(QUESTION, 99, 5, "answer 7", "other")
@@ -157,7 +157,7 @@ def test_numbers_by_hand():
     """Preferences .8 .6 | .2 .5: mean .525. Residuals of the prompts a, b: .35, -.35; the clustered variance is
     (2 * .35^2) / 4^2 * 2 / 1. Wins: two of four, one tie: discrete .625."""
     judge = Judge("x", "y", load_template("alpaca_eval"), {}, True, True, lambda *_: iter(()), FOLDER, (3.0, 5.0))
-    found = judge_metrics(judge, JUDGMENTS, "initial", seed=0)
+    metrics = judge_metrics(judge, JUDGMENTS, "initial", seed=0)
     by_hand = {
         "judge_winrate/initial": 0.525,
         "judge_winrate/initial_se": math.sqrt(2 * 0.35**2 / 16 * 2),
@@ -180,7 +180,7 @@ def test_numbers_by_hand():
         "judge/completion_tokens": 18,
         "judge/cost": (90 * 3 + 18 * 5) / 1e6,
     }
-    assert {key: found[key] for key in by_hand} == pytest.approx(by_hand, abs=1e-12)
+    assert {key: metrics[key] for key in by_hand} == pytest.approx(by_hand, abs=1e-12)
     assert "judge/cost" not in judge_metrics(Judge(**fields(judge) | {"prices": None}), JUDGMENTS, "initial", seed=0)
 
 
@@ -190,9 +190,9 @@ def fields(judge):
 
 def test_no_verdict_at_all_has_no_win_rate():
     judge = Judge("x", "y", load_template("alpaca_eval"), {}, True, True, lambda *_: iter(()), FOLDER)
-    found = judge_metrics(judge, JUDGMENTS[4:], "initial", seed=0)
-    assert "judge_winrate/initial" not in found
-    assert (found["judge/num_judged"], found["judge/num_missing"]) == (0, 2)
+    metrics = judge_metrics(judge, JUDGMENTS[4:], "initial", seed=0)
+    assert "judge_winrate/initial" not in metrics
+    assert (metrics["judge/num_judged"], metrics["judge/num_missing"]) == (0, 2)
 
 
 def test_judgments_are_read_as_they_were_written(tmp_path):

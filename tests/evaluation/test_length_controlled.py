@@ -32,11 +32,11 @@ def inputs(case):
 def test_the_same_digits_as_alpaca_eval(name):
     """What alpaca_eval 0.6.6 returned for these rows (tests/support/golden/make_alpaca_eval.py)."""
     case = CASES[name]
-    found, expected = length_controlled(*inputs(case)), case["expected"]
-    assert 100 * found.win_rate == pytest.approx(expected["length_controlled_winrate"], abs=1e-9)
-    assert 100 * found.standard_error == pytest.approx(expected["lc_standard_error"], abs=1e-9)
+    fit, expected = length_controlled(*inputs(case)), case["expected"]
+    assert 100 * fit.win_rate == pytest.approx(expected["length_controlled_winrate"], abs=1e-9)
+    assert 100 * fit.standard_error == pytest.approx(expected["lc_standard_error"], abs=1e-9)
     for coefficient in ("theta", "phi", "psi"):
-        assert getattr(found, coefficient) == pytest.approx(expected[coefficient], abs=1e-9)
+        assert getattr(fit, coefficient) == pytest.approx(expected[coefficient], abs=1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -56,7 +56,7 @@ def test_the_coefficients_minimise_the_penalised_likelihood_written_out(name):
     """Brute force: |c|_1 + C x weighted cross entropy of gamed rows (a tenth each, no theta) and the model's own."""
     case = CASES[name]
     preferences, policy, baseline, difficulties, gamed = inputs(case)
-    found = length_controlled(preferences, policy, baseline, difficulties, gamed)
+    fit = length_controlled(preferences, policy, baseline, difficulties, gamed)
     scaled = (baseline - policy) / np.std(baseline - policy, ddof=1)
 
     def loss(c):
@@ -69,20 +69,20 @@ def test_the_coefficients_minimise_the_penalised_likelihood_written_out(name):
         for share, z, gamma in zip(gamed.preferences, gamed.scaled_differences, gamed.difficulties, strict=True):
             p = 1 / (1 + np.exp(-(phi * np.tanh(z) + psi * gamma)))
             total -= 0.1 * (share * np.log(p) + (1 - share) * np.log(1 - p))
-        return np.abs(c).sum() + found.inverse_penalty * total
+        return np.abs(c).sum() + fit.inverse_penalty * total
 
-    best = minimize(loss, [found.phi + 0.1, found.psi - 0.1, found.theta + 0.1], method="Nelder-Mead", tol=1e-9)
-    assert [found.phi, found.psi, found.theta] == pytest.approx(best.x, abs=2e-2)
-    assert loss(np.array([found.phi, found.psi, found.theta])) <= best.fun * (1 + 1e-4)
+    best = minimize(loss, [fit.phi + 0.1, fit.psi - 0.1, fit.theta + 0.1], method="Nelder-Mead", tol=1e-9)
+    assert [fit.phi, fit.psi, fit.theta] == pytest.approx(best.x, abs=2e-2)
+    assert loss(np.array([fit.phi, fit.psi, fit.theta])) <= best.fun * (1 + 1e-4)
 
 
 def test_the_refitted_interval_holds_the_rate_and_is_wider_than_alpaca_evals():
     case = inputs(CASES["hard labels"])
-    found = length_controlled(*case)
-    low, high = refit_interval(found, *case, seed=0, num_refits=60)
-    assert low < found.win_rate < high
-    assert high - low > 2 * 2 * 1.96 * found.standard_error
-    assert (low, high) == refit_interval(found, *case, seed=0, num_refits=60)
+    fit = length_controlled(*case)
+    low, high = refit_interval(fit, *case, seed=0, num_refits=60)
+    assert low < fit.win_rate < high
+    assert high - low > 2 * 2 * 1.96 * fit.standard_error
+    assert (low, high) == refit_interval(fit, *case, seed=0, num_refits=60)
 
 
 def test_lengths_that_say_nothing_are_refused():

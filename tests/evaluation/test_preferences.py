@@ -26,27 +26,27 @@ NAN = float("nan")
 
 
 def test_win_rate_by_hand():
-    found = alpaca_win_rate(np.array([0.9, 0.2, 0.5, NAN, 1.0]))
-    assert (found.n_wins, found.n_wins_base, found.n_draws, found.n_total, found.n_missing) == (2, 1, 1, 4, 1)
-    assert found.win_rate == pytest.approx(2.6 / 4)
-    assert found.discrete_win_rate == 2.5 / 4
+    rate = alpaca_win_rate(np.array([0.9, 0.2, 0.5, NAN, 1.0]))
+    assert (rate.n_wins, rate.n_wins_base, rate.n_draws, rate.n_total, rate.n_missing) == (2, 1, 1, 4, 1)
+    assert rate.win_rate == pytest.approx(2.6 / 4)
+    assert rate.discrete_win_rate == 2.5 / 4
     squares = (0.9 - 0.65) ** 2 + (0.2 - 0.65) ** 2 + (0.5 - 0.65) ** 2 + (1 - 0.65) ** 2
-    assert found.standard_error == pytest.approx(math.sqrt(squares / 3 / 4))
+    assert rate.standard_error == pytest.approx(math.sqrt(squares / 3 / 4))
 
 
 def test_nothing_compared_is_nan_and_one_pair_has_no_error():
-    found = alpaca_win_rate(np.array([NAN, NAN]))
-    assert (found.n_total, found.n_missing) == (0, 2)
-    assert math.isnan(found.win_rate)
-    assert math.isnan(found.discrete_win_rate)
-    one = alpaca_win_rate(np.array([0.75]))
-    assert (one.win_rate, one.discrete_win_rate) == (0.75, 1.0)
-    assert math.isnan(one.standard_error)
+    rate_of_none = alpaca_win_rate(np.array([NAN, NAN]))
+    assert (rate_of_none.n_total, rate_of_none.n_missing) == (0, 2)
+    assert math.isnan(rate_of_none.win_rate)
+    assert math.isnan(rate_of_none.discrete_win_rate)
+    rate_of_one = alpaca_win_rate(np.array([0.75]))
+    assert (rate_of_one.win_rate, rate_of_one.discrete_win_rate) == (0.75, 1.0)
+    assert math.isnan(rate_of_one.standard_error)
 
 
 def test_alpaca_preferences_are_read_at_the_border():
-    found = from_alpaca([1.0, 2.0, 1.5, 0, None, NAN, 1.75])
-    np.testing.assert_array_equal(found, [0.0, 1.0, 0.5, 0.5, NAN, NAN, 0.75])
+    preferences = from_alpaca([1.0, 2.0, 1.5, 0, None, NAN, 1.75])
+    np.testing.assert_array_equal(preferences, [0.0, 1.0, 0.5, 0.5, NAN, NAN, 0.75])
     with pytest.raises(ValueError, match=r"preference=0\.7 is not in 1\.\.2"):
         from_alpaca([1.0, 0.7])
     with pytest.raises(ValueError, match=r"row 1: preference=1.5 is not in \[0, 1\]"):
@@ -56,14 +56,14 @@ def test_alpaca_preferences_are_read_at_the_border():
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
 def test_the_same_as_alpaca_eval_says(case):
     """What alpaca_eval 0.6.6 itself returned for these preferences (tests/support/golden/make_alpaca_eval.py)."""
-    found = alpaca_win_rate(from_alpaca(case["preferences"]))
-    rates = [100 * found.win_rate, 100 * found.standard_error, 100 * found.discrete_win_rate]
+    rate = alpaca_win_rate(from_alpaca(case["preferences"]))
+    rates = [100 * rate.win_rate, 100 * rate.standard_error, 100 * rate.discrete_win_rate]
     expected = case["expected"]
     assert rates == pytest.approx(
         [expected[name] for name in ("win_rate", "standard_error", "discrete_win_rate")], abs=1e-9
     )
     for name in ("n_wins", "n_wins_base", "n_draws", "n_total"):
-        assert getattr(found, name) == expected[name]
+        assert getattr(rate, name) == expected[name]
 
 
 def published():
@@ -77,12 +77,12 @@ def test_published_figures_of_29_models_are_recomputed():
     for path in published():
         content = json.loads(gzip.decompress(path.read_bytes()))
         rows, expected = content["rows"], content["published"]
-        found = alpaca_win_rate(from_alpaca([row[3] for row in rows]))
-        assert 100 * found.win_rate == pytest.approx(float(expected["win_rate"]), abs=1e-6), path
-        assert 100 * found.standard_error == pytest.approx(float(expected["standard_error"]), abs=1e-6), path
-        assert 100 * found.discrete_win_rate == pytest.approx(float(expected["discrete_win_rate"]), abs=1e-6), path
+        rate = alpaca_win_rate(from_alpaca([row[3] for row in rows]))
+        assert 100 * rate.win_rate == pytest.approx(float(expected["win_rate"]), abs=1e-6), path
+        assert 100 * rate.standard_error == pytest.approx(float(expected["standard_error"]), abs=1e-6), path
+        assert 100 * rate.discrete_win_rate == pytest.approx(float(expected["discrete_win_rate"]), abs=1e-6), path
         for name in ("n_wins", "n_wins_base", "n_draws", "n_total"):
-            assert getattr(found, name) == int(expected[name]), path
+            assert getattr(rate, name) == int(expected[name]), path
         if len(rows) == 805:  # the published length is that of all answers, judged or not
             assert int(np.mean([row[2] for row in rows])) == int(expected["avg_length"]), path
 
@@ -115,10 +115,10 @@ def test_cluster_interval_covers_as_often_as_it_says():
 
 
 def test_a_paired_difference_by_hand_and_sharper_than_two_intervals():
-    found = paired_difference(np.array([0.9, 0.5, NAN, 0.3]), np.array([0.4, 0.4, 0.2, NAN]), range(4), seed=0)
-    assert found.mean == pytest.approx(0.3)
-    assert found.se == pytest.approx(0.2)  # gaps 0.5 and 0.1: half of their distance
-    assert (found.low, found.high, found.num_compared) == (pytest.approx(0.1), pytest.approx(0.5), 2)
+    difference = paired_difference(np.array([0.9, 0.5, NAN, 0.3]), np.array([0.4, 0.4, 0.2, NAN]), range(4), seed=0)
+    assert difference.mean == pytest.approx(0.3)
+    assert difference.se == pytest.approx(0.2)  # gaps 0.5 and 0.1: half of their distance
+    assert (difference.low, difference.high, difference.num_compared) == (pytest.approx(0.1), pytest.approx(0.5), 2)
     generator = np.random.default_rng(0)
     hard = generator.uniform(0, 0.8, size=200)
     ours, theirs = (hard + generator.uniform(0, shift, size=200) for shift in (0.2, 0.1))
@@ -143,8 +143,8 @@ def test_logistic_regression_maximises_the_written_out_likelihood_in_every_weigh
     generator = np.random.default_rng(1)
     features, shares = generator.normal(size=(40, 3)), generator.uniform(size=40)
     weights = generator.integers(0, 4, size=(5, 40)).astype(float)
-    found = fit_logistic(features[None], shares[None], weights)
-    for row, weight in zip(found, weights, strict=True):
+    coefficients = fit_logistic(features[None], shares[None], weights)
+    for row, weight in zip(coefficients, weights, strict=True):
         np.testing.assert_allclose(row, by_scipy(features, shares, weight), atol=1e-5)
     with pytest.raises(ValueError, match=r"ridge=0\.0 must be positive"):
         fit_logistic(features[None], shares[None], weights, ridge=0.0)
@@ -167,11 +167,11 @@ def judged(num, effect, quality, seed=0):
 
 def test_the_length_adjusted_rate_finds_the_quality_that_was_put_in():
     preferences, policy, baseline = judged(300, effect=2.0, quality=-0.5)
-    found = length_adjusted(preferences, policy, baseline, range(300), seed=0)
-    assert found.win_rate == pytest.approx(1 / (1 + math.exp(0.5)), abs=1e-4)
-    assert found.length_effect == pytest.approx(2.0, abs=5e-3)  # the ridge
+    rate = length_adjusted(preferences, policy, baseline, range(300), seed=0)
+    assert rate.win_rate == pytest.approx(1 / (1 + math.exp(0.5)), abs=1e-4)
+    assert rate.length_effect == pytest.approx(2.0, abs=5e-3)  # the ridge
     longer = length_adjusted(judged(300, 2.0, -0.5)[0], policy + 5000, baseline, range(300), seed=0)
-    assert longer.win_rate < found.win_rate
+    assert longer.win_rate < rate.win_rate
 
 
 def test_the_length_adjusted_rate_is_antisymmetric_and_the_win_rate_at_equal_lengths():
@@ -192,31 +192,31 @@ def test_the_length_adjusted_interval_covers_as_often_as_it_says():
     for repetition in range(120):
         chance, policy, baseline = judged(150, 1.5, math.log(0.6 / 0.4), seed=1000 + repetition)
         wins = (generator.uniform(size=150) < chance).astype(float)
-        found = length_adjusted(wins, policy, baseline, range(150), repetition, num_resamples=200)
-        covered += found.low <= 0.6 <= found.high
+        rate = length_adjusted(wins, policy, baseline, range(150), repetition, num_resamples=200)
+        covered += rate.low <= 0.6 <= rate.high
     assert 0.88 < covered / 120 < 0.99
 
 
 def test_preference_metrics_by_hand():
     preferences = np.array([1.0, 0.5, 0.0, NAN, 0.75, 0.0])
     policy, baseline = np.array([10, 20, 30, 40, 50, 7]), np.array([5, 25, 30, 99, 40, 9])
-    found = preference_metrics(preferences, policy, baseline, ["a", "a", "b", "b", "c", "c"], seed=0)
-    assert found["win_rate"] == pytest.approx(2.25 / 5)
+    metrics = preference_metrics(preferences, policy, baseline, ["a", "a", "b", "b", "c", "c"], seed=0)
+    assert metrics["win_rate"] == pytest.approx(2.25 / 5)
     residuals = [1.5 - 0.9, 0 - 0.45, 0.75 - 0.9]  # sums within a, b, c
-    assert found["win_rate_se"] == pytest.approx(math.sqrt(sum(r * r for r in residuals) / 25 * 3 / 2))
-    assert found["discrete_win_rate"] == pytest.approx((2 + 0.5) / 5)
-    assert (found["ties"], found["longer_share"]) == (0.2, 0.4)
-    assert found["win_rate_longer"] == pytest.approx((1 + 0.75) / 2)
-    assert found["win_rate_shorter"] == pytest.approx((0.5 + 0.0) / 2)
-    assert found["length_difference"] == pytest.approx((5 - 5 + 0 + 10 - 2) / 5)
-    assert (found["num_compared"], found["num_missing"]) == (5.0, 1.0)
-    assert found["win_rate_low"] < found["win_rate"] < found["win_rate_high"]
+    assert metrics["win_rate_se"] == pytest.approx(math.sqrt(sum(r * r for r in residuals) / 25 * 3 / 2))
+    assert metrics["discrete_win_rate"] == pytest.approx((2 + 0.5) / 5)
+    assert (metrics["ties"], metrics["longer_share"]) == (0.2, 0.4)
+    assert metrics["win_rate_longer"] == pytest.approx((1 + 0.75) / 2)
+    assert metrics["win_rate_shorter"] == pytest.approx((0.5 + 0.0) / 2)
+    assert metrics["length_difference"] == pytest.approx((5 - 5 + 0 + 10 - 2) / 5)
+    assert (metrics["num_compared"], metrics["num_missing"]) == (5.0, 1.0)
+    assert metrics["win_rate_low"] < metrics["win_rate"] < metrics["win_rate_high"]
     again = preference_metrics(preferences, policy, baseline, ["a", "a", "b", "b", "c", "c"], seed=0)
-    assert found == pytest.approx(again, nan_ok=True, abs=0)
+    assert metrics == pytest.approx(again, nan_ok=True, abs=0)
 
 
 def test_preference_metrics_of_nothing_are_nan():
-    found = preference_metrics(np.full(2, NAN), np.ones(2, int), np.ones(2, int), range(2), seed=0)
-    assert found.pop("num_compared") == 0.0
-    assert found.pop("num_missing") == 2.0
-    assert all(math.isnan(value) for value in found.values())
+    metrics = preference_metrics(np.full(2, NAN), np.ones(2, int), np.ones(2, int), range(2), seed=0)
+    assert metrics.pop("num_compared") == 0.0
+    assert metrics.pop("num_missing") == 2.0
+    assert all(math.isnan(value) for value in metrics.values())

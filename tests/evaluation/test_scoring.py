@@ -39,14 +39,14 @@ def test_text_metrics_by_hand():
         answer(1, 0, [8] * 6 + [2], True, "x"),  # ended: six tokens of content, 4-grams 3, one distinct
         answer(1, 1, [4, 2], True, ""),
     ]
-    found = text_metrics(answers)
-    assert found["lengths/response"] == pytest.approx((3 + 9 + 7 + 2) / 4)
-    assert found["lengths/response_se"] == pytest.approx(abs(6 - 4.5) / 2)  # two prompt means: |a - b| / 2
-    assert found["lengths/response_chars"] == 3.0
-    assert found["lengths/response_median"] == 5.0
-    assert found["ended/share"] == 0.75
-    assert found["ended/share_se"] == pytest.approx(0.25)
-    assert found["repetition/seq_rep_4"] == pytest.approx((0 + 5 / 6 + 2 / 3 + 0) / 4)
+    metrics = text_metrics(answers)
+    assert metrics["lengths/response"] == pytest.approx((3 + 9 + 7 + 2) / 4)
+    assert metrics["lengths/response_se"] == pytest.approx(abs(6 - 4.5) / 2)  # two prompt means: |a - b| / 2
+    assert metrics["lengths/response_chars"] == 3.0
+    assert metrics["lengths/response_median"] == 5.0
+    assert metrics["ended/share"] == 0.75
+    assert metrics["ended/share_se"] == pytest.approx(0.25)
+    assert metrics["repetition/seq_rep_4"] == pytest.approx((0 + 5 / 6 + 2 / 3 + 0) / 4)
     with pytest.raises(ValueError, match="no generations"):
         text_metrics([])
 
@@ -54,17 +54,17 @@ def test_text_metrics_by_hand():
 def test_clustered_error_is_that_of_cluster_means_and_more_than_the_naive_one():
     values = [0.1, 0.3, 0.8, 0.9, 0.2, 0.2]
     clusters = ["a", "a", "b", "b", "c", "c"]
-    found = clustered_mean(values, clusters)
+    estimate = clustered_mean(values, clusters)
     means = np.array([0.2, 0.85, 0.2])
-    assert found.mean == pytest.approx(np.mean(values))
-    assert found.se == pytest.approx(means.std(ddof=1) / math.sqrt(3))
-    assert found.se > clustered_mean(values, range(6)).se
+    assert estimate.mean == pytest.approx(np.mean(values))
+    assert estimate.se == pytest.approx(means.std(ddof=1) / math.sqrt(3))
+    assert estimate.se > clustered_mean(values, range(6)).se
     assert clustered_mean(values, range(6)).se == pytest.approx(np.std(values, ddof=1) / math.sqrt(6))
 
 
 def test_clustered_error_of_unequal_clusters_by_hand():
-    found = clustered_mean([1.0, 2.0, 6.0], ["a", "a", "b"])  # residual sums -3 and 3
-    assert found.se == pytest.approx(math.sqrt((9 + 9) / 9 * 2 / 1))
+    estimate = clustered_mean([1.0, 2.0, 6.0], ["a", "a", "b"])  # residual sums -3 and 3
+    assert estimate.se == pytest.approx(math.sqrt((9 + 9) / 9 * 2 / 1))
     assert math.isnan(clustered_mean([1.0, 2.0], ["a", "a"]).se)
     assert math.isnan(clustered_mean([], []).mean)
 
@@ -89,20 +89,20 @@ def test_bootstrap_interval_is_seeded_whatever_its_chunks():
 
 def test_win_rate_of_single_samples_by_hand():
     ours, theirs = [answer(p) for p in range(4)], [answer(p, seed=9) for p in (2, 0, 3, 1)]
-    found = win_rate(ours, [0.9, 0.2, 0.5, 0.4], theirs, [0.5, 0.1, 0.1, 0.3], seed=0)
+    rate = win_rate(ours, [0.9, 0.2, 0.5, 0.4], theirs, [0.5, 0.1, 0.1, 0.3], seed=0)
     # prompts 0..3: 0.9 > 0.1 win, 0.2 < 0.3 loss, 0.5 = 0.5 tie, 0.4 > 0.1 win
-    assert (found.mean, found.ties, found.num_prompts) == (2.5 / 4, 1 / 4, 4)
-    assert found.low < found.mean < found.high
+    assert (rate.mean, rate.ties, rate.num_prompts) == (2.5 / 4, 1 / 4, 4)
+    assert rate.low < rate.mean < rate.high
 
 
 def test_win_rate_compares_all_independent_pairs_of_samples():
     ours = [answer(0, s) for s in range(3)] + [answer(1, 0)]
     theirs = [answer(0, s) for s in range(2)] + [answer(1, 0)]
-    found = win_rate(ours, [1.0, 0.0, 0.5, 0.3], theirs, [0.5, 0.25, 0.6], seed=0)
+    rate = win_rate(ours, [1.0, 0.0, 0.5, 0.3], theirs, [0.5, 0.25, 0.6], seed=0)
     # prompt 0, pairs of different draws: (0,1) 1 > .25 win, (1,0) 0 < .5 loss, (2,0) .5 = .5 tie, (2,1) .5 > .25 win
     # prompt 1 has the one pair only: .3 < .6 loss
-    assert found.mean == pytest.approx((2.5 / 4 + 0) / 2)
-    assert found.ties == pytest.approx((1 / 4 + 0) / 2)
+    assert rate.mean == pytest.approx((2.5 / 4 + 0) / 2)
+    assert rate.ties == pytest.approx((1 / 4 + 0) / 2)
     other_seed = [answer(0, s, seed=4) for s in range(2)] + [answer(1, 0, seed=4)]
     independent = win_rate(ours, [1.0, 0.0, 0.5, 0.3], other_seed, [0.5, 0.25, 0.6], seed=0)
     assert independent.mean == pytest.approx((3.5 / 6 + 0) / 2)  # all six pairs: W W L L T W
@@ -126,17 +126,17 @@ def test_win_rate_needs_the_same_prompts():
 
 
 def test_pair_accuracy_by_hand():
-    found = pair_accuracy(
+    metrics = pair_accuracy(
         np.array([1.0, -2.0, 0.5, 0.0, 3.0]),
         np.array([0.0, -1.0, 0.5, -0.5, 1.0]),
         np.array([5, 9, 4, 2, 3]),
         np.array([4, 3, 4, 8, 3]),
     )
-    assert found["rewards/accuracies"] == pytest.approx(3 / 5)  # the tie is wrong
-    assert found["rewards/ties"] == pytest.approx(1 / 5)
-    assert found["rewards/margins"] == pytest.approx((1 - 1 + 0 + 0.5 + 2) / 5)
-    assert found["rewards/length_baseline"] == pytest.approx((1 + 1 + 0.5 + 0 + 0.5) / 5)
-    assert found["rewards/accuracies_se"] == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
+    assert metrics["rewards/accuracies"] == pytest.approx(3 / 5)  # the tie is wrong
+    assert metrics["rewards/ties"] == pytest.approx(1 / 5)
+    assert metrics["rewards/margins"] == pytest.approx((1 - 1 + 0 + 0.5 + 2) / 5)
+    assert metrics["rewards/length_baseline"] == pytest.approx((1 + 1 + 0.5 + 0 + 0.5) / 5)
+    assert metrics["rewards/accuracies_se"] == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
     with pytest.raises(ValueError, match="no held-out pairs"):
         pair_accuracy(*(np.zeros(0) for _ in range(4)))
 

@@ -19,8 +19,8 @@ def runs(tmp_path_factory):
 
 
 def test_folders_runs_patterns_and_lists_are_joined(runs):
-    one = collect(runs / "a_sweep")
-    assert [job.name for job in one] == [path.name for path in sorted((runs / "a_sweep").iterdir())]
+    jobs = collect(runs / "a_sweep")
+    assert [job.name for job in jobs] == [path.name for path in sorted((runs / "a_sweep").iterdir())]
     both = collect(f"{runs}/*_sweep")
     assert [job.name.split("/")[0] for job in both] == ["a_sweep"] * 4 + ["b_sweep"] * 4
     assert collect(runs / "a_sweep", runs / "b_sweep") == both
@@ -33,8 +33,8 @@ def test_folders_runs_patterns_and_lists_are_joined(runs):
 
 
 def test_equal_runs_of_two_sweeps_are_no_seeds(runs):
-    found = cells(collect(f"{runs}/*_sweep"))
-    assert [(one.series, one.beta, len(one.jobs)) for one in found] == [
+    sweep_cells = cells(collect(f"{runs}/*_sweep"))
+    assert [(cell.series, cell.beta, len(cell.jobs)) for cell in sweep_cells] == [
         (f"dpo, in {sweep}", beta, 2) for sweep in ("a_sweep", "b_sweep") for beta in (0.3, 3.0)
     ]
 

@@ -39,12 +39,12 @@ def test_each_is_as_if_it_had_been_evaluated_alone(run, tmp_path):
 
 def test_temperature_1_is_the_evaluation_proper(run, tmp_path):
     measure(f"policy={run}", *PLAIN, f"output_dir={tmp_path / 'one'}")
-    alone, found = numbers(tmp_path / "one")["metrics"], numbers(run / "evaluation")["metrics"]
-    assert alone == {key: value for key, value in found.items() if not key.startswith("temperature/")}
-    assert found["kl/initial"] is not None
-    assert unlisted(found) == set()
+    alone, curve = numbers(tmp_path / "one")["metrics"], numbers(run / "evaluation")["metrics"]
+    assert alone == {key: value for key, value in curve.items() if not key.startswith("temperature/")}
+    assert curve["kl/initial"] is not None
+    assert unlisted(curve) == set()
     for key in ("gold/mean", "winrate/initial", "ended/share"):
-        assert found[f"temperature/1/{key}"] == found[key]
+        assert curve[f"temperature/1/{key}"] == curve[key]
 
 
 def test_what_does_not_depend_on_temperature_is_measured_once(run):
@@ -109,8 +109,8 @@ def test_categories_and_a_temperature_contradict_each_other(tmp_path):
     with pytest.raises(ValueError, match=r"prompts\.temperatures gives every category its own"):
         evaluate("policy=lab:tiny", *PLAIN, *DATA, *asked, "generation.temperature=1", f"output_dir={tmp_path}")
     evaluate("policy=lab:tiny", *QUICK, *DATA, *asked, "stage=generate", f"output_dir={tmp_path / 'own'}")
-    found = read_generations(tmp_path / "own" / "generations.jsonl")
-    assert [(g.turn, g.temperature) for g in found] == [(1, 0.0), (2, 0.0)]
+    generations = read_generations(tmp_path / "own" / "generations.jsonl")
+    assert [(g.turn, g.temperature) for g in generations] == [(1, 0.0), (2, 0.0)]
 
 
 def test_the_held_out_prompts_of_other_data(tmp_path):
@@ -125,9 +125,9 @@ def test_the_held_out_prompts_of_other_data(tmp_path):
         f"prompts.data.eval_path={pairs}",
     ]
     evaluate("policy=lab:tiny", *QUICK, *DATA, *other, "prompts.limit=4", "stage=generate", f"output_dir={tmp_path}")
-    found = read_generations(tmp_path / "generations.jsonl")
-    assert [g.prompt[-1]["content"] for g in found[::2]] == [f"say {n}" for n in range(4)]
-    assert {g.prompt_set for g in found} == {"data"}
+    generations = read_generations(tmp_path / "generations.jsonl")
+    assert [g.prompt[-1]["content"] for g in generations[::2]] == [f"say {n}" for n in range(4)]
+    assert {g.prompt_set for g in generations} == {"data"}
 
 
 def test_prompts_have_no_effect_on_answers_that_are_there(run):

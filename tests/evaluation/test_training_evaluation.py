@@ -32,8 +32,8 @@ def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-def same_weights(one, other):
-    ours, theirs = (load_file(folder / "policy" / "model.safetensors") for folder in (one, other))
+def same_weights(first, second):
+    ours, theirs = (load_file(folder / "policy" / "model.safetensors") for folder in (first, second))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -64,7 +64,7 @@ def test_a_healthy_run_is_evaluated_before_during_and_after_and_not_stopped(eval
 
 
 def test_before_training_nothing_has_moved_and_the_initial_answers_are_other_draws(evaluated):
-    before, after = (lines(evaluated, "evaluation/")[place] for place in (0, -1))
+    before, after = (lines(evaluated, "evaluation/")[index] for index in (0, -1))
     unmoved = ["kl/initial", "kl/initial_k1", "eos/own_logratio", "eos/chosen_logratio", "logratios/chosen"]
     assert all(before[f"evaluation/{name}"] == pytest.approx(0, abs=1e-6) for name in unmoved)
     assert after["evaluation/kl/initial"] > 3 * after["evaluation/kl/initial_se"] > 0
@@ -131,14 +131,14 @@ def degenerating(tmp_path_factory):
 
 
 def test_a_degenerating_run_is_stopped_and_says_why(degenerating):
-    folder, said = degenerating
-    found = summary(folder)
-    assert (found["status"], found["steps"]) == ("stopped", 5)
-    assert found["degenerate"]
-    assert all(reason in said for reason in found["degenerate"])
+    folder, stdout = degenerating
+    run_summary = summary(folder)
+    assert (run_summary["status"], run_summary["steps"]) == ("stopped", 5)
+    assert run_summary["degenerate"]
+    assert all(reason in stdout for reason in run_summary["degenerate"])
     last = {name: value for name, value in lines(folder, "evaluation/")[-1].items() if name != "step"}
     assert "evaluation/eos/own_logratio" not in last  # none of its answers ends
-    kept = {name for name in found["metrics"] if name.startswith("evaluation/")} - {"evaluation/seconds"}
+    kept = {name for name in run_summary["metrics"] if name.startswith("evaluation/")} - {"evaluation/seconds"}
     assert kept == set(last)
     assert [path.name for path in checkpoint.complete_in(folder / "checkpoints")] == ["step-00000004", "step-00000005"]
     saved = load_file(folder / "checkpoints" / "step-00000005" / "policy.safetensors")
@@ -162,8 +162,8 @@ def test_a_sweep_evaluates_a_stopped_job_too(degenerating, tmp_path):
     shutil.copytree(degenerating[0], tmp_path / "0_beta=0.0001")
     options = ["generation.samples_per_prompt=1", "generation.max_new_tokens=40", "tracking=none"]
     evaluate(f"sweep={tmp_path}", *options)
-    found = json.loads((tmp_path / "0_beta=0.0001" / "evaluation" / "evaluation.json").read_text())
-    assert found["degenerate"]
+    evaluation = json.loads((tmp_path / "0_beta=0.0001" / "evaluation" / "evaluation.json").read_text())
+    assert evaluation["degenerate"]
     assert "stopped" in (tmp_path / "sweep.csv").read_text()
 
 
@@ -184,10 +184,10 @@ def test_curves_and_words_by_hand(tmp_path):
     ]
     lines = [json.dumps({k if k == "step" else f"evaluation/{k}": v for k, v in row.items()}) for row in rows]
     (tmp_path / "metrics.jsonl").write_text("\n".join(['{"step": 1, "train/loss": 0.5}', *lines]) + "\n")
-    found = evaluations(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in found] == [0, 5]
-    assert in_words(found) == "length 10.0 -> 24.0 tokens, KL 3.21 nats; 2 evaluations in 4 s"
-    panels = training_panels(found)
+    curve = evaluations(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in curve] == [0, 5]
+    assert in_words(curve) == "length 10.0 -> 24.0 tokens, KL 3.21 nats; 2 evaluations in 4 s"
+    panels = training_panels(curve)
     assert [panel.caption.split(".")[0] for panel in panels] == [
         "Length",
         "Answers that end",
@@ -196,7 +196,7 @@ def test_curves_and_words_by_hand(tmp_path):
     assert "tokens per answer" in svg(panels[0])
     scored = [
         row | {"gold/mean": 0.5, "winrate/initial": 0.6, "winrate/initial_low": 0.5, "winrate/initial_high": 0.7}
-        for row in found
+        for row in curve
     ]
     assert in_words(scored).startswith("win rate 60.0 % [50.0, 70.0], ")
     assert [panel.caption.split(".")[0] for panel in training_panels(scored)][:2] == [

@@ -28,7 +28,7 @@ def kl_to_initial(folder):
     """KL of the policy in the run's folder to lab:tiny on the run's last answers, both loaded anew."""
     generations = read_generations(sorted((folder / FOLDER).glob("step_*.jsonl"))[-1])
     policy, initial = (
-        load_model(str(place), torch.device("cpu"), "auto").model for place in (folder / "policy", locate("lab:tiny"))
+        load_model(str(path), torch.device("cpu"), "auto").model for path in (folder / "policy", locate("lab:tiny"))
     )
     tokenizer = load_tokenizer(locate("lab:tiny"))
     return sample_kl(policy, initial, generations, never_sampled(tokenizer, len(tokenizer))).metrics("initial")
@@ -99,8 +99,8 @@ def test_the_initial_policy_stays_and_shares_what_is_not_trained():
             nn.init.normal_(weight, std=0.1)
         assert initial.num_copied == sum(weight.numel() for weight in trained)
         with initial.here() as model:
-            found = response_logps(model, batch).sums
+            sums = response_logps(model, batch).sums
             shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in policy.parameters()}
-        torch.testing.assert_close(found, response_logps(tiny_model(seed=0), batch).sums, atol=1e-5, rtol=0)
-        assert (found - response_logps(policy, batch).sums).abs().max() > 0.1
+        torch.testing.assert_close(sums, response_logps(tiny_model(seed=0), batch).sums, atol=1e-5, rtol=0)
+        assert (sums - response_logps(policy, batch).sums).abs().max() > 0.1
         assert len(shared) == sum(not p.requires_grad for p in policy.parameters())

@@ -16,7 +16,7 @@ from tests.support.annotations import evaluate, preferences, rows, written
 @pytest.fixture
 def alpaca(tmp_path, monkeypatch):
     """AlpacaEval in small: 40 instructions, gamed rows and baseline answers under digests of their own."""
-    prompts = [f"instruction {number}" for number in range(40)]
+    prompts = [f"instruction {index}" for index in range(40)]
     generator = np.random.default_rng(0)
     difficulties = generator.normal(size=40).round(4)
     lines = ["model,preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline"]
@@ -35,8 +35,8 @@ def alpaca(tmp_path, monkeypatch):
 
 
 def judged(prompts, model="mine", baseline=alpaca_eval.BASELINE):
-    found = rows(model, preferences(7, 0.4, len(prompts)), baseline, prompts=prompts)
-    return [{**row, "output_1": "b" * (20 + 11 * n % 50)} for n, row in enumerate(found)]
+    annotations = rows(model, preferences(7, 0.4, len(prompts)), baseline, prompts=prompts)
+    return [{**row, "output_1": "b" * (20 + 11 * n % 50)} for n, row in enumerate(annotations)]
 
 
 def controlled(folder, content, df_gamed):
@@ -50,7 +50,7 @@ def test_rows_are_joined_by_text_whatever_their_order(alpaca):
     content = judged(prompts)
     plain = controlled(folder, content, folder / "df_gamed.csv")
     assert plain["length_controlled_low"] < plain["length_controlled"] < plain["length_controlled_high"]
-    shuffled = [content[place] for place in np.random.default_rng(1).permutation(40)]
+    shuffled = [content[index] for index in np.random.default_rng(1).permutation(40)]
     again = controlled(folder, shuffled, folder)
     drawn = {f"{name}_{end}" for name in ("win_rate", "length_adjusted") for end in ("low", "high")}  # in file order
     for name in plain.keys() - drawn:
