@@ -37,8 +37,8 @@ def test_spans_are_the_bytes_each_token_writes(name, response):
     for count, end in enumerate(spans.end.tolist(), 1):
         text = tokenizer.decode([*ids.prompt_ids, *ids.response_ids[0][:count]])[before:]
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            place = text.find(response[:1])
-            shown = text[place:] if place >= 0 else ""
+            start = text.find(response[:1])
+            shown = text[start:] if start >= 0 else ""
             assert min(len(shown.encode()), size) == end
 
 

@@ -43,8 +43,8 @@ class Counted:
 
 def filled(kind, folder, texts=TEXTS, policy=None, tokenizer=None, options=None, limits=None):
     """Tables filled while a reference of this kind was built, and its log-probs of the first group."""
-    known, make = KINDS[kind]
-    counted = Counted(data(texts), folder, tokenizer or known, **(limits or {}))
+    default_tokenizer, make = KINDS[kind]
+    counted = Counted(data(texts), folder, tokenizer or default_tokenizer, **(limits or {}))
     context = counted.context if policy is None else replace(counted.context, policy=policy_of(policy, POLICY))
     if kind == "adapter_base":
         add_lora(context.policy.model, 2, None)
@@ -118,12 +118,12 @@ def test_a_sweep_over_beta_seed_and_lr_pays_one_pass(tmp_path, monkeypatch):
     def table():
         return {path: path.stat().st_mtime_ns for path in (cache / "reference").rglob("*.safetensors")}
 
-    found = []
-    for number, options in enumerate((["beta=0.1"], ["beta=3"], ["optim.lr=0.01"], ["objective=ipo_sum"])):
-        done = train(*RUN, *options, f"output_dir={tmp_path / str(number)}")
+    tables = []
+    for index, options in enumerate((["beta=0.1"], ["beta=3"], ["optim.lr=0.01"], ["objective=ipo_sum"])):
+        done = train(*RUN, *options, f"output_dir={tmp_path / str(index)}")
         assert done.returncode == 0, done.stderr
-        found.append(table())
-    assert len(found[0]) >= 1
-    assert found[1:] == found[:1] * 3
+        tables.append(table())
+    assert len(tables[0]) >= 1
+    assert tables[1:] == tables[:1] * 3
     assert train(*RUN, "seed=5", f"output_dir={tmp_path / 'seed'}").returncode == 0
-    assert len(table()) > len(found[0])  # the lab's pairs are drawn by the seed
+    assert len(table()) > len(tables[0])  # the lab's pairs are drawn by the seed

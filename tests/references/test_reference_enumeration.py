@@ -63,11 +63,11 @@ def context(tmp_path):
 
 def between(share):
     """Weights between model 0 and model 3."""
-    one, other = model(0), model(3)
+    net, other = model(0), model(3)
     with torch.no_grad():
-        for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        for ours, theirs in zip(net.parameters(), other.parameters(), strict=True):
             ours.mul_(1 - share).add_(share * theirs)
-    return one
+    return net
 
 
 def moved(context):
@@ -125,9 +125,9 @@ def one_text(monkeypatch):
 def test_every_response_there_is(kind, context):
     make, expected = KINDS[kind]
     reference = make(context)
-    found = reference.logps(collate(list(context.groups))).sums
-    torch.testing.assert_close(found, expected(), atol=2e-4, rtol=0)
-    total = float(found.exp().sum())
+    sums = reference.logps(collate(list(context.groups))).sums
+    torch.testing.assert_close(sums, expected(), atol=2e-4, rtol=0)
+    total = float(sums.exp().sum())
     if reference.normalised:
         assert total == pytest.approx(1.0, abs=2e-4)
     else:

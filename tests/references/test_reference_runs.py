@@ -57,9 +57,9 @@ def test_a_run_with_every_kind(kind, foreign, tmp_path):  # noqa: F811
     if kind == "foreign":
         overrides = [f"policy={run}", "tracking=none", "generation.max_new_tokens=8"]
         measure(*overrides)
-        found = json.loads((run / "evaluation" / "evaluation.json").read_text())["metrics"]
-        assert found["rewards/margins"] == pytest.approx(rows[-1]["eval/rewards/margins"] / 0.1, abs=1e-3)
-        assert found["kl/loss_reference_share_cut"] == found["kl/initial_share_cut"] == 1 - found["ended/share"]
+        metrics = json.loads((run / "evaluation" / "evaluation.json").read_text())["metrics"]
+        assert metrics["rewards/margins"] == pytest.approx(rows[-1]["eval/rewards/margins"] / 0.1, abs=1e-3)
+        assert metrics["kl/loss_reference_share_cut"] == metrics["kl/initial_share_cut"] == 1 - metrics["ended/share"]
 
 
 def test_resuming_against_another_reference_is_refused(foreign, tmp_path):  # noqa: F811

@@ -26,8 +26,7 @@ def context(tmp_path):
         passes.append(total)
         yield from items
 
-    made = context_for(tmp_path, progress=progress)
-    return made, passes
+    return context_for(tmp_path, progress=progress), passes
 
 
 @pytest.mark.parametrize("make", [policies.initial, partial(policies.other, path="3")])
@@ -93,8 +92,8 @@ def test_the_table_is_not_hit_when_meaning_changes(context, cause):
 
 def test_a_stale_table_is_refused(context):
     context, _ = context
-    made = policies.initial(context)
-    folder = context.work.cache / "reference" / made.identity
+    reference = policies.initial(context)
+    folder = context.work.cache / "reference" / reference.identity
     rows = table.read_shards(folder)
     for path in folder.glob("*"):
         path.unlink()
@@ -150,9 +149,9 @@ def test_none_is_zero_and_auto_follows_the_objective(context):
 def test_uniform_is_minus_length_times_ln_v(context):
     context, _ = context
     batch = collate(context.groups)
-    found = policies.uniform_token(context).logps(batch)
-    assert found.sums.tolist() == pytest.approx([-n * math.log(len(TOKENIZER)) for n in batch.lengths.tolist()])
-    assert found.tokens().shape == batch.target_ids.shape
+    logps = policies.uniform_token(context).logps(batch)
+    assert logps.sums.tolist() == pytest.approx([-n * math.log(len(TOKENIZER)) for n in batch.lengths.tolist()])
+    assert logps.tokens().shape == batch.target_ids.shape
 
 
 def test_interpolation_lies_between(context, tmp_path):
@@ -166,8 +165,8 @@ def test_interpolation_lies_between(context, tmp_path):
     with torch.no_grad():
         for ours, theirs in zip(middle.parameters(), tiny_model(seed=3).parameters(), strict=True):
             ours.add_(theirs).div_(2)
-    found = policies.interpolate(context, path="3", share=0.5, cache="off").logps(batch)
-    torch.testing.assert_close(found.sums, response_logps(middle, batch).sums, atol=1e-5, rtol=0)
+    logps = policies.interpolate(context, path="3", share=0.5, cache="off").logps(batch)
+    torch.testing.assert_close(logps.sums, response_logps(middle, batch).sums, atol=1e-5, rtol=0)
     narrow = context_for(tmp_path, make=lambda _: tiny_model(hidden_size=16))
     with pytest.raises(ValueError, match="has other weights than the policy"):
         policies.interpolate(narrow, path="3", share=0.5)

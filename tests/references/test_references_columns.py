@@ -26,10 +26,10 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))
 
 
-def brought(found):
+def brought(data):
     """The log-probs of every group, None in place of NaN, which equals nothing."""
     return [
-        None if group.logps is None else [None if math.isnan(v) else v for v in group.logps] for group in found.train
+        None if group.logps is None else [None if math.isnan(v) else v for v in group.logps] for group in data.train
     ]
 
 
@@ -81,8 +81,8 @@ def test_tables_of_text_bring_them_too(tmp_path, own_cache):
 def test_sources_with_columns_of_their_own(tmp_path, own_cache):
     first = written(tmp_path / "a.jsonl", PAIR | {"a": -1.0, "b": -2.0})
     second = written(tmp_path / "b.jsonl", PAIR | {"chosen_logprob": -3.0, "rejected_logprob": -4.0})
-    found = preferences(0, sources=[{"path": first, "logps_columns": ["a", "b"]}, {"path": second}])
-    assert brought(found) == [[-1.0, -2.0], [-3.0, -4.0]]
+    data = preferences(0, sources=[{"path": first, "logps_columns": ["a", "b"]}, {"path": second}])
+    assert brought(data) == [[-1.0, -2.0], [-3.0, -4.0]]
 
 
 def test_they_are_no_part_of_what_a_group_is(tmp_path, own_cache):
@@ -91,8 +91,8 @@ def test_they_are_no_part_of_what_a_group_is(tmp_path, own_cache):
     given = preferences(0, path=written(tmp_path / "b.jsonl", PAIR | {"chosen_logprob": -1, "rejected_logprob": -2}))
     assert given.train[0].logps == (-1.0, -2.0)
     assert given.train.content == without.content
-    for one in (whole_id, lambda group: group.group_id, lambda group: group.prompt_id):
-        assert one(given.train[0]) == one(without[0])
+    for id_of in (whole_id, lambda group: group.group_id, lambda group: group.prompt_id):
+        assert id_of(given.train[0]) == id_of(without[0])
 
 
 NAMED_IN_VAIN = [
@@ -119,11 +119,11 @@ def test_columns_named_in_vain(rows, names, message, tmp_path, own_cache):
 
 def context_of(path, **limits):
     """The context of a run on the rows of a file."""
-    found = preferences(0, path=path).train
+    groups = preferences(0, path=path).train
     return context_for(
         Path(path).parent,
         tokenizer=POLICY,
-        groups=tokenise(found, POLICY, **({"max_length": 1000} | limits)).groups,
+        groups=tokenise(groups, POLICY, **({"max_length": 1000} | limits)).groups,
         pack=partial(pack, tokens_per_batch=200),
     )
 
@@ -136,21 +136,21 @@ def test_sums_are_the_columns_and_nothing_else(tmp_path, own_cache):
     context = context_of(written(tmp_path / "rows.jsonl", *rows))
     assert len(context.groups) == 3
     reference = columns(context, provenance="mine")
-    batch = collate([context.groups[place] for place in (2, 0, 1)])
-    found = reference.logps(batch)
-    assert found.sums.tolist() == [*values[2], *values[0], *values[1]]
-    assert found.token_logps is None
+    batch = collate([context.groups[index] for index in (2, 0, 1)])
+    logps = reference.logps(batch)
+    assert logps.sums.tolist() == [*values[2], *values[0], *values[1]]
+    assert logps.token_logps is None
     assert (reference.name, reference.weights, reference.provenance) == ("columns", "", "mine")
 
 
 def test_the_identity_is_whose_they_are_and_the_values_are_known_apart(tmp_path, own_cache):
-    one, same, other = (
+    first, same, other = (
         context_of(written(tmp_path / f"{n}.jsonl", given(-1.0, value))) for n, value in enumerate((-2.0, -2.0, -2.1))
     )
-    found = [columns(context, provenance="mine") for context in (one, same, other)]
-    assert found[0].identity == found[1].identity == found[2].identity
-    assert found[0].values_digest == found[1].values_digest != found[2].values_digest
-    assert columns(one, provenance="his").identity != found[0].identity
+    references = [columns(context, provenance="mine") for context in (first, same, other)]
+    assert references[0].identity == references[1].identity == references[2].identity
+    assert references[0].values_digest == references[1].values_digest != references[2].values_digest
+    assert columns(first, provenance="his").identity != references[0].identity
 
 
 REFUSED = [

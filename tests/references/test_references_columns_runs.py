@@ -19,16 +19,16 @@ ANSWERS = ["four is it.", "it is a heron, which fishes", "blue blue", "who knows
 def scored():
     """Two answers to every question with the log-probs that lab:tiny gives: its text written by hand, each answer
     alone, in float64, by transformers."""
-    place = locate("lab:tiny")
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float64, attn_implementation="eager").eval()
+    folder = locate("lab:tiny")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
 
     @torch.no_grad()
     def logp(question, answer):
         start, body = f"<|bos|><|user|>{question}<|eot|><|assistant|>", f"{answer}<|eot|>"
         before, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (start, start + body))
         logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        return sum(logps[place - 1, ids[place]].item() for place in range(len(before), len(ids)))
+        return sum(logps[position - 1, ids[position]].item() for position in range(len(before), len(ids)))
 
     pairs = [(q, a, b) for q, a, b in zip(QUESTIONS, ANSWERS, ANSWERS[::-1], strict=True) if a != b]
     return [((q, a, b), (logp(q, a), logp(q, b))) for q, a, b in pairs]
@@ -37,7 +37,7 @@ def scored():
 def flat(names, scored):
     """Rows with a column for each log-prob."""
     texts = ("prompt", "chosen", "rejected")
-    return [dict(zip((*texts, *names), (*said, *logps), strict=True)) for said, logps in scored]
+    return [dict(zip((*texts, *names), (*pair, *logps), strict=True)) for pair, logps in scored]
 
 
 def ranked(scored):

@@ -28,10 +28,10 @@ def sums(reference, context):
 
 def expected_sums(groups, tokenizer, **options):
     """The groups as tokenised for a policy with this tokenizer, each scored by full logits in float64."""
-    model, found = tiny_model(seed=5, vocab_size=SIZE), []
+    model, expected = tiny_model(seed=5, vocab_size=SIZE), []
     for group in tokenise(groups, tokenizer, **LIMITS, **options).groups:
-        found += [plain_sum(model, group.prompt_ids, ids) for ids in group.response_ids]
-    return found
+        expected += [plain_sum(model, group.prompt_ids, ids) for ids in group.response_ids]
+    return expected
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["same tokenizer", "its own"])
@@ -58,7 +58,7 @@ def test_every_turn_is_scored_by_both(tmp_path):
     context = replace(
         context_of(groups, tmp_path, family.tokenizer), groups=tokenise(groups, POLICY, **LIMITS, score="all").groups
     )
-    found = sums(policies.other(context, path="5"), context)
+    reference_sums = sums(policies.other(context, path="5"), context)
     model, expected = tiny_model(seed=5, vocab_size=SIZE), []
     for group in tokenise(groups, family.tokenizer, **LIMITS, score="all").groups:
         assert group.scored is not None
@@ -70,9 +70,9 @@ def test_every_turn_is_scored_by_both(tmp_path):
                 logps = model.double()(whole).logits[0].log_softmax(-1)
             model.float().set_attn_implementation(used)
             start = len(group.prompt_ids)
-            places = [start + place for place, kept in enumerate(mask) if kept]
-            expected.append(sum(logps[place - 1, whole[0, place]].item() for place in places))
-    assert found == pytest.approx(expected, abs=3e-4)
+            positions = [start + index for index, kept in enumerate(mask) if kept]
+            expected.append(sum(logps[position - 1, whole[0, position]].item() for position in positions))
+    assert reference_sums == pytest.approx(expected, abs=3e-4)
     cut = tokenise(
         groups, POLICY, score="all", max_length=10**6, max_response_length=12, over_length="truncate_response"
     )
@@ -86,13 +86,13 @@ def test_the_end_token_of_another_tokenizer_is_compared(tmp_path):
     groups = data(TEXTS[:3])
     context = context_of(groups, tmp_path, family.tokenizer)
     batch = collate(list(context.groups))
-    found = policies.other(context, path="5").logps(batch)
-    assert found.token_logps is None
-    parts = found.aligned.double().split(batch.lengths.tolist())
-    assert [float(part.sum()) for part in parts] == pytest.approx(found.sums.tolist(), abs=1e-3)
+    logps = policies.other(context, path="5").logps(batch)
+    assert logps.token_logps is None
+    parts = logps.aligned.double().split(batch.lengths.tolist())
+    assert [float(part.sum()) for part in parts] == pytest.approx(logps.sums.tolist(), abs=1e-3)
     skipped = policies.other(context, path="5", terminator="skip").logps(batch)
     ends = [float(part[-1]) for part in parts]
-    assert [a - b for a, b in zip(found.sums.tolist(), skipped.sums.tolist(), strict=True)] == pytest.approx(
+    assert [a - b for a, b in zip(logps.sums.tolist(), skipped.sums.tolist(), strict=True)] == pytest.approx(
         ends, abs=1e-3
     )
     assert all(math.isnan(float(part[-1])) for part in skipped.aligned.split(batch.lengths.tolist()))
@@ -109,13 +109,13 @@ def test_words_that_its_tokenizer_does_not_know(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' + eos_token }}{% endfor %}"
     prompt = (Message(role="user", content="why ?"),)
-    groups = [PromptGroup(prompt, (one, "yes"), ((0, 1),), origin="row 1") for one in ("ok", "never")]
+    groups = [PromptGroup(prompt, (response, "yes"), ((0, 1),), origin="row 1") for response in ("ok", "never")]
     context = context_of(groups, tmp_path, tokenizer)
     with pytest.raises(ValueError, match=r"25\.0% of the responses are not what they were .*'never' became"):
         policies.other(context, path="5")
-    made = policies.other(context, path="5", max_altered=0.3)
-    assert made.audit.unknown == 1
-    assert made.audit.altered == 1
+    reference = policies.other(context, path="5", max_altered=0.3)
+    assert reference.audit.unknown == 1
+    assert reference.audit.altered == 1
 
 
 def test_the_needed_tokens_are_refused_early(tmp_path):
@@ -165,8 +165,8 @@ def test_the_policys_own_weights_under_a_system_prompt_are_another_reference(tmp
     """The same weights are not the same function of another text: step 0 is not the identity, and is not checked."""
     options = ["model.path=lab:tiny", "data.num_pairs=8", "data.num_eval_pairs=2", "data.num_test_prompts=1"]
     options += ["trainer.max_steps=1", "tracking=none", "reference=other", "reference.path=lab:tiny", "beta=0.1"]
-    for number, words in enumerate((["reference.terminator=skip"], ["model.template=plain"])):
-        done = train(*options, *words, f"output_dir={tmp_path / str(number)}")
+    for index, words in enumerate((["reference.terminator=skip"], ["model.template=plain"])):
+        done = train(*options, *words, f"output_dir={tmp_path / str(index)}")
         assert done.returncode == 0, done.stderr
 
 

@@ -27,8 +27,8 @@ def test_one_short_run_each(tmp_path):
     for name in ("initial", "strong", "foreign"):
         lab_models.locate(f"lab:{name}")
     sweep = tmp_path / "sweep"
-    for number, (name, words) in enumerate(REFERENCES.items()):
-        done = typed("train.py", *words, *SHORT, f"output_dir={sweep / f'{number}_{name}'}")
+    for index, (name, words) in enumerate(REFERENCES.items()):
+        done = typed("train.py", *words, *SHORT, f"output_dir={sweep / f'{index}_{name}'}")
         assert done.returncode == 0, done.stderr
         assert ("reference text: " in done.stdout) == (name == "foreign")  # its audit
     done = typed("evaluate.py", f"sweep={sweep}", "tracking=none", "generation.samples_per_prompt=1")
@@ -37,8 +37,8 @@ def test_one_short_run_each(tmp_path):
     assert [row["job"].partition("_")[2] for row in rows] == list(REFERENCES)
     assert all(math.isfinite(float(row[key])) for row in rows for key in ("gold/mean", "winrate/initial"))
     identities = [json.loads((sweep / row["job"] / "summary.json").read_text())["identities"] for row in rows]
-    assert len({found["loss_reference"] for found in identities}) == len(REFERENCES)
-    assert len({found["kl_reference"] for found in identities}) == 1
+    assert len({by_role["loss_reference"] for by_role in identities}) == len(REFERENCES)
+    assert len({by_role["kl_reference"] for by_role in identities}) == 1
     first = [
         json.loads((sweep / row["job"] / "metrics.jsonl").read_text().splitlines()[0])["eval/loss"] for row in rows
     ]

@@ -30,8 +30,8 @@ def test_updates_by_hand(share, every, tmp_path):
     assert reference.weights
     for step in range(1, 7):
         with torch.no_grad():
-            for number, weight in enumerate(policy.parameters()):
-                weight.add_(0.01 * (number + 1) * step)
+            for index, weight in enumerate(policy.parameters()):
+                weight.add_(0.01 * (index + 1) * step)
         before = reference.logps(batch).sums
         reference.update(policy, step)
         if step % every == 0:
@@ -66,10 +66,10 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(tmp_path):
     assert losses(parts)[3:] == losses(whole)[3:]
     overrides = [f"policy={whole}", "tracking=none", "generation.max_new_tokens=8"]
     measure(*overrides)
-    found = json.loads((whole / "evaluation" / "evaluation.json").read_text())["metrics"]
+    metrics = json.loads((whole / "evaluation" / "evaluation.json").read_text())["metrics"]
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
-    assert found["rewards/margins"] == pytest.approx(last["eval/rewards/margins"] / 0.1, abs=1e-3)
-    assert found["kl/loss_reference"] < found["kl/initial"]  # it followed the policy
+    assert metrics["rewards/margins"] == pytest.approx(last["eval/rewards/margins"] / 0.1, abs=1e-3)
+    assert metrics["kl/loss_reference"] < metrics["kl/initial"]  # it followed the policy
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_every_kind_is_described_and_has_its_command():
 def test_refusals_are_those_of_a_run():
     mixture = composed(*commands(CONF / "reference" / "mixture.yaml")[0])[0]
     objectives = {name: composed(f"objective={name}")[0] for name in ("dpo", "nca", "sft")}
-    told = {name: refusal(mixture, cfg, ("mixture", name)) for name, cfg in objectives.items()}
-    assert told["dpo"] is None
-    assert "does not cancel in the objective" in told["nca"]
-    assert "has no effect" in told["sft"]
+    refusals = {name: refusal(mixture, cfg, ("mixture", name)) for name, cfg in objectives.items()}
+    assert refusals["dpo"] is None
+    assert "does not cancel in the objective" in refusals["nca"]
+    assert "has no effect" in refusals["sft"]

@@ -38,10 +38,10 @@ from tests.support.tokenizer_families import FAMILIES
 def test_equals_the_model_itself_token_by_token(protocol, serve, tmp_path):  # noqa: F811
     context = context_of(tmp_path)
     batch = collate(list(context.groups))
-    found = Served(context, url=serve().url, protocol=protocol).logps(batch)
+    logps = Served(context, url=serve().url, protocol=protocol).logps(batch)
     live = policies.other(context, path="big", cache="off").logps(batch)
-    torch.testing.assert_close(found.tokens(), live.tokens(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.sums, live.sums, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logps.tokens(), live.tokens(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logps.sums, live.sums, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -52,23 +52,23 @@ def test_equals_the_model_itself_with_another_tokenizer(name, serve, tmp_path): 
     terminator = "count" if name in FAMILIES else "skip"
     context = context_of(tmp_path, tokenizer)
     batch = collate(list(context.groups))
-    found = Served(context, url=serve().url, terminator=terminator).logps(batch)
+    logps = Served(context, url=serve().url, terminator=terminator).logps(batch)
     live = policies.other(context, path="big", cache="off", terminator=terminator).logps(batch)
-    assert found.token_logps is None
-    torch.testing.assert_close(found.sums, live.sums, atol=1e-4, rtol=0)
+    assert logps.token_logps is None
+    torch.testing.assert_close(logps.sums, live.sums, atol=1e-4, rtol=0)
 
 
 def test_only_scored_tokens_are_kept(serve, tmp_path):  # noqa: F811
     context = context_of(tmp_path)
     masked = [
-        replace(group, scored=tuple([place % 2 == 0 for place in range(len(ids))] for ids in group.response_ids))
+        replace(group, scored=tuple([index % 2 == 0 for index in range(len(ids))] for ids in group.response_ids))
         for group in context.groups
     ]
     context = replace(context, groups=from_groups(masked))
     batch = collate(masked)
-    found = Served(context, url=serve().url).logps(batch)
+    logps = Served(context, url=serve().url).logps(batch)
     live = policies.other(context, path="big", cache="off").logps(batch)
-    torch.testing.assert_close(found.tokens(), live.tokens(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logps.tokens(), live.tokens(), atol=1e-4, rtol=0)
 
 
 FAULTY = ["429", "500", "slow", "cut", "malformed", "dropped", "503"]
@@ -78,13 +78,13 @@ def test_faults_are_survived_and_rows_are_asked_for_as_often_as_needed(serve, tm
     context = context_of(tmp_path)
     batch = collate(list(context.groups))
     server = serve(faults=FAULTY, healthy=NUM_PROBE_REQUESTS)
-    found = Served(context, url=server.url, concurrency=1, timeout=SLOW / 2, retries=len(FAULTY))
+    reference = Served(context, url=server.url, concurrency=1, timeout=SLOW / 2, retries=len(FAULTY))
     refused, again, _, after_slow = server.times[NUM_PROBE_REQUESTS:][:4]
     assert again - refused >= 0.3  # what Retry-After asked for; the pause would have been 0.006 at most
     assert after_slow - server.times[NUM_PROBE_REQUESTS + 2] >= SLOW / 2
     assert not server.faults
     live = policies.other(context, path="big", cache="off").logps(batch)
-    torch.testing.assert_close(found.logps(batch).sums, live.sums, atol=1e-4, rtol=0)
+    torch.testing.assert_close(reference.logps(batch).sums, live.sums, atol=1e-4, rtol=0)
     assert set(server.answered.values()) == {1}
     assert sum(server.asked.values()) == sum(server.answered.values()) + 4 * len(FAULTY)
 
@@ -92,8 +92,8 @@ def test_faults_are_survived_and_rows_are_asked_for_as_often_as_needed(serve, tm
 def test_what_retry_after_says():
     in_15_minutes = model_server.seconds_asked(formatdate(time.time() + 900, usegmt=True))
     assert in_15_minutes == pytest.approx(900, abs=2)
-    said = ["7.5", None, "soon", "-3", formatdate(0), "inf"]
-    assert [model_server.seconds_asked(text) for text in said] == [7.5, 0, 0, 0, 0, 3600]
+    values = ["7.5", None, "soon", "-3", formatdate(0), "inf"]
+    assert [model_server.seconds_asked(text) for text in values] == [7.5, 0, 0, 0, 0, 3600]
 
 
 def test_requests_are_under_way_at_once(serve, tmp_path):  # noqa: F811
@@ -110,7 +110,7 @@ def test_a_lost_server_costs_no_row_that_it_answered(serve, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"no answer in 3 attempts .*is kept: start the same command again"):
         Served(context, url=server.url, concurrency=1, retries=2)
     again = serve()
-    found = Served(context, url=again.url)
+    reference = Served(context, url=again.url)
     first, rest = sequences(context.groups[:6]), sequences(context.groups[6:])
     assert set(first) <= set(server.answered)
     assert {ids: again.asked[ids] for ids in rest} == dict.fromkeys(rest, 1)
@@ -118,7 +118,7 @@ def test_a_lost_server_costs_no_row_that_it_answered(serve, tmp_path, monkeypatc
     assert sum(again.asked.values()) == len(rest) + 2 * table.PROBES + len(EXCHANGES)
     batch = collate(list(context.groups))
     live = policies.other(context, path="big", cache="off").logps(batch)
-    torch.testing.assert_close(found.logps(batch).sums, live.sums, atol=1e-4, rtol=0)
+    torch.testing.assert_close(reference.logps(batch).sums, live.sums, atol=1e-4, rtol=0)
 
 
 def test_the_identity_is_that_of_the_model_not_of_the_server(serve, tmp_path):  # noqa: F811

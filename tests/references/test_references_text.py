@@ -43,10 +43,10 @@ def test_equals_explicit_tokenisation_and_a_plain_forward_pass(name, tmp_path, c
     )
     context = context_of(groups, tmp_path, family.tokenizer)
     reference = policies.other(context, path="5", max_altered=1.0)
-    found = reference.logps(collate(list(context.groups))).sums.view(-1, 2)
+    sums_by_group = reference.logps(collate(list(context.groups))).sums.view(-1, 2)
     assert reference.logps(collate(list(context.groups)[1:2])).token_logps is None
     model, checked = tiny_model(seed=5, vocab_size=SIZE), 0
-    for group, sums in zip(groups, found, strict=True):
+    for group, sums in zip(groups, sums_by_group, strict=True):
         for response, value in zip(group.responses, sums.tolist(), strict=True):
             start, ids = explicit_ids(family, group, response)
             if "<" in response + group.prompt[0]["content"] or ids is None:
@@ -139,25 +139,27 @@ def test_prior_is_the_response_without_its_prompt(tmp_path):
     groups = data(TEXTS)
     context = context_of(groups, tmp_path, POLICY)
     batch = collate(list(context.groups))
-    found = policies.prior(context).logps(batch)
+    logps = policies.prior(context).logps(batch)
     begin = [POLICY.eos_token_id]
     expected = [plain_sum(context.policy.model, begin, ids) for group in context.groups for ids in group.response_ids]
-    assert found.sums.tolist() == pytest.approx(expected, abs=2e-4)
-    assert len(found.tokens()) == int(batch.lengths.sum())
+    assert logps.sums.tolist() == pytest.approx(expected, abs=2e-4)
+    assert len(logps.tokens()) == int(batch.lengths.sum())
 
 
 def test_mixtures_by_their_formulas(tmp_path):
     context = context_of(data(TEXTS), tmp_path, OTHERS["olmo: byte-level, tulu"].tokenizer)
     batch = collate(list(context.groups))
     parts = [{"reference": "initial"}, {"reference": "other", "path": "5"}]
-    one, two = (make(context).logps(batch).sums for make in (policies.initial, partial(policies.other, path="5")))
+    initial, other = (
+        make(context).logps(batch).sums for make in (policies.initial, partial(policies.other, path="5"))
+    )
     mixed = mixture(context, parts=parts, weights=[3.0, 1.0])
     assert [note.partition(":")[0] for note in mixed.notes] == ["reference text"]
     geometric = mixed.logps(batch)
-    np.testing.assert_allclose(geometric.sums, 0.75 * one + 0.25 * two)
+    np.testing.assert_allclose(geometric.sums, 0.75 * initial + 0.25 * other)
     assert geometric.token_logps is None  # the other has none
     arithmetic = mixture(context, parts=parts, mean="arithmetic").logps(batch)
-    np.testing.assert_allclose(arithmetic.sums, np.log(0.5 * np.exp(one) + 0.5 * np.exp(two)), rtol=1e-9)
+    np.testing.assert_allclose(arithmetic.sums, np.log(0.5 * np.exp(initial) + 0.5 * np.exp(other)), rtol=1e-9)
     both = mixture(context, parts=[{"reference": "initial"}, {"reference": "prior"}]).logps(batch)
     torch.testing.assert_close(
         both.tokens(),
