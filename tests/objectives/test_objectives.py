@@ -20,11 +20,11 @@ def pairs(chosen, rejected, requires_grad=False):
 def test_dpo_by_hand():
     """beta 0.5; log-ratios 2 and -1, margins 1.5 and 0: -log sigmoid(1.5) = log(1 + e^-1.5), and log 2."""
     policy, reference = pairs([-3.0, -9.0], [-6.0, -1.0]), pairs([-5.0, -9.0], [-5.0, -1.0])
-    found = dpo(policy, reference, beta=0.5)
+    outcome = dpo(policy, reference, beta=0.5)
     expected = torch.tensor([math.log1p(math.exp(-1.5)), math.log(2)], dtype=torch.float64)
-    torch.testing.assert_close(found.losses, expected)
-    assert found.chosen_rewards.tolist() == [1.0, 0.0]
-    assert found.rejected_rewards.tolist() == [-0.5, 0.0]
+    torch.testing.assert_close(outcome.losses, expected)
+    assert outcome.chosen_rewards.tolist() == [1.0, 0.0]
+    assert outcome.rejected_rewards.tolist() == [-0.5, 0.0]
 
 
 def test_dpo_gradient_weight_is_beta_sigmoid_of_minus_margin():
@@ -85,9 +85,9 @@ def test_population_optimum_of_dpo():
 
 def test_sft_weighs_every_response_alike():
     sums, lengths = torch.tensor([-6.0, -2.0, -9.0], dtype=torch.float64), torch.tensor([3, 2, 9])
-    found = sft(ResponseLogps(sums, lengths, lengths, None))
-    assert found.losses.tolist() == [2.0, 1.0, 1.0]
-    assert found.rewards.tolist() == [-2.0, -1.0, -1.0]
+    outcome = sft(ResponseLogps(sums, lengths, lengths, None))
+    assert outcome.losses.tolist() == [2.0, 1.0, 1.0]
+    assert outcome.rewards.tolist() == [-2.0, -1.0, -1.0]
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.inf, math.nan])

@@ -53,8 +53,8 @@ def token_pair(chosen, rejected):
 def test_ld_dpo_by_hand():
     """Log-ratios of tokens 1, 2 | 4, 8 and -1, -3; the longer response's tail counts a quarter: 3 + 3 and -4."""
     policy, reference = token_pair([-1, -2, -3, -4], [-5, -6]), token_pair([-2, -4, -7, -12], [-4, -3])
-    found = ld_dpo(policy, reference, beta=0.5, alpha=0.25)
-    assert [float(x) for x in found] == pytest.approx([up(3 + 2), 3, -2])
+    outcome = ld_dpo(policy, reference, beta=0.5, alpha=0.25)
+    assert [float(x) for x in outcome] == pytest.approx([up(3 + 2), 3, -2])
 
 
 @given(st.integers(0, 3), st.integers(0, 2))
@@ -67,16 +67,16 @@ def test_first_tokens_of_a_response(first, second):
 
 def test_wpo_by_hand():
     """Tokens as likely as two draws agree weigh 1; e^(1/4) and e^(-2/7) times that here. Margin 1.5."""
-    found = wpo(pairs([-3], [-6]), pairs([-5], [-5]), pairs([-4], [-4]), beta=0.5)
-    assert [float(x) for x in found] == pytest.approx([math.exp(1 / 4 - 2 / 7) * up(1.5), 1, -0.5])
+    outcome = wpo(pairs([-3], [-6]), pairs([-5], [-5]), pairs([-4], [-4]), beta=0.5)
+    assert [float(x) for x in outcome] == pytest.approx([math.exp(1 / 4 - 2 / 7) * up(1.5), 1, -0.5])
 
 
 def test_collisions_are_sums_of_squares():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 5, dtype=torch.float64, generator=generator) for n in (6, 11))
-    found = token_collisions(hidden, Head(weight, scale=2.0, softcap=3.0))
+    collisions = token_collisions(hidden, Head(weight, scale=2.0, softcap=3.0))
     shares = (3 * torch.tanh(2 * hidden @ weight.T / 3)).softmax(-1)
-    torch.testing.assert_close(found, shares.square().sum(-1).log())
+    torch.testing.assert_close(collisions, shares.square().sum(-1).log())
 
 
 @pytest.mark.parametrize(("gaps", "kl"), [((1.0, 3.0), 2.0), ((-1.0, -3.0), 0.0)])
@@ -84,9 +84,9 @@ def test_kto_by_hand(gaps, kl):
     """Log-ratios 2 (wanted) and -1 (not) at beta 0.5, rewards 1 and -0.5; a negative KL counts as none."""
     labels, mismatched = torch.tensor([True, False]), Mismatched(numbers(*gaps), numbers(0, 0))
     options = {"beta": 0.5, "desirable_weight": 2.0, "undesirable_weight": 3.0}
-    found = kto(responses(-3, -6), responses(-5, -5), labels, mismatched, **options)
-    assert found.losses.tolist() == pytest.approx([2 * sigmoid(0.5 * kl - 1), 3 * sigmoid(-0.5 - 0.5 * kl)])
-    assert found.rewards.tolist() == [1, -0.5]
+    outcome = kto(responses(-3, -6), responses(-5, -5), labels, mismatched, **options)
+    assert outcome.losses.tolist() == pytest.approx([2 * sigmoid(0.5 * kl - 1), 3 * sigmoid(-0.5 - 0.5 * kl)])
+    assert outcome.rewards.tolist() == [1, -0.5]
 
 
 @pytest.mark.parametrize(
@@ -94,31 +94,31 @@ def test_kto_by_hand(gaps, kl):
 )
 def test_bco_by_hand(labels, shift):
     """Rewards 1, 3, -0.5: the two classes count alike, however many are of each; of one class alone its mean."""
-    policy, reference, known = responses(-3, 1, -6), responses(-5, -5, -5), torch.tensor(labels)
-    found = bco(policy, reference, known, BatchLogps(policy, reference, known, slice(0, 3)), beta=0.5)
+    policy, reference, label_tensor = responses(-3, 1, -6), responses(-5, -5, -5), torch.tensor(labels)
+    outcome = bco(policy, reference, label_tensor, BatchLogps(policy, reference, label_tensor, slice(0, 3)), beta=0.5)
     expected = [up(r - shift) if wanted else up(shift - r) for r, wanted in zip((1, 3, -0.5), labels, strict=True)]
-    assert found.losses.tolist() == pytest.approx(expected)
-    assert found.rewards.tolist() == [1, 3, -0.5]
+    assert outcome.losses.tolist() == pytest.approx(expected)
+    assert outcome.rewards.tolist() == [1, 3, -0.5]
 
 
 def test_aot_by_hand():
     """Policy margins 3, -1, 7 rank 1, 0, 2; reference margins 0, 2, 1 sorted are 0, 1, 2."""
     policy, reference = pairs([-3, -6, 2], [-6, -5, -5]), pairs([-5, -4, -5], [-5, -6, -6])
     whole = BatchLogps(policy, reference, None, slice(0, 3))
-    found = aot(policy, reference, whole, beta=0.5)
-    assert found.losses.tolist() == pytest.approx([up((3 - 1) / 2), up((-1 - 0) / 2), up((7 - 2) / 2)])
-    assert found.chosen_rewards.tolist() == [1, -1, 3.5]
-    one = replace(whole, here=slice(2, 3))
-    assert aot(pairs([2], [-5]), pairs([-5], [-6]), one, beta=0.5).losses.tolist() == pytest.approx([up(2.5)])
+    outcome = aot(policy, reference, whole, beta=0.5)
+    assert outcome.losses.tolist() == pytest.approx([up((3 - 1) / 2), up((-1 - 0) / 2), up((7 - 2) / 2)])
+    assert outcome.chosen_rewards.tolist() == [1, -1, 3.5]
+    last = replace(whole, here=slice(2, 3))
+    assert aot(pairs([2], [-5]), pairs([-5], [-6]), last, beta=0.5).losses.tolist() == pytest.approx([up(2.5)])
 
 
 def test_beta_dpo_by_hand():
     """Margins 3 and 5 nats, at beta 0.5 a mean of 2; usual is 1: b = 0.5 (1 + 0.6). Then 0.9 + 0.2 is usual."""
     policy, reference = pairs([-3, 0], [-6, -5]), pairs([-5, -5], [-5, -5])
     whole, running = BatchLogps(policy, reference, None, slice(0, 2)), {"mean_margin": numbers(1)[0]}
-    found = beta_dpo(policy, reference, whole, running, beta=0.5)
-    assert found.losses.tolist() == pytest.approx([up(0.8 * 3), up(0.8 * 5)])
-    assert found.chosen_rewards.tolist() == pytest.approx([1.6, 4])
+    outcome = beta_dpo(policy, reference, whole, running, beta=0.5)
+    assert outcome.losses.tolist() == pytest.approx([up(0.8 * 3), up(0.8 * 5)])
+    assert outcome.chosen_rewards.tolist() == pytest.approx([1.6, 4])
     objective = bind(beta_dpo, beta=0.5)
     objective.running.update(running)
     objective.step(whole)
@@ -156,9 +156,9 @@ TAKE_THE_TERM = [
 @pytest.mark.parametrize("name", TAKE_THE_TERM)
 def test_the_likelihood_term_is_added_to_every_pair(name):
     """0.3 times the chosen response's mean negative token log-prob; rewards stay."""
-    policy, known = probe_inputs()
-    plain, mixed = (bind(EVERY[name], nll_weight=weight)(policy, replace(known, running={})) for weight in (0.0, 0.3))
-    chosen = known.batch.chosen
+    policy, inputs = probe_inputs()
+    plain, mixed = (bind(EVERY[name], nll_weight=weight)(policy, replace(inputs, running={})) for weight in (0.0, 0.3))
+    chosen = inputs.batch.chosen
     torch.testing.assert_close(mixed.losses - plain.losses, -0.3 * policy.sums[chosen] / policy.lengths[chosen])
     assert isinstance(mixed, Preference)
     assert torch.equal(mixed.chosen_rewards, plain.chosen_rewards)
@@ -169,18 +169,18 @@ NEEDED = {"labels": kto, "mismatched": kto, "whole": aot, "collision": wpo, "adv
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_what_is_not_there_is_named(name):
-    policy, known = probe_inputs(kind=bind(NEEDED[name]).inputs["policy"])
-    batch = replace(known.batch, **{name: None}) if name in ("labels", "advantages") else known.batch
-    lacking = replace(known, batch=batch, **({} if batch is not known.batch else {name: None}))
+    policy, inputs = probe_inputs(kind=bind(NEEDED[name]).inputs["policy"])
+    batch = replace(inputs.batch, **{name: None}) if name in ("labels", "advantages") else inputs.batch
+    lacking = replace(inputs, batch=batch, **({} if batch is not inputs.batch else {name: None}))
     with pytest.raises(ValueError, match="the objective needs ") as error:
         bind(NEEDED[name])(policy, lacking)
     assert interface.ARGUMENTS[name].remedy in str(error.value)
 
 
 def test_a_reference_without_tokens_says_so():
-    policy, known = probe_inputs()
+    policy, inputs = probe_inputs()
     with pytest.raises(ValueError, match="this reference has no per-token log-probs"):
-        bind(ld_dpo)(policy, replace(known, reference=replace(known.reference, token_logps=None)))
+        bind(ld_dpo)(policy, replace(inputs, reference=replace(inputs.reference, token_logps=None)))
     assert [bind(f).needs_tokens for f in (ld_dpo, wpo, dpo, kto, simpo)] == [True, False, False, False, False]
 
 

@@ -84,8 +84,8 @@ BY_HAND = {  # options; loss; rewards
 def test_by_hand(function):
     options, loss, chosen, rejected = BY_HAND[function]
     models = [pair(-3.0, -6.0)] + ([pair(-5.0, -5.0)] if bind(function).uses_reference else [])
-    found = [float(x) for x in function(*models, **options)]
-    assert found == pytest.approx([loss, chosen, rejected], abs=1e-12)
+    values = [float(x) for x in function(*models, **options)]
+    assert values == pytest.approx([loss, chosen, rejected], abs=1e-12)
 
 
 def test_every_pairwise_objective_on_sums_alone_is_here():
@@ -97,8 +97,8 @@ def test_every_pairwise_objective_on_sums_alone_is_here():
 
 def test_dpo_positive_charges_what_the_chosen_response_loses():
     """Log-ratios -1 and 1, penalty 2, beta 0.5: rewards 0.5 (-1 - 2) and 0.5, so the margin is -2 (dpo: -1)."""
-    found = dpo_positive(pair(-6.0, -4.0), pair(-5.0, -5.0), beta=0.5, penalty=2.0)
-    assert [float(x) for x in found] == pytest.approx([math.log1p(E**2), -1.5, 0.5])
+    outcome = dpo_positive(pair(-6.0, -4.0), pair(-5.0, -5.0), beta=0.5, penalty=2.0)
+    assert [float(x) for x in outcome] == pytest.approx([math.log1p(E**2), -1.5, 0.5])
 
 
 def test_discopop_starts_downhill_in_the_wrong_direction():

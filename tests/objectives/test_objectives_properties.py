@@ -80,10 +80,10 @@ SHIFT_SENSITIVE = [ipo_mean, dpo_norm, dpo_per_byte, forward_kl_dpo, js_dpo, alp
 ANTISYMMETRIC = [f for f in MARGIN_LOSSES if f is not dpo_positive]
 
 
-def drawn(seed, number=50, spread=3.0):
+def drawn(seed, num_pairs=50, spread=3.0):
     generator = torch.Generator().manual_seed(seed)
-    chosen, rejected = -spread * torch.rand(2, number, dtype=torch.float64, generator=generator)
-    return PairLogps(chosen, rejected, *torch.randint(1, 30, (4, number), generator=generator))
+    chosen, rejected = -spread * torch.rand(2, num_pairs, dtype=torch.float64, generator=generator)
+    return PairLogps(chosen, rejected, *torch.randint(1, 30, (4, num_pairs), generator=generator))
 
 
 def called(function, policy, reference, **options):
@@ -142,19 +142,19 @@ def test_log_2_where_policy_and_reference_agree(function):
 
 
 def minimiser(loss, start=0.1):
-    found = torch.tensor([start, start], dtype=torch.float64, requires_grad=True)
+    point = torch.tensor([start, start], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [found], max_iter=300, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+        [point], max_iter=300, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
     )
 
     def closure():
         optimizer.zero_grad()
-        value = loss(*found)
+        value = loss(*point)
         value.backward()
         return value
 
     optimizer.step(closure)
-    return found.detach()
+    return point.detach()
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def minimiser(loss, start=0.1):
 def test_minimisers(function, options, quantity, expected):
     sizes = [torch.tensor([n]) for n in (5, 8, 20, 30)]
     zeros = PairLogps(torch.zeros(1).double(), torch.zeros(1).double(), *sizes)
-    found = minimiser(lambda w, r: function(PairLogps(w[None], r[None], *sizes), zeros, **options).losses.sum())
-    assert float(quantity(*found)) == pytest.approx(expected, abs=1e-5)
+    point = minimiser(lambda w, r: function(PairLogps(w[None], r[None], *sizes), zeros, **options).losses.sum())
+    assert float(quantity(*point)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_robust_dpo_is_dpo_in_the_mean_over_flipped_labels():
@@ -200,8 +200,8 @@ def test_rewards_are_the_derivative_of_the_divergence(function, options, f):
     (slope,) = torch.autograd.grad(f(ratio).sum(), ratio)
     one = torch.ones(1, dtype=torch.float64, requires_grad=True)
     (at_one,) = torch.autograd.grad(f(one).sum(), one)
-    found = function(policy, reference, beta=0.4, **options).chosen_rewards
-    torch.testing.assert_close(found, 0.4 * (slope - at_one))
+    rewards = function(policy, reference, beta=0.4, **options).chosen_rewards
+    torch.testing.assert_close(rewards, 0.4 * (slope - at_one))
 
 
 def test_alpha_dpo_lies_between_dpo_and_forward_kl_dpo():

@@ -88,10 +88,10 @@ def brute(name, policy, old, reference, beta, epsilon=0.2):
 def test_value_and_gradient_equal_brute_force(objective):
     old, reference = drawn(1).double(), drawn(2).double()
     ours, theirs = (drawn(3).double().requires_grad_() for _ in range(2))
-    found = objective(responses(ours), responses(old), responses(reference), ADVANTAGES, beta=0.3).losses.sum()
+    loss = objective(responses(ours), responses(old), responses(reference), ADVANTAGES, beta=0.3).losses.sum()
     expected = brute(objective.__name__, theirs, old, reference, beta=0.3)
-    assert found.item() == pytest.approx(expected.item(), abs=1e-9)
-    found.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
+    loss.backward()
     expected.backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=0)
     assert ours.grad.count_nonzero() < len(OWNERS) or objective is grpo  # some tokens are clipped
@@ -129,13 +129,13 @@ VOCABULARY, DEPTH = 3, 2
 
 
 def every_response():
-    found = [(0,)]
-    found += [(first, second) for first, second in product((1, 2), range(VOCABULARY))]
-    return found
+    sequences = [(0,)]
+    sequences += [(first, second) for first, second in product((1, 2), range(VOCABULARY))]
+    return sequences
 
 
 RESPONSES = every_response()
-STATES = {prefix: number for number, prefix in enumerate([(), (1,), (2,)])}
+STATES = {prefix: index for index, prefix in enumerate([(), (1,), (2,)])}
 
 
 def token_logps(weights):
@@ -202,8 +202,8 @@ def test_rwr_converges_to_the_exponentially_weighted_policy():
         return loss
 
     optimiser.step(closure)
-    found = everything(token_logps(leaf)).sums
-    assert (target * (target.log() - found)).sum().item() < 1e-8
+    logps = everything(token_logps(leaf)).sums
+    assert (target * (target.log() - logps)).sum().item() < 1e-8
 
 
 @pytest.mark.parametrize("objective", [rwr, reinforce, ppo_clip, grpo])

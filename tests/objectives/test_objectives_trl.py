@@ -129,8 +129,8 @@ def logits_and_pairs(dtype):
     width = PROMPT + int(LENGTHS.max())
     tokens = torch.randint(1, VOCABULARY, (2 * NUM_PAIRS, width), generator=generator)
     logits = torch.randn(2 * NUM_PAIRS, width, VOCABULARY, generator=generator, dtype=dtype).requires_grad_()
-    found = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0] * completion_mask(LENGTHS)[:, 1:]
-    return logits, tokens, pairs(*found.sum(1).chunk(2))
+    logps = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0] * completion_mask(LENGTHS)[:, 1:]
+    return logits, tokens, pairs(*logps.sum(1).chunk(2))
 
 
 def test_simpo_is_cpo_trainers_with_gamma_in_units_of_reward():
@@ -161,6 +161,6 @@ def test_orpo_is_orpo_trainers_but_for_the_likelihood_of_the_prompt():
     whole = F.cross_entropy(logits[:NUM_PAIRS, :-1].reshape(-1, VOCABULARY), labels.reshape(-1))
     per_pair = -(policy.chosen / policy.chosen_lengths).mean()
     ours = orpo(policy, weight=0.3).losses.mean() + whole - per_pair
-    found, expected = value_and_gradient(ours, logits), value_and_gradient(theirs, logits)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-6, check_dtype=False)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-6)
+    (loss, gradient), expected = value_and_gradient(ours, logits), value_and_gradient(theirs, logits)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=1e-6, check_dtype=False)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-6, atol=1e-6)

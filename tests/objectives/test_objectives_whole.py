@@ -21,7 +21,7 @@ from tests.support.tiny import VOCAB, naive_logps, policy_of, random_groups, tin
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + 3 * i % 5)) for i in range(9)]
 GROUPS = from_groups(
-    replace(group, group_id=f"{number:032x}") for number, group in enumerate(random_groups(LAYOUT, seed=3))
+    replace(group, group_id=f"{index:032x}") for index, group in enumerate(random_groups(LAYOUT, seed=3))
 )
 PACKINGS = {
     "one pack": partial(pack, tokens_per_batch=10_000),
@@ -148,9 +148,9 @@ def test_held_out_data_is_one_batch_and_leaves_the_running_statistic(name):
     objective.running.update(mean_margin=torch.tensor(M0, dtype=torch.float64))
     groups = list(groups_for(objective, GROUPS))
     policy = policy_of(model(0))
-    found = [evaluate(policy, reference(), objective, groups, packing) for packing in PACKINGS.values()]
-    for one in found[1:]:
-        torch.testing.assert_close(one["loss"].mean(), found[0]["loss"].mean(), rtol=1e-9, atol=1e-9)
+    evaluations = [evaluate(policy, reference(), objective, groups, packing) for packing in PACKINGS.values()]
+    for evaluation in evaluations[1:]:
+        torch.testing.assert_close(evaluation["loss"].mean(), evaluations[0]["loss"].mean(), rtol=1e-9, atol=1e-9)
     assert objective.running == {"mean_margin": M0}
 
 
