@@ -74,9 +74,9 @@ def test_a_run_with_a_fresh_adapter(tmp_path):
     assert changed == {name for name in base if "_proj" in name}
     overrides = [f"policy={run}", "tracking=none", "generation.max_new_tokens=8"]
     measure(*overrides)
-    found = json.loads((run / "evaluation" / "evaluation.json").read_text())["metrics"]
-    assert found["rewards/margins"] == pytest.approx(rows[-1]["eval/rewards/margins"] / 0.1, abs=1e-3)
-    assert found["kl/loss_reference"] == found["kl/initial"] > 0
+    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())["metrics"]
+    assert evaluation["rewards/margins"] == pytest.approx(rows[-1]["eval/rewards/margins"] / 0.1, abs=1e-3)
+    assert evaluation["kl/loss_reference"] == evaluation["kl/initial"] > 0
 
 
 def test_going_on_from_a_saved_adapter(tmp_path):

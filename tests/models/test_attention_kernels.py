@@ -114,8 +114,8 @@ def test_a_model_that_is_loaded_when_asked_for_says_once_how_it_runs(on_cuda, fo
     for model in (policy, loader.policy(path)):
         assert model.model is not None
     loader.fresh(loading.ModelSource(folders[12]))
-    told = capsys.readouterr().out.splitlines()
-    assert [line.partition("=")[0] for line in told] == ["policy", "reference.path"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("=")[0] for line in lines] == ["policy", "reference.path"]
 
 
 def test_a_kernel_that_computes_something_else_stops_the_run(on_cuda, folders):

@@ -53,10 +53,10 @@ def test_fused_equals_full_logits(objective, bias, scale, softcap, layout, token
 
     before, logps.CHUNK_LOGITS = logps.CHUNK_LOGITS, tokens_per_chunk * VOCAB
     try:
-        got, found = logps.FusedLoss.apply(hidden, head.weight, head.bias, head, batch, loss_of)
+        got, token_logps = logps.FusedLoss.apply(hidden, head.weight, head.bias, head, batch, loss_of)
     finally:
         logps.CHUNK_LOGITS = before
     torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(found, tokens, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(token_logps, tokens, atol=1e-10, rtol=1e-10)
     for ours, theirs in zip(torch.autograd.grad(0.3 * got, inputs), want_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)

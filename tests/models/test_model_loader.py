@@ -19,11 +19,11 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two small models with their tokenizers."""
-    places = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
-    for seed, place in enumerate(places):
-        tiny_model(seed=seed, pad_token_id=0).save_pretrained(place)
-        TOKENIZER.save_pretrained(place)
-    return [str(place) for place in places]
+    paths = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
+    for seed, path in enumerate(paths):
+        tiny_model(seed=seed, pad_token_id=0).save_pretrained(path)
+        TOKENIZER.save_pretrained(path)
+    return [str(path) for path in paths]
 
 
 def test_what_is_asked_is_shared_and_what_is_kept_is_counted(folders):

@@ -49,9 +49,9 @@ def made(model_type, **options):
 def compare(model):
     groups = random_groups(LAYOUT)
     with torch.no_grad():
-        found = response_logps(model, collate(groups)).token_logps
+        token_logps = response_logps(model, collate(groups)).token_logps
         alone = torch.cat([value for group in groups for value in naive_logps(model, group)])
-    torch.testing.assert_close(found, alone, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(token_logps, alone, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", PACKABLE)
@@ -76,8 +76,10 @@ def test_refused_with_a_reason_and_run_separately(model_type):
     assert model.config._attn_implementation == native
     groups = random_groups(LAYOUT)
     with torch.no_grad():
-        found = response_logps(model, collate(groups)).token_logps
-        for group, values in zip(groups, found.split([sum(map(len, g.response_ids)) for g in groups]), strict=True):
+        token_logps = response_logps(model, collate(groups)).token_logps
+        for group, values in zip(
+            groups, token_logps.split([sum(map(len, g.response_ids)) for g in groups]), strict=True
+        ):
             ids = torch.tensor([[*group.prompt_ids, *group.response_ids[0]]])
             logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
             size, start = len(group.response_ids[0]), len(group.prompt_ids) - 1

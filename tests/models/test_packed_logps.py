@@ -121,9 +121,9 @@ def test_entropy_comes_from_the_same_pass(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 7, dtype=torch.float64, generator=generator) for n in (13, 29))
     targets = torch.randint(29, (13,), generator=generator)
-    found, entropy = logps.token_logps_and_entropy(hidden, logps.Head(weight), targets)
+    token_logps, entropy = logps.token_logps_and_entropy(hidden, logps.Head(weight), targets)
     full = (hidden @ weight.T).log_softmax(-1)
-    torch.testing.assert_close(found, full.gather(1, targets[:, None]).squeeze(1))
+    torch.testing.assert_close(token_logps, full.gather(1, targets[:, None]).squeeze(1))
     torch.testing.assert_close(entropy, -(full.exp() * full).sum(-1))
 
 

@@ -22,14 +22,14 @@ BATCH = collate(GROUPS)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small model on disk, wide enough for quantisation in blocks of 64."""
-    place = tmp_path_factory.mktemp("model")
-    tiny_model(seed=3, hidden_size=64, intermediate_size=128, pad_token_id=0).save_pretrained(place)
-    TOKENIZER.save_pretrained(place)
-    return place
+    path = tmp_path_factory.mktemp("model")
+    tiny_model(seed=3, hidden_size=64, intermediate_size=128, pad_token_id=0).save_pretrained(path)
+    TOKENIZER.save_pretrained(path)
+    return path
 
 
-def other(folder, place, **options):
-    context = context_for(place, make=lambda source: load_reference(source, source.path, CPU, "auto").model)
+def other(folder, cache_folder, **options):
+    context = context_for(cache_folder, make=lambda source: load_reference(source, source.path, CPU, "auto").model)
     return policies.other(context, path=str(folder), **options)
 
 
@@ -67,8 +67,8 @@ def test_quantised_weights_take_less_and_say_nearly_the_same(bits, folder, tmp_p
 
 @pytest.mark.parametrize("device", ["cpu", "spread"])
 def test_elsewhere_changes_nothing(device, folder, tmp_path):
-    found = other(folder, tmp_path, device=device, cache="off")
-    torch.testing.assert_close(found.logps(BATCH).sums.float(), plain(folder), atol=1e-3, rtol=0)
+    reference = other(folder, tmp_path, device=device, cache="off")
+    torch.testing.assert_close(reference.logps(BATCH).sums.float(), plain(folder), atol=1e-3, rtol=0)
 
 
 def test_an_adapter_equals_its_merged_weights(folder, tmp_path):
@@ -78,14 +78,14 @@ def test_an_adapter_equals_its_merged_weights(folder, tmp_path):
     torch.manual_seed(0)
     options = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), options).save_pretrained(tmp_path / "adapter")
-    found = other(folder, tmp_path, adapter=str(tmp_path / "adapter"))
+    reference = other(folder, tmp_path, adapter=str(tmp_path / "adapter"))
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
     model = merged.merge_and_unload()
     expected = [
         float(values.double().sum()) for group in GROUPS for values in naive_logps(model.requires_grad_(False), group)
     ]
-    assert found.logps(BATCH).sums.tolist() == pytest.approx(expected, abs=1e-3)
-    assert found.identity != other(folder, tmp_path).identity
+    assert reference.logps(BATCH).sums.tolist() == pytest.approx(expected, abs=1e-3)
+    assert reference.identity != other(folder, tmp_path).identity
     with pytest.raises(ValueError, match=r"reference.adapter=.* cannot be put on this model"):
         other(folder, tmp_path, adapter=str(folder))
 

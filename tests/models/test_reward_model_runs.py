@@ -51,19 +51,19 @@ def test_the_folder_is_read_by_transformers_and_by_the_scorer_alike(run):
     """The scorer writes prompt and answer as training did: with the template, up to the end of turn."""
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     answers = [answer(0, text="plum, kiwi."), answer(1, text="No.", finished=False), answer(2, text="<|eot|> and")]
-    found = scorers.reward_model(answers, path=str(run / "policy"), batch_size=2)
-    assert found.name == "reward_model"
+    scores = scorers.reward_model(answers, path=str(run / "policy"), batch_size=2)
+    assert scores.name == "reward_model"
     written = [
         tokenizer.apply_chat_template(
-            [*one.prompt, {"role": "assistant", "content": one.output}], tokenize=False
+            [*generation.prompt, {"role": "assistant", "content": generation.output}], tokenize=False
         ).removesuffix("\n")
-        for one in answers
+        for generation in answers
     ]
     assert all(text.endswith((tokenizer.eos_token, "<|eot|>")) for text in written)
     sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in written[:2]]
     _, alone = classified(run / "policy", sequences)
-    assert found.values[:2] == pytest.approx(alone, abs=1e-5)
-    assert len(set(found.values)) == 3
+    assert scores.values[:2] == pytest.approx(alone, abs=1e-5)
+    assert len(set(scores.values)) == 3
 
 
 def test_a_resumed_run_is_the_same(run, tmp_path):
@@ -89,18 +89,20 @@ def test_evaluation_with_a_reward_model_and_best_of_n(run, tmp_path):
     """Two answers to a prompt, each the best of four by the reward model: those of eight plain ones that it scores
     highest among the first four and the last four."""
     scorer = ["scorer=reward_model", f"scorer.path={run / 'policy'}"]
-    found, plain = evaluated(tmp_path / "plain", *scorer, "generation.samples_per_prompt=8")
+    evaluation, plain = evaluated(tmp_path / "plain", *scorer, "generation.samples_per_prompt=8")
     scores = scorers.reward_model(plain, path=str(run / "policy")).values
-    assert found["metrics"]["reward_model/mean"] == pytest.approx(sum(scores) / len(scores), abs=1e-6)
+    assert evaluation["metrics"]["reward_model/mean"] == pytest.approx(sum(scores) / len(scores), abs=1e-6)
     chosen = ["generation=best_of", "generation.samples_per_prompt=2", "scorer@generation.scorer=reward_model"]
     chosen.append(f"generation.scorer.path={run / 'policy'}")
-    found, best = evaluated(tmp_path / "best", *scorer, *chosen)
-    assert found["generation"]["scorer"]["name"] == "reward_model"
+    evaluation, best = evaluated(tmp_path / "best", *scorer, *chosen)
+    assert evaluation["generation"]["scorer"]["name"] == "reward_model"
     expected = [max(range(4 * n, 4 * n + 4), key=scores.__getitem__) for n in range(12)]
-    assert [one.output for one in best] == [plain[place].output for place in expected]
-    assert [(one.prompt_index, one.sample_index) for one in best] == [(n, s) for n in range(6) for s in range(2)]
-    best_mean = sum(scores[place] for place in expected) / 12
-    assert found["metrics"]["reward_model/mean"] == pytest.approx(best_mean, abs=1e-6)
+    assert [generation.output for generation in best] == [plain[index].output for index in expected]
+    assert [(generation.prompt_index, generation.sample_index) for generation in best] == [
+        (n, s) for n in range(6) for s in range(2)
+    ]
+    best_mean = sum(scores[index] for index in expected) / 12
+    assert evaluation["metrics"]["reward_model/mean"] == pytest.approx(best_mean, abs=1e-6)
     with pytest.raises(ValueError, match=r"generation.best_of=1 must be at least 2"):
         evaluated(tmp_path / "one", *chosen, "generation.best_of=1")
 
@@ -119,8 +121,8 @@ def test_a_changed_reward_model_chooses_anew(run, tmp_path):
     _, drawn = evaluated(tmp_path / "drawn", "scorer=none", "generation.samples_per_prompt=3")
     scores = scorers.reward_model(drawn, path=str(run / "policy")).values
     for kept, extreme in ((best, max), (worst, min)):
-        places = [extreme(range(3 * n, 3 * n + 3), key=scores.__getitem__) for n in range(6)]
-        assert [one.output for one in kept] == [drawn[place].output for place in places]
+        indices = [extreme(range(3 * n, 3 * n + 3), key=scores.__getitem__) for n in range(6)]
+        assert [generation.output for generation in kept] == [drawn[index].output for index in indices]
 
 
 def test_on_policy_rounds_are_scored_by_a_reward_model(run, tmp_path):
@@ -131,8 +133,8 @@ def test_on_policy_rounds_are_scored_by_a_reward_model(run, tmp_path):
     done = train(*options, *scorer, f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "24 rewards from reward_model" in done.stdout
-    for number in (1, 2):
-        folder = tmp_path / "run" / "rounds" / f"{number:04d}"
+    for index in (1, 2):
+        folder = tmp_path / "run" / "rounds" / f"{index:04d}"
         answers = read_generations(folder / "generations.jsonl")
         scores = scorers.reward_model(answers, path=str(run / "policy")).values
         assert json.loads((folder / "record.json").read_text())["rewards"] == pytest.approx(scores, abs=1e-6)
@@ -209,19 +211,19 @@ def test_code_of_the_page_gives_the_scorers_score(run):
     code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL).group(1)
     space = {}
     exec(code.replace("outputs/my_reward_model/policy", str(run / "policy")), space)
-    one = replace(answer(text="..."), prompt=({"role": "user", "content": "..."},))
-    found = scorers.reward_model([one], path=str(run / "policy")).values
-    assert found == pytest.approx([space["score"].item()], abs=1e-6)
+    generation = replace(answer(text="..."), prompt=({"role": "user", "content": "..."},))
+    values = scorers.reward_model([generation], path=str(run / "policy")).values
+    assert values == pytest.approx([space["score"].item()], abs=1e-6)
 
 
 def test_tables_of_the_page_are_the_committed_results():
     """Row by row, as each is rounded."""
-    found = json.loads((ROOT / "benchmarks" / "results" / "reward_model.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / "reward_model.json").read_text())
     rows = re.findall(r"^\| [^`|]+ \| (\d+\.\d.*) \|$", PAGE, re.MULTILINE)
-    ranked = [f"{100 * row['labels']:.1f} % | {100 * row['gold']:.1f} %" for row in found["pairs"].values()]
-    gains = [f" ({row['gain']:+.3f} ± {row['gain_se']:.3f})" if row["n"] > 1 else "" for row in found["best_of_n"]]
+    ranked = [f"{100 * row['labels']:.1f} % | {100 * row['gold']:.1f} %" for row in results["pairs"].values()]
+    gains = [f" ({row['gain']:+.3f} ± {row['gain_se']:.3f})" if row["n"] > 1 else "" for row in results["best_of_n"]]
     kept = [
-        f"{row['gold']:.3f}{gain}, {row['tokens']:.1f}" for row, gain in zip(found["best_of_n"], gains, strict=True)
+        f"{row['gold']:.3f}{gain}, {row['tokens']:.1f}" for row, gain in zip(results["best_of_n"], gains, strict=True)
     ]
     assert rows == ranked + [" | ".join(kept[start : start + 3]) for start in (0, 3, 6)]
 
