@@ -15,15 +15,15 @@ def rows(model, wins, baseline="base", judge="someone", prompts=None, answer="b"
     """A row per preference in [1, 2]; the model's answers have 30 to 49 characters."""
     return [
         {
-            "instruction": f"question {number}" if prompts is None else prompts[number],
+            "instruction": f"question {index}" if prompts is None else prompts[index],
             "output_1": answer,
-            "output_2": "m" * (30 + 7 * number % 20),
+            "output_2": "m" * (30 + 7 * index % 20),
             "generator_1": baseline,
             "generator_2": model,
             "annotator": judge,
             "preference": preference,
         }
-        for number, preference in enumerate(wins)
+        for index, preference in enumerate(wins)
     ]
 
 

@@ -83,9 +83,9 @@ class Tab:
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression gives, as JSON."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        reply = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply["exceptionDetails"]
+        return reply["result"].get("value")
 
     def press(self, key: str) -> None:
         """One key, as a keyboard sends it."""

@@ -189,8 +189,8 @@ def composes(command):
     varied = [a for a in overrides if "-m" in arguments and "," in a]
     fixed = [a for a in overrides if a not in varied]
     sweeps = [a.split("=", 1)[0] + "=" + value for a in varied for value in a.split("=", 1)[1].split(",")]
-    for one in sweeps or [None]:
-        resolved(*fixed, *([] if one is None else [one]), kind=kind)
+    for override in sweeps or [None]:
+        resolved(*fixed, *([] if override is None else [override]), kind=kind)
 
 
 REQUIRED = {

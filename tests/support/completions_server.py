@@ -17,7 +17,7 @@ SLOW = 0.6  # seconds that a slow answer takes
 def true_logps(model, ids) -> list[float]:
     """log p of every token from the second on, from full logits in float64, with transformers' own attention."""
     logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return [logps[place, token].item() for place, token in enumerate(ids[1:])]
+    return [logps[index, token].item() for index, token in enumerate(ids[1:])]
 
 
 class CompletionsServer(LoopbackServer):
@@ -48,21 +48,21 @@ class CompletionsServer(LoopbackServer):
         with self.lock:
             if tuple(ids) not in self.known:
                 self.known[tuple(ids)] = true_logps(self.model, ids)
-            found = torch.tensor(self.known[tuple(ids)], dtype=torch.float64)
-            return (found + self.noise * torch.randn(len(found), dtype=torch.float64)).tolist()
+            logps = torch.tensor(self.known[tuple(ids)], dtype=torch.float64)
+            return (logps + self.noise * torch.randn(len(logps), dtype=torch.float64)).tolist()
 
     def choice(self, asked, ids):
         """What the server says about one sequence."""
         assert (asked["max_tokens"], asked["temperature"]) == (1, 0)
-        found = {"text": "x", "logprobs": None, "prompt_logprobs": None}
+        choice = {"text": "x", "logprobs": None, "prompt_logprobs": None}
         if asked.get("echo"):
             assert asked["logprobs"] == 1
-            return found | {"logprobs": {"token_logprobs": [None, *self.logps(ids), -0.5]}}
+            return choice | {"logprobs": {"token_logprobs": [None, *self.logps(ids), -0.5]}}
         if asked.get("prompt_logprobs") == 0:
             pairs = zip(ids[1:], self.logps(ids), strict=True)
             entries = [{str(token): {"logprob": value, "rank": 1, "decoded_token": "x"}} for token, value in pairs]
-            return found | {"prompt_logprobs": [None, *entries]}
-        return found
+            return choice | {"prompt_logprobs": [None, *entries]}
+        return choice
 
 
 class Handler(Answering):
@@ -98,7 +98,7 @@ class Handler(Answering):
         longest = max(map(len, prompts)) + asked["max_tokens"]
         if longest > server.limit:
             return self.refuse(400, f"This model's maximum context length is {server.limit} tokens, not {longest}.")
-        choices = [{"index": place} | server.choice(asked, ids) for place, ids in enumerate(prompts)]
+        choices = [{"index": index} | server.choice(asked, ids) for index, ids in enumerate(prompts)]
         with server.lock:
             server.answered.update(map(tuple, prompts))
         answer = {"object": "text_completion", "choices": choices[::-1]}

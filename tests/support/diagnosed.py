@@ -18,11 +18,11 @@ POLICY, INITIAL = (tiny_model(seed=seed, dtype=torch.float64) for seed in (1, 2)
 @pytest.fixture(scope="module")
 def groups():
     """Responses of which some end, by either token; the first two groups have the same prompt."""
-    found = random_groups(LAYOUT, seed=1)
+    token_groups = random_groups(LAYOUT, seed=1)
     for group, response, end in ((0, 0, 2), (0, 1, 7), (1, 1, 2), (1, 2, 2), (3, 0, 2), (4, 0, 7), (4, 1, 2)):
-        found[group].response_ids[response][-1] = end
-    found[1] = replace(found[1], prompt_ids=found[0].prompt_ids)
-    return found
+        token_groups[group].response_ids[response][-1] = end
+    token_groups[1] = replace(token_groups[1], prompt_ids=token_groups[0].prompt_ids)
+    return token_groups
 
 
 @pytest.fixture(scope="module")

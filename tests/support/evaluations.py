@@ -103,11 +103,11 @@ def summary(folder: Path, **changes) -> None:
 
 def sweep(folder: Path, baseline: Evaluated, betas, seeds, references=("initial",)) -> None:
     """A multirun folder with every job completed and evaluated."""
-    number = 0
+    index = 0
     for reference in references:
         for beta in betas:
             for seed in seeds:
-                job = folder / f"{number}_beta={beta:g},reference={reference},seed={seed}"
+                job = folder / f"{index}_beta={beta:g},reference={reference},seed={seed}"
                 trained(job / RESULTS, baseline, beta, seed, reference)
                 overrides = [
                     "objective=dpo",
@@ -117,7 +117,7 @@ def sweep(folder: Path, baseline: Evaluated, betas, seeds, references=("initial"
                     "optim.lr=3e-4",
                 ]
                 summary(job, objective="dpo", reference=reference, beta=beta, seed=seed, overrides=overrides)
-                number += 1
+                index += 1
 
 
 def answer(prompt=0, sample=0, tokens=(5, 6, 2), finished=True, text="ab", seed=0):

@@ -43,26 +43,26 @@ class GenerationServer(CompletionsServer):
         ends = asked.get("stop_token_ids") or end_of_turn_ids(self.tokenizer)
         end = drawn[-1:] if drawn[-1] in ends else []
         tokens = drawn[: len(drawn) - len(end)]
-        found = {
+        choice = {
             "text": self.tokenizer.decode(tokens, skip_special_tokens=False),
             "finish_reason": "stop" if end else "length",
             "stop_reason": end[0] if end else None,
         }
-        return found | self.tells(tokens, end)
+        return choice | self.tells(tokens, end)
 
     @torch.no_grad()
     def drawn(self, asked, ids):
         """One draw, the end token included."""
         assert asked["top_p"] == 1
-        generator, found = torch.Generator().manual_seed(asked["seed"]), []
+        generator, tokens = torch.Generator().manual_seed(asked["seed"]), []
         ends = asked.get("stop_token_ids") or end_of_turn_ids(self.tokenizer)
-        while len(found) < min(asked["max_tokens"], self.most) and (not found or found[-1] not in ends):
-            logits = self.model(torch.tensor([ids + found])).logits[0, -1]
+        while len(tokens) < min(asked["max_tokens"], self.most) and (not tokens or tokens[-1] not in ends):
+            logits = self.model(torch.tensor([ids + tokens])).logits[0, -1]
             for token, bias in asked.get("logit_bias", {}).items():
                 logits[int(token)] += bias
             if asked["temperature"] == 0:
-                found.append(int(logits.argmax()))
+                tokens.append(int(logits.argmax()))
             else:
                 weights = (logits / asked["temperature"]).softmax(-1)
-                found.append(int(torch.multinomial(weights, 1, generator=generator)))
-        return found
+                tokens.append(int(torch.multinomial(weights, 1, generator=generator)))
+        return tokens

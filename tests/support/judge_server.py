@@ -30,8 +30,8 @@ QUESTION = re.compile(r"<instruction>\n(.*)\n</instruction>\n\n" + ANSWERS.patte
 def gold_wins(prompt, first, second):
     """P(first is better) of a judge who sees the lab's gold rewards dimly, and likes the first position a little."""
     turns = re.split(r"(?:^|\n\n)(System|User|Assistant): ", prompt)[1:] or ["User", prompt]
-    said = zip(turns[::2], turns[1::2], strict=True)
-    asked = [tuple({"role": role.lower(), "content": content} for role, content in said)] * 2
+    messages = zip(turns[::2], turns[1::2], strict=True)
+    asked = [tuple({"role": role.lower(), "content": content} for role, content in messages)] * 2
     of_first, of_second = gold_rewards(asked, [first, second], [True, True])
     return 1 / (1 + math.exp(-6 * (of_first - of_second) - 0.7))
 

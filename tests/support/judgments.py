@@ -7,10 +7,10 @@ from dpo_ref.types import Message
 def judgment(prompt, output, baseline, wins, preference):
     """Opinions from the policy's shares of the win: shown second, shown first."""
     opinions = tuple(
-        Opinion(bool(place), win, "", "refused" if win == "refused" else None, 10, 2)
+        Opinion(bool(policy_first), win, "", "refused" if win == "refused" else None, 10, 2)
         if win != "refused"
-        else Opinion(bool(place), None, "", "400", 0, 0)
-        for place, win in enumerate(wins)
+        else Opinion(bool(policy_first), None, "", "400", 0, 0)
+        for policy_first, win in enumerate(wins)
     )
     return Judgment(Pair((Message(role="user", content=prompt),), 0, 0, output, baseline), opinions, preference)
 

@@ -101,15 +101,15 @@ def losses(policy, reference, objective, pairs, beta, lr, batch, steps):
     """Train the policy in place; yields the mean loss of each step's pairs, before its update."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     for step in range(steps):
-        found = []
-        for place in range(step * batch, (step + 1) * batch):
-            pair = pairs[place % len(pairs)]
+        pair_losses = []
+        for index in range(step * batch, (step + 1) * batch):
+            pair = pairs[index % len(pairs)]
             policy_logps = torch.stack([response_logps(policy, *ids) for ids in pair])
             with torch.no_grad():
                 reference_logps = torch.stack([reference(*ids) for ids in pair])
             lengths = torch.tensor([len(response_ids) for _, response_ids in pair])
-            found.append(objective(policy_logps, reference_logps, lengths, beta))
-        loss = torch.stack(found).mean()
+            pair_losses.append(objective(policy_logps, reference_logps, lengths, beta))
+        loss = torch.stack(pair_losses).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -40,14 +40,14 @@ def data(texts):
 
 
 def context_of(groups, tmp_path, tokenizer, **limits):
-    made = tokenise(groups, POLICY, **({"max_length": 10**6} | limits)).groups
+    token_groups = tokenise(groups, POLICY, **({"max_length": 10**6} | limits)).groups
     return context_for(
         tmp_path,
         tiny_model(seed=0, vocab_size=SIZE),
         POLICY,
         lambda source: tiny_model(seed=int(source.path), vocab_size=SIZE),
         theirs=tokenizer,
-        groups=made,
+        groups=token_groups,
         pack=partial(pack, tokens_per_batch=200),
     )
 
@@ -60,5 +60,5 @@ def plain_sum(model, prompt_ids, response_ids):
     ids = torch.tensor([[*prompt_ids, *response_ids]])
     logps = model.double()(ids).logits[0].log_softmax(-1)
     model.float().set_attn_implementation(used)
-    places = range(len(prompt_ids) - 1, ids.shape[1] - 1)
-    return sum(logps[place, ids[0, place + 1]].item() for place in places)
+    positions = range(len(prompt_ids) - 1, ids.shape[1] - 1)
+    return sum(logps[position, ids[0, position + 1]].item() for position in positions)

@@ -46,14 +46,14 @@ def big(seed=5):
 def context_of(tmp_path, tokenizer=POLICY, **changed):
     groups = [
         PromptGroup(
-            (Message(role="user", content=f"what is {number}?"),),
-            (f"it is {number}, of course", "no cat"[: 3 + number % 4].strip() + "!"),
+            (Message(role="user", content=f"what is {index}?"),),
+            (f"it is {index}, of course", "no cat"[: 3 + index % 4].strip() + "!"),
             ((0, 1),),
-            origin=f"pairs.jsonl row {number + 1}",
+            origin=f"pairs.jsonl row {index + 1}",
         )
-        for number in range(NUM_GROUPS)
+        for index in range(NUM_GROUPS)
     ]
-    made = context_for(
+    context = context_for(
         tmp_path / "cache",
         tiny_model(seed=0, vocab_size=SIZE),
         POLICY,
@@ -62,7 +62,7 @@ def context_of(tmp_path, tokenizer=POLICY, **changed):
         groups=tokenise(groups, POLICY, max_length=10**6).groups,
         pack=partial(pack, tokens_per_batch=200),
     )
-    return replace(made, **changed)
+    return replace(context, **changed)
 
 
 def sequences(groups):

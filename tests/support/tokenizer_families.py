@@ -36,10 +36,10 @@ class Family(NamedTuple):
 
 
 def finished(core: Tokenizer, template: str, bos: str | None, eos: str, specials: list[str]) -> Any:
-    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos)
-    made.add_special_tokens({"additional_special_tokens": specials})
-    made.chat_template = template
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos)
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def byte_level(specials: list[str], digits: bool) -> Tokenizer:
@@ -118,9 +118,9 @@ WORDS = ("the cat", "a dog", "yes", "no", "what is it", "sat", "mat", "1 2 3")
 
 def templated(core: Tokenizer, name: str, bos: str | None, eos: str, specials: list[str]) -> Any:
     """A tokenizer with one of our templates."""
-    made = finished(core, "", bos, eos, specials)
-    install_template(made, name)
-    return made
+    tokenizer = finished(core, "", bos, eos, specials)
+    install_template(tokenizer, name)
+    return tokenizer
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {

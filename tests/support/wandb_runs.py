@@ -43,15 +43,15 @@ class Offline:
         wandb.teardown()  # a finished run may still be in that process's memory
         self.files = sorted(directory.glob(f"wandb/{pattern}/*.wandb"))
         self.bytes = b"".join(path.read_bytes() for path in self.files)
-        found = [record for path in self.files for record in records(path)]
-        self.run = next(record.run for record in found if record.HasField("run"))
+        all_records = [record for path in self.files for record in records(path)]
+        self.run = next(record.run for record in all_records if record.HasField("run"))
         self.config = items(self.run.config.update)
-        self.history = [items(record.history.item) for record in found if record.HasField("history")]
+        self.history = [items(record.history.item) for record in all_records if record.HasField("history")]
         self.summary = {}
-        for record in found:
+        for record in all_records:
             self.summary |= items(record.summary.update)
-        self.metrics = [record.metric for record in found if record.HasField("metric")]
-        self.exit_codes = [record.exit.exit_code for record in found if record.HasField("exit")]
+        self.metrics = [record.metric for record in all_records if record.HasField("metric")]
+        self.exit_codes = [record.exit.exit_code for record in all_records if record.HasField("exit")]
 
 
 class Service(Answering):
