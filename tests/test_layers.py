@@ -27,14 +27,14 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 def imported(path: Path) -> set[str]:
     """Dotted names of every module a file imports, at any depth."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             of_a_package = (PACKAGE.parent / node.module.replace(".", "/")).is_dir()
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if of_a_package else {node.module}
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names} if of_a_package else {node.module}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
+            modules |= {alias.name for alias in node.names}
+    return modules
 
 
 def room_of(path: Path) -> str:
@@ -45,8 +45,8 @@ def upward(path: Path) -> set[tuple[str, str]]:
     """The file's imports that go neither to a lower floor nor to its own room."""
     here = room_of(path)
     ours = {name for name in imported(path) if name.split(".")[0] == "dpo_ref"}
-    found = {name for name in ours if (room := name.split(".")[1]) != here and FLOOR_OF[room] >= FLOOR_OF[here]}
-    return {(str(path.relative_to(PACKAGE)), name) for name in found}
+    imports = {name for name in ours if (room := name.split(".")[1]) != here and FLOOR_OF[room] >= FLOOR_OF[here]}
+    return {(str(path.relative_to(PACKAGE)), name) for name in imports}
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

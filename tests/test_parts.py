@@ -28,7 +28,7 @@ def full_groups(layout):
     for group in random_groups(layout):
         count = len(group.response_ids)
         values = [10 * group.group_index + index for index in range(count)]
-        masks = tuple([place % 3 != 2 for place in range(len(ids))] for ids in group.response_ids)
+        masks = tuple([position % 3 != 2 for position in range(len(ids))] for ids in group.response_ids)
         groups.append(
             replace(
                 group,
@@ -95,9 +95,9 @@ def test_what_an_objective_is_handed_is_cut_as_a_whole(layout):
     reference, old, collision = (random_logps(batch, seed) for seed in range(3))
     items = [logps.pairs(batch.chosen, batch.rejected) for logps in (reference, old)]
     whole = BatchLogps(items[0], items[1], None, slice(5, 5 + batch.num_pairs))
-    known = ObjectiveInputs(batch, reference, old, collision, whole)
+    inputs = ObjectiveInputs(batch, reference, old, collision, whole)
     for span in batch.spans(7):
-        part = known.part(span)
+        part = inputs.part(span)
         same(part.batch, batch.part(span))
         for cut, logps in zip((part.reference, part.old, part.collision), (reference, old, collision), strict=True):
             same(cut, logps.part(span))

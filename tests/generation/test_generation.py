@@ -113,8 +113,8 @@ def test_draws_follow_the_softmax():
     draws = 40_000
     streams = torch.tensor([stream_name(3, ask("x")[0], 0, i) for i in range(draws)])
     over_streams = choose(logits.expand(draws, 5), streams, 7, rule())
-    one = streams[:1]
-    over_steps = torch.cat([choose(logits[None], one, step, rule()) for step in range(4000)])
+    stream = streams[:1]
+    over_steps = torch.cat([choose(logits[None], stream, step, rule()) for step in range(4000)])
     for drawn in (over_streams, over_steps):
         expected = logits.double().softmax(0) * len(drawn)
         observed = drawn.bincount(minlength=5)

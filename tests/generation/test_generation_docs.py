@@ -28,7 +28,7 @@ def test_the_table_of_choices_is_complete(group):
 
 
 def test_what_is_named_exists():
-    known = {*configuration(transformers), *configuration(served)}
-    assert set(re.findall(r"`generation\.(\w+)", PAGE)) <= known
+    options = {*configuration(transformers), *configuration(served)}
+    assert set(re.findall(r"`generation\.(\w+)", PAGE)) <= options
     assert set(re.findall(r"`prompts\.(\w+)`", PAGE)) <= {*configuration(alpaca_eval)}
     assert KEY in PAGE

@@ -69,9 +69,9 @@ def test_a_torn_line_costs_its_batch_alone(tmp_path):
     (partial,) = tmp_path.glob("*.partial.jsonl")
     partial.write_bytes(partial.read_bytes()[:-40])
     second = Counted()
-    found = run(tmp_path, second)
+    generations = run(tmp_path, second)
     assert second.done == 6
-    assert found == answer(engine(), ASKED, 3)
+    assert generations == answer(engine(), ASKED, 3)
 
 
 def test_other_answers_are_not_taken_over(tmp_path):
@@ -88,8 +88,8 @@ def test_a_process_that_is_killed_leaves_what_it_had(tmp_path):
     middle = get_context("fork").Event()
 
     def stuck(items, description, total):
-        for number, item in enumerate(items):
-            if number == 2:
+        for index, item in enumerate(items):
+            if index == 2:
                 middle.set()
                 time.sleep(60)
             yield item

@@ -63,16 +63,16 @@ def here(sampling=GREEDY):
 
 @pytest.mark.parametrize("tells", ["ids", "ids without the end", "log-probs"])
 def test_greedy_answers_are_those_of_the_model_here(tells, serve):
-    found = answer(engine(serve(tells=tells)), ASKED, 7)
-    assert found == here()
-    assert {g.finish_reason for g in found} == {"stop", "length"}
+    generations = answer(engine(serve(tells=tells)), ASKED, 7)
+    assert generations == here()
+    assert {g.finish_reason for g in generations} == {"stop", "length"}
 
 
 def test_texts_alone_are_encoded_and_say_so(serve):
-    found = answer(engine(serve(tells="text"), protocol="openai"), ASKED, 7)
+    generations = answer(engine(serve(tells="text"), protocol="openai"), ASKED, 7)
     expected = {(g.prompt_index, g.turn): g for g in here()}
-    assert {g.tokens for g in found} == {"text"}
-    for g in found:
+    assert {g.tokens for g in generations} == {"text"}
+    for g in generations:
         theirs = expected[g.prompt_index, g.turn]
         assert (g.output, g.finish_reason) == (theirs.output, theirs.finish_reason)
         ids = TOKENIZER.encode(g.output, add_special_tokens=False)
@@ -110,12 +110,12 @@ def test_an_answer_that_the_server_cut_before_the_limit_is_refused(serve):
 
 
 def test_samples_differ_and_come_again_with_the_seed(serve):
-    made = [
+    runs = [
         answer(engine(serve(), temperature=1.0, samples_per_prompt=3, max_new_tokens=8), ASKED, seed)
         for seed in (7, 7, 8)
     ]
-    assert made[0] == made[1]
-    first = [[g.output for g in one if g.turn == 1] for one in made]
+    assert runs[0] == runs[1]
+    first = [[g.output for g in run if g.turn == 1] for run in runs]
     assert len(set(first[0])) > 12
     assert sum(a == b for a, b in zip(first[0], first[2], strict=True)) < 6
 
@@ -148,8 +148,8 @@ def test_an_interrupted_generation_asks_no_further(serve, tmp_path):
     server = serve()
 
     def interrupted(items, description, total):
-        for number, item in enumerate(items):
-            if number == 2:
+        for index, item in enumerate(items):
+            if index == 2:
                 raise KeyboardInterrupt
             yield item
 
@@ -243,8 +243,8 @@ def test_evaluate_with_a_served_policy(tmp_path):
         asked = ["generation=served", f"generation.url={server.url}", "generation.temperature=0"]
         evaluate(*few, *asked, "generation.samples_per_prompt=1", f"output_dir={tmp_path / 'served'}")
     evaluate(*few, "generation=greedy", f"output_dir={tmp_path / 'here'}")
-    found = [read_generations(tmp_path / name / "generations.jsonl") for name in ("served", "here")]
-    assert found[0] == found[1]
+    generations = [read_generations(tmp_path / name / "generations.jsonl") for name in ("served", "here")]
+    assert generations[0] == generations[1]
 
 
 REFUSED = {

@@ -22,21 +22,21 @@ def user(text):
 
 
 def test_alpaca_eval_is_a_list_known_by_place(tmp_path):
-    found = asked(alpaca_eval, written(tmp_path / "alpaca_eval.json", ALPACA))
-    assert found.name == "alpaca_eval"
-    assert found.questions == (
+    prompt_set = asked(alpaca_eval, written(tmp_path / "alpaca_eval.json", ALPACA))
+    assert prompt_set.name == "alpaca_eval"
+    assert prompt_set.questions == (
         Question((user("a cat"),), (), 0, "helpful_base"),
         Question((user("the dog ran"),), (), 1, "koala"),
     )
-    assert asked(alpaca_eval, str(tmp_path / "alpaca_eval.json"), limit=1).questions == found.questions[:1]
+    assert asked(alpaca_eval, str(tmp_path / "alpaca_eval.json"), limit=1).questions == prompt_set.questions[:1]
 
 
 def test_both_versions_of_arena_hard(tmp_path):
     old = [{"question_id": "ab12", "category": "arena-hard-v0.1", "cluster": "x", "turns": [{"content": "a cat"}]}]
     new = [{"uid": "cd34", "category": "hard_prompt", "subcategory": "coding", "prompt": "a cat"}]
     for name, rows in (("old", old), ("new", new)):
-        (found,) = asked(arena_hard, written(tmp_path / f"{name}.jsonl", rows)).questions
-        assert found == Question(
+        (question,) = asked(arena_hard, written(tmp_path / f"{name}.jsonl", rows)).questions
+        assert question == Question(
             (user("a cat"),), (), *((("ab12", "arena-hard-v0.1"), ("cd34", "hard_prompt"))[name == "new"])
         )
 
@@ -44,8 +44,8 @@ def test_both_versions_of_arena_hard(tmp_path):
 def test_own_rows_of_every_form(tmp_path):
     chat = [user("hi"), {"role": "assistant", "content": "hello"}, user("a cat")]
     rows = [{"prompt": "x", "id": "a", "category": "c"}, {"messages": chat}, {"turns": ["one", "two"]}]
-    found = asked(jsonl, written(tmp_path / "own.jsonl", rows)).questions
-    assert found == (
+    questions = asked(jsonl, written(tmp_path / "own.jsonl", rows)).questions
+    assert questions == (
         Question((user("x"),), (), "a", "c"),
         Question(tuple(chat), (), 1, ""),
         Question((user("one"),), ("two",), 2, ""),
@@ -101,27 +101,27 @@ def test_a_file_cut_short_names_its_row(tmp_path):
 def test_the_second_turn_is_asked_after_the_own_first_answer(tmp_path):
     """Every sample goes on with its own conversation, as if that had been the prompt from the beginning."""
     questions = asked(mt_bench, written(tmp_path / "question.jsonl", MT_BENCH))
-    made = answer(engine(), questions, 7)
-    assert [(g.question_id, g.sample_index, g.turn) for g in made] == [
+    generations = answer(engine(), questions, 7)
+    assert [(g.question_id, g.sample_index, g.turn) for g in generations] == [
         (id, sample, turn) for id in (81, 111) for sample in (0, 1) for turn in (1, 2)
     ]
-    for first, second in zip(made[::2], made[1::2], strict=True):
+    for first, second in zip(generations[::2], generations[1::2], strict=True):
         turns = MT_BENCH[first.prompt_index]["turns"]
         assert first.prompt == (user(turns[0]),)
         assert second.prompt == (*first.prompt, {"role": "assistant", "content": first.output}, user(turns[1]))
         assert (second.prompt_set, second.category) == ("mt_bench", MT_BENCH[first.prompt_index]["category"])
-    assert len({g.prompt_ids for g in made if g.turn == 2}) == 4
-    alone = held_out([made[3].prompt])
+    assert len({g.prompt_ids for g in generations if g.turn == 2}) == 4
+    alone = held_out([generations[3].prompt])
     again = generate(
         engine().model(), TOKENIZER, [q.prompt for q in alone.questions], 7, samples_per_prompt=2, max_new_tokens=12
     )
-    assert again[1].token_ids == made[3].token_ids
+    assert again[1].token_ids == generations[3].token_ids
 
 
 def test_what_was_asked_is_the_same_question_whatever_the_first_answer():
     questions = PromptSet("", (Question((user("a cat"),), ("why?",)), Question((user("the dog"),), ("why?",))))
     ours, theirs = (answer(engine(), questions, seed) for seed in (1, 2))
-    keys = [[g.question for g in made] for made in (ours, theirs)]
+    keys = [[g.question for g in generations] for generations in (ours, theirs)]
     assert keys[0] == keys[1]
     assert len(set(keys[0])) == 4
     assert ours[1].prompt != theirs[1].prompt
@@ -130,19 +130,21 @@ def test_what_was_asked_is_the_same_question_whatever_the_first_answer():
 def test_categories_have_temperatures_of_their_own(tmp_path):
     path = written(tmp_path / "question.jsonl", MT_BENCH)
     questions = asked(mt_bench, path, temperatures={"writing": 0.7, "math": 0.0})
-    made = answer(engine(), questions, 3)
-    assert [(g.category, g.temperature, g.sample_index) for g in made if g.turn == 1] == [
+    generations = answer(engine(), questions, 3)
+    assert [(g.category, g.temperature, g.sample_index) for g in generations if g.turn == 1] == [
         ("writing", 0.7, 0), ("writing", 0.7, 1), ("math", 0.0, 0),
     ]  # fmt: skip
     greedy = answer(engine(temperature=0.0, samples_per_prompt=1), asked(mt_bench, path), 99)
-    assert [g.token_ids for g in made if g.category == "math"] == [g.token_ids for g in greedy if g.category == "math"]
+    assert [g.token_ids for g in generations if g.category == "math"] == [
+        g.token_ids for g in greedy if g.category == "math"
+    ]
     with pytest.raises(ValueError, match=r"prompts.temperatures has none for math"):
         asked(mt_bench, path, temperatures={"writing": 0.7})
 
 
 def test_prompts_of_the_lab_can_be_scored_whatever_the_data():
-    found = lab_prompts(5, silent, num_prompts=6)
+    prompt_set = lab_prompts(5, silent, num_prompts=6)
     assert [question.prompt for question in lab_prompts(6, silent, num_prompts=6).questions] == [
-        q.prompt for q in found.questions
+        q.prompt for q in prompt_set.questions
     ]
-    assert len(gold_rewards([q.prompt for q in found.questions], ["x"] * 6, [True] * 6)) == 6
+    assert len(gold_rewards([q.prompt for q in prompt_set.questions], ["x"] * 6, [True] * 6)) == 6

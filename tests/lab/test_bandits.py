@@ -87,8 +87,8 @@ def test_no_policy_beats_the_optimum(peak):
 
     best = optimum(REFERENCE, rewards, strength)
     assert value(best) == pytest.approx(float((REFERENCE * (strength * rewards).exp()).sum().log()))
-    for number in range(50):
-        noise = torch.randn(100, generator=generator(number), dtype=torch.float64) * 10 ** (number % 5 - 3)
+    for seed in range(50):
+        noise = torch.randn(100, generator=generator(seed), dtype=torch.float64) * 10 ** (seed % 5 - 3)
         assert value((best.log() + noise).softmax(0)) < value(best)
 
 
@@ -125,10 +125,10 @@ def test_the_frontier_starts_at_the_reference_and_bounds_best_of_n():
 def test_measuring_arms_is_enumeration():
     world, rewards = Arms(10.0), bump(70, 10.0)
     policy = Categorical(torch.randn(100, generator=generator(), dtype=torch.float64))
-    found = world.measure(policy, world.initial(0), rewards, generator())
+    measurement = world.measure(policy, world.initial(0), rewards, generator())
     chances = policy.probabilities()
-    assert found.reward == pytest.approx(sum(float(p * r) for p, r in zip(chances, rewards, strict=True)))
-    assert found.kl == pytest.approx(
+    assert measurement.reward == pytest.approx(sum(float(p * r) for p, r in zip(chances, rewards, strict=True)))
+    assert measurement.kl == pytest.approx(
         sum(float(p) * math.log(p / q) for p, q in zip(chances, REFERENCE, strict=True)), rel=1e-9
     )
 
@@ -148,11 +148,11 @@ def test_log_probs_of_tokens_are_those_of_full_logits(small_tokens):
     draws = world.draw(policy, world.rewards(1), (4, 6), generator())
     batch = collate(rated_groups(draws, draws.rewards, 0))
     ours = response_logps(policy, batch).sums
-    for place, (group, member) in enumerate(itertools.product(range(4), range(6))):
+    for row, (group, member) in enumerate(itertools.product(range(4), range(6))):
         ids = torch.cat([draws.prompts[group, None], draws.responses[group, member]])
         logits = policy.model(input_ids=ids[None]).logits[0].double()
         expected = sum(logits[t].log_softmax(0)[ids[t + 1]] for t in range(3))
-        assert float(ours[place]) == pytest.approx(float(expected), abs=1e-5)
+        assert float(ours[row]) == pytest.approx(float(expected), abs=1e-5)
 
 
 @torch.no_grad()
@@ -162,16 +162,16 @@ def test_tokens_are_drawn_and_measured_as_enumeration_says(small_tokens):
     rewards = world.rewards(1)
     everything = torch.tensor(list(itertools.product(range(3), repeat=4)))
     chances, logratios = torch.zeros(81, dtype=torch.float64), torch.zeros(81, dtype=torch.float64)
-    for place, ids in enumerate(everything):
+    for row, ids in enumerate(everything):
         ours, theirs = (m.model(input_ids=ids[None]).logits[0].double().log_softmax(-1) for m in (policy, reference))
         logp, other = (sum(float(m[t, ids[t + 1]]) for t in range(3)) for m in (ours, theirs))
-        chances[place], logratios[place] = math.exp(logp) / 3, logp - other
+        chances[row], logratios[row] = math.exp(logp) / 3, logp - other
     assert float(chances.sum()) == pytest.approx(1, abs=1e-6)
     kl = float((chances * logratios).sum())
     reward = float((chances * rewards[everything[:, 1:]].mean(dim=1)).sum())
-    found = [world.measure(policy, reference, rewards, generator(number)) for number in range(30)]
+    measurements = [world.measure(policy, reference, rewards, generator(seed)) for seed in range(30)]
     for name, exact in (("kl", kl), ("reward", reward)):
-        values = torch.tensor([getattr(one, name) for one in found])
+        values = torch.tensor([getattr(measurement, name) for measurement in measurements])
         assert abs(float(values.mean()) - exact) < 5 * float(values.std()) / math.sqrt(30)
         assert float(values.std()) < 0.2 * exact
     draws = world.draw(policy, rewards, (20000, 1), generator())
@@ -202,7 +202,7 @@ def test_dpo_in_the_population_recovers_the_optimum(peak, beta):
     """All ordered pairs of arms with their probability under the reference and Bradley-Terry, by exact gradients."""
     rewards, objective = bump(peak, 10.0), bind(dpo, beta=beta)
     logits = REFERENCE.log().clone().requires_grad_()
-    first, second = (place.flatten() for place in torch.meshgrid(torch.arange(100), torch.arange(100), indexing="ij"))
+    first, second = (arms.flatten() for arms in torch.meshgrid(torch.arange(100), torch.arange(100), indexing="ij"))
     weights = REFERENCE[first] * REFERENCE[second] * torch.sigmoid(rewards[first] - rewards[second])
     ones = torch.ones(len(first), dtype=torch.long)
 
@@ -221,8 +221,8 @@ def test_dpo_in_the_population_recovers_the_optimum(peak, beta):
         return value
 
     optimizer.step(loss)
-    found = logits.detach().softmax(0)
-    assert float(divergence(found, optimum(REFERENCE, rewards, 1 / beta))) < 1e-4
+    policy = logits.detach().softmax(0)
+    assert float(divergence(policy, optimum(REFERENCE, rewards, 1 / beta))) < 1e-4
 
 
 def test_on_policy_training_sees_the_policy_and_offline_the_reference():
@@ -245,8 +245,8 @@ def test_other_kinds_of_objectives_gain_reward_in_their_own_way(function):
     options = StudyOptions(rounds=10, steps_per_round=5, samples_per_group=10, measure_every=50, lr=0.1)
     method = Method(bind(function), options, None)
     runs = [
-        one_run(Problem(Arms(10.0), 20, True), method, "on_policy", Arms(10.0).initial(0), (0, number))
-        for number in (0, 0, 1)
+        one_run(Problem(Arms(10.0), 20, True), method, "on_policy", Arms(10.0).initial(0), (0, replicate))
+        for replicate in (0, 0, 1)
     ]
     assert runs[0][0] == runs[1][0] != runs[2][0]
     assert runs[0][0][-1][2] > 0.8

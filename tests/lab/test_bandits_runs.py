@@ -31,14 +31,14 @@ def test_an_experiment_leaves_what_it_promises(name, tmp_path):
     assert lines[-1]["step"] == 4
     assert lines[0]["peak_70/offline/dpo/kl"] == 0
     assert lines[0]["peak_70/on_policy/dpo/queries"] == 0
-    found = summary(run)
-    assert (found["status"], found["objective"], found["beta"], found["reference"]) == (
+    run_summary = summary(run)
+    assert (run_summary["status"], run_summary["objective"], run_summary["beta"], run_summary["reference"]) == (
         "completed",
         "dpo",
         0.3,
         "initial",
     )
-    ends = found["bandit"]["peak_70/on_policy/dpo"]
+    ends = run_summary["bandit"]["peak_70/on_policy/dpo"]
     assert len(ends["reward"]) == 2
     assert ends["queries"] == 2 * {"arms": 100, "tokens": 60}[name]
     assert lines[-1]["peak_70/on_policy/dpo/reward"] == pytest.approx(sum(ends["reward"]) / 2, abs=1e-6)

@@ -18,14 +18,14 @@ from tests.support.command import forked
 
 def test_two_processes_build_it_once(tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path))
-    said = [tmp_path / name for name in ("first", "second")]
-    for folder in said:
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
         folder.mkdir()
-    started = [forked(folder, lambda: print(lab_models.locate("lab:tiny"))) for folder in said]
+    started = [forked(folder, lambda: print(lab_models.locate("lab:tiny"))) for folder in folders]
     for process in started:
         process.join(timeout=200)
     assert [process.exitcode for process in started] == [0, 0]
-    outputs = [(folder / "out").read_text() for folder in said]
+    outputs = [(folder / "out").read_text() for folder in folders]
     assert sum("building lab:tiny, once per machine" in output for output in outputs) == 1
     (folder,) = {output.splitlines()[-1] for output in outputs}
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [os.path.basename(folder)]
@@ -88,8 +88,10 @@ def test_the_world_is_hard_but_not_too_hard():
     for name in ("initial", "strong"):
         folder = lab_models.locate(f"lab:{name}")
         model = load_model(folder, torch.device("cpu"), "auto").model
-        made = generate(model, load_tokenizer(folder), prompts, 0, samples_per_prompt=4)
-        rewards = gold_rewards([g.prompt for g in made], [g.output for g in made], [g.finished for g in made])
+        generations = generate(model, load_tokenizer(folder), prompts, 0, samples_per_prompt=4)
+        rewards = gold_rewards(
+            [g.prompt for g in generations], [g.output for g in generations], [g.finished for g in generations]
+        )
         means[name] = sum(rewards) / len(rewards)
     assert 0.3 <= means["initial"] <= 0.55
     assert means["strong"] >= means["initial"] + 0.2

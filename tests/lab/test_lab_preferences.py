@@ -54,9 +54,9 @@ def test_the_judge_likes_length_and_gold_does_not():
 
 def test_rewards_are_the_gold_rewards_of_the_texts():
     groups = lab(1, num_pairs=300, num_eval_pairs=0).train
-    for place in (0, 1):
-        texts = [group.responses[place] for group in groups]
-        rewards = [group.rewards[place] for group in groups]
+    for index in (0, 1):
+        texts = [group.responses[index] for group in groups]
+        rewards = [group.rewards[index] for group in groups]
         assert gold_rewards([group.prompt for group in groups], texts, [True] * len(groups)) == rewards
     assert all(group.pairs == ((0, 1),) and group.responses[0] != group.responses[1] for group in groups)
 

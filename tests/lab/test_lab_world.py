@@ -92,8 +92,8 @@ def test_phrases_of_the_writers_contain_no_item():
         *ASIDES,
         *(w for f in FAMILIES.values() for w in f.wordings),
     )
-    found = [(phrase, kind.find(phrase)) for phrase in phrases for kind in (NUMBER, WORD, COLOUR)]
-    assert not [pair for pair in found if pair[1]]
+    matches = [(phrase, kind.find(phrase)) for phrase in phrases for kind in (NUMBER, WORD, COLOUR)]
+    assert not [pair for pair in matches if pair[1]]
 
 
 def test_every_word_stands_in_one_table_only():

@@ -34,12 +34,12 @@ def test_a_value_that_is_not_finite_is_not_the_latest_after_a_resume(tmp_path):
 
 
 def test_a_group_that_is_measured_anew_forgets_what_is_missing(tmp_path):
-    made = record(tmp_path)
-    made.replace_under("evaluation", {"gold": 0.1, "kl": 2.0}, 1)
-    made.add({"train/loss": 0.6}, 1)
-    made.replace_under("evaluation", {"gold": 0.2}, 2)
-    assert made.last == {"evaluation/gold": 0.2, "train/loss": 0.6}
-    assert made.first["evaluation/kl"] == 2.0
+    run_record = record(tmp_path)
+    run_record.replace_under("evaluation", {"gold": 0.1, "kl": 2.0}, 1)
+    run_record.add({"train/loss": 0.6}, 1)
+    run_record.replace_under("evaluation", {"gold": 0.2}, 2)
+    assert run_record.last == {"evaluation/gold": 0.2, "train/loss": 0.6}
+    assert run_record.first["evaluation/kl"] == 2.0
 
 
 def test_versions_of_what_is_not_installed_are_null(monkeypatch):

@@ -57,20 +57,20 @@ def sweep(tmp_path_factory):
 
 
 @cache
-def inspected(folder: Path, place: int, *options: str) -> str:
+def inspected(folder: Path, index: int, *options: str) -> str:
     """What `wandb leet inspect` says about an offline run below a folder."""
-    run = sorted(folder.glob("wandb/offline-run-*"))[place]
+    run = sorted(folder.glob("wandb/offline-run-*"))[index]
     command = [sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", str(run)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def records(folder: Path, place: int, kind: str) -> list[dict]:
-    rows = map(json.loads, inspected(folder, place).splitlines())
+def records(folder: Path, index: int, kind: str) -> list[dict]:
+    rows = map(json.loads, inspected(folder, index).splitlines())
     return [row[kind] for row in rows if row.get("type") == kind]
 
 
-def artifacts(folder: Path, place: int) -> dict[str, dict]:
-    return {made["type"]: made for made in records(folder, place, "artifact")}
+def artifacts(folder: Path, index: int) -> dict[str, dict]:
+    return {artifact["type"]: artifact for artifact in records(folder, index, "artifact")}
 
 
 def training_id(sweep: Path) -> str:
@@ -79,20 +79,20 @@ def training_id(sweep: Path) -> str:
 
 def test_an_evaluation_is_flat_numbers_in_the_group_of_its_training(sweep):
     run = sweep / "0_beta-0.1"
-    found = json.loads(inspected(run / "evaluation", 0, "--summary"))
+    wandb_run = json.loads(inspected(run / "evaluation", 0, "--summary"))
     metrics = json.loads((run / "evaluation" / "evaluation.json").read_text())["metrics"]
     for name in ("gold/mean", "gold/mean_se", "winrate/initial", "winrate/initial_low", "kl/initial", "kl/initial_se"):
-        assert found["summary"][f"evaluation/{name}"] == pytest.approx(metrics[name], rel=1e-12)
-    assert found["summary"]["evaluation/degenerate"] is True
-    assert "answers end" in found["summary"]["evaluation/degenerate_because"]
-    assert (found["state"], found["exit_code"], found["name"]) == ("finished", 0, "evaluate 0_beta-0.1")
-    assert found["config"]["training"]["id"] == found["summary"]["training_run"] == training_id(sweep)
-    assert found["config"]["data"]["num_pairs"] == 64  # the run's data, not the default
+        assert wandb_run["summary"][f"evaluation/{name}"] == pytest.approx(metrics[name], rel=1e-12)
+    assert wandb_run["summary"]["evaluation/degenerate"] is True
+    assert "answers end" in wandb_run["summary"]["evaluation/degenerate_because"]
+    assert (wandb_run["state"], wandb_run["exit_code"], wandb_run["name"]) == ("finished", 0, "evaluate 0_beta-0.1")
+    assert wandb_run["config"]["training"]["id"] == wandb_run["summary"]["training_run"] == training_id(sweep)
+    assert wandb_run["config"]["data"]["num_pairs"] == 64  # the run's data, not the default
 
     (run_record,) = records(run / "evaluation", 0, "run")
     (trained,) = records(run, 0, "run")
     assert (run_record["job_type"], trained["job_type"]) == ("evaluate", "train")
-    named = {name: found["config"]["training"][name] for name in ("objective", "reference", "beta", "seed")}
+    named = {name: wandb_run["config"]["training"][name] for name in ("objective", "reference", "beta", "seed")}
     assert named == {"objective": "dpo", "reference": "initial", "beta": 0.1, "seed": 0}
     assert trained["config"]["update"]["training"] == named  # so that both can be grouped by the same keys
     assert run_record["run_group"] == trained["run_group"] == "0_beta-0.1"
@@ -125,11 +125,11 @@ def test_answers_stand_beside_the_baselines(sweep):
 
 def test_artifacts_are_small_files_paths_and_digests(sweep):
     run = sweep / "0_beta-0.1"
-    made, trained = artifacts(run / "evaluation", 0), artifacts(run, 0)
-    assert {kind: one["name"].rpartition("-")[0] for kind, one in (made | trained).items()} == {
+    evaluated, trained = artifacts(run / "evaluation", 0), artifacts(run, 0)
+    assert {kind: artifact["name"].rpartition("-")[0] for kind, artifact in (evaluated | trained).items()} == {
         "generations": "generations", "evaluation": "evaluation", "model": "policy", "reference-table": "reference",
     }  # fmt: skip
-    assert made["generations"]["name"].endswith(training_id(sweep))
+    assert evaluated["generations"]["name"].endswith(training_id(sweep))
     weights = {entry["path"]: entry for entry in trained["model"]["manifest"]["contents"]}
     assert weights["model.safetensors"]["ref"].startswith("file://")
     assert "local_path" not in weights["model.safetensors"]  # nothing of it is uploaded
@@ -137,7 +137,7 @@ def test_artifacts_are_small_files_paths_and_digests(sweep):
     links = {entry["path"]: entry["ref"] for entry in trained["reference-table"]["manifest"]["contents"]}
     assert links["identity"] == f"dpo-ref://reference/{identities['loss_reference']}"
     assert links["values"].endswith(identities["loss_reference_values"])
-    (answers,) = made["generations"]["manifest"]["contents"]
+    (answers,) = evaluated["generations"]["manifest"]["contents"]
     copy = Path(answers["local_path"])
     assert (run / "evaluation" / "wandb").resolve() in copy.parents
     assert copy.read_bytes() == (run / "evaluation" / "generations.jsonl").read_bytes()
@@ -154,8 +154,8 @@ def test_weights_are_uploaded_only_when_asked_for(sweep, tmp_path):
 
 
 def test_a_sweep_is_a_table_and_a_picture_of_reward_against_kl(sweep):
-    found = json.loads(inspected(sweep, 0, "--summary"))
-    assert (found["summary"]["num_jobs"], found["summary"]["num_evaluated"]) == (1, 1)
+    wandb_run = json.loads(inspected(sweep, 0, "--summary"))
+    assert (wandb_run["summary"]["num_jobs"], wandb_run["summary"]["num_evaluated"]) == (1, 1)
     (path,) = sweep.glob("wandb/offline-run-*/files/media/table/frontier_table_*.json")
     table = json.loads(path.read_text())
     metrics = json.loads((sweep / "0_beta-0.1" / "evaluation" / "evaluation.json").read_text())["metrics"]

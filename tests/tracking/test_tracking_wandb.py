@@ -65,24 +65,24 @@ def test_an_offline_run_holds_what_was_logged(info, capsys):
     tracker.finish(0)
     tracker.finish(0)
 
-    found = Offline(info.directory)
-    assert (found.run.project, found.run.run_group, found.run.job_type) == ("my_project", "sweep_1", "train")
-    assert (found.run.display_name, list(found.run.tags)) == ("2026_beta=0.02", ["pilot", "cpu"])
-    assert {key: found.config[key] for key in info.config} == info.config
-    curve = [(row["step"], row["train/loss"]) for row in found.history if "train/loss" in row]
+    offline = Offline(info.directory)
+    assert (offline.run.project, offline.run.run_group, offline.run.job_type) == ("my_project", "sweep_1", "train")
+    assert (offline.run.display_name, list(offline.run.tags)) == ("2026_beta=0.02", ["pilot", "cpu"])
+    assert {key: offline.config[key] for key in info.config} == info.config
+    curve = [(row["step"], row["train/loss"]) for row in offline.history if "train/loss" in row]
     assert curve[:3] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert curve[3][0] == 2  # late, and not dropped
-    assert [(row["step"], row["eval/loss"]) for row in found.history if "eval/loss" in row] == [(0, 0.7), (3, 0.4)]
-    assert any(metric.glob_name == "*" and metric.step_metric == "step" for metric in found.metrics)
-    (drawn,) = (row for row in found.history if "margins._type" in row)
+    assert [(row["step"], row["eval/loss"]) for row in offline.history if "eval/loss" in row] == [(0, 0.7), (3, 0.4)]
+    assert any(metric.glob_name == "*" and metric.step_metric == "step" for metric in offline.metrics)
+    (drawn,) = (row for row in offline.history if "margins._type" in row)
     assert sum(drawn["margins.values"]) == 3
-    assert not any("nothing" in key for row in found.history for key in row)
-    assert (found.summary["gold/reward"], found.summary["status"]) == (0.875, "completed")
-    assert found.exit_codes == [0]
+    assert not any("nothing" in key for row in offline.history for key in row)
+    assert (offline.summary["gold/reward"], offline.summary["status"]) == (0.875, "completed")
+    assert offline.exit_codes == [0]
 
-    (table,) = (row for row in found.history if "samples._type" in row)
+    (table,) = (row for row in offline.history if "samples._type" in row)
     assert (table["step"], table["samples.nrows"], table["samples._type"]) == (3, 2, "table-file")
-    stored = json.loads((found.files[0].parent / "files" / table["samples.path"]).read_text())
+    stored = json.loads((offline.files[0].parent / "files" / table["samples.path"]).read_text())
     assert stored["columns"] == ["prompt", "tokens", "reward"]
     assert stored["data"] == [["p", "[1, 2]", 0.5], ["q", None, 1.0]]
 
@@ -104,11 +104,11 @@ def test_a_resumed_run_keeps_its_id_and_another_job_in_its_folder_gets_its_own(i
 
     train_id, other_id = ((info.directory / f"wandb_id_{kind}").read_text() for kind in ("train", "evaluate"))
     assert train_id != other_id
-    found = Offline(info.directory, f"offline-run-*-{train_id}")
-    assert len(found.files) == 2
-    assert found.run.resume
-    assert [row["step"] for row in found.history] == [1, 2]
-    assert found.exit_codes == [1, 1]
+    offline = Offline(info.directory, f"offline-run-*-{train_id}")
+    assert len(offline.files) == 2
+    assert offline.run.resume
+    assert [row["step"] for row in offline.history] == [1, 2]
+    assert offline.exit_codes == [1, 1]
     wandb_tracker(info).finish(0)  # a new run in the folder is not that run
     assert (info.directory / "wandb_id_train").read_text() != train_id
 
@@ -142,9 +142,9 @@ wandb_tracker(run).finish(0)
     command = [sys.executable, "-c", code, "judge.api_key=a-private-word"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
-    found = Offline(tmp_path / "run")
-    assert found.config["judge"] == {"api_key": "***", "model": "m"}
-    assert found.run.display_name == "x_judge.api_key=***"
+    offline = Offline(tmp_path / "run")
+    assert offline.config["judge"] == {"api_key": "***", "model": "m"}
+    assert offline.run.display_name == "x_judge.api_key=***"
     written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert b"a-private-word" not in written
 
@@ -205,9 +205,9 @@ def test_no_network_leaves_the_run_offline_under_its_id_within_the_timeout(info,
     tracker.log({"train/loss": 0.5}, step=1)
     tracker.finish(0)
     assert time.monotonic() - start < 10
-    found = Offline(info.directory)
-    assert found.history[0]["train/loss"] == 0.5
-    assert found.run.run_id == (info.directory / "wandb_id_train").read_text()
+    offline = Offline(info.directory)
+    assert offline.history[0]["train/loss"] == 0.5
+    assert offline.run.run_id == (info.directory / "wandb_id_train").read_text()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("W&B: offline, because the service did not answer")
 

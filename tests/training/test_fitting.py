@@ -18,8 +18,8 @@ from tests.support.tiny import random_groups
 
 
 def groups(*layout, **changes) -> TokenGroups:
-    made = random_groups(layout or [(3, (2, 4)), (5, (1, 3)), (2, (6, 2))])
-    return from_groups(replace(g, group_id=f"{n:032x}", **changes) for n, g in enumerate(made))
+    token_groups = random_groups(layout or [(3, (2, 4)), (5, (1, 3)), (2, (6, 2))])
+    return from_groups(replace(g, group_id=f"{n:032x}", **changes) for n, g in enumerate(token_groups))
 
 
 def test_pairs_are_split_into_a_wanted_and_an_unwanted_response():
@@ -41,9 +41,9 @@ def test_labels_of_the_data_stay():
 def test_responses_in_the_middle_of_a_ranking_are_refused():
     with pytest.raises(ValueError, match=r"1 of 1 rows rank .*data\.pairing=best_vs_worst"):
         groups_for(bind(bco), groups((3, (2, 4, 1))))
-    made = groups((3, (2, 4, 1)), (2, (1, 1)), (2, (3, 1, 2)))
-    ends = from_groups(replace(g, pairs=((0, len(g.response_ids) - 1), (0, 1))) for g in made)
-    assert made.undecided.tolist() == [True, False, True]
+    data = groups((3, (2, 4, 1)), (2, (1, 1)), (2, (3, 1, 2)))
+    ends = from_groups(replace(g, pairs=((0, len(g.response_ids) - 1), (0, 1))) for g in data)
+    assert data.undecided.tolist() == [True, False, True]
     assert [g.labels for g in groups_for(bind(bco), ends)] == [
         (True, False, False),
         (True, False),
@@ -77,26 +77,26 @@ def test_advantages_reach_the_batch():
 
 
 def test_mismatched_responses_are_the_next_prompts_cyclically():
-    found = list(groups_for(bind(kto), groups()))
-    for group, after in zip(found, [*found[1:], found[0]], strict=True):
+    kto_groups = list(groups_for(bind(kto), groups()))
+    for group, after in zip(kto_groups, [*kto_groups[1:], kto_groups[0]], strict=True):
         other = group.mismatched
         assert other is not None
         assert (other.group_index, other.prompt_ids) == (-1 - group.group_index, group.prompt_ids)
-        longest = max(len(g.prompt_ids) + len(ids) for g in found for ids in g.response_ids)
+        longest = max(len(g.prompt_ids) + len(ids) for g in kto_groups for ids in g.response_ids)
         assert [len(group.prompt_ids) + len(ids) <= longest for ids in other.response_ids] == [True, True]
         for ours, whole in zip(other.response_ids, after.response_ids, strict=True):
             assert ours == whole[: len(ours)]
             assert len(ours) == len(whole) or len(group.prompt_ids) + len(ours) == longest
-    assert len({group.mismatched.group_id for group in found if group.mismatched}) == 3
+    assert len({group.mismatched.group_id for group in kto_groups if group.mismatched}) == 3
     assert all(group.mismatched is None for group in groups_for(bind(bco), groups()))
 
 
 def test_groups_of_the_same_prompt_are_skipped():
     first, second, third = groups()
     same = replace(second, prompt_ids=first.prompt_ids)
-    found = WithMismatched(from_groups([first, same, third]))
+    data = WithMismatched(from_groups([first, same, third]))
     owners = {tuple(ids[:1]): n for n, g in enumerate((first, same, third)) for ids in g.response_ids}
-    following = [owners[tuple(g.response_ids[0][:1])] for g in found.others[0]]
+    following = [owners[tuple(g.response_ids[0][:1])] for g in data.others[0]]
     assert following == [2, 2, 0]
     with pytest.raises(ValueError, match="needs data with at least two prompts"):
         WithMismatched(from_groups([first, same]))
@@ -111,10 +111,10 @@ def test_texts_follow():
         )
         for n in range(3)
     ]
-    found = WithMismatched(from_groups(groups(), rows).numbered_from(10))
-    (others,) = found.others
+    data = WithMismatched(from_groups(groups(), rows).numbered_from(10))
+    (others,) = data.others
     texts = [others.text(index) for index in range(len(others))]
-    assert [found.text(index) for index in range(len(found))] == rows
+    assert [data.text(index) for index in range(len(data))] == rows
     assert [t.prompt[0]["content"] for t in texts] == ["ask 0", "ask 1", "ask 2"]
     assert [t.responses for t in texts] == [(f"good {n}", f"bad {n}") for n in (1, 2, 0)]
     assert all(t.logps is None for t in texts)
@@ -122,9 +122,9 @@ def test_texts_follow():
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.tuples(st.integers(1, 6), st.integers(1, 6))), min_size=2, max_size=6))
 def test_no_mismatched_sequence_is_longer_than_the_data(layout):
-    made = groups(*layout)
+    data = groups(*layout)
     longest = max(p + max(r) for p, r in layout)
     first: TokenGroup
-    if len({tuple(g.prompt_ids) for g in made}) == len(layout):
-        for first in WithMismatched(made).others[0]:
+    if len({tuple(g.prompt_ids) for g in data}) == len(layout):
+        for first in WithMismatched(data).others[0]:
             assert all(0 < len(ids) <= longest - len(first.prompt_ids) for ids in first.response_ids)

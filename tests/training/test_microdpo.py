@@ -64,16 +64,16 @@ PAIRS = [
 def folders(tmp_path_factory):
     """For each architecture two random models, their tokenizer, and the pairs in two files: as they are, and in the
     order in which the product's shuffle visits them, which the page reads."""
-    visited = [PAIRS[place] for epoch in range(int(EPOCHS)) for place in epoch_order(len(PAIRS), SEED, epoch)]
-    found = {}
+    visited = [PAIRS[index] for epoch in range(int(EPOCHS)) for index in epoch_order(len(PAIRS), SEED, epoch)]
+    by_architecture = {}
     for architecture, tokenizer in (("llama", byte_bpe(CHATML)), ("gpt_neox", byte_bpe(PLAIN, bos="<s>"))):
-        folder = found[architecture] = tmp_path_factory.mktemp(architecture)
+        folder = by_architecture[architecture] = tmp_path_factory.mktemp(architecture)
         for seed, name in enumerate(("policy", "other")):
             tiny_model(architecture, seed, vocab_size=len(tokenizer)).save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name)
         for name, rows in (("pairs", PAIRS), ("visited", visited)):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return found
+    return by_architecture
 
 
 def of_the_page(folder: Path, objective: str, reference: str, dtype: str) -> list[float]:
@@ -117,7 +117,7 @@ def of_the_library(folder: Path, objective: str, reference: str, cache: Path) ->
     rows = preferences(SEED, path=str(folder / "pairs.jsonl")).train
     groups = groups_for(OBJECTIVES[objective], tokenise(rows, tokenizer).groups)
     context = context_for(cache, policy, tokenizer, lambda source: load(source.path), groups=groups, pack=packing)
-    made = {
+    loss_reference = {
         "initial": partial(policies.initial, cache="off"),  # a table keeps float32
         "other": partial(policies.other, path=str(folder / "other"), cache="off"),
         "prior": policies.prior,
@@ -126,7 +126,7 @@ def of_the_library(folder: Path, objective: str, reference: str, cache: Path) ->
     optim = adamw(policy, STEPS, lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=None)
     config = TrainerConfig(batch_size=BATCH, epochs=EPOCHS, max_steps=STEPS)
     rounds = OfflineRounds(groups, config, packing, SEED)
-    steps = list(train(context.policy, made, OBJECTIVES[objective], optim, rounds))
+    steps = list(train(context.policy, loss_reference, OBJECTIVES[objective], optim, rounds))
     assert max(step.num_packs for step in steps) > 1
     return [step.metrics["loss"].item() for step in steps]
 
@@ -152,15 +152,15 @@ IN_FLOAT32 = [*(("llama", *both) for both in SOME), ("gpt_neox", "dpo", "prior")
 @pytest.mark.parametrize(("architecture", "objective", "reference"), IN_FLOAT64)
 def test_losses_in_float64(architecture, objective, reference, folders, exact_norms, tmp_path):
     expected = of_the_page(folders[architecture], objective, reference, "float64")
-    found = of_the_library(folders[architecture], objective, reference, tmp_path)
-    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+    losses = of_the_library(folders[architecture], objective, reference, tmp_path)
+    assert losses == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize(("architecture", "objective", "reference"), IN_FLOAT32)
 def test_losses_in_float32(architecture, objective, reference, folders, tmp_path):
     expected = of_the_page(folders[architecture], objective, reference, "float32")
-    found = of_the_command(folders[architecture], objective, reference, tmp_path / "run")
-    assert found == pytest.approx(expected, rel=2e-4, abs=0)
+    losses = of_the_command(folders[architecture], objective, reference, tmp_path / "run")
+    assert losses == pytest.approx(expected, rel=2e-4, abs=0)
 
 
 def test_it_is_one_page_and_imports_nothing_of_ours():

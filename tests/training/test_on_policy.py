@@ -46,8 +46,8 @@ def lines(folder):
     ]
 
 
-def same_weights(one, other):
-    ours, theirs = (load_file(folder / "policy" / "model.safetensors") for folder in (one, other))
+def same_weights(first, second):
+    ours, theirs = (load_file(folder / "policy" / "model.safetensors") for folder in (first, second))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -59,9 +59,9 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_its_rounds(whole):
     assert [path.name for path in sorted((whole / "rounds").iterdir())] == ["0001", "0002", "0003"]
-    found = lines(whole)
-    assert [row["step"] for row in found] == list(range(1, 13))
-    rounds = [row for row in found if "on_policy/round" in row]
+    rows = lines(whole)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    rounds = [row for row in rows if "on_policy/round" in row]
     assert [(row["step"], row["on_policy/round"], row["on_policy/reward_queries"]) for row in rounds] == [
         (1, 1, 48), (5, 2, 96), (9, 3, 144),
     ]  # fmt: skip
@@ -76,13 +76,13 @@ def test_rounds_are_sampled_from_the_policy_as_it_is(whole, tmp_path):
     """Round 1 is the same whatever the objective, round 2 is not; and no prompt comes twice before all have come."""
     other = run(tmp_path / "run", "objective=sft", "data.rounds=2")
     ours, theirs = (
-        [read_generations(folder / "rounds" / number / "generations.jsonl") for number in ("0001", "0002")]
+        [read_generations(folder / "rounds" / name / "generations.jsonl") for name in ("0001", "0002")]
         for folder in (whole, other)
     )
     assert ours[0] == theirs[0]
     assert [g.prompt for g in ours[1]] == [g.prompt for g in theirs[1]]
     assert [g.output for g in ours[1]] != [g.output for g in theirs[1]]
-    prompts = [str(g.prompt) for made in ours for g in made if g.sample_index == 0]
+    prompts = [str(g.prompt) for generations in ours for g in generations if g.sample_index == 0]
     assert len(set(prompts)) == 24
 
 
@@ -135,9 +135,9 @@ def test_epochs_are_refused_on_resuming_too(whole, tmp_path):
 def test_old_logps_are_those_of_the_sampling_policy(whole):
     """Round 1's are the initial policy's, by transformers alone; round 2's are not."""
     initial = AutoModelForCausalLM.from_pretrained(lab_models.locate("lab:tiny")).eval()
-    for number, same in (("0001", True), ("0002", False)):
-        rows = read_shards(whole / "rounds" / number / "old")
-        groups = groups_of(read_samples(whole / "rounds" / number), all_with("none"), 0, seed=0)
+    for name, same in (("0001", True), ("0002", False)):
+        rows = read_shards(whole / "rounds" / name / "old")
+        groups = groups_of(read_samples(whole / "rounds" / name), all_with("none"), 0, seed=0)
         assert len(rows) == len(groups) == 12
         for group in groups:
             with torch.no_grad():
@@ -151,8 +151,10 @@ def test_stale_rounds_are_sampled_at_once(tmp_path):
     stale = run(tmp_path / "stale", "objective=sft", "data.sample_every=2", "data.rounds=2")
     still = run(tmp_path / "still", "objective=sft", "optim.lr=1e-12", "data.rounds=2")
     fresh = run(tmp_path / "fresh", "objective=sft", "data.rounds=2")
-    found = [read_generations(folder / "rounds" / "0002" / "generations.jsonl") for folder in (stale, still, fresh)]
-    outputs = [[g.output for g in generations] for generations in found]
+    second_rounds = [
+        read_generations(folder / "rounds" / "0002" / "generations.jsonl") for folder in (stale, still, fresh)
+    ]
+    outputs = [[g.output for g in generations] for generations in second_rounds]
     assert outputs[0] == outputs[1] != outputs[2]
 
 
@@ -177,19 +179,19 @@ def test_an_on_policy_run_is_evaluated_as_any_other(tmp_path):
     folder = run(tmp_path / "run", "objective=sft", "data.rounds=1", "data.prompts.num_test_prompts=4")
     words = [f"policy={folder}", "generation.max_new_tokens=8", "generation.samples_per_prompt=2", "tracking=none"]
     measure(*words)
-    found = json.loads((folder / "evaluation" / "evaluation.json").read_text())
-    assert (found["num_prompts"], found["metrics"]["rewards/num_pairs"]) == (4, 8)
+    evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    assert (evaluation["num_prompts"], evaluation["metrics"]["rewards/num_pairs"]) == (4, 8)
 
 
 def test_groups_hold_the_tokens_that_were_drawn(whole):
     samples = read_samples(whole / "rounds" / "0001")
     best = PAIRS["best_vs_worst"]
-    found = groups_of(samples, best, 100, seed=0)
-    assert found
-    for group in found:
+    groups = groups_of(samples, best, 100, seed=0)
+    assert groups
+    for group in groups:
         drawn, rewards = samples.by_prompt()[group.group_index - 100]
         picked = best(rewards, random.Random(0))
-        assert group.response_ids == tuple(list(drawn[place].token_ids) for place in picked.places)
+        assert group.response_ids == tuple(list(drawn[position].token_ids) for position in picked.places)
         assert group.prompt_ids == list(drawn[0].prompt_ids)
         assert rewards[picked.places[0]] > rewards[picked.places[1]]
 

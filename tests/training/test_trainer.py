@@ -93,11 +93,11 @@ def test_half_precision_sees_every_update():
         config = TrainerConfig(batch_size=len(groups), epochs=4.0)
         rounds = OfflineRounds(groups, config, PACKING, 2)
         steps = train(policy, NoReference(), bind(dpo, beta=0.3), adamw(model, 4, **PLAIN), rounds)
-        found = []
+        values = []
         for _ in range(contexts):
             with policy.precision():
-                found += [float(step.metrics["loss"]) for step in islice(steps, 4 // contexts)]
-        return found
+                values += [float(step.metrics["loss"]) for step in islice(steps, 4 // contexts)]
+        return values
 
     whole = losses(contexts=1)
     assert whole == losses(contexts=4)
@@ -112,8 +112,8 @@ def test_the_same_run_twice_is_the_same_bit_for_bit():
 def test_a_policy_that_is_its_own_reference_starts_at_ln_2():
     policy, groups = policy_of(tiny_model(seed=0)), random_groups(LAYOUT)
     reference = LiveReference("initial", tiny_model(seed=0), "id", policy.weights)
-    found = evaluate(policy, reference, bind(dpo, beta=0.1), groups, partial(pack, tokens_per_batch=40))
-    assert found["loss"].mean().item() == pytest.approx(math.log(2), abs=1e-6)
+    values = evaluate(policy, reference, bind(dpo, beta=0.1), groups, partial(pack, tokens_per_batch=40))
+    assert values["loss"].mean().item() == pytest.approx(math.log(2), abs=1e-6)
     check_step_zero(policy, reference, groups)
     with pytest.raises(ValueError, match="step 0: policy and reference have the same weights"):
         check_step_zero(policy, LiveReference("initial", tiny_model(seed=1), "id", policy.weights), groups)
