@@ -35,9 +35,9 @@ def words(rng, count=20000):
 def make_rows(path, count):
     """Pairs with log-normal lengths: prompts around 130 words, responses around 220, frequent words more often."""
     rng = random.Random(0)
-    known = words(rng)
-    weights = [1 / (place + 10) for place in range(len(known))]
-    pool = rng.choices(known, weights, k=2_000_000)
+    vocabulary = words(rng)
+    weights = [1 / (rank + 10) for rank in range(len(vocabulary))]
+    pool = rng.choices(vocabulary, weights, k=2_000_000)
 
     def text(median, sigma, most):
         size = max(4, min(most, round(median * rng.lognormvariate(0, sigma))))
@@ -63,10 +63,10 @@ def make_tokenizer(folder):
         [" ".join(words(random.Random(0)))],
         trainers.BpeTrainer(vocab_size=32000, special_tokens=specials, show_progress=False),
     )
-    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", model_max_length=1024)
-    made.add_special_tokens({"additional_special_tokens": specials[:2]})
-    made.chat_template = TEMPLATE
-    made.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", model_max_length=1024)
+    tokenizer.add_special_tokens({"additional_special_tokens": specials[:2]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
 
 
 def child(args):
@@ -90,11 +90,11 @@ def child(args):
     mark("read")
     tokenizer = load_tokenizer(str(args.work / "tokenizer"))
     whole = partial(tokenise, max_length=None, over_length="truncate_response")
-    made = tokenised_once(data.train, tokenizer, whole, text_identity(tokenizer), args.work / "cache", silent)
+    tokenised = tokenised_once(data.train, tokenizer, whole, text_identity(tokenizer), args.work / "cache", silent)
     mark("tokenise")
-    batches = optimiser_batches(made.groups, 64, 0)
+    batches = optimiser_batches(tokenised.groups, 64, 0)
     tokens = 0
-    for _ in range(-(-len(made.groups) // 64)):
+    for _ in range(-(-len(tokenised.groups) // 64)):
         packs = pack(next(batches)[1])
         tokens += sum(group.num_tokens for groups in packs for group in groups)
     mark("pack an epoch")
@@ -115,17 +115,17 @@ def main():
         work = Path(name)
         make_rows(work / "pairs.jsonl", args.pairs)
         make_tokenizer(work / "tokenizer")
-        found = {"pairs": args.pairs, "file_mib": (work / "pairs.jsonl").stat().st_size / 2**20}
+        content = {"pairs": args.pairs, "file_mib": (work / "pairs.jsonl").stat().st_size / 2**20}
         environment = os.environ | {"DPO_REF_CACHE": str(work / "cache"), "HF_HUB_OFFLINE": "1"}
         for state in ("cold", "warm"):
             command = [sys.executable, __file__, "--work", name]
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-            found[state] = json.loads(done.stdout.splitlines()[-1])
-            parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in found[state]["seconds"].items())
-            print(f"{state}: {found[state]['total']:.1f} s ({parts}), peak {found[state]['peak_mib']:.0f} MiB")
-    write("data", found, args.out)
+            content[state] = json.loads(done.stdout.splitlines()[-1])
+            parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in content[state]["seconds"].items())
+            print(f"{state}: {content[state]['total']:.1f} s ({parts}), peak {content[state]['peak_mib']:.0f} MiB")
+    write("data", content, args.out)
 
 
 if __name__ == "__main__":

@@ -45,11 +45,11 @@ def evaluated(beta: float, run: Path) -> tuple[Evaluation, Diagnosis]:
     return read_evaluation(run / RESULTS), diagnosis
 
 
-def ends_panels(found: Diagnosis) -> list[Panel]:
+def ends_panels(diagnosis: Diagnosis) -> list[Panel]:
     """All that is about the end token."""
-    own, chosen = found.texts["own"], found.texts["chosen"]
+    own, chosen = diagnosis.texts["own"], diagnosis.texts["chosen"]
     return [
-        end_panel(found),
+        end_panel(diagnosis),
         hazard_panel(own.hazard, "own answers"),
         relative_panel(chosen.relative_hazard, "chosen answers"),
     ]
@@ -58,24 +58,24 @@ def ends_panels(found: Diagnosis) -> list[Panel]:
 def shared(axes: Sequence[Any]) -> None:
     """One scale for all; each axis keeps its direction."""
     for axis in ("xlim", "ylim"):
-        starts, stops = zip(*(getattr(one, f"get_{axis}")() for one in axes), strict=True)
+        starts, stops = zip(*(getattr(ax, f"get_{axis}")() for ax in axes), strict=True)
         upward = starts[0] < stops[0]
         limits = (min(starts), max(stops)) if upward else (max(starts), min(stops))
-        for one in axes:
-            getattr(one, f"set_{axis}")(limits)
+        for ax in axes:
+            getattr(ax, f"set_{axis}")(limits)
 
 
-def draw(found: dict[str, Diagnosis]) -> None:
+def draw(diagnoses: dict[str, Diagnosis]) -> None:
     """A row of panels for each policy, the columns on one scale."""
-    panels = {name: ends_panels(one) for name, one in found.items()}
+    panels = {name: ends_panels(diagnosis) for name, diagnosis in diagnoses.items()}
     columns = len(next(iter(panels.values())))
     with figure_of(len(panels), columns, (4.9, 3.1), {"axes.titlesize": 10}) as (figure, axes):
         for start, (name, row) in zip(range(0, len(axes), columns), panels.items(), strict=True):
-            for panel, one in zip(row, axes[start:], strict=False):
-                panel.draw(one)
-                one.set_title(f"β = {BETAS[name]:g}: {one.get_title(loc='left').lower()}", loc="left")
-        for place in range(columns):
-            shared(axes[place::columns])
+            for panel, ax in zip(row, axes[start:], strict=False):
+                panel.draw(ax)
+                ax.set_title(f"β = {BETAS[name]:g}: {ax.get_title(loc='left').lower()}", loc="left")
+        for column in range(columns):
+            shared(axes[column::columns])
         save(figure, PICTURE, dpi=110, metadata={"Software": None})
 
 

@@ -76,7 +76,7 @@ def measure(shape_name, lengths, variant, args):
     groups = pairs(lengths, args.pairs * (args.steps + 2), VOCAB)
     step = Stepper(policy, groups, args.tokens, args.optimiser)
     if "packing" in options:
-        step.pack = lambda found: packing.pack(found, packing=options["packing"])
+        step.pack = lambda batch: packing.pack(batch, packing=options["packing"])
     batches = [groups[i : i + args.pairs] for i in range(0, len(groups), args.pairs)]
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         for batch in batches[:2]:

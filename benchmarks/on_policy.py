@@ -44,14 +44,14 @@ REWARD = SCORE.of(scorer="gold")
 SHOWN = {REWARD: "gold", KL.of(model="initial"): "KL", LENGTH.key: "tokens", ENDED.key: "ended"}
 
 
-def train(words: list[str], place: Path) -> None:
+def train(words: list[str], folder: Path) -> None:
     """`python train.py`, without importing everything again."""
     from dpo_ref.cli.train import Job, run_job
 
-    words = [*words, f"output_dir={place}", "tracking=none"]
+    words = [*words, f"output_dir={folder}", "tracking=none"]
     cfg, choices = composed(words, "train")
-    if run_job(cfg, Job(place, words, choices, sweep=None)):
-        raise RuntimeError(f"{place} failed; see its error.txt, and remove it to try again")
+    if run_job(cfg, Job(folder, words, choices, sweep=None)):
+        raise RuntimeError(f"{folder} failed; see its error.txt, and remove it to try again")
 
 
 def evaluate(words: list[str]) -> None:
@@ -77,18 +77,18 @@ def metrics(folder: Path) -> dict[str, float]:
 
 def run(name: str, data: str, seed: int, folder: Path, lr: float) -> dict[str, object]:
     """Train and evaluate one run, unless that was done."""
-    place = folder / f"{name}_{data}_{seed}"
+    run_folder = folder / f"{name}_{data}_{seed}"
     with redirect_stdout(io.StringIO()):
-        if not (place / "policy").is_dir():
-            train([*OBJECTIVES[name], *DATA[data], f"seed={seed}", f"optim.lr={lr}"], place)
-        if not (place / "evaluation" / "evaluation.json").is_file():
-            evaluate([f"policy={place}"])
-    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        if not (run_folder / "policy").is_dir():
+            train([*OBJECTIVES[name], *DATA[data], f"seed={seed}", f"optim.lr={lr}"], run_folder)
+        if not (run_folder / "evaluation" / "evaluation.json").is_file():
+            evaluate([f"policy={run_folder}"])
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(line.get("on_policy/sample_seconds", 0.0) for line in lines)
     steps = max(line["step"] for line in lines)
-    print(f"{place.name}: {steps} steps, gold {metrics(place / 'evaluation')[REWARD]:.4f}", flush=True)
-    found = {key: metrics(place / "evaluation")[key] for key in SHOWN}
-    return {"objective": name, "data": data, "seed": seed, "steps": steps, "sample_seconds": seconds, **found}
+    print(f"{run_folder.name}: {steps} steps, gold {metrics(run_folder / 'evaluation')[REWARD]:.4f}", flush=True)
+    values = {key: metrics(run_folder / "evaluation")[key] for key in SHOWN}
+    return {"objective": name, "data": data, "seed": seed, "steps": steps, "sample_seconds": seconds, **values}
 
 
 def main() -> None:
@@ -106,8 +106,8 @@ def main() -> None:
     start = metrics(folder / "initial")[REWARD]
     workers = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, workers, initializer=schemas.register) as pool:
-        made = [pool.submit(run, *cell, seed, folder, args.lr) for seed in args.seeds for cell in CELLS]
-        rows = [one.result() for one in made]
+        futures = [pool.submit(run, *cell, seed, folder, args.lr) for seed in args.seeds for cell in CELLS]
+        rows = [future.result() for future in futures]
     print(f"\ngold reward of lab:initial {start:.4f}; mean over {len(args.seeds)} seeds (standard error)\n")
     print(f"{'objective':12}{'data':8}" + "".join(f"{name:>18}" for name in SHOWN.values()))
     for name, data in CELLS:

@@ -23,11 +23,11 @@ def title(row):
     return row["case"].replace("_", " ") + extra
 
 
-def steps_table(found):
+def steps_table(result):
     """Pairs per second, ratios with their spread, memory."""
     head = ("lengths", "allocator", "dpo_ref pairs/s", "× TRL default", "× TRL best", "× with live references")
     lines = ["| " + " | ".join((*head, "peak MiB: ours, default, best", "losses differ by")) + " |", "|---" * 8 + "|"]
-    for row in found["rows"]:
+    for row in result["rows"]:
         tools = row["tools"]
         ratios = [
             f"{tools[t]['ours_is_faster']:.1f} [{tools[t]['ratio_low']:.1f}, {tools[t]['ratio_high']:.1f}]"
@@ -48,32 +48,32 @@ def live(tools):
     return f"{tools['ours-live']['pairs_per_second'] / tools['trl-nogc']['pairs_per_second']:.1f}"
 
 
-def scaling_table(found):
+def scaling_table(result):
     """The exponents."""
     lines = ["| against | sizes | time grows with exponent |", "|---|---|---|"]
     names = {"pairs": "pairs", "response_tokens": "response", "vocabulary": "vocab", "prompt_share": "prompt"}
-    for row in found["rows"]:
+    for row in result["rows"]:
         sizes = [point[names[row["against"]]] for point in row["points"]]
         lines.append(f"| {row['against'].replace('_', ' ')} | {sizes[0]} to {sizes[-1]} | {row['exponent']:.2f} |")
     return "\n".join(lines)
 
 
-def sweep_text(found):
+def sweep_text(result):
     """One sentence."""
-    wall = found["wall_seconds"]
+    wall = result["wall_seconds"]
     return (
         f"Five runs over beta took {wall['table']:.0f} s with the shared table and {wall['live']:.0f} s with a live "
-        f"reference: {found['ratio']:.2f} of the time, starting Python five times included."
+        f"reference: {result['ratio']:.2f} of the time, starting Python five times included."
     )
 
 
-def data_text(found):
+def data_text(result):
     """Two sentences."""
-    cold, warm = found["cold"], found["warm"]
-    cores, parts = found["machine"]["cores"], cold["seconds"]
+    cold, warm = result["cold"], result["warm"]
+    cores, parts = result["machine"]["cores"], cold["seconds"]
     start = sum(warm["seconds"][part] for part in ("imports", "read", "tokenise"))
     return (
-        f"{found['pairs']:,} pairs of UltraFeedback's lengths ({found['file_mib']:.0f} MiB of JSON lines, "
+        f"{result['pairs']:,} pairs of UltraFeedback's lengths ({result['file_mib']:.0f} MiB of JSON lines, "
         f"{cold['tokens'] / 1e6:.0f} M tokens) are read in {parts['read']:.0f} s, rendered and tokenised in "
         f"{parts['tokenise']:.0f} s and packed in {parts['pack an epoch']:.0f} s on {cores} cores; "
         f"memory peaks at {cold['peak_mib'] / 1024:.1f} GiB. With a warm cache the first pack is ready {start:.1f} s "
@@ -81,21 +81,21 @@ def data_text(found):
     )
 
 
-def gpu_text(found):
+def gpu_text(result):
     """What one card did: full fine-tuning by shape and option, and real pairs beside TRL."""
     lines = ["| shape | option | pairs/s | useful FLOPs of 989 TFLOP/s | GiB | new graphs |", "|---" * 6 + "|"]
     for part in ("gpu_1b", "gpu_1b_compiled", "gpu_8b"):
-        for row in found[part]["rows"]:
+        for row in result[part]["rows"]:
             speed = (
                 f"{row['pairs_per_second']:.1f} | {row['mfu']:.0%} | {row['peak_gib']:.0f} | {row['recompilations']}"
             )
             lines.append(f"| {row['shape'].upper()} | {row['variant']} | {speed} |")
-    machine, beside = found["machine"], found["side_by_side"]["tools"]
+    machine, beside = result["machine"], result["side_by_side"]["tools"]
     ours = beside["ours"]["pairs_per_second"]
     ratios = {tool: ours / beside[tool]["pairs_per_second"] for tool in ("trl-best", "trl-default")}
     versions = machine["packages"]
     lines.append(
-        f"\n{found['card']}, torch {versions['torch']}, transformers {versions['transformers']}, full fine-tuning "
+        f"\n{result['card']}, torch {versions['torch']}, transformers {versions['transformers']}, full fine-tuning "
         "with `optim=adamw_bf16`, UltraFeedback's lengths, 8,192 tokens a micro-batch. A product of 8,192² matrices "
         f"reaches {machine['tflops_bf16']:.0f} TFLOP/s there. SmolLM2-135M-Instruct with float32 weights on real "
         f"pairs, 32 a step: {ours:.0f} pairs/s, {ratios['trl-best']:.1f} times TRL {versions['trl']} at its best and "
@@ -104,19 +104,19 @@ def gpu_text(found):
     return "\n".join(lines)
 
 
-def picture(found):
+def picture(result):
     """Speed beside TRL, one group of bars per cell."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in found["rows"] if row["allocator"] == "shipped"] or found["rows"]
+    rows = [row for row in result["rows"] if row["allocator"] == "shipped"] or result["rows"]
     figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
     tools = {"ours": (OURS, "dpo_ref"), "trl-best": (OTHERS[0], "TRL best"), "trl-default": (OTHERS[1], "TRL default")}
     for offset, (tool, (colour, label)) in enumerate(tools.items()):
         speeds = [row["tools"][tool]["pairs_per_second"] for row in rows]
-        places = [place + 0.27 * (offset - 1) for place in range(len(speeds))]
+        places = [cell + 0.27 * (offset - 1) for cell in range(len(speeds))]
         axes.bar(places, speeds, 0.25, color=colour, label=label)
         for x, y in zip(places, speeds, strict=True):
             axes.text(x, y, f"{y:.2g}", ha="center", va="bottom", fontsize=8, color="#334155")
@@ -138,8 +138,8 @@ def main():
     text = PAGE.read_text()
     makers = {"step_vs_trl": steps_table, "scaling": scaling_table, "sweep_cost": sweep_text, "gpu_h200": gpu_text}
     for name, make in makers.items():
-        if (found := read(name)) is not None:
-            text = fill(text, name, make(found))
+        if (result := read(name)) is not None:
+            text = fill(text, name, make(result))
     if (steps := read("step_vs_trl")) is not None:
         machine, versions = steps["machine"], steps["versions"]
         about = f"{machine['processor']}, {steps['threads']} threads; torch {versions['torch']}, "

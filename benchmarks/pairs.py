@@ -34,11 +34,11 @@ def pairs(case: str, count: int, vocab: int, seed: int = 0) -> list[TokenGroup]:
         median, sigma, low, high = lengths.response
         return max(low, min(high, round(median * shared * math.exp(rng.gauss(0, 0.6 * sigma)))))
 
-    made = []
+    groups = []
     for index in range(count):
         median, sigma, low, high = lengths.prompt
         prompt = draw(max(low, min(high, round(median * math.exp(rng.gauss(0, sigma))))))
         shared = math.exp(rng.gauss(0, 0.8 * lengths.response[1]))
         responses = tuple([*draw(response_size(shared)), 3] for _ in range(2))
-        made.append(TokenGroup(index, f"{case}-{seed}-{index}", prompt, responses, (1, 1), ((0, 1),)))
-    return made
+        groups.append(TokenGroup(index, f"{case}-{seed}-{index}", prompt, responses, (1, 1), ((0, 1),)))
+    return groups

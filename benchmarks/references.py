@@ -38,11 +38,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--betas", type=float, nargs="+", default=[0.1, 0.3, 1.0])
     parser.add_argument("--folder", default="outputs/references")
-    args, number = parser.parse_args(), 0
+    args, index = parser.parse_args(), 0
     for name, overrides in REFERENCES.items():
         for beta in args.betas:
-            number += 1
-            folder = f"{args.folder}/{number}_{name}_{beta:g}"
+            index += 1
+            folder = f"{args.folder}/{index}_{name}_{beta:g}"
             print(folder, flush=True)
             command("train.py", *overrides, f"beta={beta}", f"output_dir={folder}", "tracking=none")
     command("evaluate.py", f"sweep={args.folder}", "tracking=none")

@@ -34,25 +34,25 @@ NUM_PAIRS, EPOCHS, COUNTS = 2048, 4, (1, 4, 16)
 
 def trained(name: str, folder: Path) -> str:
     """The folder of the reward model trained on this judge's labels."""
-    place = folder / name.replace(" ", "_")
+    run_folder = folder / name.replace(" ", "_")
     sizes = [f"data.num_eval_pairs={NUM_PAIRS}", f"trainer.epochs={EPOCHS}"]
     words = ["objective=reward_model", *JUDGES[name], *sizes, "tracking=none"]
-    if not (place / "policy").is_dir():
+    if not (run_folder / "policy").is_dir():
         print(" ".join(["python train.py", *words]), flush=True)
-        command = [sys.executable, "train.py", *words, f"output_dir={place}"]
+        command = [sys.executable, "train.py", *words, f"output_dir={run_folder}"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return str(place / "policy")
+    return str(run_folder / "policy")
 
 
-def written(pair: PromptGroup, place: int) -> Generation:
+def written(pair: PromptGroup, index: int) -> Generation:
     """A response of the data as an answer that ended by itself."""
-    text = pair.responses[place]
+    text = pair.responses[index]
     return Generation(pair.prompt, 0, 0, text, (), (), "stop", 0, len(text), 0, 1.0, 1.0)
 
 
 def margins(pairs: list[PromptGroup], path: str) -> list[float]:
     """Score of the chosen response less that of the rejected one."""
-    answers = [written(pair, place) for place in (0, 1) for pair in pairs]
+    answers = [written(pair, index) for index in (0, 1) for pair in pairs]
     scores = reward_model(answers, path=path, batch_size=64).values
     return [chosen - rejected for chosen, rejected in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
 
@@ -95,8 +95,8 @@ def main() -> None:
     for name, row in ranked.items():
         print(f"{name:20}{row['labels']:8.3f}{row['gold']:8.3f}")
 
-    place, samples = locate("lab:initial"), max(COUNTS)
-    model, tokenizer = load_model(place, best_device(), "auto").model, load_tokenizer(place)
+    checkpoint, samples = locate("lab:initial"), max(COUNTS)
+    model, tokenizer = load_model(checkpoint, best_device(), "auto").model, load_tokenizer(checkpoint)
     answers = generate(model, tokenizer, data.test_prompts, 0, samples_per_prompt=samples)
     worth = gold(answers).values
     scores = {name: reward_model(answers, path=path, batch_size=64).values for name, path in models.items()}

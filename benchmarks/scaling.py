@@ -66,17 +66,17 @@ def main():
         return
     rows = []
     for name, settings in SIZES.items():
-        found = []
+        points = []
         for options in settings:
             command = [sys.executable, __file__, "--child", "--threads", str(args.threads)]
             command += [part for key, value in options.items() for part in (f"--{key}", str(value))]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found.append(options | json.loads(done.stdout.splitlines()[-1]))
-        sizes = [row[SWEPT[name]] for row in found]
-        slope = exponent(sizes, [row["seconds"] for row in found])
-        rows.append({"against": name, "points": found, "exponent": slope})
+            points.append(options | json.loads(done.stdout.splitlines()[-1]))
+        sizes = [row[SWEPT[name]] for row in points]
+        slope = exponent(sizes, [row["seconds"] for row in points])
+        rows.append({"against": name, "points": points, "exponent": slope})
         print(f"\n{name}: time grows with exponent {slope:.2f}")
-        for size, row in zip(sizes, found, strict=True):
+        for size, row in zip(sizes, points, strict=True):
             print(f"  {size:>7}  {1000 * row['seconds']:8.1f} ms  {row['peak_mib']:8.0f} MiB", flush=True)
     write("scaling", {"threads": args.threads, "rows": rows})
 

@@ -73,10 +73,10 @@ def ours(args):
     optim = adamw(model, len(steps), lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=1.0)
     pack = partial(packing.pack, tokens_per_batch=8192)
     before, seconds, losses = peak_mib(), [], []
-    for number, batch in enumerate(steps):
+    for step, batch in enumerate(steps):
         start = time.perf_counter()
         values, _ = backward(policy, reference, bind(dpo, beta=BETA), pack(batch))
-        update(policy, optim, number)
+        update(policy, optim, step)
         losses.append(float(values["loss"].mean()))
         seconds.append(time.perf_counter() - start)
     return seconds, losses, before
@@ -223,8 +223,8 @@ def main():
         child(args)
         return
     path = args.out or RESULTS / "step_vs_trl.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = {(row["case"], row["batch"], row["vocab"], row["allocator"]): row for row in known}
+    stored = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = {(row["case"], row["batch"], row["vocab"], row["allocator"]): row for row in stored}
     for cell in CELLS:
         if args.cells and "/".join(map(str, cell)) not in args.cells:
             continue

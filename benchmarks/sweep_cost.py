@@ -46,15 +46,15 @@ def main():
     parser.add_argument("--pairs", type=int, default=8192)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+        work = Path(name)
         common = [f"model.path={args.model}", f"data.num_pairs={args.pairs}"]
-        train(place / "cache", place / "warm", *common, "trainer.max_steps=1", "reference.cache=off")
+        train(work / "cache", work / "warm", *common, "trainer.max_steps=1", "reference.cache=off")
         totals = {"table": 0.0, "live": 0.0}
         steps = {"table": 0.0, "live": 0.0}
         for beta in BETAS:
             for side, cache in (("table", "auto"), ("live", "off")):
-                folder = place / f"{side}-{beta}"
-                totals[side] += train(place / "cache", folder, *common, f"beta={beta}", f"reference.cache={cache}")
+                folder = work / f"{side}-{beta}"
+                totals[side] += train(work / "cache", folder, *common, f"beta={beta}", f"reference.cache={cache}")
                 steps[side] += timed_steps(folder)
     ratio, step_ratio = totals["table"] / totals["live"], steps["table"] / steps["live"]
     print(f"five runs, wall time:     table {totals['table']:.0f} s, live {totals['live']:.0f} s, ratio {ratio:.2f}")
