@@ -35,7 +35,7 @@ SMALL += ["compatibility.betas=[0.01,0.1,1.0]", "compatibility.max_new_tokens=24
 
 
 @pytest.fixture(scope="module")
-def made(foreign, tmp_path_factory):  # noqa: F811
+def report_folder(foreign, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("compatibility")
     listed = f"references=[initial, '{foreign}', none, prior, uniform_token, {{reference: mixture, parts: "
     listed += "[{reference: initial}, {reference: prior}]}, {reference: interpolate, path: lab:tiny, share: 0.5}]"
@@ -44,71 +44,74 @@ def made(foreign, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def found(made):
-    content = json.loads((made / "compatibility.json").read_text())
-    return content | {"by": {one["kind"]: one for one in content["candidates"]}}
+def report(report_folder):
+    content = json.loads((report_folder / "compatibility.json").read_text())
+    return content | {"by": {candidate["kind"]: candidate for candidate in content["candidates"]}}
 
 
 def drawn_groups():
     """The training pairs that the report looks at."""
     data = lab(0, num_pairs=40, num_eval_pairs=4, num_test_prompts=4)
-    return [data.train[place] for place in sorted(np.random.default_rng(0).permutation(40)[:24].tolist())]
+    return [data.train[index] for index in sorted(np.random.default_rng(0).permutation(40)[:24].tolist())]
 
 
 @torch.no_grad()
 def explicit(path, groups):
     """Log-probs of responses: messages through the model's own template, and a plain forward pass of each."""
-    place = locate(path)
-    tokenizer, model = load_tokenizer(place), load_model(place, torch.device("cpu"), "eager").model
+    folder = locate(path)
+    tokenizer, model = load_tokenizer(folder), load_model(folder, torch.device("cpu"), "eager").model
     model.set_attn_implementation("eager")
     sums = []
     for group in tokenise(groups, tokenizer).groups:
         for response in group.response_ids:
             ids = torch.tensor([[*group.prompt_ids, *response]])
             logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
-            places = range(len(group.prompt_ids) - 1, ids.shape[1] - 1)
-            sums.append(sum(logps[place, ids[0, place + 1]].item() for place in places))
+            positions = range(len(group.prompt_ids) - 1, ids.shape[1] - 1)
+            sums.append(sum(logps[position, ids[0, position + 1]].item() for position in positions))
     return np.array(sums)
 
 
-def test_margins_are_those_of_explicit_forward_passes(found, foreign):  # noqa: F811
+def test_margins_are_those_of_explicit_forward_passes(report, foreign):  # noqa: F811
     def margins(path):
         chosen, rejected = explicit(path, drawn_groups()).reshape(-1, 2).T
         return (chosen - rejected).tolist()
 
-    assert found["policy_margins"] == pytest.approx(margins("lab:tiny"), abs=2e-3)
-    assert found["by"]["other"]["margins"] == pytest.approx(margins(str(foreign)), abs=2e-3)
-    assert found["by"]["none"]["margins"] == [0.0] * 24
-    assert found["by"]["none"]["start"]["sd"] == pytest.approx(np.std(found["policy_margins"]))
+    assert report["policy_margins"] == pytest.approx(margins("lab:tiny"), abs=2e-3)
+    assert report["by"]["other"]["margins"] == pytest.approx(margins(str(foreign)), abs=2e-3)
+    assert report["by"]["none"]["margins"] == [0.0] * 24
+    assert report["by"]["none"]["start"]["sd"] == pytest.approx(np.std(report["policy_margins"]))
 
 
-def test_the_policy_as_its_own_reference(found):
-    one = found["by"]["initial"]
-    assert one["forward"]["per_answer"]["mean"] == one["reverse"]["per_answer"]["mean"] == 0
-    assert one["beside"]["margins_pearson"] == pytest.approx(1)
-    assert one["start"]["unit"] is None
-    assert all(at["loss"] == pytest.approx(math.log(2)) for at in one["start"]["at"])
+def test_the_policy_as_its_own_reference(report):
+    initial = report["by"]["initial"]
+    assert initial["forward"]["per_answer"]["mean"] == initial["reverse"]["per_answer"]["mean"] == 0
+    assert initial["beside"]["margins_pearson"] == pytest.approx(1)
+    assert initial["start"]["unit"] is None
+    assert all(at["loss"] == pytest.approx(math.log(2)) for at in initial["start"]["at"])
 
 
-def test_kl_where_there_is_one(found):
-    kinds = {kind: [one[side]["estimator"] for side in ("forward", "reverse")] for kind, one in found["by"].items()}
+def test_kl_where_there_is_one(report):
+    kinds = {
+        kind: [candidate[side]["estimator"] for side in ("forward", "reverse")]
+        for kind, candidate in report["by"].items()
+    }
     assert kinds["initial"] == kinds["interpolate"] == [BY_TOKEN, BY_TOKEN]
     assert kinds["none"] == kinds["mixture"] == [None, None]
     assert kinds["prior"] == kinds["uniform_token"] == [BY_TEXT, None]
-    assert "sum to 1" in found["by"]["mixture"]["forward"]["reason"]
-    assert "no model to draw" in found["by"]["prior"]["reverse"]["reason"]
+    assert "sum to 1" in report["by"]["mixture"]["forward"]["reason"]
+    assert "no model to draw" in report["by"]["prior"]["reverse"]["reason"]
     assert kinds["other"][0] == BY_TEXT
 
 
-def test_kl_to_a_reference_of_another_tokenizer(found, foreign):  # noqa: F811
+def test_kl_to_a_reference_of_another_tokenizer(report, foreign):  # noqa: F811
     """The policy's answers drawn again, those that ended scored as text by explicit forward passes."""
-    place = lab_models.locate("lab:tiny")
+    folder = lab_models.locate("lab:tiny")
     prompts = list(dict.fromkeys(str(group.prompt) for group in drawn_groups()))[:8]
     asked = [next(group.prompt for group in drawn_groups() if str(group.prompt) == text) for text in prompts]
-    policy, tokenizer = load_model(place, torch.device("cpu"), "auto").model, load_tokenizer(place)
+    policy, tokenizer = load_model(folder, torch.device("cpu"), "auto").model, load_tokenizer(folder)
     samples = generate(policy, tokenizer, asked, 0, max_new_tokens=24)
     texts = [PromptGroup(sample.prompt, (sample.output,)) for sample in samples if sample.finished]
-    kl = found["by"]["other"]["forward"]
+    kl = report["by"]["other"]["forward"]
     assert (kl["num_answers"], kl["num_cut"]) == (len(texts), 8 - len(texts))
     assert len(texts) >= 2
     differences = explicit("lab:tiny", texts) - explicit(str(foreign), texts)
@@ -117,8 +120,8 @@ def test_kl_to_a_reference_of_another_tokenizer(found, foreign):  # noqa: F811
     assert kl["per_byte"]["mean"] == pytest.approx(differences.sum() / num_bytes, abs=1e-4)
 
 
-def test_the_other_tokenizer_is_described(found, foreign):  # noqa: F811
-    tokens = found["by"]["other"]["tokens"]
+def test_the_other_tokenizer_is_described(report, foreign):  # noqa: F811
+    tokens = report["by"]["other"]["tokens"]
     words = [
         {word for word in tokenizer.get_vocab() if not word.startswith("<|")}
         for tokenizer in map(load_tokenizer, (lab_models.locate("lab:tiny"), str(foreign)))
@@ -129,35 +132,37 @@ def test_the_other_tokenizer_is_described(found, foreign):  # noqa: F811
         for tokenizer in map(load_tokenizer, (lab_models.locate("lab:tiny"), str(foreign)))
     ]
     assert tokens["tokens_per_token"] == pytest.approx(sizes[1] / sizes[0])
-    assert all(one["tokens"] is None for kind, one in found["by"].items() if kind != "other")
+    assert all(candidate["tokens"] is None for kind, candidate in report["by"].items() if kind != "other")
 
 
-def test_page_picture_and_numbers(made, found):
-    assert sorted(p.name for p in made.iterdir()) == [f"compatibility.{end}" for end in ("html", "json", "png")]
-    structure = parsed((made / "compatibility.html").read_text())
+def test_page_picture_and_numbers(report_folder, report):
+    assert sorted(p.name for p in report_folder.iterdir()) == [
+        f"compatibility.{end}" for end in ("html", "json", "png")
+    ]
+    structure = parsed((report_folder / "compatibility.html").read_text())
     assert structure.fetched == []
     assert structure.tags.count("script") == 1  # the page's own, which sorts tables
     shown = "".join(structure.texts)
-    assert all(verdict in shown for verdict in found["verdicts"].values())
-    assert "they are the policy's own" in found["verdicts"]["none"]
-    assert (made / "compatibility.png").stat().st_size > 20_000
+    assert all(verdict in shown for verdict in report["verdicts"].values())
+    assert "they are the policy's own" in report["verdicts"]["none"]
+    assert (report_folder / "compatibility.png").stat().st_size > 20_000
 
 
 @pytest.fixture(scope="module")
-def trained(made):
+def trained(report_folder):
     """A run on the same policy and data, after the report: its folder, and what its table held before it."""
     tables = {path.name: read_shards(path) for path in (cache_folder() / "reference").iterdir()}
-    run = made.with_name("trained")
+    run = report_folder.with_name("trained")
     done = train(*DATA, "model.path=lab:tiny", "trainer.max_steps=1", "tracking=none", f"output_dir={run}")
     assert done.returncode == 0, done.stderr
     name = done.stdout.split("reference: initial (")[1][:12]
     return run, next(rows for folder, rows in tables.items() if folder.startswith(name))
 
 
-def test_training_finds_the_log_probs(found, trained):
+def test_training_finds_the_log_probs(report, trained):
     groups = tokenise(drawn_groups(), load_tokenizer(lab_models.locate("lab:tiny"))).groups
     keys = set(map(row_key, groups))
-    assert len(keys) == found["num_pairs"] == 24
+    assert len(keys) == report["num_pairs"] == 24
     assert keys <= trained[1].keys()
 
 
@@ -187,10 +192,10 @@ def test_what_to_type_next_composes_and_wandb_gets_everything(foreign, tmp_path,
     ]
     initial, mixed = ["reference: initial"], ["reference text: 100.00", "reference: mixture"]
     assert sentences == [*initial, *initial, *mixed]  # the policy's own, then each candidate, once
-    told = [line.strip() for line in shown.split("next:")[1].splitlines() if line.strip()]
-    assert len(told) == 2
-    for line in told:
-        words = shlex.split(line)[2:]
+    commands = [line.strip() for line in shown.split("next:")[1].splitlines() if line.strip()]
+    assert len(commands) == 2
+    for command in commands:
+        words = shlex.split(command)[2:]
         assert words[:2] == ["model=pretrained", "model.path=lab:tiny"]
         run = resolve.resolve(*command_line.compose_command(words), words)
         assert run.data.options["num_pairs"] == 40
@@ -247,16 +252,16 @@ def test_kl_by_text_takes_each_models_own_finished_answers():
     ours, _ = answers(6, 1, 12, ends=0.8, good=0.5, seed=1)
     theirs, _ = answers(6, 1, 12, ends=0.8, good=0.5, seed=2)
     ended = [[g for g in drawn if g.finished] for drawn in (ours, theirs)]
-    assert all(2 <= len(one) < 6 for one in ended)
+    assert all(2 <= len(generations) < 6 for generations in ended)
     asked = []
 
     def score(texts):
         asked.extend(text.responses[0] for text in texts)
         return np.arange(len(texts)) * 2.0, np.arange(len(texts)) * 3.0, list(range(len(texts)))
 
-    prompts = [(Message(role="user", content=str(place)),) for place in range(6)]
+    prompts = [(Message(role="user", content=str(index)),) for index in range(6)]
     forward, reverse = both_by_text(ours, theirs, prompts, score)
-    assert asked == [g.output for one in ended for g in one]
+    assert asked == [g.output for generations in ended for g in generations]
     first, second = map(len, ended)
     assert forward.per_answer is not None
     assert reverse.per_answer is not None

@@ -27,10 +27,10 @@ def run(tmp_path_factory):
 
 
 def test_what_is_measured(run):
-    found = numbers(run / "evaluation")
-    assert found["baseline"] == "initial"
-    assert (found["num_prompts"], found["num_generations"], found["beta"]) == (10, 20, 0.1)
-    metrics = found["metrics"]
+    evaluation = numbers(run / "evaluation")
+    assert evaluation["baseline"] == "initial"
+    assert (evaluation["num_prompts"], evaluation["num_generations"], evaluation["beta"]) == (10, 20, 0.1)
+    metrics = evaluation["metrics"]
     expected = ("gold/mean", "winrate/initial", "winrate/initial_low", "lengths/response", "ended/share")
     expected += (
         "repetition/seq_rep_4",
@@ -53,13 +53,13 @@ def test_all_checkpoints_of_a_run_are_evaluated(tmp_path):
     assert train(*TRAIN, *steps, f"output_dir={run}", "beta=0.1").returncode == 0
     measure(f"policy={run}", *QUICK)
     evaluate(f"sweep={run}/checkpoints", *QUICK)
-    found = run / "evaluation" / "checkpoints"
-    rows = list(csv.DictReader((found / "frontier.csv").read_text().splitlines()))
+    folder = run / "evaluation" / "checkpoints"
+    rows = list(csv.DictReader((folder / "frontier.csv").read_text().splitlines()))
     assert [(row["series"], row["step"]) for row in rows] == [("dpo, beta 0.1", "2"), ("dpo, beta 0.1", "4")]
-    last = numbers(found / "step-00000004")["metrics"]
+    last = numbers(folder / "step-00000004")["metrics"]
     assert last == pytest.approx(numbers(run / "evaluation")["metrics"], nan_ok=True)  # its weights are the policy's
-    assert numbers(found / "step-00000002")["metrics"]["kl/initial"] < last["kl/initial"]
-    assert "optimiser step" in (found / "report.html").read_text()
+    assert numbers(folder / "step-00000002")["metrics"]["kl/initial"] < last["kl/initial"]
+    assert "optimiser step" in (folder / "report.html").read_text()
 
 
 def test_twice_is_the_same_and_scoring_again_generates_nothing(run, monkeypatch):
@@ -112,9 +112,9 @@ def test_a_base_model_gets_its_template_from_the_run(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "Human: " in (run / "policy" / "chat_template.jinja").read_text()
     measure(f"policy={run}", *PLAIN)
-    found = [json.loads(line) for line in (run / "evaluation" / "generations.jsonl").read_text().splitlines()]
+    generations = [json.loads(line) for line in (run / "evaluation" / "generations.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(str(run / "policy"))
-    assert tokenizer.decode(found[0]["prompt_ids"]).endswith("\n\nAssistant:")
+    assert tokenizer.decode(generations[0]["prompt_ids"]).endswith("\n\nAssistant:")
     assert numbers(run / "evaluation")["metrics"]["winrate/initial"] is not None
 
 
@@ -168,9 +168,9 @@ def test_thresholds_are_options_and_are_kept(run, tmp_path):
     for limit, broken in ((share / 2, False), ((1 + share) / 2, True)):
         asked = ("degeneration.max_seq_rep_4=1", "degeneration.max_length_ratio=99")
         measure(f"policy={copy}", *QUICK, "stage=score", f"degeneration.min_ended_share={limit}", *asked)
-        found = numbers(copy / "evaluation")
-        assert bool(found["degenerate"]) == broken
-        assert found["thresholds"] == {"min_ended_share": limit, "max_seq_rep_4": 1.0, "max_length_ratio": 99.0}
+        evaluation = numbers(copy / "evaluation")
+        assert bool(evaluation["degenerate"]) == broken
+        assert evaluation["thresholds"] == {"min_ended_share": limit, "max_seq_rep_4": 1.0, "max_length_ratio": 99.0}
 
 
 BAD = {

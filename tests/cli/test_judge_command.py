@@ -46,7 +46,7 @@ def test_all_stages_then_judging_alone_then_scoring_again(run, tmp_path):
         assert requests == server.answered.total() + 2
         metrics = first["metrics"]
         assert metrics["judge/cost"] == pytest.approx(server.answered.total() * (100 * 2 + 1 * 8) / 1e6)
-        by_prompt = [judged[place : place + 2] for place in range(0, 20, 2)]
+        by_prompt = [judged[start : start + 2] for start in range(0, 20, 2)]
         means = [sum(row["preference"] for row in rows) / 2 for rows in by_prompt]
         assert metrics["judge_winrate/initial"] == pytest.approx(sum(means) / 10)
         assert first["judge"]["model"] == "big"
@@ -115,9 +115,9 @@ def test_a_judge_that_dies_costs_its_own_numbers_only(run, tmp_path, monkeypatch
         with pytest.raises(ValueError, match=r"\d+ of 20 pairs are judged, then judge=alpaca_eval gave no answer"):
             evaluate(f"policy={copy}", *PLAIN, *asked(server, "judge.retries=1"))
         assert server.answered.total() == 7
-    found = numbers(copy / "evaluation")
-    assert "winrate/initial" in found["metrics"]
-    assert "judge_winrate/initial" not in found["metrics"]
+    evaluation = numbers(copy / "evaluation")
+    assert "winrate/initial" in evaluation["metrics"]
+    assert "judge_winrate/initial" not in evaluation["metrics"]
     assert (copy / "evaluation" / "report.html").is_file()
     with JudgeServer(key=KEY) as other:
         evaluate(f"policy={copy}", *QUICK, *asked(other), "stage=judge")
@@ -131,10 +131,13 @@ def test_a_sweep_is_judged_by_a_model_here(run, tmp_path, capsys):
     shutil.copytree(run, sweep / "0_beta-0.02", ignore=shutil.ignore_patterns("evaluation"))
     local = ["judge=local", "judge.model=lab:tiny", "judge.template=mt_bench", "judge.both_orders=false"]
     evaluate(f"sweep={sweep}", *PLAIN, *local)
-    found = numbers(sweep / "0_beta-0.02" / "evaluation")
-    assert (found["judge"]["template"], found["judge"]["orders"]) == ("mt_bench", "one, drawn by the pair's digest")
-    assert found["metrics"]["judge/num_judged"] == 20
-    assert "judge/position_consistency" not in found["metrics"]
+    evaluation = numbers(sweep / "0_beta-0.02" / "evaluation")
+    assert (evaluation["judge"]["template"], evaluation["judge"]["orders"]) == (
+        "mt_bench",
+        "one, drawn by the pair's digest",
+    )
+    assert evaluation["metrics"]["judge/num_judged"] == 20
+    assert "judge/position_consistency" not in evaluation["metrics"]
     assert "judge_winrate/initial" in (sweep / "sweep.csv").read_text().splitlines()[0]
     assert "Judge&#x27;s win rate" in (sweep / "report.html").read_text()
     assert "pairs judged" in capsys.readouterr().out

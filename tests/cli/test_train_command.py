@@ -39,7 +39,7 @@ def whole(tmp_path_factory):
     return run
 
 
-def stopped(run, number, *overrides):
+def stopped(run, signum, *overrides):
     """Start a run, wait for its fourth step, send it a signal; the exit code."""
     overrides = [*SMALL, f"output_dir={run}", "beta=0.3", "trainer.save_every=3", *overrides]
     process = started(run.parent, "train.py", *overrides)
@@ -48,13 +48,13 @@ def stopped(run, number, *overrides):
         if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 5:
             break
         time.sleep(0.01)
-    os.kill(process.pid, number)
+    os.kill(process.pid, signum)
     process.join(timeout=120)
     return process.exitcode, (run.parent / "out").read_text()
 
 
-def same_weights(one, other):
-    ours, theirs = (load_file(run / "policy" / "model.safetensors") for run in (one, other))
+def same_weights(run, other):
+    ours, theirs = (load_file(folder / "policy" / "model.safetensors") for folder in (run, other))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -62,10 +62,10 @@ def test_a_run_leaves_what_it_promises(whole):
     assert {path.name for path in whole.iterdir()} >= {
         "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "policy",
     }  # fmt: skip
-    found = lines(whole)
-    assert [row["step"] for row in found] == [0, *range(1, 13), 12]
-    assert found[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-6)
-    assert found[1]["train/loss"] == pytest.approx(0.693147, abs=1e-6)
+    rows = lines(whole)
+    assert [row["step"] for row in rows] == [0, *range(1, 13), 12]
+    assert rows[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert rows[1]["train/loss"] == pytest.approx(0.693147, abs=1e-6)
     record = summary(whole)
     assert (record["status"], record["steps"], record["beta"], record["reference"]) == (
         "completed",
@@ -81,12 +81,12 @@ def test_a_run_leaves_what_it_promises(whole):
     assert list(whole.glob("**/*.bin")) == list(whole.glob("**/*.pt")) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, number):
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, signum):
     run = tmp_path / "run"
-    code, output = stopped(run, number)
+    code, output = stopped(run, signum)
     assert code != 0
-    if number != signal.SIGKILL:
+    if signum != signal.SIGKILL:
         assert summary(run)["status"] == "interrupted"
         assert f"python train.py resume={run}" in output
     again = train(f"resume={run}", "tracking=none")
@@ -124,9 +124,9 @@ def test_a_run_of_an_older_version_is_refused_with_the_commit_that_reads_it(whol
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("dpo_ref.references.policies.", "dpo_ref.references.frozen."))
     commit, had = summary(run)["git"]["commit"], "dpo_ref.references.frozen.auto"
-    said = f"the run was saved by another version of dpo_ref, which had {had}; git checkout {commit} reads it"
-    assert f"resume={run}: {said}" in train(f"resume={run}").stderr
-    with pytest.raises(ValueError, match=re.escape(f"policy={run}: {said}")):
+    message = f"the run was saved by another version of dpo_ref, which had {had}; git checkout {commit} reads it"
+    assert f"resume={run}: {message}" in train(f"resume={run}").stderr
+    with pytest.raises(ValueError, match=re.escape(f"policy={run}: {message}")):
         evaluate(f"policy={run}", "tracking=none")
 
 
@@ -162,7 +162,7 @@ def sweep(tmp_path_factory):
 
 def test_a_sweep_survives_a_failing_job(sweep):
     folder, errors = sweep
-    jobs = [summary(place) for place in sorted(folder.iterdir()) if place.is_dir() and place.name != "panels"]
+    jobs = [summary(path) for path in sorted(folder.iterdir()) if path.is_dir() and path.name != "panels"]
     assert [job["status"] for job in jobs] == ["completed", "failed", "completed"], errors
     assert "beta=-1.0 must be positive" in jobs[1]["error"]
     assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 3  # evaluated at its end

@@ -25,21 +25,21 @@ def folder(tmp_path):
 def test_a_folder_of_annotations(folder, capsys):
     evaluate("stage=winrate", f"annotations={folder / 'in'}", f"output_dir={folder / 'out'}")
     shown = capsys.readouterr().out
-    found = json.loads((folder / "out" / "winrates.json").read_text())
-    assert [rate["model"] for rate in found["rates"]] == ["good", "fair", "poor"]
-    good = found["rates"][0]["metrics"]
+    winrates = json.loads((folder / "out" / "winrates.json").read_text())
+    assert [rate["model"] for rate in winrates["rates"]] == ["good", "fair", "poor"]
+    good = winrates["rates"][0]["metrics"]
     assert good["win_rate"] == pytest.approx(np.mean(preferences(0, 0.7)) - 1)
     assert good["win_rate_se"] == pytest.approx(good["standard_error"])  # each prompt once
     assert (good["n_wins"] + good["n_wins_base"], good["num_compared"], good["num_missing"]) == (60, 60, 0)
-    assert found["rates"][0]["fitted"] is None
+    assert winrates["rates"][0]["fitted"] is None
     assert "length_controlled" not in good
-    first = found["versus"][0]
+    first = winrates["versus"][0]
     assert (first["model"], first["other"]) == ("good", "fair")
     gaps = np.array(preferences(0, 0.7)) - np.array(preferences(1, 0.5))
     assert first["difference"]["mean"] == pytest.approx(gaps.mean())
-    (strengths,) = found["strengths"]["someone"]
+    (strengths,) = winrates["strengths"]["someone"]
     assert strengths["anchor"] == "base"
-    assert [one["model"] for one in strengths["strengths"]] == ["good", "fair", "base", "poor"]
+    assert [strength["model"] for strength in strengths["strengths"]] == ["good", "fair", "base", "poor"]
     table = list(csv.DictReader((folder / "out" / "winrates.csv").read_text().splitlines()))
     assert float(table[0]["win_rate"]) == good["win_rate"]
     assert float(table[2]["strength"]) == strengths["strengths"][3]["value"]
@@ -59,11 +59,11 @@ def test_twice_is_the_same(folder):
 def test_missing_preferences_are_counted_and_a_single_model_has_no_strengths(tmp_path, capsys):
     path = written(tmp_path / "mine.json", rows("mine", [2.0, 1.0, None, 1.75, float("nan")]))
     evaluate("stage=winrate", f"annotations=[{path}]", f"output_dir={tmp_path / 'out'}")
-    found = json.loads((tmp_path / "out" / "winrates.json").read_text())
-    metrics = found["rates"][0]["metrics"]
+    winrates = json.loads((tmp_path / "out" / "winrates.json").read_text())
+    metrics = winrates["rates"][0]["metrics"]
     assert (metrics["num_compared"], metrics["num_missing"]) == (3, 2)
     assert metrics["win_rate"] == pytest.approx(1.75 / 3)
-    assert found["strengths"] == {}
+    assert winrates["strengths"] == {}
     assert "mine wins 58.3 [" in capsys.readouterr().out
 
 
@@ -71,9 +71,9 @@ def test_baselines_of_one_name_with_other_answers_are_kept_apart(tmp_path, capsy
     for model, answer in (("a", "b" * 40), ("b", "c" * 40)):
         written(tmp_path / model / "annotations.json", rows(model, preferences(1, 0.5), "initial", answer=answer))
     evaluate("stage=winrate", f"annotations={tmp_path}", f"output_dir={tmp_path / 'out'}")
-    found = json.loads((tmp_path / "out" / "winrates.json").read_text())
-    assert {rate["baseline"] for rate in found["rates"]} == {"initial of a", "initial of b"}
-    assert (found["versus"], found["strengths"]) == ([], {})
+    winrates = json.loads((tmp_path / "out" / "winrates.json").read_text())
+    assert {rate["baseline"] for rate in winrates["rates"]} == {"initial of a", "initial of b"}
+    assert (winrates["versus"], winrates["strengths"]) == ([], {})
     assert "initial is not the same model everywhere" in capsys.readouterr().out
 
 
@@ -83,15 +83,15 @@ def judgments(folder, lines, name="run", baseline="initial"):
     written(folder / "judge.json", {"judge": {"name": "alpaca_eval", "model": "some-model"}, "metrics": {}})
     content = [
         {
-            "prompt": [{"role": "user", "content": f"question {number // 2}"}],
-            "prompt_index": number // 2,
-            "sample_index": number % 2,
-            "output": "long" * (number + 1),
-            "baseline_output": f"short {number % 2}",
+            "prompt": [{"role": "user", "content": f"question {index // 2}"}],
+            "prompt_index": index // 2,
+            "sample_index": index % 2,
+            "output": "long" * (index + 1),
+            "baseline_output": f"short {index % 2}",
             "preference": preference,
             "opinions": [],
         }
-        for number, preference in enumerate(lines)
+        for index, preference in enumerate(lines)
     ]
     (folder / "judgments.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     return folder / "judgments.jsonl"
