@@ -216,10 +216,10 @@ def test_bad_row_of_other_files(tmp_path, name, content, reason):
 def test_skipped_rows_are_counted_and_the_first_ten_listed(tmp_path):
     path = written(tmp_path / "rows.jsonl", [row for i in range(12) for row in (but(prompt=f"q {i}"), GOOD, BAD)])
     skip = partial(preferences, 0, path=str(path), on_bad_row="skip", max_bad_share=0.34, deduplicate="exact")
-    for found in (skip(), skip()):  # the second reading is the one kept
-        assert (found.reading.num_rows, len(found.train)) == (36, 13)
-        assert found.reading.dropped == {"bad rows": 12, "a duplicate": 11}
-        assert found.reading.examples == tuple(f"rows.jsonl row {number} {NO_TEXT}" for number in range(3, 33, 3))
+    for data in (skip(), skip()):  # the second reading is the one kept
+        assert (data.reading.num_rows, len(data.train)) == (36, 13)
+        assert data.reading.dropped == {"bad rows": 12, "a duplicate": 11}
+        assert data.reading.examples == tuple(f"rows.jsonl row {row} {NO_TEXT}" for row in range(3, 33, 3))
 
 
 def test_share_of_bad_rows(tmp_path):
@@ -230,7 +230,7 @@ def test_share_of_bad_rows(tmp_path):
     assert message.startswith(
         f"{path}: 4 of 8 rows cannot be used, more than data.max_bad_share=0.49, such as: rows.j"
     )
-    assert [f"row {number} has" in message for number in (2, 4, 6, 8)] == [True, True, True, False]
+    assert [f"row {row} has" in message for row in (2, 4, 6, 8)] == [True, True, True, False]
     assert "3 bad rows; rows.jsonl row 1 has" in refused(written(path, [BAD] * 3), max_bad_share=0.0, **skip)
 
 
@@ -239,6 +239,6 @@ def test_share_is_judged_while_reading(tmp_path):
     path = written(tmp_path / "rows.jsonl", [*[GOOD] * 1000, *[BAD] * 2000])
     assert ": 112 of 1112 rows cannot be used, more than data.max_bad_share=0.1" in refused(path, on_bad_row="skip")
     written(path, [GOOD, *[BAD] * 300, *[GOOD] * 2699])  # all in the first 1,000 rows, which are not judged yet
-    found = preferences(0, path=str(path), on_bad_row="skip")
-    assert (found.reading.dropped, len(found.train)) == ({"bad rows": 300}, 2700)
+    data = preferences(0, path=str(path), on_bad_row="skip")
+    assert (data.reading.dropped, len(data.train)) == ({"bad rows": 300}, 2700)
     assert ": 300 of 3000 rows" in refused(path, on_bad_row="skip", max_bad_share=0.0999)

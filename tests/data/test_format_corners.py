@@ -43,8 +43,8 @@ def test_the_words_two_texts_begin_with(tmp_path, chosen, rejected, expected):
 
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
     (tmp_path / "rows.csv").write_bytes("\ufeffprompt,chosen,rejected\nWhat?,yes it is,yes he is\n".encode())
-    (found,) = sources.preferences(0, path=str(tmp_path / "rows.csv")).train
-    assert found.prompt == (Message(role="user", content="What?"),)
+    (group,) = sources.preferences(0, path=str(tmp_path / "rows.csv")).train
+    assert group.prompt == (Message(role="user", content="What?"),)
     assert groups(tmp_path, "\ufeff" + json.dumps(PAIR)) == [("why?", "because", "no idea")]
 
 
@@ -119,8 +119,8 @@ def test_ratios_are_asked_of_every_pair(tmp_path):
         {"prompt": "a", "responses": ["x", "y", "z"], "scores": [10, 9, 1]},
         {"prompt": "b", "responses": ["x", "y", "z"], "scores": [10, 4, 3]},
     ]
-    found = list(read(tmp_path, *rows, pairing="all", min_score_ratio=2.0).train)
-    assert [group.pairs for group in found] == [((0, 2), (1, 2)), ((0, 1), (0, 2))]
+    data = read(tmp_path, *rows, pairing="all", min_score_ratio=2.0)
+    assert [group.pairs for group in data.train] == [((0, 2), (1, 2)), ((0, 1), (0, 2))]
     (equal,) = [{"prompt": "a", "responses": ["x", "x"], "scores": [2, 1]}]
     data = read(tmp_path, equal, PAIR | {}, rows[0], name="b.jsonl", on_bad_row="skip", max_bad_share=1.0)
     assert data.reading.dropped == {"equal responses": 1, "bad rows": 1}
@@ -137,9 +137,9 @@ def test_parquet_puts_no_nulls_into_tools(tmp_path):
     from datasets import Dataset
 
     tools = [[{"properties": {name: {"type": "string"}}}] for name in ("city", "day")]
-    Dataset.from_list([PAIR | {"tools": one} for one in tools]).to_parquet(tmp_path / "rows.parquet")
-    found = sources.preferences(0, path=str(tmp_path / "rows.parquet")).train
-    assert [list(group.tools) for group in found] == tools
+    Dataset.from_list([PAIR | {"tools": schemas} for schemas in tools]).to_parquet(tmp_path / "rows.parquet")
+    data = sources.preferences(0, path=str(tmp_path / "rows.parquet"))
+    assert [list(group.tools) for group in data.train] == tools
 
 
 def test_labels_as_csv_spells_them(tmp_path):

@@ -68,12 +68,12 @@ def test_every_format_has_rows():
 def test_layout_is_recognised_and_converted(tmp_path, name):
     case = CASES[name]
     path = json_lines(tmp_path / "rows.jsonl", case.rows)
-    found = read(path)
-    assert plain(found.train) == case.groups
-    assert found.train[0].origin == "rows.jsonl row 1"
-    assert (found.reading.formats, found.reading.num_rows) == ((case.format,), len(case.rows))
-    assert (found.reading.dropped, len(found.eval)) == ({}, 0)
-    assert list(read(path, format=case.format).train) == list(found.train)
+    data = read(path)
+    assert plain(data.train) == case.groups
+    assert data.train[0].origin == "rows.jsonl row 1"
+    assert (data.reading.formats, data.reading.num_rows) == ((case.format,), len(case.rows))
+    assert (data.reading.dropped, len(data.eval)) == ({}, 0)
+    assert list(read(path, format=case.format).train) == list(data.train)
 
 
 CONTAINERS = {
@@ -91,9 +91,9 @@ def test_container_does_not_matter(tmp_path, file):
     for name, case in CASES.items():
         (tmp_path / name).mkdir()
         CONTAINERS[file](tmp_path / name / file, case.rows)
-        found = read(tmp_path / name / file).train
-        assert plain(found) == case.groups, name
-        assert found[0].origin == f"{file} row 1"
+        groups = read(tmp_path / name / file).train
+        assert plain(groups) == case.groups, name
+        assert groups[0].origin == f"{file} row 1"
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])
@@ -108,9 +108,9 @@ def test_folders_with_splits_and_with_files(tmp_path):
     first, second = CASES["trl_explicit"], CASES["ultrafeedback_cleaned"]
     splits = {"train_prefs": first.rows, "test_prefs": second.rows}
     DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(tmp_path / "saved")
-    found = read(tmp_path / "saved", split="train_prefs", eval_split="test_prefs")
-    assert (plain(found.train), plain(found.eval)) == (first.groups, second.groups)
-    assert list(found.test_prompts) == [group.prompt for group in second.groups]
+    data = read(tmp_path / "saved", split="train_prefs", eval_split="test_prefs")
+    assert (plain(data.train), plain(data.eval)) == (first.groups, second.groups)
+    assert list(data.test_prompts) == [group.prompt for group in second.groups]
     assert plain(read(tmp_path / "saved", split="test_prefs").train) == second.groups
     with pytest.raises(ValueError, match=r"data\.split=train: .* has train_prefs, test_prefs"):
         read(tmp_path / "saved")
@@ -131,9 +131,9 @@ def pairs(count, name="q"):
 def test_weighted_sources(tmp_path):
     half = {"path": str(json_lines(tmp_path / "a.jsonl", pairs(10, "a"))), "weight": 0.5}
     twice = {"path": str(json_lines(tmp_path / "b.jsonl", pairs(3, "b"))), "weight": 2, "format": "preference"}
-    found = [answers(preferences(seed, sources=[half, twice]).train) for seed in (0, 0, 1)]
-    assert found[0] == found[1] != found[2]
-    for drawn in found:
+    draws = [answers(preferences(seed, sources=[half, twice]).train) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    for drawn in draws:
         assert [better for better, _ in drawn[5:]] == [f"b yes {i}" for i in (0, 1, 2, 0, 1, 2)]
         assert len(set(drawn[:5])) == 5
         assert all(better.startswith("a yes") for better, _ in drawn[:5])
@@ -149,7 +149,7 @@ SCORED = {"prompt": "Pick.", "responses": ["one", "five", "three", "trois"], "sc
 
 
 @pytest.mark.parametrize(
-    ("options", "responses", "made"),
+    ("options", "responses", "expected_pairs"),
     [
         ({}, ("five", "one"), ((0, 1),)),
         ({"pairing": "best_vs_worst", "min_margin": 4.0}, ("five", "one"), ((0, 1),)),
@@ -158,14 +158,14 @@ SCORED = {"prompt": "Pick.", "responses": ["one", "five", "three", "trois"], "sc
         ({"pairing": "all", "min_margin": 2.5}, DOWNWARDS, ((0, 3),)),
     ],
 )
-def test_pairing(tmp_path, options, responses, made):
+def test_pairing(tmp_path, options, responses, expected_pairs):
     tied = {"prompt": "Equal.", "responses": ["a", "b"], "scores": [2, 2]}
     alone = {"prompt": "Alone.", "responses": ["a"], "scores": [2]}
-    found = read(json_lines(tmp_path / "rows.jsonl", [SCORED, tied, alone]), **options)
-    (group,) = found.train
-    assert (group.responses, group.pairs) == (responses, made)
+    data = read(json_lines(tmp_path / "rows.jsonl", [SCORED, tied, alone]), **options)
+    (group,) = data.train
+    assert (group.responses, group.pairs) == (responses, expected_pairs)
     assert group.rewards == tuple({"one": 1, "five": 5, "three": 3, "trois": 3}[text] for text in responses)
-    assert found.reading.dropped == {"scores tied": 1, "one response alone": 1}
+    assert data.reading.dropped == {"scores tied": 1, "one response alone": 1}
 
 
 def test_best_against_random_is_drawn_from_content(tmp_path, monkeypatch):
@@ -206,9 +206,9 @@ def test_filters(tmp_path, options, left, reason):
     names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
     pairs = [("q", "aaaa", "bbb", 6, 3), ("q", "cc", "dddd", 9, 5), ("q", "天空很蓝", "天空绿", 2, 1)]
     rows = [dict(zip(names, values, strict=True)) for values in (*pairs, ("q", "eeeee", "f", 7, 5))]
-    found = read(json_lines(tmp_path / "rows.jsonl", rows), **options)
-    assert [better for better, _ in answers(found.train)] == left
-    assert found.reading.dropped == {reason: 4 - len(left)}
+    data = read(json_lines(tmp_path / "rows.jsonl", rows), **options)
+    assert [better for better, _ in answers(data.train)] == left
+    assert data.reading.dropped == {reason: 4 - len(left)}
 
 
 def test_duplicates(tmp_path):
@@ -219,9 +219,9 @@ def test_duplicates(tmp_path):
     rows += [rows[0], {**rows[0], "rejected": "天空很蓝，真的"}, {**rows[0], "chosen": "Cafe au lait"}]
     path = json_lines(tmp_path / "rows.jsonl", rows)
     for how, left in {"off": [1, 2, 3, 4, 5, 6, 7], "exact": [1, 2, 3, 4, 6, 7], "normalised": [1, 6, 7]}.items():
-        found = read(path, deduplicate=how)
-        assert [group.origin for group in found.train] == [f"rows.jsonl row {number}" for number in left], how
-        assert found.reading.dropped.get("a duplicate", 0) == 7 - len(left)
+        data = read(path, deduplicate=how)
+        assert [group.origin for group in data.train] == [f"rows.jsonl row {row}" for row in left], how
+        assert data.reading.dropped.get("a duplicate", 0) == 7 - len(left)
 
 
 def test_limit_and_subset(tmp_path):
@@ -289,7 +289,7 @@ def test_rows_are_read_once(tmp_path, cache):
     json_lines(path, [*pairs(4), *pairs(1, "z")])
     assert answers(read(path).train) == [*before[:4], ("z yes 0", "z no 0")]
     assert len(kept()) == 3
-    for number, name in enumerate(("u", "u", "v")):
+    for index, name in enumerate(("u", "u", "v")):
         Dataset.from_list(pairs(2, name)).save_to_disk(tmp_path / "saved")
         assert answers(read(tmp_path / "saved").train)[0] == (f"{name} yes 0", f"{name} no 0")
-        assert len(kept()) == (4, 4, 5)[number]
+        assert len(kept()) == (4, 4, 5)[index]

@@ -33,18 +33,18 @@ def test_counts_by_hand():
     ]
     held_out = [group("c", "1", "2"), group("d", "1", "2")]
     data = PreferenceData(train_groups, held_out, [], Reading(9, {"bad rows": 2}, ("f row 1 is bad",), ("ranked",)))
-    found = inspect(data, *(tokenise(part, TOKENIZER) for part in (train_groups, held_out)))
-    assert (found.num_train, found.num_eval) == (5, 2)
-    assert (found.duplicates, found.contradictions, found.leaked) == (1, 2, 1)
-    assert found.longer_chosen == pytest.approx((2 + 1 + 0.5) / 5)
+    hygiene = inspect(data, *(tokenise(part, TOKENIZER) for part in (train_groups, held_out)))
+    assert (hygiene.num_train, hygiene.num_eval) == (5, 2)
+    assert (hygiene.duplicates, hygiene.contradictions, hygiene.leaked) == (1, 2, 1)
+    assert hygiene.longer_chosen == pytest.approx((2 + 1 + 0.5) / 5)
     lengths = [len(TOKENIZER.encode(text)) + 1 for text in ("yes yes yes", "yes yes yes", "x", "y y y", "same")]
-    assert found.chosen.tolist() == lengths
+    assert hygiene.chosen.tolist() == lengths
     assert score_margins(train_groups).tolist() == [2.0, -2.0]
-    said = "\n".join(short_report(found))
-    assert "5 groups to train on, 2 held out from 9 rows (ranked)" in said
-    assert "the longer response is chosen in 70%" in said
+    report = "\n".join(short_report(hygiene))
+    assert "5 groups to train on, 2 held out from 9 rows (ranked)" in report
+    assert "the longer response is chosen in 70%" in report
     for line in ("2 rows left out: bad rows", "f row 1 is bad", "1 duplicates", "2 groups contradict", "1 held-out"):
-        assert line in said
+        assert line in report
 
 
 def test_lengths_of_groups_of_every_shape():
@@ -53,10 +53,10 @@ def test_lengths_of_groups_of_every_shape():
         PromptGroup((Message(role="user", content="a b c"),), ("b", "c d", "e f g"), ((2, 0), (1, 0))),
         PromptGroup((Message(role="user", content="a"),), ("b c", "d"), ((1, 0),)),
     ]
-    made = tokenise(groups, TOKENIZER).groups
-    prompts, chosen, rejected, alone = made.lengths()
-    ids = [[len(r) for r in g.response_ids] for g in made]
-    assert prompts.tolist() == [len(g.prompt_ids) for g in made]
+    token_groups = tokenise(groups, TOKENIZER).groups
+    prompts, chosen, rejected, alone = token_groups.lengths()
+    ids = [[len(r) for r in g.response_ids] for g in token_groups]
+    assert prompts.tolist() == [len(g.prompt_ids) for g in token_groups]
     assert chosen.tolist() == [ids[1][2], ids[1][1], ids[2][1]]
     assert rejected.tolist() == [ids[1][0], ids[1][0], ids[2][0]]
     assert alone.tolist() == [ids[0][0]]
@@ -66,10 +66,12 @@ def test_an_example_shows_every_scored_token():
     text = "naïve 日本 \N{GRINNING FACE} ok"
     prompt = (Message(role="user", content="a"), Message(role="assistant", content="b"))
     given = PromptGroup((*prompt, Message(role="user", content="c")), (text, "no"), ((1, 0),))
-    (found,) = tokenise([given], TOKENIZER, score="all").groups
-    example = example_of(TOKENIZER, found)
+    (token_group,) = tokenise([given], TOKENIZER, score="all").groups
+    example = example_of(TOKENIZER, token_group)
     assert list(example.responses) == ["rejected", "chosen"]
-    assert "".join(piece.text for piece in example.responses["rejected"]) == TOKENIZER.decode(found.response_ids[0])
+    assert "".join(piece.text for piece in example.responses["rejected"]) == TOKENIZER.decode(
+        token_group.response_ids[0]
+    )
     scored = "".join(piece.text for piece in example.responses["rejected"] if piece.scored)
     assert scored == f"b<|im_end|>{text}<|im_end|>"
     assert example.rows()[0] == ["prompt", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "no"]
@@ -97,17 +99,17 @@ def test_hh_equals_a_plain_implementation(tmp_path, monkeypatch):
     data = sources.preferences(0, path=str(path), format="hh", on_bad_row="skip")
     assert data.reading.num_rows == len(rows) == 2312
     assert data.reading.dropped["bad rows"] == 2312 - len(expected)
-    made = tokenise(data.train, TOKENIZER, max_length=10**6).groups
-    assert len(made) == len(expected)
+    token_groups = tokenise(data.train, TOKENIZER, max_length=10**6).groups
+    assert len(token_groups) == len(expected)
     names = {"Human": "user", "Assistant": "assistant"}
-    for found, (chosen, rejected) in zip(made, expected, strict=True):
+    for token_group, (chosen, rejected) in zip(token_groups, expected, strict=True):
         turns = "".join(f"<|im_start|>{names[role]}\n{text}<|im_end|>\n" for role, text in chosen[:-1])
         prompt = TOKENIZER.encode(turns + "<|im_start|>assistant\n", add_special_tokens=False)
         answers = [
             TOKENIZER.encode(text + "<|im_end|>", add_special_tokens=False) for _, text in (chosen[-1], rejected)
         ]
-        assert found.prompt_ids == prompt
-        assert list(found.response_ids) == answers
+        assert token_group.prompt_ids == prompt
+        assert list(token_group.response_ids) == answers
 
 
 def test_stage_data_writes_a_page_and_loads_no_model(tmp_path):

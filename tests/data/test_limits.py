@@ -17,8 +17,8 @@ def group(prompt, *responses):
     return PromptGroup((Message(role="user", content=prompt),), responses, ((0, 1),), origin="row 1")
 
 
-def sizes(found):
-    return len(found.prompt_ids), [len(ids) for ids in found.response_ids]
+def sizes(token_group):
+    return len(token_group.prompt_ids), [len(ids) for ids in token_group.response_ids]
 
 
 @pytest.mark.parametrize("policy", ["drop", "truncate_prompt_start", "truncate_prompt_end", "truncate_response"])
@@ -30,39 +30,39 @@ def sizes(found):
 def test_limits_hold_and_what_is_kept_is_part_of_the_whole(policy, words, limits):
     given_group = group("the cat " * words[0] + "?", "yes " * words[1] + ".", "no " * words[2] + "!")
     (whole,) = tokenise([given_group], TOKENIZER, **WHOLE).groups
-    made = tokenise(
+    tokenised = tokenise(
         [given_group], TOKENIZER, over_length=policy,
         max_length=limits[0], max_prompt_length=limits[1], max_response_length=limits[2],
     )  # fmt: skip
-    dropped = sum(count for what, count in made.counts.items() if what.startswith("dropped"))
-    assert len(made.groups) + dropped == 1
-    if not len(made.groups):
+    dropped = sum(count for what, count in tokenised.counts.items() if what.startswith("dropped"))
+    assert len(tokenised.groups) + dropped == 1
+    if not len(tokenised.groups):
         return
-    (found,) = made.groups
-    prompt, responses = sizes(found)
+    (token_group,) = tokenised.groups
+    prompt, responses = sizes(token_group)
     assert prompt <= limits[1]
     assert max(responses) <= limits[2]
     assert prompt + max(responses) <= limits[0]
     if policy != "truncate_response":
-        assert found.response_ids == whole.response_ids
-    for kept, ids in zip(found.response_ids, whole.response_ids, strict=True):
+        assert token_group.response_ids == whole.response_ids
+    for kept, ids in zip(token_group.response_ids, whole.response_ids, strict=True):
         assert kept == ids[: len(kept)]
         assert (kept[-1] in end_of_turn_ids(TOKENIZER)) == (len(kept) == len(ids))
     if prompt < len(whole.prompt_ids):
-        assert made.counts["prompts cut"] == 1
-        assert found.prompt_ids[0] == TOKENIZER.bos_token_id
+        assert tokenised.counts["prompts cut"] == 1
+        assert token_group.prompt_ids[0] == TOKENIZER.bos_token_id
         end = 5 if policy == "truncate_prompt_end" else prompt - 1
-        assert found.prompt_ids[-end:] == whole.prompt_ids[-end:]  # <|eot_id|>, header of three, two line breaks
+        assert token_group.prompt_ids[-end:] == whole.prompt_ids[-end:]  # <|eot_id|>, header of three, two line breaks
 
 
 def test_the_end_of_a_prompt_is_cut_inside_its_last_turn():
     given_group = group("one two three four five six seven eight", "a", "b")
     (whole,) = tokenise([given_group], TOKENIZER, **WHOLE).groups
     size = len(whole.prompt_ids) - 6
-    (found,) = tokenise(
+    (token_group,) = tokenise(
         [given_group], TOKENIZER, over_length="truncate_prompt_end", max_prompt_length=size, **WHOLE
     ).groups
-    text = TOKENIZER.decode(found.prompt_ids)
+    text = TOKENIZER.decode(token_group.prompt_ids)
     complete = TOKENIZER.decode(whole.prompt_ids)
     closing = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     assert text.endswith(closing)

@@ -42,19 +42,19 @@ def row(prompt="why?", chosen="because", rejected="no idea"):
     ],
 )
 def test_explicit_and_implicit_prompts_are_the_same_group(given):
-    found = preference(given, "here")
-    assert found.prompt == (Message(role="user", content="why?"),)
-    assert found.responses == ("because", "no idea")
-    assert found.pairs == ((0, 1),)
-    assert found.group_id == preference(row(), "elsewhere").group_id
+    group = preference(given, "here")
+    assert group.prompt == (Message(role="user", content="why?"),)
+    assert group.responses == ("because", "no idea")
+    assert group.pairs == ((0, 1),)
+    assert group.group_id == preference(row(), "elsewhere").group_id
 
 
 def test_hh_dialogue():
     history = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: what is\n\nthis?\n\nAssistant:"
-    found = hh({"chosen": history + " a cat", "rejected": history + " I will not say"}, "here")
-    assert [turn["role"] for turn in found.prompt] == ["user", "assistant", "user"]
-    assert found.prompt[2]["content"] == "what is\n\nthis?"
-    assert found.responses == ("a cat", "I will not say")
+    group = hh({"chosen": history + " a cat", "rejected": history + " I will not say"}, "here")
+    assert [turn["role"] for turn in group.prompt] == ["user", "assistant", "user"]
+    assert group.prompt[2]["content"] == "what is\n\nthis?"
+    assert group.responses == ("a cat", "I will not say")
 
 
 BAD = {

@@ -18,13 +18,13 @@ IDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=6)
 
 
 @st.composite
-def token_groups(draw, number):
+def token_groups(draw, index):
     responses = draw(st.lists(IDS, min_size=1, max_size=4))
     masks = tuple(draw(st.lists(st.booleans(), min_size=len(r), max_size=len(r))) for r in responses)
     everything = all(map(all, masks))
     pair = st.tuples(st.integers(0, len(responses) - 1), st.integers(0, len(responses) - 1))
     return TokenGroup(
-        group_index=number,
+        group_index=index,
         group_id=f"{draw(st.integers(0, 2**128 - 1)):032x}",
         prompt_ids=draw(IDS),
         response_ids=tuple(responses),
@@ -38,21 +38,21 @@ def token_groups(draw, number):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), count=st.integers(1, 5))
 def test_what_goes_in_comes_out(data, count, tmp_path_factory):
-    groups = [data.draw(token_groups(number)) for number in range(count)]
-    made = from_groups(groups)
-    assert list(made) == groups
+    expected = [data.draw(token_groups(index)) for index in range(count)]
+    groups = from_groups(expected)
+    assert list(groups) == expected
     folder = tmp_path_factory.mktemp("kept") / "groups"
-    made.save(folder, {"note.txt": "so"})
-    assert list(TokenGroups.load(folder, ())) == groups
-    assert list(made[1:]) == groups[1:]
-    assert [g.group_index for g in made.numbered_from(10)] == list(range(10, 10 + count))
-    assert made.have_pairs.tolist() == [bool(g.pairs) for g in groups]
-    assert made.wanted.tolist() == [g.labels is None or g.labels[0] for g in groups]
-    assert list(made.where(made.have_pairs)) == [g for g in groups if g.pairs]
-    both = ConcatGroups(made[:1], made, made)
-    assert list(both) == [groups[0], *groups, *groups]
-    assert both[1:3] == [*groups, *groups][:2]
-    assert [g.pairs for g in MappedGroups(made, lambda g: g)[1:]] == [g.pairs for g in groups[1:]]
+    groups.save(folder, {"note.txt": "so"})
+    assert list(TokenGroups.load(folder, ())) == expected
+    assert list(groups[1:]) == expected[1:]
+    assert [g.group_index for g in groups.numbered_from(10)] == list(range(10, 10 + count))
+    assert groups.have_pairs.tolist() == [bool(g.pairs) for g in expected]
+    assert groups.wanted.tolist() == [g.labels is None or g.labels[0] for g in expected]
+    assert list(groups.where(groups.have_pairs)) == [g for g in expected if g.pairs]
+    both = ConcatGroups(groups[:1], groups, groups)
+    assert list(both) == [expected[0], *expected, *expected]
+    assert both[1:3] == [*expected, *expected][:2]
+    assert [g.pairs for g in MappedGroups(groups, lambda g: g)[1:]] == [g.pairs for g in expected[1:]]
 
 
 def test_what_another_process_kept_meanwhile_stays(tmp_path):
@@ -84,8 +84,8 @@ def test_only_scored_tokens_count(path):
     forward = {"packed": packed_hidden, "one response at a time": separate_hidden}[path]
     if path != "packed":
         model.set_attn_implementation("eager")
-    found = token_logps(forward(model, batch), head_of(model), batch.target_ids)
-    torch.testing.assert_close(found, everything[keep], atol=1e-5, rtol=0)
+    logps = token_logps(forward(model, batch), head_of(model), batch.target_ids)
+    torch.testing.assert_close(logps, everything[keep], atol=1e-5, rtol=0)
     assert batch.lengths.tolist() == [3, 1, 2, 3, 1]
     assert batch.scored_per_group == (4, 6)
 
@@ -136,14 +136,14 @@ def test_tokens_are_kept_for_what_they_depend_on(cause, tmp_path):
 
 def test_groups_know_their_texts_whatever_is_done_with_them():
     rows = [PromptGroup((), (f"yes {n}", f"no {n}"), ((0, 1),)) for n in range(4)]
-    made = from_groups(random_groups([(2, (1, 1))] * 4), rows)
+    groups = from_groups(random_groups([(2, (1, 1))] * 4), rows)
     views = {
-        "slice": made[1:3],
-        "selection": made.where(np.array([False, True, True, False])),
-        "numbers": made.numbered_from(7)[1:3],
-        "function": MappedGroups(made[1:3], lambda group: group),
-        "parts": ConcatGroups(made[1:2], MappedGroups(made[2:3], lambda group: group)),
+        "slice": groups[1:3],
+        "selection": groups.where(np.array([False, True, True, False])),
+        "numbers": groups.numbered_from(7)[1:3],
+        "function": MappedGroups(groups[1:3], lambda group: group),
+        "parts": ConcatGroups(groups[1:2], MappedGroups(groups[2:3], lambda group: group)),
     }
-    for name, groups in views.items():
-        assert [groups.text(index) for index in range(len(groups))] == rows[1:3], name
-        assert groups.others == []
+    for name, view in views.items():
+        assert [view.text(index) for index in range(len(view))] == rows[1:3], name
+        assert view.others == []

@@ -23,12 +23,12 @@ def test_any_text(family, question, first, chosen, rejected):
     tokenizer = FAMILIES[family]
     prompt = [Message(role="user", content=first), Message(role="assistant", content="ok")]
     prompt.append(Message(role="user", content=question))
-    (found,) = tokenise([PromptGroup(tuple(prompt), (chosen, rejected), ((0, 1),))], tokenizer).groups
+    (token_group,) = tokenise([PromptGroup(tuple(prompt), (chosen, rejected), ((0, 1),))], tokenizer).groups
     expected = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert found.prompt_ids == expected
+    assert token_group.prompt_ids == expected
     end = {"chatml": "<|im_end|>", "bos and leading space": "</s>"}[family]
     space = {"chatml": "", "bos and leading space": " "}[family]
-    for ids, text in zip(found.response_ids, (chosen, rejected), strict=True):
+    for ids, text in zip(token_group.response_ids, (chosen, rejected), strict=True):
         assert tokenizer.decode(ids) == space + text + end
         assert ids[-1] in end_of_turn_ids(tokenizer)
 
@@ -52,19 +52,19 @@ def test_limits_and_counts():
     assert cut.counts["responses cut"] == 1
 
     prompt_cut = tokenise(groups[1:2], tokenizer, max_length=40, over_length="truncate_prompt_start")
-    (found,) = prompt_cut.groups
-    assert len(found.prompt_ids) == 40 - max(map(len, whole[1].response_ids))
-    assert found.prompt_ids == whole[1].prompt_ids[-len(found.prompt_ids) :]
-    assert found.response_ids == whole[1].response_ids
+    (token_group,) = prompt_cut.groups
+    assert len(token_group.prompt_ids) == 40 - max(map(len, whole[1].response_ids))
+    assert token_group.prompt_ids == whole[1].prompt_ids[-len(token_group.prompt_ids) :]
+    assert token_group.response_ids == whole[1].response_ids
 
 
 def test_a_cut_prompt_keeps_its_bos():
     tokenizer = FAMILIES["bos and leading space"]
-    (found,) = tokenise(
+    (token_group,) = tokenise(
         [group("the cat " * 30)], tokenizer, max_prompt_length=9, over_length="truncate_prompt_start"
     ).groups
-    assert len(found.prompt_ids) == 9
-    assert found.prompt_ids[0] == tokenizer.bos_token_id
+    assert len(token_group.prompt_ids) == 9
+    assert token_group.prompt_ids[0] == tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize(

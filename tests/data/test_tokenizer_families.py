@@ -35,17 +35,17 @@ def test_any_text_and_turn_structure(name, data):
     family = MADE[name]
     tokenizer = family.tokenizer
     prompt, responses = data.draw(conversations(family.words))
-    (found,) = tokenise([PromptGroup(prompt, responses, ((0, 1),))], tokenizer, max_length=10**6).groups
+    (token_group,) = tokenise([PromptGroup(prompt, responses, ((0, 1),))], tokenizer, max_length=10**6).groups
     expected = tokenizer.apply_chat_template(
         list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
     )
-    assert found.prompt_ids == expected
+    assert token_group.prompt_ids == expected
     if tokenizer.bos_token and tokenizer.bos_token != tokenizer.eos_token and "llama 2" not in name:
-        assert found.prompt_ids.count(tokenizer.bos_token_id) == 1
-    start = decoded(tokenizer, found.prompt_ids)
-    for ids, text in zip(found.response_ids, responses, strict=True):
+        assert token_group.prompt_ids.count(tokenizer.bos_token_id) == 1
+    start = decoded(tokenizer, token_group.prompt_ids)
+    for ids, text in zip(token_group.response_ids, responses, strict=True):
         words = text.strip() if family.trims else text
-        assert decoded(tokenizer, [*found.prompt_ids, *ids]) == start + family.before + words + family.end
+        assert decoded(tokenizer, [*token_group.prompt_ids, *ids]) == start + family.before + words + family.end
         assert ids[-1] in end_of_turn_ids(tokenizer)
         assert not set(ids[:-1]) & end_of_turn_ids(tokenizer)
 
@@ -60,18 +60,19 @@ def test_special_strings_in_texts_are_text(name, data):
     special = data.draw(st.sampled_from(tokenizer.all_special_tokens))
     question, answer = f"why{data.draw(TEXT)}{special}b", f"{special}so{special}{data.draw(TEXT)}x"
     prompt = (Message(role="user", content=question),)
-    made = tokenise([PromptGroup(prompt, (answer, "no"), ((0, 1),))], tokenizer, max_length=10**6)
-    assert made.counts["special tokens in a text, encoded as text"] == 1
-    (found,) = made.groups
+    tokenised = tokenise([PromptGroup(prompt, (answer, "no"), ((0, 1),))], tokenizer, max_length=10**6)
+    assert tokenised.counts["special tokens in a text, encoded as text"] == 1
+    (token_group,) = tokenised.groups
     (harmless,) = tokenise([PromptGroup((Message(role="user", content="why"),), ("so", "no"))], tokenizer).groups
     ids = set(tokenizer.all_special_ids)
-    assert [i for i in found.prompt_ids if i in ids] == [i for i in harmless.prompt_ids if i in ids]
-    assert [i for i in found.response_ids[0] if i in ids] == [i for i in harmless.response_ids[0] if i in ids]
+    assert [i for i in token_group.prompt_ids if i in ids] == [i for i in harmless.prompt_ids if i in ids]
+    assert [i for i in token_group.response_ids[0] if i in ids] == [i for i in harmless.response_ids[0] if i in ids]
     written = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    start = decoded(tokenizer, found.prompt_ids)
+    start = decoded(tokenizer, token_group.prompt_ids)
     assert start.replace(" ", "") == written.replace(" ", "")  # some write a blank of their own
     assert (
-        decoded(tokenizer, [*found.prompt_ids, *found.response_ids[0]]) == start + family.before + answer + family.end
+        decoded(tokenizer, [*token_group.prompt_ids, *token_group.response_ids[0]])
+        == start + family.before + answer + family.end
     )
 
 
@@ -82,22 +83,22 @@ def test_all_assistant_turns_are_scored_and_nothing_else(name, data):
     family = MADE[name]
     tokenizer = family.tokenizer
     prompt, (answer, _) = data.draw(conversations(family.words))
-    (found,) = tokenise([PromptGroup(prompt, (answer,))], tokenizer, score="all", max_length=10**6).groups
-    (last,) = tokenise([PromptGroup(prompt, (answer,))], tokenizer, max_length=10**6).groups
-    both = [[*group.prompt_ids, *group.response_ids[0]] for group in (found, last)]
+    (all_turns,) = tokenise([PromptGroup(prompt, (answer,))], tokenizer, score="all", max_length=10**6).groups
+    (last_turn,) = tokenise([PromptGroup(prompt, (answer,))], tokenizer, max_length=10**6).groups
+    both = [[*group.prompt_ids, *group.response_ids[0]] for group in (all_turns, last_turn)]
     assert decoded(tokenizer, both[0]) == decoded(tokenizer, both[1])
     if not any(turn["role"] == "assistant" and turn["content"][0].isspace() for turn in prompt):
         assert both[0] == both[1]
     answers = [turn["content"] for turn in prompt if turn["role"] == "assistant"] + [answer]
-    mask = found.scored[0] if found.scored else [True] * len(found.response_ids[0])
-    scored = [token for token, counts in zip(found.response_ids[0], mask, strict=True) if counts]
+    mask = all_turns.scored[0] if all_turns.scored else [True] * len(all_turns.response_ids[0])
+    scored = [token for token, counts in zip(all_turns.response_ids[0], mask, strict=True) if counts]
     ends = end_of_turn_ids(tokenizer)
     assert sum(token in ends for token in scored) == len(answers)
     assert scored[-1] in ends
-    assert found.num_bytes == (sum(len(text.encode()) for text in answers),)
+    assert all_turns.num_bytes == (sum(len(text.encode()) for text in answers),)
     one_by_one = [
-        tokenise([PromptGroup(prompt[:place], (turn["content"],))], tokenizer, max_length=10**6).groups[0]
-        for place, turn in enumerate([*prompt, Message(role="assistant", content=answer)])
+        tokenise([PromptGroup(prompt[:index], (turn["content"],))], tokenizer, max_length=10**6).groups[0]
+        for index, turn in enumerate([*prompt, Message(role="assistant", content=answer)])
         if turn["role"] == "assistant"
     ]
     assert scored == [token for alone in one_by_one for token in alone.response_ids[0]]
@@ -106,9 +107,9 @@ def test_all_assistant_turns_are_scored_and_nothing_else(name, data):
 def test_a_token_across_the_boundary_is_counted_and_resolved():
     """A response that begins with a line break: this tokenizer writes two of them as one token."""
     tokenizer = MADE["qwen: byte-level, no BOS, ChatML"].tokenizer
-    made = tokenise([PromptGroup((Message(role="user", content="a"),), ("\n\nb", "c"), ((0, 1),))], tokenizer)
-    assert made.counts["merged at the boundary"] == 1
-    assert decoded(tokenizer, made.groups[0].response_ids[0]) == "\n\nb<|im_end|>"
+    tokenised = tokenise([PromptGroup((Message(role="user", content="a"),), ("\n\nb", "c"), ((0, 1),))], tokenizer)
+    assert tokenised.counts["merged at the boundary"] == 1
+    assert decoded(tokenizer, tokenised.groups[0].response_ids[0]) == "\n\nb<|im_end|>"
 
 
 def test_tokenised_at_once_equals_tokenised_alone():
@@ -119,10 +120,10 @@ def test_tokenised_at_once_equals_tokenised_alone():
             for n in range(1, 9)
         ]
         together = tokenise(groups, family.tokenizer).groups
-        for place, group in enumerate(groups):
+        for index, group in enumerate(groups):
             (alone,) = tokenise([group], family.tokenizer).groups
             assert (alone.prompt_ids, alone.response_ids) == (
-                together[place].prompt_ids, together[place].response_ids,
+                together[index].prompt_ids, together[index].response_ids,
             )  # fmt: skip
 
 
@@ -135,8 +136,8 @@ def test_a_scored_turn_keeps_its_own_side_of_a_token_that_straddles():
         Message(role="assistant", content="\n0"),
         Message(role="user", content="0"),
     )
-    (found,) = tokenise([PromptGroup(prompt, ("0",))], tokenizer, score="all").groups
-    (last,) = tokenise([PromptGroup(prompt, ("0",))], tokenizer).groups
-    assert tokenizer.convert_ids_to_tokens(found.response_ids[0][:2]) == ["Ċ", "0"]
-    assert "ĊĊ" in tokenizer.convert_ids_to_tokens(last.prompt_ids)
-    assert "ĊĊ" not in tokenizer.convert_ids_to_tokens([*found.prompt_ids, *found.response_ids[0]])
+    (all_turns,) = tokenise([PromptGroup(prompt, ("0",))], tokenizer, score="all").groups
+    (last_turn,) = tokenise([PromptGroup(prompt, ("0",))], tokenizer).groups
+    assert tokenizer.convert_ids_to_tokens(all_turns.response_ids[0][:2]) == ["Ċ", "0"]
+    assert "ĊĊ" in tokenizer.convert_ids_to_tokens(last_turn.prompt_ids)
+    assert "ĊĊ" not in tokenizer.convert_ids_to_tokens([*all_turns.prompt_ids, *all_turns.response_ids[0]])
