@@ -37,15 +37,15 @@ def tab(tmp_path_factory):
         yield opened
 
 
-def column(tab, place, table=FIRST_TABLE):
+def column(tab, index, table=FIRST_TABLE):
     """The texts of a column of a table, from top to bottom; those of its rows' heads for 0."""
-    return tab.value(f"[...{table}.tBodies[0].rows].map(r => r.cells[{place}]?.textContent.trim() ?? '')")
+    return tab.value(f"[...{table}.tBodies[0].rows].map(r => r.cells[{index}]?.textContent.trim() ?? '')")
 
 
 def numbers(texts):
     """The leading numbers of texts that have one, read independently of the page's script."""
-    found = [re.match(r"[+−-]?\d+(\.\d+)?", text.replace("−", "-")) for text in texts]
-    return [float(match[0]) for match in found if match]
+    matches = [re.match(r"[+−-]?\d+(\.\d+)?", text.replace("−", "-")) for text in texts]
+    return [float(match[0]) for match in matches if match]
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -71,8 +71,8 @@ def test_what_a_page_must_not_do_is_noticed(tab, tmp_path):
     )
     tab.open(page, 390)
     tab.value("console.error('said')")
-    said = str(tab.complaints())
-    assert all(part in said for part in ("inline script", "x.png", "'said'"))
+    complaints = str(tab.complaints())
+    assert all(part in complaints for part in ("inline script", "x.png", "'said'"))
     assert tab.value("document.documentElement.scrollWidth") > 390
     page.write_text("<img src='http://127.0.0.1:9/x.png'>")
     tab.open(page, 390)
@@ -100,9 +100,9 @@ def test_a_click_sorts_by_number_and_missing_values_stay_last(tab, pages):
 
 def test_negative_numbers_and_failed_rows(tab, pages):
     tab.open(pages["sweep"], 1280)
-    place = tab.value(f"[...{LAST_TABLE}.tHead.rows[0].cells].findIndex(c => c.textContent == 'End-token shift')")
-    tab.value(f"{LAST_TABLE}.tHead.rows[0].cells[{place}].querySelector('button').click()")
-    shifts = numbers(column(tab, place, LAST_TABLE))
+    index = tab.value(f"[...{LAST_TABLE}.tHead.rows[0].cells].findIndex(c => c.textContent == 'End-token shift')")
+    tab.value(f"{LAST_TABLE}.tHead.rows[0].cells[{index}].querySelector('button').click()")
+    shifts = numbers(column(tab, index, LAST_TABLE))
     assert shifts == sorted(shifts, reverse=True)
     assert min(shifts) < -2 < -0.1 < max(shifts)
     assert column(tab, 0, LAST_TABLE)[-1] == "12_beta=10"
@@ -172,11 +172,11 @@ def test_answers_are_searched_filtered_and_shown_a_few_at_a_time(tab, pages):
     assert all(gain < 0 for gain in tab.value(f"{VISIBLE}.map(s => Number(s.dataset.gain))"))
     chosen(tab, "Which answers", "All answers")
     tab.value(f"(s => {{ s.value = 'WINDOW'; s.dispatchEvent(new Event('input')) }})({OPENED}.querySelector('input'))")
-    found = tab.value(f"{VISIBLE}.map(s => s.textContent)")
-    assert len(found) > 0
-    assert all("window" in text for text in found)
+    texts = tab.value(f"{VISIBLE}.map(s => s.textContent)")
+    assert len(texts) > 0
+    assert all("window" in text for text in texts)
     hits = tab.value(f"[...{OPENED}.querySelectorAll('.sample')].filter(s => s.textContent.includes('window')).length")
-    assert tab.value(f"{OPENED}.querySelector('output').textContent") == f"{len(found)} of {hits} shown"
+    assert tab.value(f"{OPENED}.querySelector('output').textContent") == f"{len(texts)} of {hits} shown"
 
 
 def test_without_scripts_everything_can_be_read(tab, pages):

@@ -53,8 +53,8 @@ def cell(series="dpo", beta=0.1, wins=(0.6,), half=0.04, kl=1.0, gold=0.5, token
         for win in wins
     ]
     jobs = [
-        SweptRun("", Path(), "completed", None, "dpo", "initial", beta, seed, (), one)
-        for seed, one in enumerate(evaluations)
+        SweptRun("", Path(), "completed", None, "dpo", "initial", beta, seed, (), evaluation)
+        for seed, evaluation in enumerate(evaluations)
     ]
     return Cell(series, beta, jobs, mean_over_seeds(evaluations))
 
@@ -75,13 +75,13 @@ def test_the_front_by_brute_force(points):
         )
         for distance, reward in zip(distances, rewards, strict=True)
     ]
-    assert sorted(undominated(distances, rewards)) == [place for place, out in enumerate(beaten) if not out]
+    assert sorted(undominated(distances, rewards)) == [index for index, out in enumerate(beaten) if not out]
 
 
 def test_degenerate_cells_are_never_on_the_front():
-    found = [cell(kl=1.0, gold=0.4), cell(kl=2.0, gold=0.6, degenerate=["loops"]), cell(kl=3.0, gold=0.5)]
-    assert front_of(found) == [found[0], found[2]]
-    rows = list(csv.DictReader(io.StringIO(frontier_csv(found))))
+    cells = [cell(kl=1.0, gold=0.4), cell(kl=2.0, gold=0.6, degenerate=["loops"]), cell(kl=3.0, gold=0.5)]
+    assert front_of(cells) == [cells[0], cells[2]]
+    rows = list(csv.DictReader(io.StringIO(frontier_csv(cells))))
     assert [row["pareto"] for row in rows] == ["1", "0", "1"]
     assert [float(row["kl/initial"]) for row in rows] == [1.0, 2.0, 3.0]
     assert [row["degenerate"] for row in rows] == ["", "loops", ""]
@@ -90,9 +90,9 @@ def test_degenerate_cells_are_never_on_the_front():
 def test_the_front_is_drawn_from_the_initial_policy_to_its_corners():
     from matplotlib.figure import Figure
 
-    found = [cell(beta=1.0, kl=1.0, gold=0.3), cell(beta=0.3, kl=2.0, gold=0.6), cell(beta=0.1, kl=3.0, gold=0.5)]
+    cells = [cell(beta=1.0, kl=1.0, gold=0.3), cell(beta=0.3, kl=2.0, gold=0.6), cell(beta=0.1, kl=3.0, gold=0.5)]
     axes = Figure().subplots()
-    frontier_panel(found, Evaluation("initial", "gold", {"gold/mean": 0.4})).draw(axes)
+    frontier_panel(cells, Evaluation("initial", "gold", {"gold/mean": 0.4})).draw(axes)
     (front,) = (line for line in axes.lines if line.get_label() == "Pareto front")
     assert (list(front.get_xdata()), list(front.get_ydata())) == ([0.0, 2.0], [0.4, 0.6])
     assert [text.get_text() for text in axes.texts] == ["1", "0.3", "0.1"]
@@ -118,7 +118,7 @@ def test_strengths_are_told_apart_in_pairs_of_seeds():
 
 
 @pytest.fixture
-def found():
+def reference_cells():
     """Two references; the second one's loosest is degenerate, though it wins most."""
     return [
         cell("dpo, reference initial", 0.1, (0.50,), tokens=21.66),
@@ -129,34 +129,34 @@ def found():
     ]
 
 
-def test_the_best_strength_of_each_series_is_sound(found):
-    first, second = best_strengths(found)
-    assert first.best is found[1]
+def test_the_best_strength_of_each_series_is_sound(reference_cells):
+    first, second = best_strengths(reference_cells)
+    assert first.best is reference_cells[1]
     assert first.as_good == []
-    assert second.best is found[4]
+    assert second.best is reference_cells[4]
     assert second.as_good == [0.3]
     assert second.degenerate == [0.1]
-    names, rows = strength_table(found)
+    names, rows = strength_table(reference_cells)
     assert names[:3] == ["Series", "Best β", "Win rate against initial, %"]
     assert rows[0] == ["reference initial", "1", "60.0 [56.0, 64.0]", "15.0", "1.00", "–", "–"]
     assert rows[1][5:] == ["0.3", "0.1"]
-    assert best_strengths(found[2:3])[0].best is None
+    assert best_strengths(reference_cells[2:3])[0].best is None
 
 
-def test_series_are_named_by_what_tells_them_apart(found):
-    assert list(short_names(found).values()) == ["reference initial", "reference none"]
-    assert short_names(found[:2]) == {"dpo, reference initial": "dpo, reference initial"}
+def test_series_are_named_by_what_tells_them_apart(reference_cells):
+    assert list(short_names(reference_cells).values()) == ["reference initial", "reference none"]
+    assert short_names(reference_cells[:2]) == {"dpo, reference initial": "dpo, reference initial"}
 
 
-def test_the_paper_table_by_hand(found):
-    table = tables.paper_table(found)
+def test_the_paper_table_by_hand(reference_cells):
+    table = tables.paper_table(reference_cells)
     assert table.groups == ["reference initial", "reference none"]
-    assert [(label, [one.text for one in entries]) for label, entries in table.rows] == [
+    assert [(label, [entry.text for entry in entries]) for label, entries in table.rows] == [
         ("0.1", ["50.0 ± 2.0", "21.7", "90.0 ± 2.0†", "47.0"]),
         ("0.3", ["–", "–", "41.0 ± 2.0", "10.0"]),
         ("1", ["60.0 ± 2.0", "15.0", "42.0 ± 2.0", "10.0"]),
     ]
-    assert [[one.best for one in entries] for _, entries in table.rows] == [
+    assert [[entry.best for entry in entries] for _, entries in table.rows] == [
         [False] * 4, [False] * 4, [True, False, True, False]
     ]  # fmt: skip
     assert "† degenerate" in table.note
@@ -164,8 +164,8 @@ def test_the_paper_table_by_hand(found):
         tables.paper_table([])
 
 
-def test_every_form_of_the_paper_table_has_the_same_entries(found):
-    table = tables.paper_table(found)
+def test_every_form_of_the_paper_table_has_the_same_entries(reference_cells):
+    table = tables.paper_table(reference_cells)
     rows = list(csv.reader(io.StringIO(tables.csv_table(table))))
     assert rows[0] == ["β", "reference initial: win rate, %", "reference initial: tokens",
                        "reference none: win rate, %", "reference none: tokens"]  # fmt: skip
@@ -181,21 +181,21 @@ def test_every_form_of_the_paper_table_has_the_same_entries(found):
     assert r"\cmidrule(lr){2-3}\cmidrule(lr){4-5}" in latex
 
 
-def test_latex_has_no_bare_special_character(found):
-    nasty = [cell("dpo, a_b=50% & {x} $ # ~^\\", 0.1), *found[:1]]
+def test_latex_has_no_bare_special_character(reference_cells):
+    nasty = [cell("dpo, a_b=50% & {x} $ # ~^\\", 0.1), *reference_cells[:1]]
     body = [line for line in tables.latex_table(tables.paper_table(nasty)).splitlines() if "multicolumn" in line]
     assert r"a\_b=50\% \& \{x\} \$ \# \textasciitilde{}\textasciicircum{}\textbackslash{}" in body[0]
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex is installed, so no table is set with it")
-def test_latex_is_set_by_latex(found, tmp_path):
-    body = tables.latex_table(tables.paper_table(found))
+def test_latex_is_set_by_latex(reference_cells, tmp_path):
+    body = tables.latex_table(tables.paper_table(reference_cells))
     document = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}" + body + "\\end{document}"
     (tmp_path / "t.tex").write_text(document)
     subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True)
 
 
-def test_a_terminal_shows_three_series_beside_each_other(found):
+def test_a_terminal_shows_three_series_beside_each_other(reference_cells):
     from rich.console import Console
 
     many = [cell(f"dpo, reference {name}", beta) for name in "abcdefg" for beta in (0.1, 1.0)]
@@ -251,15 +251,15 @@ def test_temperatures_of_several_policies_stay_apart_and_the_verdict_is_marked_w
 
 def test_every_cell_of_a_small_sweep_has_its_curve():
     """Fainter where the beta is smaller; of many cells the best of each series."""
-    found = [cell("dpo", 0.1), cell("dpo", 1.0, wins=(0.7,)), cell("ipo_sum", 0.1)]
-    curves = temperature_curves(found)
-    assert [curve.evaluation for curve in curves] == [one.evaluation for one in found]
+    cells = [cell("dpo", 0.1), cell("dpo", 1.0, wins=(0.7,)), cell("ipo_sum", 0.1)]
+    curves = temperature_curves(cells)
+    assert [curve.evaluation for curve in curves] == [swept_cell.evaluation for swept_cell in cells]
     assert [curve.name for curve in curves] == ["dpo, β = 0.1", "dpo, β = 1", "ipo_sum, β = 0.1"]
     faint, strong, other = (curve.colour for curve in curves)
     assert faint[:7] == strong[:7] != other[:7]
     assert (int(faint[7:], 16), strong[7:], other[7:]) == (round(255 * 0.7), "ff", "ff")
     more = [cell("dpo", 3.0, wins=(0.9,), half=0.01), cell("ipo_sum", 1.0, wins=(0.55,)), cell("ipo_sum", 3.0)]
-    assert [curve.name for curve in temperature_curves([*found, *more])] == ["dpo, β = 3", "ipo_sum, β = 0.1"]
+    assert [curve.name for curve in temperature_curves([*cells, *more])] == ["dpo, β = 3", "ipo_sum, β = 0.1"]
 
 
 COMMANDS = re.findall(r"^python evaluate\.py (.*)$", (ROOT / "docs" / "reports.md").read_text(), re.M)

@@ -36,11 +36,11 @@ def rows_of(export) -> list:
 
 def test_alpaca_eval(tmp_path):
     """Its own reader makes a table of the list and joins it to the reference's by `instruction`."""
-    made = answers(prompt_sets.alpaca_eval, ALPACA, tmp_path)
-    found = alpaca_eval(made, model_name="mine", sample=1)
-    assert found.path == Path("alpaca_eval/model_outputs.json")
-    outputs = {g.prompt_index: g.output for g in made.generations if g.sample_index == 1}
-    assert json.loads(found.text) == [
+    model_answers = answers(prompt_sets.alpaca_eval, ALPACA, tmp_path)
+    export = alpaca_eval(model_answers, model_name="mine", sample=1)
+    assert export.path == Path("alpaca_eval/model_outputs.json")
+    outputs = {g.prompt_index: g.output for g in model_answers.generations if g.sample_index == 1}
+    assert json.loads(export.text) == [
         {"instruction": "a cat", "output": outputs[0], "generator": "mine", "dataset": "helpful_base"},
         {"instruction": "the dog ran", "output": outputs[1], "generator": "mine", "dataset": "koala"},
     ]
@@ -49,12 +49,12 @@ def test_alpaca_eval(tmp_path):
 
 def test_mt_bench(tmp_path):
     """FastChat looks answers up by question and takes `choices[0]["turns"][turn]`."""
-    made = answers(prompt_sets.mt_bench, MT_BENCH[::-1], tmp_path)
-    found = mt_bench(made)
-    assert found.path == Path("mt_bench/model_answer/my_run.jsonl")
-    by_id = {row["question_id"]: row for row in rows_of(found)}
+    model_answers = answers(prompt_sets.mt_bench, MT_BENCH[::-1], tmp_path)
+    export = mt_bench(model_answers)
+    assert export.path == Path("mt_bench/model_answer/my_run.jsonl")
+    by_id = {row["question_id"]: row for row in rows_of(export)}
     assert list(by_id) == [81, 111]
-    for g in made.generations:
+    for g in model_answers.generations:
         row = by_id[g.question_id]
         assert row["choices"][g.sample_index]["index"] == g.sample_index
         assert row["choices"][g.sample_index]["turns"][g.turn - 1] == g.output
@@ -64,11 +64,11 @@ def test_mt_bench(tmp_path):
 
 def test_arena_hard(tmp_path):
     """Its tools look answers up by uid and take `messages[-1]["content"]["answer"]`."""
-    made = answers(prompt_sets.arena_hard, ARENA, tmp_path)
-    found = arena_hard(made)
-    assert found.path == Path("arena_hard/model_answer/my_run.jsonl")
-    by_uid = {row["uid"]: row for row in rows_of(found)}
-    first = {g.question_id: g for g in made.generations if g.sample_index == 0}
+    model_answers = answers(prompt_sets.arena_hard, ARENA, tmp_path)
+    export = arena_hard(model_answers)
+    assert export.path == Path("arena_hard/model_answer/my_run.jsonl")
+    by_uid = {row["uid"]: row for row in rows_of(export)}
+    first = {g.question_id: g for g in model_answers.generations if g.sample_index == 0}
     assert list(by_uid) == ["ab12", "cd34"]
     for uid, row in by_uid.items():
         assert row["messages"] == [
@@ -82,9 +82,9 @@ def test_rewardbench_reads_whole_conversations(tmp_path):
     """Its reader takes the prompt to be all of `chosen` but the last message, and drops our `prompt` for it."""
     datasets = pytest.importorskip("datasets")
     pairs = [pair(), pair(chosen_reward=-0.25), pair(chosen_reward=-0.5)]
-    found = rewardbench_rows(RewardedPairs("my_run", "lab", pairs))
+    export = rewardbench_rows(RewardedPairs("my_run", "lab", pairs))
     path = tmp_path / "pairs.jsonl"
-    path.write_text(found.text)
+    path.write_text(export.text)
     table = datasets.load_dataset("json", data_files=str(path), cache_dir=str(tmp_path / "cache"))["train"]
     assert table["results"][:] == [1, 0, 0]
     assert (table["scores_chosen"][0], table["scores_rejected"][0], table["subset"][0]) == (0.5, -0.25, "lab")
@@ -173,13 +173,13 @@ def test_rows_belong_to_their_pairs():
     groups = tokenise(held_out, TOKENIZER, max_length=80).groups
     model = tiny_model("llama", vocab_size=len(TOKENIZER))
     policy = score_pairs(model, groups, {TOKENIZER.eos_token_id})
-    found = rewarded_pairs(
+    rows = rewarded_pairs(
         held_out, groups, policy, replace(policy, chosen=policy.chosen * 0, rejected=policy.rejected * 0)
     )
-    assert [(one.chosen, one.rejected) for one in found] == [
+    assert [(row.chosen, row.rejected) for row in rows] == [
         ("yes", "no"), ("maybe a cat", "yes"), ("of course!", "what is it?"),
     ]  # fmt: skip
-    assert found[0].chosen_reward == found[1].rejected_reward != found[0].rejected_reward
+    assert rows[0].chosen_reward == rows[1].rejected_reward != rows[0].rejected_reward
 
 
 def test_answers_are_exported_by_the_command(run, tmp_path):
@@ -188,10 +188,10 @@ def test_answers_are_exported_by_the_command(run, tmp_path):
     asked = ["prompts=alpaca_eval", f"prompts.path={path}", "stage=generate", f"output_dir={folder}"]
     evaluate(f"policy={run}", *PLAIN[:-1], *DATA, *asked)
     evaluate(f"policy={run}", "stage=export", "export=alpaca_eval", "export.sample=1", f"output_dir={folder}")
-    found = json.loads((folder / "exports" / "alpaca_eval" / "model_outputs.json").read_text())
+    rows = json.loads((folder / "exports" / "alpaca_eval" / "model_outputs.json").read_text())
     stored = [g for g in read_generations(folder / "generations.jsonl") if g.sample_index == 1]
-    assert [row["output"] for row in found] == [g.output for g in stored]
-    assert {row["generator"] for row in found} == {"my_run"}
+    assert [row["output"] for row in rows] == [g.output for g in stored]
+    assert {row["generator"] for row in rows} == {"my_run"}
     with pytest.raises(ValueError, match="these are to alpaca_eval: generate them with prompts=mt_bench"):
         evaluate(f"policy={run}", "stage=export", "export=mt_bench", f"output_dir={folder}")
 
@@ -231,7 +231,7 @@ def test_words_without_effect_are_refused(case, run):
 def test_turns_are_not_judged_as_single_answers(tmp_path):
     from dpo_ref.evaluation.judging.judge import answer_pairs
 
-    made = answers(prompt_sets.mt_bench, MT_BENCH, tmp_path).generations
+    generations = answers(prompt_sets.mt_bench, MT_BENCH, tmp_path).generations
     with pytest.raises(ValueError, match="these questions have further turns; stage=export export=mt_bench hands"):
-        answer_pairs(made, made)
-    assert len(answer_pairs([g for g in made if g.turn == 1], [g for g in made if g.turn == 1])) == 4
+        answer_pairs(generations, generations)
+    assert len(answer_pairs([g for g in generations if g.turn == 1], [g for g in generations if g.turn == 1])) == 4

@@ -27,42 +27,42 @@ def judged(tmp_path_factory):
         patch.setenv("NO_PROXY", "127.0.0.1")
         options = {"template": "alpaca_eval", "max_tokens": 1, "logprobs": 5}
         judge = served(context, model="<big>", base_url=server.url, **options)
-        found = judge_stage(root / "policy", judge, policy, baseline, 0, silent)
-    return root / "policy", baseline, found
+        evaluated = judge_stage(root / "policy", judge, policy, baseline, 0, silent)
+    return root / "policy", baseline, evaluated
 
 
 def test_the_section_says_what_the_record_says(judged):
-    folder, _, found = judged
+    folder, _, policy = judged
     texts = " ".join(parsed(judge_section(folder)).texts)
-    mean = 100 * found.evaluation.metrics["judge_winrate/initial"]
+    mean = 100 * policy.evaluation.metrics["judge_winrate/initial"]
     assert f"Against initial, <big> (template alpaca_eval) gives the policy {mean:.1f}" in texts
     assert "over 60 of 60 pairs with a verdict" in texts
-    assert f"{100 * found.evaluation.metrics['judge/position_consistency']:.1f}" in texts
+    assert f"{100 * policy.evaluation.metrics['judge/position_consistency']:.1f}" in texts
     assert "initial shown first" in texts
     assert judge_section(folder / "nowhere") == ""
 
 
 def test_the_page_holds_it_and_tables_get_its_columns(judged):
-    folder, baseline, found = judged
-    texts = " ".join(parsed(write_report(folder, [baseline, found]).read_text()).texts)
+    folder, baseline, policy = judged
+    texts = " ".join(parsed(write_report(folder, [baseline, policy]).read_text()).texts)
     assert "What the judge says" in texts
     assert "Judge's win rate" in texts
     assert "alpaca_eval, <big>" in texts
     assert "What the judge says" not in report([baseline])
     assert "Judge's win rate" not in report([baseline])
-    shown = [column.header for column in results_table([baseline.evaluation, found.evaluation]).columns]
+    shown = [column.header for column in results_table([baseline.evaluation, policy.evaluation]).columns]
     assert "judge" in shown
     assert "judge" not in [column.header for column in results_table([baseline.evaluation]).columns]
 
 
 def test_without_a_scorer_the_judge_is_spoken_of(judged):
-    _, baseline, found = judged
-    said = tables.headline([baseline.evaluation, found.evaluation])
-    assert "judge" not in said
-    del found.evaluation.metrics["winrate/initial"]
-    said = tables.headline([baseline.evaluation, found.evaluation])
-    assert f"{100 * found.evaluation.metrics['judge_winrate/initial']:.1f}" in said
-    assert "judge <big>" in said
+    _, baseline, policy = judged
+    headline = tables.headline([baseline.evaluation, policy.evaluation])
+    assert "judge" not in headline
+    del policy.evaluation.metrics["winrate/initial"]
+    headline = tables.headline([baseline.evaluation, policy.evaluation])
+    assert f"{100 * policy.evaluation.metrics['judge_winrate/initial']:.1f}" in headline
+    assert "judge <big>" in headline
 
 
 OUTCOMES = {  # shares of the policy's win: shown second, shown first

@@ -55,14 +55,20 @@ def test_the_card_is_filled_in_by_an_evaluation_and_says_no_path(run, evaluated)
     assert "Not evaluated yet" in before.text
     run, card = evaluated, card_of(evaluated)
     metrics = json.loads((run / "evaluation" / "evaluation.json").read_text())["metrics"]
-    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     expected = ("gold/mean", "winrate/initial", "kl/initial", "lengths/response", "ended/share", "rewards/accuracies")
-    assert found == {key: metrics[key] for key in expected}
+    assert results == {key: metrics[key] for key in expected}
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     assert card.data.base_model is None  # no name on the hub
     summary = json.loads((run / "summary.json").read_text())
-    for told in (summary["identities"]["loss_reference"], summary["versions"]["torch"], "beta 0.1", "seed", "**Degen"):
-        assert told in card.content
+    for phrase in (
+        summary["identities"]["loss_reference"],
+        summary["versions"]["torch"],
+        "beta 0.1",
+        "seed",
+        "**Degen",
+    ):
+        assert phrase in card.content
     assert 'reference.path="policy"' in card.text
     assert "secret user" not in card.content
     assert not {str(ROOT), str(Path.home()), str(run.parent)} & set(card.content.split())
@@ -157,10 +163,10 @@ def test_a_public_repository_is_left_alone_unless_that_is_said(asking):
 )
 def test_a_hub_that_does_not_take_it_is_one_line_with_what_to_type(asking, case, message):
     with hub("me/my_policy", status=403) as server:
-        told = asking(server.address if case == "refused" else "http://127.0.0.1:9")
-    assert message in told
-    assert told.endswith("stage=push hub.repo=me/my_policy")
-    assert TOKEN not in told
+        line = asking(server.address if case == "refused" else "http://127.0.0.1:9")
+    assert message in line
+    assert line.endswith("stage=push hub.repo=me/my_policy")
+    assert TOKEN not in line
 
 
 def test_only_files_of_a_model_are_chosen(tmp_path):

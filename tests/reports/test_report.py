@@ -38,9 +38,9 @@ def compared(mean, low, high, **changes):
 
 def test_the_page_is_well_formed_and_fetches_nothing(evaluated):
     page = report(evaluated)
-    found = parsed(page)
-    assert found.fetched == []
-    assert found.tags.count("script") == 1
+    structure = parsed(page)
+    assert structure.fetched == []
+    assert structure.tags.count("script") == 1
     links = set(re.findall(r"(?:https?:)?//[\w./-]+", page))
     assert all("w3.org" in link or "purl.org" in link or "creativecommons.org" in link for link in links), links
     assert not re.search(r"url\((?!#)|@import", page)
@@ -59,23 +59,23 @@ def test_the_policy_names_the_one_script_by_its_digest(evaluated):
 def test_hostile_text_is_shown_and_never_becomes_markup(evaluated):
     attack = '<script>alert("x")</script><img src=http://evil/>&amp; $\\bad{$ </p>'
 
-    def poisoned(one, name):
+    def poisoned(policy, name):
         generations = [
             replace(
                 g, output=attack + "\u202e\x00", prompt=({"role": attack, "content": f"{attack} {g.prompt_index}"},)
             )
-            for g in one.generations
+            for g in policy.generations
         ]
         evaluation = replace(
-            one.evaluation, name=name, objective=None, degenerate=[attack], generation={attack: attack}
+            policy.evaluation, name=name, objective=None, degenerate=[attack], generation={attack: attack}
         )
-        return replace(one, generations=generations, evaluation=evaluation)
+        return replace(policy, generations=generations, evaluation=evaluation)
 
-    found = parsed(report([poisoned(evaluated[0], "initial"), poisoned(evaluated[1], attack)]))
-    assert found.tags.count("script") == 1
-    assert "img" not in found.tags
-    assert found.fetched == []
-    assert "".join(found.texts).count(attack) > 30
+    structure = parsed(report([poisoned(evaluated[0], "initial"), poisoned(evaluated[1], attack)]))
+    assert structure.tags.count("script") == 1
+    assert "img" not in structure.tags
+    assert structure.fetched == []
+    assert "".join(structure.texts).count(attack) > 30
 
 
 def test_the_headline_claims_what_the_interval_carries():
@@ -95,7 +95,7 @@ def test_the_best_policy_is_the_best_healthy_one():
 
 
 def test_the_drift_of_the_smallest_beta_is_told(evaluated):
-    sentence = tables.drift(evaluated[0].evaluation, [one.evaluation for one in evaluated[1:]])
+    sentence = tables.drift(evaluated[0].evaluation, [policy.evaluation for policy in evaluated[1:]])
     assert sentence is not None
     loosest = evaluated[1].evaluation.metrics
     assert sentence.startswith("At the smallest β, 0.005, answers grow from ")
@@ -107,7 +107,7 @@ def test_the_drift_of_the_smallest_beta_is_told(evaluated):
 
 def test_betas_of_different_objectives_are_not_compared(evaluated):
     """The tau of IPO says nothing beside the beta of DPO."""
-    initial, *rest = (one.evaluation for one in evaluated)
+    initial, *rest = (policy.evaluation for policy in evaluated)
     assert tables.drift(initial, rest) is not None
     mixed = [replace(rest[0], objective="ipo_sum"), *rest[1:]]
     assert tables.drift(initial, mixed) is None
@@ -125,21 +125,21 @@ def test_numbers_as_they_are_written():
 
 
 def test_titles_tell_policies_apart():
-    one, two = compared(0.6, 0.5, 0.7), compared(0.6, 0.5, 0.7)
-    assert titles([Evaluation("initial", "gold", {}), one]) == ["initial policy", "DPO (β = 0.1)"]
-    assert titles([one, replace(two, seed=1)]) == ["DPO (β = 0.1)", "DPO (β = 0.1, seed 1)"]
-    assert titles([replace(one, reference="initial"), replace(two, reference="other")]) == [
+    first, second = compared(0.6, 0.5, 0.7), compared(0.6, 0.5, 0.7)
+    assert titles([Evaluation("initial", "gold", {}), first]) == ["initial policy", "DPO (β = 0.1)"]
+    assert titles([first, replace(second, seed=1)]) == ["DPO (β = 0.1)", "DPO (β = 0.1, seed 1)"]
+    assert titles([replace(first, reference="initial"), replace(second, reference="other")]) == [
         "DPO (β = 0.1, reference initial)",
         "DPO (β = 0.1, reference other)",
     ]
-    assert titles([one, replace(two, name="second")]) == ["run", "second"]
+    assert titles([first, replace(second, name="second")]) == ["run", "second"]
 
 
 def test_every_policy_and_every_number_of_the_table_is_on_the_page(evaluated):
     texts = "".join(parsed(report(evaluated)).texts)
-    for one in evaluated:
+    for policy in evaluated:
         for column in columns("gold"):
-            assert column.text(one.evaluation) in texts
+            assert column.text(policy.evaluation) in texts
     for title in ("initial policy", "DPO (β = 0.005)", "DPO (β = 0.3)", "DPO (β = 3)"):
         assert title in texts
     assert "is degenerate" in texts
@@ -161,8 +161,8 @@ def test_samples_are_paired_drawn_at_random_first_and_gains_and_losses_are_true(
 
 
 def second_turn(name, before, output):
-    said = [{"role": "user", "content": "Name one."}, {"role": "assistant", "content": before}]
-    prompt = (*said, {"role": "user", "content": "And another?"})
+    history = [{"role": "user", "content": "Name one."}, {"role": "assistant", "content": before}]
+    prompt = (*history, {"role": "user", "content": "And another?"})
     asked = replace(answer(text=output), prompt=prompt, turn=2)
     return Evaluated(Evaluation(name, "gold", {}), [asked], [0.5])
 
@@ -170,12 +170,12 @@ def second_turn(name, before, output):
 def test_a_second_turn_stands_beside_the_baselines_with_what_each_said_before():
     baseline, policy = second_turn("initial", "A fig.", "A pear."), second_turn("run", "A lime.", "A plum.")
     shown = parsed(samples(select(policy, baseline), ("initial policy", "ours"), "gold", True)).texts
-    said = [text.strip() for text in shown if text.strip()]
-    begin = said.index("user")
-    assert said[begin : begin + 8] == [
+    texts = [text.strip() for text in shown if text.strip()]
+    begin = texts.index("user")
+    assert texts[begin : begin + 8] == [
         "user", "Name one.", "initial policy", "A fig.", "ours", "A lime.", "user", "And another?",
     ]  # fmt: skip
-    assert ("A pear." in said, "A plum." in said) == (True, True)
+    assert ("A pear." in texts, "A plum." in texts) == (True, True)
 
 
 def test_report_files_are_equal_when_made_twice(evaluated, tmp_path):
@@ -205,8 +205,8 @@ def test_every_picture_is_a_file_of_its_own_at_the_size_of_a_column(evaluated, t
 
 def test_a_policy_alone_has_a_report_without_comparison(evaluated):
     alone = [evaluated[0]]
-    found = parsed(report(alone))
-    assert "Answers side by side" not in "".join(found.texts)
+    structure = parsed(report(alone))
+    assert "Answers side by side" not in "".join(structure.texts)
     with pytest.raises(ValueError, match="nothing to report"):
         report([])
 
@@ -218,7 +218,7 @@ def test_a_picture_shows_the_numbers_it_is_given(evaluated, tmp_path):
     axes = Figure().subplots()
     drawn[0].draw(axes)
     dots = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "None"]
-    assert dots == [one.evaluation.metrics["gold/mean"] for one in evaluated]
+    assert dots == [policy.evaluation.metrics["gold/mean"] for policy in evaluated]
     markers = [line.get_marker() for line in axes.lines if line.get_linestyle() == "None"]
     assert markers == ["o", "X", "o", "o"]  # beta 0.005 is degenerate
     assert svg(drawn[0]).startswith("<svg")
@@ -231,6 +231,6 @@ def test_the_last_point_of_the_length_curve_is_the_share_that_was_cut(evaluated)
 
     axes = Figure().subplots()
     comparison_panels(evaluated)[-1].draw(axes)
-    for one, line in zip(evaluated, axes.lines, strict=True):
+    for policy, line in zip(evaluated, axes.lines, strict=True):
         assert line.get_ydata()[0] == 100
-        assert line.get_ydata()[-1] == pytest.approx(100 * (1 - one.evaluation.metrics["ended/share"]))
+        assert line.get_ydata()[-1] == pytest.approx(100 * (1 - policy.evaluation.metrics["ended/share"]))
