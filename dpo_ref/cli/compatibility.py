@@ -319,7 +319,7 @@ def _report(request: CompatibilityRequest, runs: Mapping[str, tuple[list[str], R
         except ValueError as error:
             refused.append(RefusedCandidate(title, str(error)))
     if not candidates:
-        raise ValueError("; ".join(f"{each.title}: {each.reason}" for each in refused))
+        raise ValueError("; ".join(f"{entry.title}: {entry.reason}" for entry in refused))
     return CompatibilityReport(
         policy=request.name,
         policy_alone=numbers.alone(policy, pairs),
@@ -364,7 +364,7 @@ def run_compatibility(request: CompatibilityRequest) -> None:
     report = _report(request, _runs(request))
     folder.mkdir(parents=True, exist_ok=True)
     write_page(folder, report)
-    verdicts = {each.title: verdict(each, report) for each in report.candidates}
+    verdicts = {candidate.title: verdict(candidate, report) for candidate in report.candidates}
     write_json(folder / "compatibility.json", {**plain(report), "verdicts": verdicts})
     Console().print(terminal_table(report))
     print(*(f"{title}: {sentence}" for title, sentence in verdicts.items()), sep="\n")
@@ -373,5 +373,5 @@ def run_compatibility(request: CompatibilityRequest) -> None:
         headline(report),
         {name: str(folder / f"compatibility.{end}") for name, end in
          (("report", "html"), ("plot", "png"), ("numbers", "json"))},
-        [next_command(request, each) for each in report.candidates],
+        [next_command(request, candidate) for candidate in report.candidates],
     )  # fmt: skip

@@ -160,11 +160,11 @@ def _print(table: Any) -> None:
 
 def _evaluate_policy(evaluator: Evaluator, cfg: DictConfig) -> None:
     outcome = evaluator.one(cfg.policy, cfg.output_dir)
-    folder, baseline, found = outcome.subject.folder, outcome.baseline, outcome.evaluated
-    if found is None:
+    folder, baseline, policy = outcome.subject.folder, outcome.baseline, outcome.evaluated
+    if policy is None:
         run_summary("generated", {"generations": str(folder / "generations.jsonl")}, [])
         return
-    evaluated = [baseline, found] if baseline else [found]
+    evaluated = [baseline, policy] if baseline else [policy]
     page = write_report(folder, evaluated)
     pictures = [path for name in ("report.png", DIAGNOSTICS) if (path := folder / name).is_file()]
     evaluator.conclude(outcome, [page, *pictures])

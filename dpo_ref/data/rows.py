@@ -48,10 +48,10 @@ class Opened(NamedTuple):
 
 def open_source(source: Source, key: str) -> Opened:
     """Find a source. Raises ValueError, naming `key`, for what is not there; its rows raise it for what is damaged."""
-    located = Path(source.path).expanduser()
-    if not located.exists():
+    local_path = Path(source.path).expanduser()
+    if not local_path.exists():
         return _open_hub(source, key)
-    if located.is_dir() and any((located / name).exists() for name in ("state.json", "dataset_dict.json")):
+    if local_path.is_dir() and any((local_path / name).exists() for name in ("state.json", "dataset_dict.json")):
         return _open_saved(source, key)
     _refuse_options(source, key, "a file or a folder of files")
     paths = files(source.path, key)
@@ -77,12 +77,12 @@ def _kind(path: Path) -> tuple[str, str]:
 
 def files(path: str, key: str) -> list[Path]:
     """The data files that `path` names: itself, or those in the folder; ValueError without any."""
-    located = Path(path).expanduser()
-    if located.is_file():
-        if _kind(located)[0] not in READERS:
+    local_path = Path(path).expanduser()
+    if local_path.is_file():
+        if _kind(local_path)[0] not in READERS:
             raise ValueError(f"{key}={path} is none of {', '.join(READERS)} (each also .gz, .bz2, .xz)")
-        return [located]
-    paths = sorted(entry for entry in located.glob("*") if entry.is_file() and _kind(entry)[0] in READERS)
+        return [local_path]
+    paths = sorted(entry for entry in local_path.glob("*") if entry.is_file() and _kind(entry)[0] in READERS)
     if not paths:
         raise ValueError(f"{key}={path} holds no file of {', '.join(READERS)}")
     return paths
