@@ -8,7 +8,7 @@ ROOM := objectives
 # every command that a test starts would compile the project again.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install install-dev demo test test-fast lint format flash clean
+.PHONY: help install install-dev demo test test-fast faults reliability lint format flash clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ test: install-dev ## run the tests
 
 test-fast: install-dev ## run the tests of one room: make test-fast ROOM=data
 	$(PYTEST) tests/$(ROOM)
+
+faults: install-dev ## run every test of a fault, also the slow ones
+	$(PYTEST) -m "slow or not slow" tests/faults
+
+reliability: install-dev ## the same, and write docs/reliability.md of what was seen
+	$(PYTEST) -m "slow or not slow" --reliability tests/faults
 
 lint: install-dev ## formatting, lint, types
 	$(BIN)/ruff format --check .
