@@ -28,9 +28,16 @@ if "DPO_REF_CACHE" not in os.environ:
 # cannot resolve): following them everywhere took a fifth of the tests' time.
 ROOT = Path(__file__).parents[1]
 SIGN = re.compile(r"^from jaxtyping import|^if TYPE_CHECKING:", re.MULTILINE)
-SHAPED = [path for path in (ROOT / "dpo_ref").rglob("*.py") if SIGN.search(path.read_text())]
+SHAPED = [
+    path for path in (ROOT / "dpo_ref").rglob("*.py") if SIGN.search(path.read_text()) and "_kernels" not in path.name
+]
 SHAPES = re.compile(r"\b(Float|Int|Bool|UInt8|Num|Shaped)\[")
-CONF = BeartypeConf(claw_is_pep526=False, violation_type=TypeError)  # what Python and jaxtyping raise
+KERNELS = ("dpo_ref.models.head_kernels", "dpo_ref.training.rounded_update")  # Triton reads their source
+CONF = BeartypeConf(
+    claw_is_pep526=False,
+    claw_skip_package_names=KERNELS,
+    violation_type=TypeError,  # what Python and jaxtyping raise
+)
 follow_shapes = jaxtyping.jaxtyped
 
 

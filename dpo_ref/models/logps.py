@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_ref.models.attention import REGISTERED, PackedLayout
+from dpo_ref.models.attention import KERNEL_DTYPES, REGISTERED, PackedLayout
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores, Span
 
 CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32
+ON_CUDA = 8  # times as many on CUDA: the gradient of the head, as large as its weights, is added to once a chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,17 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
-        """Logits in at least float32, whatever the dtype of the product."""
+    def product(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
+        """h W^T + b in the dtype of the hidden states."""
         weight = self.weight.to(hidden.dtype)
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        logits = nn.functional.linear(hidden, weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        return nn.functional.linear(hidden, weight, bias)
+
+    def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
+        """Logits in at least float32, whatever the dtype of the product."""
+        logits = self.product(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
@@ -48,17 +54,21 @@ def head_of(model: nn.Module) -> Head:
     return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
+def chunk_rows(weight: Float[Tensor, "V H"]) -> int:
+    """How many tokens' logits are alive at once."""
+    return max(1, CHUNK_LOGITS * (ON_CUDA if weight.is_cuda else 1) // weight.shape[0])
+
+
 class _ChunkedTokenLogps(torch.autograd.Function):
     """log softmax(logits)[target] per token; saves hidden states and log-normalisers, recomputes logits."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, targets: Tensor) -> Tensor:
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        rows = chunk_rows(weight)
         logps, normalisers = [], []
         for hidden_c, target_c in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = head.logits(hidden_c)
-            normaliser = logits.logsumexp(dim=-1)
-            logps.append(logits.gather(1, target_c[:, None]).squeeze(1) - normaliser)
+            values, normaliser = _target_logps(head, hidden_c, target_c)
+            logps.append(values)
             normalisers.append(normaliser)
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
         ctx.rows, ctx.scale, ctx.softcap = rows, head.scale, head.softcap
@@ -88,6 +98,19 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
+def _target_logps(
+    head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"]
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """The targets' log-probs and the log-normalisers."""
+    if _kernels_take(hidden, head):
+        from dpo_ref.models.head_kernels import target_logps
+
+        return target_logps(head.product(hidden), targets, head.scale)
+    logits = head.logits(hidden)
+    normalisers = logits.logsumexp(dim=-1)
+    return logits.gather(1, targets[:, None]).squeeze(1) - normalisers, normalisers
+
+
 def token_logps(hidden: Float[Tensor, "R H"], head: Head, targets: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
     """Log-probability of each target token in nats, at least float32, differentiable in hidden states and head."""
     return _ChunkedTokenLogps.apply(hidden, head.weight, head.bias, head, targets)  # pyright: ignore
@@ -99,7 +122,7 @@ def token_logps_and_entropy(
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
     """Log-probability of each target token and the entropy of the distribution it was drawn from, both in nats, from
     one product per chunk: H = log Z - sum_v p_v z_v."""
-    rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    rows = chunk_rows(head.weight)
     logps, entropies = [], []
     for hidden_c, target_c in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = head.logits(hidden_c)
@@ -113,7 +136,7 @@ def token_logps_and_entropy(
 @torch.no_grad()
 def token_collisions(hidden: Float[Tensor, "R H"], head: Head) -> Float[Tensor, " R"]:
     """log sum_v p_v^2 of the distribution at each token: the log-probability that two draws from it agree, nats."""
-    rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    rows = chunk_rows(head.weight)
     values = []
     for hidden_c in hidden.split(rows):
         logits = head.logits(hidden_c)
@@ -231,26 +254,17 @@ class FusedLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=accumulate)
         d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device)
         weight_h = weight.to(hidden.dtype)
+        softmax = _softmax_in_kernels if _kernels_take(hidden, head) else _softmax
         losses, parts = [], []
-        for span in batch.spans(max(1, CHUNK_LOGITS // weight.shape[0])):
+        for span in batch.spans(chunk_rows(weight)):
             rows = span["R"]
             hidden_c, targets = hidden[rows], batch.target_ids[rows]
-            logits = head.logits(hidden_c)
-            slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
-            logits.sub_(logits.amax(dim=-1, keepdim=True))
-            target_logits = logits.gather(1, targets[:, None])
-            weights = logits.exp_()  # in place, and once: the softmax is weights / total
-            total = weights.sum(dim=-1, keepdim=True)
-            values = (target_logits - total.log()).squeeze(1)
+            values, gradient = softmax(head, hidden_c, targets)
             with torch.enable_grad():
                 outputs = _outputs(values, batch, span)
                 loss = loss_of(outputs, span)
                 (coefficients,) = torch.autograd.grad(loss, outputs.tokens())
-            d_logits = weights.mul_(-coefficients[:, None] / total)
-            d_logits.scatter_add_(1, targets[:, None], coefficients[:, None])
-            if slope is not None:
-                d_logits.mul_(slope)
-            d_product = (d_logits if head.scale == 1.0 else d_logits.mul_(head.scale)).to(hidden.dtype)
+            d_product = gradient(coefficients)
             torch.mm(d_product, weight_h, out=d_hidden[rows])
             _add_product(d_weight, d_product, hidden_c)
             if bias is not None:
@@ -268,6 +282,46 @@ class FusedLoss(torch.autograd.Function):
         factor = grads[0]
         scaled = [None if d is None else d.mul_(factor.to(d.dtype)) for d in (d_hidden, d_weight, d_bias)]
         return scaled[0], scaled[1], scaled[2], None, None, None  # pyright: ignore[reportReturnType]
+
+
+Softmax = tuple[Float[Tensor, " R"], Callable[[Float[Tensor, " R"]], Float[Tensor, "R V"]]]
+
+
+def _softmax(head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"]) -> Softmax:
+    """The targets' log-probs; and, of their coefficients in the loss, the gradient of the head's product."""
+    logits = head.logits(hidden)
+    slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    target_logits = logits.gather(1, targets[:, None])
+    weights = logits.exp_()  # in place, and once: the softmax is weights / total
+    total = weights.sum(dim=-1, keepdim=True)
+
+    def gradient(coefficients: Float[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        d_logits = weights.mul_(-coefficients[:, None] / total)
+        d_logits.scatter_add_(1, targets[:, None], coefficients[:, None])
+        if slope is not None:
+            d_logits.mul_(slope)
+        return (d_logits if head.scale == 1.0 else d_logits.mul_(head.scale)).to(hidden.dtype)
+
+    return (target_logits - total.log()).squeeze(1), gradient
+
+
+def _kernels_take(hidden: Tensor, head: Head) -> bool:
+    return hidden.is_cuda and hidden.dtype in KERNEL_DTYPES and head.softcap is None
+
+
+def _softmax_in_kernels(head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"]) -> Softmax:
+    """The same in two kernels, on half-precision logits that become their gradient."""
+    from dpo_ref.models.head_kernels import become_gradient, target_logps
+
+    logits = head.product(hidden)
+    values, normalisers = target_logps(logits, targets, head.scale)
+
+    def gradient(coefficients: Float[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        become_gradient(logits, targets, head.scale, normalisers, coefficients)
+        return logits
+
+    return values, gradient
 
 
 def _add_product(total: Tensor, d_product: Tensor, hidden: Tensor) -> None:

@@ -132,28 +132,48 @@ class RoundedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        moving = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not moving:
+            return
+        device = moving[0][0].device
+        skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
+        states = [self._state_of(parameter) for parameter, _ in moving]
+        torch._foreach_add_([state["step"] for state in states], skip == 0)
+        update = _one_kernel if device.type == "cuda" else _written_out
+        update(moving, states, skip)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
+
+
+Moving = list[tuple[Tensor, dict[str, Any]]]  # parameters that have a gradient, each with its group's options
+
+
+def _written_out(moving: Moving, states: list[dict[str, Tensor]], skip: Tensor) -> None:
+    """The update in tensors, on any device."""
+    for (parameter, group), state in zip(moving, states, strict=True):
         beta1, beta2 = group["betas"]
         grad = parameter.grad.float()  # pyright: ignore[reportOptionalMemberAccess]
-        skip = torch.zeros((), device=parameter.device) if self.found_inf is None else self.found_inf
-        keep = skip == 0
-        state["step"] += keep
         mean = state["exp_avg"].float().lerp_(grad, 1 - beta1)
         square = state["exp_avg_sq"].float().lerp_(grad.square(), 1 - beta2)
         correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
         weights = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
         weights -= group["lr"] * (mean / correction1) / ((square / correction2).sqrt_() + group["eps"])
         for target, value in ((parameter, weights), (state["exp_avg"], mean), (state["exp_avg_sq"], square)):
-            stochastic_round_(target, torch.where(keep, value, target.float()))
+            stochastic_round_(target, torch.where(skip == 0, value, target.float()))
+
+
+def _one_kernel(moving: Moving, states: list[dict[str, Tensor]], skip: Tensor) -> None:
+    """The same in one kernel a tensor."""
+    from dpo_ref.training import rounded_update
+
+    seeds = torch.randint(2**31 - 1, (len(moving),), device=skip.device)  # of the generator that checkpoints keep
+    for index, ((parameter, group), state) in enumerate(zip(moving, states, strict=True)):
+        rounded_update.update(parameter, state, group, seeds, index, skip)
 
 
 # --- learning-rate schedules: pure functions from the optimiser step to a factor

@@ -1,5 +1,8 @@
 """Stochastic rounding is unbiased, keeps tiny updates, and its optimiser is AdamW."""
 
+import os
+
+import pytest
 import torch
 from torch import nn
 
@@ -82,3 +85,44 @@ def test_a_non_finite_step_changes_nothing_and_state_is_bfloat16():
         0.0,
         False,
     )
+
+
+def test_the_kernel_is_the_written_update():
+    """Every entry becomes one of the two bfloat16 neighbours of what float32 arithmetic gives, unbiased, in weights
+    and moments. Without CUDA: in Triton's interpreter, with TRITON_INTERPRET=1."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("needs CUDA, or TRITON_INTERPRET=1")
+    pytest.importorskip("triton")
+    from dpo_ref.training.rounded_update import update
+
+    torch.manual_seed(0)
+    group = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
+    weights, grads, mean = (torch.randn(5, 700).bfloat16() for _ in range(3))
+    square, step = torch.rand(5, 700).bfloat16(), torch.tensor(3.0)
+    for skip in (0.0, 1.0):
+        exact = [x.float() for x in (weights, mean, square)]
+        if not skip:
+            exact[1].lerp_(grads.float(), 0.1)
+            exact[2].lerp_(grads.float().square(), 0.01)
+            step_size = 0.01 * (exact[1] / (1 - 0.9**3)) / ((exact[2] / (1 - 0.99**3)).sqrt() + 1e-8)
+            exact[0] = exact[0] * (1 - 0.01 * 0.1) - step_size
+        draws = []
+        for _ in range(60):
+            parameter = nn.Parameter(weights.clone().to(device))
+            parameter.grad = grads.to(device)
+            state = {
+                "exp_avg": mean.clone().to(device),
+                "exp_avg_sq": square.clone().to(device),
+                "step": step.to(device),
+            }
+            seeds = torch.randint(2**31 - 1, (4,), device=device)
+            update(parameter, state, group, seeds, 2, torch.tensor(skip, device=device))
+            draws.append([parameter.detach(), state["exp_avg"], state["exp_avg_sq"]])
+        for value, drawn in zip(exact, zip(*draws, strict=True), strict=True):
+            drawn = torch.stack(drawn).double().cpu()
+            ulp = 2.0 ** (value.abs().log2().floor().double() - 7)
+            errors = (drawn - value.double()) / ulp
+            assert errors.abs().max() < 1.001
+            assert errors.mean().abs() < 4 * 0.5 / errors.numel() ** 0.5
+            assert (errors.abs().mean() == 0) == bool(skip)
