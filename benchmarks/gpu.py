@@ -70,8 +70,8 @@ def measure(shape_name, lengths, variant, args):
         torch.set_default_dtype(torch.float32)
     reason = install(policy, resolve_backend(options.get("attention", "auto")))
     loading.CHECKPOINTING[options.get("gradient_checkpointing", "off")](policy)
-    for layer in loading.decoder_layers(policy) if options.get("compile") else []:
-        layer.compile(dynamic=True)
+    if options.get("compile"):
+        loading.compile_layers(policy)
     policy.train()
     groups = pairs(lengths, args.pairs * (args.steps + 2), VOCAB)
     step = Stepper(policy, groups, args.tokens, args.optimiser)

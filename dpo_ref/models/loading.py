@@ -285,8 +285,7 @@ def pretrained(
     trained = _adapter(model, adapter, lora_rank, lora_alpha)
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=True)
+        compile_layers(model)
     return Policy(lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes)
 
 
@@ -296,6 +295,20 @@ def _adapter(model: Any, adapter: str | None, rank: int | None, alpha: float | N
     if rank is not None:
         return add_lora(model, rank, alpha)
     return None
+
+
+def compile_layers(model: Any) -> None:
+    """Compile every decoder layer for packs of any length, of which all layers share the graphs.
+
+    Where this torch has it, what the compiler fuses only from some length on is left out (two orders of reduction, of
+    RMSNorm's gradient): every other range of lengths would compile again.
+    """
+    from torch._inductor import config
+
+    by_length = "triton.mix_order_reduction"
+    options = {by_length: False} if by_length in config.get_config_copy() else {}
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True, options=options)
 
 
 def graphs_compiled() -> int:
