@@ -84,7 +84,7 @@ def data_text(result):
 def gpu_text(result):
     """What one card did: full fine-tuning by shape and option, and real pairs beside TRL."""
     lines = ["| shape | option | pairs/s | useful FLOPs of 989 TFLOP/s | GiB | new graphs |", "|---" * 6 + "|"]
-    for part in ("gpu_1b", "gpu_1b_compiled", "gpu_8b"):
+    for part in ("gpu_1b", "gpu_8b"):
         for row in result[part]["rows"]:
             speed = (
                 f"{row['pairs_per_second']:.1f} | {row['mfu']:.0%} | {row['peak_gib']:.0f} | {row['recompilations']}"
