@@ -3,13 +3,16 @@ models and reference tables are kept between runs.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """
     workspace = _beside(path)
     partial, replaced = workspace / "new", workspace / "old"
-    shutil.rmtree(workspace, ignore_errors=True)  # left by a killed process that had the same id
+    _clear(workspace, path)  # left by a killed process that had the same id
     partial.mkdir(parents=True)
     stood_before = path.exists()
     try:
@@ -48,9 +51,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             os.replace(path, replaced)
         _move_unless_there(partial, path)
     finally:
-        if replaced.exists() and not path.exists():  # stopped between the two moves
-            os.replace(replaced, path)
-        shutil.rmtree(workspace, ignore_errors=True)
+        _clear(workspace, path)
+
+
+def _clear(workspace: Path, path: Path) -> None:
+    """Delete what was made beside `path`. A folder that was moved aside stands in its place again, where the other was
+    never moved there."""
+    replaced = workspace / "old"
+    if replaced.exists() and not path.exists():
+        os.replace(replaced, path)
+    shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _move_unless_there(partial: Path, path: Path) -> None:
@@ -62,9 +72,71 @@ def _move_unless_there(partial: Path, path: Path) -> None:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Delete what killed processes left beside a folder that one process alone writes."""
+    """Delete what killed processes left beside a folder that one process alone writes; if they were killed while they
+    replaced it, it stands in its place again."""
     for workspace in path.parent.glob(f".{path.name}.*"):
-        shutil.rmtree(workspace, ignore_errors=True)
+        _clear(workspace, path)
+
+
+def sweep_abandoned(folder: Path) -> None:
+    """Delete what processes that are no more left anywhere in `folder` beside the files they were writing."""
+    for path in list(folder.rglob(".*.*")):
+        _, _, process = path.name.rpartition(".")
+        if process.isdigit() and path.is_file() and not _lives(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+DELETED = ".deleted."  # begins the name of a folder that is being deleted
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder; it is moved aside first, so that what a kill leaves of it is not taken for the whole."""
+    remove_deleted(path.parent)
+    os.replace(path, path.with_name(DELETED + path.name))
+    remove_deleted(path.parent)
+
+
+def remove_deleted(parent: Path) -> None:
+    """Delete what is left of folders whose deletion was interrupted."""
+    for path in parent.glob(f"{DELETED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# --- digests of files
+
+
+PART = 2**26  # bytes
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 over the SHA-256 of a file's parts, as 32 hexadecimal digits; all cores take parts of a large file."""
+    starts = range(0, path.stat().st_size or 1, PART)
+    with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:
+        parts = pool.map(partial(_part_digest, path), starts)
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+
+
+def _part_digest(path: Path, start: int) -> bytes:
+    hasher, rest = hashlib.sha256(), PART
+    with path.open("rb") as file:
+        file.seek(start)
+        while rest and (block := file.read(min(rest, 2**20))):
+            hasher.update(block)
+            rest -= len(block)
+    return hasher.digest()
+
+
+# --- text and JSON
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

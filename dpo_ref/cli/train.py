@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,17 @@ from dpo_ref.cli.build import Built, build, cache_reference, report_data
 from dpo_ref.cli.resolve import RunConfig, resolve, saved_config, strength_of
 from dpo_ref.files import write_json
 from dpo_ref.generation.sampling import generate
+from dpo_ref.models import checkpoint
 from dpo_ref.reports import training_curve
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.tracking.terminal import progress, run_summary
 from dpo_ref.tracking.tracker import RunInfo, Tracker, policy_artifact, reference_artifact
 from dpo_ref.tracking.weights_and_biases import known_id
-from dpo_ref.training.run import Interrupted, TrainingRun
+from dpo_ref.training.run import Interrupted, RunFolder, TrainingRun
 
 MAY_CHANGE = (
-    "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.eval_every", "trainer.stop_when_degenerate",
-    "evaluation.every", "tracking", "resume",
+    "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",
+    "trainer.stop_when_degenerate", "evaluation.every", "tracking", "resume",
 )  # fmt: skip
 
 
@@ -65,6 +67,7 @@ def restore(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
     if not (directory / "config.yaml").is_file():
         raise ValueError(f"resume={cfg.resume} is not a run's folder: it has no config.yaml")
     saved = saved_config(directory, f"resume={cfg.resume}")
+    check_configuration(directory)
     saved.setdefault("evaluation", cfg.evaluation)  # runs from before there was one
     if saved.get("bandit") is not None:
         raise ValueError(f"resume={cfg.resume} is the run of a bandit, which has no checkpoints; start it anew")
@@ -88,6 +91,33 @@ def restore(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
     return saved, Job(directory, list(record.overrides), dict(record.choices), sweep)  # pyright: ignore
 
 
+def check_configuration(directory: Path) -> None:
+    """Raise ValueError naming the keys of a run's config.yaml that were changed since a checkpoint was saved."""
+    state = checkpoint.newest_state(directory / "checkpoints")
+    if state is None:
+        return
+    before = _flat(OmegaConf.to_container(OmegaConf.create(state["configuration"])))
+    now = _flat(OmegaConf.to_container(OmegaConf.load(directory / "config.yaml")))
+    changed = [
+        f"{key} was {before.get(key)} and is {now.get(key)} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise ValueError(
+            f"resume={directory}: {directory / 'config.yaml'} was changed: {'; '.join(changed)}. A run goes on only "
+            "as it was: change it back, or start a new run"
+        )
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(content, Mapping) or not content:
+        return {prefix: content}
+    parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in content.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def open_folder(cfg: DictConfig, job: Job) -> None:
     """Make the run's folder and write its configuration. Raises ValueError if it holds a run or cannot be made."""
     if not cfg.resume and (job.directory / "metrics.jsonl").exists():
@@ -99,6 +129,13 @@ def open_folder(cfg: DictConfig, job: Job) -> None:
         raise ValueError(
             f"the run's folder {job.directory} cannot be written: {error.strerror}; see output_dir"
         ) from error
+
+
+def make_folder(cfg: DictConfig, job: Job) -> None:
+    """The folder of a run that goes on, after somebody removed it."""
+    job.directory.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, job.directory / "config.yaml")
+    record(cfg, job, "running")
 
 
 def record(cfg: DictConfig, job: Job, status: str, **found: Any) -> dict[str, Any]:
@@ -235,6 +272,7 @@ def run_job(cfg: DictConfig, job: Job) -> int:
             return 0
         with tracking_of(cfg, job, run) as tracker:
             built = build(run, job.directory, tracker)
+            built.training.folder = RunFolder(OmegaConf.to_yaml(cfg), partial(make_folder, cfg, job))
             first_step = built.training.resume() if cfg.resume else 0
             steps = built.training.train(first_step)
             conclude(cfg, job, built, steps)

@@ -63,6 +63,12 @@ class Groups(Sequence[TokenGroup]):
         """The texts of the group at this position."""
 
     @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Of the tokens of all groups and what is said about them, in their order; not of what a configured function
+        makes of them."""
+
+    @property
     def others(self) -> "list[Groups]":
         """Groups that an objective looks at beside these: responses behind prompts that are not theirs."""
         return []
@@ -104,6 +110,14 @@ class TokenGroups(Groups):
     def text(self, index: int) -> PromptGroup:
         """The row that the group at this position was made from."""
         return self.texts[int(self.rows[index])]
+
+    @property
+    def digest(self) -> str:
+        """Of the arrays, and which of their groups these are."""
+        hasher = hashlib.sha256()
+        for values in (*self.arrays.by_name.values(), self.places):
+            hasher.update(np.ascontiguousarray(values).view(np.uint8).data)
+        return hasher.hexdigest()[:32]
 
     @property
     def rows(self) -> Int[np.ndarray, " G"]:
@@ -216,6 +230,11 @@ class ConcatGroups(Groups):
         part, within = self._within(index)
         return part[within]
 
+    @property
+    def digest(self) -> str:
+        """Of all parts."""
+        return digest([part.digest for part in self.parts])
+
     def text(self, index: int) -> PromptGroup:
         """The texts of the part's group."""
         part, within = self._within(index)
@@ -256,6 +275,11 @@ class MappedGroups(Groups):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self.change(self.groups[index])
+
+    @property
+    def digest(self) -> str:
+        """That of the groups."""
+        return self.groups.digest
 
     def text(self, index: int) -> PromptGroup:
         """The texts at this position."""

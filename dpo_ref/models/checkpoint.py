@@ -1,23 +1,36 @@
-"""Checkpoints: everything a run needs to go on bit for bit. Safetensors and JSON only; replaced atomically. And the
-digests by which weights are known.
+"""Checkpoints: everything a run needs to go on bit for bit. Safetensors and JSON only; replaced atomically, read
+only if every byte is as it was written. And the digests by which weights are known.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpo_ref.files import remove_abandoned, replacing_folder, write_json
+from dpo_ref.files import (
+    delete_folder,
+    file_digest,
+    remove_abandoned,
+    remove_deleted,
+    replacing_folder,
+    write_json,
+)
 from dpo_ref.models.adapters import effective, merge
 
 PREFIX = "step-"
-REFERENCE = "reference.safetensors"
+WEIGHTS, MOMENTS = "policy.safetensors", "optimizer.safetensors"
+REFERENCE, RANDOM = "reference.safetensors", "random.safetensors"
+STATE, DIGESTS = "state.json", "digests.json"
+FILES = (WEIGHTS, MOMENTS, REFERENCE, RANDOM, STATE)
 
 
 def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None) -> None:
@@ -41,11 +54,19 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, policy: nn.Module) -> d
     }
 
 
-def _random_states() -> dict[str, Tensor]:
+def random_states() -> dict[str, Tensor]:
+    """Of the generators that training draws from."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def restore_random_states(states: Mapping[str, Tensor]) -> None:
+    """What `random_states` gave, from here on."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def save(
@@ -56,52 +77,167 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int | None = 1,
-) -> Path:
-    """Write `folder/step-<n>` from `state["step"]`, then delete all but the newest `keep`; None keeps them all.
+) -> "Future[Path]":
+    """Write `folder/step-<n>` from `state["step"]`, then delete all earlier ones but the newest; `keep` stay, or all
+    for None.
 
     `reference` are the weights of a reference that moves. `state` is JSON: the position in the run and what must be
-    equal on resume (the reference's identity). The previous
-    checkpoint is deleted only when the new one is in place: a full disk raises OSError and loses nothing.
+    equal on resume. When this returns everything is written as it is now; training goes on while the files' digests
+    are taken, and the future gives the checkpoint once it stands in its place. A full disk raises OSError, here or
+    from the future, and loses nothing: the previous checkpoint is deleted only when the new one is in place.
     """
-    target = folder / f"{PREFIX}{state['step']:08d}"
+    target = folder / _name(state["step"])
     remove_abandoned(target)
-    with replacing_folder(target) as partial:
+    with ExitStack() as stack:
+        partial = stack.enter_context(replacing_folder(target))
         weights = {name: p.detach().contiguous() for name, p in policy.named_parameters() if p.requires_grad}
-        save_file(weights, partial / "policy.safetensors")
-        save_file(_optimizer_tensors(optimizer, policy), partial / "optimizer.safetensors")
-        save_file(dict(reference), partial / REFERENCE)
-        save_file(_random_states(), partial / "random.safetensors")
-        write_json(partial / "state.json", dict(state))
-    for old in complete_in(folder)[:-keep] if keep else ():
-        shutil.rmtree(old)
+        moments = _optimizer_tensors(optimizer, policy)
+        tensors = {WEIGHTS: weights, MOMENTS: moments, REFERENCE: dict(reference), RANDOM: random_states()}
+        for name, content in tensors.items():
+            _save_file(content, partial / name)
+        write_json(partial / STATE, dict(state))
+        return _in_background(_put_in_place, stack.pop_all(), partial, target, keep)
+
+
+def _name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # what it calls any failure to write
+        raise OSError(str(error)) from error
+
+
+def _in_background(call: Callable[..., Path], *arguments: Any) -> "Future[Path]":
+    """In a thread of its own, which the end of the process waits for."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(call, *arguments)
+    pool.shutdown(wait=False)
+    return future
+
+
+def _put_in_place(moving: ExitStack, partial: Path, target: Path, keep: int | None) -> Path:
+    with moving:
+        write_json(partial / DIGESTS, {name: file_digest(partial / name) for name in FILES})
+    _delete_before(target, keep)
     return target
 
 
+def _delete_before(newest: Path, keep: int | None) -> None:
+    """Delete the earlier checkpoints, complete or not, that `keep` leaves no place for."""
+    if keep is None:
+        return
+    kept = [path for path in complete_in(newest.parent) if path.name <= newest.name][-keep:]
+    for path in saved_in(newest.parent):
+        if path.name < newest.name and path not in kept:
+            delete_folder(path)
+
+
+# --- finding and reading them
+
+
+class Damaged(ValueError):
+    """A checkpoint's file is not as it was written; says which."""
+
+
+def saved_in(folder: Path) -> list[Path]:
+    """Checkpoints, damaged or not, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
 def complete_in(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file())
+    """Checkpoints of which no file is missing, oldest first."""
+    return [path for path in saved_in(folder) if all((path / name).is_file() for name in (*FILES, DIGESTS))]
+
+
+def recover(folder: Path) -> None:
+    """Put in its place what a killed process had written whole and not moved there yet, or moved aside; delete what
+    else it left. For the one process that writes checkpoints here."""
+    targets = {path: folder / path.name[1:].rpartition(".")[0] for path in folder.glob(f".{PREFIX}*")}
+    for workspace, target in targets.items():
+        if not target.exists() and _is_whole(workspace / "new"):
+            (workspace / "new").rename(target)
+    for target in targets.values():
+        remove_abandoned(target)
+    remove_deleted(folder)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        check_files(checkpoint)
+    except Damaged:
+        return False
+    return True
+
+
+def check(checkpoint: Path) -> None:
+    """Raise Damaged, naming the file, unless every byte is as it was written and the folder bears its step."""
+    check_files(checkpoint)
+    read_state(checkpoint)
+
+
+def check_files(checkpoint: Path, names: Sequence[str] = FILES) -> None:
+    """Raise Damaged for the first of these files that is missing or has other bytes than were written."""
+    digests = _read_json(checkpoint / DIGESTS)
+    for name in names:
+        path = checkpoint / name
+        if not path.is_file():
+            raise Damaged(f"{path} is missing")
+        if file_digest(path) != digests.get(name):
+            raise Damaged(f"{path} is damaged: its bytes are not those that were written")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise Damaged(f"{path} is missing, or the checkpoint is of an earlier version of dpo_ref") from error
+    except ValueError as error:
+        raise Damaged(f"{path} is damaged: it is not JSON") from error
+    if not isinstance(content, dict):
+        raise Damaged(f"{path} is damaged: it is not a JSON object")
+    return content
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON state a checkpoint was saved with."""
-    return json.loads((checkpoint / "state.json").read_text())
+    """The JSON state a checkpoint was saved with. Raises Damaged."""
+    check_files(checkpoint, [STATE])
+    state = _read_json(checkpoint / STATE)
+    if checkpoint.name != _name(state["step"]):
+        raise Damaged(f"{checkpoint / STATE} is of step {state['step']}, which is not what its folder says")
+    return state
+
+
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint whose state can be read."""
+    for checkpoint in reversed(saved_in(folder)):
+        with suppress(Damaged):
+            return read_state(checkpoint)
+    return None
+
+
+def _read(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    check_files(checkpoint, [name])
+    return load_file(checkpoint / name)
 
 
 def read_reference(checkpoint: Path) -> dict[str, Tensor]:
-    """The weights of the run's reference, if it moves."""
-    return load_file(checkpoint / REFERENCE)
+    """The weights of the run's reference, if it moves. Raises Damaged."""
+    return _read(checkpoint, REFERENCE)
 
 
 def run_of(folder: Path) -> Path | None:
     """The folder of the run that a checkpoint belongs to; None for a folder that is no checkpoint."""
-    is_checkpoint = (folder / "state.json").is_file() and (folder.parents[1] / "summary.json").is_file()
+    is_checkpoint = (folder / STATE).is_file() and (folder.parents[1] / "summary.json").is_file()
     return folder.parents[1] if is_checkpoint else None
 
 
 def load_policy(checkpoint: Path, policy: nn.Module) -> None:
     """Give a model the weights that a checkpoint saved. Raises ValueError for weights of an adapter, which is apart
-    from the model while it is trained."""
-    weights, parameters = load_file(checkpoint / "policy.safetensors"), dict(policy.named_parameters())
+    from the model while it is trained, and Damaged."""
+    weights, parameters = _read(checkpoint, WEIGHTS), dict(policy.named_parameters())
     if not weights.keys() <= parameters.keys():
         raise ValueError(f"{checkpoint} holds the weights of an adapter; only the run's last policy can be evaluated")
     with torch.no_grad():
@@ -110,21 +246,18 @@ def load_policy(checkpoint: Path, policy: nn.Module) -> None:
 
 
 def load(checkpoint: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore weights, optimiser and random states in place."""
-    weights = load_file(checkpoint / "policy.safetensors")
+    """Restore weights, optimiser and random states of a checked checkpoint in place."""
+    weights = load_file(checkpoint / WEIGHTS)
     parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if weights.keys() != parameters.keys():
         raise ValueError(f"{checkpoint}: its weights are not those of the configured model")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+    for key, value in load_file(checkpoint / MOMENTS).items():
         name, _, slot = key.rpartition("/")
         optimizer.state[parameters[name]][slot] = value.to(parameters[name].device)
-    states = load_file(checkpoint / "random.safetensors")
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    restore_random_states(load_file(checkpoint / RANDOM))
 
 
 # --- digests of weights

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from dpo_ref.component import Component
 from dpo_ref.data.groups import ConcatGroups, Groups
@@ -47,8 +48,8 @@ class Reference(ABC):
         """Whether it is this model, reading the same text, and stays it."""
         return self.weights == policy.weights and not self.own_text and not self.state_dict()
 
-    def update(self, policy: nn.Module, step: int) -> None:  # noqa: B027
-        """Move towards the policy after optimiser step `step`."""
+    def update(self, policy: nn.Module, step: int, made: Bool[Tensor, ""]) -> None:  # noqa: B027
+        """Move towards the policy after optimiser step `step`, unless its update was not made."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold for the run to go on; empty unless the reference moves."""

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from dpo_ref.component import RunPlan, component
 from dpo_ref.data.chat_templates import install_template, text_identity
@@ -274,13 +275,14 @@ class MovingReference(Reference):
         return response_logps(self._model, batch)
 
     @torch.no_grad()
-    def update(self, policy: nn.Module, step: int) -> None:
-        """reference <- share policy + (1 - share) reference, where the step is due."""
+    def update(self, policy: nn.Module, step: int, made: Bool[Tensor, ""]) -> None:
+        """reference <- share policy + (1 - share) reference, where the step is due and was made; that is decided on
+        the device."""
         if step % self.every:
             return
         ours = dict(policy.named_parameters())
         for name, weight in self._model.named_parameters():
-            weight.lerp_(ours[name], self.share)
+            weight.copy_(torch.where(made, weight.lerp(ours[name], self.share), weight))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The copy's weights."""

@@ -2,17 +2,20 @@
 
 `metrics.jsonl` has one JSON object a line, `step` first; it is the record of a run that needs no service, and is
 written whatever the tracker. Strict JSON: a value that is not finite is written as null. A process may die in the
-middle of a line, so a last line that does not parse is not an error but a line that was never written.
+middle of a line, so a last line that does not parse is not an error but a line that was never written. A checkpoint
+holds a seal of the lines up to its step: a resumed run has all of them, or says that it has not.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_ref.files import write_lines
+from dpo_ref.tracking.terminal import say
 from dpo_ref.tracking.tracker import Tracker
 
 # --- `metrics.jsonl`
@@ -42,27 +45,46 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(_rows(path))
 
 
+GIVEN_UP = "metrics.given_up.jsonl"  # beside a `metrics.jsonl` that is gone: its lines are not missed
+
+
+class Seal(NamedTuple):
+    """How many lines, and the SHA-256 of their bytes."""
+
+    lines: int
+    digest: str
+
+
 @dataclass(frozen=True, slots=True)
 class MetricsFile:
     """Appends to a `metrics.jsonl`; the file is made by the first line."""
 
     path: Path
 
-    def append(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Write one line and hand it to the operating system, so that a killed process has lost none."""
-        line = json.dumps({"step": step} | {name: _strict(value) for name, value in metrics.items()}, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def append(self, metrics: Mapping[str, float], *, step: int) -> str:
+        """Write one line and hand it to the operating system, so that a killed process has lost none; the line."""
+        values = {"step": step} | {name: _strict(value) for name, value in metrics.items()}
+        line = json.dumps(values, allow_nan=False) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written ({error.strerror}): step {step} is not on record") from error
+        return line
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of steps beyond `step` and a torn last line; the file is replaced at once or not at all.
-
-        A resumed run calls it with its checkpoint's step: what came after is about to be measured again.
-        """
-        if not self.path.exists():
-            return
-        lines = [line for line in _rows(self.path) if line["step"] <= step]
-        write_lines(self.path, (json.dumps(line, allow_nan=False) + "\n" for line in lines))
+    def sealed(self, seal: "Seal") -> list[str]:
+        """The lines that were there when a seal was made. Raises ValueError where they are not as they were."""
+        lines = self.path.read_bytes().splitlines(keepends=True)[: seal.lines] if self.path.exists() else []
+        if seal == Seal(len(lines), hashlib.sha256(b"".join(lines)).hexdigest()):
+            return [line.decode() for line in lines]
+        missing = seal.lines - len(lines)
+        change = f"{missing} of its first {seal.lines} lines are missing" if missing else "lines of it were changed"
+        aside = self.path.with_name(GIVEN_UP)
+        remedy = f"mv {self.path} {aside}" if self.path.exists() else f"touch {aside}"
+        raise ValueError(
+            f"{self.path} is not as the checkpoint left it: {change}. Put it back, or give up the numbers from before "
+            f"the checkpoint: {remedy}"
+        )
 
 
 # --- the record
@@ -79,19 +101,44 @@ class RunRecord:
     tracker: Tracker
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    _lines: int = 0
+    _hasher: Any = field(default_factory=hashlib.sha256)  # of the lines' bytes
 
-    def go_on_after(self, step: int) -> None:
-        """Forget what was measured after `step`, and read what was before."""
-        MetricsFile(self.path).truncate_after(step)
-        if not self.path.exists():
+    @property
+    def seal(self) -> Seal:
+        """Of all lines up to here."""
+        return Seal(self._lines, self._hasher.hexdigest())
+
+    def start_over(self) -> None:
+        """Forget all that was measured."""
+        if self.path.exists():
+            self._replace([])
+
+    def go_on_from(self, seal: Seal, again: int | None = None) -> None:
+        """Forget what was measured after the seal, and read what was before; evaluations of step `again` are about to
+        be made once more. Raises ValueError where what was before is not as it was."""
+        if seal.lines and not self.path.exists() and self.path.with_name(GIVEN_UP).exists():
+            say(f"the numbers from before are given up: {self.path.with_name(GIVEN_UP)}")
             return
-        for row in read(self.path):
+        rows = [(json.loads(line), line) for line in MetricsFile(self.path).sealed(seal)]
+        kept = [(row, line) for row, line in rows if row["step"] != again or "train/loss" in row]
+        self._replace([line for _, line in kept])
+        for row, _ in kept:
             self._keep({name: value for name, value in row.items() if name != "step" and value is not None})
+
+    def _replace(self, lines: list[str]) -> None:
+        write_lines(self.path, lines)
+        self._lines, self._hasher = len(lines), hashlib.sha256("".join(lines).encode())
 
     def add(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of an optimiser step."""
         self._keep(metrics)
-        MetricsFile(self.path).append(metrics, step=step)
+        if self._lines and not self.path.exists():
+            say(f"{self.path} was removed while training: the numbers before step {step} are lost")
+            self._lines, self._hasher = 0, hashlib.sha256()
+        line = MetricsFile(self.path).append(metrics, step=step)
+        self._lines += 1
+        self._hasher.update(line.encode())
         self.tracker.log(metrics, step=step)
 
     def replace_under(self, prefix: str, metrics: Mapping[str, float], step: int) -> None:

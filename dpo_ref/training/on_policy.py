@@ -272,7 +272,7 @@ class OnPolicyRounds(Rounds):
 
     def __init__(self, context: RoundsContext, sampler: Sampler, plan: Plan) -> None:
         self.config, self.pack = context.config, context.pack
-        self.num_groups = len(context.groups)
+        self.data = context.groups
         self.num_steps = min(plan.rounds * plan.steps, context.config.max_steps or plan.rounds * plan.steps)
         self._context, self._sampler, self._plan = context, sampler, plan
         self.known = comparable_groups(context.objective, context.groups) if plan.num_offline else context.groups[:0]

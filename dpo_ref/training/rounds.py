@@ -23,19 +23,22 @@ Pack = Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
 
 @dataclass
 class TrainerConfig:
-    """`trainer.*`. Cadences are in optimiser steps; training ends at whichever of epochs and max_steps comes first."""
+    """`trainer.*`. Cadences are in optimiser steps, or as named; training ends at whichever of epochs and max_steps
+    comes first."""
 
     batch_size: int = 32  # groups (pairs) per optimiser step
     epochs: float = 1.0
     max_steps: int | None = None
     eval_every: int | None = None  # None: before and after training only
-    save_every: int | None = None  # None: at the end and when interrupted only
+    save_every: int | None = None  # None: by `save_minutes`, at the end and when interrupted only
+    save_minutes: float | None = 30.0  # after the first step that ends so long after the last checkpoint
     keep_checkpoints: int | None = 1  # the newest; None: all
     stop_when_degenerate: bool = False  # end the run once an evaluation in training says so
 
     def __post_init__(self) -> None:
         lengths = {"batch_size": self.batch_size, "epochs": self.epochs, "max_steps": self.max_steps}
         cadences = {"eval_every": self.eval_every, "save_every": self.save_every}
+        cadences |= {"save_minutes": self.save_minutes}
         for name, value in (lengths | cadences | {"keep_checkpoints": self.keep_checkpoints}).items():
             if value is not None and value <= 0:
                 raise ValueError(f"trainer.{name}={value} must be positive; null leaves it out")
@@ -77,7 +80,7 @@ class Rounds(ABC):
     """Training groups, round by round; how they are packed, and for how many steps."""
 
     known: Groups  # what is known before training: what a reference can precompute
-    num_groups: int  # of the data; a resumed run must have as many
+    data: Groups  # what they are made from; a resumed run must have the same
     num_steps: int  # optimiser steps of the whole run
     config: TrainerConfig
     pack: "partial[list[list[TokenGroup]]]"  # `data.packing.pack` with its options
@@ -108,7 +111,7 @@ class OfflineRounds(Rounds):
     ) -> None:
         self.known, self.config, self.pack = groups, config, pack
         self._seed, self._old = seed, old
-        self.num_groups, self.num_steps = len(groups), config.num_steps(len(groups))
+        self.data, self.num_steps = groups, config.num_steps(len(groups))
 
     def after(self, first_step: int) -> Iterator[Round]:
         """The one round."""
@@ -285,6 +288,11 @@ class WithMismatched(Groups):
     def others(self) -> list[Groups]:
         """The groups of other prompts' responses alone; their `group_index` is -1 minus the prompt's."""
         return [MappedGroups(self, _mismatched_group, self._mismatched_text)]
+
+    @property
+    def digest(self) -> str:
+        """That of the groups."""
+        return self.groups.digest
 
     def text(self, index: int) -> PromptGroup:
         """The texts of the group, without the other prompt's responses."""

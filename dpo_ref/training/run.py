@@ -3,26 +3,29 @@
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from dpo_ref.files import write_json
+from dpo_ref.data.groups import Groups
+from dpo_ref.files import sweep_abandoned, write_json
 from dpo_ref.models import checkpoint
 from dpo_ref.models.loading import TrainedModel, Workspace, graphs_compiled
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
-from dpo_ref.tracking.run_record import RunRecord
-from dpo_ref.tracking.terminal import TrainingProgress
+from dpo_ref.tracking.run_record import RunRecord, Seal
+from dpo_ref.tracking.terminal import TrainingProgress, say
 from dpo_ref.training.metrics import mean_of
 from dpo_ref.training.optim import Optimisation
 from dpo_ref.training.rounds import Rounds
 from dpo_ref.training.trainer import Step, evaluate, train
-from dpo_ref.types import TokenGroup
 
 HISTOGRAM_EVERY = 50  # optimiser steps
 
@@ -47,6 +50,14 @@ class SampleEvaluation:
         return step % self.every == 0
 
 
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """What a run's folder holds besides what training writes."""
+
+    configuration: str  # YAML
+    make: Callable[[], None]  # write it, in a folder that is made if need be
+
+
 @dataclass
 class TrainingRun:
     """Everything a run needs, built; `train` goes to the end or to an interruption."""
@@ -57,11 +68,14 @@ class TrainingRun:
     objective: Objective
     optim: Optimisation
     rounds: Rounds
-    held_out: Sequence[TokenGroup]
+    held_out: Groups
     record: RunRecord
     evaluation: SampleEvaluation | None = None  # while training
     stopped_at: int | None = field(default=None, init=False)  # where a degenerate policy ended the run
     initial_weights: str = field(init=False)  # digest of the policy before training
+    folder: RunFolder = field(init=False)
+    _saved_at: float = field(default=0.0, init=False)  # time.monotonic() of the last checkpoint, or of the beginning
+    _placing: "tuple[int, Future[Path]] | None" = field(default=None, init=False)  # the checkpoint of this step
     _started: float = field(default=0.0, init=False)  # when the step under way began
     _bar: TrainingProgress = field(default_factory=TrainingProgress, init=False)
 
@@ -73,6 +87,7 @@ class TrainingRun:
         """Folder of the run's checkpoints."""
         return self.work.directory / "checkpoints"
 
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run."""
         return {
@@ -82,40 +97,85 @@ class TrainingRun:
             "reference": self.reference.identity,
             "reference_values": self.reference.values_digest,
             "seed": self.work.seed,
-            "num_groups": self.rounds.num_groups,
+            "data": self.rounds.data.digest,
+            "held_out": self.held_out.digest,
         }
 
     def resume(self) -> int:
-        """Restore the newest checkpoint; returns the number of steps done. ValueError if it is another run's."""
-        saved = checkpoint.complete_in(self.checkpoints)
-        if not saved:
-            self.record.go_on_after(-1)
+        """Restore the newest whole checkpoint, and say which; returns the number of steps done. ValueError if it is
+        another run's, or if there are checkpoints and none is whole."""
+        sweep_abandoned(self.work.directory)
+        checkpoint.recover(self.checkpoints)
+        saved = self._newest_whole()
+        if saved is None:
+            say(f"{self.checkpoints} holds no checkpoint: the run starts at step 0")
+            self.record.start_over()
             return 0
-        state = checkpoint.read_state(saved[-1])
-        for name, value in self.fingerprint().items():
+        state = checkpoint.read_state(saved)
+        for name, value in self.fingerprint.items():
             if state[name] != value:
                 raise ValueError(
                     f"resume={self.work.directory}: {name} was {state[name]} and is {value} now; a run goes on only "
                     "as it was. Start a new run (model.path may be this run's policy folder) instead"
                 )
-        checkpoint.load(saved[-1], self.policy.model, self.optim.optimizer)
-        self.reference.load_state_dict(checkpoint.read_reference(saved[-1]))
-        for name, value in state.get("running", {}).items():
+        step: int = state["step"]
+        # evaluations before the first step and after the last are made by `train`, whoever made them before
+        self.record.go_on_from(Seal(**state["record"]), step if step in (0, self.rounds.num_steps) else None)
+        checkpoint.load(saved, self.policy.model, self.optim.optimizer)
+        self.reference.load_state_dict(checkpoint.read_reference(saved))
+        for name, value in state["running"].items():
             self.objective.running[name] = torch.tensor(value, dtype=torch.float64, device=self.policy.device)
-        self.record.go_on_after(state["step"])
-        return state["step"]
+        say(f"going on after step {step:,}")
+        return step
+
+    def _newest_whole(self) -> Path | None:
+        damages = []
+        for saved in reversed(checkpoint.saved_in(self.checkpoints)):
+            try:
+                checkpoint.check(saved)
+            except checkpoint.Damaged as damage:
+                damages.append(str(damage))
+                continue
+            say(*(f"{damage}; an earlier checkpoint is taken, {saved.name}" for damage in damages))
+            return saved
+        if damages:
+            raise ValueError(
+                f"resume={self.work.directory}: {'; '.join(damages)}. There is no other checkpoint: start again with "
+                f"another output_dir, or go back to step 0 with rm -r {self.checkpoints}"
+            )
+        return None
 
     def save(self, step: int) -> None:
         """Write a checkpoint; those to be deleted are only after it, and one more is kept where the policy is
-        degenerate."""
+        degenerate. Training goes on while it is put in its place."""
+        self._save(step, keep_more=int(self.stopped_at is not None))
+
+    def _save(self, step: int, keep_more: int) -> None:
+        self.settle()
+        self._mind_folder()
         keep = self.rounds.config.keep_checkpoints
-        if keep is not None and self.stopped_at is not None:
-            keep += 1
         running = {name: float(value) for name, value in self.objective.running.items()}
-        state = {"step": step, "running": running, **self.fingerprint()}
+        state = {"step": step, "running": running, "record": self.record.seal._asdict()}
+        state |= {"configuration": self.folder.configuration, **self.fingerprint}
         model, optimizer, moved = self.policy.model, self.optim.optimizer, self.reference.state_dict()
+        with self._or_say_what_is_left(step):
+            placing = checkpoint.save(
+                self.checkpoints, model, optimizer, moved, state, keep=None if keep is None else keep + keep_more
+            )
+        self._placing, self._saved_at = (step, placing), time.monotonic()
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is in its place. Raises OSError if it could not be put there."""
+        if self._placing is None:
+            return
+        (step, placing), self._placing = self._placing, None
+        with self._or_say_what_is_left(step):
+            placing.result()
+
+    @contextmanager
+    def _or_say_what_is_left(self, step: int) -> Iterator[None]:
         try:
-            checkpoint.save(self.checkpoints, model, optimizer, moved, state, keep=keep)
+            yield
         except OSError as error:
             raise OSError(
                 f"the checkpoint of step {step} was not written to {self.checkpoints} ({error.strerror or error}); "
@@ -123,11 +183,18 @@ class TrainingRun:
                 f"resume={self.work.directory}"
             ) from error
 
+    def _mind_folder(self) -> None:
+        """Make the run's folder again if somebody removed it."""
+        if (self.work.directory / "config.yaml").is_file():
+            return
+        self.folder.make()
+        say(f"{self.work.directory} was removed while training, and is made again; what it held until now is lost")
+
     def train(self, first_step: int = 0) -> int:
         """Train from `first_step` to the end, or until the policy is degenerate; returns the number of steps done.
         Raises Interrupted or NonFinite."""
-        total = self.rounds.num_steps
-        with stop_requests() as stop, self.policy.precision(), self._bar.shown(total, first_step):
+        total, self._saved_at = self.rounds.num_steps, time.monotonic()
+        with self._settled(), stop_requests() as stop, self.policy.precision(), self._bar.shown(total, first_step):
             if first_step == 0:
                 self._evaluate(0)
                 self._evaluate_samples(0)
@@ -153,10 +220,26 @@ class TrainingRun:
             self._evaluate_samples(total)
         return total
 
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """However training ends, the last checkpoint is in its place."""
+        try:
+            yield
+        finally:
+            self.settle()
+
     def finish(self, steps: int) -> None:
-        """Save the last checkpoint and the policy's folder."""
+        """Save the last checkpoint and the policy's folder. Raises OSError saying what is left."""
         self.save(steps)
-        self.policy.save(self.work.directory / "policy")
+        self.settle()
+        folder = self.work.directory / "policy"
+        try:
+            self.policy.save(folder)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the policy was not written to {folder} ({error}), but the checkpoint of step {steps} was. Free "
+                f"space, then python train.py resume={self.work.directory}"
+            ) from error
 
     def _seconds(self, step: Step) -> float:
         """Since the step before was done; making a round counts as no step's time."""
@@ -166,8 +249,13 @@ class TrainingRun:
     def _due(self, step: int, total: int) -> bool:
         """Whether something is to be done after this step besides going on."""
         sampled = self.evaluation is not None and self.evaluation.due(step)
-        cadences = (self.rounds.config.save_every, self.rounds.config.eval_every)
-        return step < total and (sampled or any(every and step % every == 0 for every in cadences))
+        every = self.rounds.config.eval_every
+        return step < total and (sampled or bool(every and step % every == 0) or self._save_due(step))
+
+    def _save_due(self, step: int) -> bool:
+        every, minutes = self.rounds.config.save_every, self.rounds.config.save_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return late or bool(every and step % every == 0)
 
     def _pause(self, step: int, total: int, stop: bool) -> None:
         """Evaluate and save as is due, and stop if that was asked for: by an exception where a signal did, by setting
@@ -181,13 +269,13 @@ class TrainingRun:
                 return
         if config.eval_every and step % config.eval_every == 0 and step < total:
             self._evaluate(step)
-        if stop or (config.save_every and step % config.save_every == 0):
+        if stop or self._save_due(step):
             self.save(step)
         if stop:
             raise Interrupted(f"stopped at step {step} of {total}")
 
     def _evaluate(self, step: int) -> None:
-        if not self.held_out:
+        if not len(self.held_out):
             return
         values = evaluate(self.policy, self.reference, self.objective, self.held_out, self.rounds.pack)
         self.record.add({f"eval/{name}": float(value) for name, value in mean_of(values).items()}, step)
@@ -208,6 +296,7 @@ class TrainingRun:
             )
 
     def _log(self, step: Step, seconds: float) -> None:
+        self._mind_folder()
         metrics = {name: float(value) for name, value in step.metrics.items()}
         metrics["epoch"] = step.epoch
         metrics["throughput/pairs_per_second"] = len(step.groups) / seconds
@@ -217,46 +306,62 @@ class TrainingRun:
             metrics["throughput/graphs_compiled"] = graphs_compiled()
         metrics["memory/peak_gib"] = peak_memory_gib(self.policy.device)
         named = {f"train/{name}": value for name, value in metrics.items()}
+        if not step.made:
+            self._save_before(step)
         self.record.add(named | dict(step.of_round), step.step)
         if step.step % HISTOGRAM_EVERY == 0:
             self.record.add_distributions("train", step.values, step.step)
         self._bar.update(metrics)
-        if not all(torch.tensor([metrics["loss"], metrics["grad_norm"]]).isfinite()):
-            self._stop_non_finite(step, metrics)
+        if not step.made:
+            raise NonFinite(
+                f"step {step.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}. The update was left "
+                f"out, and a checkpoint of the {step.step - 1} updates before it saved; the batch's pairs are listed "
+                f"in {self._pairs_of(step)}. Look at them, or lower optim.lr in a new run"
+            )
 
-    def _stop_non_finite(self, step: Step, metrics: dict[str, float]) -> None:
-        path = self.work.directory / f"non_finite_step_{step.step}.json"
-        write_json(path, {"step": step.step, "group_ids": [group.group_id for group in step.groups]})
-        self.save(step.step)
-        raise NonFinite(
-            f"step {step.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}. The update was left out "
-            f"and a checkpoint saved; the batch's pairs are listed in {path}. Look at them, or lower optim.lr"
-        )
+    def _pairs_of(self, step: Step) -> Path:
+        return self.work.directory / f"non_finite_step_{step.step}.json"
+
+    def _save_before(self, step: Step) -> None:
+        """Save the run as it was before a step that was not made; no checkpoint is lost by it."""
+        pairs = {"step": step.step, "group_ids": [group.group_id for group in step.groups]}
+        write_json(self._pairs_of(step), pairs)
+        checkpoint.restore_random_states(step.before.random_states)
+        self.objective.running.clear()
+        self.objective.running.update(step.before.running)
+        self._save(step.step - 1, keep_more=1)
 
 
 # --- what ends a run before its last step: a signal, or a loss that is no number
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved itself."""
+    """The run was asked to stop (by one of `STOPPING`) and has saved itself."""
 
 
 class NonFinite(ValueError):
-    """A loss or gradient was not finite; the run has saved the weights from before that step and the batch's ids."""
+    """A loss or gradient was not finite; the run has saved itself as it was before that step, and the batch's ids."""
+
+
+# Ctrl-C; batch systems; a terminal or connection that is gone; Slurm's --signal=USR1@120 before the time is up
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying in the middle of a step; a second one kills as usual."""
+    """Collect the signals of `STOPPING` instead of dying in the middle of a step. A second SIGINT or SIGTERM kills as
+    usual; the shell and the kernel both send SIGHUP. What is ignored, as by nohup, stays so."""
     received: list[int] = []
     previous: dict[int, Any] = {}
 
     def note(signum: int, frame: object) -> None:
         received.append(signum)
-        signal.signal(signum, previous[signum])
+        if signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, previous[signum])
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        previous[signum] = signal.signal(signum, note)
+    for signum in STOPPING:
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            previous[signum] = signal.signal(signum, note)
     try:
         yield received
     finally:

@@ -7,15 +7,17 @@ Hydra nor W&B. Metrics are tensors on the device; a caller that reads them one s
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dpo_ref.data.packing import collate
+from dpo_ref.models.checkpoint import random_states
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.models.logps import response_collisions
-from dpo_ref.objectives.interface import BatchLogps, Mismatched, Objective, ObjectiveInputs
+from dpo_ref.objectives.interface import BatchLogps, Mismatched, Objective, ObjectiveInputs, Running
 from dpo_ref.references.interface import Reference
 from dpo_ref.training.metrics import Values, concat, item_values, mean_of
 from dpo_ref.training.optim import Optimisation
@@ -101,12 +103,24 @@ STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # nats per tok
 STEP_ZERO_TOLERANCE_HALF = 0.1
 
 
+class Before(NamedTuple):
+    """What a step began from, besides weights and moments."""
+
+    random_states: Mapping[str, Tensor]
+    running: Running  # the objective's statistics
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One optimiser step: its 1-based index, the epochs of its groups completed, what was measured before its update:
-    means, and the values of single items."""
+    means, and the values of single items.
+
+    Its update is `made` unless its loss or gradient norm, or those of a step before it, are not finite.
+    """
 
     step: int
+    before: Before
+    made: Bool[Tensor, ""]  # on the device, which decides
     epoch: float
     metrics: dict[str, Tensor]
     values: Values
@@ -172,18 +186,21 @@ def backward(
     return concat(parts), num_tokens
 
 
-def update(policy: TrainedModel, optim: Optimisation, step: int) -> Tensor:
-    """Clip, step, and return the gradient norm before clipping. A non-finite gradient leaves the weights untouched;
-    the decision is taken on the device, so nothing waits for it."""
+def update(
+    policy: TrainedModel, optim: Optimisation, step: int, finite: Bool[Tensor, ""]
+) -> tuple[Float[Tensor, ""], Bool[Tensor, ""]]:
+    """Clip and step; the gradient norm before clipping, and whether the update was made: where the norm or what came
+    before is not finite, weights and moments are untouched. Decided on the device, so nothing waits for it."""
     limit = float("inf") if optim.max_grad_norm is None else optim.max_grad_norm
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), limit)
+    finite = finite & norm.isfinite()
     for group in optim.optimizer.param_groups:
         group["lr"] = optim.lr_at(step)
     optim.optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
-    optim.optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
+    optim.optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
     optim.optimizer.step()
     optim.optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, finite
 
 
 def train(
@@ -196,12 +213,16 @@ def train(
 ) -> Iterator[Step]:
     """Train `policy` in place from `first_step` (0-based, as a checkpoint says) to the end; yields after each step.
 
+    From the first step on whose loss or gradient norm is not finite, nothing changes any more: neither weights,
+    moments nor a reference that moves. Whoever reads that its update was not made restores what it began from
+    (`Step.before`) and has the state before it, though the next step was begun. No other round is made after it.
+
     The data's order is a function of seed and step alone, so a resumed run sees what the uninterrupted one saw. Raises
     ValueError where policy and reference are the same weights and yet give other log-probs (`check_step_zero`).
     """
     if first_step == 0:
         objective.running.clear()
-    started = time.perf_counter()
+    started, made = time.perf_counter(), torch.ones((), dtype=torch.bool, device=policy.device)
     for current in rounds.after(first_step):
         if first_step == current.begin == 0:
             check_step_zero(policy, reference, rounds.pack(current.groups[:8])[0])
@@ -209,15 +230,18 @@ def train(
         preparing = time.perf_counter() - started
         for step, groups in current.batches(first_step):
             policy.model.train()
+            before = Before(random_states(), dict(objective.running))
             packs = rounds.pack(groups)
             values, num_tokens = backward(policy, reference, objective, packs, current.old)
             metrics = mean_of(values) | {f"objective/{name}": value for name, value in objective.running.items()}
-            metrics["grad_norm"] = update(policy, optim, step)
+            metrics["grad_norm"], made = update(policy, optim, step, made & metrics["loss"].isfinite())
             metrics["lr"] = torch.tensor(optim.lr_at(step))
-            reference.update(policy.model, step + 1)
+            reference.update(policy.model, step + 1, made)
             epoch, size = current.epochs(step + 1), len(packs)
-            yield Step(step + 1, epoch, metrics, values, groups, num_tokens, size, of_round, preparing)
+            yield Step(step + 1, before, made, epoch, metrics, values, groups, num_tokens, size, of_round, preparing)
             of_round, preparing = {}, 0.0
+        if not made:
+            return
         started = time.perf_counter()
 
 

@@ -13,18 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ref.cli import sweep as end_of_sweep
+from tests.support.checkpoints import changed_state, lines
 from tests.support.command import started, train, typed
 from tests.support.evaluate_command import evaluate
 from tests.support.pictures import undrawn
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=96", "data.num_eval_pairs=16", "data.num_test_prompts=8"]
 SMALL += ["trainer.batch_size=8", "tracking=none"]
-
-
-def lines(run):
-    """Metrics without what depends on the clock and the process."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "throughput" not in k and "memory" not in k} for row in rows]
 
 
 def summary(run):
@@ -106,7 +101,7 @@ def test_a_non_finite_loss_stops_the_run_and_saves_it(tmp_path):
     named = json.loads((run / "non_finite_step_2.json").read_text())
     assert len(named["group_ids"]) == 8
     assert summary(run)["status"] == "failed"
-    assert list(run.glob("checkpoints/step-*/state.json"))
+    assert [path.name for path in run.glob("checkpoints/*")] == ["step-00000001"]
 
 
 def test_resume_refuses_another_run(whole, tmp_path):
@@ -133,9 +128,7 @@ def test_a_run_of_an_older_version_is_refused_with_the_commit_that_reads_it(whol
 def test_resume_refuses_another_reference(whole, tmp_path):
     """The reference behind the same words has changed: the run's own record of its identity says so."""
     run = shutil.copytree(whole, tmp_path / "run")
-    (state,) = run.glob("checkpoints/*/state.json")
-    content = json.loads(state.read_text())
-    state.write_text(json.dumps(content | {"reference": "another"}))
+    changed_state(run, reference="another")
     refused = train(f"resume={run}", "trainer.epochs=2", "tracking=none")
     assert refused.returncode == 1
     assert "reference was another and is" in refused.stderr

@@ -37,7 +37,7 @@ def test_resume_is_bit_for_bit(tmp_path):
     first_optim = adamw(first, 6, lr=1e-2)
     for step in steps(first, first_optim):
         if step.step == 4:
-            checkpoint.save(tmp_path, first, first_optim.optimizer, {}, {"step": 4})
+            checkpoint.save(tmp_path, first, first_optim.optimizer, {}, {"step": 4}).result()
             break
     second = tiny_model(seed=5)
     second_optim = adamw(second, 6, lr=1e-2)
@@ -52,7 +52,7 @@ def test_only_the_newest_is_kept_and_a_full_disk_keeps_the_previous(tmp_path, mo
     policy = tiny_model()
     optim = adamw(policy, 6).optimizer
     for step in (2, 4):
-        checkpoint.save(tmp_path, policy, optim, {}, {"step": step})
+        checkpoint.save(tmp_path, policy, optim, {}, {"step": step}).result()
     assert [path.name for path in checkpoint.complete_in(tmp_path)] == ["step-00000004"]
 
     def full(*args, **kwargs):
@@ -67,7 +67,7 @@ def test_only_the_newest_is_kept_and_a_full_disk_keeps_the_previous(tmp_path, mo
 def test_a_checkpoint_that_was_killed_leaves_nothing_when_it_is_written_again(tmp_path):
     policy = tiny_model()
     (tmp_path / ".step-00000002.1").mkdir()
-    checkpoint.save(tmp_path, policy, adamw(policy, 6).optimizer, {}, {"step": 2})
+    checkpoint.save(tmp_path, policy, adamw(policy, 6).optimizer, {}, {"step": 2}).result()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
@@ -86,7 +86,7 @@ def test_the_policy_folder_is_plain_hugging_face(tmp_path):
 
 def test_weights_of_another_model_are_refused(tmp_path):
     policy = tiny_model()
-    saved = checkpoint.save(tmp_path, policy, adamw(policy, 6).optimizer, {}, {"step": 1})
+    saved = checkpoint.save(tmp_path, policy, adamw(policy, 6).optimizer, {}, {"step": 1}).result()
     other = tiny_model("gpt_neox")
     with pytest.raises(ValueError, match="not those of the configured model"):
         checkpoint.load(saved, other, adamw(other, 6).optimizer)

@@ -171,7 +171,7 @@ def test_a_resumed_run_has_the_running_statistic_it_had(tmp_path):
     for step in steps(half, half_optim, objective):
         if step.step == 3:
             state = {"step": 3, "running": {name: float(value) for name, value in objective.running.items()}}
-            checkpoint.save(tmp_path, half, half_optim.optimizer, {}, state)
+            checkpoint.save(tmp_path, half, half_optim.optimizer, {}, state).result()
             break
     again = model(5)
     again_optim = adamw(again, 5, lr=1e-2)

@@ -72,7 +72,7 @@ def between(share):
 
 def moved(context):
     reference = moving(context, share=0.25, every=1)
-    reference.update(model(3), 1)
+    reference.update(model(3), 1, torch.tensor(True))
     return reference
 
 

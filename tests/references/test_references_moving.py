@@ -33,7 +33,7 @@ def test_updates_by_hand(share, every, tmp_path):
             for index, weight in enumerate(policy.parameters()):
                 weight.add_(0.01 * (index + 1) * step)
         before = reference.logps(batch).sums
-        reference.update(policy, step)
+        reference.update(policy, step, torch.tensor(True))
         if step % every == 0:
             ours = dict(policy.named_parameters())
             expected = {name: share * ours[name].detach() + (1 - share) * old for name, old in expected.items()}

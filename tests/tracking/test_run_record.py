@@ -2,6 +2,8 @@
 
 from importlib.metadata import version
 
+import pytest
+
 from dpo_ref.cli import train
 from dpo_ref.tracking.run_record import RunRecord, read
 from dpo_ref.tracking.tracker import NoTracker
@@ -11,26 +13,80 @@ def record(folder):
     return RunRecord(folder / "metrics.jsonl", NoTracker())
 
 
-def test_going_on_keeps_what_came_before_the_checkpoint(tmp_path):
-    before = record(tmp_path)
-    for step, loss in ((1, 0.7), (2, 0.6), (3, float("nan"))):
-        before.add({"train/loss": loss}, step)
+@pytest.fixture
+def sealed(tmp_path):
+    """A run's record that goes on beyond a seal, and the seal, of five lines."""
+    written = record(tmp_path)
+    written.add({"eval/loss": 0.71}, 0)
+    for step, loss in ((1, 0.7), (2, float("nan"))):
+        written.add({"train/loss": loss, "train/lr": 0.1 + 0.2}, step)
+        written.add({"eval/loss": loss}, step)
+    seal = written.seal
+    written.add({"train/loss": 0.6}, 3)
+    return written.path, seal
+
+
+@pytest.mark.parametrize("torn", [0, 1, 30])
+def test_going_on_keeps_what_came_before_the_checkpoint(sealed, tmp_path, torn):
+    """What came after it goes, whole lines and torn ones."""
+    path, seal = sealed
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - torn])
     after = record(tmp_path)
-    after.go_on_after(2)
-    assert after.last == {"train/loss": 0.6}
+    after.go_on_from(seal)
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:5])
+    assert after.seal == seal
+    assert after.last == {"train/loss": 0.7, "train/lr": 0.1 + 0.2, "eval/loss": 0.7}  # no nan
     after.add({"train/loss": 0.5}, 3)
-    assert after.first == {"train/loss": 0.7}
-    assert after.last == {"train/loss": 0.5}
-    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert (after.first["train/loss"], after.last["train/loss"]) == (0.7, 0.5)
+    assert [row["step"] for row in read(path)] == [0, 1, 1, 2, 2, 3]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_value_that_is_not_finite_is_not_the_latest_after_a_resume(tmp_path):
-    before = record(tmp_path)
-    before.add({"train/loss": 0.7}, 1)
-    before.add({"train/loss": float("nan")}, 2)
+def test_evaluations_that_are_made_once_more_stand_once(sealed, tmp_path):
     after = record(tmp_path)
-    after.go_on_after(2)
-    assert after.last == {"train/loss": 0.7}
+    after.go_on_from(sealed[1], again=2)
+    assert [(row["step"], "eval/loss" in row) for row in read(sealed[0])] == [
+        (0, True), (1, False), (1, True), (2, False),
+    ]  # fmt: skip
+    after.add({"eval/loss": 0.65}, 2)
+    again = record(tmp_path)
+    again.go_on_from(after.seal)
+    assert again.last["eval/loss"] == 0.65
+
+
+CHANGES = {
+    "a line removed": (lambda rows: rows[1:], "1 of its first 5 lines are missing|lines of it were changed"),
+    "lines lost": (lambda rows: rows[:3], "2 of its first 5 lines are missing"),
+    "emptied": (lambda rows: [], "5 of its first 5 lines are missing"),
+    "torn in the middle": (lambda rows: [rows[0][:9] + b"\n", *rows[1:]], "lines of it were changed"),
+    "torn inside a character": (lambda rows: [*rows[:4], "é".encode()[:1]], "lines of it were changed"),
+    "another number": (lambda rows: [row.replace(b"0.7", b"0.1") for row in rows], "lines of it were changed"),
+    "in another order": (lambda rows: rows[::-1], "lines of it were changed"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_record_that_is_not_as_it_was_is_told(sealed, tmp_path, change):
+    (path, seal), (changed, message) = sealed, CHANGES[change]
+    path.write_bytes(b"".join(changed(path.read_bytes().splitlines(keepends=True))))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        record(tmp_path).go_on_from(seal)
+    assert path.read_bytes() == before
+
+
+def test_lost_numbers_can_be_given_up(sealed, tmp_path, capsys):
+    path, seal = sealed
+    path.unlink()
+    with pytest.raises(ValueError, match=f"touch {tmp_path}/metrics.given_up.jsonl"):
+        record(tmp_path).go_on_from(seal)
+    (tmp_path / "metrics.given_up.jsonl").touch()
+    after = record(tmp_path)
+    after.go_on_from(seal)
+    assert "given up" in capsys.readouterr().out
+    after.add({"train/loss": 0.5}, 3)
+    assert after.seal.lines == len(read(path)) == 1
 
 
 def test_a_group_that_is_measured_anew_forgets_what_is_missing(tmp_path):

@@ -50,10 +50,6 @@ def test_a_torn_last_line_was_never_written(metrics, keep):
     before = whole[: whole.rindex(b'{"step": 2')]
     metrics.path.write_bytes(whole[: len(before) + keep])
     assert [row["step"] for row in read(metrics.path)] == [0, 1]
-    metrics.truncate_after(7)
-    assert metrics.path.read_bytes() == before
-    metrics.append({"train/loss": 2.0}, step=2)
-    assert read(metrics.path)[-1] == {"step": 2, "train/loss": 2.0}
 
 
 def test_a_last_line_torn_inside_a_character(metrics):
@@ -61,27 +57,11 @@ def test_a_last_line_torn_inside_a_character(metrics):
     assert [row["step"] for row in read(metrics.path)] == [0, 1, 2]
 
 
-def test_a_last_line_that_lacks_only_its_end_is_kept_and_ended(metrics):
-    metrics.path.write_bytes(metrics.path.read_bytes()[:-1])
-    metrics.truncate_after(2)
-    metrics.append({"train/loss": 1.0}, step=3)
-    assert [row["step"] for row in read(metrics.path)] == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(("step", "left"), [(-1, []), (0, [0]), (1, [0, 1]), (2, [0, 1, 2])])
-def test_resuming_drops_what_comes_after_the_checkpoint(metrics, step, left):
-    metrics.truncate_after(step)
-    assert [row["step"] for row in read(metrics.path)] == left
-    assert [path.name for path in metrics.path.parent.iterdir()] == ["metrics.jsonl"]
-
-
-def test_truncating_nothing_and_a_line_damaged_in_the_middle(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl")
-    file.truncate_after(3)
-    assert not file.path.exists()
-    file.path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+def test_a_line_damaged_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2"):
-        file.truncate_after(3)
+        read(path)
 
 
 def test_no_tracker_is_a_tracker():

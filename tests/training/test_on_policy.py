@@ -25,6 +25,7 @@ from dpo_ref.training.on_policy import groups_of, read_samples
 from dpo_ref.training.rounds import RoundsContext
 from dpo_ref.training.run import TrainingRun
 from dpo_ref.types import Message, PromptGroup
+from tests.support.checkpoints import changed_state
 from tests.support.command import ROOT, resolved, train
 from tests.support.evaluate_command import measure
 from tests.support.on_policy import SMALL
@@ -119,8 +120,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, step, monkeypatch):
 def test_a_round_whose_samples_are_lost_is_refused(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     (folder / "rounds" / "0003" / "record.json").unlink()
-    (state,) = folder.glob("checkpoints/*/state.json")
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 10}))
+    changed_state(folder, step=10)
     refused = train(f"resume={folder}", "tracking=none")
     assert refused.returncode == 1
     assert "0003 is not complete, and the policy that drew its samples has been trained since" in refused.stderr

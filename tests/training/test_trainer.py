@@ -1,23 +1,27 @@
 """One step equals the formula by brute force; packing and micro-batching change nothing; bad numbers do no harm."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 import pytest
 import torch
 
+from dpo_ref.component import component
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate, pack
+from dpo_ref.models.checkpoint import restore_random_states
 from dpo_ref.models.loading import Policy
 from dpo_ref.models.logps import response_hidden
-from dpo_ref.objectives.interface import bind
+from dpo_ref.objectives.interface import BatchLogps, Preference, Running, bind
 from dpo_ref.objectives.pairwise import dpo
 from dpo_ref.objectives.unpaired import sft
-from dpo_ref.references.policies import LiveReference, NoReference
-from dpo_ref.training.optim import SCHEDULES, adamw
+from dpo_ref.references.policies import LiveReference, MovingReference, NoReference
+from dpo_ref.training.optim import SCHEDULES, adamw, adamw_bf16
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import backward, check_step_zero, evaluate, train
+from dpo_ref.types import PairLogps
 from tests.support.tiny import naive_logps, policy_of, random_groups, tiny_model
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + i % 4)) for i in range(10)]
@@ -120,15 +124,101 @@ def test_a_policy_that_is_its_own_reference_starts_at_ln_2():
     check_step_zero(policy, LiveReference("other", tiny_model(seed=1), "id", "other weights"), groups)
 
 
-def test_a_non_finite_gradient_leaves_the_weights_untouched():
+@component(advance=lambda running, whole: {"seen": running.get("seen", 0 * BROKEN) + 1.0})
+def breakable(policy: PairLogps, whole: BatchLogps[PairLogps], running: Running) -> Preference:
+    """DPO without a reference, plus what makes a loss non-finite and has no gradient."""
+    losses, chosen, rejected = dpo(policy, replace(policy, chosen=0 * policy.chosen, rejected=0 * policy.rejected))
+    return Preference(losses + BROKEN, chosen, rejected)
+
+
+BROKEN = torch.zeros((), dtype=torch.float64)  # what is added to every loss
+
+
+def break_loss(policy, value):
+    BROKEN.fill_(value)
+
+
+def break_gradient(policy, value):
+    """From the next backward pass on, in one of its packs only."""
+    handle = policy.lm_head.weight.register_hook(lambda grad: (handle.remove(), grad + value)[1])
+
+
+FAULTS = {"only the loss": break_loss, "only the gradient": break_gradient}
+
+
+def state_of(policy, optim, reference, objective):
+    """All that a checkpoint would hold."""
+    moments = {
+        (name, key): value.clone()
+        for name, parameter in policy.named_parameters()
+        for key, value in optim.optimizer.state[parameter].items()
+    }
+    weights = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    moved = {f"reference {name}": weight.clone() for name, weight in reference.state_dict().items()}
+    return weights | moments | moved | dict(objective.running) | {"random": torch.get_rng_state()}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def breaking(steps, fault, value, packs, optimiser=adamw_bf16):
+    """Train; `fault` comes with the third step. The state after each step that was made, as whoever reads one step
+    late and restores what the broken step began from has it, and how to go on."""
+    BROKEN.zero_()
+    torch.manual_seed(0)
+    policy, objective = tiny_model(seed=0), bind(breakable)
+    reference = MovingReference(tiny_model(seed=1, dtype=torch.bfloat16), "id", "weights", 0.5, 1)
+    optim = optimiser(policy, 6, **PLAIN)
+    packing = partial(pack, tokens_per_batch=packs)
+    rounds = OfflineRounds(from_groups(random_groups(LAYOUT)), TrainerConfig(batch_size=4, epochs=2.0), packing, 2)
+    states, late = [], None
+    for step in train(policy_of(policy), reference, objective, optim, rounds, 0):
+        if late is not None and not late.made:
+            restore_random_states(late.before.random_states)
+            objective.running.clear()
+            objective.running.update(late.before.running)
+            break
+        states.append(state_of(policy, optim, reference, objective))
+        late = step
+        if step.step == 2 and fault is not None:
+            fault(policy, value)
+        if step.step == steps:
+            return states, None
+    return states, (policy, optim, reference, objective, rounds)
+
+
+@pytest.mark.parametrize("packs", [1000, 23], ids=["one pack", "several packs"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nothing_of_a_step_that_is_not_finite_is_left(fault, value, packs):
+    """Though the step after it was begun when its numbers were read: weights, moments, a moving reference, the
+    objective's statistic and random states are those after the step before, and going on is as if nothing had been."""
+    whole, _ = breaking(6, None, value, packs)
+    _, (policy, optim, reference, objective, rounds) = breaking(6, FAULTS[fault], value, packs)
+    assert same(state_of(policy, optim, reference, objective), whole[1])
+    BROKEN.zero_()
+    steps = train(policy_of(policy), reference, objective, optim, rounds, first_step=2)
+    assert [step.step for step in steps] == [3, 4, 5, 6]
+    assert same(state_of(policy, optim, reference, objective), whole[5])
+
+
+def test_no_round_is_made_after_a_step_that_is_not_finite():
+    """It would be sampled from a policy that lacks an update."""
     policy = tiny_model(seed=0)
     policy.lm_head.weight.register_hook(lambda grad: grad * float("nan"))
     before = [p.detach().clone() for p in policy.parameters()]
-    optim = adamw(policy, 1, **PLAIN)
-    config = TrainerConfig(batch_size=4, max_steps=1)
-    rounds = OfflineRounds(from_groups(random_groups(LAYOUT)), config, PACKING, 0)
-    (step,) = train(policy_of(policy), NoReference(), bind(dpo, beta=0.3), optim, rounds)
-    assert not step.metrics["grad_norm"].isfinite()
+    groups = from_groups(random_groups(LAYOUT))
+
+    class Two(OfflineRounds):
+        def after(self, first_step):
+            yield from super().after(first_step)
+            raise AssertionError("a second round was asked for")
+
+    rounds = Two(groups, TrainerConfig(batch_size=4, max_steps=2), PACKING, 0)
+    steps = list(train(policy_of(policy), NoReference(), bind(dpo, beta=0.3), adamw(policy, 2, **PLAIN), rounds))
+    assert [bool(step.made) for step in steps] == [False, False]
+    assert not steps[0].metrics["grad_norm"].isfinite()
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
@@ -175,8 +265,8 @@ def test_optimiser_options_out_of_range(options):
         adamw(tiny_model(), 10, **options)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "epochs", "max_steps", "eval_every", "save_every"])
+@pytest.mark.parametrize("name", ["batch_size", "epochs", "max_steps", "eval_every", "save_every", "save_minutes"])
 def test_trainer_options_out_of_range(name):
-    zero = 0.0 if name == "epochs" else 0
+    zero = 0.0 if name in ("epochs", "save_minutes") else 0
     with pytest.raises(ValueError, match=f"trainer.{name}={zero} must be positive"):
         TrainerConfig(**{name: zero})
