@@ -2,6 +2,11 @@
 
 import sys
 
+from dpo_ref.cli import stopping
+
+if __name__ == "__main__":
+    stopping.end_at_once()
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -25,8 +30,9 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        command_line.check_command_line(sys.argv[1:], "evaluate")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    main()
+    with stopping.in_one_line():
+        try:
+            command_line.check_command_line(sys.argv[1:], "evaluate")
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        main()

@@ -3,6 +3,11 @@
 import sys
 from pathlib import Path
 
+from dpo_ref.cli import stopping
+
+if __name__ == "__main__":
+    stopping.end_at_once()
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -14,27 +19,32 @@ schemas.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
-    """One run, or one job of a sweep: a job that fails leaves its status behind and lets the others run."""
-    from dpo_ref.cli.train import Job, run_job
+def main(cfg: DictConfig) -> object:
+    """One run, or one job of a sweep: a job that fails leaves its status behind and lets the others run; its end is
+    for `cli/sweep.py`."""
+    from dpo_ref.cli.train import STOPPED, Job, run_job
 
     launched = HydraConfig.get()
     overrides = list(launched.overrides.task)
     choices = {group: choice for group, choice in launched.runtime.choices.items() if choice is not None}
     if launched.mode == RunMode.MULTIRUN:
         directory = Path(launched.runtime.output_dir)
-        run_job(cfg, Job(directory, overrides, choices, sweep=directory.parent.name))
-        return
+        ended = run_job(cfg, Job(directory, overrides, choices, sweep=directory.parent.name))
+        if ended == STOPPED:
+            raise KeyboardInterrupt  # the whole sweep
+        return ended
     directory = schemas.run_directory(cfg.output_dir, choices.get("experiment", "default"), overrides)
-    code = run_job(cfg, Job(directory, overrides, choices, sweep=None))
-    if code:
-        sys.exit(code)
+    ended = run_job(cfg, Job(directory, overrides, choices, sweep=None))
+    if ended.code:
+        sys.exit(ended.code)
+    return ended
 
 
 if __name__ == "__main__":
-    schemas.note_swept_keys(sys.argv[1:])
-    try:
-        command_line.check_command_line(sys.argv[1:], "train")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    main()
+    with stopping.in_one_line():
+        schemas.note_swept_keys(sys.argv[1:])
+        try:
+            command_line.check_command_line(sys.argv[1:], "train")
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        main()

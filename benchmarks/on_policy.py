@@ -50,7 +50,7 @@ def train(words: list[str], folder: Path) -> None:
 
     words = [*words, f"output_dir={folder}", "tracking=none"]
     cfg, choices = composed(words, "train")
-    if run_job(cfg, Job(folder, words, choices, sweep=None)):
+    if run_job(cfg, Job(folder, words, choices, sweep=None)).code:
         raise RuntimeError(f"{folder} failed; see its error.txt, and remove it to try again")
 
 

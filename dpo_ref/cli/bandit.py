@@ -1,6 +1,5 @@
 """`python train.py bandit=...`: a run without a language model, from its configuration to its files."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,8 @@ import torch
 from dpo_ref.cli.command_line import compose_command
 from dpo_ref.cli.resolve import RunConfig, resolve, strength
 from dpo_ref.component import Component
+from dpo_ref.evaluation.policy import FINISHED, SUMMARY, read_summary
+from dpo_ref.evaluation.sweep import numbered_folders
 from dpo_ref.lab.bandits.report import ClosedForm, findings, metrics_by_step, results, terminal_tables, write_report
 from dpo_ref.lab.bandits.study import Method, Problem, StudyOptions, Trace, slug, trace
 from dpo_ref.lab.bandits.worlds import World, divergence, frontier, optimum
@@ -144,8 +145,8 @@ def _print(tables: Sequence[Any]) -> None:
 
 
 def _summaries(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    paths = sorted(folder.glob("*/summary.json"), key=lambda path: int(path.parent.name.split("_")[0]))
-    summaries = [(path.parent.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    jobs = [job for job in numbered_folders(folder) if (job / SUMMARY).is_file()]
+    summaries = [(job.name, read_summary(job, f"sweep={folder}")) for job in jobs]
     return [(name, summary) for name, summary in summaries if summary.get("choices", {}).get("bandit")]
 
 
@@ -168,9 +169,9 @@ def print_sweep(folder: Path) -> bool:
 
 def _sweep_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Method, reward and KL of a job, or what it came to instead."""
-    own = {key: v for key, v in summary.get("bandit", {}).items() if key.endswith("/" + summary["own_method"])}
-    if not own:
-        return [(str(summary.get("error") or summary.get("status")), "–", "–")]
+    if summary["status"] not in FINISHED:
+        return [(str(summary.get("error") or summary["status"]), "–", "–")]
+    own = {key: v for key, v in summary["bandit"].items() if key.endswith("/" + summary["own_method"])}
     return [(key, _mean_text(values["reward"]), _mean_text(values["kl"])) for key, values in own.items()]
 
 

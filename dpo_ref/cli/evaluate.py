@@ -21,10 +21,17 @@ from dpo_ref.distributed import best_device, keep_memory
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.evaluate import at_each, at_other, baseline_of, check_temperature, evaluate_policy, prompts_of
 from dpo_ref.evaluation.judging.judge import JudgeLost
-from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate, TrainedRun, against
-from dpo_ref.evaluation.results import RESULTS, Evaluated, Thresholds, join_temperatures, read_json, with_curve
+from dpo_ref.evaluation.policy import (
+    SUMMARY,
+    EvaluationSettings,
+    PolicyToEvaluate,
+    TrainedRun,
+    against,
+    read_summary,
+)
+from dpo_ref.evaluation.results import RESULTS, Evaluated, Thresholds, join_temperatures, with_curve
 from dpo_ref.evaluation.sweep import cells, collect, results_folder, results_of_checkpoint
-from dpo_ref.files import cache_folder
+from dpo_ref.files import cache_folder, held
 from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import run_of
@@ -33,10 +40,13 @@ from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
 from dpo_ref.reports.sweep import sweep_tables, track_sweep, write_sweep
 from dpo_ref.reports.tables import drift, headline, results_table
-from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.tracking.terminal import progress, run_summary, say
 from dpo_ref.types import PreferenceData, digest
 
 # --- one policy evaluated as it was configured, and its baseline
+
+
+SAME_RESULTS = ("policy", "sweep", "output_dir", "stage", "tracking")  # what does not change a policy's results
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class Evaluator:
         if run is not None and not self.own_data:
             cfg.data = run.data
             folder = run_of(Path(path)) or Path(path)
-            choices["data"] = read_json(folder / "summary.json")["choices"]["data"]
+            choices["data"] = read_summary(folder, f"policy={path}", ("choices",))["choices"]["data"]
         return cfg, choices
 
     def parts(self, run: DictConfig | None, path: str) -> dict[str, Component]:
@@ -96,15 +106,21 @@ class Evaluator:
 
     def one(self, path: str, output_dir: str | None = None) -> EvaluationOutcome:
         """Evaluate one policy. Where the judge stops answering, this one and all that follow do without it."""
-        try:
-            return self._one(path, output_dir)
-        except JudgeLost as lost:
-            self.lost, self.cfg = lost, self.cfg.copy()
-            self.cfg.judge = None
-            return self._one(path, output_dir)
-
-    def _one(self, path: str, output_dir: str | None) -> EvaluationOutcome:
         subject, run = subject_of(path, output_dir)
+        with held(subject.folder, say, self.work()):
+            try:
+                return self._one(path, subject, run)
+            except JudgeLost as lost:
+                self.lost, self.cfg = lost, self.cfg.copy()
+                self.cfg.judge = None
+                return self._one(path, subject, run)
+
+    def work(self) -> str:
+        """What is equal for evaluations that leave the same in a policy's folder."""
+        config: Any = OmegaConf.to_container(self.cfg, resolve=True)
+        return digest([{key: value for key, value in config.items() if key not in SAME_RESULTS}])
+
+    def _one(self, path: str, subject: PolicyToEvaluate, run: DictConfig | None) -> EvaluationOutcome:
         parts = self.parts(run, path)
         if "reference" in parts:
             subject = against(subject, parts["reference"])
@@ -139,9 +155,8 @@ class Evaluator:
         subject, evaluated, run = outcome.subject, outcome.evaluated, outcome.subject.run
         assert evaluated is not None
         if run is not None and subject.folder == run.folder / RESULTS:
-            write_card(
-                run.folder, read_json(run.folder / "summary.json"), outcome.training or {}, evaluated.evaluation
-            )
+            record = read_summary(run.folder, f"policy={run.folder}")
+            write_card(run.folder, record, outcome.training or {}, evaluated.evaluation)
         track_evaluation(self.tracking, outcome.config, subject, evaluated, outcome.baseline, files)
 
 
@@ -192,7 +207,7 @@ def _shared_baseline(baselines: Sequence[Evaluated]) -> Evaluated | None:
 
 def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
     """Evaluate every completed job, then write the table whatever the others came to."""
-    sources, baselines = _sources(cfg.sweep), []
+    sources, baselines, lost = _sources(cfg.sweep), [], []
     folder = Path(cfg.output_dir).expanduser() if cfg.output_dir else results_folder(sources)
     for job in collect(*sources):
         if not job.finished:
@@ -201,6 +216,7 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
             outcome = evaluator.one(str(job.folder))
         except (ValueError, OSError) as error:
             print(f"{job.name} could not be evaluated: {error}", file=sys.stderr)
+            lost.append(job.name)
             continue
         baselines += [outcome.baseline] if outcome.baseline else []
         if outcome.evaluated is not None:
@@ -218,6 +234,8 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
     if initial and (moved := drift(initial, evaluations[1:])):
         rows["drift"] = moved
     run_summary(title, rows)
+    if lost:
+        raise ValueError(f"not evaluated: {', '.join(lost)} (why stands above); the same command goes on with them")
 
 
 def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) -> CompatibilityRequest:
@@ -225,7 +243,8 @@ def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) ->
     subject, run = subject_of(cfg.policy, None)
     parts = evaluator.parts(run, cfg.policy)
     folder = run_of(Path(cfg.policy)) or Path(cfg.policy)
-    typed = overrides if run is None or evaluator.own_data else read_json(folder / "summary.json")["overrides"]
+    own = run is None or evaluator.own_data
+    typed = overrides if own else read_summary(folder, f"policy={cfg.policy}", ("overrides",))["overrides"]
     path = subject.model.path
     words = [] if path == "lab:initial" else ["model=pretrained", *typed_words({"model.path": path})]
     if run is not None:
@@ -344,17 +363,21 @@ def _check_compatibility(cfg: Any, given: set[str]) -> None:
 # --- what `policy=` names
 
 
+NEEDED = ("status", "choices", "seed", "beta", "objective", "reference", "identities", "steps")  # of a run's record
+
+
 def subject_of(path: str, output_dir: str | None) -> tuple[PolicyToEvaluate, DictConfig | None]:
     """What `policy=` names, and the configuration of its run if it is one or a checkpoint of one. ValueError for a
     run without a policy."""
     named = Path(path).expanduser()
     folder = checkpoint.run_of(named) or named
-    if not (folder / "summary.json").is_file():
+    if not (folder / SUMMARY).is_file():
         name = path.removeprefix(SCHEME).rstrip("/").rpartition("/")[2]
         return PolicyToEvaluate(name, Path(output_dir or f"outputs/evaluations/{name}"), ModelPath(path)), None
-    summary = read_json(folder / "summary.json")
     if not (folder / "policy" / "config.json").is_file():
-        raise ValueError(f"policy={path}: the run is {summary['status']} and has saved no policy yet")
+        status = read_summary(folder, f"policy={path}")["status"]
+        raise ValueError(f"policy={path}: the run is {status} and has saved no policy yet")
+    summary = read_summary(folder, f"policy={path}", NEEDED)
     config = saved_config(folder, f"policy={path}")
     run = _trained_run(folder, config, summary)
     if folder != named:

@@ -27,7 +27,8 @@ from dpo_ref.component import (
     member_group,
     one_or_several,
 )
-from dpo_ref.evaluation.results import Thresholds, read_json
+from dpo_ref.evaluation.policy import read_summary
+from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.models.reward_model import check_reward_run
 from dpo_ref.objectives.interface import STRENGTH, Objective, bind
 from dpo_ref.training.rounds import TrainerConfig
@@ -73,7 +74,7 @@ def saved_config(folder: Path, key: str) -> DictConfig:
         try:
             locate(target)
         except ValueError as error:
-            commit = read_json(folder / "summary.json")["git"]["commit"] or "the one it was made with"
+            commit = read_summary(folder, key, ("git",))["git"]["commit"] or "the one it was made with"
             raise ValueError(
                 f"{key}: the run was saved by another version of dpo_ref, which had {target}; git checkout {commit} "
                 "reads it, or train it again with this one"

@@ -26,6 +26,7 @@ from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.lab.bandits.study import StudyOptions
 from dpo_ref.objectives.interface import likelihood_term
 from dpo_ref.training.rounds import TrainerConfig
+from dpo_ref.types import digest
 
 # --- folders
 
@@ -33,9 +34,18 @@ from dpo_ref.training.rounds import TrainerConfig
 SWEPT_KEYS = "DPO_REF_SWEPT_KEYS"  # environment variable
 
 
+SLUG_BYTES = 120  # of the 255 that a name may have
+
+
 def slug(overrides: str) -> str:
-    """Command-line overrides as part of a folder's name: nothing in it needs quoting on a command line."""
-    return re.sub(r"[^\w.-]+", "_", overrides.replace("=", "-")).strip("_")[:120] or "defaults"
+    """Command-line overrides as part of a folder's name: nothing in it needs quoting on a command line. Of long ones
+    the middle is a digest of the whole: what tells one run from the next often stands last."""
+    name = re.sub(r"[^\w.-]+", "_", overrides.replace("=", "-")).strip("_").encode()
+    if len(name) <= SLUG_BYTES:
+        return name.decode() or "defaults"
+    middle = f"_{digest([overrides])[:8]}_"
+    half = (SLUG_BYTES - len(middle)) // 2
+    return name[:half].decode(errors="ignore") + middle + name[-half:].decode(errors="ignore")
 
 
 def note_swept_keys(arguments: Sequence[str]) -> None:

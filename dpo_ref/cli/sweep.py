@@ -1,33 +1,85 @@
-"""What happens at the end of a multirun: every job is evaluated, and one table and one plot are made."""
+"""What frames a multirun: its folder is this process's alone, a stop says how to go on, and at its end every job is
+evaluated, one table and one plot are made, and the jobs that failed are named.
+"""
 
+import atexit
+import shlex
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+from dpo_ref.cli.stopping import advise
+from dpo_ref.files import held
+from dpo_ref.tracking.terminal import say
 
 ENTRY_POINT = Path(__file__).parents[2] / "evaluate.py"
 
 
 class SweepReport(Callback):
-    """Runs `evaluate.py sweep=<folder>` when a multirun's jobs are done.
+    """Holds a multirun's folder, and runs `evaluate.py sweep=<folder>` when its jobs are done.
 
-    Jobs that fail do not raise (see `train.run_job`), so this is called whatever they came to; after a kill the same
-    command can be typed by hand.
+    Jobs that fail do not raise (see `train.run_job`), so this is called whatever they came to.
     """
 
+    def __init__(self) -> None:
+        self.failed: dict[str, str] = {}  # jobs of this process, and why
+        self.again = ""  # what goes on with the sweep
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hold the folder to the end of the process, and say what to type should that be sooner than the sweep's."""
+        folder, holding = Path(config.hydra.sweep.dir), ExitStack()
+        try:
+            holding.enter_context(held(folder, say))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        atexit.register(holding.close)
+        words = sys.argv[1:]
+        if not any(word.startswith(("output_dir=", "hydra.sweep.dir=")) for word in words):
+            words = [*words, f"output_dir={folder}"]
+            print(f"the sweep is in {folder}; with output_dir={folder} the same command goes on with it", flush=True)
+        self.again = shlex.join(["python", "train.py", *words])
+        advise(f"finished jobs are kept, go on with\n  {self.again}")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Note what a job came to."""
+        ended = job_return.return_value
+        if ended.code:
+            self.failed[Path(config.hydra.runtime.output_dir).name] = ended.error
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Evaluate in a process of its own, so that no memory of the last job is held."""
-        if config.stage != "train":
-            return
-        if _print_bandits(Path(config.hydra.sweep.dir)):
-            return
-        tracking = config.hydra.runtime.choices["tracking"]
-        command = [sys.executable, str(ENTRY_POINT), f"sweep={config.hydra.sweep.dir}", f"tracking={tracking}"]
-        print("evaluating the sweep; by hand: python evaluate.py " + " ".join(command[2:]), flush=True)
-        subprocess.run(command, check=False)
+        """Evaluate in a process of its own, so that no memory of the last job is held. Exits where jobs failed, or
+        where their evaluation did."""
+        code = 0
+        folder = Path(config.hydra.sweep.dir)
+        if config.stage == "train" and not _print_bandits(folder):
+            tracking = config.hydra.runtime.choices["tracking"]
+            command = [sys.executable, str(ENTRY_POINT), f"sweep={folder}", f"tracking={tracking}"]
+            print("evaluating the sweep; by hand: python evaluate.py " + shlex.join(command[2:]), flush=True)
+            code = subprocess.run(command, check=False).returncode
+        failed = self.failed | (_failed_in(folder) if config.stage == "train" else {})
+        if failed:
+            sys.exit("\n".join(_in_words(failed, self.again)))
+        if code:
+            sys.exit(code)
+
+
+def _failed_in(folder: Path) -> dict[str, str]:
+    """The jobs that are not finished by their records: a launcher may have run them in other processes."""
+    from dpo_ref.evaluation.sweep import collect
+
+    return {job.name: job.state for job in collect(folder) if not job.finished}
+
+
+def _in_words(failed: dict[str, str], again: str) -> list[str]:
+    head = f"error: {len(failed)} job{'s' if len(failed) > 1 else ''} of the sweep failed:"
+    jobs = [f"  {name}: {error}" for name, error in failed.items()]
+    return [head, *jobs, "once that is mended, go on with (finished jobs are kept)", f"  {again}"]
 
 
 def _print_bandits(folder: Path) -> bool:

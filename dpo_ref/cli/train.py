@@ -4,16 +4,17 @@ next.
 
 import math
 import platform
+import shlex
 import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -21,12 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_ref.cli.bandit import run_bandit
 from dpo_ref.cli.build import Built, build, cache_reference, report_data
 from dpo_ref.cli.resolve import RunConfig, resolve, saved_config, strength_of
-from dpo_ref.files import write_json
+from dpo_ref.evaluation.policy import FINISHED, SUMMARY, read_summary
+from dpo_ref.files import held, new_folder, not_writable, write_json, write_text
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models import checkpoint
 from dpo_ref.reports import training_curve
 from dpo_ref.reports.model_card import write_card
-from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.tracking.terminal import progress, run_summary, say
 from dpo_ref.tracking.tracker import RunInfo, Tracker, policy_artifact, reference_artifact
 from dpo_ref.tracking.weights_and_biases import known_id
 from dpo_ref.training.run import Interrupted, RunFolder, TrainingRun
@@ -58,37 +60,52 @@ class Job:
         return self.sweep or self.directory.name
 
 
+class Ended(NamedTuple):
+    """How a job ended: the exit status, and what went wrong."""
+
+    code: int
+    error: str | None = None
+
+
+STOPPED = Ended(130, "stopped")  # by a signal
+
+
+# --- the run's folder: its configuration, its record, who may write to it
+
+
+CONFIG, ERROR = "config.yaml", "error.txt"
+TRAINED = ("metrics.jsonl", "checkpoints", "policy")  # what a run leaves once it trains
+SAME_RUN = ("output_dir", "resume", "tracking")  # what may differ when a sweep's command is typed again
+
+
 def restore(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
     """The configuration of the run that `resume` names, with the few changes a run survives.
 
     Raises ValueError for a folder that holds no run and for an override that would make it another run.
     """
-    directory = Path(cfg.resume).expanduser()
-    if not (directory / "config.yaml").is_file():
-        raise ValueError(f"resume={cfg.resume} is not a run's folder: it has no config.yaml")
-    saved = saved_config(directory, f"resume={cfg.resume}")
+    directory, key = Path(cfg.resume).expanduser(), f"resume={cfg.resume}"
+    _check_begun(directory, key)
+    saved = saved_config(directory, key)
     check_configuration(directory)
     saved.setdefault("evaluation", cfg.evaluation)  # runs from before there was one
     if saved.get("bandit") is not None:
-        raise ValueError(f"resume={cfg.resume} is the run of a bandit, which has no checkpoints; start it anew")
+        raise ValueError(f"{key} is the run of a bandit, which has no checkpoints; start it anew")
     for override in job.overrides:
-        key = override.lstrip("+").partition("=")[0]
-        if not key.startswith(MAY_CHANGE):
+        option = override.lstrip("+").partition("=")[0]
+        if not option.startswith(MAY_CHANGE):
             raise ValueError(
                 f"{override} cannot change when a run goes on; only {', '.join(MAY_CHANGE[:-1])} can. "
                 "Leave it out, or start a new run"
             )
-        OmegaConf.update(saved, key, OmegaConf.select(cfg, key))
+        OmegaConf.update(saved, option, OmegaConf.select(cfg, option))
     saved.resume = cfg.resume
-    record = OmegaConf.load(directory / "summary.json")
-    assert isinstance(record, DictConfig)
-    if record.status == "stopped" and saved.trainer.get("stop_when_degenerate"):
+    summary = read_summary(directory, key, ("status", "overrides", "choices"))
+    if summary["status"] == "stopped" and saved.trainer.get("stop_when_degenerate"):
         raise ValueError(
-            f"resume={cfg.resume}: the run ended at step {record.steps} because its policy was degenerate "
-            f"({'; '.join(record.degenerate)}); trainer.stop_when_degenerate=false goes on all the same"
+            f"{key}: the run ended at step {summary['steps']} because its policy was degenerate "
+            f"({'; '.join(summary['degenerate'])}); trainer.stop_when_degenerate=false goes on all the same"
         )
-    sweep = record.get("sweep", job.sweep)
-    return saved, Job(directory, list(record.overrides), dict(record.choices), sweep)  # pyright: ignore
+    return saved, Job(directory, summary["overrides"], summary["choices"], summary.get("sweep", job.sweep))
 
 
 def check_configuration(directory: Path) -> None:
@@ -96,8 +113,8 @@ def check_configuration(directory: Path) -> None:
     state = checkpoint.newest_state(directory / "checkpoints")
     if state is None:
         return
-    before = _flat(OmegaConf.to_container(OmegaConf.create(state["configuration"])))
-    now = _flat(OmegaConf.to_container(OmegaConf.load(directory / "config.yaml")))
+    before = dict(_options(OmegaConf.create(state["configuration"])))
+    now = dict(_options(OmegaConf.load(directory / CONFIG)))
     changed = [
         f"{key} was {before.get(key)} and is {now.get(key)} now"
         for key in sorted(before.keys() | now.keys())
@@ -110,37 +127,97 @@ def check_configuration(directory: Path) -> None:
         )
 
 
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(content, Mapping) or not content:
-        return {prefix: content}
-    parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in content.items())
-    return {key: value for part in parts for key, value in part.items()}
+def _check_begun(directory: Path, key: str) -> None:
+    """Raise ValueError for a folder without a run, and for one whose run was killed before it trained anything."""
+    if (directory / CONFIG).is_file() and (directory / SUMMARY).is_file():
+        return
+    if any((directory / name).exists() for name in TRAINED):
+        missing = next(name for name in (CONFIG, SUMMARY) if not (directory / name).is_file())
+        raise ValueError(f"{key} cannot go on without its {missing}: put that back, or train again")
+    if not (directory / SUMMARY).is_file():
+        raise ValueError(
+            f"{key} is not a run's folder: it has no {CONFIG} and no {SUMMARY}. If its run was killed as it began, "
+            "nothing was trained: type its command again"
+        )
+    summary = read_summary(directory, key, ("overrides",))
+    command = shlex.join(["python", "train.py", *summary["overrides"]])
+    again = f"type the command of the sweep {summary['sweep']}" if summary.get("sweep") else f"type {command}"
+    raise ValueError(f"{key}: nothing was trained before that run was ended; {again} again")
 
 
-def open_folder(cfg: DictConfig, job: Job) -> None:
-    """Make the run's folder and write its configuration. Raises ValueError if it holds a run or cannot be made."""
-    if not cfg.resume and (job.directory / "metrics.jsonl").exists():
+def left_by_sweep(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job] | None:
+    """A job of a sweep as it is to be run now: anew, or where the same command's job was stopped; None where that has
+    come to its end. Raises ValueError where the folder holds another run."""
+    directory, key = job.directory, f"output_dir={job.directory}"
+    if job.sweep is None or cfg.resume or not (directory / CONFIG).is_file():
+        return cfg, job
+    saved, now = (dict(_options(tree)) for tree in (saved_config(directory, key), cfg))
+    for option in sorted(saved.keys() | now.keys()):
+        if not option.startswith(SAME_RUN) and saved.get(option) != now.get(option):
+            was, wanted = saved.get(option), now.get(option)
+            raise ValueError(f"{directory} holds another run, with {option}={was}, not {wanted}: see output_dir")
+    status = read_summary(directory, key)["status"]
+    if status in FINISHED:
+        print(f"kept: {directory} is {status}")
+        return None
+    if cfg.get("bandit") is not None:  # it has no checkpoints
+        (directory / "metrics.jsonl").unlink(missing_ok=True)
+        return cfg, job
+    print(f"going on with {directory}, which is {status}")
+    cfg = cfg.copy()
+    cfg.resume = str(directory)
+    return restore(cfg, replace(job, overrides=()))
+
+
+def _options(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a configuration under its whole key."""
+    plain: Any = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
+    for key, value in plain.items():
+        yield from _options(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+
+
+@contextmanager
+def opened(cfg: DictConfig, job: Job) -> Iterator[Job]:
+    """The job in its folder, which no other process writes to; a new run's configuration stands in it. Raises
+    ValueError if the folder holds a run already, is in use or cannot be written."""
+    if cfg.output_dir is None and job.sweep is None and not cfg.resume:
+        job = replace(job, directory=new_folder(job.directory))
+    with held(job.directory, say):
+        if not cfg.resume:
+            _begin(cfg, job)
+        yield job
+
+
+def _begin(cfg: DictConfig, job: Job) -> None:
+    """Whenever this is killed, the same command starts over, or the configuration is there and `resume` goes on."""
+    if any((job.directory / name).exists() for name in TRAINED):
         raise ValueError(f"{job.directory} already holds a run: resume={job.directory} goes on with it")
     try:
-        job.directory.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, job.directory / "config.yaml")
+        for name in (CONFIG, SUMMARY, ERROR):  # of an attempt that trained nothing
+            (job.directory / name).unlink(missing_ok=True)
+        record(cfg, job, "running")
+        write_config(cfg, job)
     except OSError as error:
-        raise ValueError(
-            f"the run's folder {job.directory} cannot be written: {error.strerror}; see output_dir"
-        ) from error
+        raise not_writable(job.directory, error) from error
 
 
 def make_folder(cfg: DictConfig, job: Job) -> None:
     """The folder of a run that goes on, after somebody removed it."""
     job.directory.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, job.directory / "config.yaml")
+    write_config(cfg, job)
     record(cfg, job, "running")
 
 
-def record(cfg: DictConfig, job: Job, status: str, **found: Any) -> dict[str, Any]:
-    """Write summary.json: what the run was, what it was made with, how it stands."""
+def write_config(cfg: DictConfig, job: Job) -> None:
+    """Write config.yaml."""
+    write_text(job.directory / CONFIG, OmegaConf.to_yaml(cfg))
+
+
+def record(cfg: DictConfig, job: Job, status: str, **entries: Any) -> dict[str, Any]:
+    """Write summary.json: what the run was, what it was made with, how it stands. What it says besides stays."""
+    before = read_summary(job.directory, str(job.directory)) if (job.directory / SUMMARY).is_file() else {}
     summary = {
+        **before,
         "status": status,
         "error": None,
         "overrides": list(job.overrides),
@@ -150,10 +227,34 @@ def record(cfg: DictConfig, job: Job, status: str, **found: Any) -> dict[str, An
         "seed": cfg.seed,
         "policy": "policy",
         **provenance(),
-        **found,
+        **entries,
     }
-    write_json(job.directory / "summary.json", summary)
+    write_json(job.directory / SUMMARY, summary)
     return summary
+
+
+def _record_end(cfg: DictConfig, job: Job, status: str, error: Exception | None = None) -> None:
+    """Say in the run's folder what ended this attempt. The record of a finished run is of its policy, and stays."""
+    words = None if error is None else f"{type(error).__name__}: {error}"
+    try:
+        if error is not None:
+            write_text(job.directory / ERROR, "".join(traceback.format_exception(error)))
+        if read_summary(job.directory, str(job.directory))["status"] not in FINISHED:
+            record(cfg, job, status, error=words)
+    except (OSError, ValueError) as second:
+        print(f"the run's status could not be written either: {second}", file=sys.stderr)
+
+
+def _record_refusal(cfg: DictConfig, job: Job, error: Exception) -> None:
+    """For the table of a sweep: a job that was refused before it had a run that this could spoil."""
+    with suppress(OSError, ValueError):  # a folder that is in use or cannot be written is why it was refused
+        if job.sweep is None or any((job.directory / name).exists() for name in (*TRAINED, CONFIG)):
+            return
+        with held(job.directory, say):
+            record(cfg, job, "failed", error=f"{type(error).__name__}: {error}")
+
+
+# --- a run from its start to its end
 
 
 def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
@@ -254,57 +355,71 @@ def _bandit(cfg: DictConfig, job: Job, run: RunConfig) -> None:
     run_summary(f"{run.objective.name} in the bandit of {run.bandit and run.bandit.name}", findings | files)
 
 
-def run_job(cfg: DictConfig, job: Job) -> int:
-    """Run one job to its end and say how it ended; the exit code. Never raises for what a user can put right."""
-    built, first_step = None, 0
+def run_job(cfg: DictConfig, job: Job) -> Ended:
+    """Run one job and say how it ended. Never raises for what a user can put right."""
     try:
-        if cfg.resume:
-            cfg, job = restore(cfg, job)
+        left = left_by_sweep(cfg, job)
+        if left is None:
+            return Ended(0)
+        cfg, job = restore(cfg, job) if cfg.resume else left
         run = resolve(cfg, job.choices, job.overrides)
         if run.stage in ASIDE:
             ASIDE[run.stage](run, job.directory)
-            return 0
-        open_folder(cfg, job)
-        if not cfg.resume:
-            record(cfg, job, "running")
-        if run.bandit is not None:
-            _bandit(cfg, job, run)
-            return 0
-        with tracking_of(cfg, job, run) as tracker:
-            built = build(run, job.directory, tracker)
-            built.training.folder = RunFolder(OmegaConf.to_yaml(cfg), partial(make_folder, cfg, job))
-            first_step = built.training.resume() if cfg.resume else 0
-            steps = built.training.train(first_step)
-            conclude(cfg, job, built, steps)
-        command = NEXT_OF_SCORES if run.objective.of_scores else NEXT
-        run_summary(
-            f"{run.objective.name} on {cfg.model.path}", summary_rows(built.training), [command.format(job.directory)]
-        )
-    except Interrupted as stop:
-        assert built is not None
-        record(cfg, job, "interrupted", **run_summary_fields(built, first_step))
-        print(f"\n{stop}; go on with\n  python train.py resume={job.directory}")
-        return 130
+            return Ended(0)
+        with opened(cfg, job) as at_hand:
+            return _run_recorded(cfg, at_hand, run)
     except (ValueError, OSError) as error:
-        _record_failure(cfg, job, error)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        _record_refusal(cfg, job, error)
+        return _failed(error)
     except Exception as error:
-        _record_failure(cfg, job, error)
         traceback.print_exc()
-        return 1
-    return 0
+        return Ended(1, f"{type(error).__name__}: {error}")
 
 
-def _record_failure(cfg: DictConfig, job: Job, error: Exception) -> None:
-    """Leave the status and the traceback in the run's folder, where there is one."""
-    if not job.directory.is_dir():
-        return
+def _failed(error: Exception) -> Ended:
+    print(f"error: {error}", file=sys.stderr)
+    return Ended(1, str(error))
+
+
+def _run_recorded(cfg: DictConfig, job: Job, run: RunConfig) -> Ended:
+    """Run in the folder that this process holds, where the record then says how it ended."""
     try:
-        record(cfg, job, "failed", error=f"{type(error).__name__}: {error}")
-        (job.directory / "error.txt").write_text(traceback.format_exc())
-    except OSError as second:
-        print(f"the run's status could not be written either: {second}", file=sys.stderr)
+        (_bandit if run.bandit is not None else _train)(cfg, job, run)
+    except Interrupted as stop:
+        print(f"\n{stop}; go on with\n  python train.py resume={job.directory}")
+        return STOPPED
+    except KeyboardInterrupt:  # before the first step, after the last, or a second one
+        _record_end(cfg, job, "interrupted")
+        again = "the same command" if run.bandit is not None else f"python train.py resume={job.directory}"
+        print(f"\nstopped; go on with {again}")
+        return STOPPED
+    except (ValueError, OSError) as error:
+        _record_end(cfg, job, "failed", error)
+        return _failed(error)
+    except Exception as error:
+        _record_end(cfg, job, "failed", error)
+        traceback.print_exc()
+        return Ended(1, f"{type(error).__name__}: {error}")
+    return Ended(0)
+
+
+def _train(cfg: DictConfig, job: Job, run: RunConfig) -> None:
+    with tracking_of(cfg, job, run) as tracker:
+        built = build(run, job.directory, tracker)
+        built.training.folder = RunFolder(OmegaConf.to_yaml(cfg), partial(make_folder, cfg, job))
+        first_step = built.training.resume() if cfg.resume else 0
+        if cfg.resume:
+            write_config(cfg, job)
+        try:
+            steps = built.training.train(first_step)
+        except Interrupted:
+            record(cfg, job, "interrupted", **run_summary_fields(built, first_step))
+            raise
+        conclude(cfg, job, built, steps)
+    command = NEXT_OF_SCORES if run.objective.of_scores else NEXT
+    run_summary(
+        f"{run.objective.name} on {cfg.model.path}", summary_rows(built.training), [command.format(job.directory)]
+    )
 
 
 # --- what a run did, in the words of the terminal's closing summary

@@ -1,6 +1,7 @@
 """Whom an evaluation is about, the models it needs, and how it is done."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,45 @@ from dpo_ref.generation.engine import PromptSet
 from dpo_ref.models.loading import ModelPath, Policy, Workspace
 from dpo_ref.references.interface import Reference
 from dpo_ref.types import PreferenceData
+
+SUMMARY = "summary.json"  # what a run was, what it was made with, how it stands
+FINISHED = (
+    "completed",
+    "stopped",
+)  # the statuses of runs that left a policy: at their end, or where it was degenerate
+FORM: dict[str, type | tuple[type, ...]] = {
+    "status": str,
+    "error": (str, type(None)),
+    "overrides": list,
+    "choices": dict,
+    "sweep": (str, type(None)),
+    "beta": (float, int, type(None)),
+    "seed": int,
+    "objective": str,
+    "reference": str,
+    "identities": dict,
+    "steps": int,
+}
+
+
+def read_summary(folder: Path, key: str, needed: Sequence[str] = ("status",)) -> dict[str, Any]:
+    """The record in a run's folder; `key` says who names it. Raises ValueError, with the file and what can be done,
+    for one that cannot be read, has another form, or lacks what is `needed`: so ends a run that failed early."""
+    path = folder / SUMMARY
+    kept = f"its policy is a model like any other ({folder / 'policy'}), the rest only training it again brings back"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {path} cannot be read ({error}); {kept}") from error
+    entries = summary if isinstance(summary, dict) else {}
+    wrong = [name for name, form in FORM.items() if name in entries and not isinstance(entries[name], form)]
+    if wrong or entries is not summary:
+        raise ValueError(f"{key}: {path} is no record of a run ({', '.join(wrong) or 'no object'}); {kept}")
+    if missing := [name for name in needed if name not in summary]:
+        raise ValueError(
+            f"{key}: {path} lacks {', '.join(missing)}; python train.py resume={folder} goes on and completes it"
+        )
+    return summary
 
 
 @dataclass(frozen=True, slots=True)

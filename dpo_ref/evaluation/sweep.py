@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ref.evaluation.results import RESULTS, Evaluation, read_evaluation, read_json
+from dpo_ref.evaluation.policy import FINISHED, SUMMARY, read_summary
+from dpo_ref.evaluation.results import RESULTS, Evaluation, read_evaluation
 
 # --- the runs that a sweep joins
 
@@ -48,7 +49,7 @@ class SweptRun:
     @property
     def finished(self) -> bool:
         """Whether it left a policy: at its end, or where training was stopped because its policy was degenerate."""
-        return self.status in ("completed", "stopped")
+        return self.status in FINISHED
 
     @property
     def state(self) -> str:
@@ -62,7 +63,8 @@ def results_of_checkpoint(folder: Path) -> Path:
     return folder.parents[1] / RESULTS / "checkpoints" / folder.name
 
 
-def _numbered_folders(folder: Path) -> list[Path]:
+def numbered_folders(folder: Path) -> list[Path]:
+    """The folders of a multirun's jobs, in the order of their numbers."""
     folders = [p for p in folder.glob("*") if p.is_dir() and re.match(r"\d+(_|$)", p.name)]
     return sorted(folders, key=lambda p: int(re.split(r"\D", p.name)[0]))
 
@@ -73,8 +75,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _jobs_in(folder: Path) -> list[Path]:
     """The jobs a folder stands for: those of a multirun, the checkpoints of a run, or the run that it is."""
-    run = [folder] if (folder / "summary.json").is_file() or CHECKPOINT.match(folder.name) else []
-    return _numbered_folders(folder) or _checkpoints(folder) or run
+    run = [folder] if (folder / SUMMARY).is_file() or CHECKPOINT.match(folder.name) else []
+    return numbered_folders(folder) or _checkpoints(folder) or run
 
 
 def _job_folders(source: str) -> list[Path]:
@@ -101,11 +103,10 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _summary(folder: Path) -> dict[str, Any]:
-    path = folder / "summary.json"
-    if not path.is_file():
+    if not (folder / SUMMARY).is_file():
         return {"status": "missing"}
     try:
-        return read_json(path)
+        return read_summary(folder, folder.name)
     except ValueError as error:
         return {"status": "unreadable", "error": str(error)}
 
@@ -119,7 +120,7 @@ def _job(folder: Path, name: str) -> SweptRun:
         name=name,
         folder=folder,
         # a checkpoint is whole whatever became of its run
-        status="completed" if checkpoint else summary.get("status", "missing"),
+        status="completed" if checkpoint else summary["status"],
         error=None if checkpoint else summary.get("error"),
         objective=summary.get("objective"),
         reference=summary.get("reference"),
@@ -156,7 +157,7 @@ def results_folder(sources: Sequence[str]) -> Path:
     """Where the results of a sweep go unless told: into the multirun's folder, beside the evaluation of the run whose
     checkpoints they are of, or into a folder named after the first of several sources."""
     first = Path(sources[0]).expanduser()
-    if len(sources) == 1 and first.is_dir() and _numbered_folders(first):
+    if len(sources) == 1 and first.is_dir() and numbered_folders(first):
         return first
     if len(sources) == 1 and _checkpoints(first):
         return first.parent / RESULTS / first.name

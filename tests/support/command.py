@@ -153,8 +153,8 @@ def train(*overrides: str) -> Done:
     with redirect_stdout(out), redirect_stderr(err):
         cfg, choices = composed(*overrides)
         directory = schemas.run_directory(cfg.output_dir, "default", overrides)
-        code = run_job(cfg, Job(directory, list(overrides), choices, sweep=None))
-    return Done(code, out.getvalue(), err.getvalue())
+        ended = run_job(cfg, Job(directory, list(overrides), choices, sweep=None))
+    return Done(ended.code, out.getvalue(), err.getvalue())
 
 
 EVALUATE_ONLY = {"diagnostic", "export", "generation", "judge", "prompts", "scorer"}
