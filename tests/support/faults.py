@@ -1,0 +1,87 @@
+"""Commands that are killed and stopped at exact moments; for the tests of faults."""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
+
+from tests.support.command import ROOT, Done, forked
+
+SMALL = ["model.path=lab:tiny", "data.num_pairs=32", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
+SMALL += ["trainer.batch_size=8", "tracking=none"]
+
+
+class Typed:
+    """A command in a process of its own, in a folder of its own, whose output lies beside that."""
+
+    def __init__(self, folder: Path, *arguments: str, before: Callable[[], object] = lambda: None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.process = forked(folder, _type_in, folder, arguments, before)
+
+    def send(self, signum: int) -> None:
+        os.kill(self.process.pid, signum)
+
+    def end(self) -> Done:
+        self.process.join(timeout=120)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        return Done(self.process.exitcode, (self.folder / "out").read_text(), (self.folder / "err").read_text())
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for it while the command runs."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert self.process.is_alive(), (self.folder / "err").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+def _type_in(folder: Path, arguments: tuple[str, ...], before: Callable[[], object]) -> None:
+    os.chdir(folder)
+    sys.argv = list(arguments)
+    GlobalHydra.instance().clear()
+    before()
+    runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+
+
+def killed_at(folder: Path, moves: int) -> Callable[[], None]:
+    """Makes a process kill itself in place of its n-th move of a whole file to its place in a folder."""
+
+    def prepare():
+        move, done = os.replace, []
+
+        def replace(source, target):
+            if Path(target).parent == folder:
+                done.append(target)
+            if len(done) == moves:
+                os.kill(os.getpid(), signal.SIGKILL)
+            move(source, target)
+
+        os.replace = replace
+
+    return prepare
+
+
+def steps(run: Path) -> int:
+    """How many lines a run has measured."""
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def same_weights(run: Path, other: Path) -> bool:
+    ours, theirs = (load_file(folder / "policy" / "model.safetensors") for folder in (run, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
