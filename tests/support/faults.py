@@ -24,6 +24,8 @@ class Typed:
 
     def __init__(self, folder: Path, *arguments: str, before: Callable[[], object] = lambda: None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("out", "err"):
+            (folder / name).touch()
         self.folder = folder
         self.process = forked(folder, _type_in, folder, arguments, before)
 
