@@ -75,11 +75,13 @@ class Stepper:
 
     def __call__(self, batch):
         """One step; seconds until its loss is known."""
+        import torch
+
         from dpo_ref.training.trainer import backward, update
 
         start = time.perf_counter()
         values, _ = backward(self.policy, self.reference, self.objective, self.pack(batch))
-        update(self.policy, self.optim, self.steps)
+        update(self.policy, self.optim, self.steps, torch.ones((), dtype=torch.bool, device=self.policy.device))
         float(values["loss"].mean())
         self.steps += 1
         return time.perf_counter() - start

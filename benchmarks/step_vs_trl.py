@@ -76,7 +76,7 @@ def ours(args):
     for step, batch in enumerate(steps):
         start = time.perf_counter()
         values, _ = backward(policy, reference, bind(dpo, beta=BETA), pack(batch))
-        update(policy, optim, step)
+        update(policy, optim, step, torch.tensor(True))
         losses.append(float(values["loss"].mean()))
         seconds.append(time.perf_counter() - start)
     return seconds, losses, before
