@@ -153,24 +153,37 @@ class TrainingRun:
     def _save(self, step: int, keep_more: int) -> None:
         self.settle()
         self._mind_folder()
+        with self._or_say_what_is_left(step):
+            try:
+                placing = self._write(step, keep_more)
+            except OSError:
+                if self._folder_stands:
+                    raise
+                self._mind_folder()  # removed in this very moment
+                placing = self._write(step, keep_more)
+        self._placing, self._saved_at = (step, placing), time.monotonic()
+
+    def _write(self, step: int, keep_more: int) -> "Future[Path]":
         keep = self.rounds.config.keep_checkpoints
+        keep = None if keep is None else keep + keep_more
         running = {name: float(value) for name, value in self.objective.running.items()}
         state = {"step": step, "running": running, "record": self.record.seal._asdict()}
         state |= {"configuration": self.folder.configuration, **self.fingerprint}
         model, optimizer, moved = self.policy.model, self.optim.optimizer, self.reference.state_dict()
-        with self._or_say_what_is_left(step):
-            placing = checkpoint.save(
-                self.checkpoints, model, optimizer, moved, state, keep=None if keep is None else keep + keep_more
-            )
-        self._placing, self._saved_at = (step, placing), time.monotonic()
+        return checkpoint.save(self.checkpoints, model, optimizer, moved, state, keep=keep)
 
     def settle(self) -> None:
-        """Wait until the last checkpoint is in its place. Raises OSError if it could not be put there."""
+        """Wait until the last checkpoint is in its place. Raises OSError if it could not be put there, unless the
+        run's folder was removed meanwhile."""
         if self._placing is None:
             return
         (step, placing), self._placing = self._placing, None
         with self._or_say_what_is_left(step):
-            placing.result()
+            try:
+                placing.result()
+            except OSError:
+                if self._folder_stands:
+                    raise
 
     @contextmanager
     def _or_say_what_is_left(self, step: int) -> Iterator[None]:
@@ -183,9 +196,13 @@ class TrainingRun:
                 f"resume={self.work.directory}"
             ) from error
 
+    @property
+    def _folder_stands(self) -> bool:
+        return (self.work.directory / "config.yaml").is_file()
+
     def _mind_folder(self) -> None:
         """Make the run's folder again if somebody removed it."""
-        if (self.work.directory / "config.yaml").is_file():
+        if self._folder_stands:
             return
         self.folder.make()
         say(f"{self.work.directory} was removed while training, and is made again; what it held until now is lost")

@@ -206,12 +206,12 @@ def wait_for(path, count):
         time.sleep(0.001)
 
 
-LONGER = ["data.num_pairs=96", "optim.schedule=constant", "optim.warmup_ratio=0"]
+LONGER = ["trainer.epochs=6", "optim.schedule=constant", "optim.warmup_ratio=0"]
 
 
 @pytest.fixture(scope="module")
 def longer(tmp_path_factory):
-    """Twelve steps, and no checkpoint but the last."""
+    """36 steps, so that it lasts until a signal comes, and no checkpoint but the last."""
     run = tmp_path_factory.mktemp("longer") / "run"
     assert train(*SMALL, *LONGER, "trainer.save_every=null", f"output_dir={run}").returncode == 0
     return run

@@ -70,4 +70,4 @@ def test_resuming_against_another_reference_is_refused(foreign, tmp_path):  # no
     config.write_text(config.read_text().replace("terminator: count", "terminator: skip"))
     again = train(f"resume={run}", "tracking=none")
     assert again.returncode == 1
-    assert "reference was" in again.stderr
+    assert "reference.terminator was count and is skip now" in again.stderr
