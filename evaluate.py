@@ -1,6 +1,7 @@
 """Evaluate a policy or a sweep: `python evaluate.py policy=<run or model folder>`."""
 
 import sys
+import traceback
 
 from dpo_ref.cli import stopping
 
@@ -12,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpo_ref.cli import command_line, schemas
+from dpo_ref.tracking.redaction import without_keys
 
 schemas.register()
 
@@ -26,11 +28,14 @@ def main(cfg: DictConfig) -> None:
     try:
         run_evaluation(cfg, choices, list(launched.overrides.task))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {without_keys(str(error))}")
+    except Exception:
+        sys.exit(without_keys(traceback.format_exc()))
 
 
 if __name__ == "__main__":
     with stopping.in_one_line():
+        sys.argv[1:] = command_line.with_trust(sys.argv[1:])
         try:
             command_line.check_command_line(sys.argv[1:], "evaluate")
         except ValueError as error:

@@ -22,7 +22,8 @@ schemas.register()
 def main(cfg: DictConfig) -> object:
     """One run, or one job of a sweep: a job that fails leaves its status behind and lets the others run; its end is
     for `cli/sweep.py`."""
-    from dpo_ref.cli.train import STOPPED, Job, run_job
+    from dpo_ref.cli.run_folder import Job
+    from dpo_ref.cli.train import STOPPED, run_job
 
     launched = HydraConfig.get()
     overrides = list(launched.overrides.task)
@@ -43,6 +44,7 @@ def main(cfg: DictConfig) -> object:
 if __name__ == "__main__":
     with stopping.in_one_line():
         schemas.note_swept_keys(sys.argv[1:])
+        sys.argv[1:] = command_line.with_trust(sys.argv[1:])
         try:
             command_line.check_command_line(sys.argv[1:], "train")
         except ValueError as error:

@@ -46,7 +46,8 @@ SHOWN = {REWARD: "gold", KL.of(model="initial"): "KL", LENGTH.key: "tokens", END
 
 def train(words: list[str], folder: Path) -> None:
     """`python train.py`, without importing everything again."""
-    from dpo_ref.cli.train import Job, run_job
+    from dpo_ref.cli.run_folder import Job
+    from dpo_ref.cli.train import run_job
 
     words = [*words, f"output_dir={folder}", "tracking=none"]
     cfg, choices = composed(words, "train")

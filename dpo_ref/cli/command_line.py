@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.schemas import CONF, SCHEMAS, groups, option_names
+from dpo_ref.tracking.redaction import refuse_typed_credentials
 
 
 def refuse_unknown(prefix: str, keys: Iterable[str], options: Iterable[str]) -> None:
@@ -27,12 +28,14 @@ def refuse_unknown(prefix: str, keys: Iterable[str], options: Iterable[str]) -> 
 
 
 def check_command_line(arguments: Sequence[str], kind: str) -> None:
-    """Refuse a misspelt key with the nearest one that exists, before Hydra does so without naming it.
+    """Refuse credentials, before anything is written, and a misspelt key with the nearest one that exists, before
+    Hydra does so without naming it.
 
     A key that some member of a group takes passes: whether the chosen member takes it is Hydra's question.
     """
     if {"-sc", "--shell-completion"} & set(arguments):
         return
+    refuse_typed_credentials(arguments)
     top: dict[str, set[str]] = {f.name: set() for f in fields(SCHEMAS[kind])} | {"experiment": set()}
     top |= {f.name: {inner.name for inner in fields(f.type)} for f in fields(SCHEMAS[kind]) if is_dataclass(f.type)}
     for group in top.keys() & groups().keys():
@@ -49,6 +52,28 @@ def check_command_line(arguments: Sequence[str], kind: str) -> None:
         refuse_unknown("", [head], top)
         if rest and rest != "_target_":
             refuse_unknown(f"{head}.", [rest], top[head])
+
+
+OF_A_SAVED_RUN = {"resume": None, "policy": ("data", "model", "reference"), "sweep": ("data", "model", "reference")}
+
+
+def with_trust(arguments: Sequence[str]) -> list[str]:
+    """The words with the servers of a saved run, typed as the options they are (`reference.url=...`), as `trust=...`:
+    Hydra would look for them in what it composes, which is not that run."""
+    keys = {argument.partition("=")[0] for argument in arguments}
+    saved = next((key for key in OF_A_SAVED_RUN if key in keys), None)
+    if saved is None or "trust" in keys:
+        return list(arguments)
+    words = {argument: argument.partition("=") for argument in arguments}
+    servers = {
+        argument: value
+        for argument, (key, _, value) in words.items()
+        if key.endswith((".url", ".base_url"))
+        and key.partition(".")[0] not in keys
+        and key.startswith(OF_A_SAVED_RUN[saved] or "")
+    }
+    rest = [argument for argument in arguments if argument not in servers]
+    return rest + ([f"trust=[{','.join(servers.values())}]"] if servers else [])
 
 
 def compose_command(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from dpo_ref.evaluation import results
 from dpo_ref.evaluation.results import Metric
+from dpo_ref.tracking.redaction import without_keys
 from dpo_ref.tracking.weights_and_biases import Curves, Plane, Section, save_dashboard
 
 NAMES = {"scorer": "gold", "baseline": "initial", "model": "initial"}
@@ -77,4 +78,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {without_keys(str(error))}")

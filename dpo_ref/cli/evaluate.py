@@ -12,7 +12,8 @@ from dpo_ref.cli.command_line import typed_words
 from dpo_ref.cli.compatibility import CompatibilityRequest, run_compatibility, title_of
 from dpo_ref.cli.exports import STAGE as EXPORT
 from dpo_ref.cli.exports import check_export, publish, run_export
-from dpo_ref.cli.resolve import component, components, saved_config
+from dpo_ref.cli.resolve import component, components
+from dpo_ref.cli.saved_run import check_servers, read_run, read_summary, refuse_unused_trust
 from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.cli.winrates import STAGE as WINRATE
 from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, run_winrates
@@ -27,7 +28,6 @@ from dpo_ref.evaluation.policy import (
     PolicyToEvaluate,
     TrainedRun,
     against,
-    read_summary,
 )
 from dpo_ref.evaluation.results import RESULTS, Evaluated, Thresholds, join_temperatures, with_curve
 from dpo_ref.evaluation.sweep import cells, collect, results_folder, results_of_checkpoint
@@ -40,6 +40,7 @@ from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
 from dpo_ref.reports.sweep import sweep_tables, track_sweep, write_sweep
 from dpo_ref.reports.tables import drift, headline, results_table
+from dpo_ref.tracking.redaction import refuse_credentials, without_keys
 from dpo_ref.tracking.terminal import progress, run_summary, say
 from dpo_ref.types import PreferenceData, digest
 
@@ -80,7 +81,7 @@ class Evaluator:
         if run is not None and not self.own_data:
             cfg.data = run.data
             folder = run_of(Path(path)) or Path(path)
-            choices["data"] = read_summary(folder, f"policy={path}", ("choices",))["choices"]["data"]
+            choices["data"] = read_summary(folder, f"policy={path}")["choices"]["data"]
         return cfg, choices
 
     def parts(self, run: DictConfig | None, path: str) -> dict[str, Component]:
@@ -106,7 +107,9 @@ class Evaluator:
 
     def one(self, path: str, output_dir: str | None = None) -> EvaluationOutcome:
         """Evaluate one policy. Where the judge stops answering, this one and all that follow do without it."""
-        subject, run = subject_of(path, output_dir)
+        subject, run = subject_of(path, output_dir, self.cfg.trust)
+        if self.cfg.sweep is None:
+            refuse_unused_trust(run, self.cfg.trust)
         with held(subject.folder, say, self.work()):
             try:
                 return self._one(path, subject, run)
@@ -215,7 +218,7 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
         try:
             outcome = evaluator.one(str(job.folder))
         except (ValueError, OSError) as error:
-            print(f"{job.name} could not be evaluated: {error}", file=sys.stderr)
+            print(f"{job.name} could not be evaluated: {without_keys(str(error))}", file=sys.stderr)
             lost.append(job.name)
             continue
         baselines += [outcome.baseline] if outcome.baseline else []
@@ -240,11 +243,11 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
 
 def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) -> CompatibilityRequest:
     """The run that would be trained with each reference: a run's policy brings its data and model options."""
-    subject, run = subject_of(cfg.policy, None)
+    subject, run = subject_of(cfg.policy, None, cfg.trust)
     parts = evaluator.parts(run, cfg.policy)
     folder = run_of(Path(cfg.policy)) or Path(cfg.policy)
     own = run is None or evaluator.own_data
-    typed = overrides if own else read_summary(folder, f"policy={cfg.policy}", ("overrides",))["overrides"]
+    typed = overrides if own else read_summary(folder, f"policy={cfg.policy}")["overrides"]
     path = subject.model.path
     words = [] if path == "lab:initial" else ["model=pretrained", *typed_words({"model.path": path})]
     if run is not None:
@@ -269,7 +272,7 @@ def _export(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) -> 
     """Write the file of `export=` from the evaluation of `policy=`."""
     export = component("export", cfg.export, evaluator.choices["export"])
     check_export(export, words(overrides), cfg.policy)
-    subject, run = subject_of(cfg.policy, cfg.output_dir)
+    subject, run = subject_of(cfg.policy, cfg.output_dir, cfg.trust)
     run_export(subject, export, lambda: evaluator.settings(subject, evaluator.parts(run, cfg.policy)))
 
 
@@ -284,6 +287,7 @@ def run_evaluation(cfg: DictConfig, choices: dict[str, str], overrides: Sequence
     """Evaluate `policy=` or `sweep=`, or look at `references=` or at `annotations=`. Raises ValueError for what does
     not go together."""
     check_stage(cfg, overrides)
+    refuse_credentials(OmegaConf.to_container(cfg, resolve=True), "")
     if cfg.stage == PUSH:
         publish(cfg.policy, HubOptions(**cfg.hub))
         return
@@ -363,22 +367,24 @@ def _check_compatibility(cfg: Any, given: set[str]) -> None:
 # --- what `policy=` names
 
 
-NEEDED = ("status", "choices", "seed", "beta", "objective", "reference", "identities", "steps")  # of a run's record
+NEEDED = ("beta", "objective", "reference", "identities", "steps", "git", "versions", "data")  # of a run's record
 
 
-def subject_of(path: str, output_dir: str | None) -> tuple[PolicyToEvaluate, DictConfig | None]:
-    """What `policy=` names, and the configuration of its run if it is one or a checkpoint of one. ValueError for a
-    run without a policy."""
+def subject_of(path: str, output_dir: str | None, trust: Any) -> tuple[PolicyToEvaluate, DictConfig | None]:
+    """What `policy=` names, and the configuration of its run if it is one or a checkpoint of one; `trust` are the
+    servers that it may ask. ValueError for a run without a policy."""
     named = Path(path).expanduser()
     folder = checkpoint.run_of(named) or named
     if not (folder / SUMMARY).is_file():
         name = path.removeprefix(SCHEME).rstrip("/").rpartition("/")[2]
         return PolicyToEvaluate(name, Path(output_dir or f"outputs/evaluations/{name}"), ModelPath(path)), None
+    option = f"policy={path}"
     if not (folder / "policy" / "config.json").is_file():
-        status = read_summary(folder, f"policy={path}")["status"]
-        raise ValueError(f"policy={path}: the run is {status} and has saved no policy yet")
-    summary = read_summary(folder, f"policy={path}", NEEDED)
-    config = saved_config(folder, f"policy={path}")
+        status = read_summary(folder, option)["status"]
+        raise ValueError(f"{option}: the run is {status} and has saved no policy yet")
+    run = read_run(folder, option, NEEDED)
+    config, summary = run.config, run.summary
+    check_servers(config, trust, option)
     run = _trained_run(folder, config, summary)
     if folder != named:
         return _at_checkpoint(run, named, output_dir), config

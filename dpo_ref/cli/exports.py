@@ -23,7 +23,7 @@ from dpo_ref.tracking.terminal import progress, run_summary, say
 from dpo_ref.types import PromptGroup, TokenGroup
 
 STAGE, FOLDER = "export", "exports"
-WORDS = {"policy", "stage", "export", "output_dir", "tracking"}
+WORDS = {"policy", "stage", "export", "output_dir", "tracking", "trust"}
 WORDS_OF_PAIRS = {"data"}  # of what is measured for the export
 
 

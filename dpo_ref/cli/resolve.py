@@ -6,9 +6,8 @@ composes those added with `+`), a wrong value, a combination in which an option 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,7 +26,6 @@ from dpo_ref.component import (
     member_group,
     one_or_several,
 )
-from dpo_ref.evaluation.policy import read_summary
 from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.models.reward_model import check_reward_run
 from dpo_ref.objectives.interface import STRENGTH, Objective, bind
@@ -54,32 +52,6 @@ def component(group: str, node: DictConfig, choice: str, key: str | None = None)
     values |= {name: _value(f"{key}.{name}", values[name], hint) for name, hint in hints.items()}
     hooks_of(function).check(**values)
     return Component(choice, function, _shared_by_members(group, hints, values) | values)
-
-
-def _targets(node: Any) -> Iterator[str]:
-    """Every `_target_` in a configuration, at any depth."""
-    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    for value in inner:
-        yield from _targets(value)
-    if isinstance(node, dict) and "_target_" in node:
-        yield node["_target_"]
-
-
-def saved_config(folder: Path, key: str) -> DictConfig:
-    """The configuration in a run's folder; `key` says who names it. Raises ValueError for a run of a version that had
-    what this one has not, with the commit that reads it."""
-    config = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(config, DictConfig)
-    for target in _targets(OmegaConf.to_container(config)):
-        try:
-            locate(target)
-        except ValueError as error:
-            commit = read_summary(folder, key, ("git",))["git"]["commit"] or "the one it was made with"
-            raise ValueError(
-                f"{key}: the run was saved by another version of dpo_ref, which had {target}; git checkout {commit} "
-                "reads it, or train it again with this one"
-            ) from error
-    return config
 
 
 def _value(key: str, value: Any, hint: Any) -> Any:

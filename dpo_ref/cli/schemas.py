@@ -111,6 +111,7 @@ class TrainSchema:
     seed: int = 0
     output_dir: str | None = None
     resume: str | None = None
+    trust: Annotated[Any, "an address, a variable's name, or a list of these"] = None  # no group
     stage: str = "train"
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     degeneration: Thresholds = field(default_factory=Thresholds)
@@ -141,6 +142,7 @@ class EvaluateSchema:
     baseline: str | None = None
     reference: Any = None
     sweep: Annotated[Any, "a folder, a pattern or a list of these"] = None  # no group: its type is not bare Any
+    trust: Annotated[Any, "an address, a variable's name, or a list of these"] = None
     data: Any = MISSING
     prompts: Any = None
     generation: Any = MISSING

@@ -14,6 +14,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from dpo_ref.cli.saved_run import addresses_in, trust_words
 from dpo_ref.cli.stopping import advise
 from dpo_ref.files import held
 from dpo_ref.tracking.terminal import say
@@ -60,6 +61,7 @@ class SweepReport(Callback):
         if config.stage == "train" and not _print_bandits(folder):
             tracking = config.hydra.runtime.choices["tracking"]
             command = [sys.executable, str(ENTRY_POINT), f"sweep={folder}", f"tracking={tracking}"]
+            command += trust_words(addresses_in(config.hydra.overrides.task))
             print("evaluating the sweep; by hand: python evaluate.py " + shlex.join(command[2:]), flush=True)
             code = subprocess.run(command, check=False).returncode
         failed = self.failed | (_failed_in(folder) if config.stage == "train" else {})

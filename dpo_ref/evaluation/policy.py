@@ -30,7 +30,11 @@ FORM: dict[str, type | tuple[type, ...]] = {
     "reference": str,
     "identities": dict,
     "steps": int,
+    "git": dict,
+    "versions": dict,
+    "data": dict,
 }
+LARGEST = 2**24  # bytes; a summary has a few thousand
 
 
 def read_summary(folder: Path, key: str, needed: Sequence[str] = ("status",)) -> dict[str, Any]:
@@ -39,11 +43,17 @@ def read_summary(folder: Path, key: str, needed: Sequence[str] = ("status",)) ->
     path = folder / SUMMARY
     kept = f"its policy is a model like any other ({folder / 'policy'}), the rest only training it again brings back"
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST:,} bytes")
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{key}: {path} cannot be read ({error}); {kept}") from error
     entries = summary if isinstance(summary, dict) else {}
-    wrong = [name for name, form in FORM.items() if name in entries and not isinstance(entries[name], form)]
+    wrong = [
+        name
+        for name, form in FORM.items()
+        if name in entries and (not isinstance(entries[name], form) or isinstance(entries[name], bool))
+    ]
     if wrong or entries is not summary:
         raise ValueError(f"{key}: {path} is no record of a run ({', '.join(wrong) or 'no object'}); {kept}")
     if missing := [name for name in needed if name not in summary]:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,8 +23,9 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from dpo_ref.tracking.redaction import hide
+
 KEY = "DPO_REF_SERVED_KEY"  # environment variable with the key for models that are sampled from or scored with
-HIDDEN = b"***"
 SHOWN = 300  # characters of a server's own message
 
 
@@ -142,7 +144,7 @@ class Server:
 
     def _without_key(self, received: bytes) -> bytes:
         key = os.environ.get(self.key_variable)
-        return received.replace(key.encode(), HIDDEN) if key else received
+        return hide(_spelled_out(received.decode("latin-1")), key).encode("latin-1") if key else received
 
     def _read(self, response: httpx2.Response, read: Callable[[Any], Any]) -> Any:
         body = self._without_key(response.content)
@@ -167,6 +169,16 @@ class Server:
         if status in RETRIED or status > 504:
             return _Passing(f"{status}: {message}", seconds_asked(response.headers.get("Retry-After")))
         return ServerRefused(status, message)
+
+
+def _spelled_out(body: str) -> str:
+    """JSON with its letters as they are, where a server writes them as \\u0041."""
+    return re.sub(r"\\(?:u00([2-7][0-9a-fA-F])|.)", _letter, body) if "\\u00" in body else body
+
+
+def _letter(escape: re.Match[str]) -> str:
+    letter = chr(int(escape[1], 16)) if escape[1] else ""
+    return letter if letter.isalnum() or letter in tuple("-_.~+/=") else escape[0]
 
 
 def _json(body: bytes) -> Any:

@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 from dpo_ref.files import write_text
-from dpo_ref.tracking.redaction import Redactor
+from dpo_ref.tracking.redaction import Redactor, without_keys
 from dpo_ref.tracking.terminal import say
 from dpo_ref.tracking.tracker import Artifact, NoTracker, RunInfo, Tracker
 
@@ -117,6 +117,7 @@ def _open(directory: Path, start: Callable[[Mode], Any], mode: Mode, why: str, u
         except Exception as error:  # no network, a refused key, a service in trouble: none is the run's concern
             why = f"the service did not answer ({one_line(error)})"
             end_service()
+            hide_in_logs(directory)
     try:
         tracker = WandbTracker(start("offline"), directory, upload_weights)
     except Exception as error:
@@ -182,8 +183,8 @@ def announce(text: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error)[:200]}"
+    """An error in one line, without keys that the service may have sent back."""
+    return f"{type(error).__name__}: {without_keys(str(error))[:200]}"
 
 
 class WandbTracker:
@@ -193,6 +194,7 @@ class WandbTracker:
         self.url: str | None = None if run.offline else run.url or None
         self.location: str | None = self.url or str(directory / "wandb")
         self._run = run
+        self._directory = directory
         self._upload_weights = upload_weights
         self._artifacts_arrive = True
         self._reported = False
@@ -290,6 +292,7 @@ class WandbTracker:
         except Exception as error:  # whatever it is, the run itself is done
             self._report(error)
             end_service()
+        hide_in_logs(self._directory)
 
     def _attempt(self, call: Callable[[], object]) -> bool:
         """Whether it worked."""
@@ -312,6 +315,14 @@ def end_service() -> None:
 
     with contextlib.suppress(Exception):  # it may be what failed
         wandb.teardown()
+
+
+def hide_in_logs(directory: Path) -> None:
+    """Take keys out of wandb's own logs in a run's folder, where it writes what a service answers."""
+    for path in directory.glob("wandb/*/logs/*.log"):
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        if (clean := without_keys(text)) != text:
+            path.write_text(clean, encoding="utf-8", errors="surrogateescape")
 
 
 # --- the dashboard of a project, as a view that is made by a program: what it shows is handed in
@@ -384,7 +395,7 @@ def save_dashboard(entity: str, project: str, sections: Sequence[Section]) -> st
     try:
         return str(view.save().url)
     except Exception as error:  # no key, no network, no such project: all are the user's to mend
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(without_keys(str(error)).split())[:200]
         raise ValueError(
             f"the view was not saved ({type(error).__name__}: {reason}). It needs an API key (`wandb login`), the "
             f"network and runs in {entity}/{project}; offline runs are uploaded with `wandb sync`"

@@ -88,7 +88,7 @@ REFUSED = {
     "url": (["judge=tldr", "judge.model=x", "judge.base_url=http://a:b@c/v1"], "must hold no user, password or query"),
     "workers": (["judge=tldr", "judge.model=x", "judge.max_workers=0"], "judge.max_workers=0 must be positive"),
     "request": (["judge=tldr", "judge.model=x", "judge.request={model: y}"], "judge.request.model is said elsewhere"),
-    "key": (["judge=tldr", "judge.model=x", "+judge.api_key=x"], "judge.api_key is not an option"),
+    "key": (["judge=tldr", "judge.model=x", "+judge.api_key=x"], "judge.api_key holds what looks like a key"),
     "local model": (["judge=local", "judge.model=./nowhere"], "judge.model=./nowhere does not exist"),
     "nothing scored": (["judge=local", "judge.model=lab:tiny", "stage=judge", "output_dir=tests"], "stage="),
 }

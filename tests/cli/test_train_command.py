@@ -119,8 +119,10 @@ def test_a_run_of_an_older_version_is_refused_with_the_commit_that_reads_it(whol
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("dpo_ref.references.policies.", "dpo_ref.references.frozen."))
     commit, had = summary(run)["git"]["commit"], "dpo_ref.references.frozen.auto"
-    message = f"the run was saved by another version of dpo_ref, which had {had}; git checkout {commit} reads it"
-    assert f"resume={run}: {message}" in train(f"resume={run}").stderr
+    offers = f"has reference._target_='{had}', and conf/reference/auto.yaml offers dpo_ref.references.policies.auto"
+    message = f"{run / 'config.yaml'} {offers}: nothing of it was called. If another version of dpo_ref made the run"
+    refused = train(f"resume={run}").stderr
+    assert f"resume={run}: {message}, git checkout {commit} reads it" in refused
     with pytest.raises(ValueError, match=re.escape(f"policy={run}: {message}")):
         evaluate(f"policy={run}", "tracking=none")
 

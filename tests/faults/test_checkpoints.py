@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from dpo_ref.cli.train import Job, run_job
+from dpo_ref.cli.run_folder import Job
+from dpo_ref.cli.train import run_job
 from tests.support.checkpoints import lines
 from tests.support.command import composed, forked, started, train
 from tests.support.given_columns import given, written

@@ -28,7 +28,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
 from dpo_ref.cli import command_line, resolve, schemas
-from dpo_ref.cli.train import Job, run_job
+from dpo_ref.cli.run_folder import Job
+from dpo_ref.cli.train import run_job
 
 ROOT = Path(__file__).parents[2]
 schemas.register()

@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 import pytest
 
-from dpo_ref.cli import train
+from dpo_ref.cli import run_folder
 from dpo_ref.tracking.run_record import RunRecord, read
 from dpo_ref.tracking.tracker import NoTracker
 
@@ -99,6 +99,6 @@ def test_a_group_that_is_measured_anew_forgets_what_is_missing(tmp_path):
 
 
 def test_versions_of_what_is_not_installed_are_null(monkeypatch):
-    monkeypatch.setattr(train, "LIBRARIES", ("torch", "no-such-library"))
-    assert train.provenance()["versions"]["no-such-library"] is None
-    assert train.provenance()["versions"]["torch"] == version("torch")
+    monkeypatch.setattr(run_folder, "LIBRARIES", ("torch", "no-such-library"))
+    assert run_folder.provenance()["versions"]["no-such-library"] is None
+    assert run_folder.provenance()["versions"]["torch"] == version("torch")
