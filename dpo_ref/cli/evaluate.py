@@ -47,7 +47,7 @@ from dpo_ref.types import PreferenceData, digest
 # --- one policy evaluated as it was configured, and its baseline
 
 
-SAME_RESULTS = ("policy", "sweep", "output_dir", "stage", "tracking")  # what does not change a policy's results
+SAME_RESULTS = ("policy", "sweep", "output_dir", "stage", "tracking", "trust")  # what does not change a policy's results
 
 
 @dataclass(frozen=True, slots=True)

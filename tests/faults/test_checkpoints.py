@@ -417,7 +417,7 @@ def _as_nobody(folder, *words):
     """Nobody may read what is imported here, so the configuration is composed before."""
     cfg, choices = composed(*words)
     os.setuid(65534)
-    sys.exit(run_job(cfg, Job(folder, list(words), choices, sweep=None)))
+    sys.exit(run_job(cfg, Job(folder, list(words), choices, sweep=None)).code)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
@@ -429,6 +429,6 @@ def test_an_output_folder_that_may_not_be_written(tmp_path, tell):
         process.join(timeout=60)
     (seen,) = (tmp_path / "err").read_text().splitlines()
     assert process.exitcode == 1
-    assert f"the run's folder {folder / 'run'} cannot be written" in seen
+    assert f"the folder {folder / 'run'} cannot be written" in seen
     seen = seen.replace(str(folder), "…")
     tell("untidy", "an output folder that may not be written", seen=seen, survived="told before anything is loaded")

@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(end_of_sweep, "subprocess", SimpleNamespace(run=lambda *_, check: SimpleNamespace(returncode=0)))
         done = typed(*command(folder))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
@@ -72,7 +72,7 @@ def test_a_stopped_sweep_goes_on_with_the_same_command(whole, tmp_path, signum, 
         again = f"go on with\n  python train.py -m {' '.join(LONGER)} output_dir={folder}"
         assert again in stopped.stderr
     done = typed(*command(folder))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert f"kept: {first} is completed" in done.stdout
     assert f"going on with {second}" in done.stdout
     assert (first / "policy" / "model.safetensors").stat().st_mtime_ns == policy
