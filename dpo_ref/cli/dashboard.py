@@ -10,6 +10,11 @@ are any.
 import sys
 from collections.abc import Sequence
 
+from dpo_ref.cli import stopping
+
+if __name__ == "__main__":
+    stopping.end_at_once()
+
 from dpo_ref.evaluation import results
 from dpo_ref.evaluation.results import Metric
 from dpo_ref.tracking.redaction import without_keys
@@ -75,7 +80,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {without_keys(str(error))}")
+    with stopping.in_one_line():
+        try:
+            main(sys.argv[1:])
+        except ValueError as error:
+            sys.exit(f"error: {without_keys(str(error))}")

@@ -1,5 +1,6 @@
 """Commands that are killed and stopped at exact moments; for the tests of faults."""
 
+import atexit
 import json
 import os
 import runpy
@@ -28,6 +29,7 @@ class Typed:
             (folder / name).touch()
         self.folder = folder
         self.process = forked(folder, _type_in, folder, arguments, before)
+        atexit.register(self.process.kill)  # a test that fails may leave it stopped, and would be waited for
 
     def send(self, signum: int) -> None:
         os.kill(self.process.pid, signum)
