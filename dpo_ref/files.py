@@ -1,5 +1,5 @@
-"""Files and folders that appear whole or not at all (written beside their place, then moved there), folders that one
-process alone writes, and where built models and reference tables are kept between runs.
+"""Files and folders that appear whole or not at all (written beside their place, then moved there), that carry the
+digest of what was written, that one process alone writes; and where what was built is kept between runs.
 """
 
 import errno
@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -82,22 +83,12 @@ def remove_abandoned(path: Path) -> None:
         _clear(workspace, path)
 
 
-def sweep_abandoned(folder: Path) -> None:
-    """Delete what processes that are no more left anywhere in `folder` beside the files they were writing."""
+def remove_half_written(folder: Path) -> None:
+    """Delete the files that processes which are no more were writing anywhere in a folder that is this one's alone."""
     for path in list(folder.rglob(".*.*")):
-        _, _, process = path.name.rpartition(".")
-        if process.isdigit() and path.is_file() and not _lives(int(process)):
+        owner = path.suffix.removeprefix(".")
+        if owner.isdigit() and path.is_file() and not _is_alive(int(owner)):
             path.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 DELETED = ".deleted."  # begins the name of a folder that is being deleted
@@ -114,6 +105,36 @@ def remove_deleted(parent: Path) -> None:
     """Delete what is left of folders whose deletion was interrupted."""
     for path in parent.glob(f"{DELETED}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+ABANDONED_AFTER = 600.0  # seconds without a change; a process of another machine may share the folder
+
+
+def sweep_abandoned(folder: Path) -> None:
+    """Delete what killed processes left half-made anywhere below a folder that many write: where the process that a
+    name ends with is dead, and has not been writing for a while."""
+    for workspace in list(folder.rglob(".*")):
+        owner = workspace.suffix.removeprefix(".")
+        if owner.isdigit() and not _is_alive(int(owner)) and time.time() - _last_change(workspace) > ABANDONED_AFTER:
+            remove(workspace)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _last_change(workspace: Path) -> float:
+    times = [0.0]
+    for path in [workspace, *workspace.rglob("*")]:
+        with suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 # --- digests of files
@@ -279,10 +300,150 @@ def _holder(lock: int) -> dict[str, Any]:
         return {}
 
 
-# --- kept between runs
+# --- bytes that a later process trusts: they carry a digest, so that what was lost or changed is seen
+
+
+TELLERS: list[Callable[[str], None]] = []  # by whom rooms that have no terminal tell the user something
+DIGEST, DIGESTS = "digest", "digests.json"
+
+
+def _tell(sentence: str) -> None:
+    for teller in TELLERS:
+        teller(sentence)
+
+
+class Damaged(ValueError):
+    """A file that is not what was written. `what` says which and how one sees it, `remedy` what to do about it."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
+
+
+def bytes_digest(content: bytes) -> str:
+    """SHA-256 as 32 hexadecimal digits: the processor's own instruction, 1.1 GB a second."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _json_digest(content: Mapping[str, Any]) -> str:
+    return bytes_digest(json.dumps(content).encode())
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the digest of everything it says, as its last entry."""
+    return {**content, DIGEST: _json_digest(content)}
+
+
+def unsealed(text: str | bytes, what: str, remedy: str) -> dict[str, Any]:
+    """The JSON object that was `sealed`. Raises Damaged, naming `what`, for anything else; an object without a digest
+    is of an earlier version, and read with a word to the user."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{what} is damaged: it is not JSON ({error})", remedy) from error
+    if not isinstance(content, dict):
+        raise Damaged(f"{what} is damaged: it is no JSON object", remedy)
+    if (digest := content.pop(DIGEST, None)) is None:
+        if not _WITHOUT_DIGEST:
+            _tell(f"{what} is of an earlier version, which wrote no digests: such files are read unchecked")
+        _WITHOUT_DIGEST.append(what)
+    elif digest != _json_digest(content):
+        raise Damaged(f"{what} is damaged: its digest is that of other content", remedy)
+    return content
+
+
+_WITHOUT_DIGEST: list[str] = []  # what was read unchecked; the first is told of
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the digests of all files in a folder beside them."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    write_json(folder / DIGESTS, {name: file_digest(folder / name) for name in names if name != DIGESTS})
+
+
+def damage_in(folder: Path) -> str | None:
+    """The file of a sealed folder that is not as it was when the folder was sealed; None where all are."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_bytes())
+        return next((name for name, digest in digests.items() if file_digest(folder / name) != digest), None)
+    except FileNotFoundError as error:
+        return Path(error.filename).name
+    except (OSError, ValueError, AttributeError):
+        return DIGESTS
+
+
+# --- the cache: what was built once and is shared by all runs
 
 
 def cache_folder() -> Path:
     """DPO_REF_CACHE, or dpo_ref in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_ref"
     return Path(os.environ.get("DPO_REF_CACHE") or default).expanduser()
+
+
+def is_kept(entry: Path, remedy: str) -> bool:
+    """Whether a sealed folder of the cache is there with the bytes that were written. One that is not whole is told
+    of, with what becomes of it, `remedy`, and deleted."""
+    in_use(entry)
+    if not entry.is_dir():
+        return False
+    damaged = damage_in(entry)
+    if damaged is None:
+        return True
+    _tell(f"{entry} is damaged, or of an earlier version ({damaged}): {remedy}")
+    delete(entry)
+    return False
+
+
+def delete(entry: Path) -> None:
+    """Remove an entry of the cache: gone at once for those who look for it, whatever happens meanwhile."""
+    release(entry)
+    aside = _beside(entry)
+    os.replace(entry, aside)
+    remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, as far as that is possible."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
+
+
+_LOCKS: dict[Path, int] = {}
+
+
+def in_use(entry: Path) -> None:
+    """Say that this process works with an entry of the cache, if it is there: nobody prunes it until the process ends,
+    however it ends, and it counts as used now."""
+    with suppress(OSError):  # of what is not there, on disks without locks, in a cache that one may only read
+        if entry not in _LOCKS:
+            _LOCKS[entry] = os.open(entry, os.O_RDONLY)
+            fcntl.flock(_LOCKS[entry], fcntl.LOCK_SH)
+        os.utime(entry)
+
+
+def release(entry: Path) -> None:
+    """Say that this process is done with an entry."""
+    if entry in _LOCKS:
+        os.close(_LOCKS.pop(entry))
+
+
+def entries_in_use() -> list[Path]:
+    """What this process has worked with."""
+    return list(_LOCKS)
+
+
+@contextmanager
+def unused(entry: Path) -> Iterator[bool]:
+    """Whether no process works with an entry of the cache; none begins to before this ends."""
+    handle = os.open(entry, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(handle)

@@ -18,6 +18,7 @@ from dpo_ref.lab.bandits.report import ClosedForm, findings, metrics_by_step, re
 from dpo_ref.lab.bandits.study import Method, Problem, StudyOptions, Trace, slug, trace
 from dpo_ref.lab.bandits.worlds import World, divergence, frontier, optimum
 from dpo_ref.tracking.run_record import MetricsFile
+from dpo_ref.tracking.terminal import say
 from dpo_ref.tracking.tracker import Tracker
 from dpo_ref.types import Progress
 
@@ -146,8 +147,17 @@ def _print(tables: Sequence[Any]) -> None:
 
 def _summaries(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     jobs = [job for job in numbered_folders(folder) if (job / SUMMARY).is_file()]
-    summaries = [(job.name, read_summary(job, f"sweep={folder}")) for job in jobs]
+    summaries = [(job.name, _summary(job, f"sweep={folder}")) for job in jobs]
     return [(name, summary) for name, summary in summaries if summary.get("choices", {}).get("bandit")]
+
+
+def _summary(job: Path, key: str) -> dict[str, Any]:
+    """A job's record; empty where it cannot be read, which is said."""
+    try:
+        return read_summary(job, key)
+    except ValueError as error:
+        say(f"{error}; its job is left out of the table")
+        return {}
 
 
 def print_sweep(folder: Path) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dpo_ref.cli.cache import look_after_cache, record_uses
 from dpo_ref.cli.resolve import RunConfig
 from dpo_ref.data.chat_templates import ChatText, text_identity
 from dpo_ref.data.groups import ConcatGroups, Groups, TokenGroups
@@ -44,6 +45,7 @@ class Built(NamedTuple):
 def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     """Load the data, the model and the reference of a run."""
     keep_memory()
+    look_after_cache()
     check_paths(config)
     torch.manual_seed(config.seed)
     work = workspace(config, directory)
@@ -57,6 +59,7 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     record = RunRecord(directory / "metrics.jsonl", tracker)
     training = TrainingRun(work, policy, reference, config.objective, optim, rounds, fitting, record)
     training.evaluation = evaluation_of(config, training, data, held_out)
+    record_uses(directory)
     return Built(config, training, data.test_prompts[: NUM_SAMPLES if policy.writes else 0], counts)
 
 

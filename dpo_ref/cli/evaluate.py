@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from dpo_ref.cli.cache import look_after_cache
 from dpo_ref.cli.command_line import typed_words
 from dpo_ref.cli.compatibility import CompatibilityRequest, run_compatibility, title_of
 from dpo_ref.cli.exports import STAGE as EXPORT
@@ -47,7 +48,8 @@ from dpo_ref.types import PreferenceData, digest
 # --- one policy evaluated as it was configured, and its baseline
 
 
-SAME_RESULTS = ("policy", "sweep", "output_dir", "stage", "tracking", "trust")  # what does not change a policy's results
+# What does not change a policy's results
+SAME_RESULTS = ("policy", "sweep", "output_dir", "stage", "tracking", "trust")
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +303,7 @@ def run_evaluation(cfg: DictConfig, choices: dict[str, str], overrides: Sequence
     if (cfg.policy is None) == (cfg.sweep is None) and cfg.stage != EXPORT:
         raise ValueError("give policy=<run or model folder> or sweep=<multirun folder, runs, patterns>, one of them")
     keep_memory()
+    look_after_cache()
     evaluator = Evaluator(cfg, choices, overrides)
     if cfg.stage == EXPORT:
         _export(evaluator, cfg, overrides)

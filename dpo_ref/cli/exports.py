@@ -15,8 +15,8 @@ from dpo_ref.data.tokenise import end_of_turn_ids, tokenise
 from dpo_ref.evaluation.evaluate import loss_reference
 from dpo_ref.evaluation.heldout import PairEvaluation, reference_pairs, score_pairs
 from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate
+from dpo_ref.evaluation.stages import ANSWERS, stored_generations
 from dpo_ref.files import write_text
-from dpo_ref.generation.records import read_generations
 from dpo_ref.reports.exports import Answers, Export, RewardedPair, RewardedPairs
 from dpo_ref.reports.model_card import CARD
 from dpo_ref.tracking.terminal import progress, run_summary, say
@@ -42,8 +42,8 @@ def check_export(export: Component, words: Collection[str], policy: str | None) 
 
 
 def _answers(subject: PolicyToEvaluate) -> Answers:
-    path = subject.folder / "generations.jsonl"
-    return Answers(subject.name, read_generations(path), path.stat().st_mtime)
+    generations = stored_generations(subject.folder)
+    return Answers(subject.name, generations, (subject.folder / ANSWERS).stat().st_mtime)
 
 
 def _pairs(subject: PolicyToEvaluate, settings: EvaluationSettings) -> RewardedPairs:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dpo_ref.data.pairing import set_id
-from dpo_ref.files import replacing, replacing_folder
+from dpo_ref.files import replacing, replacing_folder, seal_folder
 from dpo_ref.types import Message, PromptGroup, TokenGroup, digest
 
 # --- tokens
@@ -194,8 +194,8 @@ class TokenGroups(Groups):
         )
 
     def save(self, folder: Path, notes: dict[str, str]) -> None:
-        """Write the arrays of all groups, and `notes` by file name; `folder` appears at once or not at all. One that
-        is there already stays: other processes may be reading it."""
+        """Write the arrays of all groups, and `notes` by file name, with digests; `folder` appears at once or not at
+        all. One that is there already stays: other processes may be reading it."""
         if folder.exists():
             return
         with replacing_folder(folder) as partial:
@@ -203,6 +203,7 @@ class TokenGroups(Groups):
                 (partial / name).write_text(text)
             for name, values in self.arrays.by_name.items():
                 np.save(partial / f"{name}.npy", values, allow_pickle=False)
+            seal_folder(partial)
 
     @classmethod
     def load(cls, folder: Path, texts: Sequence[PromptGroup]) -> "TokenGroups":

@@ -19,7 +19,7 @@ from dpo_ref.data.formats.recognise import Format, check_format, convert, format
 from dpo_ref.data.groups import StoredGroups, write
 from dpo_ref.data.pairing import Filters, Seen, add_pairs
 from dpo_ref.data.rows import Named, Source, open_source
-from dpo_ref.files import cache_folder, write_json
+from dpo_ref.files import cache_folder, in_use, is_kept, replacing_folder, seal_folder, write_json
 from dpo_ref.types import PreferenceData, Progress, PromptGroup, Reading, digest, silent
 
 # --- one source read
@@ -192,13 +192,16 @@ def read(source: Source, rules: Rules, key: str, cache: Path, progress: Progress
         folder = Path(_temporary_folder().name) / digest([asdict(source), asdict(rules)])
     else:
         folder = cache / "groups" / digest([VERSION, opened.content, asdict(source), asdict(rules)])
-    path, reading_path = folder / "groups.arrow", folder / "reading.json"
-    if not (path.exists() and reading_path.exists()):
+    if not is_kept(folder, f"{source.path} is read again"):
         reader = Reader(rules, source.path)
-        write(reader.groups(progress(opened.rows, f"reading {source.path}", None)), path)
-        write_json(reading_path, reader.reading._asdict())
-    record = json.loads(reading_path.read_text())
-    return path, Reading(record["num_rows"], record["dropped"], tuple(record["examples"]), tuple(record["formats"]))
+        with replacing_folder(folder) as partial:
+            write(reader.groups(progress(opened.rows, f"reading {source.path}", None)), partial / "groups.arrow")
+            write_json(partial / "reading.json", reader.reading._asdict())
+            seal_folder(partial)
+        in_use(folder)
+    record = json.loads((folder / "reading.json").read_text())
+    reading = Reading(record["num_rows"], record["dropped"], tuple(record["examples"]), tuple(record["formats"]))
+    return folder / "groups.arrow", reading
 
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []

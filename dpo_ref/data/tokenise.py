@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.data.encoding import Encoder, Ids
 from dpo_ref.data.groups import StoredGroups, TokenGroups, from_groups, whole_id
+from dpo_ref.files import in_use, is_kept
 from dpo_ref.types import Message, Progress, PromptGroup, TokenGroup, digest, silent
 
 # --- tokenising
@@ -250,9 +251,9 @@ def tokenised_once(
     """What `tokenise` gives, computed now or by an earlier run. Options that do not matter here are not in the key."""
     options = {**tokenise.keywords, "max_length": length_limit(tokenizer, tokenise.keywords["max_length"])}
     folder = cache / "tokens" / digest([VERSION, content_of(groups), text_identity, options])
-    counts_path = folder / "counts.json"
-    if not counts_path.is_file():
+    if not is_kept(folder, "its groups are tokenised again"):
         tokenised = tokenise(groups, tokenizer, progress)
         tokenised.groups.save(folder, {"counts.json": json.dumps(tokenised.counts)})
+        in_use(folder)
         return tokenised
-    return Tokenised(TokenGroups.load(folder, groups), json.loads(counts_path.read_text()))
+    return Tokenised(TokenGroups.load(folder, groups), json.loads((folder / "counts.json").read_text()))

@@ -26,12 +26,13 @@ from dpo_ref.evaluation.results import (
     folder_at,
     in_order,
     read_evaluation,
-    read_json,
+    read_record,
     stored_in,
     write_evaluation,
 )
 from dpo_ref.evaluation.stages import (
     BASELINE_SEED,
+    answers_key,
     deciding,
     diagnose_stage,
     generate_stage,
@@ -41,10 +42,12 @@ from dpo_ref.evaluation.stages import (
     read_diagnosis,
     read_evaluated,
     score_stage,
+    stored_generations,
     with_judgments,
 )
+from dpo_ref.files import Damaged, in_use
 from dpo_ref.generation.engine import PromptSet, answer, held_out
-from dpo_ref.generation.records import Generation, read_generations
+from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import never_sampled
 from dpo_ref.models import checkpoint
 from dpo_ref.models.loading import ModelPath
@@ -99,12 +102,20 @@ def _diagnosed_again(subject: PolicyToEvaluate, settings: EvaluationSettings) ->
             "compare with"
         )
     before = read_evaluated(subject.folder)
-    stale = _flat(read_diagnosis(subject.folder))
+    stale = _flat(_diagnosis_before(subject.folder))
     metrics = {name: value for name, value in before.evaluation.metrics.items() if name not in stale}
     diagnosis = _diagnosis(subject, settings, before.generations)
     evaluation = replace(before.evaluation, metrics=metrics | diagnosis)
     write_evaluation(subject.folder, evaluation)
     return replace(before, evaluation=evaluation)
+
+
+def _diagnosis_before(folder: Path) -> Diagnosis | None:
+    """What is about to be replaced; none where it is damaged, which is said when it is made again."""
+    try:
+        return read_diagnosis(folder)
+    except Damaged:
+        return None
 
 
 @torch.no_grad()
@@ -125,9 +136,9 @@ def evaluate_policy(
     if settings.stage == "diagnose":
         return _diagnosed_again(subject, settings)
     if settings.stage == "score":
-        generations = read_generations(folder / "generations.jsonl")
+        generations = stored_generations(folder)
         stored = folder / "measurements.json"
-        metrics = read_json(stored)["metrics"] if stored.is_file() else {}
+        metrics = read_record(stored)["metrics"] if stored.is_file() else {}
         metrics |= _flat(read_diagnosis(folder))
     else:
         generations = _answers(subject, settings, folder)
@@ -170,6 +181,7 @@ def baseline_of(source: ModelPath, name: str, settings: EvaluationSettings) -> E
     other_draws = settings.of_baseline(work.seed + BASELINE_SEED)
     evaluated = evaluate_policy(PolicyToEvaluate(name, folder, source), other_draws, None)
     assert evaluated is not None
+    in_use(folder)
     return evaluated
 
 
@@ -207,7 +219,7 @@ def _measure(
 def measure_key(subject: PolicyToEvaluate, settings: EvaluationSettings) -> str:
     """Digest of what measurements depend on: the answers, the models they are compared with, the held-out pairs."""
     assert subject.run is not None
-    answers = read_json(subject.folder / "generations.key.json")["key"]
+    answers = answers_key(subject.folder)
     reference = subject.run.loss_reference
     others = [settings.initial(subject).weights, reference.name, reference.options]
     pairs = [(group.group_id, group.logps) for group in settings.data.eval]

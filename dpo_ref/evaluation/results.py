@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dpo_ref.files import write_json
+from dpo_ref.files import Damaged, sealed, unsealed, write_json
 from dpo_ref.generation.records import Generation
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import digest
 
 RESULTS = "evaluation"  # where an evaluation's files lie in a run's folder
@@ -242,6 +243,33 @@ class Evaluated:
     scores: list[float]
 
 
+ALL_AGAIN = "run evaluate.py again with stage=all, which makes it again"
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file of an evaluation, with its digest."""
+    write_json(path, sealed(content))
+
+
+def read_record(path: Path, remedy: str = ALL_AGAIN) -> dict[str, Any]:
+    """What `write_record` wrote. Raises Damaged, naming the file and `remedy`, for anything else."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error})", remedy) from error
+    return unsealed(content, str(path), remedy)
+
+
+def stored_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote, for the stage that else makes it: empty where there is none, or none that is whole,
+    and then that is said."""
+    try:
+        return read_record(path) if path.is_file() else {}
+    except Damaged as damage:
+        say(f"{damage.what}: it is made again")
+        return {}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError, naming the file, for anything else."""
     try:
@@ -256,13 +284,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write `evaluation.json`."""
     finite = {key: value if math.isfinite(value) else None for key, value in sorted(evaluation.metrics.items())}
-    write_json(folder / "evaluation.json", asdict(evaluation) | {"metrics": finite})
+    write_record(folder / "evaluation.json", asdict(evaluation) | {"metrics": finite})
 
 
 def read_evaluation(folder: Path) -> Evaluation:
     """Read `evaluation.json`; metrics that could not be measured are left out. ValueError if there is none."""
     path = folder / "evaluation.json"
-    content = read_json(path)
+    content = read_record(path)
     if missing := [name for name in ("name", "scorer", "metrics") if name not in content]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; run evaluate.py again with stage=all")
     arguments = {f.name: content[f.name] for f in fields(Evaluation) if f.name in content}
@@ -278,12 +306,12 @@ def write_scores(folder: Path, scorer: str, generations: Sequence[Generation], s
     """Write `scores.json`: one number for each line of `generations.jsonl`, and which answers they belong to."""
     values = [None if math.isnan(score) else score for score in scores]  # an answer nobody scored
     content = {"scorer": scorer, "generations": _answers(generations), "scores": values}
-    write_json(folder / "scores.json", content)
+    write_record(folder / "scores.json", content)
 
 
 def read_scores(folder: Path, generations: Sequence[Generation]) -> list[float]:
     """Read `scores.json`. Raises ValueError if it belongs to other generations."""
-    content = read_json(folder / "scores.json")
+    content = read_record(folder / "scores.json", "score again with stage=score")
     if content.get("generations") != _answers(generations):
         raise ValueError(f"{folder / 'scores.json'} belongs to other generations; score again with stage=score")
     return [math.nan if score is None else score for score in content["scores"]]

@@ -31,16 +31,18 @@ from dpo_ref.evaluation.results import (
     Thresholds,
     degeneration,
     read_evaluation,
-    read_json,
+    read_record,
     read_scores,
+    stored_record,
     write_evaluation,
+    write_record,
     write_scores,
 )
 from dpo_ref.evaluation.statistics.comparisons import win_rate
 from dpo_ref.evaluation.statistics.estimates import clustered_mean
-from dpo_ref.files import plain, write_json
+from dpo_ref.files import Damaged, plain
 from dpo_ref.generation.engine import Kept, KeptInFile, PromptSet
-from dpo_ref.generation.records import Generation, read_generations, write_generations
+from dpo_ref.generation.records import SAMPLE_AGAIN, Generation, read_generations, write_generations
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Progress, digest
 
@@ -64,8 +66,22 @@ def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in CHANGES_NO_SAMPLE}
 
 
-def _answers(path: Path, key: str) -> bool:
-    return path.is_file() and read_json(path).get("key") == key
+ANSWERS, KEY = "generations.jsonl", "generations.key.json"
+
+
+def stored_generations(folder: Path) -> list[Generation]:
+    """What `generate_stage` left in `folder`. Raises ValueError where there is nothing, and Damaged."""
+    path, marker = folder / ANSWERS, folder / KEY
+    generations = read_generations(path)
+    expected = read_record(marker, SAMPLE_AGAIN).get("rows") if marker.is_file() else None
+    if expected not in (None, len(generations)):
+        raise Damaged(f"{path} is damaged: it has {len(generations)} rows of {expected}", SAMPLE_AGAIN)
+    return generations
+
+
+def answers_key(folder: Path) -> str:
+    """Digest of what determines the answers in `folder`."""
+    return read_record(folder / KEY)["key"]
 
 
 def generate_stage(folder: Path, key: str, make: Callable[[Kept], list[Generation]]) -> list[Generation]:
@@ -73,15 +89,18 @@ def generate_stage(folder: Path, key: str, make: Callable[[Kept], list[Generatio
 
     What `make` puts into the `Kept` it is handed is on disk at once: after a crash it is handed what there is.
     """
-    marker, path = folder / "generations.key.json", folder / "generations.jsonl"
-    if path.is_file() and _answers(marker, key):
-        return read_generations(path)
+    marker, path = folder / KEY, folder / ANSWERS
+    if path.is_file() and stored_record(marker).get("key") == key:
+        try:
+            return stored_generations(folder)
+        except Damaged as damage:
+            say(f"{damage.what}: all are sampled again")
     store = KeptInFile(folder, key)
     generations = make(store)
     folder.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)  # a crash between the two files must not leave a key beside other generations
     write_generations(path, generations)
-    write_json(marker, {"key": key})
+    write_record(marker, {"key": key, "rows": len(generations)})
     store.remove()
     return generations
 
@@ -89,10 +108,11 @@ def generate_stage(folder: Path, key: str, make: Callable[[Kept], list[Generatio
 def measure_stage(folder: Path, key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
     """The measurements stored under `key` in `folder`, else made and stored."""
     path = folder / "measurements.json"
-    if _answers(path, key):
-        return read_json(path)["metrics"]
+    stored = stored_record(path)
+    if stored.get("key") == key:
+        return stored["metrics"]
     metrics = {name: value for name, value in make().items() if value == value}
-    write_json(path, {"key": key, "metrics": metrics})
+    write_record(path, {"key": key, "metrics": metrics})
     return metrics
 
 
@@ -146,7 +166,7 @@ def score_stage(
 
 def read_evaluated(folder: Path) -> Evaluated:
     """What the earlier stages left in `folder`. Raises ValueError naming the stage that is missing."""
-    generations = read_generations(folder / "generations.jsonl")
+    generations = stored_generations(folder)
     return Evaluated(read_evaluation(folder), generations, read_scores(folder, generations))
 
 
@@ -154,6 +174,7 @@ def read_evaluated(folder: Path) -> Evaluated:
 
 
 RECORD, JUDGMENTS = "judge.json", "judgments.jsonl"
+JUDGE_AGAIN = f"judge again with stage=judge, or delete {RECORD} and {JUDGMENTS}"
 OF_JUDGE = ("judge/", results.JUDGE_WIN_RATE.of(baseline=""))  # keys of its metrics, against whatever baseline
 
 
@@ -169,7 +190,7 @@ def judge_stage(
     say(f"judge={judge.name}: {len(pairs)} pairs judged, {judged.num_asked} questions asked, the others known")
     (folder / RECORD).unlink(missing_ok=True)  # a crash between the two files must not join numbers to other pairs
     write_judgments(folder / JUDGMENTS, judged.judgments)
-    write_json(
+    write_record(
         folder / RECORD, {"pairs": _key(pairs, name), "baseline": name, "judge": judge.identity, "metrics": metrics}
     )
     return _join(folder, evaluated, judge.identity, metrics)
@@ -179,7 +200,7 @@ def with_judgments(folder: Path, evaluated: Evaluated, baseline: Evaluated | Non
     """The evaluation with the judge's numbers that lie in `folder`, if they are about the same answers."""
     if baseline is None or not (folder / RECORD).is_file():
         return evaluated
-    stored = read_json(folder / RECORD)
+    stored = read_record(folder / RECORD, JUDGE_AGAIN)
     pairs = answer_pairs(evaluated.generations, baseline.generations)
     if stored["pairs"] != _key(pairs, baseline.evaluation.name):
         return evaluated
@@ -201,21 +222,22 @@ def _join(folder: Path, evaluated: Evaluated, judge: dict[str, Any], metrics: di
 
 
 DIAGNOSIS, EXAMPLES = "diagnostics.json", "token_examples.json"
+DIAGNOSE_AGAIN = "make it again with stage=diagnose"
 
 
 def diagnose_stage(folder: Path, key: str, make: Callable[[], Diagnosed | None]) -> Diagnosis | None:
     """The diagnosis stored under `key` in `folder`, else made and stored; None where none was asked for, and then
     none is left there."""
     path, examples = folder / DIAGNOSIS, folder / EXAMPLES
-    if path.is_file() and examples.is_file() and read_json(path).get("key") == key:
+    if stored_record(path).get("key") == key == stored_record(examples).get("key"):
         return read_diagnosis(folder)
     result = make()
     path.unlink(missing_ok=True)  # a crash between the two files must not leave one beside another diagnosis
     if result is None:
         examples.unlink(missing_ok=True)
         return None
-    write_json(examples, {"key": key, "examples": plain(result.examples)})
-    write_json(path, {"key": key, "diagnosis": plain(result.diagnosis)})
+    write_record(examples, {"key": key, "examples": plain(result.examples)})
+    write_record(path, {"key": key, "diagnosis": plain(result.diagnosis)})
     return result.diagnosis
 
 
@@ -233,9 +255,9 @@ def read_examples(folder: Path) -> tuple[TokenExample, ...]:
 def restored_from(path: Path, name: str, hint: Any) -> Any:
     """One entry of a JSON file as the values it was written from. Raises ValueError for other content."""
     try:
-        return restore(hint, read_json(path)[name])
+        return restore(hint, read_record(path, DIAGNOSE_AGAIN)[name])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no diagnosis ({error!r}); make it again with stage=diagnose") from error
+        raise Damaged(f"{path} is no diagnosis ({error!r})", DIAGNOSE_AGAIN) from error
 
 
 # --- what can be said about answers without a judge

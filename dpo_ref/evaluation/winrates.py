@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dpo_ref.evaluation.judging.judge import Judgment, read_judgments
-from dpo_ref.evaluation.results import read_json
+from dpo_ref.evaluation.results import read_record
+from dpo_ref.evaluation.stages import JUDGE_AGAIN, RECORD
 from dpo_ref.evaluation.statistics.bradley_terry import BradleyTerry, bradley_terry
 from dpo_ref.evaluation.statistics.comparisons import (
     PairedDifference,
@@ -162,8 +163,8 @@ def _judgments(path: Path) -> list[Match]:
     rows = [
         _judgment_row(judgment, f"{path} row {index}") for index, judgment in enumerate(read_judgments(path), start=1)
     ]
-    about = read_json(path.with_name("evaluation.json"))
-    judge = read_json(path.with_name("judge.json"))["judge"]
+    about = read_record(path.with_name("evaluation.json"))
+    judge = read_record(path.with_name(RECORD), JUDGE_AGAIN)["judge"]
     return [_match((about["name"], about["baseline"], f"{judge['name']} ({judge['model']})"), rows, path)]
 
 

@@ -20,7 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpo_ref.data.tokenise import encode_prompts
+from dpo_ref.files import Damaged
 from dpo_ref.generation.records import Generation, line_of, record_of
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Message, Progress, digest, silent
 
 # --- the protocol
@@ -332,12 +334,14 @@ class KeptInFile(Kept):
 
 
 def _readable_generations(path: Path) -> list[Generation]:
-    generations = []
+    generations, damages = [], []
     for row_number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
-            generations.append(record_of(line.decode(), f"{path} row {row_number}"))
-        except ValueError:  # torn, or empty
-            continue
+            generations += [record_of(line, f"{path} row {row_number}")] if line else []
+        except Damaged as damage:  # flipped, or torn by a kill
+            damages.append(damage)
+    if damages:
+        say(f"{damages[0].what}: {len(damages)} rows are left out, and their answers sampled again")
     return generations
 
 

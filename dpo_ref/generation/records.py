@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dpo_ref.files import write_lines
+from dpo_ref.files import Damaged, sealed, unsealed, write_lines
 from dpo_ref.types import Message, digest
 
 
@@ -62,8 +62,8 @@ class Generation:
 
 
 def line_of(generation: Generation) -> str:
-    """A generation as one line of JSON."""
-    return json.dumps(asdict(generation), ensure_ascii=False) + "\n"
+    """A generation as one line of JSON, with its digest."""
+    return json.dumps(sealed(asdict(generation)), ensure_ascii=False) + "\n"
 
 
 def write_generations(path: Path, generations: Iterable[Generation]) -> None:
@@ -75,25 +75,27 @@ REQUIRED = [f.name for f in fields(Generation) if f.default is MISSING]
 LATER = [f.name for f in fields(Generation) if f.default is not MISSING]  # that older files lack
 
 
-def record_of(line: str, where: str) -> Generation:
-    """A line's generation. Raises ValueError, naming the row, for what is none."""
+SAMPLE_AGAIN = "sample again with stage=generate"
+
+
+def record_of(line: bytes, where: str, remedy: str = SAMPLE_AGAIN) -> Generation:
+    """A line's generation. Raises Damaged, naming the row, for what is none."""
+    row = unsealed(line, where, remedy)
     try:
-        row = json.loads(line)
         values: dict[str, Any] = {name: row[name] for name in REQUIRED} | {n: row[n] for n in LATER if n in row}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}); sample again with stage=generate") from error
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{where} is not a generation: it lacks {error}; sample again with stage=generate") from error
-    values |= {name: tuple(values[name]) for name in ("prompt", "prompt_ids", "token_ids")}
+        values |= {name: tuple(values[name]) for name in ("prompt", "prompt_ids", "token_ids")}
+    except (KeyError, TypeError) as error:
+        raise Damaged(f"{where} is not a generation: it lacks {error}", remedy) from error
     return Generation(**values)
 
 
-def read_generations(path: Path) -> list[Generation]:
-    """The generations in a file, in its order. Raises ValueError, naming the row, for what is none."""
+def read_generations(path: Path, remedy: str = SAMPLE_AGAIN) -> list[Generation]:
+    """The generations in a file, in its order. Raises ValueError where there is no file, and Damaged, naming the row
+    and `remedy`, for what is no generation."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; make it with stage=generate")
-    with path.open(encoding="utf-8") as file:
-        return [record_of(line, f"{path} row {row_number}") for row_number, line in enumerate(file, start=1)]
+    with path.open("rb") as file:
+        return [record_of(line, f"{path} row {row_number}", remedy) for row_number, line in enumerate(file, start=1)]
 
 
 class Scores(NamedTuple):

@@ -27,7 +27,7 @@ import torch
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.distributed import best_device
-from dpo_ref.files import cache_folder
+from dpo_ref.files import cache_folder, damage_in, in_use, is_kept, seal_folder
 from dpo_ref.lab.preferences import MIXED, Writer, draw_demonstrations, lab_sft
 from dpo_ref.models.attention import register
 from dpo_ref.models.checkpoint import save_policy
@@ -197,10 +197,11 @@ def locate(path: str) -> str:
     if name not in RECIPES:
         raise ValueError(f"{path} is no model of the lab; there are {', '.join(SCHEME + n for n in RECIPES)}")
     folder = cache_folder() / "models" / f"lab-{name}-{RECIPES[name].key}"
-    if not (folder / "config.json").is_file():
+    if damage_in(folder) is not None:
         with _lock(folder.with_suffix(".lock"), name):
-            if not (folder / "config.json").is_file():
+            if not is_kept(folder, "it is built again"):
                 _build(name, RECIPES[name], folder)
+    in_use(folder)
     return str(folder)
 
 
@@ -250,6 +251,7 @@ def _build(name: str, recipe: Recipe, folder: Path) -> None:
         for index, stage in enumerate(recipe.stages):
             _fit(model, tokenizer, stage, seed=recipe.seed + 1000 * index, title=f"lab:{name} {index + 1}")
     save_policy(folder, model, tokenizer)
+    seal_folder(folder)  # killed before this, it is built again
 
 
 def _fit(model: Any, tokenizer: Any, stage: Stage, seed: int, title: str) -> None:

@@ -9,7 +9,6 @@ their last digits from one time to the next (batches, bfloat16). So what it says
 was said under the same name before, and a close answer takes over the earlier digest.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +22,12 @@ import numpy as np
 
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.encoding import Encoder
-from dpo_ref.files import write_json
+from dpo_ref.files import Damaged, in_use, sealed, unsealed, write_json
 from dpo_ref.models.server import ServedModel, Server, ServerRefused, ServerUnavailable, check_url
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.other_tokenizer import ReferenceText, from_text
 from dpo_ref.references.table import PrecomputedReference, Rows, Scorer, row_key, rows_of
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Message, PromptGroup, TokenGroup, digest
 
 # --- log-probs of token ids, asked for
@@ -208,7 +208,7 @@ def _answers(client: CompletionsClient, ids: list[list[int]]) -> np.ndarray:
 
 def _known(folder: Path, values: np.ndarray) -> str | None:
     """The earliest digest stored whose scores are those found now; None if there is none."""
-    stored = [(json.loads(path.read_text()), path.stem) for path in folder.glob("*.json")]
+    stored = [(content, path.stem) for path in folder.glob("*.json") if (content := _stored(path)) is not None]
     for content, name in sorted(stored, key=lambda entry: (entry[0]["stored"], entry[1])):
         before = np.array(content["token_logps"])
         if len(before) == len(values) and float(np.abs(before - values).mean()) <= SAME:
@@ -216,11 +216,21 @@ def _known(folder: Path, values: np.ndarray) -> str | None:
     return None
 
 
+def _stored(path: Path) -> dict[str, Any] | None:
+    """What `_store` wrote; a damaged file is told of and deleted: what it said was measured again just now."""
+    try:
+        return unsealed(path.read_bytes(), str(path), "")
+    except Damaged as damage:
+        say(f"{damage.what}: what the server said before is forgotten")
+        path.unlink(missing_ok=True)
+        return None
+
+
 def _store(folder: Path, model: str, values: np.ndarray) -> None:
     content = {"model": model, "stored": time.time(), "token_logps": values.tolist()}
     folder.mkdir(parents=True, exist_ok=True)
     name = digest([folder.name, content["token_logps"]])
-    write_json(folder / f"{name}.json", content)
+    write_json(folder / f"{name}.json", sealed(content))
 
 
 def identity_of(client: CompletionsClient, tokenizer: Any, cache: Path) -> str:
@@ -231,6 +241,7 @@ def identity_of(client: CompletionsClient, tokenizer: Any, cache: Path) -> str:
     ids = _probe_ids(tokenizer)
     values = _answers(client, ids)
     folder = cache / "served" / digest([client.model.name, text_identity(tokenizer), ids])
+    in_use(folder)
     if (identity := _known(folder, values)) is not None:
         return identity
     _store(folder, client.model.name, values)

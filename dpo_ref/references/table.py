@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 from torch import nn
 
 from dpo_ref.data.packing import collate
-from dpo_ref.files import replacing
+from dpo_ref.files import bytes_digest, in_use, replacing
 from dpo_ref.models.logps import response_logps, sum_by_response
 from dpo_ref.references.interface import Reference, ReferenceContext
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
 
 SHARD_TOKENS = 2**20
@@ -59,26 +60,31 @@ def row_key(group: TokenGroup) -> bytes:
     return hashlib.sha256(np.asarray([len(sizes), *ids], dtype=np.int32).tobytes()).digest()[:16]
 
 
-def read_shards(folder: Path) -> Rows:
-    """Every row stored for one reference; its per-token values, one response after the other."""
+def read_shards(folder: Path) -> tuple[Rows, list[Path]]:
+    """Every row stored for one reference, its per-token values, one response after the other; and the shards that are
+    damaged: whose bytes are not those they are named by."""
     rows: Rows = {}
+    damaged = []
     for path in sorted(folder.glob("*.safetensors")):
-        shard = load_file(path)
+        content = path.read_bytes()
+        if bytes_digest(content) != path.stem:
+            damaged.append(path)
+            continue
+        shard = load(content)
         bounds = np.cumsum(shard["sizes"])[:-1]
         keys = [key.tobytes() for key in shard["keys"]]
         rows.update(zip(keys, np.split(shard["values"], bounds), strict=True))
-    return rows
+    return rows, damaged
 
 
 def write_shard(folder: Path, rows: Rows) -> None:
-    """Store rows under a name made from their content, atomically."""
+    """Store rows, atomically, under the digest of the file."""
     keys = np.stack([np.frombuffer(key, dtype=np.uint8) for key in rows])
     sizes = np.array([len(values) for values in rows.values()], dtype=np.int64)
-    tensors = {"keys": keys, "sizes": sizes, "values": np.concatenate(list(rows.values()))}
-    name = hashlib.sha256(keys.tobytes()).hexdigest()[:24]
+    content = save({"keys": keys, "sizes": sizes, "values": np.concatenate(list(rows.values()))})
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"{name}.safetensors") as partial:
-        save_file(tensors, partial)
+    with replacing(folder / f"{bytes_digest(content)}.safetensors") as partial:
+        partial.write_bytes(content)
 
 
 @torch.no_grad()
@@ -184,7 +190,9 @@ class PrecomputedReference(Reference):
 def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context: ReferenceContext) -> Rows:
     """Rows for all groups: stored ones reused after a probe, the rest computed and stored."""
     folder = context.work.cache / "reference" / identity
-    stored = read_shards(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    in_use(folder)
+    stored = _whole_rows(folder)
     keys = [row_key(group) for group in groups]
     reused = [index for index, key in enumerate(keys) if key in stored]
     if reused:
@@ -192,6 +200,19 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
         _probe(scorer, [groups[index] for index in picked], stored, folder)
     missing = list({key: index for index, key in enumerate(keys) if key not in stored}.values())
     return stored | _fill(scorer, groups, missing, folder, context) if missing else stored
+
+
+def _whole_rows(folder: Path) -> Rows:
+    """What is stored; damaged shards are deleted, and their rows computed again."""
+    rows, damaged = read_shards(folder)
+    if damaged:
+        say(
+            f"{damaged[0]} is damaged, or of an earlier version: the rows of {len(damaged)} of the table's files are "
+            "computed again"
+        )
+    for path in damaged:
+        path.unlink(missing_ok=True)  # a run beside this one may have been faster
+    return rows
 
 
 def precompute(

@@ -10,8 +10,8 @@ import numpy as np
 
 from dpo_ref.evaluation import results
 from dpo_ref.evaluation.judging.judge import Judgment, Opinion, consistent, read_judgments, winner
-from dpo_ref.evaluation.results import read_json
-from dpo_ref.evaluation.stages import JUDGMENTS, RECORD
+from dpo_ref.evaluation.results import read_record
+from dpo_ref.evaluation.stages import JUDGE_AGAIN, JUDGMENTS, RECORD
 from dpo_ref.reports import page
 from dpo_ref.reports.plots import BROKEN, INITIAL, SERIES, Panel
 from dpo_ref.reports.tables import percent
@@ -42,7 +42,7 @@ def judge_section(folder: Path) -> str:
     """What lies in `folder` of a judge, as HTML; empty where nothing was judged."""
     if not (folder / RECORD).is_file():
         return ""
-    record, judgments = read_json(folder / RECORD), read_judgments(folder / JUDGMENTS)
+    record, judgments = read_record(folder / RECORD, JUDGE_AGAIN), read_judgments(folder / JUDGMENTS)
     metrics: dict[str, float] = record["metrics"]
     return "\n".join(
         [

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from dpo_ref.files import TELLERS
+
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_WORTH_A_LINE = 2.0  # what ends sooner needs no line of its own in a log
@@ -34,6 +36,9 @@ def say(*sentences: str) -> None:
     """Tell the user each sentence in a line of its own, below a bar that is being drawn."""
     for sentence in sentences:
         print(sentence, flush=True)
+
+
+TELLERS.append(say)
 
 
 class PlainLine:

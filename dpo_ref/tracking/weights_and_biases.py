@@ -46,9 +46,11 @@ DRAWN_OVER_STEP = ("train/*", "eval/*", "evaluation/*", "*")  # the optimiser st
 
 
 def known_id(directory: Path, job_type: str) -> str | None:
-    """The id under which the folder's run of this type was tracked last; None if it never was."""
+    """The id under which the folder's run of this type was tracked last; None if it never was, or what stands there is
+    none."""
     path = directory / f"wandb_id_{job_type}"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    text = path.read_bytes().decode(errors="replace").strip() if path.is_file() else ""
+    return text if re.fullmatch(r"[\w-]+", text) else None
 
 
 def _new_id(job_type: str) -> str:

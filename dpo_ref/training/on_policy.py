@@ -2,9 +2,9 @@
 middle of one.
 """
 
-import json
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +19,13 @@ import numpy as np
 from dpo_ref.component import MemberOf, RunPlan, component
 from dpo_ref.data.groups import Groups, TokenGroups, from_groups
 from dpo_ref.data.packing import epoch_order, steps_per_epoch
-from dpo_ref.files import write_json
+from dpo_ref.files import Damaged, sealed, unsealed, write_json
 from dpo_ref.generation.records import Generation, Scores, read_generations, write_generations
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.table import PrecomputedReference, Rows, read_shards, score, write_shard
+from dpo_ref.tracking.terminal import say
 from dpo_ref.training.advantages import ADVANTAGES, PAIRS, Grouping, Picked, all_with, best_of_n, bradley_terry
 from dpo_ref.training.rounds import Round, Rounds, RoundsContext, groups_for
 from dpo_ref.types import Message, PreferenceData, Progress, PromptGroup, TokenGroup, digest, silent
@@ -95,22 +96,23 @@ def write_samples(folder: Path, samples: Samples) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_generations(folder / GENERATIONS, samples.generations)
     seconds = {"sample_seconds": samples.sample_seconds, "score_seconds": samples.score_seconds}
-    write_json(folder / RECORD, {"rewards": samples.rewards} | seconds)
+    write_json(folder / RECORD, sealed({"rewards": samples.rewards} | seconds))
+
+
+LOST = "the policy that drew the round's samples has been trained since: put the folder back, or start a new run"
 
 
 def read_samples(folder: Path) -> Samples | None:
-    """What `write_samples` wrote; None where it did not come to its end. Raises ValueError for a damaged file."""
+    """What `write_samples` wrote; None where it did not come to its end. Raises Damaged."""
     if not (folder / RECORD).is_file():
         return None
+    record = unsealed((folder / RECORD).read_bytes(), str(folder / RECORD), LOST)
     try:
-        record = json.loads((folder / RECORD).read_text())
-        samples = Samples(read_generations(folder / GENERATIONS), **record)
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{folder / RECORD} is damaged ({error}); the round's samples are lost") from error
+        samples = Samples(read_generations(folder / GENERATIONS, LOST), **record)
+    except TypeError as error:
+        raise Damaged(f"{folder / RECORD} is damaged: {error}", LOST) from error
     if len(samples.rewards) != len(samples.generations):
-        raise ValueError(
-            f"{folder}: {len(samples.generations)} samples and {len(samples.rewards)} rewards; a file was changed"
-        )
+        raise Damaged(f"{folder} holds {len(samples.generations)} samples and {len(samples.rewards)} rewards", LOST)
     return samples
 
 
@@ -314,20 +316,27 @@ class OnPolicyRounds(Rounds):
         first = index - index % self._plan.sample_every
         if step == first * self._plan.steps:
             due = range(first, min(first + self._plan.sample_every, self._plan.rounds))
-            for each in (each for each in due if read_samples(self._folder(each)) is None):
+            for each in (each for each in due if not self._is_drawn(each)):
                 self._draw(each)
         samples = read_samples(self._folder(index))
         if samples is None:
-            raise ValueError(
-                f"{self._folder(index)} is not complete, and the policy that drew its samples has been trained "
-                "since: put the folder back, or start a new run"
-            )
+            raise Damaged(f"{self._folder(index)} is not complete", LOST)
         return samples
+
+    def _is_drawn(self, index: int) -> bool:
+        """Whether the round's files are there and whole; damage is told of."""
+        folder = self._folder(index)
+        try:
+            return read_samples(folder) is not None and (not self._needs_old or bool(_old_rows(folder)))
+        except Damaged as damage:
+            say(f"{damage.what}: the round is sampled again")
+            return False
 
     def _draw(self, index: int) -> None:
         size = self._plan.prompts_per_round
         samples = self._sampler.draw(self._prompts[index * size : (index + 1) * size], self._seed(index))
         if self._needs_old:
+            shutil.rmtree(self._folder(index) / "old", ignore_errors=True)
             write_shard(self._folder(index) / "old", self._score(self._groups(index, samples)))
         write_samples(self._folder(index), samples)
 
@@ -349,7 +358,7 @@ class OnPolicyRounds(Rounds):
         return [self.known[epoch_order(total, self._context.work.seed, at // total)[at % total]] for at in indices]
 
     def _old(self, index: int, groups: list[TokenGroup]) -> PrecomputedReference:
-        rows = read_shards(self._folder(index) / "old")
+        rows = _old_rows(self._folder(index))
         return PrecomputedReference("old", "", "", groups, rows, self._context.work.device)
 
     def _metrics(self, index: int, samples: Samples, fresh: list[TokenGroup]) -> dict[str, float]:
@@ -360,6 +369,14 @@ class OnPolicyRounds(Rounds):
             "on_policy/prompts_used": len(fresh) / size,
             **samples.metrics(),
         }
+
+
+def _old_rows(folder: Path) -> Rows:
+    """What the policy that drew a round's samples thought of them. Raises Damaged."""
+    rows, damaged = read_shards(folder / "old")
+    if damaged:
+        raise Damaged(f"{damaged[0]} is damaged: its name is the digest of other content", LOST)
+    return rows
 
 
 def comparable_groups(objective: Objective, groups: TokenGroups) -> Groups:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from dpo_ref.data.groups import Groups
-from dpo_ref.files import sweep_abandoned, write_json
+from dpo_ref.files import remove_half_written, write_json
 from dpo_ref.models import checkpoint
 from dpo_ref.models.loading import TrainedModel, Workspace, graphs_compiled
 from dpo_ref.objectives.interface import Objective
@@ -104,7 +104,7 @@ class TrainingRun:
     def resume(self) -> int:
         """Restore the newest whole checkpoint, and say which; returns the number of steps done. ValueError if it is
         another run's, or if there are checkpoints and none is whole."""
-        sweep_abandoned(self.work.directory)
+        remove_half_written(self.work.directory)
         checkpoint.recover(self.checkpoints)
         saved = self._newest_whole()
         if saved is None:

@@ -151,7 +151,7 @@ def test_page_picture_and_numbers(report_folder, report):
 @pytest.fixture(scope="module")
 def trained(report_folder):
     """A run on the same policy and data, after the report: its folder, and what its table held before it."""
-    tables = {path.name: read_shards(path) for path in (cache_folder() / "reference").iterdir()}
+    tables = {path.name: read_shards(path)[0] for path in (cache_folder() / "reference").iterdir()}
     run = report_folder.with_name("trained")
     done = train(*DATA, "model.path=lab:tiny", "trainer.max_steps=1", "tracking=none", f"output_dir={run}")
     assert done.returncode == 0, done.stderr

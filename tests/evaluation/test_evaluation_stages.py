@@ -111,7 +111,7 @@ def test_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"evaluation\.json cannot be read"):
         read_evaluation(tmp_path)
     (tmp_path / "evaluation.json").write_text("[1]")
-    with pytest.raises(ValueError, match="not a JSON object"):
+    with pytest.raises(ValueError, match="no JSON object"):
         read_evaluation(tmp_path)
     (tmp_path / "evaluation.json").write_text('{"name": "x"}')
     with pytest.raises(ValueError, match="lacks scorer, metrics"):

@@ -257,9 +257,10 @@ def test_processes_share_one_cache(tmp_path):
     assert {json.loads(answer)["text"] for _, answer in rows(tmp_path)} == {"x"}
 
 
-def test_a_file_that_is_no_cache_is_said_to_be_none(tmp_path):
-    (tmp_path / FILE).write_text(
-        "no database, and longer than the head of one would be, which is a hundred bytes " * 3
-    )
-    with pytest.raises(ValueError, match="is no cache of answers"):
-        AnswerCache(tmp_path / FILE)
+def test_a_file_that_is_no_cache_is_set_aside(tmp_path, capsys):
+    content = "no database, and longer than the head of one would be, which is a hundred bytes " * 3
+    (tmp_path / FILE).write_text(content)
+    _fill(tmp_path / FILE)
+    assert "file is not a database): 0 answers are kept" in capsys.readouterr().out
+    assert [path.read_text() for path in tmp_path.glob("*.damaged-*")] == [content]
+    assert len(rows(tmp_path)) == 50

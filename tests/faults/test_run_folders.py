@@ -14,6 +14,7 @@ import pytest
 
 from dpo_ref.cli.schemas import slug
 from dpo_ref.files import new_folder
+from tests.support.checkpoints import changed_state
 from tests.support.command import ROOT, train
 from tests.support.evaluate_command import PLAIN, QUICK, evaluate
 from tests.support.faults import SMALL, Typed, killed_at, same_weights, steps, summary
@@ -33,11 +34,6 @@ def finished(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "run")
 
 
-def changed_reference(run):
-    (state,) = run.glob("checkpoints/*/state.json")
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"reference": "another"}))
-
-
 ATTEMPTS = {
     "the same command typed again": (lambda run: [*SMALL, f"output_dir={run}"], "already holds a run"),
     "another seed in the same folder": (lambda run: [*SMALL, f"output_dir={run}", "seed=1"], "already holds a run"),
@@ -55,7 +51,7 @@ ATTEMPTS = {
 def test_the_record_of_a_finished_run_survives(finished, attempt, tell):
     words, message = ATTEMPTS[attempt]
     if message == "was another":
-        changed_reference(finished)
+        changed_state(finished, reference="another")
     before = {name: (finished / name).read_bytes() for name in ("summary.json", "config.yaml", "metrics.jsonl")}
     done = train(*words(finished))
     assert done.returncode == 1
@@ -91,7 +87,7 @@ def test_a_failure_keeps_what_the_record_says(whole, tmp_path, tell):
     """A run that was stopped half-way, whose next attempt fails."""
     run, config = shutil.copytree(whole, tmp_path / "run"), "config.yaml"
     (run / "summary.json").write_text(json.dumps(summary(run) | {"status": "interrupted"}))
-    changed_reference(run)
+    changed_state(run, reference="another")
     before = (run / config).read_bytes()
     done = train(f"resume={run}", "trainer.epochs=2")
     assert "was another" in done.stderr

@@ -216,7 +216,7 @@ def test_broken_files_of_generations_are_refused(tmp_path):
     write_generations(path, answers)
     good = path.read_text()
     path.write_text(good + good[:40] + "\n")
-    with pytest.raises(ValueError, match="row 2 is not JSON"):
+    with pytest.raises(ValueError, match="row 2 is damaged: it is not JSON"):
         read_generations(path)
     path.write_text(good + '{"output": "x"}\n')
     with pytest.raises(ValueError, match="row 2 is not a generation: it lacks 'prompt'"):

@@ -7,12 +7,14 @@ about a pair. All numbers are shares of a win: 1 won, 0.5 tied, 0 lost.
 
 import json
 import math
+import os
 import re
 import sqlite3
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ import numpy as np
 from dpo_ref.evaluation import results
 from dpo_ref.evaluation.judging.templates import Template, Verdict
 from dpo_ref.evaluation.statistics.comparisons import preference_metrics
-from dpo_ref.files import write_lines
+from dpo_ref.files import Damaged, in_use, release, sealed, unsealed, unused, write_lines
 from dpo_ref.generation.records import Generation
 from dpo_ref.models.server import ServerUnavailable
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Message, Progress, digest
 
 # --- pairs of answers to one prompt, and the questions about them: which is shown first, and whether twice
@@ -204,51 +207,136 @@ TABLE = """CREATE TABLE IF NOT EXISTS answers (
 
 class AnswerCache:
     """Answers by the digest of what was asked. Threads and processes may use the same file; a power cut loses at most
-    the last answers, never the file (write-ahead log)."""
+    the last answers, never the file (write-ahead log). Of a damaged file what is whole is kept."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
+        self._use = path.with_suffix(".lock")  # of the file itself a closed handle would end SQLite's own locks
+        self._use.touch()
         try:
-            # No transactions of Python's own: every statement is one, and is on the disk when it returns.
-            self._connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute(TABLE)
+            if path.exists() and (damage := _damage(path)) is not None:
+                with unused(self._use) as alone:
+                    _mend(path, damage, alone)
+            in_use(self._use)
+            self._connection = _opened(path)
         except sqlite3.OperationalError as error:
             raise ValueError(f"{path} cannot be opened: {error}") from error
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} is no cache of answers ({error}); move it away to begin a new one") from error
 
     def __enter__(self) -> "AnswerCache":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
+        release(self._use)
 
     def store(self, request: JudgeRequest, answer: JudgeAnswer) -> None:
         """Keep an answer; the first one to a question stays."""
-        row = (request.key, str(request.parameters.get("model")), time.time(), json.dumps(asdict(answer)))
+        row = (request.key, str(request.parameters.get("model")), time.time(), json.dumps(sealed(asdict(answer))))
         with self._lock:
             self._connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
 
     def known(self, requests: Iterable[JudgeRequest]) -> dict[str, JudgeAnswer]:
-        """The stored answers to `requests`, by their keys."""
+        """The stored answers to `requests`, by their keys; damaged ones are deleted."""
         keys = list(dict.fromkeys(request.key for request in requests))
         answers: dict[str, JudgeAnswer] = {}
+        damages: dict[str, str] = {}
         for start in range(0, len(keys), AT_ONCE):
             batch = keys[start : start + AT_ONCE]
             query = f"SELECT key, answer FROM answers WHERE key IN ({','.join('?' * len(batch))})"
             with self._lock:
-                answers |= {key: _answer(json.loads(text)) for key, text in self._connection.execute(query, batch)}
+                rows = self._connection.execute(query, batch).fetchall()
+            for key, text in rows:
+                try:
+                    answers[key] = _answer(text, f"an answer in {self.path}")
+                except Damaged as damage:
+                    damages[key] = damage.what
+        if damages:
+            say(f"{next(iter(damages.values()))}: {len(damages)} questions are asked again")
+            self._forget(damages)
         return answers
 
+    def _forget(self, keys: Iterable[str]) -> None:
+        with self._lock:
+            self._connection.executemany("DELETE FROM answers WHERE key = ?", [(key,) for key in keys])
 
-def _answer(row: dict[str, Any]) -> JudgeAnswer:
-    candidates = row.pop("candidates")
-    return JudgeAnswer(
-        **row, candidates=None if candidates is None else tuple((token, logp) for token, logp in candidates)
+
+def _answer(text: str, what: str) -> JudgeAnswer:
+    remedy = "ask the question again"
+    row = unsealed(text, what, remedy)
+    try:
+        candidates = row.pop("candidates")
+        tokens = None if candidates is None else tuple((token, logp) for token, logp in candidates)
+        return JudgeAnswer(**row, candidates=tokens)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{what} is damaged: {error}", remedy) from error
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    # No transactions of Python's own: every statement is one, and is on the disk when it returns.
+    connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
+    connection.text_factory = _text
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute(TABLE)
+    return connection
+
+
+def _text(content: bytes) -> str:
+    """A flipped byte need not be UTF-8."""
+    return content.decode(errors="replace")
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the file's structure; None where nothing is."""
+    with closing(sqlite3.connect(path, timeout=WAIT)) as connection:
+        try:
+            finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            return None if finding == "ok" else " ".join(finding.split())
+        except sqlite3.OperationalError:  # locked, not ours to read: for who opens it
+            return None
+        except sqlite3.DatabaseError as error:
+            return str(error)
+
+
+def _mend(path: Path, damage: str, alone: bool) -> None:
+    """Set a damaged file aside and begin another with the answers that can still be read."""
+    if not alone:
+        raise Damaged(
+            f"{path} is damaged ({damage}) and in use by another process", "type this again when it has ended"
+        )
+    aside = path.with_name(f"{path.stem}.damaged-{time.time_ns()}{path.suffix}")
+    rows = _readable_rows(path)
+    for ending in ("-wal", "-shm"):
+        path.with_name(path.name + ending).unlink(missing_ok=True)
+    path.rename(aside)
+    with closing(_opened(path)) as connection:
+        connection.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", rows)
+    say(
+        f"{path} was damaged ({damage}): {len(rows)} answers are kept, the others asked again; the old file is {aside}"
     )
+
+
+def _lengthen(path: Path) -> None:
+    """Fill a file that was cut short up to the length that its head states: SQLite reads nothing of a shorter one."""
+    with path.open("rb") as stream:
+        head = stream.read(100)
+    if head.startswith(b"SQLite format 3"):
+        page_size, num_pages = int.from_bytes(head[16:18]), int.from_bytes(head[28:32])
+        os.truncate(path, max(path.stat().st_size, page_size * num_pages))
+
+
+def _readable_rows(path: Path) -> list[tuple[Any, ...]]:
+    """Rows of a damaged file: read in small parts by the first digits of their keys, as far as each goes."""
+    rows = []
+    _lengthen(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.text_factory = _text
+        for start in range(256):
+            with suppress(sqlite3.DatabaseError):
+                query = "SELECT * FROM answers WHERE key >= ? AND key < ?"
+                rows += connection.execute(query, (f"{start:02x}", f"{start:02x}g")).fetchall()
+    return rows
 
 
 # --- asking what has not been asked before
@@ -410,21 +498,22 @@ def write_judgments(path: Path, judgments: Iterable[Judgment]) -> None:
 
 def _row(judgment: Judgment) -> dict[str, Any]:
     opinions = [asdict(opinion) for opinion in judgment.opinions]
-    return asdict(judgment.pair) | {"preference": judgment.preference, "opinions": opinions}
+    return sealed(asdict(judgment.pair) | {"preference": judgment.preference, "opinions": opinions})
 
 
 def read_judgments(path: Path) -> list[Judgment]:
     """The judgments in a file, in its order. Raises ValueError, naming the row, for what is none."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         return [_read(line, f"{path} row {index}") for index, line in enumerate(file, start=1)]
 
 
-def _read(line: str, origin: str) -> Judgment:
+def _read(line: bytes, origin: str) -> Judgment:
+    row = unsealed(line, origin, "judge again with stage=judge")
     try:
-        row = json.loads(line)
         opinions = tuple(Opinion(**opinion) for opinion in row.pop("opinions"))
         preference = row.pop("preference")
-        return Judgment(Pair(**row | {"prompt": tuple(row["prompt"])}), opinions, preference)
+        pair: dict[str, Any] = row | {"prompt": tuple(row["prompt"])}
+        return Judgment(Pair(**pair), opinions, preference)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{origin} is no judgment ({error}); judge again with stage=judge") from error
 
