@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from dpo_ref.cli import command_line, schemas
 from dpo_ref.tracking.redaction import without_keys
+from dpo_ref.tracking.terminal import guard_streams
 
 schemas.register()
 
@@ -34,6 +35,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    guard_streams()
     with stopping.in_one_line():
         sys.argv[1:] = command_line.with_trust(sys.argv[1:])
         try:

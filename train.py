@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpo_ref.cli import command_line, schemas
+from dpo_ref.tracking.terminal import guard_streams
 
 schemas.register()
 
@@ -42,6 +43,7 @@ def main(cfg: DictConfig) -> object:
 
 
 if __name__ == "__main__":
+    guard_streams()
     with stopping.in_one_line():
         schemas.note_swept_keys(sys.argv[1:])
         sys.argv[1:] = command_line.with_trust(sys.argv[1:])

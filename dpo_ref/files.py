@@ -2,16 +2,19 @@
 digest of what was written, that one process alone writes; and where what was built is kept between runs.
 """
 
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
@@ -175,6 +178,24 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 def write_text(path: Path, content: str) -> None:
     """Replace a text file."""
     write_lines(path, [content])
+
+
+FORMULA = re.compile(r"[\t\r\n]|\s*[=+\-@＝＋－＠]")  # how a text begins that a spreadsheet computes
+NUMBER = re.compile(r"[+-]?(?:[\d.,]+(?:e[+-]?\d+)?|inf|nan)(?: ?± ?[\d.]+)?(?:[ \u00a0]?%)?")
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str) or NUMBER.fullmatch(value):
+        return value
+    apostrophe = "'" if FORMULA.match(value) else ""
+    return apostrophe + value.replace("\r", r"\r")  # which would begin a row
+
+
+def as_csv(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV. A text that a spreadsheet would compute has an apostrophe before it; numbers stay as they are."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
+    return buffer.getvalue()
 
 
 def plain(value: Any) -> Any:

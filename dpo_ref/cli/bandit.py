@@ -18,7 +18,7 @@ from dpo_ref.lab.bandits.report import ClosedForm, findings, metrics_by_step, re
 from dpo_ref.lab.bandits.study import Method, Problem, StudyOptions, Trace, slug, trace
 from dpo_ref.lab.bandits.worlds import World, divergence, frontier, optimum
 from dpo_ref.tracking.run_record import MetricsFile
-from dpo_ref.tracking.terminal import say
+from dpo_ref.tracking.terminal import say, show, words
 from dpo_ref.tracking.tracker import Tracker
 from dpo_ref.types import Progress
 
@@ -125,7 +125,7 @@ def run_bandit(run: RunConfig, directory: Path, tracker: Tracker, progress: Prog
     )
     tracker.image("report", directory / "report.png")
     tracker.file(directory / "report.html")
-    _print(terminal_tables(traces, closed_forms))
+    show(*terminal_tables(traces, closed_forms))
     return {
         "objective": run.objective.name,
         "reference": _reference(run),
@@ -135,14 +135,6 @@ def run_bandit(run: RunConfig, directory: Path, tracker: Tracker, progress: Prog
         "bandit": results(traces),
         "findings": findings(traces),
     }
-
-
-def _print(tables: Sequence[Any]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    for table in tables:
-        console.print(table)
 
 
 def _summaries(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -171,9 +163,9 @@ def print_sweep(folder: Path) -> bool:
         table.add_column(name, justify="right" if name in ("reward", "KL") else "left", overflow="fold")
     for name, summary in jobs:
         for row in _sweep_rows(summary):
-            table.add_row(name, *row)
+            table.add_row(words(name), *map(words, row))
     if jobs:
-        _print([table])
+        show(table)
     return bool(jobs)
 
 

@@ -44,7 +44,7 @@ from dpo_ref.models.checkpoint import weights_digest
 from dpo_ref.models.loading import ModelSource, Policy, Workspace
 from dpo_ref.references.interface import Reference
 from dpo_ref.reports.compatibility import cells, entries, headline, terminal_table, verdict, write_page
-from dpo_ref.tracking.terminal import progress, run_summary, say
+from dpo_ref.tracking.terminal import progress, run_summary, say, show
 from dpo_ref.tracking.tracker import RunInfo
 from dpo_ref.types import Message, PromptGroup, ResponseLogps, TokenGroup, silent
 
@@ -358,16 +358,14 @@ def _track(request: CompatibilityRequest, folder: Path, report: CompatibilityRep
 def run_compatibility(request: CompatibilityRequest) -> None:
     """Measure, write and show the report. Raises ValueError for bad options, for data without pairs, and if none of
     the references can be built."""
-    from rich.console import Console
-
     folder = Path(request.output_dir or f"outputs/compatibility/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
     report = _report(request, _runs(request))
     folder.mkdir(parents=True, exist_ok=True)
     write_page(folder, report)
     verdicts = {candidate.title: verdict(candidate, report) for candidate in report.candidates}
     write_json(folder / "compatibility.json", {**plain(report), "verdicts": verdicts})
-    Console().print(terminal_table(report))
-    print(*(f"{title}: {sentence}" for title, sentence in verdicts.items()), sep="\n")
+    show(terminal_table(report))
+    say(*(f"{title}: {sentence}" for title, sentence in verdicts.items()))
     _track(request, folder, report)
     run_summary(
         headline(report),

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from dpo_ref.evaluation import results
 from dpo_ref.evaluation.results import Metric
 from dpo_ref.tracking.redaction import without_keys
+from dpo_ref.tracking.terminal import guard_streams
 from dpo_ref.tracking.weights_and_biases import Curves, Plane, Section, save_dashboard
 
 NAMES = {"scorer": "gold", "baseline": "initial", "model": "initial"}
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    guard_streams()
     with stopping.in_one_line():
         try:
             main(sys.argv[1:])

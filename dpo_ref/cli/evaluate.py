@@ -42,7 +42,7 @@ from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
 from dpo_ref.reports.sweep import sweep_tables, track_sweep, write_sweep
 from dpo_ref.reports.tables import drift, headline, results_table
 from dpo_ref.tracking.redaction import refuse_credentials, without_keys
-from dpo_ref.tracking.terminal import progress, run_summary, say
+from dpo_ref.tracking.terminal import progress, run_summary, say, show
 from dpo_ref.types import PreferenceData, digest
 
 # --- one policy evaluated as it was configured, and its baseline
@@ -172,12 +172,6 @@ def _plain(cfg: DictConfig | None) -> dict[str, Any] | None:
 # --- the command
 
 
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console().print(table)
-
-
 def _evaluate_policy(evaluator: Evaluator, cfg: DictConfig) -> None:
     outcome = evaluator.one(cfg.policy, cfg.output_dir)
     folder, baseline, policy = outcome.subject.folder, outcome.baseline, outcome.evaluated
@@ -189,7 +183,7 @@ def _evaluate_policy(evaluator: Evaluator, cfg: DictConfig) -> None:
     pictures = [path for name in ("report.png", DIAGNOSTICS) if (path := folder / name).is_file()]
     evaluator.conclude(outcome, [page, *pictures])
     evaluations = [each.evaluation for each in evaluated]
-    _print(results_table(evaluations))
+    show(results_table(evaluations))
     run_summary(headline(evaluations), {"report": str(page), "plot": str(folder / "report.png")})
 
 
@@ -231,8 +225,7 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     track_sweep(evaluator.tracking, config, folder, jobs)
     initial = baseline.evaluation if baseline else None
-    for table in sweep_tables(jobs, initial):
-        _print(table)
+    show(*sweep_tables(jobs, initial))
     evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in cells(jobs))]
     title = headline(evaluations) if len(evaluations) > 1 else "no job has a result"
     rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png"), "panels": str(folder / "panels")}

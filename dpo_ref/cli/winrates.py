@@ -12,7 +12,7 @@ from dpo_ref.evaluation.winrates import WinRates, annotation_files, read_matches
 from dpo_ref.files import write_json, write_text
 from dpo_ref.reports.plots import write_png
 from dpo_ref.reports.winrates import columns, csv_text, headline, panels, rates_table, strengths_table, summary_metrics
-from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.tracking.terminal import progress, run_summary, show
 from dpo_ref.tracking.tracker import RunInfo
 
 STAGE = "winrate"
@@ -77,8 +77,6 @@ def _track(folder: Path, results: WinRates, request: WinRateRequest) -> None:
 def run_winrates(request: WinRateRequest) -> None:
     """Read, compute, write and show. Raises ValueError for what cannot be read, and for what may not be called
     length-controlled AlpacaEval."""
-    from rich.console import Console
-
     files = annotation_files(request.annotations)
     matches = read_matches(files)
     control = request.df_gamed and length_control(request.df_gamed, [match.prompts for match in matches])
@@ -86,10 +84,7 @@ def run_winrates(request: WinRateRequest) -> None:
     default = f"outputs/winrates/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     folder = Path(request.output_dir or default).expanduser()
     paths = _write(folder, results, request, files)
-    console = Console()
-    console.print(rates_table(results))
-    for judge, parts in results.strengths.items():
-        for part in parts:
-            console.print(strengths_table(judge, part))
+    show(rates_table(results))
+    show(*(strengths_table(judge, part) for judge, parts in results.strengths.items() for part in parts))
     _track(folder, results, request)
     run_summary(headline(results), paths)

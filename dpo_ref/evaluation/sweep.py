@@ -2,9 +2,7 @@
 KL strength or the step.
 """
 
-import csv
 import glob
-import io
 import math
 import re
 from collections import defaultdict
@@ -17,6 +15,7 @@ import numpy as np
 
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY, read_summary
 from dpo_ref.evaluation.results import RESULTS, Evaluation, read_evaluation
+from dpo_ref.files import as_csv
 
 # --- the runs that a sweep joins
 
@@ -287,13 +286,11 @@ def csv_text(jobs: Sequence[SweptRun]) -> str:
     """One line per job, failed ones included, with every metric."""
     keys = sorted({key for job in jobs if job.evaluation for key in job.evaluation.metrics})
     about = ("job", "status", "error", "series", "objective", "reference", "beta", "step", "seed", "degenerate")
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*about, *keys])
+    rows: list[list[Any]] = [[*about, *keys]]
     for job, series in zip(jobs, _series(jobs), strict=True):
         metrics = job.evaluation.metrics if job.evaluation else {}
         broken = "; ".join(job.evaluation.degenerate) if job.evaluation else ""
         kind = (job.objective, job.reference, job.beta, job.step, job.seed)
         facts = (job.name, job.status, job.error, series, *kind, broken)
-        writer.writerow([*facts, *(metrics.get(key) for key in keys)])
-    return buffer.getvalue()
+        rows.append([*facts, *(metrics.get(key) for key in keys)])
+    return as_csv(rows)

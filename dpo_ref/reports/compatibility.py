@@ -18,6 +18,7 @@ from dpo_ref.reports.page import row as page_row
 from dpo_ref.reports.page import table
 from dpo_ref.reports.plots import INITIAL, SERIES, Panel, write_png
 from dpo_ref.reports.tables import MISSING, number, percent
+from dpo_ref.tracking.terminal import words
 
 
 def _pairs_table(report: CompatibilityReport) -> str:
@@ -418,21 +419,20 @@ def terminal_table(report: CompatibilityReport) -> Any:
     """The brief columns as a rich table; refused references are rows with their reason below."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    from rich.text import Text
 
     brief = [column for column in entries(report) if column.brief]
     notes = [f"π‖ref, ref‖π: KL in nats per answer, {BY_TOKEN}; * {BY_TEXT}"]
     notes += [f"{refusal.title}: {refusal.reason}" for refusal in report.refused]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False,
-                  caption=Text("\n".join(notes)), caption_justify="left")  # fmt: skip
+                  caption=words("\n".join(notes)), caption_justify="left")  # fmt: skip
     table.add_column("reference", overflow="fold", min_width=13)
     for column in brief:
-        table.add_column(column.brief, justify="right", no_wrap=True)
-    table.add_row(Text("policy"), *(Text(_narrow(c.policy(report.policy_alone))) for c in brief))
+        table.add_column(words(column.brief), justify="right", no_wrap=True)
+    table.add_row(words("policy"), *(words(_narrow(c.policy(report.policy_alone))) for c in brief))
     for candidate in report.candidates:
-        table.add_row(Text(candidate.title), *(Text(_narrow(column.text(candidate))) for column in brief))
+        table.add_row(words(candidate.title), *(words(_narrow(column.text(candidate))) for column in brief))
     for refusal in report.refused:
-        table.add_row(Text(refusal.title, style="red"), *(MISSING for _ in brief))
+        table.add_row(words(refusal.title, style="red"), *(MISSING for _ in brief))
     return table
 
 

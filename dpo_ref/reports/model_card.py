@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_ref.evaluation.results import ACCURACY, ENDED, KL, LENGTH, SCORE, WIN_RATE, Evaluation
 from dpo_ref.files import write_text
-from dpo_ref.reports.tables import columns, settings
+from dpo_ref.reports.tables import block, code, columns, in_markdown, settings
 from dpo_ref.tracking.redaction import PathRedactor, Redactor
 from dpo_ref.tracking.terminal import say
 
@@ -67,35 +67,40 @@ def front_matter(name: str, about: Mapping[str, Any], config: Mapping[str, Any],
     return f"---\n{card.to_yaml()}\n---"
 
 
-def _table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("", "")) -> str:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells])
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ("", "")) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def _facts(about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     identities, commit = about["identities"], about["git"]["commit"]
     changed = ", with changes" if about["git"]["dirty"] else ""
+    beta = "" if about["beta"] is None else f", beta {about['beta']:g}"
+    counts, versions = (", ".join(f"{k} {v}" for k, v in about[of].items()) for of in ("data", "versions"))
+    weights, reference, initial = (
+        code(identities[name]) for name in ("initial_policy", "loss_reference", "kl_reference")
+    )
     rows = [
-        ("initial policy", f"{config['model'].get('path')} (weights `{identities['initial_policy']}`)"),
-        ("objective", f"{about['objective']}" + ("" if about["beta"] is None else f", beta {about['beta']:g}")),
-        ("reference in the loss", f"{about['reference']} (`{identities['loss_reference']}`)"),
-        ("KL measured to", f"the initial policy (`{identities['kl_reference']}`)"),
-        ("data", f"{about['choices']['data']}: " + ", ".join(f"{k} {v}" for k, v in about["data"].items())),
-        ("optimiser steps", about["steps"]),
-        ("seed", about["seed"]),
-        ("dpo_ref", f"commit {commit}{changed}" if commit else "commit unknown"),
-        ("versions", ", ".join(f"{library} {version}" for library, version in about["versions"].items())),
+        ("initial policy", f"{in_markdown(config['model'].get('path'))} (weights {weights})"),
+        ("objective", in_markdown(f"{about['objective']}{beta}")),
+        ("reference in the loss", f"{in_markdown(about['reference'])} ({reference})"),
+        ("KL measured to", f"the initial policy ({initial})"),
+        ("data", in_markdown(f"{about['choices']['data']}: {counts}")),
+        ("optimiser steps", in_markdown(about["steps"])),
+        ("seed", in_markdown(about["seed"])),
+        ("dpo_ref", in_markdown(f"commit {commit}{changed}" if commit else "commit unknown")),
+        ("versions", in_markdown(versions)),
     ]
-    return _table([row for row in rows if row[1] not in (None, "")])
+    return _table(rows)
 
 
 def _results(evaluation: Evaluation | None, run: str) -> str:
     if evaluation is None:
-        return f"Not evaluated yet. `python evaluate.py policy={run}` fills this in."
-    rows = [(column.title, column.text(evaluation), column.note) for column in columns(evaluation.scorer)]
-    broken = [f"**Degenerate**: {'; '.join(evaluation.degenerate)}.\n"] if evaluation.degenerate else []
-    against = f"against the policy `{evaluation.baseline}`" if evaluation.baseline else "against no other policy"
-    options = ", ".join(f"{name} {value}" for name, value in settings(evaluation))
+        return f"Not evaluated yet. {code(f'python evaluate.py policy={run}')} fills this in."
+    entries = [(column.title, column.text(evaluation), column.note) for column in columns(evaluation.scorer)]
+    rows = [[in_markdown(part) for part in entry] for entry in entries]
+    broken = [f"**Degenerate**: {in_markdown('; '.join(evaluation.degenerate))}.\n"] if evaluation.degenerate else []
+    against = f"against the policy {code(evaluation.baseline)}" if evaluation.baseline else "against no other policy"
+    options = in_markdown(", ".join(f"{name} {value}" for name, value in settings(evaluation)))
     return "\n".join([*broken, _table(rows, ("metric", "value", "what it is")), "", f"Compared {against}; {options}."])
 
 
@@ -112,9 +117,10 @@ def card(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], evalu
     adapter = "\n`adapter/` holds the LoRA adapter by itself." if (run / "policy" / "adapter").is_dir() else ""
     body = f"""{front_matter(name, about, config, evaluation)}
 
-# {name}
+# {in_markdown(name)}
 
-{options["model"].get("path")} trained with **{about["objective"]}** against the reference **{about["reference"]}**.
+{in_markdown(options["model"].get("path"))} trained with **{in_markdown(about["objective"])}** against the reference \
+**{in_markdown(about["reference"])}**.
 
 {_facts(about, options)}
 
@@ -133,15 +139,11 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.f
 {adapter}
 ## Configuration
 
-```bash
-{shlex.join(["python", "train.py", *words])}
-```
+{block("bash", shlex.join(["python", "train.py", *words]))}
 
 <details><summary>every option</summary>
 
-```yaml
-{yaml.safe_dump(options, sort_keys=False, allow_unicode=True).rstrip()}
-```
+{block("yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True).rstrip())}
 
 </details>
 

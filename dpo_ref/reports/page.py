@@ -14,6 +14,7 @@ from dpo_ref.evaluation.results import WIN_RATE, Evaluated, Evaluation
 from dpo_ref.generation.records import Generation
 from dpo_ref.reports.plots import Panel, svg, theme_colour
 from dpo_ref.reports.tables import MISSING, Column
+from dpo_ref.tracking.terminal import OF_SCRIPTS, visible
 from dpo_ref.types import Message
 
 # --- tables with any columns; on a narrow screen every row becomes a card
@@ -106,8 +107,8 @@ STYLE_SHEET, SCRIPT = Path(__file__).with_name("page.css"), Path(__file__).with_
 
 
 def text(value: object) -> str:
-    """A value as HTML text."""
-    return html.escape(str(value), quote=True)
+    """A value as HTML text; what turns the direction of writing or takes up no room is spelled."""
+    return html.escape(visible(str(value), OF_SCRIPTS), quote=True)
 
 
 def page(title: str, body: str) -> str:

@@ -1,8 +1,6 @@
 """The tables of arXiv 2407.13709: KL strengths as rows; for each model or reference what was won, and how long
 answers are. As a page's table, for the terminal, as CSV, Markdown and LaTeX."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +8,10 @@ from typing import Any
 
 from dpo_ref.evaluation.results import LENGTH, measure_of
 from dpo_ref.evaluation.sweep import Cell, short_names
+from dpo_ref.files import as_csv
 from dpo_ref.reports import page
-from dpo_ref.reports.tables import MISSING, number
+from dpo_ref.reports.tables import MISSING, in_markdown, number
+from dpo_ref.tracking.terminal import in_one_line, words
 
 BROKEN = "†"
 IN_A_TERMINAL = 3  # series beside each other in 80 characters
@@ -110,47 +110,48 @@ def terminal_tables(table: PaperTable) -> list[Any]:
     """The table as rich tables, a few series in each."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    from rich.text import Text
 
     tables, (measure, length) = [], table.measures
     for first in range(0, len(table.groups), IN_A_TERMINAL):
         part = table.part(first, first + IN_A_TERMINAL)
         rich_table = Table(
-            box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, title=f"{measure} and {length}"
+            box=SIMPLE_HEAD,
+            padding=(0, 1),
+            collapse_padding=True,
+            pad_edge=False,
+            title=f"{measure} and {length}",
         )
-        rich_table.add_column(Text(table.corner))
+        rich_table.add_column(words(table.corner))
         for group in part.groups:
-            rich_table.add_column(Text(group), justify="right", overflow="fold", max_width=24)
-            rich_table.add_column(length, justify="right")
+            rich_table.add_column(words(group), justify="right", overflow="fold", max_width=24)
+            rich_table.add_column(words(length), justify="right")
         for label, entries in part.rows:
-            texts = (Text(entry.text.replace(" ± ", "±"), style="bold" if entry.best else "") for entry in entries)
-            rich_table.add_row(Text(label), *texts)
+            texts = (words(entry.text.replace(" ± ", "±"), style="bold" if entry.best else "") for entry in entries)
+            rich_table.add_row(words(label), *texts)
         tables.append(rich_table)
     return tables
 
 
 def csv_table(table: PaperTable) -> str:
     """The table with one header line."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([table.corner, *(f"{group}: {name}" for group in table.groups for name in table.measures)])
-    writer.writerows([label, *(entry.text for entry in entries)] for label, entries in table.rows)
-    return buffer.getvalue()
+    head = [table.corner, *(f"{group}: {name}" for group in table.groups for name in table.measures)]
+    return as_csv([head, *([label, *(entry.text for entry in entries)] for label, entries in table.rows)])
 
 
 def markdown_table(table: PaperTable) -> str:
     """The table in Markdown, which knows one header line only."""
     names = [table.corner, *(f"{group}: {name}" for group in table.groups for name in table.measures)]
-    lines = [names, ["---:" for _ in names]]
-    lines += [
-        [label, *(f"**{entry.text}**" if entry.best else entry.text for entry in row)] for label, row in table.rows
-    ]
-    body = "".join("| " + " | ".join(part.replace("|", r"\|") for part in line) + " |\n" for line in lines)
-    return f"{body}\n{table.note}\n"
+    lines = [[in_markdown(name) for name in names], ["---:" for _ in names]]
+    for label, row in table.rows:
+        texts = [in_markdown(entry.text) for entry in row]
+        marked = (f"**{text}**" if entry.best else text for text, entry in zip(texts, row, strict=True))
+        lines.append([in_markdown(label), *marked])
+    body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{body}\n{in_markdown(table.note)}\n"
 
 
 def _latex(text: str) -> str:
-    return "".join(LATEX.get(mark, mark) for mark in text)
+    return "".join(LATEX.get(mark, mark) for mark in in_one_line(text))
 
 
 def latex_table(table: PaperTable) -> str:

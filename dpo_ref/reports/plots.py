@@ -5,6 +5,7 @@ every panel a file of its own, at the size of a column).
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from dpo_ref.evaluation.results import KL, SCORE, Evaluated, Evaluation
 from dpo_ref.files import replacing
 from dpo_ref.reports.tables import leading_key, titles
+from dpo_ref.tracking.terminal import OF_SCRIPTS, visible
 
 INITIAL, INK, GRID, BROKEN = "#6b7280", "#1f2937", "#e5e7eb", "#b91c1c"
 SERIES = ("#2563eb", "#d97706", "#059669", "#9333ea", "#0891b2", "#be185d", "#65a30d", "#475569")
@@ -76,7 +78,8 @@ def figure_of(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context({**STYLE, **style}):
+    with rc_context({**STYLE, **style}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in any script: a box is drawn
         figure = Figure(figsize=(inches[0] * columns, inches[1] * rows), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -93,7 +96,7 @@ def svg(panel: Panel) -> str:
         panel.draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+    text = visible(buffer.getvalue(), OF_SCRIPTS)
     return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda match: theme_colour(match[0]), text[text.index("<svg") :])
 
 

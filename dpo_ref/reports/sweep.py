@@ -1,7 +1,5 @@
 """The page of a sweep, its table for the terminal, its files and pictures, and its run in the tracker."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from dpo_ref.evaluation.results import (
 )
 from dpo_ref.evaluation.stages import read_evaluated
 from dpo_ref.evaluation.sweep import Cell, SweptRun, csv_text, short_names, without_result
-from dpo_ref.files import write_text
+from dpo_ref.files import as_csv, write_text
 from dpo_ref.reports import page, tables
 from dpo_ref.reports.paper_table import (
     csv_table,
@@ -404,16 +402,14 @@ def frontier_csv(cells: Sequence[Cell]) -> str:
     reward, win = about.key(SCORE), about.key(WIN_RATE)
     keys = (DISTANCE, f"{DISTANCE}_se", reward, f"{reward}_se", win, f"{win}_low", f"{win}_high", LENGTH.key,
             f"{LENGTH.key}_se")  # fmt: skip
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["series", "beta", "step", "seeds", *keys, "degenerate", "pareto"])
+    rows: list[list[Any]] = [["series", "beta", "step", "seeds", *keys, "degenerate", "pareto"]]
     for cell in cells:
         values = [cell.evaluation.metrics.get(key) for key in keys]
         broken = "; ".join(cell.evaluation.degenerate)
-        writer.writerow(
+        rows.append(
             [cell.series, cell.beta, cell.step, cell.evaluation.num_seeds, *values, broken, int(id(cell) in front)]
         )
-    return buffer.getvalue()
+    return as_csv(rows)
 
 
 # --- the best KL strength of every series, how sure that is, and which strengths are as good

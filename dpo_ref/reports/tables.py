@@ -2,7 +2,9 @@
 results in a terminal, and what the numbers say, in sentences.
 """
 
+import html
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from dpo_ref.evaluation.results import (
     Metric,
     Style,
 )
+from dpo_ref.tracking.terminal import in_one_line, visible, words
 
 MISSING = "–"
 
@@ -135,6 +138,38 @@ def settings(evaluation: Evaluation) -> list[tuple[str, str]]:
     return [("prompts", prompts), ("scorer", evaluation.scorer), *judge, *options]
 
 
+# --- texts of others in Markdown
+
+
+MARKS = re.compile(r"[\\`*|~$]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|^[#=:]|^[+-](?=\s)")  # what changes how a text is read
+LINKING = re.compile(r"@|(?<=www)\.|:(?=//)", re.IGNORECASE)  # what becomes a link by itself
+
+
+def in_markdown(text: object) -> str:
+    """A value as one line of Markdown text: no markup, no link, no HTML, no border of a table's cell."""
+    line = html.escape(in_one_line(str(text)), quote=False)
+    line = MARKS.sub(lambda match: f"\\{match[0]}", line)
+    return LINKING.sub(lambda match: f"&#{ord(match[0])};", line)
+
+
+def code(text: object) -> str:
+    """A value as a span of code, also in a table's cell."""
+    line = in_one_line(str(text)).replace("|", r"\|")
+    fence = "`" * (1 + _longest_run(line))
+    return f"{fence} {line} {fence}" if line[:1] == "`" or line[-1:] == "`" else f"{fence}{line}{fence}"
+
+
+def block(language: str, text: str) -> str:
+    """A block of code, whatever fences are in it."""
+    fence = "`" * max(3, 1 + _longest_run(text))
+    return f"{fence}{language}\n{visible(text)}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    """How many backticks stand in a row."""
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
 # --- the table in a terminal
 
 
@@ -145,26 +180,25 @@ def results_table(evaluations: Sequence[Evaluation], failures: Sequence[tuple[st
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    from rich.text import Text
 
     every = brief_columns(evaluations[0].scorer if evaluations else "gold")
     visible = [c for c in every if any(c.text(e) != MISSING for e in evaluations)] or every
-    reasons = Text("\n".join(f"{name}: {why}" for name, why in failures), style="red")
+    reasons = words("\n".join(f"{name}: {why}" for name, why in failures), style="red")
     table = Table(
         box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=reasons if failures else None,
         caption_justify="left",
     )  # fmt: skip
     table.add_column("policy", overflow="fold", min_width=14)
     for column in visible:
-        table.add_column(column.title, justify="right", no_wrap=True)
+        table.add_column(words(column.title), justify="right", no_wrap=True)
     for evaluation, name in zip(evaluations, titles(evaluations), strict=True):
         seeds = f" ({evaluation.num_seeds} seeds)" if evaluation.num_seeds > 1 else ""
-        label = Text(name + seeds)
+        label = words(name + seeds)
         if evaluation.degenerate:
             label.append(" degenerate", style="bold red")
-        table.add_row(label, *(Text(_narrow(column.text(evaluation))) for column in visible))
+        table.add_row(label, *(words(_narrow(column.text(evaluation))) for column in visible))
     for name, _ in failures:
-        table.add_row(Text(name, style="red"), *("–" for _ in visible))
+        table.add_row(words(name, style="red"), *("–" for _ in visible))
     return table
 
 

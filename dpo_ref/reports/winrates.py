@@ -1,7 +1,5 @@
 """The table of win rates, for the terminal and as CSV, what it says in a sentence, and its pictures."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,8 +7,10 @@ from typing import Any
 
 from dpo_ref.evaluation.statistics.bradley_terry import BradleyTerry
 from dpo_ref.evaluation.winrates import ModelWinRate, Versus, WinRates
+from dpo_ref.files import as_csv
 from dpo_ref.reports.plots import INITIAL, LONGEST_LABEL, SERIES, Panel
 from dpo_ref.reports.tables import MISSING, number
+from dpo_ref.tracking.terminal import words
 
 CONTROLLED, ADJUSTED = "length_controlled", "length_adjusted"
 
@@ -72,17 +72,16 @@ def columns(rates: Sequence[ModelWinRate]) -> list[WinRateColumn]:
 def _table(head: str, names: Sequence[str], titles: Sequence[str], rows: Sequence[Sequence[str]], notes: str) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(
-        box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=Text(notes),
+        box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=words(notes),
         caption_justify="left",
     )  # fmt: skip
-    table.add_column(head, overflow="fold", min_width=14)
+    table.add_column(words(head), overflow="fold", min_width=14)
     for title in titles:
-        table.add_column(title, justify="right", overflow="fold")
+        table.add_column(words(title), justify="right", overflow="fold")
     for name, row in zip(names, rows, strict=True):
-        table.add_row(Text(name), *map(Text, row))
+        table.add_row(words(name), *map(words, row))
     return table
 
 
@@ -150,15 +149,13 @@ def csv_text(win_rates: WinRates) -> str:
         (judge, s.model): s for judge, parts in win_rates.strengths.items() for part in parts for s in part.strengths
     }
     names = list(dict.fromkeys(key for rate in win_rates.rates for key in rate.metrics))
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["model", "baseline", "judge", *names, "strength", "strength_low", "strength_high"])
+    rows: list[list[Any]] = [["model", "baseline", "judge", *names, "strength", "strength_low", "strength_high"]]
     for rate in win_rates.rates:
         strength = strengths.get((rate.judge, rate.model))
         values = [rate.get(name) for name in names]
         values += [strength.value, strength.low, strength.high] if strength else [math.nan] * 3
-        writer.writerow([rate.model, rate.baseline, rate.judge, *("" if math.isnan(v) else repr(v) for v in values)])
-    return buffer.getvalue()
+        rows.append([rate.model, rate.baseline, rate.judge, *("" if math.isnan(v) else repr(v) for v in values)])
+    return as_csv(rows)
 
 
 # --- pictures: how often each model wins, what length does to it, and Bradley–Terry strengths

@@ -1,15 +1,21 @@
-"""What a run shows while it works and when it has ended.
+"""What a run shows while it works and when it has ended, and the one door to the terminal.
 
 On a terminal a bar; anywhere else (a log file, a pipe, CI) one plain line about every ten seconds. `rich` allows one
 live display per process, so all bars share it: what starts while another bar is shown becomes a line below it.
+
+Whatever is printed passes `Visible`, tracebacks and what libraries say included; what `rich` draws passes `show`.
 """
 
+import codecs
+import errno
+import io
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from dpo_ref.files import TELLERS
@@ -35,7 +41,193 @@ def clock(seconds: float) -> str:
 def say(*sentences: str) -> None:
     """Tell the user each sentence in a line of its own, below a bar that is being drawn."""
     for sentence in sentences:
-        print(sentence, flush=True)
+        print(in_one_line(sentence), flush=True)
+
+
+# --- the standard streams: texts of strangers are shown and never sent, and a stream that is gone ends no run
+
+
+UNSEEN = re.compile(  # what commands a terminal, turns the direction of writing, or takes up no room
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
+)
+OF_SCRIPTS = "\xad\u061c\u200c\u200d\u200e\u200f"  # which writing and emoji need where they are laid out well
+REDRAWN = re.compile(  # what tqdm writes for a download: a line over its line, blanks over it, the way up to it
+    r"(\r(?=.*\[\d\d:\d\d)|\r *\r?(?!.)|(?:\x1b\[A)+(?!.))(.*)"
+)
+SPELLED = "dpo_ref.spelled"  # what a terminal's encoding lacks, in ASCII
+SPELLINGS = {
+    "\u00a0": " ", "–": "-", "—": "-", "−": "-", "…": "...", "’": "'", "→": "->", "‖": "||", "±": "+-", "·": "*",
+    "×": "x", "≤": "<=", "≥": ">=", "α": "alpha", "β": "beta", "γ": "gamma", "λ": "lambda", "π": "pi", "σ": "sigma",
+    "Δ": "Delta", "█": "#",
+}  # fmt: skip
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def visible(text: str, left: str = "") -> str:
+    r"""A text in which what cannot be seen is spelled as in Python: \x1b for an escape, \u202e for text that turns.
+    Line ends and tabs stay, and so do the characters of `left`."""
+    return UNSEEN.sub(lambda match: match[0] if match[0] in left else _escape(match[0]), text)
+
+
+def in_one_line(text: str) -> str:
+    """A visible text whose line ends are spelled too."""
+    return visible(text).replace("\n", r"\n")
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end]
+    return "".join(SPELLINGS.get(character) or _escape(character) for character in lacking), error.end
+
+
+codecs.register_error(SPELLED, _spell)
+
+
+def _in_encoding(text: str, encoding: str) -> str:
+    return text.encode(encoding, SPELLED).decode(encoding)
+
+
+class Lasting(io.TextIOWrapper):
+    """A standard stream that may go: once it cannot be written, what is written to it goes nowhere."""
+
+    def __init__(self, stream: io.TextIOWrapper, encoding: str) -> None:
+        stream.flush()
+        super().__init__(stream.buffer, encoding, SPELLED, line_buffering=stream.line_buffering, write_through=True)
+        self._stream = stream  # which would close what it shares with this one
+
+    def write(self, text: str, /) -> int:
+        """The text, as far as the stream takes any."""
+        with self._lasting():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """What was written is on its way."""
+        with self._lasting():
+            super().flush()
+
+    @contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            if error.errno != errno.EPIPE:  # `| head` has seen what it wanted
+                print(f"standard output is gone ({error.strerror}); the run goes on without it", file=sys.stderr)
+
+
+class Visible(io.TextIOBase):
+    """A stream that shows what it is given; `beneath` is the one that draws."""
+
+    def __init__(self, beneath: Any) -> None:
+        self.beneath = beneath
+
+    def write(self, text: str, /) -> int:
+        """The text, made visible."""
+        redrawn = REDRAWN.fullmatch(text)
+        self.beneath.write(redrawn[1] + visible(redrawn[2]) if redrawn else visible(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """What was written is on its way."""
+        self.beneath.flush()
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return self.beneath.isatty()
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self.beneath.fileno()
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    @property
+    def encoding(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What its characters are written in."""
+        return self.beneath.encoding
+
+    @property
+    def buffer(self) -> Any:
+        """The stream of bytes."""
+        return self.beneath.buffer
+
+
+def _of_the_locale(encoding: str) -> str:
+    """ASCII where the user's locale says so, for which Python takes UTF-8 (PEP 538 and 540) unless it is told."""
+    variables = os.environ
+    if variables.get("PYTHONIOENCODING") or variables.get("PYTHONUTF8"):
+        return encoding
+    character_type = variables.get("LC_CTYPE", "")
+    if character_type in ("C.UTF-8", "C.utf8", "UTF-8"):  # what Python sets there by itself
+        character_type = ""
+    chosen = variables.get("LC_ALL") or character_type or variables.get("LANG")
+    return "ascii" if chosen in ("C", "POSIX") else encoding
+
+
+GUARDED: list[Any] = []  # for as long as the process lives: one that goes closes its descriptor
+
+
+def _guarded(stream: Any) -> Any:
+    if stream is None:  # closed before the start; the next file to be opened would get its descriptor
+        stream = open(os.devnull, "w")  # noqa: SIM115
+    lasting = Lasting(stream, _of_the_locale(stream.encoding)) if isinstance(stream, io.TextIOWrapper) else stream
+    return Visible(lasting)
+
+
+def guard_streams() -> None:
+    """From now on standard output and error show what they are given, and the process lives without them."""
+    sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
+    GUARDED.extend((sys.stdout, sys.stderr))
+
+
+@cache
+def _console_class() -> Any:
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class VisibleConsole(Console):
+        """What it lays out is made visible piece by piece, before widths are counted."""
+
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                text = segment.text if segment.control else _in_encoding(visible(segment.text), self.encoding)
+                yield Segment(text, segment.style, segment.control)
+
+    return VisibleConsole
+
+
+def _console() -> Any:
+    """The live display's where there is one: what it prints stands above the bars."""
+    if BARS.progress is not None:
+        return BARS.progress.console
+    stream: Any = sys.stdout
+    beneath = stream.beneath if isinstance(stream, Visible) else stream
+    return _console_class()(file=beneath, markup=False, emoji=False, highlight=False)
+
+
+def words(text: str, style: str = "") -> Any:
+    """A text for what `show` draws: as wide as it will be on this terminal."""
+    from rich.text import Text
+
+    return Text(_in_encoding(visible(text), sys.stdout.encoding or "utf-8"), style)
+
+
+def show(*drawn: Any) -> None:
+    """Print what `rich` lays out, such as tables."""
+    for renderable in drawn:
+        _console().print(renderable)
+
+
+# --- how far something is
 
 
 TELLERS.append(say)
@@ -87,8 +279,9 @@ class Bars:
         if self.progress is None:
             self.progress = self._display()
             self.progress.start()
+            sys.stdout, sys.stderr = Visible(sys.stdout), Visible(sys.stderr)  # before rich's own, until it stops
         self._open += 1
-        return self.progress, self.progress.add_task(description, total=total, completed=first, numbers="")
+        return self.progress, self.progress.add_task(visible(description), total=total, completed=first, numbers="")
 
     def remove(self, progress: Any, task: int) -> None:
         """The outermost bar stays on the screen as it was last, others vanish."""
@@ -116,7 +309,7 @@ class Bars:
             TextColumn("{task.fields[numbers]}", markup=False),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )
-        return Progress(*columns, refresh_per_second=REDRAWS_PER_SECOND)
+        return Progress(*columns, console=_console(), refresh_per_second=REDRAWS_PER_SECOND)
 
 
 BARS = Bars()
@@ -221,24 +414,23 @@ def run_summary(title: str, rows: Mapping[str, str], next_commands: Sequence[str
         _print_frame(title, rows)
     else:
         width = max(map(len, rows), default=0)
-        print(f"\n{title}", *(f"  {name:{width}}  {text}" for name, text in rows.items()), sep="\n")
+        lines = (f"  {name:{width}}  {in_one_line(text)}" for name, text in rows.items())
+        print(f"\n{in_one_line(title)}", *lines, sep="\n")
     if next_commands:
-        print("next:", *(f"  {command}" for command in next_commands), sep="\n")
+        print("next:", *(f"  {in_one_line(command)}" for command in next_commands), sep="\n")
     sys.stdout.flush()
 
 
 def _print_frame(title: str, rows: Mapping[str, str]) -> None:
-    from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
-    from rich.text import Text
 
     grid: Any = Table.grid(padding=(0, 2))
     grid.add_column()
     grid.add_column(overflow="fold")  # a long path goes on in the next line, whole
     for name, text in rows.items():
-        grid.add_row(Text(name, style="dim"), Text(text))  # Text: brackets in overrides are not markup
-    Console().print(Panel(grid, title=Text(title), title_align="left", expand=False))
+        grid.add_row(words(name, "dim"), words(in_one_line(text)))
+    show(Panel(grid, title=words(in_one_line(title)), title_align="left", expand=False))
 
 
 # --- an example of the data: what is masked is dim, what is scored is coloured
@@ -260,7 +452,6 @@ def show_example(rows: list[list[str]]) -> None:
             mark = "|" if scored == "yes" else " "
             print("\n".join(f"  {part:9} {mark} {line}" for line in _short(text).split("\n")))
         return
-    from rich.console import Console
     from rich.text import Text
 
     styles = {"chosen": "green", "rejected": "red"}
@@ -268,5 +459,5 @@ def show_example(rows: list[list[str]]) -> None:
     for part, text, scored in rows:
         style = styles.get(part, "cyan") if scored == "yes" else "dim"
         whole.append(f"{part:9} ", style="bold")
-        whole.append(_short(text) + "\n", style=style)
-    Console().print(whole)
+        whole.append_text(words(_short(text) + "\n", style))
+    show(whole)

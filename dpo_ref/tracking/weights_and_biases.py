@@ -32,7 +32,7 @@ from uuid import uuid4
 
 from dpo_ref.files import write_text
 from dpo_ref.tracking.redaction import Redactor, without_keys
-from dpo_ref.tracking.terminal import say
+from dpo_ref.tracking.terminal import OF_SCRIPTS, say, visible
 from dpo_ref.tracking.tracker import Artifact, NoTracker, RunInfo, Tracker
 
 # --- starting one
@@ -179,6 +179,16 @@ def wandb_tracker(
 LONGEST_ARTIFACT_NAME = 128  # characters
 
 
+LONGEST_CELL = 20_000  # characters
+
+
+def _shown(text: str) -> str:
+    """A text of a table: what cannot be seen is spelled, and the middle of an endless one is left out."""
+    half = LONGEST_CELL // 2
+    short = text if len(text) <= LONGEST_CELL else f"{text[:half]} [...] {text[-half:]}"
+    return visible(short, OF_SCRIPTS)
+
+
 def announce(text: str) -> None:
     """One line to the user about W&B."""
     say(f"W&B: {' '.join(text.split())}")
@@ -228,7 +238,7 @@ class WandbTracker:
         def cell(value: Any) -> Any:
             if isinstance(value, float) and not math.isfinite(value):
                 return None
-            return value if value is None or isinstance(value, str | int | float) else str(value)
+            return value if value is None or isinstance(value, int | float) else _shown(str(value))
 
         table = wandb.Table(columns=list(columns), data=[[cell(value) for value in row] for row in rows])
         table.bind_to_run(self._run, name, step)

@@ -50,7 +50,7 @@ def test_the_page_holds_it_and_tables_get_its_columns(judged):
     assert "alpaca_eval, <big>" in texts
     assert "What the judge says" not in report([baseline])
     assert "Judge's win rate" not in report([baseline])
-    shown = [column.header for column in results_table([baseline.evaluation, policy.evaluation]).columns]
+    shown = [str(column.header) for column in results_table([baseline.evaluation, policy.evaluation]).columns]
     assert "judge" in shown
     assert "judge" not in [column.header for column in results_table([baseline.evaluation]).columns]
 

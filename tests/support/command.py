@@ -75,7 +75,7 @@ def forked(folder: Path, call: Callable[..., object], *arguments) -> ForkProcess
     return process
 
 
-def _type(*arguments: str):
+def typed_here(*arguments: str):
     """What `python <arguments>` does, from the project's folder."""
     os.chdir(ROOT)
     sys.argv = list(arguments)
@@ -85,7 +85,7 @@ def _type(*arguments: str):
 
 def started(folder: Path, *arguments: str) -> ForkProcess:
     """A command in a process of its own."""
-    return forked(folder, _type, *arguments)
+    return forked(folder, typed_here, *arguments)
 
 
 def typed(*arguments: str) -> Done:

@@ -13,6 +13,7 @@ from dpo_ref.files import write_text
 from dpo_ref.lab.bandits.study import Trace
 from dpo_ref.reports import page
 from dpo_ref.reports.plots import INITIAL, INK, SERIES, Panel, write_png
+from dpo_ref.tracking.terminal import words
 
 # --- pictures: reward against KL, reward against reward queries, and the distribution at the end
 
@@ -231,7 +232,7 @@ def terminal_tables(traces: Sequence[Trace], closed_forms: Sequence[ClosedForm])
         for name in HEAD:
             table.add_column(name, justify="left" if name in HEAD[:2] else "right", no_wrap=name in HEAD[:2])
         for row in rows(traces, closed_form):
-            table.add_row(*row)
+            table.add_row(*map(words, row))
         tables.append(table)
     return tables
 
