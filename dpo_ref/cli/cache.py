@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_ref.cli import stopping
 from dpo_ref.evaluation.results import read_json
 from dpo_ref.files import (
     bytes_digest,
@@ -33,7 +34,7 @@ from dpo_ref.files import (
     write_json,
 )
 from dpo_ref.models.checkpoint import complete_in
-from dpo_ref.tracking.terminal import say
+from dpo_ref.tracking.terminal import guard_streams, say
 
 # --- what is there
 
@@ -261,7 +262,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    guard_streams()
+    with stopping.in_one_line():
+        try:
+            main(sys.argv[1:])
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")

@@ -152,7 +152,7 @@ class Evaluator:
     def baseline(self, subject: PolicyToEvaluate, settings: EvaluationSettings) -> Evaluated | None:
         """Whom the win rate is against: what `baseline=` names, else the run's initial policy."""
         if self.cfg.baseline is not None:
-            return baseline_of(ModelPath(self.cfg.baseline), Path(self.cfg.baseline).name, settings)
+            return baseline_of(ModelPath(self.cfg.baseline, key="baseline"), Path(self.cfg.baseline).name, settings)
         return None if subject.run is None else baseline_of(subject.run.initial, "initial", settings)
 
     def conclude(self, outcome: EvaluationOutcome, files: Sequence[Path] = ()) -> None:

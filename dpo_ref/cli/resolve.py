@@ -6,6 +6,7 @@ composes those added with `+`), a wrong value, a combination in which an option 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_args
@@ -104,10 +105,20 @@ def _sections(cfg: DictConfig, schema_type: type) -> None:
             refuse_unknown(f"{f.name}.", given, [inner.name for inner in fields(f.type)])
 
 
+def _refuse_infinite(key: str, node: Any) -> None:
+    """Raise ValueError for a number, at any depth, that is nan or infinite."""
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in inner:
+        _refuse_infinite(f"{key}.{name}" if key else str(name), value)
+    if isinstance(node, float) and not math.isfinite(node):
+        raise ValueError(f"{key}={node} must be a finite number")
+
+
 def components(cfg: DictConfig, choices: Mapping[str, str], kind: str) -> dict[str, Component]:
     """Every group of a composed tree, checked; `kind` is train or evaluate. Raises ValueError."""
     schema_type = SCHEMAS[kind]
     _sections(cfg, schema_type)
+    _refuse_infinite("", OmegaConf.to_container(cfg))
     if cfg.stage not in STAGES[kind]:
         raise ValueError(f"stage={cfg.stage} is none of {', '.join(STAGES[kind])}")
     chosen = [f.name for f in fields(schema_type) if f.name in groups() and cfg.get(f.name) is not None]

@@ -18,7 +18,8 @@ from dpo_ref.evaluation.judging.judges import JudgeContext
 from dpo_ref.files import cache_folder
 from dpo_ref.generation.records import Generation, Scores
 from dpo_ref.models.checkpoint import state_digest
-from dpo_ref.models.loading import ModelLoader, check_folder, compute_dtype, load_tokenizer
+from dpo_ref.models.folders import check_finite, check_vocabulary
+from dpo_ref.models.loading import ModelLoader, check_folder, compute_dtype, load_tokenizer, pretrained_model
 from dpo_ref.types import PromptGroup, digest, silent
 
 
@@ -54,26 +55,17 @@ def _check_classifier(config: Any) -> None:
 @lru_cache(maxsize=2)  # one that chooses among answers and one that judges the chosen ones
 def _load(path: str, dtype: str) -> _Loaded:
     """The classifier at `path`. Raises ValueError for what is none, or has no head of one output."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import AutoModelForSequenceClassification
 
-    disable_progress_bar()
     check_folder(path, KEY)
     device = best_device()
-    options: Any = {"dtype": compute_dtype(dtype, device, "scorer.dtype"), "use_safetensors": True}
-    try:
-        config = AutoConfig.from_pretrained(path)
-        _check_classifier(config)
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, output_loading_info=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{KEY}={path}: {str(error).splitlines()[0]}") from error
-    model, info = loaded
-    if info["missing_keys"]:
-        raise ValueError(f"{KEY}={path} lacks weights, such as {sorted(info['missing_keys'])[0]}")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return _Loaded(model.to(device).eval(), load_tokenizer(path), positions)
+    chosen = compute_dtype(dtype, device, "scorer.dtype")
+    model = pretrained_model(AutoModelForSequenceClassification, _check_classifier, path, KEY, None, dtype=chosen)
+    check_finite(model.to(device), f"{KEY}={path}")
+    tokenizer = load_tokenizer(path, KEY)
+    check_vocabulary(tokenizer, model, f"{KEY}={path}")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return _Loaded(model, tokenizer, positions)
 
 
 def _sequences(loaded: _Loaded, generations: Sequence[Generation]) -> list[list[int]]:

@@ -4,12 +4,16 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpo_ref.models.folders import ADAPTER_FILES, check_adapter, check_finite, opened, shapes_in
+
 LORA_A, LORA_B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer"
+FACTORS = (".lora_A.weight", ".lora_B.weight")  # as they are saved
 
 
 @contextmanager
@@ -43,12 +47,22 @@ def load_adapter(model: nn.Module, adapter: str, key: str, trainable: bool) -> A
 
     Raises ValueError naming `key` for what is no adapter of this model.
     """
-    with _peft(key) as peft:
-        try:
-            return peft.PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
-        except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise ValueError(f"{key}={adapter} cannot be put on this model: {reason}") from error
+    with _peft(key) as peft, opened(adapter, key, None, ADAPTER_FILES, "it cannot be put on this model") as folder:
+        check_adapter(folder)
+        layers = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        _check_used(folder, layers)
+    check_finite(layers, f"{key}={adapter}")
+    return layers
+
+
+def _check_used(folder: Path, model: nn.Module) -> None:
+    """Raise ValueError for weights of an adapter that this model has no layer for."""
+    names = shapes_in([folder / "adapter_model.safetensors"])
+    placed = model.state_dict().keys()
+    factors = [name for name in names if name.endswith(FACTORS)]
+    surplus = [name for name in factors if name.removesuffix(".weight") + ".default.weight" not in placed]
+    if surplus:
+        raise ValueError(f"it holds {surplus[0]}, for which this model has no layer ({len(surplus)} such)")
 
 
 def _layers(model: nn.Module) -> list[Any]:

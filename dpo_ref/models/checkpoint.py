@@ -43,7 +43,8 @@ def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None) 
         if (folder / "README.md").is_file():
             shutil.copy2(folder / "README.md", partial)
         if adapter is not None:
-            adapter.save_pretrained(partial / "adapter")
+            # Asked for "auto", peft would look for the model that the adapter names as its own, on the hub too.
+            adapter.save_pretrained(partial / "adapter", save_embedding_layers=False)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, policy: nn.Module) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@ trained, in another precision, quantised, elsewhere than the policy, with an ada
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -19,6 +19,17 @@ from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.models.adapters import add_lora, load_adapter
 from dpo_ref.models.attention import KERNELS, resolve_backend
 from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_digest
+from dpo_ref.models.folders import (
+    MODEL_FILES,
+    TEXT_FILES,
+    check_complete,
+    check_finite,
+    check_sizes,
+    check_vocabulary,
+    opened,
+    own_weights,
+    stored_shapes,
+)
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
 from dpo_ref.models.packable import install, kernel_refuses
 from dpo_ref.tracking.terminal import say
@@ -149,14 +160,12 @@ def check_folder(path: str, key: str, needed: str = "config.json") -> None:
         raise ValueError(f"{key}={path} does not exist")
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> Any:
-    """The tokenizer in a local folder or on the hub."""
+def load_tokenizer(path: str, key: str = "model.path", revision: str | None = None) -> Any:
+    """The tokenizer in a local folder or on the hub; no code from the folder. Raises ValueError naming `key`."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}") from error
+    with opened(path, key, revision, TEXT_FILES, "no tokenizer could be loaded") as folder:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def prepared_tokenizer(
@@ -205,21 +214,49 @@ def load_model(
     """A causal language model in float32, packed where its architecture allows; safetensors only, no code from the
     folder. `how` is handed to transformers: another dtype, a quantisation; with `device=None` it also says where the
     weights go. Raises ValueError naming `key` for what is no model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import AutoModelForCausalLM
 
-    disable_progress_bar()  # one bar at a time, ours
     check_folder(path, key)
-    try:
-        config = _without_dropout(AutoConfig.from_pretrained(path, revision=revision or "main"))
-        _check_writes(config)
-        options = {"dtype": torch.float32, "revision": revision or "main", "use_safetensors": True} | how
-        model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{key}={path}: no model could be loaded: {str(error).splitlines()[0]}") from error
+    model = pretrained_model(AutoModelForCausalLM, _check_writes, path, key, revision, **how)
     if device is not None:
         model.to(device)
-    return LoadedModel(model, _install_packing(model.eval(), attention, f"{key}={path}"))
+    check_finite(model, f"{key}={path}")
+    return LoadedModel(model, _install_packing(model, attention, f"{key}={path}"))
+
+
+def pretrained_model(
+    family: Any, check: Callable[[Any], None], path: str, key: str, revision: str | None, **how: Any
+) -> Any:
+    """A model of a class of transformers, with all weights of its folder and none besides, in eval mode; `check`
+    raises ValueError for a config that is not wanted. `how` is handed to transformers."""
+    from transformers import AutoConfig
+
+    with opened(path, key, revision, MODEL_FILES, "no model could be loaded") as folder, _quietly():
+        config = _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        check(config)
+        check_sizes(config, family, stored_shapes(folder))
+        options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False} | how
+        model, info = family.from_pretrained(
+            folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+        check_complete(info)
+        own_weights(model)
+    return model.eval()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers without its progress bar, as one at a time is shown, ours, and without its table of weights that
+    do not fit, which are an error here."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _install_packing(model: nn.Module, attention: str, title: str) -> tuple[str, ...]:
@@ -282,6 +319,7 @@ def pretrained(
     folder = locate(path)
     tokenizer = prepared_tokenizer(folder, template, template_options, max_length)
     model, notes = load_model(folder, device, attention)
+    check_vocabulary(tokenizer, model, f"model.path={path}")
     trained = _adapter(model, adapter, lora_rank, lora_alpha)
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:
@@ -434,6 +472,7 @@ class ModelPath(NamedTuple):
     path: str
     text: str | None = None  # the folder of its tokenizer and template; None: its own
     adapter: str | None = None  # on top of its weights
+    key: str = "policy"  # the option that names it
 
 
 class ModelLoader:
@@ -457,9 +496,9 @@ class ModelLoader:
         """The model of `source`, of which nobody else knows."""
         return self._announce(load_reference(source, locate(source.path), self.device, self._attention))
 
-    def tokenizer(self, path: str, revision: str | None = None) -> Any:
-        """The tokenizer of a model."""
-        return load_tokenizer(locate(path), revision)
+    def tokenizer(self, path: str, revision: str | None = None, key: str = KEY) -> Any:
+        """The tokenizer of a model that the option `key` names."""
+        return load_tokenizer(locate(path), key, revision)
 
     def _announce(self, loaded: LoadedModel) -> Any:
         """The model; what there is to tell of it is said at the first time, as it may be loaded again."""
@@ -471,23 +510,25 @@ class ModelLoader:
         located = locate(model.path)
         run = run_of(Path(located))
         folder = located if run is None else str(run / "policy")
-        check_folder(folder, "policy")
+        check_folder(folder, model.key)
         on_top = None if model.adapter is None else f"the adapter {model.adapter}"
+        tokenizer = load_tokenizer(model.text or folder, model.key)
         return Policy(
-            partial(self._weights, folder, None if run is None else Path(located), model.adapter),
-            load_tokenizer(model.text or folder),
+            partial(self._weights, model, folder, None if run is None else Path(located), tokenizer),
+            tokenizer,
             compute_dtype("auto", self.device),
             model.path,
             folder,
             on_top if run is None else f"the weights of {located}",
         )
 
-    def _weights(self, folder: str, checkpoint: Path | None, adapter: str | None) -> nn.Module:
-        model = self._announce(load_model(folder, self.device, self._attention, "policy"))
+    def _weights(self, source: ModelPath, folder: str, checkpoint: Path | None, tokenizer: Any) -> nn.Module:
+        model = self._announce(load_model(folder, self.device, self._attention, source.key))
+        check_vocabulary(tokenizer, model, f"{source.key}={source.path}")
         if checkpoint is not None:
             load_policy(checkpoint, model)
-        if adapter is not None:
-            load_adapter(model, adapter, "model.adapter", trainable=False)
+        if source.adapter is not None:
+            load_adapter(model, source.adapter, "model.adapter", trainable=False)
         return model
 
 

@@ -67,7 +67,7 @@ def classifier_of(model: Any) -> Any:
     config.num_labels = 1
     try:
         with torch.device("meta"):
-            classifier: Any = AutoModelForSequenceClassification.from_config(config)
+            classifier: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(f"transformers has no sequence classifier for {type(model).__name__}") from error
     head = getattr(classifier, "score", None)

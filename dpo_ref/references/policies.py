@@ -17,6 +17,7 @@ from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.groups import MappedGroups
 from dpo_ref.models.adapters import adapter_off, base_weights, effective
 from dpo_ref.models.checkpoint import state_digest, weights_digest
+from dpo_ref.models.folders import check_vocabulary
 from dpo_ref.models.loading import ModelSource
 from dpo_ref.models.logps import response_logps
 from dpo_ref.objectives.interface import Objective
@@ -140,6 +141,7 @@ def other(
     tokenizer = context.work.loader.tokenizer(path, revision)
     install_template(tokenizer, template, template_options, "reference")
     model = context.work.loader.reference(ModelSource(path, revision, adapter, dtype, quantisation, device))
+    check_vocabulary(tokenizer, model, f"reference.path={path}")
     weights = weights_digest(model)
     identity = identity_of(model, weights, text_identity(tokenizer))
     own = ReferenceText(tokenizer, system_prompt, terminator, max_altered)

@@ -151,7 +151,7 @@ def served(
     server = Server(check_url(url, "reference.url"), timeout, retries)
     served_model = ServedModel(server, model, "reference", "set reference.model")
     client = CompletionsClient(served_model, protocol, batch_size, concurrency)
-    theirs = context.work.loader.tokenizer(tokenizer)
+    theirs = context.work.loader.tokenizer(tokenizer, key="reference.tokenizer")
     install_template(theirs, template, template_options, "reference")
     hasty = replace(server, retries=min(retries, FIRST_RETRIES))  # a wrong address is known within seconds
     first = replace(client, model=replace(served_model, server=hasty))

@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from dpo_ref.component import component
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,31 @@ def _scaled_lr(step: int, lr: float, factor: Callable[[int], float]) -> float:
     return lr * factor(step)
 
 
-def _check(**options: float | None) -> None:
+class _Range(NamedTuple):
+    allows: Callable[[float], bool]
+    words: str
+
+
+POSITIVE = _Range(lambda value: 0 < value < math.inf, "a finite number above 0")
+NOT_NEGATIVE = _Range(lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+DECAY = _Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
+RANGES = {
+    "lr": POSITIVE,
+    "warmup_ratio": _Range(lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "weight_decay": NOT_NEGATIVE,
+    "max_grad_norm": POSITIVE,
+    "beta1": DECAY,
+    "beta2": DECAY,
+    "eps": NOT_NEGATIVE,
+}
+
+
+def _check(**options: Any) -> None:
     """Raise ValueError naming the first option that is out of its range."""
-    ranges = {"lr": (0.0, float("inf")), "warmup_ratio": (-1e-12, 1.0), "weight_decay": (-1e-12, float("inf"))}
-    for name, value in options.items():
-        low, high = ranges.get(name, (0.0, float("inf")))
-        if value is not None and not low < value <= high:
-            raise ValueError(f"optim.{name}={value} is out of range: it must lie above {max(low, 0.0)}")
+    for name, bounds in RANGES.items():
+        value = options.get(name)
+        if value is not None and not bounds.allows(value):
+            raise ValueError(f"optim.{name}={value} is out of range: it must be {bounds.words}")
 
 
 def _parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -58,6 +78,7 @@ def _optimisation(
 Schedule = Literal["constant", "linear", "cosine"]
 
 
+@component(check=_check)
 def adamw(
     policy: nn.Module,
     num_steps: int,
@@ -75,12 +96,16 @@ def adamw(
 
     `warmup_ratio` is a share of `num_steps`. Raises ValueError for options out of range.
     """
-    _check(lr=lr, warmup_ratio=warmup_ratio, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    _check(
+        lr=lr, warmup_ratio=warmup_ratio, weight_decay=weight_decay, max_grad_norm=max_grad_norm, beta1=beta1,
+        beta2=beta2, eps=eps,
+    )  # fmt: skip
     groups = _parameter_groups(policy, weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
     return _optimisation(optimizer, num_steps, lr, schedule, warmup_ratio, max_grad_norm)
 
 
+@component(check=_check)
 def adamw_bf16(
     policy: nn.Module,
     num_steps: int,
@@ -98,7 +123,10 @@ def adamw_bf16(
 
     Turns the policy's weights into bfloat16 in place. Raises ValueError for options out of range.
     """
-    _check(lr=lr, warmup_ratio=warmup_ratio, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    _check(
+        lr=lr, warmup_ratio=warmup_ratio, weight_decay=weight_decay, max_grad_norm=max_grad_norm, beta1=beta1,
+        beta2=beta2, eps=eps,
+    )  # fmt: skip
     policy.to(torch.bfloat16)
     groups = _parameter_groups(policy, weight_decay)
     optimizer = RoundedAdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)

@@ -107,6 +107,7 @@ def test_heads_that_the_kernel_does_not_know_go_piece_by_piece(on_cuda, folders,
 def test_a_model_that_is_loaded_when_asked_for_says_once_how_it_runs(on_cuda, folders, capsys, monkeypatch):
     on_cuda()
     monkeypatch.setattr(loading, "load_tokenizer", lambda *arguments: None)
+    monkeypatch.setattr(loading, "check_vocabulary", lambda *arguments: None)
     loader = loading.ModelLoader(CPU)
     path = loading.ModelPath(folders[12])
     policy = loader.policy(path)

@@ -14,6 +14,7 @@ from tests.support.reference_contexts import TOKENIZER, context_for
 from tests.support.tiny import tiny_model
 
 CPU = torch.device("cpu")
+SHAPE = {"pad_token_id": 0, "vocab_size": len(TOKENIZER)}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def folders(tmp_path_factory):
     """Two small models with their tokenizers."""
     paths = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     for seed, path in enumerate(paths):
-        tiny_model(seed=seed, pad_token_id=0).save_pretrained(path)
+        tiny_model(seed=seed, **SHAPE).save_pretrained(path)
         TOKENIZER.save_pretrained(path)
     return [str(path) for path in paths]
 
@@ -45,12 +46,14 @@ def test_nothing_is_kept_unless_asked_for(folders):
 def test_a_policy_is_loaded_when_its_weights_are_needed(folders, monkeypatch):
     loads = []
     monkeypatch.setattr(
-        loading, "load_model", lambda *arguments: loads.append(arguments) or LoadedModel(tiny_model(seed=0), ())
+        loading,
+        "load_model",
+        lambda *arguments: loads.append(arguments) or LoadedModel(tiny_model(seed=0, **SHAPE), ()),
     )
     policy = ModelLoader(CPU).policy(ModelPath(folders[0]))
     assert len(policy.text_identity) == 32
     assert loads == []
-    assert policy.weights == weights_digest(tiny_model(seed=0))
+    assert policy.weights == weights_digest(tiny_model(seed=0, **SHAPE))
     assert policy.model is policy.model
     assert len(loads) == 1
 

@@ -23,7 +23,9 @@ BATCH = collate(GROUPS)
 def folder(tmp_path_factory):
     """A small model on disk, wide enough for quantisation in blocks of 64."""
     path = tmp_path_factory.mktemp("model")
-    tiny_model(seed=3, hidden_size=64, intermediate_size=128, pad_token_id=0).save_pretrained(path)
+    tiny_model(
+        seed=3, hidden_size=64, intermediate_size=128, vocab_size=len(TOKENIZER), pad_token_id=0
+    ).save_pretrained(path)
     TOKENIZER.save_pretrained(path)
     return path
 

@@ -26,7 +26,7 @@ class Models(ModelLoader):
     def fresh(self, source):
         return self._make(source)
 
-    def tokenizer(self, path, revision=None):
+    def tokenizer(self, path, revision=None, key="reference.path"):
         return self._tokenizer
 
 

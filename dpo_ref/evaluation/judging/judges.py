@@ -303,7 +303,7 @@ def local(
     label has no stated lead.
     """
     check_folder(model, "judge.model")
-    question, loaded = load_template(template), context.loader.policy(ModelPath(model))
+    question, loaded = load_template(template), context.loader.policy(ModelPath(model, key="judge.model"))
     labels = tuple(question.verdict.labels)
     dtype = str(compute_dtype("auto", best_device())).removeprefix("torch.")
     return Judge(
