@@ -2,18 +2,25 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jinja2 import TemplateError
 
+from dpo_ref.data.bounded import OverLimit, bounded
 from dpo_ref.types import Message, conversation, digest
 
 FOLDER = Path(__file__).with_name("templates")
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
 _SPECIAL = re.compile(r"<\|[a-z_]+\|>")
 _ANSWERS = ("⟦b⟧", "⟦c⟧")  # stand for any words: nothing that a template writes itself
+TIMES, MORE = 10, 2**18  # a conversation's characters may be written so often, and so many characters more
+OWN = frozenset((FOLDER / f"{name}.jinja").read_text().strip("\n") for name in NAMES)
+_APART: list[bool] = []  # holds something in the process where strangers' templates run
+_FIRST: dict[tuple[str, str], tuple[str, list[str]]] = {}  # what templates wrote of the first conversations
+Item = TypeVar("Item")
+Written = TypeVar("Written")
 
 
 class TemplateRefuses(ValueError):
@@ -84,7 +91,10 @@ class ChatText:
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         specials += [token for token in tokenizer.all_special_tokens if token not in specials]
         self.special_tokens = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
-        self.ending, self.tail, self.end_id = self._turn_end()
+        try:
+            self.ending, self.tail, self.end_id = self._turn_end()
+        except TemplateRefuses as error:
+            raise ValueError(f"{where}: a question and its answer {error}") from error
 
     @property
     def leaves_out_bos(self) -> bool:
@@ -94,17 +104,46 @@ class ChatText:
         (start,) = self.write([[Message(role="user", content="a")]], start=True)
         return adds_it and self.tokenizer.bos_token not in start
 
+    def apart(self, write: Callable[[Item], Written], items: Sequence[Item]) -> Iterator[Written]:
+        """`write`, which may use the template, of every item, where that neither takes for ever nor fills the memory.
+        Raises TemplateRefuses in place of an item's text."""
+        if _APART or str(self.tokenizer.chat_template) in OWN:
+            yield from map(write, items)
+            return
+
+        def written(item: Item) -> Written:
+            _APART[:] = [True]
+            return write(item)
+
+        try:
+            yield from bounded(written, items)
+        except OverLimit as error:
+            raise TemplateRefuses(f"cannot be written by the chat template: {error}") from None
+
     def write(self, conversations: Sequence[Sequence[Message]], *, start: bool, tools: Any = None) -> list[str]:
         """The template's text of every conversation; with `start` it goes on to where the assistant begins."""
-        if not conversations:
-            return []
+        return list(self.apart(lambda turns: self._text(turns, start, tools), conversations))
+
+    def _text(self, turns: Sequence[Message], start: bool, tools: Any) -> str:
+        tools = list(tools) if tools else None
         try:
-            return self.tokenizer.apply_chat_template(
-                [list(turns) for turns in conversations],
-                tokenize=False, add_generation_prompt=start, tools=list(tools) if tools else None,
-            )  # fmt: skip
+            (text,) = self.tokenizer.apply_chat_template(
+                [list(turns)], tokenize=False, add_generation_prompt=start, tools=tools
+            )
         except TemplateError as error:
             raise TemplateRefuses(f"cannot be written by the chat template: {error.message}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a program may raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise TemplateRefuses(f"cannot be written by the chat template: {reason}") from error
+        most = MORE + TIMES * (len(json.dumps(tools)) + sum(len(turn["content"]) for turn in turns))
+        if len(text) > most:
+            raise TemplateRefuses(
+                f"cannot be written by the chat template: it makes {len(text):,} characters, and at most {most:,} of "
+                "such a conversation are taken"
+            )
+        return text
 
     def render(self, prompt: Sequence[Message], responses: Sequence[str], tools: Any = None) -> Rendered:
         """One prompt and its responses. Raises TemplateRefuses where the response has no definite beginning or end."""
@@ -138,9 +177,7 @@ class ChatText:
     def _turn_end(self) -> tuple[str, str, int]:
         """What the template writes after an assistant's words: through the token that ends the turn, what follows it,
         and that token's id."""
-        question = Message(role="user", content="a")
-        (start,) = self.write([[question]], start=True)
-        rests = self.write([conversation([question], answer) for answer in _ANSWERS], start=False)
+        start, rests = self._first_texts()
         if not all(rest.startswith(start) for rest in rests):
             self.body(start, next(rest for rest in rests if not rest.startswith(start)))
         after = [rest[len(start) :].partition(answer)[2] for rest, answer in zip(rests, _ANSWERS, strict=True)]
@@ -151,3 +188,14 @@ class ChatText:
             )
         end_id = self.tokenizer.convert_tokens_to_ids(match.group())
         return after[0][: match.end()], after[0][match.end() :], end_id
+
+    def _first_texts(self) -> tuple[str, list[str]]:
+        """A question up to where the assistant begins, and with each of the answers."""
+        key = (str(self.tokenizer.chat_template), str(self.tokenizer.special_tokens_map))
+        if key not in _FIRST:
+            question = [Message(role="user", content="a")]
+            answered = [conversation(question, answer) for answer in _ANSWERS]
+            texts = self.apart(lambda turns: self._text(turns, turns is question, None), [question, *answered])
+            start, *rests = texts
+            _FIRST[key] = (start, rests)
+        return _FIRST[key]

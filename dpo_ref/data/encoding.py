@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from dpo_ref.data.chat_templates import ChatText, TemplateRefuses
+from dpo_ref.data.chat_templates import ChatText, Rendered, TemplateRefuses
 from dpo_ref.types import Message, PromptGroup, conversation
 
 # --- where a prompt's tokens end and a response's begin
@@ -242,33 +242,50 @@ class Encoder:
 
     def last_turns(self, groups: Sequence[PromptGroup]) -> list[Ids]:
         """Prompts and responses, every response one assistant turn. ValueError names a row that cannot be written."""
-        plain = [index for index, group in enumerate(groups) if not self.literals.occur_in(group)]
-        plain_ids = dict(zip(plain, self._plain([groups[index] for index in plain]), strict=True))
+        have_literals = [self.literals.occur_in(group) for group in groups]
+        texts = self._written(self._last_turn, groups, have_literals)
+        members = list(zip(groups, texts, have_literals, strict=True))
+        plain = iter(list(self._plain([(group, text) for group, text, has_literals in members if not has_literals])))
         return [
-            plain_ids[index] if index in plain_ids else naming_row(group, lambda g=group: self._with_literals(g))
-            for index, group in enumerate(groups)
+            naming_row(group, lambda text=text: self._with_literals(text)) if has_literals else next(plain)
+            for group, text, has_literals in members
         ]
 
     def all_turns(self, groups: Sequence[PromptGroup]) -> list[Ids]:
         """Prompts up to the first assistant turn and all that follows, the assistant's turns scored."""
         have_answers = [any(turn["role"] == "assistant" for turn in group.prompt) for group in groups]
-        single = iter(
-            self.last_turns([g for g, has_answers in zip(groups, have_answers, strict=True) if not has_answers])
+        several, single = (
+            [g for g, has in zip(groups, have_answers, strict=True) if has is kind] for kind in (True, False)
         )
+        have_literals = [self.literals.occur_in(group) for group in several]
+        texts = zip(self._written(self._every_turn, several, have_literals), have_literals, strict=True)
+        ids = iter(self.last_turns(single))
         return [
-            naming_row(group, lambda g=group: self._all_turns(g)) if has_answers else next(single)
+            naming_row(group, lambda: self._all_turns(*next(texts))) if has_answers else next(ids)
             for group, has_answers in zip(groups, have_answers, strict=True)
         ]
 
-    def _plain(self, groups: Sequence[PromptGroup]) -> Iterator[Ids]:
-        texts = [
-            naming_row(group, lambda g=group: self.chat.render(g.prompt, g.responses, g.tools)) for group in groups
-        ]
+    def _written(self, write: Callable[[Any], Any], groups: Sequence[PromptGroup], flags: Sequence[bool]) -> list[Any]:
+        """What `write` makes of each group and its flag, apart, all in one go. ValueError names the row."""
+        outcomes = self.chat.apart(write, list(zip(groups, flags, strict=True)))
+        return [naming_row(group, lambda: next(outcomes)) for group in groups]
+
+    def _last_turn(self, item: tuple[PromptGroup, bool]) -> Rendered:
+        """What the template writes, special tokens and literals in the copy's names where there are literals."""
+        group, has_literals = item
+        if not has_literals:
+            return self.chat.render(group.prompt, group.responses, group.tools)
+        hide, hidden, reveal = self.literals.hide, self.literals.hidden, self.literals.reveal
+        text = self.chat.render(hide(group.prompt), [hidden(response) for response in group.responses], group.tools)
+        return Rendered(reveal(text.start), [reveal(body) for body in text.bodies])
+
+    def _plain(self, members: Sequence[tuple[PromptGroup, Rendered]]) -> Iterator[Ids]:
+        texts = [text for _, text in members]
         prompts = self.ids([text.start for text in texts])
         tails = [self._tail(text.start, ids) for text, ids in zip(texts, prompts, strict=True)]
         continuations = [tail + body for (tail, _), text in zip(tails, texts, strict=True) for body in text.bodies]
         wholes = iter(self.ids(continuations))
-        for group, prompt, (_, before), text in zip(groups, prompts, tails, texts, strict=True):
+        for (group, text), prompt, (_, before) in zip(members, prompts, tails, strict=True):
             calls = [(before, next(wholes), body, self.encode, self._anchor) for body in text.bodies]
             yield Ids(
                 prompt, naming_row(group, lambda calls=calls: [self._response(*arguments) for arguments in calls])
@@ -290,27 +307,33 @@ class Encoder:
             ids = resume(before, whole, body, anchor, encode, self.decode)
         return ids
 
-    def _with_literals(self, group: PromptGroup) -> Ids:
+    def _with_literals(self, text: Rendered) -> Ids:
         self.counts["special tokens in a text, encoded as text"] += 1
-        hide, reveal, encode = self.literals.hide, self.literals.reveal, self.literals.encode
-        text = self.chat.render(hide(group.prompt), [self.literals.hidden(r) for r in group.responses], group.tools)
-        start, bodies = reveal(text.start), [reveal(body) for body in text.bodies]
-        prompt, *wholes = (encoding.ids for encoding in encode([start, *(start + body for body in bodies)]))
-        pairs, anchor = zip(wholes, bodies, strict=True), reveal(self._anchor)
+        encode, anchor = self.literals.encode, self.literals.reveal(self._anchor)
+        prompt, *wholes = (
+            encoding.ids for encoding in encode([text.start, *(text.start + body for body in text.bodies)])
+        )
+        pairs = zip(wholes, text.bodies, strict=True)
         return Ids(prompt, [self._response(prompt, whole, body, encode, anchor) for whole, body in pairs])
 
-    def _all_turns(self, group: PromptGroup) -> Ids:
-        hide, reveal, encode = list, str, self.encode
-        if self.literals.occur_in(group):
+    def _every_turn(self, item: tuple[PromptGroup, bool]) -> list[Turns]:
+        """Each response's conversation as the template writes it, every assistant turn marked."""
+        group, has_literals = item
+        hide, reveal = (self.literals.hide, self.literals.reveal) if has_literals else (list, str)
+        conversations = [hide(conversation(group.prompt, response)) for response in group.responses]
+        return [scored_turns(self.chat, turns, group.tools, reveal) for turns in conversations]
+
+    def _all_turns(self, texts: Sequence[Turns], has_literals: bool) -> Ids:
+        encode, anchor = self.encode, self._anchor
+        if has_literals:
             self.counts["special tokens in a text, encoded as text"] += 1
-            hide, reveal, encode = self.literals.hide, self.literals.reveal, self.literals.encode
+            encode, anchor = self.literals.encode, self.literals.reveal(self._anchor)
         prompt: list[int] = []
         responses, masks = [], []
-        for response in group.responses:
-            text = scored_turns(self.chat, hide(conversation(group.prompt, response)), group.tools, reveal)
+        for text in texts:
             (prompt, _), whole = encode([text.start, text.start + text.body])
             spans = [(begin + len(text.start), end + len(text.start)) for begin, end in text.spans]
-            responses.append(self._response(prompt, whole.ids, text.body, encode, reveal(self._anchor)))
+            responses.append(self._response(prompt, whole.ids, text.body, encode, anchor))
             mask = mask_of(whole.offsets, spans)
             changed = len(responses[-1]) - _common_end(responses[-1], whole.ids)  # where the boundary was resolved
             masks.append([True] * changed + mask[len(mask) - len(responses[-1]) + changed :])

@@ -82,8 +82,9 @@ class Served:
         if not indices:
             return
         model, failures = self._serving_model(), []
+        ends = Ends(end_of_turn_ids(self.tokenizer), self.tokenizer.eos_token_id)
         pool = ThreadPoolExecutor(self.concurrency)
-        futures = {pool.submit(self._answer, model, requests[index]): index for index in indices}
+        futures = {pool.submit(self._answer, model, requests[index], ends): index for index in indices}
         try:
             for future in progress(_finished_futures(pool, futures), "generating", len(futures)):
                 if (error := future.exception()) is None:
@@ -95,8 +96,7 @@ class Served:
         if failures:
             self._fail(model.server, requests[failures[0][0]], failures[0][1])
 
-    def _answer(self, model: ServedModel, request: Request) -> Answer:
-        ends = Ends(end_of_turn_ids(self.tokenizer), self.tokenizer.eos_token_id)
+    def _answer(self, model: ServedModel, request: Request, ends: "Ends") -> Answer:
         options = sampling_options(self.protocol, request, self.sampling, ends, self.tokenizer)
         return read_answer(model.complete(options), self.tokenizer, ends, self.sampling.max_new_tokens)
 
@@ -241,7 +241,7 @@ def sampling_options(
 
 def _token_ids(choice: Mapping[str, Any]) -> list[int] | None:
     """The tokens that were drawn, where the server says so: as ids, or among the log-probs as vLLM writes them."""
-    if isinstance(choice.get("token_ids"), Sequence):
+    if isinstance(choice.get("token_ids"), list):
         return list(choice["token_ids"])
     tokens = (choice.get("logprobs") or {}).get("tokens") or [""]
     are_ids = all(isinstance(token, str) and token.startswith(TOKEN_ID) for token in tokens)
@@ -254,14 +254,20 @@ def read_answer(content: Any, tokenizer: Any, ends: Ends, max_new_tokens: int) -
     A server may leave out the token that ended the turn: it is put back. Texts without token ids are encoded.
     """
     choices = content.get("choices") if isinstance(content, Mapping) else None
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0].get("text"), str):
+    choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
+    if not isinstance(choice, Mapping) or not isinstance(choice.get("text"), str):
         raise ValueError(f"the server's answer is no completion: {str(content)[:200]}")
-    choice = choices[0]
     reason, token_ids = choice.get("finish_reason"), _token_ids(choice)
     if reason not in ("stop", "length"):
         raise ValueError(f"the server ended an answer with finish_reason {reason!r}, which is neither stop nor length")
     if token_ids is None:
         return _from_text(choice["text"], reason, tokenizer, ends)
+    if not all(type(token) is int and 0 <= token < len(tokenizer) for token in token_ids):
+        raise ValueError("the server gave tokens that are none of the policy's: it serves another model")
+    if len(token_ids) > max_new_tokens:
+        raise ValueError(
+            f"the server gave {len(token_ids)} tokens, more than generation.max_new_tokens={max_new_tokens}"
+        )
     if reason == "stop" and (not token_ids or token_ids[-1] not in ends.ids):
         stop_id = choice.get("stop_reason")
         token_ids.append(stop_id if stop_id in ends.ids else ends.eos)

@@ -4,6 +4,9 @@ What passes by itself (a full queue, a restart behind a proxy, a cut connection,
 with exponential back-off and jitter, or after the time the server asks for. A key is read from an environment variable
 when a question is sent, goes to the stated server alone, and is cut out of everything that comes back. Proxies and
 SSL_CERT_FILE are taken from the environment; other certificates are certifi's.
+
+An answer is limited in time and in bytes where they are read, headers included: however slowly it drips, whatever it
+unpacks to. One over the limits is none.
 """
 
 import json
@@ -17,10 +20,11 @@ from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from threading import Event, Lock
+from threading import Event, Lock, local
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpcore2
 import httpx2
 
 from dpo_ref.tracking.redaction import hide
@@ -77,7 +81,11 @@ def _client(url: str, timeout: float) -> httpx2.Client:
         logging.getLogger(library).setLevel(logging.WARNING)  # else lines for every question
     return httpx2.Client(
         base_url=url,
-        headers={"Content-Type": "application/json", "User-Agent": "dpo_ref"},  # some refuse a library's own name
+        headers={
+            "Content-Type": "application/json",
+            "User-Agent": "dpo_ref",  # some refuse a library's own name
+            "Accept-Encoding": "identity",  # what is packed can unpack to anything
+        },
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         timeout=timeout,
         limits=httpx2.Limits(keepalive_expiry=KEPT),
@@ -88,6 +96,63 @@ def _client(url: str, timeout: float) -> httpx2.Client:
 os.register_at_fork(after_in_child=_client.cache_clear)  # two processes would read each other's answers
 
 
+# --- how long an answer may take, and how large it may be
+
+
+WHOLE = 3  # times `timeout`: seconds for everything from the question to the answer's last byte
+LARGEST, TIMES = 4 * 2**20, 100  # bytes of an answer: so many, and so many times those of the question
+SLICE = 2**16  # bytes sent at once, between two looks at the clock
+
+
+class _Budget(local):
+    """What is left to the answer that this thread waits for."""
+
+    end = 0.0
+    seconds = 0.0
+    size = 0
+    largest = 0
+
+    def begin(self, seconds: float, largest: int) -> None:
+        self.end, self.seconds, self.size, self.largest = time.monotonic() + seconds, seconds, 0, largest
+
+    def rest(self, timeout: float | None) -> float:
+        """Seconds for one operation of the network."""
+        rest = self.end - time.monotonic()
+        if rest <= 0:
+            raise httpcore2.ReadTimeout(f"the answer was not complete after {self.seconds:g} seconds")
+        return rest if timeout is None else min(rest, timeout)
+
+    def take(self, data: bytes) -> bytes:
+        self.size += len(data)
+        if self.size > self.largest:
+            raise httpcore2.ReadError(f"the answer has more than {self.largest / 2**20:.0f} MiB")
+        return data
+
+
+_budget = _Budget()
+
+
+def _watch(event: str, details: Mapping[str, Any]) -> None:
+    """Hold every new connection to the budget of whoever uses it."""
+    if not event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+        return
+    stream: httpcore2.NetworkStream = details["return_value"]
+    read, write = stream.read, stream.write
+
+    def limited_read(max_bytes: int, timeout: float | None = None) -> bytes:
+        try:
+            return _budget.take(read(max_bytes, _budget.rest(timeout)))
+        except httpcore2.ReadTimeout:
+            _budget.rest(timeout)  # says so where it was the whole answer's time
+            raise
+
+    def limited_write(buffer: bytes, timeout: float | None = None) -> None:
+        for start in range(0, len(buffer), SLICE):
+            write(buffer[start : start + SLICE], _budget.rest(timeout))
+
+    stream.read, stream.write = limited_read, limited_write
+
+
 def _whole(answer: Any) -> Any:
     return answer
 
@@ -95,8 +160,8 @@ def _whole(answer: Any) -> Any:
 @dataclass(frozen=True, slots=True)
 class Server:
     """A server at the base address `url`. A request is tried 1 + `retries` times and given `timeout` seconds without a
-    byte from the server; none is tried again once `stop` is set. `key_variable` is the environment variable that may
-    hold a key, `role` what messages call the server."""
+    byte from the server, `WHOLE` times that in all; none is tried again once `stop` is set. `key_variable` is the
+    environment variable that may hold a key, `role` what messages call the server."""
 
     url: str
     timeout: float
@@ -106,8 +171,8 @@ class Server:
     stop: Event = field(default_factory=Event)
 
     def post(self, path: str, content: Mapping[str, Any], read: Callable[[Any], Any] = _whole) -> Any:
-        """What `read` makes of the JSON that answers `content`. Where it raises ValueError, LookupError, TypeError or
-        AttributeError the answer is none, and asked for again.
+        """What `read` makes of the JSON that answers `content`. Where it raises ValueError, LookupError, TypeError,
+        AttributeError or OverflowError the answer is none, and asked for again.
 
         Raises `ServerRefused` and `ServerUnavailable`, and ValueError for a key that the server does not accept.
         """
@@ -135,7 +200,14 @@ class Server:
         try:
             with _OPENING:
                 client = _client(self.url, self.timeout)
-            return client.request("GET" if data is None else "POST", path, content=data, headers=headers)
+            _budget.begin(WHOLE * self.timeout, LARGEST + TIMES * len(data or b""))
+            method, extensions = "GET" if data is None else "POST", {"trace": _watch}
+            with client.stream(method, path, content=data, headers=headers, extensions=extensions) as response:
+                encoding = response.headers.get("Content-Encoding", "identity")
+                if encoding != "identity":
+                    raise _Passing(f"the answer is packed ({encoding[:SHOWN]}), which was not asked for")
+                response.read()
+                return response
         except httpx2.LocalProtocolError:  # its message shows the key
             raise ValueError(f"the key in {self.key_variable} holds characters that cannot be sent") from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
@@ -155,7 +227,7 @@ class Server:
             raise _Passing(f"the answer is not JSON; it begins with {beginning}")
         try:
             return read(answer)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise _Passing(f"{error}; the answer begins with {beginning}") from None
 
     def _failure(self, response: httpx2.Response, body: bytes) -> Exception:
@@ -185,7 +257,7 @@ def _json(body: bytes) -> Any:
     """What `body` says; None where it is no JSON."""
     try:
         return json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # thousands of brackets
         return None
 
 

@@ -312,7 +312,7 @@ def values_of(
     Raises ValueError, naming the row, for log-probs that are missing, not finite or of other tokens.
     """
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
-    if not isinstance(choices, list) or len(choices) != len(ids):
+    if not isinstance(choices, list) or len(choices) != len(ids) or not all(isinstance(c, Mapping) for c in choices):
         count = len(choices) if isinstance(choices, list) else "no"
         raise ValueError(f"the server gave {count} choices for {len(ids)} prompts; does it take lists of token ids?")
     ordered = sorted(choices, key=lambda choice: choice.get("index", 0))  # a stable sort keeps what has no index
@@ -324,6 +324,9 @@ def _check(
 ) -> np.ndarray:
     try:
         logps = PROTOCOLS[protocol].read(choice, ids)
+        values = np.array([np.nan if value is None else value for value in logps], dtype=np.float64)
+    except (TypeError, AttributeError, LookupError, OverflowError, ValueError) as error:
+        raise ValueError(f"{name(index)}: the server gave what is no log-probs ({error})") from None
     except Lacking:
         others = " or ".join(f"reference.protocol={other}" for other in PROTOCOLS if other != protocol)
         raise ValueError(
@@ -334,7 +337,6 @@ def _check(
         raise ValueError(
             f"{name(index)}: the server gave {error}; reference.tokenizer must be the tokenizer of the model it serves"
         ) from None
-    values = np.array([np.nan if value is None else value for value in logps], dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(values) | (values <= LEAST))
     if len(bad):
         raise ValueError(

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_ref.data.bounded import OverLimit, bounded
 from dpo_ref.evaluation import results
 from dpo_ref.evaluation.judging.templates import Template, Verdict
 from dpo_ref.evaluation.statistics.comparisons import preference_metrics
@@ -463,7 +464,14 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress) -> Judg
         )
     if outcome.refusals and not outcome.answers:
         raise ValueError(f"judge={judge.name} refuses every question: {next(iter(outcome.refusals.values()))}")
-    return Judged([_judgment(judge, pair, outcome) for pair in pairs], outcome.num_asked)
+    try:  # apart: verdict.pattern may be a stranger's, and takes hours for some texts
+        judgments = list(bounded(lambda pair: _judgment(judge, pair, outcome), pairs))
+    except OverLimit as error:
+        raise ValueError(
+            f"judge={judge.name}: verdict.pattern of template {judge.template.name} cannot be searched for "
+            f"in an answer ({error}); write one that does not try so many ways"
+        ) from None
+    return Judged(judgments, outcome.num_asked)
 
 
 def _requests(judge: Judge, pair: Pair) -> list[JudgeRequest]:

@@ -4,6 +4,7 @@ A served one is asked over OpenAI's chat completions. A local one is a causal mo
 is read, but how likely each label is.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -211,6 +212,8 @@ def _read_logprobs(body: Any) -> JudgeAnswer:
     if not content or not content[0].get("top_logprobs"):
         raise ValueError("there are no log-probs in the answer (judge.logprobs=null goes by the written label)")
     candidates = tuple((str(token["token"]), float(token["logprob"])) for token in content[0]["top_logprobs"])
+    if not all(logp < math.inf for _, logp in candidates):
+        raise ValueError("there are log-probs in the answer that are not finite")
     return replace(_read_text(body), candidates=candidates)
 
 
