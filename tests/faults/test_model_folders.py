@@ -17,7 +17,7 @@ from dpo_ref.models import loading
 from dpo_ref.models.checkpoint import weights_digest
 from dpo_ref.models.folders import check_finite, opened
 from dpo_ref.models.loading import ModelLoader, ModelPath, load_model, load_tokenizer
-from tests.support.command import train
+from tests.support.command import resolved, train
 from tests.support.tiny import tiny_model
 from tests.support.tokenizers_here import byte_bpe
 
@@ -563,6 +563,13 @@ def test_options_that_are_not_finite(key, value, tmp_path):
     rank = ["model.lora_rank=2"] if key == "model.lora_alpha" else []
     line = refused(tmp_path, "model.path=lab:tiny", *rank, f"{key}={value}")
     assert line.startswith(key)
+
+
+@pytest.mark.parametrize("option", ["lr=0", "eps=-1", "beta1=1", "beta2=1.5", "warmup_ratio=2", "max_grad_norm=0"])
+@pytest.mark.parametrize("optimiser", ["adamw", "adamw_bf16"])
+def test_options_out_of_range_are_refused_before_anything_is_loaded(optimiser, option):
+    with pytest.raises(ValueError, match=rf"^optim\.{option}.* is out of range: it must be"):
+        resolved(f"optim={optimiser}", f"optim.{option}")
 
 
 def test_an_infinite_learning_rate(tmp_path, tell):
