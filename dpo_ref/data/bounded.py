@@ -5,10 +5,13 @@ copy of this process runs them, item by item, and hands the outcomes back; the k
 long, and gives it no more memory than stated.
 """
 
+import gc
+import json
 import os
-import pickle
 import resource
 import signal
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,59 +20,94 @@ from typing import Any, BinaryIO, TypeVar
 SECONDS = 10.0  # of computing for one item; a chat template writes a conversation in less than a thousandth
 MEMORY = 512 * 2**20  # bytes that all items together may hold at once
 CONTINUED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # whoever started the copy says when it ends
+BATCH = 64  # outcomes handed back at once
 
 Item = TypeVar("Item")
-Outcome = TypeVar("Outcome")
 
 
 class OverLimit(Exception):
     """An item took more than it is given; the message says of what."""
 
 
-def bounded(call: Callable[[Item], Outcome], items: Sequence[Item]) -> Iterator[Outcome]:
-    """`call` of every item in a copy of this process, in their order. Raises what `call` raises, and `OverLimit`, in
-    the place of the item's outcome."""
+def bounded(call: Callable[[Item], Any], items: Sequence[Item], refusal: type[Exception] = OverLimit) -> Iterator[Any]:
+    """`call` of every item in a copy of this process, in their order, as JSON has it: what comes back is data alone.
+
+    Raises, in the place of an item's outcome, `OverLimit` and the `refusal` that `call` raises, with its message.
+    """
     if not items:
         return
+    num_received = 0
+    try:
+        for outcome in _outcomes(call, items, refusal, BATCH):
+            num_received += 1
+            yield outcome
+    except OverLimit:  # the batch is lost: one by one the last outcome that comes is the one before the item
+        yield from _outcomes(call, items[num_received:], refusal, 1)
+
+
+def _outcomes(call: Callable[[Any], Any], items: Sequence[Any], refusal: type[Exception], batch: int) -> Iterator[Any]:
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
         os.close(reading)
-        _copy(call, items, writing)
+        _copy(lambda item: _attempt(call, item, refusal), items, batch, writing)
     os.close(writing)
-    with os.fdopen(reading, "rb") as outcomes, _ended(process):
-        for _ in items:
-            yield _received(outcomes, process)
+    with os.fdopen(reading, "rb", 2**17) as stream, _ended(process):
+        for _ in range(0, len(items), batch):
+            for outcome, refused, over_limit in _received(stream, process):
+                if over_limit:
+                    raise OverLimit(over_limit)
+                if refused is not None:
+                    raise refusal(refused)
+                yield outcome
 
 
-def _copy(call: Callable[[Any], Any], items: Sequence[Any], writing: int) -> None:
+def _copy(attempt: Callable[[Any], Any], items: Sequence[Any], batch: int, writing: int) -> None:
     """What the copy does; it never returns, for what stands above it is the business of the process it was made of."""
     try:
         for ignored in CONTINUED:
             signal.signal(ignored, signal.SIG_IGN)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        gc.disable()  # it would look at, and so copy, everything that this process ever made
         _limit_memory()
-        with os.fdopen(writing, "wb", buffering=0) as outcomes:
-            for item in items:
-                signal.setitimer(signal.ITIMER_PROF, SECONDS)
-                _send(outcomes, _attempt(call, item))
+        watch = _Watch()
+        with os.fdopen(writing, "wb", 2**17) as stream:
+            for start in range(0, len(items), batch):
+                outcomes = [attempt(item) for item in watch.each(items[start : start + batch])]
+                stream.write(json.dumps(outcomes).encode() + b"\n")
+                stream.flush()
+    except BrokenPipeError:
+        """Nobody waits for more."""
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(1)
 
 
-def _attempt(call: Callable[[Any], Any], item: Any) -> bytes:
+class _Watch:
+    """Has the kernel end this process after SECONDS of computing for one item."""
+
+    def __init__(self) -> None:
+        self.wound = -SECONDS
+
+    def each(self, items: Sequence[Any]) -> Iterator[Any]:
+        """The items, wound before each of them, unless that was a moment ago: the kernel would be called for longer
+        than an item takes."""
+        for item in items:
+            if time.monotonic() > self.wound + SECONDS / 20:
+                self.wound = time.monotonic()
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            yield item
+
+
+def _attempt(call: Callable[[Any], Any], item: Any, refusal: type[Exception]) -> tuple[Any, str | None, str]:
+    """The outcome, or why it was refused, or which limit it is over."""
     try:
-        return pickle.dumps((call(item), None))
+        return call(item), None, ""
     except MemoryError:
-        return pickle.dumps((None, OverLimit(f"it needs more than {MEMORY // 2**20} MiB of memory")))
-    except Exception as error:
-        return pickle.dumps((None, error))
-
-
-def _send(outcomes: Any, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[outcomes.write(rest) :]
+        return None, None, f"it needs more than {MEMORY // 2**20} MiB of memory"
+    except refusal as error:
+        return None, str(error), ""
 
 
 def _limit_memory() -> None:
@@ -92,14 +130,11 @@ def _ended(process: int) -> Iterator[None]:
             os.waitpid(process, 0)
 
 
-def _received(outcomes: BinaryIO, process: int) -> Any:
-    try:
-        outcome, error = pickle.load(outcomes)
-    except (EOFError, pickle.UnpicklingError):
-        raise OverLimit(_ending(process)) from None
-    if error is not None:
-        raise error
-    return outcome
+def _received(stream: BinaryIO, process: int) -> list[list[Any]]:
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        raise OverLimit(_ending(process))
+    return json.loads(line)
 
 
 def _ending(process: int) -> str:

@@ -20,7 +20,6 @@ OWN = frozenset((FOLDER / f"{name}.jinja").read_text().strip("\n") for name in N
 _APART: list[bool] = []  # holds something in the process where strangers' templates run
 _FIRST: dict[tuple[str, str], tuple[str, list[str]]] = {}  # what templates wrote of the first conversations
 Item = TypeVar("Item")
-Written = TypeVar("Written")
 
 
 class TemplateRefuses(ValueError):
@@ -74,6 +73,18 @@ class Rendered(NamedTuple):
     bodies: list[str]
 
 
+def _check_size(text: str, turns: Sequence[Message], tools: Any) -> None:
+    """Raise TemplateRefuses for a text out of all proportion to its conversation."""
+    if len(text) <= MORE:
+        return
+    most = MORE + TIMES * (len(json.dumps(tools)) + sum(len(turn["content"]) for turn in turns))
+    if len(text) > most:
+        raise TemplateRefuses(
+            f"cannot be written by the chat template: it makes {len(text):,} characters, and at most {most:,} of "
+            "such a conversation are taken"
+        )
+
+
 class ChatText:
     """How one tokenizer writes conversations. Raises ValueError for a tokenizer without EOS or chat template, and for
     a template that does not end the assistant's turn with a token of its own."""
@@ -104,32 +115,41 @@ class ChatText:
         (start,) = self.write([[Message(role="user", content="a")]], start=True)
         return adds_it and self.tokenizer.bos_token not in start
 
-    def apart(self, write: Callable[[Item], Written], items: Sequence[Item]) -> Iterator[Written]:
+    def apart(self, write: Callable[[Item], Any], items: Sequence[Item]) -> Iterator[Any]:
         """`write`, which may use the template, of every item, where that neither takes for ever nor fills the memory.
-        Raises TemplateRefuses in place of an item's text."""
-        if _APART or str(self.tokenizer.chat_template) in OWN:
+        What comes back may have become lists, as in JSON. Raises TemplateRefuses in place of an item's text."""
+        if self._is_safe:
             yield from map(write, items)
             return
 
-        def written(item: Item) -> Written:
+        def written(item: Item) -> Any:
             _APART[:] = [True]
             return write(item)
 
         try:
-            yield from bounded(written, items)
+            yield from bounded(written, items, TemplateRefuses)
         except OverLimit as error:
             raise TemplateRefuses(f"cannot be written by the chat template: {error}") from None
 
+    @property
+    def _is_safe(self) -> bool:
+        """Whether the template is one of ours, or runs apart already."""
+        return bool(_APART) or str(self.tokenizer.chat_template) in OWN
+
     def write(self, conversations: Sequence[Sequence[Message]], *, start: bool, tools: Any = None) -> list[str]:
         """The template's text of every conversation; with `start` it goes on to where the assistant begins."""
-        return list(self.apart(lambda turns: self._text(turns, start, tools), conversations))
+        if self._is_safe:
+            return self._texts(conversations, start, tools)
+        return list(self.apart(lambda turns: self._texts([turns], start, tools)[0], conversations))
 
-    def _text(self, turns: Sequence[Message], start: bool, tools: Any) -> str:
-        tools = list(tools) if tools else None
+    def _texts(self, conversations: Sequence[Sequence[Message]], start: bool, tools: Any) -> list[str]:
+        if not conversations:
+            return []
         try:
-            (text,) = self.tokenizer.apply_chat_template(
-                [list(turns)], tokenize=False, add_generation_prompt=start, tools=tools
-            )
+            texts = self.tokenizer.apply_chat_template(
+                [list(turns) for turns in conversations],
+                tokenize=False, add_generation_prompt=start, tools=list(tools) if tools else None,
+            )  # fmt: skip
         except TemplateError as error:
             raise TemplateRefuses(f"cannot be written by the chat template: {error.message}") from error
         except MemoryError:
@@ -137,13 +157,9 @@ class ChatText:
         except Exception as error:  # whatever a program may raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise TemplateRefuses(f"cannot be written by the chat template: {reason}") from error
-        most = MORE + TIMES * (len(json.dumps(tools)) + sum(len(turn["content"]) for turn in turns))
-        if len(text) > most:
-            raise TemplateRefuses(
-                f"cannot be written by the chat template: it makes {len(text):,} characters, and at most {most:,} of "
-                "such a conversation are taken"
-            )
-        return text
+        for text, turns in zip(texts, conversations, strict=True):
+            _check_size(text, turns, tools)
+        return texts
 
     def render(self, prompt: Sequence[Message], responses: Sequence[str], tools: Any = None) -> Rendered:
         """One prompt and its responses. Raises TemplateRefuses where the response has no definite beginning or end."""
@@ -195,7 +211,7 @@ class ChatText:
         if key not in _FIRST:
             question = [Message(role="user", content="a")]
             answered = [conversation(question, answer) for answer in _ANSWERS]
-            texts = self.apart(lambda turns: self._text(turns, turns is question, None), [question, *answered])
+            texts = self.apart(lambda turns: self._texts([turns], turns is question, None)[0], [question, *answered])
             start, *rests = texts
             _FIRST[key] = (start, rests)
         return _FIRST[key]

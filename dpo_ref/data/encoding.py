@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import starmap
 from typing import Any, NamedTuple
 
 from dpo_ref.data.chat_templates import ChatText, Rendered, TemplateRefuses
@@ -243,7 +244,7 @@ class Encoder:
     def last_turns(self, groups: Sequence[PromptGroup]) -> list[Ids]:
         """Prompts and responses, every response one assistant turn. ValueError names a row that cannot be written."""
         have_literals = [self.literals.occur_in(group) for group in groups]
-        texts = self._written(self._last_turn, groups, have_literals)
+        texts = [Rendered(*text) for text in self._written(self._last_turn, groups, have_literals)]
         members = list(zip(groups, texts, have_literals, strict=True))
         plain = iter(list(self._plain([(group, text) for group, text, has_literals in members if not has_literals])))
         return [
@@ -323,14 +324,14 @@ class Encoder:
         conversations = [hide(conversation(group.prompt, response)) for response in group.responses]
         return [scored_turns(self.chat, turns, group.tools, reveal) for turns in conversations]
 
-    def _all_turns(self, texts: Sequence[Turns], has_literals: bool) -> Ids:
+    def _all_turns(self, texts: Sequence[Sequence[Any]], has_literals: bool) -> Ids:
         encode, anchor = self.encode, self._anchor
         if has_literals:
             self.counts["special tokens in a text, encoded as text"] += 1
             encode, anchor = self.literals.encode, self.literals.reveal(self._anchor)
         prompt: list[int] = []
         responses, masks = [], []
-        for text in texts:
+        for text in starmap(Turns, texts):
             (prompt, _), whole = encode([text.start, text.start + text.body])
             spans = [(begin + len(text.start), end + len(text.start)) for begin, end in text.spans]
             responses.append(self._response(prompt, whole.ids, text.body, encode, anchor))

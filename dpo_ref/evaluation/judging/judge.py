@@ -464,14 +464,16 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress) -> Judg
         )
     if outcome.refusals and not outcome.answers:
         raise ValueError(f"judge={judge.name} refuses every question: {next(iter(outcome.refusals.values()))}")
+    verdict, keys = judge.template.verdict, list(outcome.answers)
     try:  # apart: verdict.pattern may be a stranger's, and takes hours for some texts
-        judgments = list(bounded(lambda pair: _judgment(judge, pair, outcome), pairs))
+        shares = list(bounded(lambda key: first_wins(verdict, outcome.answers[key]), keys))
     except OverLimit as error:
         raise ValueError(
             f"judge={judge.name}: verdict.pattern of template {judge.template.name} cannot be searched for "
             f"in an answer ({error}); write one that does not try so many ways"
         ) from None
-    return Judged(judgments, outcome.num_asked)
+    wins = dict(zip(keys, shares, strict=True))
+    return Judged([_judgment(judge, pair, outcome, wins) for pair in pairs], outcome.num_asked)
 
 
 def _requests(judge: Judge, pair: Pair) -> list[JudgeRequest]:
@@ -482,19 +484,21 @@ def _is_settled(outcome: JudgeOutcome, request: JudgeRequest) -> bool:
     return request.key in outcome.answers or request.key in outcome.refusals
 
 
-def _judgment(judge: Judge, pair: Pair, outcome: JudgeOutcome) -> Judgment:
+def _judgment(judge: Judge, pair: Pair, outcome: JudgeOutcome, wins: Mapping[str, float | None]) -> Judgment:
     if pair.identical:
         return Judgment(pair, (), TIE)
-    opinions = tuple(_opinion(judge, pair, first, outcome) for first in pair.orders(judge.both_orders))
+    opinions = tuple(_opinion(judge, pair, first, outcome, wins) for first in pair.orders(judge.both_orders))
     return Judgment(pair, opinions, combine_orders([opinion.win for opinion in opinions], judge.soft))
 
 
-def _opinion(judge: Judge, pair: Pair, policy_first: bool, outcome: JudgeOutcome) -> Opinion:
+def _opinion(
+    judge: Judge, pair: Pair, policy_first: bool, outcome: JudgeOutcome, wins: Mapping[str, float | None]
+) -> Opinion:
     key = judge.request(pair, policy_first).key
     if key in outcome.refusals:
         return Opinion(policy_first, None, "", outcome.refusals[key], 0, 0)
     answer = outcome.answers[key]
-    share = first_wins(judge.template.verdict, answer)
+    share = wins[key]
     win = share if share is None or policy_first else 1 - share
     return Opinion(policy_first, win, answer.text, None, answer.prompt_tokens, answer.completion_tokens)
 
