@@ -10,9 +10,9 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -256,6 +256,7 @@ def held(folder: Path, say: Callable[[str], None], work: str | None = None) -> I
     Raises ValueError where another process holds it, naming that; one that does the same `work` is waited for, for
     what it leaves behind is what this one would make.
     """
+    stood_before = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder, say, work)
@@ -266,6 +267,8 @@ def held(folder: Path, say: Callable[[str], None], work: str | None = None) -> I
     finally:
         with suppress(OSError):  # the folder may have been removed
             (folder / LOCK).unlink()
+            if not stood_before:
+                folder.rmdir()  # where nothing was put into it
         os.close(lock)
 
 
@@ -282,7 +285,7 @@ def _locked(folder: Path, say: Callable[[str], None], work: str | None) -> int:
             raise
         os.close(lock)  # who held it has removed it
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "work": work}
+    holder = {"pid": os.getpid(), "host": platform.node(), "since": since, "work": work}
     os.ftruncate(lock, 0)
     os.pwrite(lock, json.dumps(holder).encode(), 0)
     return lock

@@ -139,7 +139,7 @@ def _delete_before(newest: Path, keep: int | None) -> None:
 # --- finding and reading them
 
 
-class Damaged(ValueError):
+class DamagedCheckpoint(ValueError):
     """A checkpoint's file is not as it was written; says which."""
 
 
@@ -168,53 +168,53 @@ def recover(folder: Path) -> None:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         check_files(checkpoint)
-    except Damaged:
+    except DamagedCheckpoint:
         return False
     return True
 
 
 def check(checkpoint: Path) -> None:
-    """Raise Damaged, naming the file, unless every byte is as it was written and the folder bears its step."""
+    """Raise DamagedCheckpoint, naming the file, unless every byte is as written and the folder bears its step."""
     check_files(checkpoint)
     read_state(checkpoint)
 
 
 def check_files(checkpoint: Path, names: Sequence[str] = FILES) -> None:
-    """Raise Damaged for the first of these files that is missing or has other bytes than were written."""
+    """Raise DamagedCheckpoint for the first of these files that is missing or has other bytes than were written."""
     digests = _read_json(checkpoint / DIGESTS)
     for name in names:
         path = checkpoint / name
         if not path.is_file():
-            raise Damaged(f"{path} is missing")
+            raise DamagedCheckpoint(f"{path} is missing")
         if file_digest(path) != digests.get(name):
-            raise Damaged(f"{path} is damaged: its bytes are not those that were written")
+            raise DamagedCheckpoint(f"{path} is damaged: its bytes are not those that were written")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise Damaged(f"{path} is missing, or the checkpoint is of an earlier version of dpo_ref") from error
+        raise DamagedCheckpoint(f"{path} is missing, or the checkpoint is of an earlier version of dpo_ref") from error
     except ValueError as error:
-        raise Damaged(f"{path} is damaged: it is not JSON") from error
+        raise DamagedCheckpoint(f"{path} is damaged: it is not JSON") from error
     if not isinstance(content, dict):
-        raise Damaged(f"{path} is damaged: it is not a JSON object")
+        raise DamagedCheckpoint(f"{path} is damaged: it is not a JSON object")
     return content
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON state a checkpoint was saved with. Raises Damaged."""
+    """The JSON state a checkpoint was saved with. Raises DamagedCheckpoint."""
     check_files(checkpoint, [STATE])
     state = _read_json(checkpoint / STATE)
     if checkpoint.name != _name(state["step"]):
-        raise Damaged(f"{checkpoint / STATE} is of step {state['step']}, which is not what its folder says")
+        raise DamagedCheckpoint(f"{checkpoint / STATE} is of step {state['step']}, which is not what its folder says")
     return state
 
 
 def newest_state(folder: Path) -> dict[str, Any] | None:
     """The state of the newest checkpoint whose state can be read."""
     for checkpoint in reversed(saved_in(folder)):
-        with suppress(Damaged):
+        with suppress(DamagedCheckpoint):
             return read_state(checkpoint)
     return None
 
@@ -225,7 +225,7 @@ def _read(checkpoint: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_reference(checkpoint: Path) -> dict[str, Tensor]:
-    """The weights of the run's reference, if it moves. Raises Damaged."""
+    """The weights of the run's reference, if it moves. Raises DamagedCheckpoint."""
     return _read(checkpoint, REFERENCE)
 
 
@@ -237,7 +237,7 @@ def run_of(folder: Path) -> Path | None:
 
 def load_policy(checkpoint: Path, policy: nn.Module) -> None:
     """Give a model the weights that a checkpoint saved. Raises ValueError for weights of an adapter, which is apart
-    from the model while it is trained, and Damaged."""
+    from the model while it is trained, and DamagedCheckpoint."""
     weights, parameters = _read(checkpoint, WEIGHTS), dict(policy.named_parameters())
     if not weights.keys() <= parameters.keys():
         raise ValueError(f"{checkpoint} holds the weights of an adapter; only the run's last policy can be evaluated")

@@ -133,7 +133,7 @@ class TrainingRun:
         for saved in reversed(checkpoint.saved_in(self.checkpoints)):
             try:
                 checkpoint.check(saved)
-            except checkpoint.Damaged as damage:
+            except checkpoint.DamagedCheckpoint as damage:
                 damages.append(str(damage))
                 continue
             say(*(f"{damage}; an earlier checkpoint is taken, {saved.name}" for damage in damages))

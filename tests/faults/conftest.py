@@ -4,12 +4,18 @@ Each test ends by telling its row; `make reliability` runs all of them and write
 """
 
 import re
+import signal
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pytest
+
+# Whoever starts the tests in the background, or with nohup, lets them ignore these, and commands inherit that.
+for stopping in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(stopping) is signal.SIG_IGN:
+        signal.signal(stopping, signal.SIG_DFL)
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 SECTIONS = {

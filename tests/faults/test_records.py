@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from dpo_ref import files
 from dpo_ref.cli.bandit import print_sweep
 from dpo_ref.evaluation.judging.judge import read_judgments
 from dpo_ref.files import Damaged
@@ -98,7 +99,8 @@ def test_a_damaged_diagnosis_is_made_again_by_its_stage(evaluated, tmp_path, cap
     assert contents(run) == before
 
 
-def test_a_record_without_a_digest_is_read_and_told_of(evaluated, tmp_path):
+def test_a_record_without_a_digest_is_read_and_told_of(evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_WITHOUT_DIGEST", [])  # told once a process, and this one is copied
     run = shutil.copytree(evaluated, tmp_path / "run")
     for path in (run / "evaluation").glob("*.json"):
         content = json.loads(path.read_text())

@@ -249,7 +249,7 @@ def test_evaluate_with_a_served_policy(tmp_path):
 
 REFUSED = {
     "no address": ("url=nowhere", "generation.url=nowhere must be the base of a server, such as http://host:8000/v1"),
-    "key in it": ("url=http://me:secret@host/v1", f"a key goes into {model_server.KEY}"),
+    "key in it": ("url=http://me:secret@host/v1", f"set the environment variable {model_server.KEY}"),
     "concurrency": ("concurrency=0", "generation.concurrency=0 must be at least 1"),
     "retries": ("retries=-1", "generation.retries=-1 must not be negative"),
     "protocol": ("protocol=tgi", "generation.protocol=tgi is none of vllm, openai"),

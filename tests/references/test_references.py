@@ -17,6 +17,8 @@ from dpo_ref.references.interface import Reference
 from tests.support.reference_contexts import TOKENIZER, context_for
 from tests.support.tiny import policy_of, tiny_model
 
+sized = partial(tiny_model, vocab_size=len(TOKENIZER))  # an embedding with a row for every token
+
 
 @pytest.fixture
 def context(tmp_path):
@@ -26,7 +28,8 @@ def context(tmp_path):
         passes.append(total)
         yield from items
 
-    return context_for(tmp_path, progress=progress), passes
+    policy, models = sized(seed=0), lambda source: sized(seed=int(source.path))
+    return context_for(tmp_path, policy=policy, make=models, progress=progress), passes
 
 
 @pytest.mark.parametrize("make", [policies.initial, partial(policies.other, path="3")])
@@ -75,9 +78,9 @@ def test_the_table_is_not_hit_when_meaning_changes(context, cause):
     policies.initial(context)
     before = sum(passes)
     if cause == "weights":
-        changed = replace(context, policy=policy_of(tiny_model(seed=1), TOKENIZER))
+        changed = replace(context, policy=policy_of(sized(seed=1), TOKENIZER))
     elif cause == "text":
-        changed = replace(context, policy=policy_of(tiny_model(seed=0), TOKENIZER, "other words"))
+        changed = replace(context, policy=policy_of(sized(seed=0), TOKENIZER, "other words"))
     else:
         group = context.groups[0]
         shorter = (
@@ -161,12 +164,12 @@ def test_interpolation_lies_between(context, tmp_path):
     ends = [policies.interpolate(context, path="3", share=share).logps(batch).sums for share in (0.0, 1.0)]
     torch.testing.assert_close(ends[0], policies.initial(context).logps(batch).sums, atol=1e-5, rtol=0)
     torch.testing.assert_close(ends[1], policies.other(context, path="3").logps(batch).sums, atol=1e-5, rtol=0)
-    middle = tiny_model(seed=0)
+    middle = sized(seed=0)
     with torch.no_grad():
-        for ours, theirs in zip(middle.parameters(), tiny_model(seed=3).parameters(), strict=True):
+        for ours, theirs in zip(middle.parameters(), sized(seed=3).parameters(), strict=True):
             ours.add_(theirs).div_(2)
     logps = policies.interpolate(context, path="3", share=0.5, cache="off").logps(batch)
     torch.testing.assert_close(logps.sums, response_logps(middle, batch).sums, atol=1e-5, rtol=0)
-    narrow = context_for(tmp_path, make=lambda _: tiny_model(hidden_size=16))
+    narrow = context_for(tmp_path, make=lambda _: sized(hidden_size=16))
     with pytest.raises(ValueError, match="has other weights than the policy"):
         policies.interpolate(narrow, path="3", share=0.5)
