@@ -256,8 +256,8 @@ def held(folder: Path, say: Callable[[str], None], work: str | None = None) -> I
     Raises ValueError where another process holds it, naming that; one that does the same `work` is waited for, for
     what it leaves behind is what this one would make.
     """
-    stood_before = folder.exists()
     try:
+        stood_before = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder, say, work)
     except OSError as error:

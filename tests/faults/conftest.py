@@ -26,6 +26,7 @@ SECTIONS = {
     "service": "Services that fail",
     "untidy": "Everything else that goes wrong",
 }
+FOLDERS = re.compile(r"/\S*?/pytest-of-[^/\s]+/pytest-\d+(/popen-gw\d+)?")  # that pytest makes for tests
 Section = Literal["let in", "lost", "used silently", "killed", "service", "untidy"]
 
 
@@ -42,7 +43,8 @@ def tell(record_property, tmp_path) -> Callable[..., None]:
     survived."""
 
     def _tell(section: Section, fault: str, *, seen: str, survived: str) -> None:
-        seen = re.sub(r"\s+", " ", seen.replace(str(tmp_path), "…")).strip()
+        seen = FOLDERS.sub("…", seen.replace(str(tmp_path), "…"))
+        seen = re.sub(r"\s+", " ", seen).strip()
         record_property("fault", list(Row(section, fault, seen, survived)))
 
     return _tell
