@@ -35,7 +35,7 @@ test: install-dev ## run the tests
 test-fast: install-dev ## run the tests of one room: make test-fast ROOM=data
 	$(PYTEST) tests/$(ROOM)
 
-faults: install-dev ## run every test of a fault, also the slow ones
+faults: install-dev ## run every test of a fault, also those that `make test` leaves out
 	$(PYTEST) -m "slow or not slow" tests/faults
 
 reliability: install-dev ## the same, and write docs/reliability.md of what was seen

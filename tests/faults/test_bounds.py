@@ -29,6 +29,8 @@ from tests.support.judge_server import JudgeServer
 from tests.support.loopback import surroundings  # noqa: F401
 from tests.support.tokenizers_here import CHATML, byte_bpe
 
+pytestmark = pytest.mark.slow  # `make faults` runs it
+
 TOKENIZER = byte_bpe()
 SECOND = 0.3  # of computing for an item, here
 SIGN = "explode"  # the word in a row at which a template begins to do harm

@@ -19,6 +19,8 @@ from tests.support.command import ROOT, train
 from tests.support.evaluate_command import PLAIN, QUICK, evaluate
 from tests.support.faults import SMALL, Typed, killed_at, same_weights, steps, summary
 
+pytestmark = pytest.mark.slow  # `make faults` runs it
+
 LONG = [*SMALL, "trainer.epochs=1000", "trainer.save_every=2"]
 
 

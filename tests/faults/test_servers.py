@@ -21,6 +21,8 @@ from tests.support.judge_server import JudgeServer
 from tests.support.loopback import surroundings  # noqa: F401
 from tests.support.served_references import Served, big, context_of
 
+pytestmark = pytest.mark.slow  # `make faults` runs it
+
 TIMEOUT = 0.3  # seconds without a byte; three times that for all of an answer
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 LENGTH = HEAD + b"Content-Length: 1000000\r\n\r\n"

@@ -12,6 +12,8 @@ from tests.support.command import typed
 from tests.support.faults import SMALL, Typed, same_weights, steps, summary
 from tests.support.pictures import undrawn
 
+pytestmark = pytest.mark.slow  # `make faults` runs it
+
 BETAS = ("0.1", "0.3", "3")
 LONGER = [*SMALL, "trainer.epochs=2", "trainer.save_every=2"]
 QUICK = ["generation.max_new_tokens=4", "generation.samples_per_prompt=1", "scorer=none", "diagnostic=none"]

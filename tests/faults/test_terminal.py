@@ -12,6 +12,8 @@ from tests.support.command import ROOT, forked, started, train, typed_afresh, ty
 from tests.support.evaluate_command import DATA
 from tests.support.pseudo_terminal import at_terminal, typed_at_terminal
 
+pytestmark = pytest.mark.slow  # `make faults` runs it
+
 COMMANDS = {
     "ESC [2J, which clears the screen": "\x1b[2J",
     "OSC 0, which names the window": "\x1b]0;mine\x07",
