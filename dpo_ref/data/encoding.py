@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import starmap
 from typing import Any, NamedTuple
 
 from dpo_ref.data.chat_templates import ChatText, Rendered, TemplateRefuses
@@ -331,7 +330,8 @@ class Encoder:
             encode, anchor = self.literals.encode, self.literals.reveal(self._anchor)
         prompt: list[int] = []
         responses, masks = [], []
-        for text in starmap(Turns, texts):
+        for start, body, spans in texts:
+            text = Turns(start, body, [(begin, end) for begin, end in spans])  # as JSON, pairs are lists
             (prompt, _), whole = encode([text.start, text.start + text.body])
             spans = [(begin + len(text.start), end + len(text.start)) for begin, end in text.spans]
             responses.append(self._response(prompt, whole.ids, text.body, encode, anchor))
