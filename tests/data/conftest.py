@@ -1,4 +1,4 @@
-"""Chat templates of these tests are harmless and many: they need no copy of the process (tests/faults looks at that)."""
+"""Chat templates of these tests are harmless and many: they need no copy of the process; tests/faults has that."""
 
 import pytest
 
