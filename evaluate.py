@@ -37,9 +37,5 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     guard_streams()
     with stopping.in_one_line():
-        sys.argv[1:] = command_line.with_trust(sys.argv[1:])
-        try:
-            command_line.check_command_line(sys.argv[1:], "evaluate")
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+        sys.argv[1:] = command_line.checked(sys.argv[1:], "evaluate")
         main()

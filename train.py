@@ -46,9 +46,5 @@ if __name__ == "__main__":
     guard_streams()
     with stopping.in_one_line():
         schemas.note_swept_keys(sys.argv[1:])
-        sys.argv[1:] = command_line.with_trust(sys.argv[1:])
-        try:
-            command_line.check_command_line(sys.argv[1:], "train")
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+        sys.argv[1:] = command_line.checked(sys.argv[1:], "train")
         main()

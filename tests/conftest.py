@@ -29,10 +29,10 @@ if "DPO_REF_CACHE" not in os.environ:
 ROOT = Path(__file__).parents[1]
 SIGN = re.compile(r"^from jaxtyping import|^if TYPE_CHECKING:", re.MULTILINE)
 SHAPED = [
-    path for path in (ROOT / "dpo_ref").rglob("*.py") if SIGN.search(path.read_text()) and "_kernels" not in path.name
+    path for path in (ROOT / "dpo_ref").rglob("*.py") if SIGN.search(path.read_text()) and path.name != "kernels.py"
 ]
 SHAPES = re.compile(r"\b(Float|Int|Bool|UInt8|Num|Shaped)\[")
-KERNELS = ("dpo_ref.models.head_kernels", "dpo_ref.training.rounded_update")  # Triton reads their source
+KERNELS = ("dpo_ref.models.kernels",)  # Triton reads their source
 CONF = BeartypeConf(
     claw_is_pep526=False,
     claw_skip_package_names=KERNELS,

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
@@ -74,6 +75,16 @@ def with_trust(arguments: Sequence[str]) -> list[str]:
     }
     rest = [argument for argument in arguments if argument not in servers]
     return rest + ([f"trust=[{','.join(servers.values())}]"] if servers else [])
+
+
+def checked(arguments: Sequence[str], kind: str) -> list[str]:
+    """The words as Hydra gets them. What is refused ends the process with one sentence."""
+    words = with_trust(arguments)
+    try:
+        check_command_line(words, kind)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    return words
 
 
 def compose_command(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:

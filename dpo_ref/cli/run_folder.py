@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.resolve import strength_of
-from dpo_ref.cli.saved_run import check_servers, read_run, read_summary, refuse_unused_trust
+from dpo_ref.cli.saved_run import check_servers, configuration_in, read_run, read_summary, refuse_unused_trust
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY
 from dpo_ref.files import held, new_folder, not_writable, write_json, write_text
 from dpo_ref.models import checkpoint
@@ -101,7 +101,10 @@ def check_configuration(directory: Path, saved: DictConfig) -> None:
     state = checkpoint.newest_state(directory / "checkpoints")
     if state is None:
         return
-    before = dict(_options(OmegaConf.to_container(OmegaConf.create(state["configuration"]))))
+    checkpointed = configuration_in(
+        str(state.get("configuration")), f"resume={directory}: its newest checkpoint's state"
+    )
+    before = dict(_options(OmegaConf.to_container(checkpointed)))
     now = dict(_options(OmegaConf.to_container(saved)))
     changed = [
         f"{key} was {before.get(key)} and is {now.get(key)} now"

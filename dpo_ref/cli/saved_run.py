@@ -74,15 +74,19 @@ def _text(path: Path, option: str) -> str:
 
 
 def _configuration(path: Path, option: str) -> DictConfig:
-    text = _text(path, option)
+    return configuration_in(_text(path, option), f"{option}: {path}")
+
+
+def configuration_in(text: str, origin: str) -> DictConfig:
+    """The configuration that a text is, its interpolations left as they are. Raises ValueError for anything else."""
     try:
         _check_yaml(text)
         config = OmegaConf.create(text)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{option}: {path} is not the configuration of a run ({reason}); {AGAIN}") from error
+        raise ValueError(f"{origin} is not the configuration of a run ({reason}); {AGAIN}") from error
     if not isinstance(config, DictConfig) or not config:
-        raise ValueError(f"{option}: {path} is not the configuration of a run: it is empty or no mapping; {AGAIN}")
+        raise ValueError(f"{origin} is not the configuration of a run: it is empty or no mapping; {AGAIN}")
     return config
 
 

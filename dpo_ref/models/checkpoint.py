@@ -206,6 +206,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON state a checkpoint was saved with. Raises DamagedCheckpoint."""
     check_files(checkpoint, [STATE])
     state = _read_json(checkpoint / STATE)
+    if not isinstance(state.get("step"), int):
+        raise DamagedCheckpoint(f"{checkpoint / STATE} does not say its step")
     if checkpoint.name != _name(state["step"]):
         raise DamagedCheckpoint(f"{checkpoint / STATE} is of step {state['step']}, which is not what its folder says")
     return state

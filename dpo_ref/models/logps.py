@@ -103,7 +103,7 @@ def _target_logps(
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
     """The targets' log-probs and the log-normalisers."""
     if _kernels_take(hidden, head):
-        from dpo_ref.models.head_kernels import target_logps
+        from dpo_ref.models.kernels import target_logps
 
         return target_logps(head.product(hidden), targets, head.scale)
     logits = head.logits(hidden)
@@ -312,7 +312,7 @@ def _kernels_take(hidden: Tensor, head: Head) -> bool:
 
 def _softmax_in_kernels(head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"]) -> Softmax:
     """The same in two kernels, on half-precision logits that become their gradient."""
-    from dpo_ref.models.head_kernels import become_gradient, target_logps
+    from dpo_ref.models.kernels import become_gradient, target_logps
 
     logits = head.product(hidden)
     values, normalisers = target_logps(logits, targets, head.scale)

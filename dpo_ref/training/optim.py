@@ -197,11 +197,11 @@ def _written_out(moving: Moving, states: list[dict[str, Tensor]], skip: Tensor) 
 
 def _one_kernel(moving: Moving, states: list[dict[str, Tensor]], skip: Tensor) -> None:
     """The same in one kernel a tensor."""
-    from dpo_ref.training import rounded_update
+    from dpo_ref.models.kernels import update_rounded
 
     seeds = torch.randint(2**31 - 1, (len(moving),), device=skip.device)  # of the generator that checkpoints keep
     for index, ((parameter, group), state) in enumerate(zip(moving, states, strict=True)):
-        rounded_update.update(parameter, state, group, seeds, index, skip)
+        update_rounded(parameter, state, group, seeds, index, skip)
 
 
 # --- learning-rate schedules: pure functions from the optimiser step to a factor

@@ -113,10 +113,10 @@ class TrainingRun:
             return 0
         state = checkpoint.read_state(saved)
         for name, value in self.fingerprint.items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise ValueError(
-                    f"resume={self.work.directory}: {name} was {state[name]} and is {value} now; a run goes on only "
-                    "as it was. Start a new run (model.path may be this run's policy folder) instead"
+                    f"resume={self.work.directory}: {name} was {state.get(name)} and is {value} now; a run goes on "
+                    "only as it was. Start a new run (model.path may be this run's policy folder) instead"
                 )
         step: int = state["step"]
         # evaluations before the first step and after the last are made by `train`, whoever made them before
@@ -362,18 +362,20 @@ class NonFinite(ValueError):
 
 # Ctrl-C; batch systems; a terminal or connection that is gone; Slurm's --signal=USR1@120 before the time is up
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+TWICE_KILLS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """Collect the signals of `STOPPING` instead of dying in the middle of a step. A second SIGINT or SIGTERM kills as
-    usual; the shell and the kernel both send SIGHUP. What is ignored, as by nohup, stays so."""
+    usual. SIGHUP comes twice, from the shell and the kernel, and SIGUSR1 may: once received they are ignored to the
+    end of the process, which is about to save itself. What is ignored, as by nohup, stays so."""
     received: list[int] = []
     previous: dict[int, Any] = {}
 
     def note(signum: int, frame: object) -> None:
         received.append(signum)
-        if signum in (signal.SIGINT, signal.SIGTERM):
+        if signum in TWICE_KILLS:
             signal.signal(signum, previous[signum])
 
     for signum in STOPPING:
@@ -383,4 +385,4 @@ def stop_requests() -> Iterator[list[int]]:
         yield received
     finally:
         for signum, handler in previous.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if signum in received and signum not in TWICE_KILLS else handler)

@@ -8,15 +8,8 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from dpo_ref.evaluation.judging.judge import (
-    FILE,
-    AnswerCache,
-    JudgeAnswer,
-    JudgeRequest,
-    Pair,
-    first_wins,
-    judge_pairs,
-)
+from dpo_ref.evaluation.judging.answers import FILE, AnswerCache, JudgeAnswer, JudgeRequest
+from dpo_ref.evaluation.judging.judge import Pair, first_wins, judge_pairs
 from dpo_ref.evaluation.judging.judges import JudgeContext, served
 from dpo_ref.models import server as model_server
 from dpo_ref.models.loading import ModelLoader

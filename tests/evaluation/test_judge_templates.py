@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from dpo_ref.evaluation.judging.answers import JudgeAnswer
 from dpo_ref.evaluation.judging.judge import (
     Judge,
-    JudgeAnswer,
     Pair,
     answer_pairs,
     combine_orders,

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpo_ref.cli import cache as cache_command
-from dpo_ref.evaluation.judging.judge import FILE, AnswerCache, JudgeAnswer, JudgeRequest, collect
+from dpo_ref.evaluation.judging.answers import FILE, AnswerCache, JudgeAnswer, JudgeRequest, collect
 from dpo_ref.files import in_use
 from dpo_ref.lab import models as lab_models
 from dpo_ref.types import Message, silent

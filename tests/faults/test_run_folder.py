@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from dpo_ref.models.server import KEY
+from tests.support.checkpoints import changed_state
 from tests.support.command import train, typed
 from tests.support.evaluate_command import evaluate
 from tests.support.loopback import Answering, LoopbackServer
@@ -311,3 +312,21 @@ def test_what_is_typed_again_says_the_same(stranger):
     summary = json.loads((stranger / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert summary["steps"] == 2
+
+
+STATES = {
+    "no configuration": ({"configuration": None}, "is not the configuration of a run"),
+    "a configuration with aliases": ({"configuration": "a: &a [1]\nb: *a"}, "has an anchor or alias"),
+    "a configuration that calls": ({"configuration": "a: !!python/object/apply:os.system [ls]"}, "has a tag"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_checkpoint_of_another_form_is_told(case, stranger, tell):
+    change, message = STATES[case]
+    changed_state(stranger, **change)
+    done = train(f"resume={stranger}")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert message in line
+    tell("let in", f"a run whose checkpoint says {case}", seen=line, survived="nothing was called")

@@ -14,7 +14,7 @@ def test_log_probs_and_gradient(vocab, scale):
     if device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
         pytest.skip("needs CUDA, or TRITON_INTERPRET=1")
     pytest.importorskip("triton")
-    from dpo_ref.models.head_kernels import become_gradient, target_logps
+    from dpo_ref.models.kernels import become_gradient, target_logps
 
     torch.manual_seed(0)
     logits = (8 * torch.randn(7, vocab)).bfloat16()

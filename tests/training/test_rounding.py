@@ -94,7 +94,7 @@ def test_the_kernel_is_the_written_update():
     if device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
         pytest.skip("needs CUDA, or TRITON_INTERPRET=1")
     pytest.importorskip("triton")
-    from dpo_ref.training.rounded_update import update
+    from dpo_ref.models.kernels import update_rounded
 
     torch.manual_seed(0)
     group = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
@@ -117,7 +117,7 @@ def test_the_kernel_is_the_written_update():
                 "step": step.to(device),
             }
             seeds = torch.randint(2**31 - 1, (4,), device=device)
-            update(parameter, state, group, seeds, 2, torch.tensor(skip, device=device))
+            update_rounded(parameter, state, group, seeds, 2, torch.tensor(skip, device=device))
             draws.append([parameter.detach(), state["exp_avg"], state["exp_avg_sq"]])
         for value, drawn in zip(exact, zip(*draws, strict=True), strict=True):
             drawn = torch.stack(drawn).double().cpu()

@@ -19,7 +19,8 @@ from dpo_ref.component import component
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.distributed import best_device
-from dpo_ref.evaluation.judging.judge import Judge, JudgeAnswer, JudgeRefused, JudgeRequest, Store
+from dpo_ref.evaluation.judging.answers import JudgeAnswer, JudgeRefused, JudgeRequest, Store
+from dpo_ref.evaluation.judging.judge import Judge
 from dpo_ref.evaluation.judging.templates import load_template
 from dpo_ref.models.loading import ModelLoader, ModelPath, check_folder, compute_dtype
 from dpo_ref.models.logps import response_logps
