@@ -101,9 +101,8 @@ def check_configuration(directory: Path, saved: DictConfig) -> None:
     state = checkpoint.newest_state(directory / "checkpoints")
     if state is None:
         return
-    checkpointed = configuration_in(
-        str(state.get("configuration")), f"resume={directory}: its newest checkpoint's state"
-    )
+    text, origin = state.get("configuration"), f"resume={directory}: its newest checkpoint's state"
+    checkpointed = configuration_in(text if isinstance(text, str) else "", origin)
     before = dict(_options(OmegaConf.to_container(checkpointed)))
     now = dict(_options(OmegaConf.to_container(saved)))
     changed = [
