@@ -47,12 +47,12 @@ def leaks(folder):
 @pytest.fixture
 def keys(monkeypatch):
     """An environment that holds keys, and no settings of W&B but these."""
+    wandb.teardown()  # first: the address of what it ends would be put back into the environment after the test
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    wandb.teardown()
     yield SECRETS
     wandb.teardown()
 

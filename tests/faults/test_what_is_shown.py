@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import wandb
 from markdown_it import MarkdownIt
 
 from dpo_ref.evaluation.sweep import collect
@@ -204,7 +203,6 @@ def test_numbers_and_plain_texts_stay_as_they_are(value):
 
 
 def test_tables_of_wandb_hold_texts(tmp_path, tell):
-    wandb.teardown()  # of runs before: a copy of this process may have ended what W&B runs beside it
     info = RunInfo(tmp_path, {}, "run", None, "train", resume=False)
     tracker = wandb_tracker(info, mode="offline")
     tracker.table("samples", ["output", "score"], [[ALL, -0.5], ["w" * 1_000_000, 1]], step=0)

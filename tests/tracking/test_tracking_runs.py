@@ -32,12 +32,12 @@ SECRETS = {
 @contextmanager
 def secrets():
     """An environment that holds credentials, and no W&B settings but these."""
+    wandb.teardown()  # first: the address of what it ends would be put back into the environment afterwards
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)
         for name, value in SECRETS.items():
             patch.setenv(name, value)
-        wandb.teardown()
         yield
         wandb.teardown()  # a finished run may still be in the memory of wandb's background process
 

@@ -24,6 +24,7 @@ CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 @pytest.fixture(autouse=True)
 def own_wandb(tmp_path, monkeypatch):
     """No settings, keys or folders but the test's own, and a background process that ends with it."""
+    wandb.teardown()  # first: the address of what it ends would be put back into the environment after the test
     home = tmp_path / "home"
     home.mkdir()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
@@ -32,7 +33,6 @@ def own_wandb(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(home))
     monkeypatch.setenv("NETRC", str(home / "netrc"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    wandb.teardown()
     yield
     with suppress(ConnectionError):  # where the test killed it
         wandb.teardown()
