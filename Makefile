@@ -8,7 +8,7 @@ ROOM := objectives
 # every command that a test starts would compile the project again.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install install-dev demo test test-fast faults reliability lint format flash clean
+.PHONY: help install install-dev demo test test-fast faults guards reliability lint format flash clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-fast: install-dev ## run the tests of one room: make test-fast ROOM=data
 
 faults: install-dev ## run every test of a fault, also those that `make test` leaves out
 	$(PYTEST) -m "slow or not slow" tests/faults
+
+guards: install-dev ## take out, one after the other, the lines that keep the promises, and see their tests fail
+	$(BIN)/python -m tests.faults.guards
 
 reliability: install-dev ## the same, and write docs/reliability.md of what was seen
 	$(PYTEST) -m "slow or not slow" --reliability tests/faults

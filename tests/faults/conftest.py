@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 import pytest
 
+from tests.faults.guards import read_guards
+
 # Whoever starts the tests in the background, or with nohup, lets them ignore these, and commands inherit that.
 for stopping in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(stopping) is signal.SIG_IGN:
@@ -75,6 +77,11 @@ INTRODUCTION = """# What was done to it, and what survived
 
 Every row is a test of `tests/faults`; this page is written by `make reliability` from a run of all of them, in which
 each passed. "Seen" is the line that was printed, shortened paths aside. `make faults` runs them.
+
+## What is promised
+
+For each promise the tests that keep it: each fails when a line of code that it watches is taken out. `make guards`
+takes out one after the other (`tests/faults/guards.toml`) and sees to that.
 """
 
 
@@ -82,7 +89,7 @@ def page_of(rows: list[tuple[Row, str]]) -> str:
     """docs/reliability.md: a table for each section."""
     order = list(SECTIONS)
     rows = sorted(rows, key=lambda row: (order.index(row[0].section), row[1], row[0].fault))
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION + _promises()]
     for section, group in groupby(rows, key=lambda row: row[0].section):
         lines = [f"## {SECTIONS[section]}", "", "| done | seen | survived | test |", "|---|---|---|---|"]
         for row, test in group:
@@ -90,3 +97,12 @@ def page_of(rows: list[tuple[Row, str]]) -> str:
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _promises() -> str:
+    rows = ["", "| promise | in | kept by |", "|---|---|---|"]
+    for promise, guards in groupby(read_guards(), key=lambda guard: guard.promise):
+        watched = list(guards)
+        files, tests = ({f"`{guard[at]}`": None for guard in watched} for at in (1, 4))
+        rows.append(f"| {promise} | {', '.join(files)} | {', '.join(tests)} |")
+    return "\n".join(rows) + "\n"
