@@ -37,7 +37,7 @@ from dpo_ref.evaluation.compatibility import (
     metrics_of,
 )
 from dpo_ref.evaluation.kl import NOT_NORMALISED, Divergence, Scored, both_by_text, by_tokens
-from dpo_ref.files import plain, write_json
+from dpo_ref.files import held, plain, write_json
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models.checkpoint import weights_digest
@@ -356,20 +356,24 @@ def _track(request: CompatibilityRequest, folder: Path, report: CompatibilityRep
 
 
 def run_compatibility(request: CompatibilityRequest) -> None:
-    """Measure, write and show the report. Raises ValueError for bad options, for data without pairs, and if none of
-    the references can be built."""
+    """Measure, write and show the report. Raises ValueError for bad options, for data without pairs, if none of the
+    references can be built, and where another process writes into the folder."""
     folder = Path(request.output_dir or f"outputs/compatibility/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
-    report = _report(request, _runs(request))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_page(folder, report)
-    verdicts = {candidate.title: verdict(candidate, report) for candidate in report.candidates}
-    write_json(folder / "compatibility.json", {**plain(report), "verdicts": verdicts})
-    show(terminal_table(report))
-    say(*(f"{title}: {sentence}" for title, sentence in verdicts.items()))
-    _track(request, folder, report)
+    with held(folder, say):
+        report = _report(request, _runs(request))
+        _write(folder, report)
+        _track(request, folder, report)
     run_summary(
         headline(report),
         {name: str(folder / f"compatibility.{end}") for name, end in
          (("report", "html"), ("plot", "png"), ("numbers", "json"))},
         [next_command(request, candidate) for candidate in report.candidates],
     )  # fmt: skip
+
+
+def _write(folder: Path, report: CompatibilityReport) -> None:
+    write_page(folder, report)
+    verdicts = {candidate.title: verdict(candidate, report) for candidate in report.candidates}
+    write_json(folder / "compatibility.json", {**plain(report), "verdicts": verdicts})
+    show(terminal_table(report))
+    say(*(f"{title}: {sentence}" for title, sentence in verdicts.items()))

@@ -23,7 +23,7 @@ from dpo_ref.evaluation.policy import FINISHED, SUMMARY
 from dpo_ref.files import held, new_folder, not_writable, write_json, write_text
 from dpo_ref.models import checkpoint
 from dpo_ref.tracking.redaction import without_keys
-from dpo_ref.tracking.terminal import say
+from dpo_ref.tracking.terminal import say, visible
 
 CONFIG, ERROR = "config.yaml", "error.txt"
 TRAINED = ("metrics.jsonl", "checkpoints", "policy")  # what a run leaves once it trains
@@ -229,7 +229,7 @@ def record_end(cfg: DictConfig, job: Job, status: str, error: Exception | None =
     words = None if error is None else in_words(error)
     try:
         if error is not None:
-            write_text(job.directory / ERROR, without_keys("".join(traceback.format_exception(error))))
+            write_text(job.directory / ERROR, visible(without_keys("".join(traceback.format_exception(error)))))
         if read_summary(job.directory, str(job.directory))["status"] not in FINISHED:
             record(cfg, job, status, error=words)
     except (OSError, ValueError) as second:

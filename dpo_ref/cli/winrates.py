@@ -9,10 +9,10 @@ from typing import Any
 from dpo_ref.component import Component
 from dpo_ref.evaluation.statistics.length_control import length_control
 from dpo_ref.evaluation.winrates import WinRates, annotation_files, read_matches, win_rates
-from dpo_ref.files import write_json, write_text
+from dpo_ref.files import held, write_json, write_text
 from dpo_ref.reports.plots import write_png
 from dpo_ref.reports.winrates import columns, csv_text, headline, panels, rates_table, strengths_table, summary_metrics
-from dpo_ref.tracking.terminal import progress, run_summary, show
+from dpo_ref.tracking.terminal import progress, run_summary, say, show
 from dpo_ref.tracking.tracker import RunInfo
 
 STAGE = "winrate"
@@ -50,7 +50,6 @@ def annotation_words(annotations: Any) -> tuple[str, ...]:
 
 def _write(folder: Path, results: WinRates, request: WinRateRequest, files: Sequence[Path]) -> dict[str, str]:
     """The files, and their names for the summary."""
-    folder.mkdir(parents=True, exist_ok=True)
     sources = {"annotations": list(map(str, files)), "df_gamed": request.df_gamed, "seed": request.seed}
     write_json(folder / "winrates.json", {**sources, **results.plain()})
     write_text(folder / "winrates.csv", csv_text(results))
@@ -76,15 +75,16 @@ def _track(folder: Path, results: WinRates, request: WinRateRequest) -> None:
 
 def run_winrates(request: WinRateRequest) -> None:
     """Read, compute, write and show. Raises ValueError for what cannot be read, and for what may not be called
-    length-controlled AlpacaEval."""
+    length-controlled AlpacaEval, and where another process writes into the folder."""
     files = annotation_files(request.annotations)
     matches = read_matches(files)
     control = request.df_gamed and length_control(request.df_gamed, [match.prompts for match in matches])
     results = win_rates(matches, control or None, request.seed, progress)
     default = f"outputs/winrates/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     folder = Path(request.output_dir or default).expanduser()
-    paths = _write(folder, results, request, files)
-    show(rates_table(results))
-    show(*(strengths_table(judge, part) for judge, parts in results.strengths.items() for part in parts))
-    _track(folder, results, request)
+    with held(folder, say):
+        paths = _write(folder, results, request, files)
+        show(rates_table(results))
+        show(*(strengths_table(judge, part) for judge, parts in results.strengths.items() for part in parts))
+        _track(folder, results, request)
     run_summary(headline(results), paths)

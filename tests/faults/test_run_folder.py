@@ -8,10 +8,13 @@ import sys
 import pytest
 
 from dpo_ref.models.server import KEY
+from dpo_ref.tracking.tracker import RunInfo
+from dpo_ref.tracking.weights_and_biases import wandb_tracker
 from tests.support.checkpoints import changed_state
 from tests.support.command import train, typed
 from tests.support.evaluate_command import evaluate
 from tests.support.loopback import Answering, LoopbackServer
+from tests.support.wandb_runs import Offline
 
 TRAIN = ["model.path=lab:tiny", "data.num_pairs=32", "data.num_eval_pairs=4", "data.num_test_prompts=4"]
 TRAIN += ["trainer.batch_size=8", "trainer.max_steps=1", "tracking=none"]
@@ -304,6 +307,22 @@ def test_a_redirect_takes_no_key_along(stranger, listener, monkeypatch, tell):
     assert listener.sent
     assert other.sent == []
     tell("service", "a server that redirects to another host", seen=done.stderr, survived="the key stayed with it")
+
+
+def test_settings_of_wandb_in_the_folder_are_not_read(tmp_path, tell):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\nentity = stranger\n")
+    wandb_tracker(RunInfo(tmp_path, {}, "run", None, "train", resume=True), mode="offline").finish(0)
+    tracked = Offline(tmp_path)
+    assert tracked.run.project == "dpo_ref"
+    assert tracked.run.entity == ""
+    assert b"stranger" not in tracked.bytes
+    tell(
+        "let in",
+        "a run folder whose wandb/settings name a server and a team",
+        seen="nothing",
+        survived="the user's own settings are taken, the folder's are not read",
+    )
 
 
 def test_what_is_typed_again_says_the_same(stranger):

@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import time
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -166,8 +167,16 @@ def test_no_file_and_no_message_holds_a_key(keys, echo, tmp_path, capfd, monkeyp
          survived="no file of runs that ended and failed holds a key")  # fmt: skip
 
 
+def titles(process: int) -> list[bytes]:
+    """The command lines of a process and of all that it started, as `ps` shows them to everybody."""
+    folder = Path("/proc") / str(process)
+    title = (folder / "cmdline").read_bytes()
+    children = [child for path in folder.glob("task/*/children") for child in path.read_text().split()]
+    return [title, *(line for child in children for line in titles(int(child)))]
+
+
 @pytest.mark.slow
-def test_a_killed_run_holds_no_key(keys, tmp_path):
+def test_a_killed_run_holds_no_key(keys, tmp_path, tell):
     (tmp_path / "killed").mkdir()
     killed = tmp_path / "killed" / "run"
     process = started(tmp_path / "killed", "train.py", *TRAIN, "trainer.max_steps=500", "trainer.epochs=999",
@@ -175,10 +184,19 @@ def test_a_killed_run_holds_no_key(keys, tmp_path):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (killed / "metrics.jsonl").exists():
         time.sleep(0.02)
+    shown = titles(process.pid)
     process.kill()
     process.join()
+    assert any(b"wandb-core" in title for title in shown)
+    assert not any(text in title for text in HELD for title in shown)
     assert (killed / "config.yaml").is_file()
     assert leaks(tmp_path) == []
+    tell(
+        "killed",
+        "a run with keys in its environment, killed while it trains",
+        seen="nothing",
+        survived="no key in a file, nor in the title of a process that it had started (W&B's own among them)",
+    )
 
 
 def test_a_tracking_service_that_sends_the_key_back(keys, echo, tmp_path, monkeypatch, tell):
