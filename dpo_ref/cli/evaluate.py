@@ -30,7 +30,8 @@ from dpo_ref.evaluation.policy import (
     TrainedRun,
     against,
 )
-from dpo_ref.evaluation.results import RESULTS, Evaluated, Thresholds, join_temperatures, with_curve
+from dpo_ref.evaluation.results import RESULTS, Evaluated, Evaluation, Thresholds, join_temperatures, with_curve
+from dpo_ref.evaluation.stages import without_judge
 from dpo_ref.evaluation.sweep import cells, collect, results_folder, results_of_checkpoint
 from dpo_ref.files import cache_folder, held
 from dpo_ref.lab.models import SCHEME
@@ -40,7 +41,7 @@ from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
 from dpo_ref.reports.sweep import sweep_tables, track_sweep, write_sweep
-from dpo_ref.reports.tables import drift, headline, results_table
+from dpo_ref.reports.tables import drift, headline, lacking, results_table
 from dpo_ref.tracking.redaction import refuse_credentials, without_keys
 from dpo_ref.tracking.terminal import progress, run_summary, say, show
 from dpo_ref.types import PreferenceData, digest
@@ -50,6 +51,7 @@ from dpo_ref.types import PreferenceData, digest
 
 # What does not change a policy's results
 SAME_RESULTS = ("policy", "sweep", "output_dir", "stage", "tracking", "trust")
+NOT_ASKED = "the judge was lost before it was asked about this policy: there is no win rate of its"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class Evaluator:
         data, seed = parts["data"], self.data_seed(subject)
         key = f"{data} {seed}"
         if key not in self._data:
-            self._data[key] = data(seed, progress)
+            self._data[key] = data(seed, progress)._replace(train=())  # a sweep keeps the held-out data of each seed
         work = Workspace(subject.folder, cache_folder(), self.cfg.seed, progress, self._loader)
         tokenizer = self._loader.policy(subject.model).tokenizer
         prompts = prompts_of(tokenizer, parts, self._data[key], seed, progress)
@@ -114,11 +116,17 @@ class Evaluator:
             refuse_unused_trust(run, self.cfg.trust)
         with held(subject.folder, say, self.work()):
             try:
-                return self._one(path, subject, run)
+                outcome = self._one(path, subject, run)
             except JudgeLost as lost:
                 self.lost, self.cfg = lost, self.cfg.copy()
                 self.cfg.judge = None
-                return self._one(path, subject, run)
+                return self._without_judge(self._one(path, subject, run), lost.short)
+            return outcome if self.lost is None else self._without_judge(outcome, NOT_ASKED)
+
+    def _without_judge(self, outcome: EvaluationOutcome, why: str) -> EvaluationOutcome:
+        if outcome.evaluated is None:
+            return outcome
+        return replace(outcome, evaluated=without_judge(outcome.subject.folder, outcome.evaluated, why))
 
     def work(self) -> str:
         """What is equal for evaluations that leave the same in a policy's folder."""
@@ -184,7 +192,13 @@ def _evaluate_policy(evaluator: Evaluator, cfg: DictConfig) -> None:
     evaluator.conclude(outcome, [page, *pictures])
     evaluations = [each.evaluation for each in evaluated]
     show(results_table(evaluations))
-    run_summary(headline(evaluations), {"report": str(page), "plot": str(folder / "report.png")})
+    rows = {"report": str(page), "plot": str(folder / "report.png")}
+    run_summary(headline(evaluations), rows | _missing_rows(evaluations))
+
+
+def _missing_rows(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    sentences = lacking(evaluations)
+    return {"missing": " ".join(sentences)} if sentences else {}
 
 
 def _sources(sweep: Any) -> list[str]:
@@ -195,10 +209,14 @@ def _sources(sweep: Any) -> list[str]:
     return sources
 
 
+def _distinct(baselines: Sequence[Evaluated]) -> list[Evaluated]:
+    """Each once, by value: NaN is what was not measured."""
+    return list({digest([asdict(baseline.evaluation)]): baseline for baseline in baselines}.values())
+
+
 def _shared_baseline(baselines: Sequence[Evaluated]) -> Evaluated | None:
     """The baseline of all jobs; None where they have none or several, of which no single one would be true."""
-    # by value: NaN is what was not measured
-    if len({digest([asdict(baseline.evaluation)]) for baseline in baselines}) <= 1:
+    if len(_distinct(baselines)) <= 1:
         return next(iter(baselines), None)
     print("the jobs have different baselines: each is compared with its own, and none is shown", file=sys.stderr)
     return None
@@ -217,7 +235,7 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
             print(f"{job.name} could not be evaluated: {without_keys(str(error))}", file=sys.stderr)
             lost.append(job.name)
             continue
-        baselines += [outcome.baseline] if outcome.baseline else []
+        baselines = _distinct([*baselines, outcome.baseline]) if outcome.baseline else baselines  # with their answers
         if outcome.evaluated is not None:
             evaluator.conclude(outcome)
     jobs, baseline = collect(*sources), _shared_baseline(baselines)
@@ -231,7 +249,7 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
     rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png"), "panels": str(folder / "panels")}
     if initial and (moved := drift(initial, evaluations[1:])):
         rows["drift"] = moved
-    run_summary(title, rows)
+    run_summary(title, rows | _missing_rows(evaluations))
     if lost:
         raise ValueError(f"not evaluated: {', '.join(lost)} (why stands above); the same command goes on with them")
 

@@ -48,8 +48,9 @@ class SweepReport(Callback):
         advise(f"finished jobs are kept, go on with\n  {self.again}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Note what a job came to."""
+        """Note what a job came to; Hydra keeps what jobs return to the end of the sweep, so without their trees."""
         ended = job_return.return_value
+        job_return.cfg = job_return.hydra_cfg = None
         if ended.code:
             self.failed[Path(config.hydra.runtime.output_dir).name] = ended.error
 

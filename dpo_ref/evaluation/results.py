@@ -219,6 +219,7 @@ class Evaluation:
     degenerate: list[str] = field(default_factory=list)
     judge: dict[str, Any] = field(default_factory=dict)  # who compared the answers, with which template and orders
     thresholds: dict[str, float] = field(default_factory=dict)  # beyond which a policy counts as degenerate
+    missing: list[str] = field(default_factory=list)  # what was asked for and is not among the metrics, and why
 
     def get(self, key: str) -> float:
         """A metric, nan where it was not measured."""

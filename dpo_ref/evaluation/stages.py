@@ -207,13 +207,22 @@ def with_judgments(folder: Path, evaluated: Evaluated, baseline: Evaluated | Non
     return _join(folder, evaluated, stored["judge"], stored["metrics"])
 
 
+def without_judge(folder: Path, evaluated: Evaluated, why: str) -> Evaluated:
+    """The evaluation, stored, saying that the judge's numbers are missing; as it is where it has them from before."""
+    if evaluated.evaluation.judge:
+        return evaluated
+    evaluation = replace(evaluated.evaluation, missing=[why])
+    write_evaluation(folder, evaluation)
+    return replace(evaluated, evaluation=evaluation)
+
+
 def _key(pairs: Sequence[Pair], baseline: str) -> str:
     return digest([[(p.prompt, p.sample_index, p.output, p.baseline_output) for p in pairs], baseline])
 
 
 def _join(folder: Path, evaluated: Evaluated, judge: dict[str, Any], metrics: dict[str, float]) -> Evaluated:
     others = {key: value for key, value in evaluated.evaluation.metrics.items() if not key.startswith(OF_JUDGE)}
-    evaluation = replace(evaluated.evaluation, metrics=others | metrics, judge=judge)
+    evaluation = replace(evaluated.evaluation, metrics=others | metrics, judge=judge, missing=[])
     write_evaluation(folder, evaluation)
     return replace(evaluated, evaluation=evaluation)
 

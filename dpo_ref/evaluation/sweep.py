@@ -260,7 +260,10 @@ def mean_over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
         metrics |= {f"{key}_low": metrics[key] - half, f"{key}_high": metrics[key] + half}
     broken = [e for e in evaluations if e.degenerate]
     reasons = [f"{len(broken)} of {len(evaluations)} seeds: {reason}" for e in broken[:1] for reason in e.degenerate]
-    return replace(first, metrics=metrics, seed=None, num_seeds=len(evaluations), degenerate=reasons)
+    lacking = [why for e in evaluations for why in e.missing]
+    missing = [f"{lacking.count(why)} of {len(evaluations)} seeds: {why}" for why in dict.fromkeys(lacking)]
+    joined = {"metrics": metrics, "degenerate": reasons, "missing": missing}
+    return replace(first, **joined, seed=None, num_seeds=len(evaluations))
 
 
 def cells(jobs: Sequence[SweptRun]) -> list[Cell]:
@@ -285,12 +288,25 @@ def without_result(jobs: Sequence[SweptRun]) -> list[SweptRun]:
 def csv_text(jobs: Sequence[SweptRun]) -> str:
     """One line per job, failed ones included, with every metric."""
     keys = sorted({key for job in jobs if job.evaluation for key in job.evaluation.metrics})
-    about = ("job", "status", "error", "series", "objective", "reference", "beta", "step", "seed", "degenerate")
+    about = (
+        "job",
+        "status",
+        "error",
+        "series",
+        "objective",
+        "reference",
+        "beta",
+        "step",
+        "seed",
+        "degenerate",
+        "missing",
+    )
     rows: list[list[Any]] = [[*about, *keys]]
     for job, series in zip(jobs, _series(jobs), strict=True):
         metrics = job.evaluation.metrics if job.evaluation else {}
         broken = "; ".join(job.evaluation.degenerate) if job.evaluation else ""
         kind = (job.objective, job.reference, job.beta, job.step, job.seed)
-        facts = (job.name, job.status, job.error, series, *kind, broken)
+        missing = "; ".join(job.evaluation.missing) if job.evaluation else ""
+        facts = (job.name, job.status, job.error, series, *kind, broken, missing)
         rows.append([*facts, *(metrics.get(key) for key in keys)])
     return as_csv(rows)

@@ -7,7 +7,7 @@ pass goes on: a crash loses at most one shard, and runs that fill the same table
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
@@ -60,9 +60,9 @@ def row_key(group: TokenGroup) -> bytes:
     return hashlib.sha256(np.asarray([len(sizes), *ids], dtype=np.int32).tobytes()).digest()[:16]
 
 
-def read_shards(folder: Path) -> tuple[Rows, list[Path]]:
-    """Every row stored for one reference, its per-token values, one response after the other; and the shards that are
-    damaged: whose bytes are not those they are named by."""
+def read_shards(folder: Path, wanted: Collection[bytes] | None = None) -> tuple[Rows, list[Path]]:
+    """The rows that are stored for one reference, of those that are wanted where that is said: per-token values, one
+    response after the other; and the shards that are damaged: whose bytes are not those they are named by."""
     rows: Rows = {}
     damaged = []
     for path in sorted(folder.glob("*.safetensors")):
@@ -71,9 +71,10 @@ def read_shards(folder: Path) -> tuple[Rows, list[Path]]:
             damaged.append(path)
             continue
         shard = load(content)
-        bounds = np.cumsum(shard["sizes"])[:-1]
-        keys = [key.tobytes() for key in shard["keys"]]
-        rows.update(zip(keys, np.split(shard["values"], bounds), strict=True))
+        ends = np.cumsum(shard["sizes"]).tolist()
+        keys = map(np.ndarray.tobytes, shard["keys"])
+        spans = zip(keys, pairwise([0, *ends]), strict=True)
+        rows |= {key: shard["values"][start:end] for key, (start, end) in spans if wanted is None or key in wanted}
     return rows, damaged
 
 
@@ -192,8 +193,8 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
     folder = context.work.cache / "reference" / identity
     folder.mkdir(parents=True, exist_ok=True)
     in_use(folder)
-    stored = _whole_rows(folder)
     keys = [row_key(group) for group in groups]
+    stored = _whole_rows(folder, set(keys))
     reused = [index for index, key in enumerate(keys) if key in stored]
     if reused:
         picked = reused[:: max(1, len(reused) // PROBES)][:PROBES]
@@ -202,9 +203,9 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
     return stored | _fill(scorer, groups, missing, folder, context) if missing else stored
 
 
-def _whole_rows(folder: Path) -> Rows:
-    """What is stored; damaged shards are deleted, and their rows computed again."""
-    rows, damaged = read_shards(folder)
+def _whole_rows(folder: Path, wanted: Collection[bytes]) -> Rows:
+    """What is stored of the wanted rows; damaged shards are deleted, and their rows computed again."""
+    rows, damaged = read_shards(folder, wanted)
     if damaged:
         say(
             f"{damaged[0]} is damaged, or of an earlier version: the rows of {len(damaged)} of the table's files are "

@@ -65,7 +65,7 @@ def report(evaluated: Sequence[Evaluated], sections: Sequence[str] = ()) -> str:
         '<p class="over">Policy evaluation</p>',
         f"<h1>{page.text(title)}</h1>",
         f'<p class="lead">{page.text(drift)}</p>' if drift else "",
-        page.alerts(tables.broken(evaluations)),
+        page.alerts([*tables.broken(evaluations), *tables.lacking(evaluations)]),
         page.pictures(_pictures(evaluated)),
         "<h2>Numbers</h2>",
         page.policy_table(
@@ -243,6 +243,7 @@ def track_evaluation(
     log_files(tracker, files)
     reasons = evaluated.evaluation.degenerate
     verdict = {"degenerate": bool(reasons), "degenerate_because": "; ".join(reasons)}
+    verdict |= {"missing": "; ".join(tables.lacking([evaluated.evaluation]))}
     tracker.summary(
         {**values, **{f"{PREFIX}{name}": value for name, value in verdict.items()}, "training_run": training}
     )

@@ -115,7 +115,7 @@ def sweep_page(jobs: Sequence[SweptRun], baseline: Evaluated | None) -> str:
         f'<p class="over">Sweep of {len(jobs)} runs</p>',
         f"<h1>{page.text(title)}</h1>",
         f'<p class="lead">{page.text(drift)}</p>' if drift else "",
-        page.alerts(tables.broken(evaluations)),
+        page.alerts([*tables.broken(evaluations), *tables.lacking(evaluations)]),
         page.pictures(pictures) + f'<p class="small">{BARS}</p>' if pictures else "",
         _points_section(cells),
         "<h2>Numbers</h2>",
@@ -183,9 +183,22 @@ def point_axis(axes: Any, cells: Sequence[Cell]) -> None:
         return
     betas = sorted({cell.beta for cell in cells if cell.beta})
     axes.set_xscale("log")
-    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    labelled = _apart(betas)
+    axes.set_xticks(labelled, [f"{beta:g}" for beta in labelled])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("β (larger: closer to the reference)")
+
+
+LABEL = 0.09  # of the axis, which the longest label of a strength takes
+
+
+def _apart(betas: Sequence[float]) -> list[float]:
+    """Those of ascending strengths whose labels do not meet on a logarithmic axis; the first is one of them."""
+    labelled: list[float] = []
+    for beta in betas:
+        if not labelled or math.log(beta / labelled[-1]) > LABEL * math.log(betas[-1] / betas[0]):
+            labelled.append(beta)
+    return labelled
 
 
 def legend(axes: Any) -> None:
@@ -344,6 +357,9 @@ def front_of(cells: Sequence[Cell]) -> list[Cell]:
     return [sound[index] for index in undominated(*_kl_and_score(sound))]
 
 
+MANY = 10  # points of a series, of which only the ends are named: their numbers would cover each other
+
+
 def _draw_series(axes: Any, members: Sequence[Cell], colour: str, label: str) -> None:
     distances, rewards = _kl_and_score(members)
     bars = {"xerr": [cell.spread(DISTANCE) for cell in members],
@@ -351,8 +367,12 @@ def _draw_series(axes: Any, members: Sequence[Cell], colour: str, label: str) ->
     axes.errorbar(
         distances, rewards, **bars, fmt="-o", color=colour, linewidth=1.5, elinewidth=0.9, markersize=5, label=label
     )
-    for cell, *point in zip(members, distances, rewards, strict=True):
-        axes.annotate(f"{cell.point:g}", point, xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
+    named = [0, len(members) - 1] if len(members) > MANY else range(len(members))
+    for index, (cell, *point) in enumerate(zip(members, distances, rewards, strict=True)):
+        if index in named:
+            axes.annotate(
+                f"{cell.point:g}", point, xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour
+            )
         if cell.evaluation.degenerate:
             axes.plot(*point, "X", color=BROKEN, markersize=8, zorder=4)
 

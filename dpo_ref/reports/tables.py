@@ -17,6 +17,8 @@ from dpo_ref.evaluation.results import (
     LENGTH,
     LENGTH_BASELINE,
     METRICS,
+    NUM_JUDGE_PAIRS,
+    NUM_JUDGED,
     WIN_RATE,
     Evaluation,
     Heading,
@@ -57,7 +59,13 @@ def plus_minus(evaluation: Evaluation, key: str, decimals: int, signed: bool = F
 
 def _share_of_wins(evaluation: Evaluation, key: str) -> str:
     mean, low, high = (evaluation.get(f"{key}{part}") for part in ("", "_low", "_high"))
-    return MISSING if math.isnan(mean) else f"{percent(mean)} [{100 * low:.1f}, {100 * high:.1f}]"
+    share = MISSING if math.isnan(mean) else f"{percent(mean)} [{100 * low:.1f}, {100 * high:.1f}]"
+    return _with_part(share, evaluation, key)
+
+
+def _with_part(entry: str, evaluation: Evaluation, key: str) -> str:
+    part = judged_in_part(evaluation) if key == evaluation.key(JUDGE_WIN_RATE) else ""
+    return f"{entry} ({part})" if part and entry != MISSING else entry
 
 
 def leading_key(evaluation: Evaluation) -> str:
@@ -68,7 +76,8 @@ def leading_key(evaluation: Evaluation) -> str:
 
 def _percent_and_error(evaluation: Evaluation, key: str) -> str:
     mean, error = (100 * evaluation.get(f"{key}{part}") for part in ("", "_se"))
-    return MISSING if math.isnan(mean) else f"{mean:.1f} ± {number(error, 1)}\u00a0%"
+    share = MISSING if math.isnan(mean) else f"{mean:.1f} ± {number(error, 1)}\u00a0%"
+    return _with_part(share, evaluation, key)
 
 
 def _beside_length(evaluation: Evaluation, key: str) -> str:
@@ -204,7 +213,7 @@ def results_table(evaluations: Sequence[Evaluation], failures: Sequence[tuple[st
 
 def _narrow(entry: str) -> str:
     """Without the spaces that a page has room for."""
-    return entry.replace(" ± ", "±").replace(", ", ",").replace("\u00a0%", "%")
+    return entry.replace(" ± ", "±").replace(", ", ",").replace("\u00a0%", "%").replace(" pairs)", ")")
 
 
 # --- what the numbers say, in sentences
@@ -266,6 +275,22 @@ def drift(initial: Evaluation, evaluations: Sequence[Evaluation]) -> str | None:
     if END_CHOSEN.key in loosest.metrics:
         parts.append(f"the end token's log-prob moved by {number(loosest.value(END_CHOSEN), 2, signed=True)}")
     return f"At the smallest β, {loosest.beta:g}, " + ", ".join(parts[:-1]) + f", and {parts[-1]}."
+
+
+def judged_in_part(evaluation: Evaluation) -> str:
+    """Over how many pairs the judge's numbers are, where that is not all; else empty."""
+    judged, pairs = evaluation.value(NUM_JUDGED), evaluation.value(NUM_JUDGE_PAIRS)
+    return f"{judged:g} of {pairs:g} pairs" if judged < pairs else ""
+
+
+def lacking(evaluations: Sequence[Evaluation]) -> list[str]:
+    """One sentence for all that was asked for and is not there."""
+    sentences = []
+    for name, evaluation in zip(titles(evaluations), evaluations, strict=True):
+        sentences += [f"{name}: {why}." for why in evaluation.missing]
+        if part := judged_in_part(evaluation):
+            sentences.append(f"{name}: what the judge says is over {part}; it gave no verdict on the others.")
+    return sentences
 
 
 def broken(evaluations: Sequence[Evaluation]) -> list[str]:

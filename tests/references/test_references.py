@@ -105,6 +105,17 @@ def test_a_stale_table_is_refused(context):
         policies.initial(context)
 
 
+def test_a_run_takes_its_own_rows_of_a_table_alone(context):
+    context, _ = context
+    reference = policies.initial(context)
+    folder = context.work.cache / "reference" / reference.identity
+    whole, wanted = table.read_shards(folder)[0], {table.row_key(context.groups[1])}
+    (row,) = table.read_shards(folder, wanted)[0].items()
+    assert row[0] in wanted
+    assert len(whole) > 1
+    assert np.array_equal(row[1], whole[row[0]])
+
+
 def test_holes_are_found(context):
     context, _ = context
     rows = table.score(context.policy.model, context.groups[:2], context.work.device)

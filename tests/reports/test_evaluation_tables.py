@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from dpo_ref.evaluation.results import Evaluation
 from dpo_ref.evaluation.sweep import Cell, SweptRun, mean_over_seeds, short_names
 from dpo_ref.reports import paper_table as tables
+from dpo_ref.reports.plots import figure_of
 from dpo_ref.reports.policy import TemperatureCurve, temperature_panels, temperatures
 from dpo_ref.reports.sweep import (
     best_strengths,
@@ -24,6 +26,7 @@ from dpo_ref.reports.sweep import (
     frontier_csv,
     frontier_panel,
     interval,
+    point_axis,
     strength_table,
     temperature_curves,
     told_apart,
@@ -269,3 +272,14 @@ COMMANDS = re.findall(r"^python evaluate\.py (.*)$", (ROOT / "docs" / "reports.m
 def test_commands_of_the_page_compose(line):
     cfg, _ = composed(*shlex.split(line), kind="evaluate")
     assert "outputs/default/" in str(cfg.sweep)
+
+
+def test_labels_of_many_strengths_do_not_meet():
+    betas = [round(0.01 * index, 2) for index in range(1, 21)]
+    with figure_of(1, 1) as (figure, (axes,)):
+        point_axis(axes, [cell(beta=beta) for beta in betas])
+        axes.plot(betas, betas)
+        figure.draw_without_rendering()
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) > 5
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))

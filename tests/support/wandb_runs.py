@@ -69,7 +69,9 @@ class Service(Answering):
         }
         data = next((reply for sign, reply in replies.items() if sign in query), {})
         self.server.requests.append(query or raw.decode())
-        self.say(200, self.server.answer(data))
+        answer = self.server.answer(data)
+        status, content = answer if isinstance(answer, tuple) else (200, answer)
+        self.say(status, content)
 
 
 @contextmanager

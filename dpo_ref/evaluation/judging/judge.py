@@ -162,7 +162,17 @@ def combine_orders(wins: list[float | None], soft: bool) -> float | None:
 
 
 class JudgeLost(ValueError):
-    """The judge stopped answering; what it said before is kept."""
+    """The judge stopped answering; what it said before is kept. `short` says it without where and what to type."""
+
+    def __init__(self, name: str, num_judged: int, num_pairs: int, reason: str, kept_in: Path) -> None:
+        super().__init__(
+            f"{num_judged} of {num_pairs} pairs are judged, then judge={name} gave no answer: {reason}. Every answer "
+            f"so far is kept in {kept_in}: type the same command again when the judge is back (stage=judge judges "
+            "alone), and only the others are asked"
+        )
+        self.short = (
+            f"judge={name} was lost with {num_judged} of {num_pairs} pairs judged: there is no win rate of its"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +251,7 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], progress: Progress) -> Judg
         outcome = collect([request for members in requests for request in members], cache, judge.ask, progress)
     if outcome.lost is not None:
         num_judged = sum(all(_is_settled(outcome, request) for request in members) for members in requests)
-        raise JudgeLost(
-            f"{num_judged} of {len(pairs)} pairs are judged, then judge={judge.name} gave no answer: {outcome.lost}. "
-            f"Every answer so far is kept in {path}: type the same command again when the judge is back (stage=judge "
-            "judges alone), and only the others are asked"
-        )
+        raise JudgeLost(judge.name, num_judged, len(pairs), outcome.lost, path)
     if outcome.refusals and not outcome.answers:
         raise ValueError(f"judge={judge.name} refuses every question: {next(iter(outcome.refusals.values()))}")
     verdict, keys = judge.template.verdict, list(outcome.answers)
