@@ -25,14 +25,41 @@ from typing import Any
 
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what writing says of a disk, and not of which file
+
+
+class NotWritten(OSError):
+    """A file or folder that its disk did not take."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.filename} was not written: {self.strerror}. Free space on its disk, then type the command again, "
+            "or resume= the run that was trained: what was computed before is kept"
+        )
+
+
+@contextmanager
+def needing_room(path: Path) -> Iterator[None]:
+    """Around writing: raises NotWritten, with the name of `path`, where its disk is full or fails. NumPy says that
+    without a number."""
+    try:
+        yield
+    except NotWritten:
+        raise
+    except OSError as error:
+        if error.errno not in (*NO_ROOM, None):
+            raise
+        raise NotWritten(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write what shall stand at `path`. A failure leaves what was there, and nothing beside it."""
     partial = _beside(path)
     try:
-        yield partial
-        os.replace(partial, path)
+        with needing_room(path):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -52,13 +79,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     workspace = _beside(path)
     partial, replaced = workspace / "new", workspace / "old"
     _clear(workspace, path)  # left by a killed process that had the same id
-    partial.mkdir(parents=True)
     stood_before = path.exists()
     try:
-        yield partial
-        if stood_before and path.exists():
-            os.replace(path, replaced)
-        _move_unless_there(partial, path)
+        with needing_room(path):
+            partial.mkdir(parents=True)
+            yield partial
+            if stood_before and path.exists():
+                os.replace(path, replaced)
+            _move_unless_there(partial, path)
     finally:
         _clear(workspace, path)
 
@@ -119,7 +147,11 @@ def sweep_abandoned(folder: Path) -> None:
     name ends with is dead, and has not been writing for a while."""
     for workspace in list(folder.rglob(".*")):
         owner = workspace.suffix.removeprefix(".")
-        if owner.isdigit() and not _is_alive(int(owner)) and time.time() - _last_change(workspace) > ABANDONED_AFTER:
+        if (
+            owner.isdigit()
+            and not _is_alive(int(owner))
+            and abs(time.time() - _last_change(workspace)) > ABANDONED_AFTER
+        ):
             remove(workspace)
 
 

@@ -219,7 +219,8 @@ def chosen(listed: Sequence[Entry], options: dict[str, str]) -> list[Entry]:
     total, selection = sum(entry.size for entry in listed), []
     for entry in listed:
         of_the_kind = entry.kind == kind or (kind is None and entry.kind != JUDGE)
-        if total > most and of_the_kind and now - entry.used >= age and not entry.needed:
+        unused = max(0.0, now - entry.used)  # a clock may have jumped back
+        if total > most and of_the_kind and unused >= age and not entry.needed:
             selection.append(entry)
             total -= entry.size
     return selection

@@ -7,6 +7,7 @@ through the finaliser of SplitMix64 (Steele, Lea, Flood 2014, OOPSLA). So batch 
 nothing.
 """
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence, Set
@@ -20,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpo_ref.data.tokenise import encode_prompts
-from dpo_ref.files import Damaged
+from dpo_ref.files import Damaged, needing_room
 from dpo_ref.generation.records import Generation, line_of, record_of
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Message, Progress, digest, silent
@@ -327,10 +328,13 @@ class KeptInFile(Kept):
         self.path.unlink(missing_ok=True)
 
     def _append(self, text: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab", buffering=0) as file:
-            file.write(text.encode())
-            os.fsync(file.fileno())
+        with needing_room(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                content = text.encode()
+                if file.write(content) < len(content):  # what a disk does that has room for a part
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
 
 
 def _readable_generations(path: Path) -> list[Generation]:

@@ -5,9 +5,9 @@ only if every byte is as it was written. And the digests by which weights are kn
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None) 
     """A plain Hugging Face folder (weights, config, tokenizer, chat template) that loads without our code. A trained
     adapter is merged into the weights, and saved apart in `adapter/`. A model card that is there already stays."""
     remove_abandoned(folder)
-    with replacing_folder(folder) as partial:
+    with replacing_folder(folder) as partial, as_writing_fails():
         (policy if adapter is None else merge(policy)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if (folder / "README.md").is_file():
@@ -95,7 +95,8 @@ def save(
         moments = _optimizer_tensors(optimizer, policy)
         tensors = {WEIGHTS: weights, MOMENTS: moments, REFERENCE: dict(reference), RANDOM: random_states()}
         for name, content in tensors.items():
-            _save_file(content, partial / name)
+            with as_writing_fails():
+                save_file(content, partial / name)
         write_json(partial / STATE, dict(state))
         return _in_background(_put_in_place, stack.pop_all(), partial, target, keep)
 
@@ -104,10 +105,12 @@ def _name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
-def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+@contextmanager
+def as_writing_fails() -> Iterator[None]:
+    """Raises OSError for what safetensors calls any failure to write."""
     try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # what it calls any failure to write
+        yield
+    except SafetensorError as error:
         raise OSError(str(error)) from error
 
 

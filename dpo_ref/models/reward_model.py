@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.files import remove_abandoned, replacing_folder
+from dpo_ref.models.checkpoint import as_writing_fails
 from dpo_ref.models.loading import Policy, TrainedModel
 from dpo_ref.models.logps import response_scores
 from dpo_ref.types import PackedBatch, ResponseScores, Span
@@ -104,7 +105,7 @@ class RewardModel(TrainedModel):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
         classifier.config.pad_token_id = padding
         remove_abandoned(folder)
-        with replacing_folder(folder) as partial:
+        with replacing_folder(folder) as partial, as_writing_fails():
             classifier.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
 

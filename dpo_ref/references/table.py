@@ -19,7 +19,7 @@ from safetensors.numpy import load, save
 from torch import nn
 
 from dpo_ref.data.packing import collate
-from dpo_ref.files import bytes_digest, in_use, replacing
+from dpo_ref.files import bytes_digest, in_use, needing_room, replacing
 from dpo_ref.models.logps import response_logps, sum_by_response
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.tracking.terminal import say
@@ -191,7 +191,8 @@ class PrecomputedReference(Reference):
 def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context: ReferenceContext) -> Rows:
     """Rows for all groups: stored ones reused after a probe, the rest computed and stored."""
     folder = context.work.cache / "reference" / identity
-    folder.mkdir(parents=True, exist_ok=True)
+    with needing_room(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     in_use(folder)
     keys = [row_key(group) for group in groups]
     stored = _whole_rows(folder, set(keys))

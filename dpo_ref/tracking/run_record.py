@@ -69,7 +69,10 @@ class MetricsFile:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            raise OSError(f"{self.path} cannot be written ({error.strerror}): step {step} is not on record") from error
+            raise OSError(
+                f"{self.path} cannot be written ({error.strerror}): step {step} is not on record. Once that is mended "
+                f"go on with python train.py resume={self.path.parent}"
+            ) from error
         return line
 
     def sealed(self, seal: "Seal") -> list[str]:

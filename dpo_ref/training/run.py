@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from dpo_ref.data.groups import Groups
 from dpo_ref.files import remove_half_written, write_json
@@ -252,10 +251,10 @@ class TrainingRun:
         folder = self.work.directory / "policy"
         try:
             self.policy.save(folder)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise OSError(
-                f"the policy was not written to {folder} ({error}), but the checkpoint of step {steps} was. Free "
-                f"space, then python train.py resume={self.work.directory}"
+                f"the policy was not written to {folder} ({error.strerror or error}), but the checkpoint of step "
+                f"{steps} was. Free space, then python train.py resume={self.work.directory}"
             ) from error
 
     def _seconds(self, step: Step) -> float:

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import pytest
 
 from tests.faults.guards import read_guards
+from tests.support.command import train
+from tests.support.faults import SMALL
 
 # Whoever starts the tests in the background, or with nohup, lets them ignore these, and commands inherit that.
 for stopping in (signal.SIGINT, signal.SIGHUP):
@@ -50,6 +52,14 @@ def tell(record_property, tmp_path) -> Callable[..., None]:
         record_property("fault", list(Row(section, fault, seen, survived)))
 
     return _tell
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run to evaluate, of which tests take copies."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert train(*SMALL, "data.num_test_prompts=10", "trainer.max_steps=2", f"output_dir={run}").returncode == 0
+    return run
 
 
 def pytest_addoption(parser):

@@ -29,14 +29,15 @@ class CompletionsServer(LoopbackServer):
     """
 
     def __init__(
-        self, model, name="big", *, key=None, limit=10**6, noise=0.0, faults=(), healthy=0, alter=None, lists=True
-    ):
+        self, model, name="big", *, key=None, limit=10**6, noise=0.0, faults=(), healthy=0, alter=None, lists=True,
+        port=0,
+    ):  # fmt: skip
         model.set_attn_implementation("eager")
         self.model, self.name, self.key, self.limit, self.noise = model.double(), name, key, limit, noise
         self.faults, self.healthy, self.alter, self.lists = deque(faults), healthy, alter, lists
         self.asked, self.answered, self.times, self.dies_after = Counter(), Counter(), [], None
         self.lock, self.barrier, self.known = threading.Lock(), threading.Barrier(3, timeout=5), {}
-        super().__init__(Handler)
+        super().__init__(Handler, port)
 
     def process_request(self, request, client_address):
         if self.dies_after is not None and len(self.times) >= self.dies_after:

@@ -14,25 +14,36 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
-from tests.support.command import ROOT, Done, forked
+from tests.support.command import ROOT, Done, forked, train
+from tests.support.evaluate_command import evaluate
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=32", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
 SMALL += ["trainer.batch_size=8", "tracking=none"]
 
 
+Entry = Callable[[Path, tuple[str, ...], Callable[[], object]], None]
+
+
 class Typed:
     """A command in a process of its own, in a folder of its own, whose output lies beside that."""
 
-    def __init__(self, folder: Path, *arguments: str, before: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, before: Callable[[], object] = lambda: None, enter: Entry | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("out", "err"):
             (folder / name).touch()
         self.folder = folder
-        self.process = forked(folder, _type_in, folder, arguments, before)
+        self.process = forked(folder, enter or _type_in, folder, arguments, before)
         atexit.register(self.process.kill)  # a test that fails may leave it stopped, and would be waited for
 
     def send(self, signum: int) -> None:
         os.kill(self.process.pid, signum)
+
+    def send_if_alive(self, signum: int) -> None:
+        """For whoever does not know whether it has ended meanwhile; it is not waited for yet, so its id is its own."""
+        if self.process.exitcode is None:
+            self.send(signum)
 
     def end(self) -> Done:
         self.process.join(timeout=120)
@@ -56,6 +67,18 @@ def _type_in(folder: Path, arguments: tuple[str, ...], before: Callable[[], obje
     GlobalHydra.instance().clear()
     before()
     runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+
+
+def run_composed(folder: Path, arguments: tuple[str, ...], before: Callable[[], object]) -> None:
+    """What the command does once Hydra has composed its configuration, which takes as long as a small run."""
+    before()
+    script, *words = arguments
+    if script == "evaluate.py":
+        return evaluate(*words)
+    done = train(*words)
+    print(done.stdout)
+    print(done.stderr, file=sys.stderr)
+    sys.exit(done.returncode)
 
 
 def killed_at(folder: Path, moves: int) -> Callable[[], None]:

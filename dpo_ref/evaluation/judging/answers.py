@@ -2,18 +2,19 @@
 it arrives, so that it is asked only what it has not been asked before.
 """
 
+import errno
 import json
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_ref.files import Damaged, in_use, release, sealed, unsealed, unused
+from dpo_ref.files import Damaged, NotWritten, in_use, needing_room, release, sealed, unsealed, unused
 from dpo_ref.models.server import ServerUnavailable
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Message, Progress, digest
@@ -73,16 +74,18 @@ class AnswerCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._use = path.with_suffix(".lock")  # of the file itself a closed handle would end SQLite's own locks
-        self._use.touch()
+        with needing_room(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._use.touch()
         try:
             if path.exists() and (damage := _damage(path)) is not None:
                 with unused(self._use) as alone:
                     _mend(path, damage, alone)
             in_use(self._use)
-            self._connection = _opened(path)
+            with _needing_room(path):
+                self._connection = _opened(path)
         except sqlite3.OperationalError as error:
             raise ValueError(f"{path} cannot be opened: {error}") from error
 
@@ -96,7 +99,7 @@ class AnswerCache:
     def store(self, request: JudgeRequest, answer: JudgeAnswer) -> None:
         """Keep an answer; the first one to a question stays."""
         row = (request.key, str(request.parameters.get("model")), time.time(), json.dumps(sealed(asdict(answer))))
-        with self._lock:
+        with self._lock, _needing_room(self.path):
             self._connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
 
     def known(self, requests: Iterable[JudgeRequest]) -> dict[str, JudgeAnswer]:
@@ -133,6 +136,17 @@ def _answer(text: str, what: str) -> JudgeAnswer:
         return JudgeAnswer(**row, candidates=tokens)
     except (KeyError, TypeError, ValueError) as error:
         raise Damaged(f"{what} is damaged: {error}", remedy) from error
+
+
+@contextmanager
+def _needing_room(path: Path) -> Iterator[None]:
+    """Raises NotWritten where SQLite finds that the disk is full or fails."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            raise
+        raise NotWritten(errno.ENOSPC, str(error), str(path)) from error
 
 
 def _opened(path: Path) -> sqlite3.Connection:
