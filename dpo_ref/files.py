@@ -436,9 +436,21 @@ def damage_in(folder: Path) -> str | None:
 
 
 def cache_folder() -> Path:
-    """DPO_REF_CACHE, or dpo_ref in the user's cache folder."""
+    """DPO_REF_CACHE, or dpo_ref in the user's cache folder; made where it is not there, else ValueError."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_ref"
-    return Path(os.environ.get("DPO_REF_CACHE") or default).expanduser()
+    folder = Path(os.environ.get("DPO_REF_CACHE") or default).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cache_not_writable(folder, error.strerror or str(error)) from error
+    return folder
+
+
+def cache_not_writable(folder: Path, reason: str) -> ValueError:
+    """What is said of a cache that cannot be made or written."""
+    return ValueError(
+        f"the cache {folder} cannot be written: {reason}; set DPO_REF_CACHE to a folder that can, kept between runs"
+    )
 
 
 def is_kept(entry: Path, remedy: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpo_ref.cli.cache import look_after_cache, record_uses
+from dpo_ref.cli.cache import check_cache, look_after_cache, record_uses
 from dpo_ref.cli.resolve import RunConfig
 from dpo_ref.data.chat_templates import ChatText, text_identity
 from dpo_ref.data.groups import ConcatGroups, Groups, TokenGroups
@@ -45,6 +45,7 @@ class Built(NamedTuple):
 def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     """Load the data, the model and the reference of a run."""
     keep_memory()
+    check_cache()
     look_after_cache()
     check_paths(config)
     torch.manual_seed(config.seed)

@@ -24,6 +24,7 @@ from dpo_ref.evaluation.results import read_json
 from dpo_ref.files import (
     bytes_digest,
     cache_folder,
+    cache_not_writable,
     delete,
     entries_in_use,
     remove,
@@ -90,6 +91,13 @@ def may_go_on(run: Path) -> bool:
     except ValueError:
         return bool(complete_in(run / "checkpoints"))
     return status in ("running", "interrupted") or (status == "failed" and bool(complete_in(run / "checkpoints")))
+
+
+def check_cache() -> None:
+    """Training keeps what it builds. Raises ValueError where the cache may only be read."""
+    cache = cache_folder()
+    if not os.access(cache, os.W_OK):
+        raise cache_not_writable(cache, "it may only be read")
 
 
 def record_uses(run: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import sqlite3
+from contextlib import closing
 from multiprocessing import get_context
 
 import pytest
@@ -38,7 +39,7 @@ def judge(tmp_path, url, **changes):
 
 
 def rows(tmp_path):
-    with sqlite3.connect(tmp_path / FILE) as connection:
+    with closing(sqlite3.connect(tmp_path / FILE)) as connection:
         return connection.execute("SELECT key, answer FROM answers").fetchall()
 
 
