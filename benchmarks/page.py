@@ -1,4 +1,4 @@
-"""Fill docs/performance.md, docs/data.md and docs/images/performance.png from benchmarks/results."""
+"""Fill docs/performance.md, docs/data.md and their pictures in docs/images from benchmarks/results."""
 
 import json
 import re
@@ -128,6 +128,97 @@ def picture(result):
     figure.savefig(PICTURE, dpi=150)
 
 
+def stays(names, rows):
+    """A table of what was so at first and at last, and what it may become."""
+    lines = ["| " + " | ".join(("", *names, "allowed")) + " |", "|---" * (len(names) + 2) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+ALLOWED = {
+    "memory": ("memory, MiB", "+ 2 %"),
+    "files": ("open files", "the same"),
+    "threads": ("threads", "the same"),
+}
+
+
+def rows_of(both):
+    """Rows of memory, open files and threads."""
+    return [(title, *(f"{value:,.0f}" for value in both[name]), limit) for name, (title, limit) in ALLOWED.items()]
+
+
+def soak_text(result):
+    """What a long run was, and what it was like at first and at last."""
+    costs, shares = result["cpu_seconds_per_pair"], result["others_share"]
+    low, high = result["ratio_interval"]
+    rows = rows_of(result["second_and_last_tenth"])
+    rows.append(("CPU milliseconds a pair", *(f"{1000 * cost:.2f}" for cost in costs), "chance, or + 2 %"))
+    rows.append(("what others used of the machine", *(f"{share:.0%}" for share in shares), ""))
+    before, after = result["folder_mib"]
+    return (
+        f"{result['minutes']:g} minutes on {result['pairs']:,} pairs of the lab: {result['steps']:,} steps, an "
+        f"evaluation every {result['evaluated_every']} of them, a checkpoint a minute, W&B offline. The last tenth "
+        f"of the time takes {costs[1] / costs[0]:.3f} times the CPU seconds a pair of the second (95 % interval "
+        f"{low:.3f} to {high:.3f}); the run's folder grew from {before:.0f} to {after:.0f} MiB.\n\n"
+        + stays(("second tenth", "last tenth"), rows)
+    )
+
+
+def soak_sweep_text(result):
+    """What many jobs of one process took and left."""
+    parts = []
+    for name in ("training", "evaluation"):
+        part = result[name]
+        rows = rows_of(part["first_and_last"])
+        rows.append(("seconds a job", *(f"{value:.2f}" for value in part["seconds_per_job"]), ""))
+        rows.append(("CPU seconds a job", *(f"{value:.2f}" for value in part["cpu_per_job"]), ""))
+        rows = [(f"{name}: {title}", *rest) for title, *rest in rows]
+        parts += rows
+    return f"{result['jobs']} jobs in {result['seconds'] / 60:.0f} minutes.\n\n" + stays(
+        ("after 50 jobs", "the last tenth of them"), parts
+    )
+
+
+def soak_picture(result):
+    """Memory, open files and threads, cost of a pair and size of the folder over the minutes of a run."""
+    from dpo_ref.reports.plots import INITIAL, SERIES, figure_of, save
+
+    curves = result["curves"]
+    minutes = [seconds / 60 for seconds in curves["seconds"]]
+    with figure_of(2, 2) as (figure, (memory, counts, cost, folder)):
+        memory.plot(minutes, curves["memory"], color=SERIES[0], label="its own")
+        memory.plot(minutes, curves["resident"], color=INITIAL, label="with mapped files")
+        memory.plot(minutes, curves["wandb"], color=SERIES[1], label="W&B's process")
+        counts.plot(minutes, curves["files"], color=SERIES[0], label="open files")
+        counts.plot(minutes, curves["threads"], color=SERIES[1], label="threads")
+        at, costs = zip(*result["windows"], strict=True)
+        cost.plot([seconds / 60 for seconds in at], [1000 * each for each in costs], ".", color=SERIES[0])
+        folder.plot(minutes, curves["folder"], color=SERIES[0])
+        titles = ("Memory, MiB", "Open files and threads", "CPU milliseconds a pair", "The run's folder, MiB")
+        for axes, title in zip((memory, counts, cost, folder), titles, strict=True):
+            axes.set_title(title)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("minutes since the first step")
+        for axes in (memory, counts):
+            axes.legend(loc="lower right")
+        save(figure, PICTURE.with_name("soak.png"), dpi=130, metadata={"Software": None})
+
+
+def soak_sweep_picture(result):
+    """Memory and open files over the jobs of a sweep, then over their evaluation."""
+    from dpo_ref.reports.plots import INITIAL, SERIES, figure_of, save
+
+    curves = result["curves"]
+    done = [jobs + evaluated for jobs, evaluated in zip(curves["jobs"], curves["evaluated"], strict=True)]
+    with figure_of(1, 2) as (figure, panels):
+        for axes, name, title in zip(panels, ("memory", "files"), ("Memory, MiB", "Open files"), strict=True):
+            axes.plot(done, curves[name], color=SERIES[0])
+            axes.axvline(result["jobs"], color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.2)
+            axes.set_title(title)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("jobs trained, then evaluated (behind the line)")
+        save(figure, PICTURE.with_name("soak_sweep.png"), dpi=130, metadata={"Software": None})
+
+
 def fill(text, name, content):
     """Replace what stands between two markers."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
@@ -137,6 +228,7 @@ def fill(text, name, content):
 def main():
     text = PAGE.read_text()
     makers = {"step_vs_trl": steps_table, "scaling": scaling_table, "sweep_cost": sweep_text, "gpu_h200": gpu_text}
+    makers |= {"soak": soak_text, "soak_sweep": soak_sweep_text}
     for name, make in makers.items():
         if (result := read(name)) is not None:
             text = fill(text, name, make(result))
@@ -146,6 +238,9 @@ def main():
         text = fill(text, "machine", about + f"transformers {versions['transformers']}, TRL {steps['trl']}.")
         picture(steps)
     PAGE.write_text(text)
+    for name, draw in {"soak": soak_picture, "soak_sweep": soak_sweep_picture}.items():
+        if (result := read(name)) is not None:
+            draw(result)
     if (data := read("data")) is not None:
         DATA_PAGE.write_text(fill(DATA_PAGE.read_text(), "data", data_text(data)))
 

@@ -488,8 +488,8 @@ _LOCKS: dict[Path, int] = {}
 
 
 def in_use(entry: Path) -> None:
-    """Say that this process works with an entry of the cache, if it is there: nobody prunes it until the process ends,
-    however it ends, and it counts as used now."""
+    """Say that this process works with an entry of the cache, if it is there: nobody prunes it until it is released or
+    the process ends, however that ends, and it counts as used now."""
     with suppress(OSError):  # of what is not there, on disks without locks, in a cache that one may only read
         if entry not in _LOCKS:
             _LOCKS[entry] = os.open(entry, os.O_RDONLY)
@@ -504,8 +504,21 @@ def release(entry: Path) -> None:
 
 
 def entries_in_use() -> list[Path]:
-    """What this process has worked with."""
+    """What this process works with."""
     return list(_LOCKS)
+
+
+@contextmanager
+def releasing() -> Iterator[None]:
+    """At the end this process is done with the entries that it began to work with inside: each is an open file, and a
+    sweep's jobs may have hundreds."""
+    before = set(_LOCKS)
+    try:
+        yield
+    finally:
+        for entry in entries_in_use():
+            if entry not in before:
+                release(entry)
 
 
 @contextmanager

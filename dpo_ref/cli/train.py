@@ -25,6 +25,7 @@ from dpo_ref.cli.run_folder import (
     restore,
     write_config,
 )
+from dpo_ref.files import releasing
 from dpo_ref.generation.sampling import generate
 from dpo_ref.reports import training_curve
 from dpo_ref.reports.model_card import write_card
@@ -151,6 +152,7 @@ def _bandit(cfg: DictConfig, job: Job, run: RunConfig) -> None:
     run_summary(f"{run.objective.name} in the bandit of {run.bandit and run.bandit.name}", findings | files)
 
 
+@releasing()
 def run_job(cfg: DictConfig, job: Job) -> Ended:
     """Run one job and say how it ended. Never raises for what a user can put right."""
     try:

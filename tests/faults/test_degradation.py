@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from dpo_ref.cli.sweep import SweepReport
 from dpo_ref.cli.train import Ended
+from dpo_ref.files import entries_in_use
 from tests.support.cache import empty_cache
 from tests.support.command import train
 from tests.support.completions_server import CompletionsServer
@@ -319,6 +320,15 @@ def test_a_slow_disk(undisturbed, tmp_path, tell):
 
 
 # --- a sweep of hundreds of jobs
+
+
+def test_a_job_that_is_done_holds_no_entry_of_the_cache(tmp_path, tell):
+    before = entries_in_use()
+    assert train(*SMALL, f"output_dir={tmp_path / 'run'}", "seed=5").returncode == 0
+    assert entries_in_use() == before
+    tell(
+        "untidy", "a sweep of more jobs than files may be open", seen="nothing", survived="each closes what it opened"
+    )
 
 
 def test_a_job_that_is_done_leaves_nothing_in_memory_but_how_it_ended():
