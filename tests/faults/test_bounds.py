@@ -112,8 +112,10 @@ def test_the_rows_before_and_after_are_as_without_the_harm():
 
 
 def test_a_template_that_never_ends_when_the_tokenizer_is_opened(tell):
+    began = os.times().children_user
     with pytest.raises(ValueError, match="a question and its answer cannot be written by the chat template") as error:
         ChatText(byte_bpe(NESTED + CHATML))
+    assert os.times().children_user - began < 10 * bounds.SECONDS
     tell(
         "let in", "a chat template that always loops for minutes", seen=str(error.value), survived="nothing is trained"
     )
