@@ -28,6 +28,8 @@ from tests.support.loopback import surroundings  # noqa: F401
 from tests.support.wandb_runs import Offline, service
 from tests.tracking.test_tracking_wandb import KEY, own_wandb  # noqa: F401
 
+pytestmark = pytest.mark.slow  # `make faults` runs it
+
 OF_TIME = ("throughput", "memory", "seconds")  # in the names of numbers that differ between equal runs
 JUDGED = ["judge=alpaca_eval", "judge.model=big", "judge.max_workers=1"]
 LOST = "judge=alpaca_eval was lost with"
@@ -244,7 +246,6 @@ def tracked(monkeypatch, broken):
 BROKEN = {"answers with 500": fails, "hangs": hangs}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("done", BROKEN)
 def test_a_service_that_breaks_in_mid_run(undisturbed, tmp_path, monkeypatch, done, own_wandb, tell):  # noqa: F811
     run = tmp_path / "run"
@@ -267,7 +268,6 @@ def test_a_service_that_breaks_in_mid_run(undisturbed, tmp_path, monkeypatch, do
     )
 
 
-@pytest.mark.slow
 def test_a_service_that_is_lost_and_back(undisturbed, tmp_path, monkeypatch, own_wandb, tell):  # noqa: F811
     run = tmp_path / "run"
     with tracked(monkeypatch, fails) as weather:

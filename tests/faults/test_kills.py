@@ -272,8 +272,12 @@ def in_words(phases):
 EQUAL = "after it was typed again until it ended: metrics, weights, moments, random states equal those of no kill"
 
 
-@pytest.mark.parametrize("most", [1, pytest.param(KILLS_OF_EACH, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", WORKS)
+IN_SHORT = ("steps", "saves", "a reference pass")  # in `make test`; the others take longer, `make faults` kills all
+ONCE = [pytest.param(name, 1, marks=[] if name in IN_SHORT else pytest.mark.slow) for name in WORKS]
+OFTEN = [pytest.param(name, KILLS_OF_EACH, marks=pytest.mark.slow) for name in WORKS]
+
+
+@pytest.mark.parametrize(("name", "most"), [*ONCE, *OFTEN])
 def test_what_is_killed_ends_as_if_it_had_not_been(name, most, folder_for, tell):
     phases, _ = killed(WORKS[name], partial(folder_for, with_run=name == "an evaluation"), most, name)
     tell("killed", f"{phases.total()} kills -9 of {name}", seen=in_words(phases), survived=EQUAL)
@@ -282,7 +286,8 @@ def test_what_is_killed_ends_as_if_it_had_not_been(name, most, folder_for, tell)
 AT_ONCE = 2  # questions under way
 
 
-@pytest.mark.parametrize("most", [1, pytest.param(KILLS_OF_EACH, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [1, KILLS_OF_EACH])
 def test_what_is_killed_while_a_judge_answers(most, folder_for, monkeypatch, tell):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-real-key-0123456789")
     with JudgeServer(wait=0.02) as server:
