@@ -233,10 +233,10 @@ def test_an_answer_is_read_back_as_it_was_stored(tmp_path):
 
 
 def _fill(path):
-    cache = AnswerCache(path)
-    for index in range(50):
-        request = JudgeRequest((Message(role="user", content=str(index)),), {"model": "m"})
-        cache.store(request, JudgeAnswer("x", None, 1, 1, None))
+    with AnswerCache(path) as cache:
+        for index in range(50):
+            request = JudgeRequest((Message(role="user", content=str(index)),), {"model": "m"})
+            cache.store(request, JudgeAnswer("x", None, 1, 1, None))
 
 
 def test_processes_share_one_cache(tmp_path):
