@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -97,7 +97,7 @@ def outcome(python: Path) -> str:
     out = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=False).stdout
     print(out, flush=True)
     ends = re.findall(r"^(?:=+ )?((?:\d+ \w+, )*\d+ (?:passed|failed|errors?)\b.*) in [\d.]+s", out, re.MULTILINE)
-    return ends[-1] if ends else "the suite did not run"
+    return ends[-1] if ends else "not run to its end"
 
 
 def row(environment: Environment) -> list[str]:
@@ -115,10 +115,16 @@ def row(environment: Environment) -> list[str]:
     return [environment.python, *versions, environment.others, result, f"{time.monotonic() - began:.0f}"]
 
 
+def write(table: list[list[str]], waiting: Sequence[Environment]) -> None:
+    """docs/environments.md, whole after every row: what was stopped before its turn stands there as not run."""
+    blank = [[each.python, " ".join(each.choice) or "newest", "", each.others, "not run", ""] for each in waiting]
+    PAGE.write_text(INTRODUCTION + "".join(f"| {' | '.join(cells)} |\n" for cells in table + blank))
+
+
 if __name__ == "__main__":
-    table = []
-    for environment in environments():
+    table, plan = [], list(environments())
+    for index, environment in enumerate(plan):
         table.append(row(environment))
         print(json.dumps(table[-1]), flush=True)
-    PAGE.write_text(INTRODUCTION + "".join(f"| {' | '.join(cells)} |\n" for cells in table))
+        write(table, plan[index + 1 :])
     sys.exit(any("failed" in cells[-2] or "error" in cells[-2] or "not run" in cells[-2] for cells in table))
