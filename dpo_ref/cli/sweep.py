@@ -3,6 +3,7 @@ evaluated, one table and one plot are made, and the jobs that failed are named.
 """
 
 import atexit
+import gc
 import shlex
 import subprocess
 import sys
@@ -48,9 +49,11 @@ class SweepReport(Callback):
         advise(f"finished jobs are kept, go on with\n  {self.again}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Note what a job came to; Hydra keeps what jobs return to the end of the sweep, so without their trees."""
+        """Note what a job came to, and let go of all else: its trees, which Hydra keeps to the end of the sweep, and
+        what refers to itself, such as models, before the next job loads its own."""
         ended = job_return.return_value
         job_return.cfg = job_return.hydra_cfg = None
+        gc.collect()
         if ended.code:
             self.failed[Path(config.hydra.runtime.output_dir).name] = ended.error
 

@@ -127,12 +127,13 @@ def test_a_judge_that_is_back_leaves_nothing_missing(run, tmp_path, monkeypatch,
     )
 
 
-def test_numbers_of_a_judge_from_before_stay_when_it_is_lost(run):
+def test_numbers_of_a_judge_from_before_stay_when_it_is_lost(run, tell):
     with JudgeServer() as server:
         evaluate(f"policy={run}", *judged_by(server))
     before = numbers(run / "evaluation")
-    lost_judge(run, "judge.temperature=0.5")
+    seen = lost_judge(run, "judge.temperature=0.5")
     assert numbers(run / "evaluation") == before  # of the judge that was asked then
+    tell("service", "a judge that is lost in a second evaluation", seen=seen, survived="the numbers of the first")
 
 
 def test_a_win_rate_of_some_pairs_says_of_how_many(run, capsys, tell):
@@ -331,8 +332,9 @@ def test_a_job_that_is_done_holds_no_entry_of_the_cache(tmp_path, tell):
     )
 
 
-def test_a_job_that_is_done_leaves_nothing_in_memory_but_how_it_ended():
+def test_a_job_that_is_done_leaves_nothing_in_memory_but_how_it_ended(tell):
     done = JobReturn(cfg=OmegaConf.create({"seed": 1}), hydra_cfg=OmegaConf.create({"job": 1}))
     done.return_value, done.status = Ended(0), JobStatus.COMPLETED
     SweepReport().on_job_end(OmegaConf.create(), done)
     assert (done.cfg, done.hydra_cfg, done.return_value) == (None, None, Ended(0))
+    tell("untidy", "a sweep of hundreds of jobs in one process", seen="nothing", survived="no job's trees are kept")
