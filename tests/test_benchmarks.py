@@ -51,3 +51,37 @@ def test_the_step_that_is_timed_trains_the_model(gpu):
     assert step(groups) > 0
     assert step.steps == 1
     assert not torch.equal(model.lm_head.weight, before)
+
+
+@pytest.fixture
+def soak(monkeypatch):
+    """benchmarks/soak.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("soak")
+    for name in ("soak", "page", "common"):
+        sys.modules.pop(name, None)
+
+
+def watched_run(memory=lambda second: 500.0, files=lambda second: 40, cost=lambda second: 0.002):
+    """Ten minutes as benchmarks/soak.py sees them: four steps a second, an evaluation a minute."""
+    samples, cpu = [], 0.0
+    for second in range(600):
+        cpu += 4 * 32 * cost(second) * (1 + 0.05 * (-1) ** (second // 7))
+        shared = {"threads": 9, "wandb": 15.0, "folder": 1.0, "busy": cpu, "evaluations": second // 60}
+        own = {"memory": memory(second), "files": files(second), "cpu": cpu, "steps": 4 * second}
+        samples.append({"seconds": float(second), **shared, **own})
+    return samples
+
+
+def test_a_run_that_stays_as_it_began_is_told_from_one_that_does_not(soak):
+    assert soak.judged_run(watched_run())["faults"] == []
+    assert soak.judged_run(watched_run(memory=lambda second: 500 + 0.02 * second))["faults"] == []  # 2 % at its end
+    (grown,) = soak.judged_run(watched_run(memory=lambda second: 500 + 0.03 * second))["faults"]
+    assert "memory grew from 503 to 517 MiB" in grown
+    (leaking,) = soak.judged_run(watched_run(files=lambda second: 40 + second // 100))["faults"]
+    assert leaking == "files: 40 before, 45 after"
+    (slower,) = soak.judged_run(watched_run(cost=lambda second: 0.002 * (1 + second / 6000)))["faults"]
+    assert "times the CPU seconds" in slower
+    noisy = watched_run(cost=lambda second: 0.002 * (1 + (second // 10) % 2))
+    (unclear,) = soak.judged_run(noisy)["faults"]
+    assert "run longer, or alone" in unclear

@@ -1,5 +1,6 @@
 """`python evaluate.py ...` from its composed configuration to the table, the page and the tracker."""
 
+import gc
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -238,6 +239,7 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
         baselines = _distinct([*baselines, outcome.baseline]) if outcome.baseline else baselines  # with their answers
         if outcome.evaluated is not None:
             evaluator.conclude(outcome)
+        gc.collect()  # what refers to itself, such as models, before the next job loads its own
     jobs, baseline = collect(*sources), _shared_baseline(baselines)
     write_sweep(folder, jobs, baseline)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
