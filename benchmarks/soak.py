@@ -294,10 +294,11 @@ def judged_run(samples):
     return result | {"cpu_seconds_per_pair": means, "ratio_interval": interval, "faults": faults}
 
 
-def compared(first, last):
-    """Medians of what has to stay, and of what W&B's process holds, in two parts of the time."""
-    names = ("memory", "files", "threads", "wandb")
-    return {name: [median(part, name) for part in (first, last)] for name in names}
+def compared(first, last, count=median):
+    """What has to stay, and what W&B's process holds, in two parts of the time: medians, and `count` of files and
+    threads."""
+    sizes = {name: [median(part, name) for part in (first, last)] for name in ("memory", "wandb")}
+    return sizes | {name: [count(part, name) for part in (first, last)] for name in ("files", "threads")}
 
 
 def changed(both):
@@ -357,7 +358,12 @@ def during(samples, name, jobs):
         return (part[-1][kind] - part[0][kind]) / max(1, part[-1][name] - part[0][name])
 
     costs = {f"{kind}_per_job": [per_job(part, kind) for part in (first, last)] for kind in ("seconds", "cpu")}
-    return {"first_and_last": compared(first, last), **costs}
+    return {"first_and_last": compared(first, last, lowest), **costs}
+
+
+def lowest(samples, name):
+    """Of one quantity: what is there between two jobs."""
+    return min(point[name] for point in samples)
 
 
 def main():
