@@ -52,11 +52,11 @@ test-matrix: $(TOOLS)/.installed ## run a short suite under each Python, with th
 faults: install-dev ## run every test of a fault, also those that `make test` leaves out
 	$(PYTEST) -m "slow or not slow" tests/faults
 
-guards: install-dev ## take out, one after the other, the lines that keep the promises, and see their tests fail
-	$(BIN)/python -m tests.faults.guards
-
 reliability: install-dev ## the same, and write docs/reliability.md of what was seen
 	$(PYTEST) -m "slow or not slow" --reliability tests/faults
+
+guards: install-dev ## take out, one after the other, the lines that keep the promises, and see their tests fail
+	$(BIN)/python -m tests.faults.guards
 
 define LOCK_HEADER
 # What `make install` brings, at the newest versions that requirements.txt allows, with the hash of every file of each.

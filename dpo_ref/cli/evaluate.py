@@ -52,7 +52,7 @@ from dpo_ref.types import PreferenceData, digest
 
 # What does not change a policy's results
 SAME_RESULTS = ("policy", "sweep", "output_dir", "stage", "tracking", "trust")
-NOT_ASKED = "the judge was lost before it was asked about this policy: there is no win rate of its"
+NOT_ASKED = "the judge was lost before it was asked about this policy, so there is no win rate"
 
 
 @dataclass(frozen=True, slots=True)

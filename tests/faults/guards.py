@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -57,40 +58,43 @@ def _status(root: Path, *tests: str) -> int:
     ).returncode
 
 
-def main() -> None:
-    """Try each guard; exits with 1 where a test passes without its guard, or fails with it."""
-    guards = [guard for guard in read_guards() if all(word in " ".join(guard) for word in sys.argv[1:])]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
-        roots: SimpleQueue[Path] = SimpleQueue()
-        for number in range(AT_ONCE):
-            root = Path(folder) / str(number)
-            root.mkdir()
-            for name in COPIED:
-                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-                copy(ROOT / name, root / name)
-            roots.put(root)
+def _copied(root: Path) -> Path:
+    """A copy of the project at `root`."""
+    root.mkdir()
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, root / name)
+    return root
 
-        def is_seen(guard: Guard) -> bool:
-            root = roots.get()
-            try:
-                with taken_out(guard, root):
-                    return _status(root, guard.test) == FAILED
-            finally:
-                roots.put(root)
 
-        root = roots.get()
-        whole = _status(root, *dict.fromkeys(guard.test for guard in guards))
+def _is_missed(guard: Guard, roots: "SimpleQueue[Path]") -> bool:
+    """Whether a guard's test fails without it, in a copy that is free."""
+    root = roots.get()
+    try:
+        with taken_out(guard, root):
+            return _status(root, guard.test) == FAILED
+    finally:
         roots.put(root)
-        if whole:
+
+
+def main() -> None:
+    """Try each guard, or those that hold the words that were typed; exits with 1 where a test passes without its
+    guard, or fails with it."""
+    guards = [guard for guard in read_guards() if all(word in " ".join(guard) for word in sys.argv[1:])]
+    roots: SimpleQueue[Path] = SimpleQueue()
+    unmissed = 0
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
+        for number in range(AT_ONCE):
+            root = _copied(Path(folder) / str(number))
+            roots.put(root)
+        if _status(root, *dict.fromkeys(guard.test for guard in guards)):
             sys.exit("the tests fail with all guards in their places")
-        unseen = []
-        for guard, seen in zip(guards, pool.map(is_seen, guards), strict=True):
-            print(
-                "seen by" if seen else "NOT SEEN BY", guard.test, "|", guard.file, "|", guard.guard.strip(), flush=True
-            )
-            unseen += [] if seen else [guard]
-    print(f"{len(guards) - len(unseen)} of {len(guards)} guards were missed by their test when they were taken out")
-    sys.exit(bool(unseen))
+        for guard, missed in zip(guards, pool.map(partial(_is_missed, roots=roots), guards), strict=True):
+            verdict = "missed by" if missed else "NOT MISSED BY"
+            print(verdict, guard.test, "|", guard.file, "|", guard.guard.strip(), flush=True)
+            unmissed += not missed
+    print(f"{len(guards) - unmissed} of {len(guards)} guards were missed by their test when they were taken out")
+    sys.exit(bool(unmissed))
 
 
 if __name__ == "__main__":

@@ -148,5 +148,8 @@ def test_what_was_left_half_made_in_the_future_is_swept(cache, tell):
     sweep_abandoned(cache)
     assert names(cache) == {"ahead", "now", "old", "fresh"}
     tell(
-        "untidy", "half-made files stamped in the future", seen="–", survived="swept; fresh ones stay for their owner"
+        "untidy",
+        "half-made files stamped in the future",
+        seen="nothing",
+        survived="swept; fresh ones stay for their owner",
     )

@@ -11,7 +11,7 @@ GUARDS = read_guards()
 
 
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: f"{guard.file}:{guard.guard.strip()[:40]}")
-def test_a_guard_stands_once_in_its_file_and_has_a_test(guard, tmp_path):
+def test_a_guard_stands_once_in_its_file_and_has_a_test(guard):
     text = (ROOT / "dpo_ref" / guard.file).read_text()
     assert text.count(guard.guard) == 1
     ast.parse(text.replace(guard.guard, guard.without))

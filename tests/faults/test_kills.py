@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,7 +153,7 @@ def answers(folder):
     path = folder / "cache" / FILE
     if not path.is_file():
         return 0
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         try:
             return connection.execute("SELECT count(*) FROM answers").fetchone()[0]
         except sqlite3.OperationalError:  # the table is not there yet
@@ -197,7 +198,9 @@ WORKS = {
         lambda folder: steps(run_of(folder)) > 0,
     ),
     "saves": Work(
-        training(*SHORT, "trainer.save_every=1", "trainer.keep_checkpoints=2"),
+        training(
+            *SHORT, "optim=adamw_bf16", "trainer.save_every=1", "trainer.keep_checkpoints=2"
+        ),  # it draws random numbers
         lambda folder: phase_of_run(run_of(folder)),
         lambda folder: end_of_run(run_of(folder)),
         lambda folder: saves(run_of(folder)),

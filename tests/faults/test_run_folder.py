@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+import wandb
 
 from dpo_ref.models.server import KEY
 from dpo_ref.tracking.tracker import RunInfo
@@ -310,6 +311,7 @@ def test_a_redirect_takes_no_key_along(stranger, listener, monkeypatch, tell):
 
 
 def test_settings_of_wandb_in_the_folder_are_not_read(tmp_path, tell):
+    wandb.teardown()  # which reads settings once
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\nentity = stranger\n")
     wandb_tracker(RunInfo(tmp_path, {}, "run", None, "train", resume=True), mode="offline").finish(0)

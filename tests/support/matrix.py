@@ -100,6 +100,12 @@ def outcome(python: Path) -> str:
     return ends[-1] if ends else "not run to its end"
 
 
+def asked(environment: Environment) -> list[str]:
+    """The versions that were asked for, where none is installed."""
+    pinned = dict(word.split("==") for word in environment.choice if "==" in word)
+    return [pinned.get(name, environment.others) for name in VARIED]
+
+
 def row(environment: Environment) -> list[str]:
     """A row of the page."""
     began = time.monotonic()
@@ -108,8 +114,7 @@ def row(environment: Environment) -> list[str]:
             python = installed(environment, Path(folder) / "venv")
         except subprocess.CalledProcessError as error:
             reason = " ".join(error.stderr.split())
-            asked = " ".join(environment.choice) or "newest"
-            return [environment.python, asked, "", environment.others, f"not installed: {reason}", ""]
+            return [environment.python, *asked(environment), environment.others, f"not installed: {reason}", ""]
         versions = [version(python, name) for name in VARIED]
         result = outcome(python)
     return [environment.python, *versions, environment.others, result, f"{time.monotonic() - began:.0f}"]
@@ -117,7 +122,7 @@ def row(environment: Environment) -> list[str]:
 
 def write(table: list[list[str]], waiting: Sequence[Environment]) -> None:
     """docs/environments.md, whole after every row: what was stopped before its turn stands there as not run."""
-    blank = [[each.python, " ".join(each.choice) or "newest", "", each.others, "not run", ""] for each in waiting]
+    blank = [[each.python, *asked(each), each.others, "not run", ""] for each in waiting]
     PAGE.write_text(INTRODUCTION + "".join(f"| {' | '.join(cells)} |\n" for cells in table + blank))
 
 

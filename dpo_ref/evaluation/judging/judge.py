@@ -170,9 +170,7 @@ class JudgeLost(ValueError):
             f"so far is kept in {kept_in}: type the same command again when the judge is back (stage=judge judges "
             "alone), and only the others are asked"
         )
-        self.short = (
-            f"judge={name} was lost with {num_judged} of {num_pairs} pairs judged: there is no win rate of its"
-        )
+        self.short = f"judge={name} was lost with {num_judged} of {num_pairs} pairs judged, so there is no win rate"
 
 
 @dataclass(frozen=True, slots=True)
