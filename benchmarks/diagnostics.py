@@ -19,7 +19,7 @@ from common import ROOT, write
 from dpo_ref.evaluation.diagnostics.diagnose import Diagnosis
 from dpo_ref.evaluation.results import RESULTS, Evaluation, read_evaluation
 from dpo_ref.evaluation.stages import read_diagnosis
-from dpo_ref.files import plain
+from dpo_ref.files.writing import plain
 from dpo_ref.reports.diagnostics import end_panel, hazard_panel, relative_panel
 from dpo_ref.reports.plots import Panel, figure_of, save
 

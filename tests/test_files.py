@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from dpo_ref.files import remove_abandoned, replacing, replacing_folder, write_json, write_lines
+from dpo_ref.files.writing import remove_abandoned, replacing, replacing_folder, write_json, write_lines
 
 
 def full():

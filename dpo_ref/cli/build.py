@@ -15,7 +15,8 @@ from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import Tokenised, length_limit, tokenise, tokenised_once
 from dpo_ref.distributed import best_device, keep_memory
 from dpo_ref.evaluation.in_training import EvaluationContext, InitialPolicy, in_memory
-from dpo_ref.files import cache_folder, write_text
+from dpo_ref.files.cache import cache_folder
+from dpo_ref.files.writing import write_text
 from dpo_ref.models.attention import resolve_backend
 from dpo_ref.models.loading import ModelLoader, TrainedModel, Workspace, check_folder, locate, prepared_tokenizer
 from dpo_ref.models.reward_model import with_score_head

@@ -21,19 +21,9 @@ from pathlib import Path
 
 from dpo_ref.cli import stopping
 from dpo_ref.evaluation.results import read_json
-from dpo_ref.files import (
-    bytes_digest,
-    cache_folder,
-    cache_not_writable,
-    delete,
-    entries_in_use,
-    remove,
-    sealed,
-    sweep_abandoned,
-    unsealed,
-    unused,
-    write_json,
-)
+from dpo_ref.files.cache import cache_folder, cache_not_writable, delete, entries_in_use, unused
+from dpo_ref.files.digests import bytes_digest, sealed, unsealed
+from dpo_ref.files.writing import remove, sweep_abandoned, write_json
 from dpo_ref.models.checkpoint import complete_in
 from dpo_ref.tracking.terminal import guard_streams, say
 

@@ -37,7 +37,8 @@ from dpo_ref.evaluation.compatibility import (
     metrics_of,
 )
 from dpo_ref.evaluation.kl import NOT_NORMALISED, Divergence, Scored, both_by_text, by_tokens
-from dpo_ref.files import held, plain, write_json
+from dpo_ref.files.holding import held
+from dpo_ref.files.writing import plain, write_json
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models.checkpoint import weights_digest

@@ -34,7 +34,8 @@ from dpo_ref.evaluation.policy import (
 from dpo_ref.evaluation.results import RESULTS, Evaluated, Evaluation, Thresholds, join_temperatures, with_curve
 from dpo_ref.evaluation.stages import without_judge
 from dpo_ref.evaluation.sweep import cells, collect, results_folder, results_of_checkpoint
-from dpo_ref.files import cache_folder, held
+from dpo_ref.files.cache import cache_folder
+from dpo_ref.files.holding import held
 from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import run_of

@@ -16,7 +16,7 @@ from dpo_ref.evaluation.evaluate import loss_reference
 from dpo_ref.evaluation.heldout import PairEvaluation, reference_pairs, score_pairs
 from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate
 from dpo_ref.evaluation.stages import ANSWERS, stored_generations
-from dpo_ref.files import write_text
+from dpo_ref.files.writing import write_text
 from dpo_ref.reports.exports import Answers, Export, RewardedPair, RewardedPairs
 from dpo_ref.reports.model_card import CARD
 from dpo_ref.tracking.terminal import progress, run_summary, say

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_ref.cli.resolve import strength_of
 from dpo_ref.cli.saved_run import check_servers, configuration_in, read_run, read_summary, refuse_unused_trust
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY
-from dpo_ref.files import held, new_folder, not_writable, write_json, write_text
+from dpo_ref.files.holding import held, new_folder, not_writable
+from dpo_ref.files.writing import write_json, write_text
 from dpo_ref.models import checkpoint
 from dpo_ref.tracking.redaction import without_keys
 from dpo_ref.tracking.terminal import say, visible

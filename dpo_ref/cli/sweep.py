@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from dpo_ref.cli.saved_run import addresses_in, trust_words
 from dpo_ref.cli.stopping import advise
-from dpo_ref.files import held
+from dpo_ref.files.holding import held
 from dpo_ref.tracking.terminal import say
 
 ENTRY_POINT = Path(__file__).parents[2] / "evaluate.py"

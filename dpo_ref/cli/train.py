@@ -25,7 +25,7 @@ from dpo_ref.cli.run_folder import (
     restore,
     write_config,
 )
-from dpo_ref.files import releasing
+from dpo_ref.files.cache import releasing
 from dpo_ref.generation.sampling import generate
 from dpo_ref.reports import training_curve
 from dpo_ref.reports.model_card import write_card

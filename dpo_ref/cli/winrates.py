@@ -9,7 +9,8 @@ from typing import Any
 from dpo_ref.component import Component
 from dpo_ref.evaluation.statistics.length_control import length_control
 from dpo_ref.evaluation.winrates import WinRates, annotation_files, read_matches, win_rates
-from dpo_ref.files import held, write_json, write_text
+from dpo_ref.files.holding import held
+from dpo_ref.files.writing import write_json, write_text
 from dpo_ref.reports.plots import write_png
 from dpo_ref.reports.winrates import columns, csv_text, headline, panels, rates_table, strengths_table, summary_metrics
 from dpo_ref.tracking.terminal import progress, run_summary, say, show

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dpo_ref.data.pairing import set_id
-from dpo_ref.files import replacing, replacing_folder, seal_folder
+from dpo_ref.files.digests import seal_folder
+from dpo_ref.files.writing import replacing, replacing_folder
 from dpo_ref.types import Message, PromptGroup, TokenGroup, digest
 
 # --- tokens

@@ -19,7 +19,9 @@ from dpo_ref.data.formats.recognise import Format, check_format, convert, format
 from dpo_ref.data.groups import StoredGroups, write
 from dpo_ref.data.pairing import Filters, Seen, add_pairs
 from dpo_ref.data.rows import Named, Source, open_source
-from dpo_ref.files import cache_folder, in_use, is_kept, replacing_folder, seal_folder, write_json
+from dpo_ref.files.cache import cache_folder, in_use, is_kept
+from dpo_ref.files.digests import seal_folder
+from dpo_ref.files.writing import replacing_folder, write_json
 from dpo_ref.types import PreferenceData, Progress, PromptGroup, Reading, digest, silent
 
 # --- one source read

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.data.encoding import Encoder, Ids
 from dpo_ref.data.groups import StoredGroups, TokenGroups, from_groups, whole_id
-from dpo_ref.files import in_use, is_kept
+from dpo_ref.files.cache import in_use, is_kept
 from dpo_ref.types import Message, Progress, PromptGroup, TokenGroup, digest, silent
 
 # --- tokenising

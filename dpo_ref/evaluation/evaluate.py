@@ -45,7 +45,8 @@ from dpo_ref.evaluation.stages import (
     stored_generations,
     with_judgments,
 )
-from dpo_ref.files import Damaged, in_use
+from dpo_ref.files.cache import in_use
+from dpo_ref.files.digests import Damaged
 from dpo_ref.generation.engine import PromptSet, answer, held_out
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import never_sampled

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dpo_ref.files import Damaged, sealed, unsealed, write_json
+from dpo_ref.files.digests import Damaged, sealed, unsealed
+from dpo_ref.files.writing import write_json
 from dpo_ref.generation.records import Generation
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import digest

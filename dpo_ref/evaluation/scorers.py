@@ -15,7 +15,7 @@ from dpo_ref.data.encoding import Encoder
 from dpo_ref.distributed import best_device
 from dpo_ref.evaluation.judging.judge import Judge, Pair, judge_pairs
 from dpo_ref.evaluation.judging.judges import JudgeContext
-from dpo_ref.files import cache_folder
+from dpo_ref.files.cache import cache_folder
 from dpo_ref.generation.records import Generation, Scores
 from dpo_ref.models.checkpoint import state_digest
 from dpo_ref.models.folders import check_finite, check_vocabulary

@@ -40,7 +40,8 @@ from dpo_ref.evaluation.results import (
 )
 from dpo_ref.evaluation.statistics.comparisons import win_rate
 from dpo_ref.evaluation.statistics.estimates import clustered_mean
-from dpo_ref.files import Damaged, plain
+from dpo_ref.files.digests import Damaged
+from dpo_ref.files.writing import plain
 from dpo_ref.generation.engine import Kept, KeptInFile, PromptSet
 from dpo_ref.generation.records import SAMPLE_AGAIN, Generation, read_generations, write_generations
 from dpo_ref.tracking.terminal import say

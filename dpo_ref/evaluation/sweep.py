@@ -15,7 +15,7 @@ import numpy as np
 
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY, read_summary
 from dpo_ref.evaluation.results import RESULTS, Evaluation, read_evaluation
-from dpo_ref.files import as_csv
+from dpo_ref.files.writing import as_csv
 
 # --- the runs that a sweep joins
 

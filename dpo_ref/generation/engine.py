@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpo_ref.data.tokenise import encode_prompts
-from dpo_ref.files import Damaged, needing_room
+from dpo_ref.files.digests import Damaged
+from dpo_ref.files.writing import needing_room
 from dpo_ref.generation.records import Generation, line_of, record_of
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Message, Progress, digest, silent

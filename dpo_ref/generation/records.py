@@ -8,7 +8,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dpo_ref.files import Damaged, sealed, unsealed, write_lines
+from dpo_ref.files.digests import Damaged, sealed, unsealed
+from dpo_ref.files.writing import write_lines
 from dpo_ref.types import Message, digest
 
 

@@ -27,7 +27,8 @@ import torch
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.distributed import best_device
-from dpo_ref.files import cache_folder, damage_in, in_use, is_kept, seal_folder
+from dpo_ref.files.cache import cache_folder, in_use, is_kept
+from dpo_ref.files.digests import damage_in, seal_folder
 from dpo_ref.lab.preferences import MIXED, Writer, draw_demonstrations, lab_sft
 from dpo_ref.models.attention import register
 from dpo_ref.models.checkpoint import save_policy

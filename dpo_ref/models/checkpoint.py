@@ -16,14 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpo_ref.files import (
-    delete_folder,
-    file_digest,
-    remove_abandoned,
-    remove_deleted,
-    replacing_folder,
-    write_json,
-)
+from dpo_ref.files.digests import file_digest
+from dpo_ref.files.writing import delete_folder, remove_abandoned, remove_deleted, replacing_folder, write_json
 from dpo_ref.models.adapters import effective, merge
 
 PREFIX = "step-"

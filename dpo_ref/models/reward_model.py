@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_ref.data.tokenise import end_of_turn_ids
-from dpo_ref.files import remove_abandoned, replacing_folder
+from dpo_ref.files.writing import remove_abandoned, replacing_folder
 from dpo_ref.models.checkpoint import as_writing_fails
 from dpo_ref.models.loading import Policy, TrainedModel
 from dpo_ref.models.logps import response_scores

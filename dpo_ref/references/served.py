@@ -22,7 +22,9 @@ import numpy as np
 
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.encoding import Encoder
-from dpo_ref.files import Damaged, in_use, sealed, unsealed, write_json
+from dpo_ref.files.cache import in_use
+from dpo_ref.files.digests import Damaged, sealed, unsealed
+from dpo_ref.files.writing import write_json
 from dpo_ref.models.server import ServedModel, Server, ServerRefused, ServerUnavailable, check_url
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.other_tokenizer import ReferenceText, from_text

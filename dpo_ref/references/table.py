@@ -19,7 +19,9 @@ from safetensors.numpy import load, save
 from torch import nn
 
 from dpo_ref.data.packing import collate
-from dpo_ref.files import bytes_digest, in_use, needing_room, replacing
+from dpo_ref.files.cache import in_use
+from dpo_ref.files.digests import bytes_digest
+from dpo_ref.files.writing import needing_room, replacing
 from dpo_ref.models.logps import response_logps, sum_by_response
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.tracking.terminal import say

@@ -12,7 +12,7 @@ import numpy as np
 from dpo_ref.evaluation.compatibility import LEVELS, SATURATED, TOLERATED, Alone, Candidate, CompatibilityReport
 from dpo_ref.evaluation.kl import BY_TEXT, BY_TOKEN, Divergence
 from dpo_ref.evaluation.statistics.estimates import Estimate
-from dpo_ref.files import write_text
+from dpo_ref.files.writing import write_text
 from dpo_ref.reports import page
 from dpo_ref.reports.page import row as page_row
 from dpo_ref.reports.page import table

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_ref.evaluation.results import ACCURACY, ENDED, KL, LENGTH, SCORE, WIN_RATE, Evaluation
-from dpo_ref.files import write_text
+from dpo_ref.files.writing import write_text
 from dpo_ref.reports.tables import block, code, columns, in_markdown, settings
 from dpo_ref.tracking.redaction import PathRedactor, Redactor
 from dpo_ref.tracking.terminal import say

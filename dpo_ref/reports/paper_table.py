@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_ref.evaluation.results import LENGTH, measure_of
 from dpo_ref.evaluation.sweep import Cell, short_names
-from dpo_ref.files import as_csv
+from dpo_ref.files.writing import as_csv
 from dpo_ref.reports import page
 from dpo_ref.reports.tables import MISSING, in_markdown, number
 from dpo_ref.tracking.terminal import in_one_line, words

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dpo_ref.evaluation.results import KL, SCORE, Evaluated, Evaluation
-from dpo_ref.files import replacing
+from dpo_ref.files.writing import replacing
 from dpo_ref.reports.tables import leading_key, titles
 from dpo_ref.tracking.terminal import OF_SCRIPTS, visible
 

@@ -14,7 +14,7 @@ from typing import Any
 from dpo_ref.component import Component
 from dpo_ref.evaluation.policy import PolicyToEvaluate
 from dpo_ref.evaluation.results import AT_TEMPERATURE, LENGTH, REPETITION, SCORE, WIN_RATE, Evaluated, Evaluation
-from dpo_ref.files import write_text
+from dpo_ref.files.writing import write_text
 from dpo_ref.reports import page, tables
 from dpo_ref.reports.diagnostics import diagnostics_panels, diagnostics_section
 from dpo_ref.reports.judge import judge_section

@@ -25,7 +25,7 @@ from dpo_ref.evaluation.results import (
 )
 from dpo_ref.evaluation.stages import read_evaluated
 from dpo_ref.evaluation.sweep import Cell, SweptRun, csv_text, short_names, without_result
-from dpo_ref.files import as_csv, write_text
+from dpo_ref.files.writing import as_csv, write_text
 from dpo_ref.reports import page, tables
 from dpo_ref.reports.paper_table import (
     csv_table,

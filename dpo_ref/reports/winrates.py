@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_ref.evaluation.statistics.bradley_terry import BradleyTerry
 from dpo_ref.evaluation.winrates import ModelWinRate, Versus, WinRates
-from dpo_ref.files import as_csv
+from dpo_ref.files.writing import as_csv
 from dpo_ref.reports.plots import INITIAL, LONGEST_LABEL, SERIES, Panel
 from dpo_ref.reports.tables import MISSING, number
 from dpo_ref.tracking.terminal import words

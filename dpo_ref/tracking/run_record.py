@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_ref.files import write_lines
+from dpo_ref.files.writing import write_lines
 from dpo_ref.tracking.terminal import say
 from dpo_ref.tracking.tracker import Tracker
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, TypeVar
 
-from dpo_ref.files import TELLERS
+from dpo_ref.files.digests import TELLERS
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0

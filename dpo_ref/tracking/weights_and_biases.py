@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
-from dpo_ref.files import write_text
+from dpo_ref.files.writing import write_text
 from dpo_ref.tracking.redaction import Redactor, without_keys
 from dpo_ref.tracking.terminal import OF_SCRIPTS, say, visible
 from dpo_ref.tracking.tracker import Artifact, NoTracker, RunInfo, Tracker

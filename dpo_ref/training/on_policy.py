@@ -19,7 +19,8 @@ import numpy as np
 from dpo_ref.component import MemberOf, RunPlan, component
 from dpo_ref.data.groups import Groups, TokenGroups, from_groups
 from dpo_ref.data.packing import epoch_order, steps_per_epoch
-from dpo_ref.files import Damaged, sealed, unsealed, write_json
+from dpo_ref.files.digests import Damaged, sealed, unsealed
+from dpo_ref.files.writing import write_json
 from dpo_ref.generation.records import Generation, Scores, read_generations, write_generations
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models.loading import TrainedModel

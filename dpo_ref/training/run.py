@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dpo_ref.data.groups import Groups
-from dpo_ref.files import remove_half_written, write_json
+from dpo_ref.files.writing import remove_half_written, write_json
 from dpo_ref.models import checkpoint
 from dpo_ref.models.loading import TrainedModel, Workspace, graphs_compiled
 from dpo_ref.objectives.interface import Objective

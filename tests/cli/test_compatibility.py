@@ -14,7 +14,7 @@ from dpo_ref.cli.compatibility import title_of
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.kl import BY_TEXT, BY_TOKEN, both_by_text
-from dpo_ref.files import cache_folder
+from dpo_ref.files.cache import cache_folder
 from dpo_ref.generation.sampling import generate
 from dpo_ref.lab import models as lab_models
 from dpo_ref.lab.preferences import lab

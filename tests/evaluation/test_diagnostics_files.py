@@ -12,7 +12,7 @@ import pytest
 from dpo_ref.evaluation.diagnostics.diagnose import Diagnosis, metrics_of, restore
 from dpo_ref.evaluation.diagnostics.pairs import check_pairs, content_of, read_pairs
 from dpo_ref.evaluation.stages import read_diagnosis, read_examples
-from dpo_ref.files import plain
+from dpo_ref.files.writing import plain
 from dpo_ref.reports import page
 from dpo_ref.reports.diagnostics import BLUE, ORANGE, colour, diagnostics_section
 from tests.support import chromium

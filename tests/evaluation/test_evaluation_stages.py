@@ -17,7 +17,7 @@ from dpo_ref.evaluation.results import (
     write_scores,
 )
 from dpo_ref.evaluation.stages import generate_stage, generation_key, measure_stage, read_evaluated, score_stage
-from dpo_ref.files import write_json
+from dpo_ref.files.writing import write_json
 from dpo_ref.generation.engine import held_out
 from tests.support import evaluations as invented
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from dpo_ref.cli import cache as cache_command
 from dpo_ref.evaluation.judging.answers import FILE, AnswerCache, JudgeAnswer, JudgeRequest, collect
-from dpo_ref.files import in_use
+from dpo_ref.files.cache import in_use
 from dpo_ref.lab import models as lab_models
 from dpo_ref.types import Message, silent
 from tests.support.cache import empty_cache

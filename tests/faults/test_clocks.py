@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dpo_ref.cli import cache as cache_command
-from dpo_ref.files import sweep_abandoned
+from dpo_ref.files.writing import sweep_abandoned
 from tests.faults.test_kills import end_of_run
 from tests.support.command import ROOT, train, typed
 from tests.support.faults import SMALL, steps

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from dpo_ref.cli.sweep import SweepReport
 from dpo_ref.cli.train import Ended
-from dpo_ref.files import entries_in_use
+from dpo_ref.files.cache import entries_in_use
 from tests.support.cache import empty_cache
 from tests.support.command import train
 from tests.support.completions_server import CompletionsServer

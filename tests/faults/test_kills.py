@@ -22,7 +22,7 @@ import pytest
 
 from dpo_ref.cli import sweep as end_of_sweep
 from dpo_ref.evaluation.judging.answers import FILE
-from dpo_ref.files import file_digest
+from dpo_ref.files.digests import file_digest
 from dpo_ref.lab import models as lab_models
 from dpo_ref.references import table
 from tests.support import on_policy

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from dpo_ref import files
 from dpo_ref.cli.bandit import print_sweep
 from dpo_ref.evaluation.judging.judge import read_judgments
-from dpo_ref.files import Damaged
+from dpo_ref.files import digests
+from dpo_ref.files.digests import Damaged
 from dpo_ref.tracking.weights_and_biases import known_id
 from tests.faults.test_caches import emptied, flipped, halved, same_weights
 from tests.support.command import train, typed
@@ -100,7 +100,7 @@ def test_a_damaged_diagnosis_is_made_again_by_its_stage(evaluated, tmp_path, cap
 
 
 def test_a_record_without_a_digest_is_read_and_told_of(evaluated, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_WITHOUT_DIGEST", [])  # told once a process, and this one is copied
+    monkeypatch.setattr(digests, "_WITHOUT_DIGEST", [])  # told once a process, and this one is copied
     run = shutil.copytree(evaluated, tmp_path / "run")
     for path in (run / "evaluation").glob("*.json"):
         content = json.loads(path.read_text())

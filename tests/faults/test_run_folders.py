@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo_ref.cli.schemas import slug
-from dpo_ref.files import new_folder
+from dpo_ref.files.holding import new_folder
 from tests.support.checkpoints import changed_state
 from tests.support.command import ROOT, train
 from tests.support.evaluate_command import PLAIN, QUICK, evaluate

@@ -12,7 +12,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from dpo_ref.evaluation.sweep import collect
-from dpo_ref.files import as_csv
+from dpo_ref.files.writing import as_csv
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.page import SCRIPT
 from dpo_ref.reports.policy import write_report

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dpo_ref.files import file_digest
+from dpo_ref.files.digests import file_digest
 
 
 def changed_state(run: Path, **changes) -> Path:

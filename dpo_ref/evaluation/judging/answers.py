@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_ref.files import Damaged, NotWritten, in_use, needing_room, release, sealed, unsealed, unused
+from dpo_ref.files.cache import in_use, release, unused
+from dpo_ref.files.digests import Damaged, sealed, unsealed
+from dpo_ref.files.writing import NotWritten, needing_room
 from dpo_ref.models.server import ServerUnavailable
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Message, Progress, digest

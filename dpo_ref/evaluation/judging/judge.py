@@ -28,7 +28,8 @@ from dpo_ref.evaluation.judging.answers import (
 )
 from dpo_ref.evaluation.judging.templates import Template, Verdict
 from dpo_ref.evaluation.statistics.comparisons import preference_metrics
-from dpo_ref.files import sealed, unsealed, write_lines
+from dpo_ref.files.digests import sealed, unsealed
+from dpo_ref.files.writing import write_lines
 from dpo_ref.generation.records import Generation
 from dpo_ref.types import Message, Progress, digest
 

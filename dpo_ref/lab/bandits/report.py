@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from dpo_ref.files import write_text
+from dpo_ref.files.writing import write_text
 from dpo_ref.lab.bandits.study import Trace
 from dpo_ref.reports import page
 from dpo_ref.reports.plots import INITIAL, INK, SERIES, Panel, write_png
