@@ -7,15 +7,18 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import shutil
+import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from dpo_ref.data.formats.checks import BadRow, Row
 
@@ -348,6 +351,7 @@ def _open_saved(source: Source, key: str) -> Opened:
 
     _refuse_options(replace(source, split=None), key, "a folder on this machine")
     _refuse_climbing(Path(source.path).expanduser(), f"{key}={source.path}")
+    _refuse_packed(Path(source.path).expanduser(), f"{key}={source.path}")
     try:
         dataset: Any = load_from_disk(str(Path(source.path).expanduser()))
     except (OSError, ValueError) as error:
@@ -373,6 +377,68 @@ def _refuse_climbing(folder: Path, origin: str) -> None:
             if Path(name).name != name:
                 raise ValueError(f"{origin}: {state.name} names {name}, which is no file of this folder")
             _refuse_link(state.parent / name, folder, origin)
+
+
+def _refuse_packed(folder: Path, origin: str) -> None:
+    """Raise ValueError for a file of Arrow whose buffers are compressed: pyarrow unpacks them without a limit, and
+    `datasets` never packs them."""
+    for path in sorted(folder.rglob("*.arrow")):
+        with path.open("rb") as stream:
+            if any(_is_packed(message) for message in _messages(stream)):
+                raise ValueError(
+                    f"{origin}: the buffers in {path.name} are compressed, which datasets never writes; save its rows "
+                    "as JSON lines or Parquet"
+                )
+
+
+def _messages(stream: BinaryIO) -> Iterator["_Table"]:
+    """The heads of the messages in an Arrow stream, as far as it is one; what they carry is passed over."""
+    with suppress(struct.error):  # the end, or what pyarrow refuses
+        while (size := _int32(stream)) and (size := _int32(stream) if size == -1 else size) > 0:
+            message = _Table(content := stream.read(size), *struct.unpack_from("<I", content))
+            yield message
+            stream.seek(max(message.scalar(3, "<q"), 0), os.SEEK_CUR)
+
+
+def _int32(stream: BinaryIO) -> int:
+    return struct.unpack("<i", stream.read(4))[0]
+
+
+def _is_packed(message: "_Table") -> bool:
+    """Whether a record batch, or that of a dictionary, has its fourth field, `compression`."""
+    kind = message.scalar(1, "<B")
+    batch = message.table(2)
+    if kind == DICTIONARY_BATCH and batch:
+        batch = batch.table(1)
+    return kind in (DICTIONARY_BATCH, RECORD_BATCH) and batch is not None and batch.field(3) is not None
+
+
+DICTIONARY_BATCH, RECORD_BATCH = 2, 3  # Arrow's Message.fbs
+
+
+class _Table(NamedTuple):
+    """A table of a flatbuffer: its position, where the distance back to the offsets of its fields stands."""
+
+    content: bytes
+    position: int
+
+    def field(self, index: int) -> int | None:
+        """Where a field stands; None for one that is left out."""
+        offsets = self.position - struct.unpack_from("<i", self.content, self.position)[0]
+        size, offset = struct.unpack_from("<H", self.content, offsets)[0], 4 + 2 * index
+        if offset >= size or not (distance := struct.unpack_from("<H", self.content, offsets + offset)[0]):
+            return None
+        return self.position + distance
+
+    def scalar(self, index: int, form: str) -> int:
+        """A number; 0 for one that is left out."""
+        return 0 if (place := self.field(index)) is None else struct.unpack_from(form, self.content, place)[0]
+
+    def table(self, index: int) -> "_Table | None":
+        """A table that a field refers to."""
+        if (place := self.field(index)) is None:
+            return None
+        return _Table(self.content, place + struct.unpack_from("<I", self.content, place)[0])
 
 
 def _open_hub(source: Source, key: str) -> Opened:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 
 from dpo_ref.data import bounded as bounds
 from dpo_ref.data import rows as data_rows
@@ -315,6 +316,40 @@ def test_a_row_that_is_out_of_proportion(tmp_path, done, tell):
     message = refusal(tmp_path, tmp_path / "rows.jsonl")
     assert message.startswith(f"rows.jsonl {reason}")
     tell("let in", f"a row that {done}", seen=message[:200], survived="memory and time are bounded")
+
+
+def saved_folder(path, table, compression=None):
+    """What `save_to_disk` writes, and beside it the same rows with packed buffers."""
+    Dataset(table).save_to_disk(path)
+    (file,) = path.glob("*.arrow")
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    with pyarrow.ipc.new_stream(str(file), table.schema, options=options) as writer:
+        for batch in table.to_batches(3):
+            writer.write_batch(batch)
+    return file
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+@pytest.mark.parametrize("of_words", [False, True])
+def test_packed_buffers_in_a_folder_of_datasets(tmp_path, compression, of_words, tell):
+    rows = [{"prompt": f"question {number} ", "chosen": "a" * 2**12, "rejected": "b"} for number in range(7)]
+    table = pyarrow.Table.from_pylist(rows)
+    if of_words:  # a dictionary is a message of its own
+        table = table.set_column(1, "chosen", table["chosen"].dictionary_encode())
+    saved_folder(tmp_path / "plain", table)
+    assert len(preferences(0, path=str(tmp_path / "plain")).train) == len(rows)
+    saved_folder(tmp_path / "packed", table, compression)
+    with pytest.raises(ValueError, match=r"data\.path=.*: the buffers in data-.*\.arrow are compressed") as error:
+        preferences(0, path=str(tmp_path / "packed"))
+    tell("let in", "a saved data set with compressed buffers", seen=str(error.value), survived="nothing is unpacked")
+
+
+@pytest.mark.parametrize("end", [0, 3, 8, 100, 400])
+def test_a_saved_data_set_that_is_cut_off(tmp_path, end):
+    file = saved_folder(tmp_path / "cut", pyarrow.Table.from_pylist([{"prompt": "a", "chosen": "b", "rejected": "c"}]))
+    file.write_bytes(file.read_bytes()[:end])
+    with pytest.raises(ValueError, match=r"data\.path=.* is a folder of datasets that cannot be read"):
+        preferences(0, path=str(tmp_path / "cut"))
 
 
 def test_what_is_no_file(tmp_path, tell):
