@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpo_ref.cli import command_line, schemas
+from dpo_ref.files.writing import with_remedy
 from dpo_ref.tracking.redaction import without_keys
 from dpo_ref.tracking.terminal import guard_streams
 
@@ -29,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     try:
         run_evaluation(cfg, choices, list(launched.overrides.task))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {without_keys(str(error))}")
+        sys.exit(f"error: {without_keys(str(with_remedy(error)))}")
     except Exception:
         sys.exit(without_keys(traceback.format_exc()))
 

@@ -26,6 +26,7 @@ from dpo_ref.cli.run_folder import (
     write_config,
 )
 from dpo_ref.files.cache import releasing
+from dpo_ref.files.writing import with_remedy
 from dpo_ref.generation.sampling import generate
 from dpo_ref.reports import training_curve
 from dpo_ref.reports.model_card import write_card
@@ -176,7 +177,7 @@ def run_job(cfg: DictConfig, job: Job) -> Ended:
 
 
 def _failed(error: Exception) -> Ended:
-    words = without_keys(str(error))
+    words = without_keys(str(with_remedy(error)))
     print(f"error: {words}", file=sys.stderr)
     return Ended(1, words)
 

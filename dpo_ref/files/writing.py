@@ -42,6 +42,13 @@ def needing_room(path: Path) -> Iterator[None]:
         raise NotWritten(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
 
 
+def with_remedy(error: Exception) -> Exception:
+    """What ended a command; where a disk had no room, whatever was made there, NotWritten."""
+    if type(error) is OSError and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename:
+        return NotWritten(error.errno, error.strerror, error.filename)
+    return error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write what shall stand at `path`. A failure leaves what was there, and nothing beside it."""

@@ -36,9 +36,9 @@ def disk():
     """Makes a folder a disk of its own; where mounting is not permitted there is no test."""
     folders = []
 
-    def small(folder: Path, size: str) -> None:
+    def small(folder: Path, size: str, *options: str) -> None:
         folder.mkdir(parents=True)
-        if (done := mounted(folder, size)).returncode:
+        if (done := mounted(folder, size, *options)).returncode:
             pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
         folders.append(folder)
 
@@ -125,6 +125,28 @@ def test_no_room_while_training(name, disk, tmp_path, tell):
         seen=seen,
         survived="what was there before; once there is room: metrics, weights, moments, random states equal",
     )
+
+
+@pytest.mark.parametrize("place", ["run", "cache"])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 8, 10, 12])
+def test_no_room_for_names(place, count, disk, tmp_path, tell):
+    """A disk may have bytes and no inodes; then folders are what cannot be made."""
+    folder = tmp_path / "here"
+    disk(folder / place, ROOM, f"nr_inodes={count}")
+    if place == "run":
+        with_models(folder)
+    else:
+        (folder / "cache" / "models").symlink_to(Path(lab_models.locate("lab:tiny")).parent)
+    done = typed_in(folder, SHORT(folder))
+    if done.returncode:
+        seen = one_sentence(done)
+        assert str(folder / place) in seen
+        assert "No space left on device" in seen
+        assert "resume=" in seen or "output_dir" in seen or "DPO_REF_CACHE" in seen
+        assert not mounted(folder / place, ROOM, "remount", "nr_inodes=10000").returncode
+        again = resumes if (run_of(folder) / "config.yaml").is_file() else SHORT
+        assert typed_in(folder, again(folder)).returncode == 0
+        tell("lost", f"a disk with {count} inodes for the {place}", seen=seen, survived="what was there before")
 
 
 # --- evaluations
