@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpo_ref.component import component
 from dpo_ref.data.chat_templates import install_template, text_identity
+from dpo_ref.files.digests import file_digest
 from dpo_ref.models.adapters import add_lora, load_adapter
 from dpo_ref.models.attention import KERNELS, resolve_backend
 from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_digest
@@ -165,7 +166,21 @@ def load_tokenizer(path: str, key: str = "model.path", revision: str | None = No
     from transformers import AutoTokenizer
 
     with opened(path, key, revision, TEXT_FILES, "no tokenizer could be loaded") as folder:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        _share_vocabulary(tokenizer, folder)
+    return tokenizer
+
+
+_VOCABULARIES: dict[bytes, Any] = {}  # by the bytes of a tokenizer's files
+
+
+def _share_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Give tokenizers of equal files one vocabulary. Every thread remembers words for every vocabulary that it ever
+    met, also when that is gone (tokenizers 0.23): each job of a sweep would leave some 100 KiB."""
+    if tokenizer.is_fast:
+        content = b"".join(file_digest(file).encode() for name in TEXT_FILES for file in sorted(folder.glob(name)))
+        backend = tokenizer.backend_tokenizer
+        backend.model = _VOCABULARIES.setdefault(content, backend.model)
 
 
 def prepared_tokenizer(

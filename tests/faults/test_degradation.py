@@ -2,6 +2,7 @@
 are those of an undisturbed one, and what is missing is said to be missing everywhere, and is never a number."""
 
 import csv
+import ctypes
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from dpo_ref.cli.sweep import SweepReport
 from dpo_ref.cli.train import Ended
 from dpo_ref.files.cache import entries_in_use
+from dpo_ref.models.loading import load_tokenizer
 from tests.support.cache import empty_cache
 from tests.support.command import train
 from tests.support.completions_server import CompletionsServer
@@ -25,6 +27,7 @@ from tests.support.evaluate_command import PLAIN, evaluate, numbers
 from tests.support.faults import SMALL, Typed, same_weights, summary
 from tests.support.judge_server import JudgeServer
 from tests.support.loopback import surroundings  # noqa: F401
+from tests.support.tokenizers_here import byte_bpe
 from tests.support.wandb_runs import Offline, service
 from tests.tracking.test_tracking_wandb import KEY, own_wandb  # noqa: F401
 
@@ -338,3 +341,43 @@ def test_a_job_that_is_done_leaves_nothing_in_memory_but_how_it_ended(tell):
     SweepReport().on_job_end(OmegaConf.create(), done)
     assert (done.cfg, done.hydra_cfg, done.return_value) == (None, None, Ended(0))
     tell("untidy", "a sweep of hundreds of jobs in one process", seen="nothing", survived="no job's trees are kept")
+
+
+class Heap(ctypes.Structure):
+    """What glibc's mallinfo2 says, in bytes."""
+
+    NAMES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in NAMES]
+
+
+def in_use() -> int:
+    """Bytes of the heap that are in use, those that no Python object owns among them."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("this C library does not count its heap")
+    libc.mallinfo2.restype = Heap
+    return libc.mallinfo2().uordblks
+
+
+def test_tokenizers_that_are_gone_leave_nothing_in_memory(tmp_path, tell):
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        byte_bpe().save_pretrained(folder)
+    words = " ".join(f"word{number} lantern{number * 7}" for number in range(2000))
+    encoded = [load_tokenizer(str(folder))(words).input_ids for folder in folders * 2]  # warm
+    assert encoded[0] == encoded[1]
+    before = in_use()
+    for folder in folders * 8:
+        assert load_tokenizer(str(folder))(words).input_ids == encoded[0]
+    left = (in_use() - before) / 16 / 2**10
+    assert left < 32  # KiB a tokenizer; each thread's words alone are some hundreds
+    tell("untidy", "a tokenizer for each of hundreds of jobs", seen="nothing", survived="equal ones share their words")
+
+
+def test_tokenizers_of_other_files_share_nothing(tmp_path):
+    tokenizers = []
+    for name, start in (("a", "<here alone>"), ("b", "<there alone>"), ("c", "<here alone>")):
+        byte_bpe(bos=start).save_pretrained(tmp_path / name)
+        tokenizers.append(load_tokenizer(str(tmp_path / name)))
+    tokenizers[0].backend_tokenizer.model.dropout = 0.5
+    assert [tokenizer.backend_tokenizer.model.dropout for tokenizer in tokenizers] == [0.5, None, 0.5]
