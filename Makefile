@@ -47,7 +47,7 @@ test-fast: install-dev ## run the tests of one room: make test-fast ROOM=data
 	$(PYTEST) tests/$(ROOM)
 
 test-matrix: $(TOOLS)/.installed ## run a short suite under each Python, with the oldest and newest torch and transformers
-	$(TOOLS)/bin/python -m tests.support.matrix
+	$(TOOLS)/bin/python -m tests.support.matrix $(ONLY)
 
 faults: install-dev ## run every test of a fault, also those that `make test` leaves out
 	$(PYTEST) -m "slow or not slow" tests/faults

@@ -104,7 +104,7 @@ def busy_seconds():
 
 
 MATRIX = np.full((64, 64), 1 / 64, np.float32)
-ROUNDS = 300
+ROUNDS = 1200  # some 20 ms
 
 
 def yardstick():

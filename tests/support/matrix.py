@@ -1,7 +1,8 @@
 """`make test-matrix`: a short suite under each Python, with the oldest and newest torch and transformers that
 requirements.txt allows, in environments of their own; writes docs/environments.md.
 
-A Python that is not on the PATH, or a combination that cannot be installed, has a row that says so.
+A Python that is not on the PATH, or a combination that cannot be installed, has a row that says so. With words, as in
+`make test-matrix ONLY="3.13 newest"`, only the rows that hold them all are made anew; the others stay as they are.
 """
 
 import json
@@ -120,16 +121,26 @@ def row(environment: Environment) -> list[str]:
     return [environment.python, *versions, environment.others, result, f"{time.monotonic() - began:.0f}"]
 
 
-def write(table: list[list[str]], waiting: Sequence[Environment]) -> None:
-    """docs/environments.md, whole after every row: what was stopped before its turn stands there as not run."""
-    blank = [[each.python, *asked(each), each.others, "not run", ""] for each in waiting]
-    PAGE.write_text(INTRODUCTION + "".join(f"| {' | '.join(cells)} |\n" for cells in table + blank))
+def standing() -> list[list[str]]:
+    """The rows of the page; "not run" for each where there is none."""
+    lines = PAGE.read_text().removeprefix(INTRODUCTION).splitlines() if PAGE.is_file() else []
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    plan = list(environments())
+    if [row[0] for row in rows] == [environment.python for environment in plan]:
+        return rows
+    return [[each.python, *asked(each), each.others, "not run", ""] for each in plan]
+
+
+def main(words: Sequence[str]) -> int:
+    """Make the rows that hold all `words`; the page is whole after each. 1 where any row of the page is not well."""
+    table = standing()
+    for index, environment in enumerate(environments()):
+        if all(word in (environment.python, *asked(environment), environment.others) for word in words):
+            table[index] = row(environment)
+            print(json.dumps(table[index]), flush=True)
+            PAGE.write_text(INTRODUCTION + "".join(f"| {' | '.join(cells)} |\n" for cells in table))
+    return int(any(word in cells[-2] for cells in table for word in ("failed", "error", "not run")))
 
 
 if __name__ == "__main__":
-    table, plan = [], list(environments())
-    for index, environment in enumerate(plan):
-        table.append(row(environment))
-        print(json.dumps(table[-1]), flush=True)
-        write(table, plan[index + 1 :])
-    sys.exit(any("failed" in cells[-2] or "error" in cells[-2] or "not run" in cells[-2] for cells in table))
+    sys.exit(main(sys.argv[1:]))
