@@ -271,7 +271,7 @@ def windows(samples):
         elif here["seconds"] - samples[begin + 1]["seconds"] >= WINDOW:
             first, within = samples[begin + 1], samples[begin + 2 : index + 2]
             cost = (here["cpu"] - first["cpu"]) / (BATCH * (here["steps"] - first["steps"]))
-            costs.append((here["seconds"], cost, statistics.fmean(point["yardstick"] for point in within)))
+            costs.append((here["seconds"], cost, median(within, "yardstick")))
             begin = index
     return costs
 
