@@ -382,8 +382,8 @@ def _refuse_climbing(folder: Path, origin: str) -> None:
 def _refuse_packed(folder: Path, origin: str) -> None:
     """Raise ValueError for a file of Arrow whose buffers are compressed: pyarrow unpacks them without a limit, and
     `datasets` never packs them."""
-    for path in sorted(folder.rglob("*.arrow")):
-        with path.open("rb") as stream:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):  # state.json may give any name
+        with path.open("rb") as stream, suppress(struct.error):  # no Arrow, or cut off: pyarrow says what is wrong
             if any(_is_packed(message) for message in _messages(stream)):
                 raise ValueError(
                     f"{origin}: the buffers in {path.name} are compressed, which datasets never writes; save its rows "
@@ -392,12 +392,12 @@ def _refuse_packed(folder: Path, origin: str) -> None:
 
 
 def _messages(stream: BinaryIO) -> Iterator["_Table"]:
-    """The heads of the messages in an Arrow stream, as far as it is one; what they carry is passed over."""
-    with suppress(struct.error):  # the end, or what pyarrow refuses
-        while (size := _int32(stream)) and (size := _int32(stream) if size == -1 else size) > 0:
-            message = _Table(content := stream.read(size), *struct.unpack_from("<I", content))
-            yield message
-            stream.seek(max(message.scalar(3, "<q"), 0), os.SEEK_CUR)
+    """The heads of the messages in an Arrow stream; what they carry is passed over. Raises struct.error where it is
+    none."""
+    while (size := _int32(stream)) and (size := _int32(stream) if size == -1 else size) > 0:
+        message = _Table(content := stream.read(size), *struct.unpack_from("<I", content))
+        yield message
+        stream.seek(max(message.scalar(3, "<q"), 0), os.SEEK_CUR)
 
 
 def _int32(stream: BinaryIO) -> int:

@@ -171,15 +171,16 @@ def load_tokenizer(path: str, key: str = "model.path", revision: str | None = No
     return tokenizer
 
 
-_VOCABULARIES: dict[bytes, Any] = {}  # by the bytes of a tokenizer's files
+_VOCABULARIES: dict[str, Any] = {}  # by the names and digests of a tokenizer's files
 
 
 def _share_vocabulary(tokenizer: Any, folder: Path) -> None:
     """Give tokenizers of equal files one vocabulary. Every thread remembers words for every vocabulary that it ever
     met, also when that is gone (tokenizers 0.23): each job of a sweep would leave some 100 KiB."""
     if tokenizer.is_fast:
-        content = b"".join(file_digest(file).encode() for name in TEXT_FILES for file in sorted(folder.glob(name)))
+        files = sorted(file for name in TEXT_FILES for file in folder.glob(name))
         backend = tokenizer.backend_tokenizer
+        content = " ".join(f"{file.name} {file_digest(file)}" for file in files)
         backend.model = _VOCABULARIES.setdefault(content, backend.model)
 
 

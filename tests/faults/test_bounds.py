@@ -341,7 +341,17 @@ def test_packed_buffers_in_a_folder_of_datasets(tmp_path, compression, of_words,
     saved_folder(tmp_path / "packed", table, compression)
     with pytest.raises(ValueError, match=r"data\.path=.*: the buffers in data-.*\.arrow are compressed") as error:
         preferences(0, path=str(tmp_path / "packed"))
-    tell("let in", "a saved data set with compressed buffers", seen=str(error.value), survived="nothing is unpacked")
+    kind = f"a saved data set with buffers compressed by {compression}{', in a dictionary' if of_words else ''}"
+    tell("let in", kind, seen=str(error.value), survived="nothing is unpacked")
+
+
+def test_packed_buffers_under_another_name(tmp_path):
+    file = saved_folder(tmp_path / "packed", pyarrow.Table.from_pylist([{"prompt": "a", "chosen": "b"}]), "zstd")
+    file.rename(file.with_name("rows"))
+    state = tmp_path / "packed" / "state.json"
+    state.write_text(state.read_text().replace(file.name, "rows"))
+    with pytest.raises(ValueError, match="the buffers in rows are compressed"):
+        preferences(0, path=str(tmp_path / "packed"))
 
 
 @pytest.mark.parametrize("end", [0, 3, 8, 100, 400])
