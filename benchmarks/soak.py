@@ -11,7 +11,8 @@ is a tenth of the time since the first step; the first tenth is warm-up. Exit st
   tenth's (Theil-Sen), for it goes up and down with evaluations and checkpoints, and a median is the one or the other,
 - the median number of open files or of threads is not that of the second tenth,
 - a pair takes more CPU seconds, by the line (least squares) through all windows but the first tenth's: more than 2 %,
-  and more than chance makes of it (95 % interval, a bootstrap of whole minutes), or the interval is too wide to tell.
+  and more than chance makes of it (95 % interval, a bootstrap of whole minutes), or the interval is too wide to tell
+  whether it does.
 
 CPU seconds and not pairs a second, which other load on the machine would lower; they are counted in windows of five
 seconds in which steps alone were made, without evaluations. What a CPU second does changes too, with what others do
@@ -355,7 +356,7 @@ def changed(both):
 
 def slower(ratio, low, high):
     """What is wrong with the cost of a pair at last over that at first."""
-    if high - low > WIDEST:
+    if high - low > WIDEST and high > GROWTH:
         return [f"the cost of a pair is known within {low:.2f} and {high:.2f} only: run longer, or alone"]
     return [f"a pair takes {ratio:.3f} times the CPU seconds it took"] if low > 1 and ratio > GROWTH else []
 
