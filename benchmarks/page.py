@@ -3,7 +3,6 @@
 import json
 import re
 
-import numpy as np
 from common import RESULTS, ROOT
 
 DATA_PAGE = ROOT / "docs" / "data.md"
@@ -157,8 +156,8 @@ def soak_text(result):
     before, after = result["folder_mib"]
     return (
         f"{result['minutes']:g} minutes on {result['pairs']:,} pairs of the lab: {result['steps']:,} steps, an "
-        f"evaluation every {result['evaluated_every']} of them, a checkpoint a minute, W&B offline. At "
-        f"the end a pair takes {costs[1] / costs[0]:.3f} times the CPU seconds of the second tenth (95 % interval "
+        f"evaluation every {result['evaluated_every']} of them, a checkpoint a minute, W&B offline. The last tenth "
+        f"of the time takes {costs[1] / costs[0]:.3f} times the CPU seconds a pair of the second (95 % interval "
         f"{low:.3f} to {high:.3f}); the run's folder grew from {before:.0f} to {after:.0f} MiB.\n\n"
         + stays(("second tenth", "last tenth"), rows)
     )
@@ -184,24 +183,22 @@ def soak_picture(result):
     from dpo_ref.reports.plots import INITIAL, SERIES, figure_of, save
 
     curves = result["curves"]
-    minutes = np.array(curves["seconds"]) / 60
+    minutes = [seconds / 60 for seconds in curves["seconds"]]
     with figure_of(2, 2) as (figure, (memory, counts, cost, folder)):
         memory.plot(minutes, curves["memory"], color=SERIES[0], label="its own")
         memory.plot(minutes, curves["resident"], color=INITIAL, label="with mapped files")
         memory.plot(minutes, curves["wandb"], color=SERIES[1], label="W&B's process")
         counts.plot(minutes, curves["files"], color=SERIES[0], label="open files")
         counts.plot(minutes, curves["threads"], color=SERIES[1], label="threads")
-        seconds, costs, yardsticks = map(np.array, zip(*result["windows"], strict=True))
-        cost.plot(seconds / 60, 1000 * costs, ".", color=INITIAL, label="as it was")
-        even = costs / yardsticks * yardsticks.mean()
-        cost.plot(seconds / 60, 1000 * even, ".", color=SERIES[0], label="by the yardstick")
+        at, costs = zip(*result["windows"], strict=True)
+        cost.plot([seconds / 60 for seconds in at], [1000 * each for each in costs], ".", color=SERIES[0])
         folder.plot(minutes, curves["folder"], color=SERIES[0])
         titles = ("Memory, MiB", "Open files and threads", "CPU milliseconds a pair", "The run's folder, MiB")
         for axes, title in zip((memory, counts, cost, folder), titles, strict=True):
             axes.set_title(title)
             axes.set_ylim(bottom=0)
             axes.set_xlabel("minutes since the first step")
-        for axes in (memory, counts, cost):
+        for axes in (memory, counts):
             axes.legend(loc="lower right")
         save(figure, PICTURE.with_name("soak.png"), dpi=130, metadata={"Software": None})
 

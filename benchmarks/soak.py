@@ -7,17 +7,14 @@ Memory is what the processes have written and no file holds, swapped or not; wha
 kernel takes back when it likes, is drawn beside it, and so is W&B's background process, which is not judged. A tenth
 is a tenth of the time since the first step; the first tenth is warm-up. Exit status 1 where
 
-- memory has grown by more than 2 % from the second tenth to the last: by the line through all samples but the first
-  tenth's (Theil-Sen), for it goes up and down with evaluations and checkpoints, and a median is the one or the other,
+- the median memory of the last tenth is more than 2 % above that of the second,
 - the median number of open files or of threads is not that of the second tenth,
-- a pair takes more CPU seconds, by the line (least squares) through all windows but the first tenth's: more than 2 %,
-  and more than chance makes of it (95 % interval, a bootstrap of whole minutes), or the interval is too wide to tell
-  whether it does.
+- the last tenth takes more CPU seconds a pair than the second: by more than 2 %, and by more than chance does (95 %
+  bootstrap interval), or the interval is too wide to tell.
 
 CPU seconds and not pairs a second, which other load on the machine would lower; they are counted in windows of five
-seconds in which steps alone were made, without evaluations. What a CPU second does changes too, with what others do
-on the same hardware: this process does the same small piece of work every second beside the run, and the cost of a
-pair is divided by the cost of that. What others used of the machine meanwhile is in the result.
+seconds in which steps alone were made, without evaluations. What others used of the machine meanwhile is in the
+result.
 """
 
 import argparse
@@ -38,7 +35,6 @@ from pathlib import Path
 import numpy as np
 import page
 from common import ROOT, write
-from scipy.stats import theilslopes
 
 PAIRS, HELD_OUT = 100_000, 512
 BATCH = 32  # pairs a step
@@ -104,19 +100,6 @@ def busy_seconds():
     return (user + nice + system + irq + softirq) / TICK
 
 
-MATRIX = np.full((64, 64), 1 / 64, np.float32)
-ROUNDS = 1200  # some 20 ms
-
-
-def yardstick():
-    """CPU seconds of the same work every time: of the interpreter, and of small matrices."""
-    began, matrix = time.thread_time(), MATRIX
-    for _ in range(ROUNDS):
-        matrix = np.tanh(matrix @ MATRIX)
-        sum(range(400))
-    return time.thread_time() - began
-
-
 def sample(root):
     """What a process and those below it use now, or the evaluation alone that it has started; CPU seconds of all, with
     those of children that have ended."""
@@ -152,7 +135,7 @@ def watched(root, done: Callable[[float], bool], measure, seconds=1.0):
     """Samples of a process, each with its time and what `measure` adds, until it has ended or `done` says so."""
     samples, start, due = [], time.monotonic(), time.monotonic()
     while root.poll() is None and not done(now := time.monotonic() - start):
-        samples.append({"seconds": now, **sample(root.pid), "yardstick": yardstick(), **measure()})
+        samples.append({"seconds": now, **sample(root.pid), **measure()})
         due += seconds
         time.sleep(max(0.0, due - time.monotonic()))
     return samples
@@ -261,50 +244,26 @@ def median(samples, name):
 
 
 def windows(samples):
-    """Times, CPU seconds a pair and CPU seconds of the yardstick, in windows in which nothing but steps was made."""
+    """CPU seconds a pair, each with its time, in windows in which nothing but steps was made."""
     costs, begin = [], None
-    for index, (before, here, after) in enumerate(zip(samples, samples[1:], samples[2:], strict=False)):
+    for before, here, after in zip(samples, samples[1:], samples[2:], strict=False):
         alone = before["steps"] < here["steps"] < after["steps"] and before["evaluations"] == after["evaluations"]
         if not alone:
             begin = None
         elif begin is None:
-            begin = index
-        elif here["seconds"] - samples[begin + 1]["seconds"] >= WINDOW:
-            first, within = samples[begin + 1], samples[begin + 2 : index + 2]
-            cost = (here["cpu"] - first["cpu"]) / (BATCH * (here["steps"] - first["steps"]))
-            costs.append((here["seconds"], cost, median(within, "yardstick")))
-            begin = index
+            begin = here
+        elif here["seconds"] - begin["seconds"] >= WINDOW:
+            cost = (here["cpu"] - begin["cpu"]) / (BATCH * (here["steps"] - begin["steps"]))
+            costs.append((here["seconds"], cost))
+            begin = here
     return costs
 
 
-def memory_line(samples):
-    """Memory in the middle of the second tenth and of the last, by the line through all from the second on."""
-    later = [point for part in range(1, 10) for point in tenth(samples, part)]
-    times, memory = (np.array([point[name] for point in later]) for name in ("seconds", "memory"))
-    slope, level, *_ = theilslopes(memory, times)
-    return [level + slope * middle(samples, which) for which in (1, -1)]
-
-
-def middle(samples, which):
-    """Seconds since the first step in the middle of a tenth."""
-    part = tenth(samples, which)
-    return (part[0]["seconds"] + part[-1]["seconds"]) / 2
-
-
-def cost_line(times, costs, ends):
-    """The line through costs: at its `ends`, and the 95 % interval of their ratio, by whole minutes of residuals."""
-
-    def at_ends(values):
-        return np.polynomial.Polynomial.fit(times, values, 1)(np.array(ends))
-
-    fitted = np.polynomial.Polynomial.fit(times, costs, 1)(times)
-    minutes = [np.flatnonzero(times // 60 == minute) for minute in np.unique(times // 60)]
-    rng, ratios = np.random.default_rng(0), []
-    for _ in range(2000):
-        order = np.concatenate([minutes[index] for index in rng.integers(len(minutes), size=len(minutes))])
-        first, last = at_ends(fitted + np.resize((costs - fitted)[order], len(costs)))
-        ratios.append(last / first)
-    return at_ends(costs).tolist(), np.quantile(ratios, [0.025, 0.975]).tolist()
+def ratio_interval(last, first):
+    """95 % bootstrap interval of the ratio of two means."""
+    rng = np.random.default_rng(0)
+    means = [rng.choice(values, (4000, len(values))).mean(axis=1) for values in (last, first)]
+    return np.quantile(means[0] / means[1], [0.025, 0.975]).tolist()
 
 
 def of_others(samples):
@@ -318,7 +277,7 @@ def of_others(samples):
 def judged_run(samples):
     """The numbers by which a run is judged, and what is wrong with them."""
     second, last = tenth(samples, 1), tenth(samples, -1)
-    both = compared(second, last) | {"memory": memory_line(samples)}
+    both = compared(second, last)
     result = {
         "steps": samples[-1]["steps"] - samples[0]["steps"],
         "evaluations": samples[-1]["evaluations"] - samples[0]["evaluations"],
@@ -327,14 +286,12 @@ def judged_run(samples):
         "folder_mib": [samples[0]["folder"], samples[-1]["folder"]],
         "windows": windows(samples),
     }
-    ends = [middle(samples, which) for which in (1, -1)]
-    later = [window for window in result["windows"] if window[0] > second[0]["seconds"]]
-    if len(later) < 10:
+    costs = [[cost for _, cost in windows(part)] for part in (second, last)]
+    if min(map(len, costs)) < 2:
         sys.exit("error: too few seconds in which nothing but steps was made; give more --minutes")
-    times, costs, yardsticks = map(np.array, zip(*later, strict=True))
-    costs, interval = cost_line(times, costs / yardsticks * yardsticks.mean(), ends)
-    faults = changed(both) + slower(costs[1] / costs[0], *interval)
-    return result | {"cpu_seconds_per_pair": costs, "ratio_interval": interval, "faults": faults}
+    means, interval = [statistics.fmean(part) for part in costs], ratio_interval(*reversed(costs))
+    faults = changed(both) + slower(means[1] / means[0], *interval)
+    return result | {"cpu_seconds_per_pair": means, "ratio_interval": interval, "faults": faults}
 
 
 def compared(first, last, count=median):
@@ -355,8 +312,8 @@ def changed(both):
 
 
 def slower(ratio, low, high):
-    """What is wrong with the cost of a pair at last over that at first."""
-    if high - low > WIDEST and high > GROWTH:
+    """What is wrong with the last tenth's cost of a pair over the second's."""
+    if high - low > WIDEST:
         return [f"the cost of a pair is known within {low:.2f} and {high:.2f} only: run longer, or alone"]
     return [f"a pair takes {ratio:.3f} times the CPU seconds it took"] if low > 1 and ratio > GROWTH else []
 
