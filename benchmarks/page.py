@@ -148,18 +148,17 @@ def rows_of(both):
 
 def soak_text(result):
     """What a long run was, and what it was like at first and at last."""
-    costs, shares = result["cpu_seconds_per_pair"], result["others_share"]
+    (old, young), shares = result["cpu_seconds_per_pair"], result["others_share"]
     low, high = result["ratio_interval"]
     rows = rows_of(result["second_and_last_tenth"])
-    rows.append(("CPU milliseconds a pair", *(f"{1000 * cost:.2f}" for cost in costs), "chance, or + 2 %"))
     rows.append(("what others used of the machine", *(f"{share:.0%}" for share in shares), ""))
     before, after = result["folder_mib"]
     return (
         f"{result['minutes']:g} minutes on {result['pairs']:,} pairs of the lab: {result['steps']:,} steps, an "
-        f"evaluation every {result['evaluated_every']} of them, a checkpoint a minute, W&B offline. The last tenth "
-        f"of the time takes {costs[1] / costs[0]:.3f} times the CPU seconds a pair of the second (95 % interval "
-        f"{low:.3f} to {high:.3f}); the run's folder grew from {before:.0f} to {after:.0f} MiB.\n\n"
-        + stays(("second tenth", "last tenth"), rows)
+        f"evaluation every {result['evaluated_every']} of them, a checkpoint a minute, W&B offline. The run's folder "
+        f"grew from {before:.0f} to {after:.0f} MiB. At its end a pair took {old / young:.3f} times the CPU seconds "
+        f"that it took a young run, in turn with it (95 % interval {low:.3f} to {high:.3f}); allowed is 1.02, or "
+        "chance.\n\n" + stays(("second tenth", "last tenth"), rows)
     )
 
 
@@ -178,6 +177,17 @@ def soak_sweep_text(result):
     )
 
 
+def digests_table(result):
+    """What checking takes of loading, from memory and from the disk."""
+    lines = ["| loaded | MiB | from | checking, s | all of it, s | share |", "|---" * 6 + "|"]
+    for row in result["rows"]:
+        for place in ("memory", "disk"):
+            times = row[place]
+            cells = (f"{row['mib']:,.0f}", place, *(f"{times[name]:.3f}" for name in ("checking", "loading")))
+            lines.append("| " + " | ".join((row["what"], *cells, f"{times['share']:.1%}")) + " |")
+    return "\n".join(lines)
+
+
 def soak_picture(result):
     """Memory, open files and threads, cost of a pair and size of the folder over the minutes of a run."""
     from dpo_ref.reports.plots import INITIAL, SERIES, figure_of, save
@@ -190,15 +200,15 @@ def soak_picture(result):
         memory.plot(minutes, curves["wandb"], color=SERIES[1], label="W&B's process")
         counts.plot(minutes, curves["files"], color=SERIES[0], label="open files")
         counts.plot(minutes, curves["threads"], color=SERIES[1], label="threads")
-        at, costs = zip(*result["windows"], strict=True)
-        cost.plot([seconds / 60 for seconds in at], [1000 * each for each in costs], ".", color=SERIES[0])
+        for age, costs, colour in zip(("old", "young"), zip(*result["turns"], strict=True), SERIES, strict=False):
+            cost.plot([1000 * each for each in costs], ".", color=colour, label=age)
         folder.plot(minutes, curves["folder"], color=SERIES[0])
         titles = ("Memory, MiB", "Open files and threads", "CPU milliseconds a pair", "The run's folder, MiB")
         for axes, title in zip((memory, counts, cost, folder), titles, strict=True):
             axes.set_title(title)
             axes.set_ylim(bottom=0)
-            axes.set_xlabel("minutes since the first step")
-        for axes in (memory, counts):
+            axes.set_xlabel("turn" if axes is cost else "minutes since the first step")
+        for axes in (memory, counts, cost):
             axes.legend(loc="lower right")
         save(figure, PICTURE.with_name("soak.png"), dpi=130, metadata={"Software": None})
 
@@ -228,7 +238,7 @@ def fill(text, name, content):
 def main():
     text = PAGE.read_text()
     makers = {"step_vs_trl": steps_table, "scaling": scaling_table, "sweep_cost": sweep_text, "gpu_h200": gpu_text}
-    makers |= {"soak": soak_text, "soak_sweep": soak_sweep_text}
+    makers |= {"soak": soak_text, "soak_sweep": soak_sweep_text, "digests": digests_table}
     for name, make in makers.items():
         if (result := read(name)) is not None:
             text = fill(text, name, make(result))

@@ -7,14 +7,19 @@ Memory is what the processes have written and no file holds, swapped or not; wha
 kernel takes back when it likes, is drawn beside it, and so is W&B's background process, which is not judged. A tenth
 is a tenth of the time since the first step; the first tenth is warm-up. Exit status 1 where
 
-- the median memory of the last tenth is more than 2 % above that of the second,
+- the memory in use in the last tenth is more than 2 % above that of the second,
 - the median number of open files or of threads is not that of the second tenth,
-- the last tenth takes more CPU seconds a pair than the second: by more than 2 %, and by more than chance does (95 %
-  bootstrap interval), or the interval is too wide to tell.
+- the run, old by then, takes more CPU seconds a pair than a young one of the same command: by more than 2 %, and by
+  more than chance does (95 % bootstrap interval), or the interval is too wide to tell.
 
-CPU seconds and not pairs a second, which other load on the machine would lower; they are counted in windows of five
-seconds in which steps alone were made, without evaluations. What others used of the machine meanwhile is in the
-result.
+Memory in use is the lowest that was seen, twentieth part aside: held-out evaluations leave free blocks on the heap, up
+to a tenth of all, until W&B's messages (protobuf) trim it after some 470 steps, and a median says how many of either
+fell into a tenth.
+
+Old and young are compared in turn, a few seconds each, while the other is stopped: what a CPU second does changes by a
+fifth within minutes on shared hardware, so that two tenths of one run say more of their hours than of the run. CPU
+seconds are counted in windows of five seconds in which steps alone were made, without evaluations. What others used
+of the machine meanwhile is in the result.
 """
 
 import argparse
@@ -28,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -42,6 +47,8 @@ EVALUATED_EVERY = 400  # steps
 GROWTH = 1.02  # of memory and of CPU seconds a pair: so much is within noise
 WIDEST = 0.1  # an interval of the ratio that is wider says nothing
 WINDOW = 5  # seconds of steps alone
+WARM_UP = 60  # seconds of the young run before it is compared
+TURNS = 40  # windows of the old run, each with one of the young
 POINTS = 600  # of a curve in the result file
 TICK, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
@@ -185,12 +192,14 @@ class Progress:
 
 
 def soak(minutes, model, work):
-    """Start the run, watch it from its first step on, stop it as a batch system does, and judge."""
+    """Start the run, watch it from its first step on, compare it with a young one, stop both as a batch system does,
+    and judge."""
     data, run = work / "pairs.jsonl", work / "run"
     write_pairs(data)
-    words = [f"data.path={data}", f"data.eval_fraction={HELD_OUT / (PAIRS + HELD_OUT)}", f"output_dir={run}"]
-    words += ["data=jsonl", f"trainer.batch_size={BATCH}", "trainer.epochs=1000", "trainer.save_minutes=1"]
-    words += [f"evaluation.every={EVALUATED_EVERY}", f"trainer.eval_every={EVALUATED_EVERY}", "tracking.mode=offline"]
+    words = ["train.py", f"model={model}", "objective=dpo", "data=jsonl", f"data.path={data}"]
+    words += [f"data.eval_fraction={HELD_OUT / (PAIRS + HELD_OUT)}", f"trainer.batch_size={BATCH}"]
+    words += ["trainer.epochs=1000", "trainer.save_minutes=1", "tracking.mode=offline"]
+    words += [f"evaluation.every={EVALUATED_EVERY}", f"trainer.eval_every={EVALUATED_EVERY}"]
     progress, sized = Progress(run / "metrics.jsonl"), {"at": 0.0, "mib": 0.0}
 
     def measure():
@@ -198,30 +207,71 @@ def soak(minutes, model, work):
             sized.update(at=time.monotonic(), mib=folder_mib(run))
         return {**progress(), "folder": sized["mib"]}
 
-    with started(["train.py", f"model={model}", "objective=dpo", *words], work) as process:
-        watched(process, lambda _: progress()["steps"] > 0, dict)
-        samples = watched(process, lambda seconds: seconds >= 60 * minutes, measure)
-        early = process.poll()
-        process.send_signal(signal.SIGTERM)
-        code = process.wait()
-    if early is not None or code != 130:
-        sys.exit(f"error: train.py ended with {code if early is None else early}: see {work / 'output'}")
+    with started([*words, f"output_dir={run}"], work / "output") as old:
+        watched(old, lambda _: progress()["steps"] > 0, dict)
+        samples = watched(old, lambda seconds: seconds >= 60 * minutes, measure)
+        signalled(old, signal.SIGSTOP)
+        with started([*words, f"output_dir={work / 'young'}"], work / "young_output") as young:
+            turns = in_turn((old, progress), (young, Progress(work / "young" / "metrics.jsonl")))
+            stopped(young, work / "young_output")
+        stopped(old, work / "output")
     about = {"minutes": minutes, "model": model, "pairs": PAIRS, "evaluated_every": EVALUATED_EVERY}
     thin = curves(samples, ("seconds", "memory", "resident", "wandb", "files", "threads", "folder", "steps"))
-    return about | judged_run(samples) | {"curves": thin}
+    return about | judged_run(samples, turns) | {"curves": thin}
+
+
+def in_turn(*runs):
+    """CPU seconds a pair of processes, each with its `Progress`, all but one of them stopped at a time: a row of each
+    for every turn in which each made nothing but steps. The last has just been started, the others are stopped."""
+    process, progress = runs[-1]
+    watched(process, lambda _: progress()["steps"] > 0, dict)
+    watched(process, lambda seconds: seconds > WARM_UP, dict)
+    signalled(process, signal.SIGSTOP)
+    turns = ([cost_alone(*run) for run in runs] for _ in range(3 * TURNS))
+    rows = list(islice((turn for turn in turns if None not in turn), TURNS))
+    if len(rows) < TURNS:
+        sys.exit(f"error: in {len(rows)} of {3 * TURNS} turns both made nothing but steps, which is too few")
+    return rows
+
+
+def cost_alone(process, progress):
+    """CPU seconds a pair in one window of a process that is stopped before and after; None where it did other things
+    than steps."""
+    signalled(process, signal.SIGCONT)
+    samples = watched(process, lambda seconds: seconds > WINDOW + 3, progress)
+    signalled(process, signal.SIGSTOP)
+    return next((cost for _, cost in windows(samples)), None)
+
+
+def signalled(process, signum):
+    """Send a signal to a process and all below it."""
+    for member in tree(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(member, signum)
+
+
+def stopped(process, output):
+    """End a run as a batch system does; exits where it does not end as it should, or has ended before."""
+    early = process.poll()
+    signalled(process, signal.SIGCONT)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait()
+    if early is not None or code != 130:
+        sys.exit(f"error: train.py ended with {code if early is None else early}: see {output}")
 
 
 @contextmanager
-def started(words, work):
+def started(words, output):
     """A command of the project, its output in a file; it does not outlive this one."""
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with (work / "output").open("w") as output:
+    with output.open("w") as output:
         command = [sys.executable, *words]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         yield process
     finally:
         process.terminate()
+        signalled(process, signal.SIGCONT)
         process.wait()
 
 
@@ -236,6 +286,11 @@ def tenth(samples, which):
     spans = np.linspace(0, samples[-1]["seconds"] + 1e-9, 11)
     low, high = list(pairwise(spans))[which]
     return [point for point in samples if low <= point["seconds"] < high]
+
+
+def in_use(samples):
+    """Memory without what is free and not yet given back; a process that is just being forked hides the lowest."""
+    return float(np.quantile([point["memory"] for point in samples], 0.05))
 
 
 def median(samples, name):
@@ -259,11 +314,11 @@ def windows(samples):
     return costs
 
 
-def ratio_interval(last, first):
-    """95 % bootstrap interval of the ratio of two means."""
-    rng = np.random.default_rng(0)
-    means = [rng.choice(values, (4000, len(values))).mean(axis=1) for values in (last, first)]
-    return np.quantile(means[0] / means[1], [0.025, 0.975]).tolist()
+def ratio_interval(turns):
+    """95 % bootstrap interval of the ratio of the means of two columns, whose rows belong together."""
+    rows = np.random.default_rng(0).integers(len(turns), size=(4000, len(turns)))
+    old, young = np.array(turns)[rows].mean(axis=1).T
+    return np.quantile(old / young, [0.025, 0.975]).tolist()
 
 
 def of_others(samples):
@@ -274,23 +329,22 @@ def of_others(samples):
     return (last["busy"] - first["busy"] - ours) / whole
 
 
-def judged_run(samples):
-    """The numbers by which a run is judged, and what is wrong with them."""
+def judged_run(samples, turns):
+    """The numbers by which a run is judged, and what is wrong with them; `turns` are the CPU seconds a pair of the old
+    run and of a young one."""
     second, last = tenth(samples, 1), tenth(samples, -1)
-    both = compared(second, last)
+    both = compared(second, last) | {"memory": [in_use(part) for part in (second, last)]}
     result = {
         "steps": samples[-1]["steps"] - samples[0]["steps"],
         "evaluations": samples[-1]["evaluations"] - samples[0]["evaluations"],
         "second_and_last_tenth": both,
         "others_share": [of_others(part) for part in (second, last)],
         "folder_mib": [samples[0]["folder"], samples[-1]["folder"]],
-        "windows": windows(samples),
+        "turns": turns,
     }
-    costs = [[cost for _, cost in windows(part)] for part in (second, last)]
-    if min(map(len, costs)) < 2:
-        sys.exit("error: too few seconds in which nothing but steps was made; give more --minutes")
-    means, interval = [statistics.fmean(part) for part in costs], ratio_interval(*reversed(costs))
-    faults = changed(both) + slower(means[1] / means[0], *interval)
+    old, young = means = np.mean(turns, axis=0).tolist()
+    interval = ratio_interval(turns)
+    faults = changed(both) + slower(old / young, *interval)
     return result | {"cpu_seconds_per_pair": means, "ratio_interval": interval, "faults": faults}
 
 
@@ -312,10 +366,12 @@ def changed(both):
 
 
 def slower(ratio, low, high):
-    """What is wrong with the last tenth's cost of a pair over the second's."""
+    """What is wrong with the old run's cost of a pair over the young one's."""
     if high - low > WIDEST:
         return [f"the cost of a pair is known within {low:.2f} and {high:.2f} only: run longer, or alone"]
-    return [f"a pair takes {ratio:.3f} times the CPU seconds it took"] if low > 1 and ratio > GROWTH else []
+    return (
+        [f"a pair takes {ratio:.3f} times the CPU seconds it takes a young run"] if low > 1 and ratio > GROWTH else []
+    )
 
 
 # --- many small jobs of one sweep
@@ -337,7 +393,7 @@ def swept(jobs, work):
             "evaluated": len(list(folder.glob("*/evaluation/evaluation.json"))),
         }
 
-    with started(["train.py", "-m", "model=lab_tiny", "tracking.mode=offline", *words], work) as process:
+    with started(["train.py", "-m", "model=lab_tiny", "tracking.mode=offline", *words], work / "output") as process:
         samples = watched(process, lambda _: False, measure, seconds=0.5)
         code = process.wait()
     if code:
@@ -379,7 +435,7 @@ def main():
         result = swept(args.sweep, work) if args.sweep else soak(args.minutes, args.model, work)
     write("soak_sweep" if args.sweep else "soak", result)
     page.main()
-    told = {key: value for key, value in result.items() if key not in ("curves", "windows")}
+    told = {key: value for key, value in result.items() if key not in ("curves", "turns")}
     print(json.dumps(told, indent=1))
     if result["faults"]:
         sys.exit("\n".join(["error: it did not stay as it began:", *result["faults"]]))

@@ -62,26 +62,43 @@ def soak(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def watched_run(memory=lambda second: 500.0, files=lambda second: 40, cost=lambda second: 0.002):
+def watched_run(memory=lambda second: 500.0, files=lambda second: 40, step=lambda second: 4 * second):
     """Ten minutes as benchmarks/soak.py sees them: four steps a second, an evaluation a minute."""
-    samples, cpu = [], 0.0
+    samples = []
     for second in range(600):
-        cpu += 4 * 32 * cost(second) * (1 + 0.05 * (-1) ** (second // 7))
+        cpu = 0.2 * second
         shared = {"threads": 9, "wandb": 15.0, "folder": 1.0, "busy": cpu, "evaluations": second // 60}
-        own = {"memory": memory(second), "files": files(second), "cpu": cpu, "steps": 4 * second}
+        own = {"memory": memory(second), "files": files(second), "cpu": cpu, "steps": step(second)}
         samples.append({"seconds": float(second), **shared, **own})
     return samples
 
 
+def turns(old=1.0, noise=0.05, num=40):
+    """CPU seconds a pair of an old run and a young one, on a machine whose speed doubles and halves meanwhile."""
+    drift = [0.004 * 2 ** ((index // 10) % 2) for index in range(num)]
+    return [[old * cost * (1 + noise * (-1) ** index), cost] for index, cost in enumerate(drift)]
+
+
 def test_a_run_that_stays_as_it_began_is_told_from_one_that_does_not(soak):
-    assert soak.judged_run(watched_run())["faults"] == []
-    assert soak.judged_run(watched_run(memory=lambda second: 500 + 0.02 * second))["faults"] == []  # 2 % at its end
-    (grown,) = soak.judged_run(watched_run(memory=lambda second: 500 + 0.03 * second))["faults"]
-    assert "memory grew from 503 to 517 MiB" in grown
-    (leaking,) = soak.judged_run(watched_run(files=lambda second: 40 + second // 100))["faults"]
+    assert soak.judged_run(watched_run(), turns())["faults"] == []
+    assert soak.judged_run(watched_run(memory=lambda second: 500 + 0.02 * second), turns())["faults"] == []  # 2 %
+    (grown,) = soak.judged_run(watched_run(memory=lambda second: 500 + 0.03 * second), turns())["faults"]
+    assert "memory grew from 502 to 516 MiB" in grown
+    trimmed = watched_run(memory=lambda second: 500 + 40 * (second > 300 and second % 60 > 20))
+    assert soak.judged_run(trimmed, turns())["faults"] == []
+    (leaking,) = soak.judged_run(watched_run(files=lambda second: 40 + second // 100), turns())["faults"]
     assert leaking == "files: 40 before, 45 after"
-    (slower,) = soak.judged_run(watched_run(cost=lambda second: 0.002 * (1 + second / 6000)))["faults"]
-    assert "times the CPU seconds" in slower
-    noisy = watched_run(cost=lambda second: 0.002 * (1 + (second // 10) % 2))
-    (unclear,) = soak.judged_run(noisy)["faults"]
+    (slower,) = soak.judged_run(watched_run(), turns(old=1.05))["faults"]
+    assert slower.startswith("a pair takes 1.05")
+    assert soak.judged_run(watched_run(), turns(old=1.015))["faults"] == []
+    (unclear,) = soak.judged_run(watched_run(), turns(noise=0.5))["faults"]
     assert "run longer, or alone" in unclear
+
+
+def test_a_turn_counts_steps_alone(soak):
+    def costs(samples):
+        return [cost for _, cost in soak.windows(samples[:9])]
+
+    assert costs(watched_run()) == [pytest.approx(0.2 / (4 * soak.BATCH))]
+    assert costs(watched_run(step=lambda second: 4 * min(second, 5))) == []  # an evaluation that has not ended
+    assert costs(watched_run()[56:]) == []  # one that has
