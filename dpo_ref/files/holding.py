@@ -54,6 +54,7 @@ def held(folder: Path, say: Callable[[str], None], work: str | None = None) -> I
     except OSError as error:
         raise not_writable(folder, error) from error
     try:
+        _sign(lock, folder, work)
         yield
     finally:
         with suppress(OSError):  # the folder may have been removed
@@ -64,22 +65,28 @@ def held(folder: Path, say: Callable[[str], None], work: str | None = None) -> I
 
 
 def _locked(folder: Path, say: Callable[[str], None], work: str | None) -> int:
-    """The open file by which the folder is held. In it stands, for others, who holds it."""
+    """The open file by which the folder is held."""
     while True:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(lock, folder, say, work)
             if _stands_at(folder / LOCK, lock):
-                break
+                return lock
         except BaseException:
             os.close(lock)
             raise
         os.close(lock)  # who held it has removed it
+
+
+def _sign(lock: int, folder: Path, work: str | None) -> None:
+    """Write for others who holds the folder."""
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     holder = {"pid": os.getpid(), "host": platform.node(), "since": since, "work": work}
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, json.dumps(holder).encode(), 0)
-    return lock
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(holder).encode(), 0)
+    except OSError as error:
+        raise not_writable(folder, error) from error
 
 
 def _stands_at(path: Path, lock: int) -> bool:
