@@ -229,8 +229,8 @@ def in_turn(*runs):
     signalled(process, signal.SIGSTOP)
     turns = ([cost_alone(*run) for run in runs] for _ in range(3 * TURNS))
     rows = list(islice((turn for turn in turns if None not in turn), TURNS))
-    if len(rows) < TURNS:
-        sys.exit(f"error: in {len(rows)} of {3 * TURNS} turns both made nothing but steps, which is too few")
+    if not rows:
+        sys.exit(f"error: in no turn both made nothing but steps; did they end? {runs[0][1].path.parent}")
     return rows
 
 
@@ -238,7 +238,7 @@ def cost_alone(process, progress):
     """CPU seconds a pair in one window of a process that is stopped before and after; None where it did other things
     than steps."""
     signalled(process, signal.SIGCONT)
-    samples = watched(process, lambda seconds: seconds > WINDOW + 3, progress)
+    samples = watched(process, lambda seconds: seconds > WINDOW + 4, progress)
     signalled(process, signal.SIGSTOP)
     return next((cost for _, cost in windows(samples)), None)
 

@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import signal
+import subprocess
 import sys
+from functools import partial
+from itertools import count
 
 import pytest
 import torch
@@ -95,10 +99,20 @@ def test_a_run_that_stays_as_it_began_is_told_from_one_that_does_not(soak):
     assert "run longer, or alone" in unclear
 
 
-def test_a_turn_counts_steps_alone(soak):
+def test_a_window_counts_steps_alone(soak):
     def costs(samples):
         return [cost for _, cost in soak.windows(samples[:9])]
 
     assert costs(watched_run()) == [pytest.approx(0.2 / (4 * soak.BATCH))]
     assert costs(watched_run(step=lambda second: 4 * min(second, 5))) == []  # an evaluation that has not ended
     assert costs(watched_run()[56:]) == []  # one that has
+
+
+def test_every_turn_has_its_window(soak, monkeypatch):
+    monkeypatch.setattr(soak, "WINDOW", 1)
+    steps = ({"steps": step, "evaluations": 0} for step in count())
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        process.send_signal(signal.SIGSTOP)
+        cost = soak.cost_alone(process, partial(next, steps))
+        process.kill()
+    assert 0.2 < cost * soak.BATCH < 1.1  # a step a second
