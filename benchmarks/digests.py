@@ -84,7 +84,13 @@ def start_row(work):
 
     cache = work / "cache"
     write_pairs(work / "pairs.jsonl")
-    words = ["model=lab_tiny", "data=jsonl", f"data.path={work / 'pairs.jsonl'}", "tracking=none"]
+    words = [
+        "model=lab_tiny",
+        "data=jsonl",
+        f"data.path={work / 'pairs.jsonl'}",
+        "data.eval_fraction=0.005",
+        "tracking=none",
+    ]
 
     def start():
         folder = tempfile.mkdtemp(dir=work)

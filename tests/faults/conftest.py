@@ -68,7 +68,8 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    if not config.getoption("--reliability", default=False):
+    in_worker = hasattr(config, "workerinput")  # of xdist, which has seen a part of the tests alone
+    if in_worker or not config.getoption("--reliability", default=False):
         return
     if exitstatus:
         terminalreporter.line(f"{PAGE.name} stays as it is: a fault was let in")

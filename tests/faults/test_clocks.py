@@ -87,7 +87,7 @@ def test_a_clock_that_jumps_while_training(name, whole, tmp_path, tell):
     assert not re.search(r"took -|-\d+:\d\d", out)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(value > 0 for row in rows for key, value in row.items() if "throughput" in key)
-    seen = next(line for line in out.splitlines() if "took" in line)
+    seen = next((line for line in out.splitlines() if "took" in line), "nothing")  # of what ends within two seconds
     tell(
         "untidy",
         f"the clock jumps {name} in step {jumped_at}",
