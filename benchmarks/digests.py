@@ -1,21 +1,17 @@
 """What it costs that bytes are checked before they are trusted, beside what it takes to load them.
 
-    python benchmarks/digests.py          (three minutes, 4 GB of disk)
+    python benchmarks/digests.py          (half a minute, 2 GB of disk)
 
-Two things that are loaded: a checkpoint (weights and moments of a model of 135 M parameters) to go on from, and all
-that a second start of `train.py` finds in the cache (100,000 pairs, read and tokenised, and the model). Each once
-from the page cache and once from the disk.
+What is loaded is a checkpoint to go on from: weights and moments of a model of 135 M parameters, once from the page
+cache and once from the disk.
 """
 
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, llama, write
-from soak import write_pairs
+from common import llama, write
 
 SHAPE = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
 SHAPE |= {"num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True}
@@ -78,39 +74,9 @@ def checkpoint_row(work):
     return row("a checkpoint to go on from", saved, lambda: checkpoint.check(saved), load)
 
 
-def start_row(work):
-    """All of the cache that a run on 100,000 pairs finds there when it starts."""
-    from dpo_ref.files.digests import DIGESTS, damage_in, file_digest
-
-    cache = work / "cache"
-    write_pairs(work / "pairs.jsonl")
-    words = [
-        "model=lab_tiny",
-        "data=jsonl",
-        f"data.path={work / 'pairs.jsonl'}",
-        "data.eval_fraction=0.005",
-        "tracking=none",
-    ]
-
-    def start():
-        folder = tempfile.mkdtemp(dir=work)
-        command = [sys.executable, "train.py", *words, "trainer.max_steps=1", f"output_dir={folder}/run"]
-        environment = os.environ | {"DPO_REF_CACHE": str(cache)}
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=environment)
-
-    def check():
-        for sealed in cache.rglob(DIGESTS):
-            assert damage_in(sealed.parent) is None, sealed
-        for shard in (cache / "reference").rglob("*.safetensors"):
-            file_digest(shard)
-
-    start()
-    return row("all that a second start of train.py finds", cache, check, start)
-
-
 def main():
     with tempfile.TemporaryDirectory() as work:
-        write("digests", {"rows": [checkpoint_row(Path(work)), start_row(Path(work))]})
+        write("digests", {"rows": [checkpoint_row(Path(work))]})
 
 
 if __name__ == "__main__":
