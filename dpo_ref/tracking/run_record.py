@@ -93,6 +93,7 @@ class MetricsFile:
 # --- the record
 
 
+ANEW = {"evaluation"}  # what of it is not measured once more is unknown from there on
 DISTRIBUTIONS = {"logratios/chosen", "logratios/rejected", "rewards/margins"}
 
 
@@ -104,6 +105,7 @@ class RunRecord:
     tracker: Tracker
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    _measured: dict[str, int] = field(default_factory=dict)  # the latest step of each prefix
     _lines: int = 0
     _hasher: Any = field(default_factory=hashlib.sha256)  # of the lines' bytes
 
@@ -117,17 +119,20 @@ class RunRecord:
         if self.path.exists():
             self._replace([])
 
-    def go_on_from(self, seal: Seal, again: int | None = None) -> None:
-        """Forget what was measured after the seal, and read what was before; evaluations of step `again` are about to
-        be made once more. Raises ValueError where what was before is not as it was."""
+    def holds(self, prefix: str, step: int) -> bool:
+        """Whether the latest numbers of `prefix` were measured at this step."""
+        return self._measured.get(prefix) == step
+
+    def go_on_from(self, seal: Seal) -> None:
+        """Forget what was measured after the seal, and read what was before. Raises ValueError where what was before
+        is not as it was."""
         if seal.lines and not self.path.exists() and self.path.with_name(GIVEN_UP).exists():
             say(f"the numbers from before are given up: {self.path.with_name(GIVEN_UP)}")
             return
-        rows = [(json.loads(line), line) for line in MetricsFile(self.path).sealed(seal)]
-        kept = [(row, line) for row, line in rows if row["step"] != again or "train/loss" in row]
-        self._replace([line for _, line in kept])
-        for row, _ in kept:
-            self._keep({name: value for name, value in row.items() if name != "step" and value is not None})
+        lines = MetricsFile(self.path).sealed(seal)
+        self._replace(lines)
+        for row in map(json.loads, lines):
+            self._keep(row, row.pop("step"))
 
     def _replace(self, lines: list[str]) -> None:
         write_lines(self.path, lines)
@@ -135,7 +140,7 @@ class RunRecord:
 
     def add(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of an optimiser step."""
-        self._keep(metrics)
+        self._keep(metrics, step)
         if self._lines and not self.path.exists():
             say(f"{self.path} was removed while training: the numbers before step {step} are lost")
             self._lines, self._hasher = 0, hashlib.sha256()
@@ -144,17 +149,15 @@ class RunRecord:
         self._hasher.update(line.encode())
         self.tracker.log(metrics, step=step)
 
-    def replace_under(self, prefix: str, metrics: Mapping[str, float], step: int) -> None:
-        """The numbers of `prefix`; those not among `metrics` are unknown from here on."""
-        for name in [name for name in self.last if name.startswith(f"{prefix}/")]:
-            del self.last[name]
-        self.add({f"{prefix}/{name}": value for name, value in metrics.items()}, step)
-
     def add_distributions(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
         """How log-ratios and margins are spread over single pairs, to the tracker."""
         for name in DISTRIBUTIONS & values.keys():
             self.tracker.histogram(f"{prefix}/{name}_values", values[name].tolist(), step=step)
 
-    def _keep(self, metrics: Mapping[str, float]) -> None:
-        self.first = {**metrics, **self.first}
-        self.last |= metrics
+    def _keep(self, metrics: Mapping[str, float | None], step: int) -> None:
+        prefixes = {name.partition("/")[0] for name in metrics}
+        self._measured |= dict.fromkeys(prefixes, step)
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self.first = {**known, **self.first}
+        self.last = {name: value for name, value in self.last.items() if name.partition("/")[0] not in ANEW & prefixes}
+        self.last |= known

@@ -118,8 +118,9 @@ class TrainingRun:
                     "only as it was. Start a new run (model.path may be this run's policy folder) instead"
                 )
         step: int = state["step"]
-        # evaluations before the first step and after the last are made by `train`, whoever made them before
-        self.record.go_on_from(Seal(**state["record"]), step if step in (0, self.rounds.num_steps) else None)
+        self.record.go_on_from(Seal(**state["record"]))
+        if self.evaluation is not None:
+            self.evaluation.degenerate = state["degenerate"]
         checkpoint.load(saved, self.policy.model, self.optim.optimizer)
         self.reference.load_state_dict(checkpoint.read_reference(saved))
         for name, value in state["running"].items():
@@ -167,6 +168,7 @@ class TrainingRun:
         keep = None if keep is None else keep + keep_more
         running = {name: float(value) for name, value in self.objective.running.items()}
         state = {"step": step, "running": running, "record": self.record.seal._asdict()}
+        state["degenerate"] = self.evaluation.degenerate if self.evaluation else []
         state |= {"configuration": self.folder.configuration, **self.fingerprint}
         model, optimizer, moved = self.policy.model, self.optim.optimizer, self.reference.state_dict()
         return checkpoint.save(self.checkpoints, model, optimizer, moved, state, keep=keep)
@@ -291,7 +293,7 @@ class TrainingRun:
             raise Interrupted(f"stopped at step {step} of {total}")
 
     def _evaluate(self, step: int) -> None:
-        if not len(self.held_out):
+        if not len(self.held_out) or self.record.holds("eval", step):
             return
         values = evaluate(self.policy, self.reference, self.objective, self.held_out, self.rounds.pack)
         self.record.add({f"eval/{name}": float(value) for name, value in mean_of(values).items()}, step)
@@ -302,8 +304,9 @@ class TrainingRun:
         is degenerate and that ends the run: then it says nothing about training."""
         if self.evaluation is None:
             return
-        metrics, self.evaluation.degenerate = self.evaluation.measure(step)
-        self.record.replace_under("evaluation", metrics, step)
+        if not self.record.holds("evaluation", step):
+            metrics, self.evaluation.degenerate = self.evaluation.measure(step)
+            self.record.add({f"evaluation/{name}": value for name, value in metrics.items()}, step)
         if step == 0 and self.rounds.config.stop_when_degenerate and self.evaluation.degenerate:
             raise ValueError(
                 f"trainer.stop_when_degenerate: the policy is degenerate before any training: "

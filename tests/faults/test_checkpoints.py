@@ -200,6 +200,29 @@ def test_a_complete_run_that_goes_on_says_everything_once(run, whole, tell):
     tell("lost", "a complete run gone on with", seen=seen, survived="its last held-out line stands once")
 
 
+TOO_LONG = "degeneration.max_length_ratio=0.1"
+
+
+def test_killed_twice_after_the_last_evaluation(tmp_path, tell):
+    """What it measured is on record: it is not measured once more, and a second kill finds the record as the
+    checkpoint left it."""
+    run = tmp_path / "run"
+    done = train(*SMALL, "evaluation.every=3", "evaluation.num_prompts=2", TOO_LONG, f"output_dir={run}")
+    assert done.returncode == 0, done.stderr
+    measured = (run / "metrics.jsonl").read_bytes()
+    degenerate = json.loads((run / "summary.json").read_text())["degenerate"]
+    for _ in range(2):
+        process = forked(tmp_path, kill_at, *KILLS["before the old checkpoint was moved aside"], run)
+        process.join(timeout=60)
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "err").read_text()
+    done = train(f"resume={run}", *QUIET)
+    assert done.returncode == 0, done.stderr
+    assert (run / "metrics.jsonl").read_bytes() == measured
+    assert json.loads((run / "summary.json").read_text())["degenerate"] == degenerate != []
+    seen = line_with(done.stdout, "going on after step 6")
+    tell("killed", "twice, after the last evaluation", seen=seen, survived="every line, and why it is degenerate")
+
+
 # --- stopped by a signal
 
 

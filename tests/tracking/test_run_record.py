@@ -43,16 +43,14 @@ def test_going_on_keeps_what_came_before_the_checkpoint(sealed, tmp_path, torn):
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_evaluations_that_are_made_once_more_stand_once(sealed, tmp_path):
+def test_what_was_measured_at_its_last_step_is_known_whoever_measured_it(sealed, tmp_path):
     after = record(tmp_path)
-    after.go_on_from(sealed[1], again=2)
-    assert [(row["step"], "eval/loss" in row) for row in read(sealed[0])] == [
-        (0, True), (1, False), (1, True), (2, False),
-    ]  # fmt: skip
-    after.add({"eval/loss": 0.65}, 2)
-    again = record(tmp_path)
-    again.go_on_from(after.seal)
-    assert again.last["eval/loss"] == 0.65
+    assert not after.holds("eval", 2)
+    after.go_on_from(sealed[1])
+    assert after.holds("eval", 2)
+    assert not after.holds("eval", 1)
+    assert not after.holds("evaluation", 2)
+    assert not after.holds("train", 3)
 
 
 CHANGES = {
@@ -89,13 +87,16 @@ def test_lost_numbers_can_be_given_up(sealed, tmp_path, capsys):
     assert after.seal.lines == len(read(path)) == 1
 
 
-def test_a_group_that_is_measured_anew_forgets_what_is_missing(tmp_path):
+def test_an_evaluation_forgets_what_it_did_not_measure_once_more(tmp_path):
     run_record = record(tmp_path)
-    run_record.replace_under("evaluation", {"gold": 0.1, "kl": 2.0}, 1)
+    run_record.add({"evaluation/gold": 0.1, "evaluation/kl": 2.0}, 1)
     run_record.add({"train/loss": 0.6}, 1)
-    run_record.replace_under("evaluation", {"gold": 0.2}, 2)
-    assert run_record.last == {"evaluation/gold": 0.2, "train/loss": 0.6}
-    assert run_record.first["evaluation/kl"] == 2.0
+    run_record.add({"evaluation/gold": 0.2}, 2)
+    again = record(tmp_path)
+    again.go_on_from(run_record.seal)
+    for either in (run_record, again):
+        assert either.last == {"evaluation/gold": 0.2, "train/loss": 0.6}
+        assert either.first["evaluation/kl"] == 2.0
 
 
 def test_versions_of_what_is_not_installed_are_null(monkeypatch):
