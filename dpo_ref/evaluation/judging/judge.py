@@ -167,9 +167,9 @@ class JudgeLost(ValueError):
 
     def __init__(self, name: str, num_judged: int, num_pairs: int, reason: str, kept_in: Path) -> None:
         super().__init__(
-            f"{num_judged} of {num_pairs} pairs are judged, then judge={name} gave no answer: {reason}. Every answer "
-            f"so far is kept in {kept_in}: type the same command again when the judge is back (stage=judge judges "
-            "alone), and only the others are asked"
+            f"{num_judged} of {num_pairs} pairs are judged, then judge={name} gave no answer: {reason.rstrip('.')}. "
+            f"Every answer so far is kept in {kept_in}: type the same command again when the judge is back "
+            "(stage=judge judges alone), and only the others are asked"
         )
         self.short = f"judge={name} was lost with {num_judged} of {num_pairs} pairs judged, so there is no win rate"
 
