@@ -16,9 +16,10 @@ from dpo_ref.evaluation.evaluate import loss_reference
 from dpo_ref.evaluation.heldout import PairEvaluation, reference_pairs, score_pairs
 from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate
 from dpo_ref.evaluation.stages import ANSWERS, stored_generations
+from dpo_ref.files.digests import DIGESTS
 from dpo_ref.files.writing import write_text
+from dpo_ref.models.folders import CARD, check_digests
 from dpo_ref.reports.exports import Answers, Export, RewardedPair, RewardedPairs
-from dpo_ref.reports.model_card import CARD
 from dpo_ref.tracking.terminal import progress, run_summary, say
 from dpo_ref.types import PromptGroup, TokenGroup
 
@@ -99,7 +100,7 @@ def run_export(subject: PolicyToEvaluate, export: Component, settings: Callable[
 ALLOWED = (
     CARD, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json",
     "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja",
-    "adapter/adapter_config.json", "adapter/*.safetensors",
+    "adapter/adapter_config.json", "adapter/*.safetensors", DIGESTS, f"adapter/{DIGESTS}",
 )  # fmt: skip
 
 
@@ -128,6 +129,10 @@ def _check(options: HubOptions, folder: Path) -> str:
         raise ValueError(f"hub.repo={options.repo}: {error}") from error
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder / CARD} is missing; evaluating the run again writes it")
+    try:
+        check_digests(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     if constants.is_offline_mode():
         raise ValueError("the hub is not asked while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set; unset it")
     if get_token() is None:

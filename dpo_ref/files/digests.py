@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -87,10 +87,11 @@ def unsealed(text: str | bytes, what: str, remedy: str) -> dict[str, Any]:
 _WITHOUT_DIGEST: list[str] = []  # what was read unchecked; the first is told of
 
 
-def seal_folder(folder: Path) -> None:
-    """Write the digests of all files in a folder beside them."""
+def seal_folder(folder: Path, besides: Collection[str] = ()) -> None:
+    """Write the digests of all files in a folder beside them, without those `besides`, which may change."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    write_json(folder / DIGESTS, {name: file_digest(folder / name) for name in names if name != DIGESTS})
+    sealed_names = [name for name in names if name not in (DIGESTS, *besides)]
+    write_json(folder / DIGESTS, {name: file_digest(folder / name) for name in sealed_names})
 
 
 def damage_in(folder: Path) -> str | None:

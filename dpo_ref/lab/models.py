@@ -28,7 +28,7 @@ from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.distributed import best_device
 from dpo_ref.files.cache import cache_folder, in_use, is_kept
-from dpo_ref.files.digests import damage_in, seal_folder
+from dpo_ref.files.digests import damage_in
 from dpo_ref.lab.preferences import MIXED, Writer, draw_demonstrations, lab_sft
 from dpo_ref.models.attention import register
 from dpo_ref.models.checkpoint import save_policy
@@ -252,7 +252,6 @@ def _build(name: str, recipe: Recipe, folder: Path) -> None:
         for index, stage in enumerate(recipe.stages):
             _fit(model, tokenizer, stage, seed=recipe.seed + 1000 * index, title=f"lab:{name} {index + 1}")
     save_policy(folder, model, tokenizer)
-    seal_folder(folder)  # killed before this, it is built again
 
 
 def _fit(model: Any, tokenizer: Any, stage: Stage, seed: int, title: str) -> None:

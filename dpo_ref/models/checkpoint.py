@@ -16,29 +16,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpo_ref.files.digests import file_digest
+from dpo_ref.files.digests import DIGESTS, file_digest, seal_folder
 from dpo_ref.files.writing import delete_folder, remove_abandoned, remove_deleted, replacing_folder, write_json
 from dpo_ref.models.adapters import effective, merge
+from dpo_ref.models.folders import CARD
 
 PREFIX = "step-"
 WEIGHTS, MOMENTS = "policy.safetensors", "optimizer.safetensors"
 REFERENCE, RANDOM = "reference.safetensors", "random.safetensors"
-STATE, DIGESTS = "state.json", "digests.json"
+STATE = "state.json"
 FILES = (WEIGHTS, MOMENTS, REFERENCE, RANDOM, STATE)
 
 
 def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None) -> None:
     """A plain Hugging Face folder (weights, config, tokenizer, chat template) that loads without our code. A trained
-    adapter is merged into the weights, and saved apart in `adapter/`. A model card that is there already stays."""
+    adapter is merged into the weights, and saved apart in `adapter/`. A model card that is there already stays. What
+    is read with our code is checked against the digests in it, of all but the card."""
     remove_abandoned(folder)
     with replacing_folder(folder) as partial, as_writing_fails():
         (policy if adapter is None else merge(policy)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        if (folder / "README.md").is_file():
-            shutil.copy2(folder / "README.md", partial)
+        if (folder / CARD).is_file():
+            shutil.copy2(folder / CARD, partial)
         if adapter is not None:
             # Asked for "auto", peft would look for the model that the adapter names as its own, on the hub too.
             adapter.save_pretrained(partial / "adapter", save_embedding_layers=False)
+            seal_folder(partial / "adapter")
+        seal_folder(partial, besides=[CARD])
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, policy: nn.Module) -> dict[str, Tensor]:

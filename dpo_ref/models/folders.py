@@ -11,20 +11,23 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dpo_ref.files.digests import DIGESTS, file_digest
+
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")  # of a tokenizer, on the hub
 MODEL_FILES = (*TEXT_FILES, "model*.safetensors")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = (DIGESTS, "adapter_config.json", "adapter_model.safetensors")
 SETTINGS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
     "processor_config.json", "preprocessor_config.json", "adapter_config.json",
 )  # fmt: skip
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 CODE = ("auto_map", "custom_pipelines", "custom_generate")
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -47,6 +50,7 @@ def opened(path: str, key: str, revision: str | None, files: Sequence[str], fail
     try:
         folder = _local(path, revision, files)
         before = _stamps(folder)
+        check_digests(folder, files)
         check_settings(folder)
         yield folder
         if _stamps(folder) != before:
@@ -88,6 +92,19 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file.name} is no JSON object but a {type(settings).__name__}; {AGAIN}")
     return settings
+
+
+def check_digests(folder: Path, patterns: Sequence[str] = ("*",)) -> None:
+    """Raise ValueError for a file of these patterns that is not what was written, in a folder whose writer left
+    digests: policies and reward models of runs."""
+    digests = read_settings(folder / DIGESTS) if (folder / DIGESTS).is_file() else {}
+    for name, digest in digests.items():
+        inside = Path(name).name == name and any(fnmatch(name, pattern) for pattern in patterns)
+        if inside and not ((folder / name).is_file() and file_digest(folder / name) == digest):
+            raise ValueError(
+                f"{name} is not as it was written ({DIGESTS} has another digest): {AGAIN}; if it was changed on "
+                f"purpose, delete {DIGESTS}"
+            )
 
 
 def check_settings(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpo_ref.component import component
 from dpo_ref.data.chat_templates import install_template, text_identity
-from dpo_ref.files.digests import file_digest
+from dpo_ref.files.digests import DIGESTS, file_digest
 from dpo_ref.models.adapters import add_lora, load_adapter
 from dpo_ref.models.attention import KERNELS, resolve_backend
 from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_digest
@@ -178,7 +178,7 @@ def _share_vocabulary(tokenizer: Any, folder: Path) -> None:
     """Give tokenizers of equal files one vocabulary. Every thread remembers words for every vocabulary that it ever
     met, also when that is gone (tokenizers 0.23): each job of a sweep would leave some 100 KiB."""
     if tokenizer.is_fast:
-        files = sorted(file for name in TEXT_FILES for file in folder.glob(name))
+        files = sorted(file for name in TEXT_FILES for file in folder.glob(name) if file.name != DIGESTS)
         backend = tokenizer.backend_tokenizer
         content = " ".join(f"{file.name} {file_digest(file)}" for file in files)
         backend.model = _VOCABULARIES.setdefault(content, backend.model)

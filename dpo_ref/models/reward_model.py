@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_ref.data.tokenise import end_of_turn_ids
+from dpo_ref.files.digests import seal_folder
 from dpo_ref.files.writing import remove_abandoned, replacing_folder
 from dpo_ref.models.checkpoint import as_writing_fails
+from dpo_ref.models.folders import CARD
 from dpo_ref.models.loading import Policy, TrainedModel
 from dpo_ref.models.logps import response_scores
 from dpo_ref.types import PackedBatch, ResponseScores, Span
@@ -108,6 +110,7 @@ class RewardModel(TrainedModel):
         with replacing_folder(folder) as partial, as_writing_fails():
             classifier.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            seal_folder(partial, besides=[CARD])
 
 
 def with_score_head(policy: Policy, seed: int) -> RewardModel:

@@ -13,11 +13,11 @@ from typing import Any
 
 from dpo_ref.evaluation.results import ACCURACY, ENDED, KL, LENGTH, SCORE, WIN_RATE, Evaluation
 from dpo_ref.files.writing import write_text
+from dpo_ref.models.folders import CARD
 from dpo_ref.reports.tables import block, code, columns, in_markdown, settings
 from dpo_ref.tracking.redaction import PathRedactor, Redactor
 from dpo_ref.tracking.terminal import say
 
-CARD = "README.md"
 MARK = re.compile(r"<!-- dpo_ref ([0-9a-f]{64}) -->\n\Z")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")
 ABOUT_THE_MACHINE = ("output_dir", "resume", "stage", "tracking")  # of a run's configuration

@@ -102,7 +102,8 @@ def test_a_base_model_gets_its_template_from_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(locate("lab:tiny"), base)
-    (base / "chat_template.jinja").unlink()
+    for name in ("chat_template.jinja", "digests.json"):
+        (base / name).unlink()
     overrides = [*DATA, f"model.path={base}", "trainer.max_steps=1", "tracking=none", f"output_dir={run}"]
     refused = train(*overrides)
     assert refused.returncode == 1

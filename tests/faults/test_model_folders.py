@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpo_ref.models import loading
-from dpo_ref.models.checkpoint import weights_digest
+from dpo_ref.models.adapters import load_adapter
+from dpo_ref.models.checkpoint import save_policy, weights_digest
 from dpo_ref.models.folders import check_finite, opened
 from dpo_ref.models.loading import ModelLoader, ModelPath, load_model, load_tokenizer
 from tests.support.command import resolved, train
@@ -403,6 +405,57 @@ def test_a_folder_that_changes_while_it_is_read(folder, tell):
     tell(
         "used silently", "a model replaced while it is loaded", seen=str(refusal.value), survived="no mixture of both"
     )
+
+
+# --- what a run of ours wrote
+
+
+def decay(file):
+    """Another digit where a text has one, else another last byte: what is left can be read as before."""
+    content = bytearray(file.read_bytes())
+    place = next((index for index, byte in enumerate(content) if chr(byte).isdigit()), len(content) - 1)
+    content[len(content) - 1 if file.suffix == ".safetensors" else place] ^= 1
+    file.write_bytes(content)
+
+
+WRITTEN = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja")
+
+
+@pytest.mark.parametrize("change", [decay, Path.unlink], ids=["decayed", "lost"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_policy_that_is_not_what_a_run_wrote(name, change, trained, tmp_path, tell):
+    policy = shutil.copytree(trained / "policy", tmp_path / "policy")
+    ModelLoader(CPU).policy(ModelPath(str(policy))).model.eval()
+    (policy / "README.md").write_text("my own words")
+    change(policy / name)
+    line = refused(tmp_path, f"model.path={policy}")
+    told = f"{name} is not as it was written (digests.json has another digest): save, copy or download it again; if"
+    assert (told if (policy / "config.json").is_file() else "it has no config.json") in line
+    assert line.startswith(f"model.path={policy}")
+    tell(
+        "used silently",
+        f"`policy/{name}` of a run, {'lost' if change == Path.unlink else 'one bit of it changed'}",
+        seen=line,
+        survived="it was not used",
+    )
+
+
+def test_a_policy_that_was_changed_on_purpose(trained, tmp_path):
+    policy = shutil.copytree(trained / "policy", tmp_path / "policy")
+    decay(policy / "chat_template.jinja")
+    (policy / "digests.json").unlink()
+    assert load_tokenizer(str(policy)).chat_template == (policy / "chat_template.jinja").read_text()
+
+
+def test_an_adapter_that_is_not_what_a_run_wrote(whole, adapter, tmp_path):
+    model = load_model(str(whole), CPU, "auto").model
+    layers = load_adapter(model, str(adapter), "model.adapter", trainable=True)
+    save_policy(tmp_path / "policy", model, TOKENIZER, layers)
+    saved = tmp_path / "policy" / "adapter"
+    load_adapter(load_model(str(whole), CPU, "auto").model, str(saved), "model.adapter", trainable=False)
+    decay(saved / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"model.adapter=.* adapter_model.safetensors is not as it was written"):
+        load_adapter(load_model(str(whole), CPU, "auto").model, str(saved), "model.adapter", trainable=False)
 
 
 # --- the tokenizer

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -116,6 +117,7 @@ def test_a_changed_reward_model_chooses_anew(run, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["score.weight"] = -weights["score.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "digests.json").unlink()  # it was changed on purpose
     scorers._load.cache_clear()
     _, worst = evaluated(tmp_path / "found", *options)
     _, drawn = evaluated(tmp_path / "drawn", "scorer=none", "generation.samples_per_prompt=3")
@@ -250,3 +252,12 @@ def test_what_is_no_reward_model_is_refused(run, tmp_path):
         scorers.reward_model([answer(text=" plum" * 2100)], path=str(run / "policy"))
     with pytest.raises(ValueError, match=r"it is a LlamaForSequenceClassification, which scores answers"):
         evaluated(tmp_path / "rm", f"policy={run / 'policy'}")
+
+
+def test_a_reward_model_that_is_not_what_was_saved_is_told(run, tmp_path):
+    folder = shutil.copytree(run / "policy", tmp_path / "policy")
+    with (folder / "model.safetensors").open("r+b") as weights:
+        weights.seek(-3, os.SEEK_END)
+        weights.write(b"\x00\x3f")
+    with pytest.raises(ValueError, match=r"scorer.path=.*model.safetensors is not as it was written"):
+        scorers.reward_model([answer()], path=str(folder))

@@ -218,6 +218,15 @@ def test_a_push_needs_a_token_and_a_card(run, tmp_path, monkeypatch):
         push(run, HubOptions(repo="me/name"))
 
 
+def test_a_damaged_policy_is_not_pushed(run, tmp_path):
+    damaged = shutil.copytree(run, tmp_path / "run")
+    with (damaged / "policy" / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        weights.write(b"\0")
+    with pytest.raises(ValueError, match=r"policy: model.safetensors is not as it was written"):
+        push(damaged, HubOptions(repo="me/name"))
+
+
 def test_saving_a_policy_again_keeps_its_card(tmp_path):
     class Saved:
         def save_pretrained(self, folder):
@@ -228,5 +237,5 @@ def test_saving_a_policy_again_keeps_its_card(tmp_path):
     (folder / "README.md").write_text("mine")
     (folder / "old.json").write_text("{}")
     checkpoint.save_policy(folder, Saved(), Saved())
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "digests.json"]
     assert (folder / "README.md").read_text() == "mine"
