@@ -15,7 +15,7 @@ from dpo_ref.cli.compatibility import CompatibilityRequest, run_compatibility, t
 from dpo_ref.cli.exports import STAGE as EXPORT
 from dpo_ref.cli.exports import check_export, publish, run_export
 from dpo_ref.cli.resolve import component, components
-from dpo_ref.cli.saved_run import check_servers, read_run, read_summary, refuse_unused_trust
+from dpo_ref.cli.saved_run import check_servers, check_unchanged, read_run, read_summary, refuse_unused_trust
 from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.cli.winrates import STAGE as WINRATE
 from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, run_winrates
@@ -401,6 +401,7 @@ def subject_of(path: str, output_dir: str | None, trust: Any) -> tuple[PolicyToE
         raise ValueError(f"{option}: the run is {status} and has saved no policy yet")
     run = read_run(folder, option, NEEDED)
     config, summary = run.config, run.summary
+    check_unchanged(folder, option)
     check_servers(config, trust, option)
     run = _trained_run(folder, config, summary)
     if folder != named:

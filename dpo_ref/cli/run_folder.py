@@ -18,8 +18,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.resolve import strength_of
-from dpo_ref.cli.saved_run import check_servers, configuration_in, read_run, read_summary, refuse_unused_trust
+from dpo_ref.cli.saved_run import (
+    check_servers,
+    check_unchanged,
+    configuration_in,
+    read_run,
+    read_summary,
+    refuse_unused_trust,
+    with_digest,
+)
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY
+from dpo_ref.files.digests import sealed
 from dpo_ref.files.holding import held, new_folder, not_writable
 from dpo_ref.files.writing import write_json, write_text
 from dpo_ref.models import checkpoint
@@ -62,6 +71,7 @@ def restore(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
     check_servers(saved, cfg.trust, key)
     refuse_unused_trust(saved, cfg.trust)
     check_configuration(directory, saved)
+    check_unchanged(directory, key)
     saved.setdefault("evaluation", cfg.evaluation)  # runs from before there was one
     if saved.get("bandit") is not None:
         raise ValueError(f"{key} is the run of a bandit, which has no checkpoints; start it anew")
@@ -201,8 +211,8 @@ def make_folder(cfg: DictConfig, job: Job) -> None:
 
 
 def write_config(cfg: DictConfig, job: Job) -> None:
-    """Write config.yaml."""
-    write_text(job.directory / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+    """Write config.yaml, with the digest of what it says as its last line."""
+    write_text(job.directory / CONFIG, with_digest(OmegaConf.to_yaml(cfg, resolve=True)))
 
 
 def record(cfg: DictConfig, job: Job, status: str, **entries: Any) -> dict[str, Any]:
@@ -221,7 +231,7 @@ def record(cfg: DictConfig, job: Job, status: str, **entries: Any) -> dict[str, 
         **provenance(),
         **entries,
     }
-    write_json(job.directory / SUMMARY, summary)
+    write_json(job.directory / SUMMARY, sealed(summary))
     return summary
 
 

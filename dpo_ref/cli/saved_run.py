@@ -24,6 +24,7 @@ from dpo_ref.cli.command_line import typed_words
 from dpo_ref.cli.schemas import CONF, TrainSchema, groups, locate, parts_of, schema
 from dpo_ref.component import annotations, configuration, member_group
 from dpo_ref.evaluation import policy
+from dpo_ref.files.digests import bytes_digest
 from dpo_ref.models.server import KEY
 from dpo_ref.tracking.redaction import refuse_credentials
 
@@ -58,6 +59,25 @@ def read_run(folder: Path, option: str, needed: Sequence[str] = ()) -> SavedRun:
     _check_targets(tree, offered, f"{option}: {path}", _other_version(summary))
     _check_types(config, offered, f"{option}: {path}")
     return SavedRun(config, summary)
+
+
+SEAL = "# digest of the lines above: "
+
+
+def with_digest(text: str) -> str:
+    """A configuration's text with the digest of it as a last line."""
+    return f"{text}{SEAL}{bytes_digest(text.encode())}\n"
+
+
+def check_unchanged(folder: Path, option: str) -> None:
+    """Raise ValueError for a config.yaml whose last line is the digest of another text."""
+    path = folder / "config.yaml"
+    text, seal, _ = _text(path, option).partition(SEAL)
+    if seal and with_digest(text) != path.read_text(encoding="utf-8"):
+        raise ValueError(
+            f"{option}: {path} is not as the run wrote it: its last line is the digest of another text; {AGAIN}. If "
+            "it was changed on purpose, delete that line"
+        )
 
 
 def _text(path: Path, option: str) -> str:

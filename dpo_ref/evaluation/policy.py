@@ -1,6 +1,5 @@
 """Whom an evaluation is about, the models it needs, and how it is done."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from dpo_ref.component import Component
 from dpo_ref.evaluation.results import Thresholds
+from dpo_ref.files.digests import unsealed
 from dpo_ref.generation.engine import PromptSet
 from dpo_ref.models.loading import ModelPath, Policy, Workspace
 from dpo_ref.references.interface import Reference
@@ -45,17 +45,17 @@ def read_summary(folder: Path, key: str, needed: Sequence[str] = ("status",)) ->
     try:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it is larger than {LARGEST:,} bytes")
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{key}: {path} cannot be read ({error}); {kept}") from error
-    entries = summary if isinstance(summary, dict) else {}
+    summary = unsealed(text, f"{key}: {path}", kept)
     wrong = [
         name
         for name, form in FORM.items()
-        if name in entries and (not isinstance(entries[name], form) or isinstance(entries[name], bool))
+        if name in summary and (not isinstance(summary[name], form) or isinstance(summary[name], bool))
     ]
-    if wrong or entries is not summary:
-        raise ValueError(f"{key}: {path} is no record of a run ({', '.join(wrong) or 'no object'}); {kept}")
+    if wrong:
+        raise ValueError(f"{key}: {path} is no record of a run ({', '.join(wrong)}); {kept}")
     if missing := [name for name in needed if name not in summary]:
         raise ValueError(
             f"{key}: {path} lacks {', '.join(missing)}; python train.py resume={folder} goes on and completes it"

@@ -15,6 +15,7 @@ from dpo_ref.models.loading import load_tokenizer
 from dpo_ref.reports.diagnostics import diagnostics_section
 from tests.support.command import train, typed_afresh
 from tests.support.evaluate_command import DATA, PLAIN, QUICK, TRAIN, evaluate, measure, numbers
+from tests.support.faults import forge_summary, summary
 from tests.support.metric_table import ROWS, unlisted
 
 
@@ -150,9 +151,9 @@ def test_against_another_reference_on_purpose(run, tmp_path):
     assert free["rewards/margins"] != own["rewards/margins"]
     assert "kl/loss_reference" not in free
     changed = shutil.copytree(run, tmp_path / "changed", ignore=shutil.ignore_patterns("evaluation"))
-    summary = json.loads((changed / "summary.json").read_text())
-    summary["identities"] |= {"loss_reference": "0" * 32, "loss_reference_weights": "1" * 32}
-    (changed / "summary.json").write_text(json.dumps(summary))
+    record = summary(changed)
+    record["identities"] |= {"loss_reference": "0" * 32, "loss_reference_weights": "1" * 32}
+    forge_summary(changed, record)
     with pytest.raises(
         ValueError, match=r"was trained against reference=initial 000000000000, and that is \w{12} now"
     ):

@@ -1,7 +1,6 @@
 """A run's folder from a stranger, gone on with and evaluated: nothing in it is called, and no key is sent to where it
 alone says."""
 
-import json
 import shutil
 import sys
 
@@ -14,6 +13,7 @@ from dpo_ref.tracking.weights_and_biases import wandb_tracker
 from tests.support.checkpoints import changed_state
 from tests.support.command import train, typed
 from tests.support.evaluate_command import evaluate
+from tests.support.faults import forge_config, forge_summary, summary
 from tests.support.loopback import Answering, LoopbackServer
 from tests.support.wandb_runs import Offline
 
@@ -139,8 +139,7 @@ SUMMARIES = {
 @pytest.mark.parametrize("case", SUMMARIES)
 def test_a_summary_names_nothing_outside(case, stranger, tmp_path, tell):
     change, message = SUMMARIES[case]
-    path = stranger / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    forge_summary(stranger, summary(stranger) | change)
     resumed, evaluated = refusals(stranger)
     for line in (resumed, evaluated):
         assert message in line
@@ -149,8 +148,7 @@ def test_a_summary_names_nothing_outside(case, stranger, tmp_path, tell):
 
 
 def test_a_commit_that_is_none_is_not_suggested(stranger, tell):
-    summary = json.loads((stranger / "summary.json").read_text()) | {"git": {"commit": "$(touch called)"}}
-    (stranger / "summary.json").write_text(json.dumps(summary))
+    forge_summary(stranger, summary(stranger) | {"git": {"commit": "$(touch called)"}})
     rewrite(stranger / "config.yaml", "dpo_ref.lab.preferences.lab", "payload.run")
     resumed, _ = refusals(stranger)
     assert "the commit it was made with reads it" in resumed
@@ -228,10 +226,9 @@ def served(run, url):
     start, end = text.index("reference:\n"), text.index("optim:\n")
     options = f"url: {url}\n  model: big\n  tokenizer: lab:tiny\n  retries: 0\n"
     reference = f"reference:\n  _target_: dpo_ref.references.served.served\n  {options}"
-    (run / "config.yaml").write_text(text[:start] + reference + text[end:])
-    summary = json.loads((run / "summary.json").read_text())
-    summary["choices"]["reference"] = "served"
-    (run / "summary.json").write_text(json.dumps(summary))
+    forge_config(run, text[:start] + reference + text[end:])
+    record = summary(run)
+    forge_summary(run, record | {"choices": record["choices"] | {"reference": "served"}})
     shutil.rmtree(run / "checkpoints")  # which know the run's configuration
 
 
@@ -330,9 +327,9 @@ def test_settings_of_wandb_in_the_folder_are_not_read(tmp_path, tell):
 def test_what_is_typed_again_says_the_same(stranger):
     """A word of the run's own is no change of it."""
     assert train(f"resume={stranger}", "reference=auto", "model.path=lab:tiny", "trainer.max_steps=2").returncode == 0
-    summary = json.loads((stranger / "summary.json").read_text())
-    assert summary["status"] == "completed"
-    assert summary["steps"] == 2
+    record = summary(stranger)
+    assert record["status"] == "completed"
+    assert record["steps"] == 2
 
 
 STATES = {

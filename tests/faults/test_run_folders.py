@@ -1,6 +1,5 @@
 """The folder of a run: one process writes to it, a finished run's record survives, and a kill leaves a run or none."""
 
-import json
 import re
 import resource
 import shutil
@@ -17,7 +16,7 @@ from dpo_ref.files.holding import new_folder
 from tests.support.checkpoints import changed_state
 from tests.support.command import ROOT, train
 from tests.support.evaluate_command import PLAIN, QUICK, evaluate
-from tests.support.faults import SMALL, Typed, killed_at, same_weights, steps, summary
+from tests.support.faults import SMALL, Typed, forge_summary, killed_at, same_weights, steps, summary
 
 pytestmark = pytest.mark.slow  # `make faults` runs it
 
@@ -71,7 +70,7 @@ def test_an_evaluation_of_a_record_without_its_results_is_told_how_to_complete_i
     """As a version wrote it whose failed attempts wrote over the record."""
     lacking = ("identities", "metrics", "steps", "objective", "reference")
     record = {key: value for key, value in summary(finished).items() if key not in lacking}
-    (finished / "summary.json").write_text(json.dumps(record | {"status": "failed", "error": "an attempt"}))
+    forge_summary(finished, record | {"status": "failed", "error": "an attempt"})
     with pytest.raises(ValueError, match="lacks objective, reference, identities, steps") as told:
         evaluate(f"policy={finished}", *PLAIN)
     assert train(f"resume={finished}").returncode == 0
@@ -88,7 +87,7 @@ def test_an_evaluation_of_a_record_without_its_results_is_told_how_to_complete_i
 def test_a_failure_keeps_what_the_record_says(whole, tmp_path, tell):
     """A run that was stopped half-way, whose next attempt fails."""
     run, config = shutil.copytree(whole, tmp_path / "run"), "config.yaml"
-    (run / "summary.json").write_text(json.dumps(summary(run) | {"status": "interrupted"}))
+    forge_summary(run, summary(run) | {"status": "interrupted"})
     changed_state(run, reference="another")
     before = (run / config).read_bytes()
     done = train(f"resume={run}", "trainer.epochs=2")
@@ -214,10 +213,35 @@ def test_a_kill_leaves_a_folder_to_begin_again_or_a_run_to_go_on_with(whole, tmp
 # --- records that are broken
 
 
+NUMBERS = {"config.yaml": ("beta: 0.1", "beta: 0.5"), "summary.json": ('"seed": 0', '"seed": 4')}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_decayed_is_told(finished, name, tell):
+    """A digit of it, in a file that reads as well as before. Without a checkpoint none but its digest knows."""
+    (old, new), path = NUMBERS[name], finished / name
+    shutil.rmtree(finished / "checkpoints")
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match="digest") as told:
+        evaluate(f"policy={finished}", *PLAIN)
+    resumed = train(f"resume={finished}")
+    assert resumed.returncode == 1
+    for words in (str(told.value), resumed.stderr):
+        assert str(path) in words
+        assert re.search("its digest is that of other content|its last line is the digest of another text", words)
+    tell(
+        "used silently",
+        f"one digit in `{name}` of a run that is evaluated or goes on",
+        seen=resumed.stderr,
+        survived="nothing was computed with it",
+    )
+
+
 BROKEN = {
-    "empty": ("", "cannot be read"),
-    "truncated": ('{"status": "compl', "cannot be read"),
-    "a list": ("[]", "is no record of a run"),
+    "empty": ("", "is damaged: it is not JSON"),
+    "truncated": ('{"status": "compl', "is damaged: it is not JSON"),
+    "a list": ("[]", "is damaged: it is no JSON object"),
     "without a status": ("{}", "lacks status"),
     "of another form": ('{"status": "completed", "overrides": "beta=3", "seed": "0"}', "(overrides, seed)"),
     "not a text": ("\udcff", "cannot be read"),

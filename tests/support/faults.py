@@ -14,6 +14,8 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
+from dpo_ref.cli.saved_run import SEAL, with_digest
+from dpo_ref.files.digests import DIGEST, sealed
 from tests.support.command import ROOT, Done, forked, train
 from tests.support.evaluate_command import evaluate
 
@@ -106,7 +108,19 @@ def steps(run: Path) -> int:
 
 
 def summary(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
+    """What a run's record says."""
+    content = json.loads((run / "summary.json").read_text())
+    return {key: value for key, value in content.items() if key != DIGEST}
+
+
+def forge_summary(run: Path, content: dict) -> None:
+    """A record in a run's folder, with the digest that whoever writes one can make."""
+    (run / "summary.json").write_text(json.dumps(sealed(content)))
+
+
+def forge_config(run: Path, text: str) -> None:
+    """The same for a configuration."""
+    (run / "config.yaml").write_text(with_digest(text.partition(SEAL)[0]))
 
 
 def same_weights(run: Path, other: Path) -> bool:
