@@ -211,7 +211,7 @@ def make_folder(cfg: DictConfig, job: Job) -> None:
 
 
 def write_config(cfg: DictConfig, job: Job) -> None:
-    """Write config.yaml, with the digest of what it says as its last line."""
+    """Write config.yaml, with the digest of what it says as its first line."""
     write_text(job.directory / CONFIG, with_digest(OmegaConf.to_yaml(cfg, resolve=True)))
 
 

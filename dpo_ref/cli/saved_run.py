@@ -61,21 +61,21 @@ def read_run(folder: Path, option: str, needed: Sequence[str] = ()) -> SavedRun:
     return SavedRun(config, summary)
 
 
-SEAL = "# digest of the lines above: "
+SEAL = "# digest of the lines below: "
 
 
 def with_digest(text: str) -> str:
-    """A configuration's text with the digest of it as a last line."""
-    return f"{text}{SEAL}{bytes_digest(text.encode())}\n"
+    """A configuration's text behind a line with its digest, which is there also where the end is cut off."""
+    return f"{SEAL}{bytes_digest(text.encode())}\n{text}"
 
 
 def check_unchanged(folder: Path, option: str) -> None:
-    """Raise ValueError for a config.yaml whose last line is the digest of another text."""
+    """Raise ValueError for a config.yaml whose first line is the digest of another text."""
     path = folder / "config.yaml"
-    text, seal, _ = _text(path, option).partition(SEAL)
-    if seal and with_digest(text) != path.read_text(encoding="utf-8"):
+    content = _text(path, option)
+    if content.startswith(SEAL) and with_digest(content.partition("\n")[2]) != content:
         raise ValueError(
-            f"{option}: {path} is not as the run wrote it: its last line is the digest of another text; {AGAIN}. If "
+            f"{option}: {path} is not as the run wrote it: its first line is the digest of another text; {AGAIN}. If "
             "it was changed on purpose, delete that line"
         )
 

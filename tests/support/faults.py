@@ -120,7 +120,8 @@ def forge_summary(run: Path, content: dict) -> None:
 
 def forge_config(run: Path, text: str) -> None:
     """The same for a configuration."""
-    (run / "config.yaml").write_text(with_digest(text.partition(SEAL)[0]))
+    lines = (line for line in text.splitlines(keepends=True) if not line.startswith(SEAL))
+    (run / "config.yaml").write_text(with_digest("".join(lines)))
 
 
 def same_weights(run: Path, other: Path) -> bool:
