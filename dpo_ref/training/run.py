@@ -120,7 +120,7 @@ class TrainingRun:
         step: int = state["step"]
         self.record.go_on_from(Seal(**state["record"]))
         if self.evaluation is not None:
-            self.evaluation.degenerate = state["degenerate"]
+            self.evaluation.degenerate = state.get("degenerate", [])  # runs from before it was saved
         checkpoint.load(saved, self.policy.model, self.optim.optimizer)
         self.reference.load_state_dict(checkpoint.read_reference(saved))
         for name, value in state["running"].items():
