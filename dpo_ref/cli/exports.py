@@ -131,6 +131,7 @@ def _check(options: HubOptions, folder: Path) -> str:
         raise ValueError(f"{folder / CARD} is missing; evaluating the run again writes it")
     try:
         check_digests(folder)
+        check_digests(folder / "adapter")
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     if constants.is_offline_mode():

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, constants
 
 from dpo_ref.cli.exports import chosen, push
 from dpo_ref.cli.schemas import HubOptions
+from dpo_ref.files.digests import seal_folder
 from dpo_ref.models import checkpoint
 from dpo_ref.reports.model_card import is_ours, on_hub
 from dpo_ref.tracking.redaction import PathRedactor
@@ -224,6 +225,17 @@ def test_a_damaged_policy_is_not_pushed(run, tmp_path):
         weights.seek(-1, os.SEEK_END)
         weights.write(b"\0")
     with pytest.raises(ValueError, match=r"policy: model.safetensors is not as it was written"):
+        push(damaged, HubOptions(repo="me/name"))
+
+
+def test_a_damaged_adapter_is_not_pushed(run, tmp_path):
+    damaged = shutil.copytree(run, tmp_path / "run")
+    adapter = damaged / "policy" / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"r": 2}')
+    seal_folder(adapter)
+    (adapter / "adapter_config.json").write_text('{"r": 3}')
+    with pytest.raises(ValueError, match=r"adapter_config.json is not as it was written"):
         push(damaged, HubOptions(repo="me/name"))
 
 
