@@ -66,8 +66,8 @@ def reference_pairs(
     for group in groups:
         if group.pairs:
             batch = collate([group]).to(device)
-            sums = reference.logps(batch).sums.cpu()
-            tables.append(torch.stack([sums[batch.chosen], sums[batch.rejected]]).numpy())
+            sums, chosen, rejected = reference.logps(batch).sums.cpu(), batch.chosen.cpu(), batch.rejected.cpu()
+            tables.append(torch.stack([sums[chosen], sums[rejected]]).numpy())
     chosen, rejected = np.concatenate(tables, axis=1)
     return replace(pairs, chosen=chosen, rejected=rejected, chosen_end=np.full_like(chosen, np.nan))
 

@@ -124,6 +124,24 @@ def test_a_policy_that_is_its_own_reference_starts_at_ln_2():
     check_step_zero(policy, LiveReference("other", tiny_model(seed=1), "id", "other weights"), groups)
 
 
+class InFloat32(LiveReference):
+    def logps(self, batch):
+        with torch.autocast("cpu", enabled=False):
+            return super().logps(batch)
+
+
+def test_step_zero_in_half_precision_allows_rounding_and_nothing_else():
+    """One model in bfloat16 and in float32 differs by rounding alone; a head scaled by 1.5 is another model."""
+    groups = random_groups(LAYOUT)
+    policy = policy_of(tiny_model(seed=0))
+    reference = InFloat32("initial", tiny_model(seed=0), "id", policy.weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_step_zero(policy, reference, groups)
+        reference.model.lm_head.weight.mul_(1.5)
+        with pytest.raises(ValueError, match="in the mean"):
+            check_step_zero(policy, reference, groups)
+
+
 @component(advance=lambda running, whole: {"seen": running.get("seen", 0 * BROKEN) + 1.0})
 def breakable(policy: PairLogps, whole: BatchLogps[PairLogps], running: Running) -> Preference:
     """DPO without a reference, plus what makes a loss non-finite and has no gradient."""
