@@ -100,8 +100,8 @@ def _mismatched_logps(policy: TrainedModel, reference: Reference, packs: Packs) 
 
 
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # nats on any token
-# Half precision: (mean, largest). bfloat16 is 0.02 nats in the mean and 0.3 at most from float32 (docs/performance.md),
-# and kernels that a compiler chooses by length round anew.
+# Half precision: (mean, largest). bfloat16 is 0.02 nats in the mean and 0.3 at most from float32
+# (docs/performance_notes.md), and kernels that a compiler chooses by length round anew.
 STEP_ZERO_TOLERANCE_HALF = (0.05, 1.0)
 
 
@@ -281,7 +281,7 @@ def check_step_zero(policy: TrainedModel, reference: Reference, groups: Sequence
     gaps = (ours - theirs).abs().double()
     if not (gaps.max() <= bound and gaps.mean() <= mean_bound):
         raise ValueError(
-            f"step 0: policy and reference have the same weights, yet log-ratios of tokens are {float(gaps.max()):.2g} "
-            f"nats at most (bound {bound:g}) and {float(gaps.mean()):.2g} in the mean (bound {mean_bound:g}): they do "
-            "not score the same text in the same way"
+            f"step 0: policy and reference have the same weights, yet log-ratios of tokens are {gaps.max():.2g} nats "
+            f"at most (bound {bound:g}) and {gaps.mean():.2g} in the mean (bound {mean_bound:g}): they do not score "
+            "the same text in the same way"
         )
