@@ -28,14 +28,44 @@ def digest(content: object) -> str:
 
 
 class Message(TypedDict):
-    """One turn of a conversation; `role` is system, user, assistant or tool. The other keys belong to tool calls and
-    reach the chat template as they are."""
+    """One turn of a conversation; `role` is system, user, assistant or tool. All its keys reach the chat template as
+    they are, and must come out of it (`data/render_check.py`)."""
 
     role: str
     content: str
     name: NotRequired[str]
     tool_calls: NotRequired[list[dict[str, Any]]]
     tool_call_id: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    thinking: NotRequired[str]
+
+
+# The assistant's words; or turns, where more than words is said: calls, thoughts, tools' results, several turns. One
+# turn of words alone is always a text, so that equal responses are equal.
+Response = str | tuple[Message, ...]
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a turn that hold what was thought before its words
+
+
+def turns_of(response: Response) -> tuple[Message, ...]:
+    """The response as turns."""
+    return (Message(role="assistant", content=response),) if isinstance(response, str) else response
+
+
+def thoughts_of(turn: Mapping[str, Any]) -> list[str]:
+    """What was thought before the words of a turn, as far as it has a key of its own."""
+    return [str(turn[key]) for key in THOUGHTS if turn.get(key)]
+
+
+def words_of(response: Response) -> str:
+    """What the assistant says in a response, as one text: thoughts, words and calls, a line each."""
+    if isinstance(response, str):
+        return response
+    said: list[str] = []
+    for turn in response:
+        if turn["role"] == "assistant":
+            calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in turn.get("tool_calls", [])]
+            said += [*thoughts_of(turn), turn["content"], *calls]
+    return "\n".join(filter(None, said))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +74,34 @@ class PromptGroup:
 
     A preference pair is a group of two with `pairs == ((0, 1),)`, an SFT example a group of one without pairs, a
     ranked list a group of k. `pairs` holds (better, worse) positions in `responses`, `rewards` their scores, `labels`
-    whether each is wanted (unpaired data). `tools` are the functions that the chat template offers to the assistant.
+    whether each is wanted (unpaired data). `tools` are the functions that the chat template offers to the assistant,
+    `template_options` other settings that it looks at (`chat_template_kwargs` of a row).
     `logps` are log-probs of the responses that came with the row, in nats, NaN where the row's is missing or no
     number; the digests leave them out. Without a prompt it is plain text. `origin` names the source row in messages to
     the user ("pairs.jsonl row 7").
     """
 
     prompt: tuple[Message, ...]
-    responses: tuple[str, ...]
+    responses: tuple[Response, ...]
     pairs: tuple[tuple[int, int], ...] = ()
     rewards: tuple[float, ...] | None = None
     origin: str = ""
     labels: tuple[bool, ...] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
     logps: tuple[float, ...] | None = None
+    template_options: dict[str, Any] | None = None
 
     @property
     def group_id(self) -> str:
-        """Digest of the texts: equal for equal content, whatever file, order or limit it came with."""
-        return digest([self.prompt, self.responses, *([self.tools] if self.tools else [])])
+        """Digest of all that is said: equal for equal content, whatever file, order or limit it came with."""
+        more = [self.tools] if self.tools or self.template_options else []
+        return digest([self.prompt, self.responses, *more, *filter(None, [self.template_options])])
+
+    @property
+    def asked(self) -> "Asked":
+        """What a policy is asked that answers the prompt anew."""
+        settings = {"tools": self.tools, "template_options": self.template_options}
+        return PromptGroup(self.prompt, (), origin=self.origin, **settings) if any(settings.values()) else self.prompt
 
     @property
     def prompt_id(self) -> str:
@@ -71,13 +110,24 @@ class PromptGroup:
         return digest(self.prompt or self.responses)
 
 
+# What is asked: messages, or a group without responses where the row brings tools or template options.
+Asked = Sequence[Message] | PromptGroup
+
+
+def asked(prompt: Asked, origin: str = "") -> PromptGroup:
+    """A prompt as a group without responses."""
+    return prompt if isinstance(prompt, PromptGroup) else PromptGroup(tuple(prompt), (), origin=origin)
+
+
 class Reading(NamedTuple):
-    """What became of a source's rows: how many were read, how many went which way, and the first few left out."""
+    """What became of a source's rows: how many were read, how many went which way, the first few left out, and what
+    was not read at all."""
 
     num_rows: int = 0
     dropped: Mapping[str, int] = MappingProxyType({})
     examples: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class PreferenceData(NamedTuple):
@@ -88,7 +138,7 @@ class PreferenceData(NamedTuple):
 
     train: Sequence[PromptGroup]
     eval: Sequence[PromptGroup]
-    test_prompts: Sequence[tuple[Message, ...]]
+    test_prompts: Sequence[Asked]
     reading: Reading = Reading()
 
 
@@ -295,9 +345,9 @@ class ResponseScores(HasParts):
         return PairScores(self.scores[chosen], self.scores[rejected])
 
 
-def conversation(prompt: Sequence[Message], response: str) -> list[Message]:
-    """The prompt's messages followed by `response` as the assistant's turn."""
-    return [*prompt, Message(role="assistant", content=response)]
+def conversation(prompt: Sequence[Message], response: Response) -> list[Message]:
+    """The prompt's messages followed by the response's turns."""
+    return [*prompt, *turns_of(response)]
 
 
 # --- how long passes say how far they are

@@ -8,10 +8,11 @@ import torch
 
 from dpo_ref.cli.cache import check_cache, look_after_cache, record_uses
 from dpo_ref.cli.resolve import RunConfig
-from dpo_ref.data.chat_templates import ChatText, text_identity
+from dpo_ref.data.chat_templates import ChatText, date_note, text_identity
 from dpo_ref.data.groups import ConcatGroups, Groups, TokenGroups
 from dpo_ref.data.inspection import example_of, inspect, score_margins, short_report, summed_counts
 from dpo_ref.data.packing import pack
+from dpo_ref.data.scoring import scoring
 from dpo_ref.data.tokenise import Tokenised, length_limit, tokenise, tokenised_once
 from dpo_ref.distributed import best_device, keep_memory
 from dpo_ref.evaluation.in_training import EvaluationContext, InitialPolicy, in_memory
@@ -28,7 +29,7 @@ from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
 from dpo_ref.tracking.tracker import Tracker
 from dpo_ref.training.rounds import Rounds, RoundsContext, groups_for, objective_groups, offline
 from dpo_ref.training.run import SampleEvaluation, TrainingRun
-from dpo_ref.types import Message, PreferenceData
+from dpo_ref.types import Asked, PreferenceData
 
 NUM_EXAMPLES = 8  # on the data page
 NUM_SAMPLES = 8  # answers shown in the tracker at the end of a run
@@ -39,7 +40,7 @@ class Built(NamedTuple):
 
     config: RunConfig
     training: TrainingRun
-    sample_prompts: Sequence[tuple[Message, ...]]
+    sample_prompts: Sequence[Asked]
     counts: dict[str, int]
 
 
@@ -113,6 +114,7 @@ def prepare_groups(
         raise ValueError("nothing is left to train on: every row was dropped; see data.max_length, data.over_length")
     if ChatText(tokenizer).leaves_out_bos:
         say("  the chat template writes no BOS, which the tokenizer adds by itself; see model.template")
+    say(*date_note(tokenizer))
     example = example_of(tokenizer, train.groups[0]).rows()
     show_example(example)
     tracker.table("data/example", ["part", "text", "scored"], example, step=0)
@@ -161,8 +163,9 @@ def build_reference(config: RunConfig, work: Workspace, policy: TrainedModel, gr
     """The loss reference, precomputed unless told otherwise."""
     objective = config.objective
     context = ReferenceContext(
-        work, policy, groups, config.data.bound(pack), objective.uses_reference, objective.needs_tokens
-    )
+        work, policy, groups, config.data.bound(pack), objective.uses_reference, objective.needs_tokens,
+        config.data.bound(scoring)(),
+    )  # fmt: skip
     return references.build(config.reference, context)
 
 

@@ -47,7 +47,7 @@ from dpo_ref.references.interface import Reference
 from dpo_ref.reports.compatibility import cells, entries, headline, terminal_table, verdict, write_page
 from dpo_ref.tracking.terminal import progress, run_summary, say, show
 from dpo_ref.tracking.tracker import RunInfo
-from dpo_ref.types import Message, PromptGroup, ResponseLogps, TokenGroup, silent
+from dpo_ref.types import Asked, Message, PromptGroup, ResponseLogps, TokenGroup, asked, silent
 
 # --- a candidate: built, and asked about pairs and samples
 
@@ -63,7 +63,7 @@ class Bench:
     work: Workspace
     policy: Policy
     groups: TokenGroups
-    prompts: Sequence[tuple[Message, ...]]
+    prompts: Sequence[Asked]
     max_new_tokens: int
 
     def build(self, component: Component, groups: Groups) -> Reference:
@@ -77,7 +77,7 @@ class Bench:
         work = replace(self.work, progress=silent)
         return build_reference(replace(self.run, reference=component), work, self.policy, groups)
 
-    def samples(self, model: nn.Module, tokenizer: Any, prompts: Sequence[tuple[Message, ...]]) -> list[Generation]:
+    def samples(self, model: nn.Module, tokenizer: Any, prompts: Sequence[Asked]) -> list[Generation]:
         """One answer of a model to each prompt that leaves room for it, at temperature 1."""
         causal_lm: Any = model
         positions = getattr(causal_lm.config, "max_position_embeddings", 10**9)
@@ -172,9 +172,10 @@ def _drawn_by(bench: Bench, component: Component, reference: Reference) -> list[
     return bench.samples(model, tokenizer_of(bench, component), prompts)
 
 
-def _under(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
-    turns = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
-    return (Message(role="system", content=system), *turns)
+def _under(system: str, prompt: Asked) -> PromptGroup:
+    group = asked(prompt)
+    turns = group.prompt[1:] if group.prompt and group.prompt[0]["role"] == "system" else group.prompt
+    return replace(group, prompt=(Message(role="system", content=system), *turns))
 
 
 def _score_texts(bench: Bench, component: Component, texts: Sequence[PromptGroup]) -> Scored:
@@ -281,7 +282,7 @@ def _bench(request: CompatibilityRequest) -> Bench:
     say(*policy.notes)
     groups = draw(tokenise_data(run, data, policy.tokenizer)[0].groups, request.options.num_pairs, request.seed)
     texts = [groups.text(index) for index in range(len(groups))]
-    prompts = [prompt for prompt in {text.prompt_id: text.prompt for text in texts}.values() if prompt]
+    prompts = list({text.prompt_id: text.asked for text in texts if text.prompt}.values())
     return Bench(run, work, policy, groups, prompts[: request.options.num_prompts], request.options.max_new_tokens)
 
 

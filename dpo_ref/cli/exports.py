@@ -21,7 +21,7 @@ from dpo_ref.files.writing import write_text
 from dpo_ref.models.folders import CARD, check_digests
 from dpo_ref.reports.exports import Answers, Export, RewardedPair, RewardedPairs
 from dpo_ref.tracking.terminal import progress, run_summary, say
-from dpo_ref.types import PromptGroup, TokenGroup
+from dpo_ref.types import PromptGroup, TokenGroup, turns_of
 
 STAGE, FOLDER = "export", "exports"
 WORDS = {"policy", "stage", "export", "output_dir", "tracking", "trust"}
@@ -75,7 +75,14 @@ def rewarded_pairs(
     sources = [(held_out[group.group_index], pair) for group in groups for pair in group.pairs]
     chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
     return [
-        RewardedPair(source.prompt, source.responses[better], source.responses[worse], up, down, source.origin)
+        RewardedPair(
+            source.prompt,
+            turns_of(source.responses[better]),
+            turns_of(source.responses[worse]),
+            up,
+            down,
+            source.origin,
+        )
         for (source, (better, worse)), up, down in zip(sources, chosen.tolist(), rejected.tolist(), strict=True)
     ]
 

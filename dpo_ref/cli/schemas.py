@@ -211,16 +211,17 @@ def _stored_type(hint: Any) -> Any:
 
 
 def schema(component: Callable[..., Any], *shared: Callable[..., Any]) -> type:
-    """A dataclass whose fields are the configuration of a component and of the functions its group shares."""
-    members = []
+    """A dataclass whose fields are the configuration of a component and of the functions its group shares; an option
+    that several take is one."""
+    members: dict[str, tuple[str, Any, Any]] = {}
     for part in (component, *shared):
         hints = annotations(part)
         for name, parameter in configuration(part).items():
             default = MISSING if parameter.default is parameter.empty else parameter.default
             default = list(default) if isinstance(default, tuple) else default
             initial = field(default_factory=lambda d=default: list(d)) if isinstance(default, list) else default
-            members.append((name, _stored_type(hints[name]), initial))
-    return make_dataclass(component.__name__, [("_target_", str, MISSING), *members])
+            members.setdefault(name, (name, _stored_type(hints[name]), initial))
+    return make_dataclass(component.__name__, [("_target_", str, MISSING), *members.values()])
 
 
 def target_of(path: Path) -> str | None:

@@ -1,15 +1,18 @@
 """Chat templates: a tokenizer's own, or one of these by name, and what they write for a conversation."""
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jinja2 import TemplateError
 
 from dpo_ref.data.bounded import OverLimit, bounded
-from dpo_ref.types import Message, conversation, digest
+from dpo_ref.data.render_check import SENTINEL, RenderCheck, TemplateRefuses
+from dpo_ref.types import Message, Response, conversation, digest
 
 FOLDER = Path(__file__).with_name("templates")
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
@@ -17,13 +20,16 @@ _SPECIAL = re.compile(r"<\|[a-z_]+\|>")
 _ANSWERS = ("⟦b⟧", "⟦c⟧")  # stand for any words: nothing that a template writes itself
 TIMES, MORE = 10, 2**18  # a conversation's characters may be written so often, and so many characters more
 OWN = frozenset((FOLDER / f"{name}.jinja").read_text().strip("\n") for name in NAMES)
+_ASKED = Message(role="user", content="a")
+_CALL = {"id": "callabcde", "type": "function", "function": {"name": "f", "arguments": {}}}
+_BEFORE = {  # what comes before a turn of a role
+    "system": (_ASKED,),
+    "tool": (_ASKED, Message(role="assistant", content="", tool_calls=[_CALL])),
+}
 _APART: list[bool] = []  # holds something in the process where strangers' templates run
 _FIRST: dict[tuple[str, str], tuple[str, list[str]]] = {}  # what templates wrote of the first conversations
+_PINNED = re.compile(r"(?:\{%- set \w+ = .*? -%\})*", re.DOTALL)  # options of a run, at the template's beginning
 Item = TypeVar("Item")
-
-
-class TemplateRefuses(ValueError):
-    """A conversation that a chat template cannot write; the message says why."""
 
 
 def install_template(tokenizer: Any, name: str, options: Mapping[str, Any] | None = None, key: str = "model") -> None:
@@ -60,6 +66,23 @@ def _install(tokenizer: Any, name: str, key: str) -> None:
     tokenizer.chat_template = text
 
 
+def written_date(tokenizer: Any) -> str:
+    """What a template that writes the date writes today; nothing for others."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return ""
+    chat = ChatText(tokenizer)
+    return chat.write([[Message(role="user", content="a")]], start=True)[0]
+
+
+def date_note(tokenizer: Any) -> list[str]:
+    """What to know of a template that writes the date, in a line."""
+    if not written_date(tokenizer):
+        return []
+    pin = "date_string" in tokenizer.chat_template
+    remedy = "model.template_options.date_string pins it" if pin else "another template does not"
+    return [f"  the chat template writes today's date: a run of another day has other prompts; {remedy}"]
+
+
 def text_identity(tokenizer: Any) -> str:
     """Digest of everything that turns a conversation into token ids."""
     return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.all_special_tokens])
@@ -77,7 +100,7 @@ def _check_size(text: str, turns: Sequence[Message], tools: Any) -> None:
     """Raise TemplateRefuses for a text out of all proportion to its conversation."""
     if len(text) <= MORE:
         return
-    most = MORE + TIMES * (len(json.dumps(tools)) + sum(len(turn["content"]) for turn in turns))
+    most = MORE + TIMES * len(json.dumps([tools, *turns], ensure_ascii=False))
     if len(text) > most:
         raise TemplateRefuses(
             f"cannot be written by the chat template: it makes {len(text):,} characters, and at most {most:,} of "
@@ -85,11 +108,30 @@ def _check_size(text: str, turns: Sequence[Message], tools: Any) -> None:
         )
 
 
+def _with_arguments(turn: Message, change: Callable[[Any], Any]) -> Any:
+    """The turn with the arguments of its calls changed."""
+    if "tool_calls" not in turn:
+        return turn
+    calls = [
+        call | {"function": call["function"] | {"arguments": change(call["function"]["arguments"])}}
+        for call in turn["tool_calls"]
+    ]
+    return turn | {"tool_calls": calls}
+
+
+_TEMPLATED_CAUSE = "it carries the chat template's own turns already"
+_TEMPLATED = (
+    "carries the chat template's own turns already: {} ends with {!r}, which the template writes once more; give the "
+    "words alone, as messages {{role, content}} or as text without the template's marks"
+)
+
+
 class ChatText:
     """How one tokenizer writes conversations. Raises ValueError for a tokenizer without EOS or chat template, and for
-    a template that does not end the assistant's turn with a token of its own."""
+    a template that does not end the assistant's turn with a token of its own. `check` looks whether all that is said
+    comes out."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, check: type[RenderCheck] = RenderCheck) -> None:
         where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -102,6 +144,8 @@ class ChatText:
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         specials += [token for token in tokenizer.all_special_tokens if token not in specials]
         self.special_tokens = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
+        self._calls_as_text: bool | None = None  # None: no call was written so far
+        self.lost = check(lambda turns, tools: self._texts([turns], False, tools)[0])
         try:
             self.ending, self.tail, self.end_id = self._turn_end()
         except TemplateRefuses as error:
@@ -136,39 +180,114 @@ class ChatText:
         """Whether the template is one of ours, or runs apart already."""
         return bool(_APART) or str(self.tokenizer.chat_template) in OWN
 
-    def write(self, conversations: Sequence[Sequence[Message]], *, start: bool, tools: Any = None) -> list[str]:
+    def write(
+        self, conversations: Sequence[Sequence[Message]], *, start: bool, tools: Any = None, options: Any = None
+    ) -> list[str]:
         """The template's text of every conversation; with `start` it goes on to where the assistant begins."""
         if self._is_safe:
-            return self._texts(conversations, start, tools)
-        return list(self.apart(lambda turns: self._texts([turns], start, tools)[0], conversations))
+            return self._texts(conversations, start, tools, options)
+        return list(self.apart(lambda turns: self._texts([turns], start, tools, options)[0], conversations))
 
-    def _texts(self, conversations: Sequence[Sequence[Message]], start: bool, tools: Any) -> list[str]:
+    def _texts(
+        self, conversations: Sequence[Sequence[Message]], start: bool, tools: Any, options: Any = None
+    ) -> list[str]:
         if not conversations:
             return []
+        conversations = [self._with_calls(turns, start, tools) for turns in conversations]
+        texts = self._applied(conversations, start, tools, options)
+        for text, turns in zip(texts, conversations, strict=True):
+            _check_size(text, turns, tools)
+        return texts
+
+    def _applied(self, conversations: Sequence[Any], start: bool, tools: Any, options: Any = None) -> list[str]:
         try:
-            texts = self.tokenizer.apply_chat_template(
-                [list(turns) for turns in conversations],
-                tokenize=False, add_generation_prompt=start, tools=list(tools) if tools else None,
+            return self.tokenizer.apply_chat_template(
+                list(map(list, conversations)),
+                tokenize=False, add_generation_prompt=start, tools=list(tools) if tools else None, **options or {},
             )  # fmt: skip
         except TemplateError as error:
-            raise TemplateRefuses(f"cannot be written by the chat template: {error.message}") from error
+            raise TemplateRefuses(
+                f"cannot be written by the chat template: {error.message}; fold such turns into others, or choose "
+                "another template",
+                f"the chat template refuses: {error.message}",
+            ) from error
         except MemoryError:
             raise
         except Exception as error:  # whatever a program may raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise TemplateRefuses(f"cannot be written by the chat template: {reason}") from error
-        for text, turns in zip(texts, conversations, strict=True):
-            _check_size(text, turns, tools)
-        return texts
 
-    def render(self, prompt: Sequence[Message], responses: Sequence[str], tools: Any = None) -> Rendered:
-        """One prompt and its responses. Raises TemplateRefuses where the response has no definite beginning or end."""
+    # Templates take the arguments of a call as an object or as JSON text; transformers leaves that open.
+
+    def _with_calls(self, turns: Sequence[Message], start: bool, tools: Any) -> Sequence[Message]:
+        """The turns, the arguments of their calls as this template takes them."""
+        if not any("tool_calls" in turn for turn in turns):
+            return turns
+        if self._calls_as_text is None:
+            as_object, as_text = f'"{SENTINEL}"', json.dumps({"key": SENTINEL}, ensure_ascii=False)
+            probe = [_with_arguments(turn, lambda _: {"key": SENTINEL}) for turn in turns]
+            written = self._attempt(probe, start, tools)
+            if SENTINEL in written and f"'{SENTINEL}'" not in written:
+                self._calls_as_text = False
+            else:
+                probe = [_with_arguments(turn, lambda _: as_text) for turn in turns]
+                self._calls_as_text = as_object in self._attempt(probe, start, tools)
+        if not self._calls_as_text:
+            return turns
+        return [_with_arguments(turn, lambda value: json.dumps(value, ensure_ascii=False)) for turn in turns]
+
+    def _attempt(self, turns: Sequence[Any], start: bool, tools: Any) -> str:
+        try:
+            return self._applied([turns], start, tools)[0]
+        except TemplateRefuses:
+            return ""
+
+    def check_options(self, options: Mapping[str, Any] | None) -> None:
+        """Refuse a row's template options that the template does not look at, or that are the run's."""
+        if not options:
+            return
+        reserved = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        pinned = set(re.findall(r"\{%- set (\w+) = ", _PINNED.match(self.tokenizer.chat_template)[0]))  # pyright: ignore
+        for name in options:
+            if name in reserved or not re.search(rf"\b{re.escape(name)}\b", self.tokenizer.chat_template):
+                raise TemplateRefuses(
+                    f"has chat_template_kwargs.{name}, which the chat template does not look at; "
+                    "data.ignore=[chat_template_kwargs] does without"
+                )
+            if name in pinned:
+                raise TemplateRefuses(
+                    f"has chat_template_kwargs.{name}, and model.template_options sets it for all rows; give one"
+                )
+
+    def render(
+        self, prompt: Sequence[Message], responses: Sequence[Response], tools: Any = None, options: Any = None
+    ) -> Rendered:
+        """One prompt and its responses. Raises TemplateRefuses where the response has no definite beginning or end, or
+        something that is said does not come out."""
         if not prompt:  # plain text: what begins it is BOS, or EOS where there is none
             begin = self.tokenizer.bos_token or self.tokenizer.eos_token
-            return Rendered(begin, [response + self.tokenizer.eos_token for response in responses])
-        (start,) = self.write([prompt], start=True, tools=tools)
-        fulls = self.write([conversation(prompt, response) for response in responses], start=False, tools=tools)
-        return Rendered(start, [self.body(start, full) for full in fulls])
+            return Rendered(begin, [str(response) + self.tokenizer.eos_token for response in responses])
+        self.check_options(options)
+        (start,) = self.write([prompt], start=True, tools=tools, options=options)
+        whole = [conversation(prompt, response) for response in responses]
+        fulls = self.write(whole, start=False, tools=tools, options=options)
+        bodies = [self.body(start, full) for full in fulls]
+        self.lost.check(start, prompt, 0, tools)
+        for turns, body in zip(whole, bodies, strict=True):
+            self.lost.check(body, turns, len(prompt), None)
+        return Rendered(start, bodies)
+
+    def refuse_templated(self, prompt: Sequence[Message], responses: Sequence[Response]) -> None:
+        """Refuse texts that bring the template's own turns: they would be written twice."""
+        if prompt and prompt[-1]["role"] == "user" and self._begins_answer(prompt[-1]["content"]):
+            raise TemplateRefuses(_TEMPLATED.format("a prompt", self.closing("user").strip()), _TEMPLATED_CAUSE)
+        for response in responses:
+            if isinstance(response, str) and response.rstrip().endswith(self.ending.strip()):
+                raise TemplateRefuses(_TEMPLATED.format("a response", self.ending.strip()), _TEMPLATED_CAUSE)
+
+    def _begins_answer(self, words: str) -> bool:
+        closing = self.closing("user").strip()
+        return bool(closing) and words.rstrip().endswith(closing)
 
     def body(self, start: str, full: str) -> str:
         """What of an answered conversation is scored: from `start` through the token that ends the turn."""
@@ -184,10 +303,10 @@ class ChatText:
             )
         return full[len(start) : len(full) - len(self.tail)]
 
+    @cache  # noqa: B019 (one for a tokenizer, as long as it)
     def closing(self, role: str) -> str:
         """What the template writes between the words of a prompt's last turn and where the assistant begins."""
-        first = [Message(role="user", content="a")] if role != "user" else []
-        (text,) = self.write([[*first, Message(role=role, content=_ANSWERS[0])]], start=True)
+        (text,) = self.write([[*_BEFORE.get(role, ()), Message(role=role, content=_ANSWERS[0])]], start=True)
         return text.partition(_ANSWERS[0])[2]
 
     def _turn_end(self) -> tuple[str, str, int]:
@@ -204,6 +323,11 @@ class ChatText:
             )
         end_id = self.tokenizer.convert_tokens_to_ids(match.group())
         return after[0][: match.end()], after[0][match.end() :], end_id
+
+    @property
+    def sample(self) -> list[str]:
+        """What the template writes of a question and its answer."""
+        return self._first_texts()[1]
 
     def _first_texts(self) -> tuple[str, list[str]]:
         """A question up to where the assistant begins, and with each of the answers."""

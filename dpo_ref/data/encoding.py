@@ -13,11 +13,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple, TypeVar
 
-from dpo_ref.data.chat_templates import ChatText, Rendered, TemplateRefuses
-from dpo_ref.types import Message, PromptGroup, conversation
+from dpo_ref.data.chat_templates import ChatText, Rendered
+from dpo_ref.data.render_check import RenderCheck, TemplateRefuses
+from dpo_ref.data.scoring import EMPTY_THOUGHT, Scoring, Turns, mask_of, scored_turns
+from dpo_ref.types import PromptGroup, conversation
 
 # --- where a prompt's tokens end and a response's begin
 
@@ -70,6 +73,27 @@ def _substitute(text: str, pattern: re.Pattern[str], codes: dict[str, str]) -> s
     return pattern.sub(lambda match: codes[match.group()], text)
 
 
+def texts_of(group: PromptGroup) -> Iterator[str]:
+    """All that is said in a group."""
+    for turn in group.prompt:
+        yield turn["content"]
+        if len(turn) > 2:
+            yield from _texts([inner for key, inner in turn.items() if key not in ("role", "content")])
+    for response in group.responses:
+        yield from (response,) if isinstance(response, str) else _texts(response)
+    yield from _texts(group.tools)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
 class Literals:
     """Writes and encodes groups whose texts contain special tokens' strings."""
 
@@ -102,19 +126,24 @@ class Literals:
         return {self._copy.token_to_id(name): self._special_ids[text] for text, name in self._copy_names.items()}
 
     def occur_in(self, group: PromptGroup) -> bool:
-        """Whether a text of the group contains a special token's string."""
-        texts = (*(turn["content"] for turn in group.prompt), *group.responses)
-        return any(self.pattern.search(text) for text in texts)
+        """Whether something said in the group contains a special token's string."""
+        return any(self.pattern.search(text) for text in texts_of(group))
 
-    def hide(self, turns: Sequence[Message]) -> list[Message]:
-        """The turns with every literal replaced by its stand-in."""
-        return [turn | {"content": self.hidden(turn["content"])} for turn in turns]  # pyright: ignore
+    def hide(self, group: PromptGroup) -> PromptGroup:
+        """The group with every literal replaced by its stand-in."""
+        prompt, responses, tools = self._hidden([group.prompt, group.responses, group.tools])
+        return replace(group, prompt=tuple(prompt), responses=tuple(responses), tools=tools)
 
-    def hidden(self, text: str) -> str:
-        """The text with every literal replaced by its stand-in."""
-        if _MARK in text:
+    def _hidden(self, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(map(self._hidden, value))
+        if isinstance(value, dict):
+            return {self._hidden(key): self._hidden(inner) for key, inner in value.items()}
+        if not isinstance(value, str):
+            return value
+        if _MARK in value:
             raise TemplateRefuses("contains U+10FFFD U+10FFFC beside a special token's text; they stand for it here")
-        return _substitute(text, self.pattern, self._stand_ins)
+        return _substitute(value, self.pattern, self._stand_ins)
 
     def reveal(self, text: str) -> str:
         """What the template wrote, in the copy's names; the literals are text again."""
@@ -134,45 +163,7 @@ class Literals:
         ]
 
 
-# --- every assistant turn of a conversation scored, not the last alone: `data.score=all`
-
-
-Name = Callable[[str], str]
-
-
-class Turns(NamedTuple):
-    """A conversation's text before its first assistant turn, the rest, and which characters of the rest are scored."""
-
-    start: str
-    body: str
-    spans: list[tuple[int, int]]
-
-
-def scored_turns(chat: ChatText, turns: Sequence[Message], tools: Any, name: Name) -> Turns:
-    """Where the assistant speaks in the text of a conversation; `name` is applied to all text.
-
-    Raises TemplateRefuses for a template that writes earlier turns differently once others follow.
-    """
-    indices = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    prefixes = chat.write([turns[:index] for index in indices], start=True, tools=tools)
-    fulls = chat.write([turns[: index + 1] for index in indices], start=False, tools=tools)
-    bodies = [name(chat.body(start, full)) for start, full in zip(prefixes, fulls, strict=True)]
-    starts = [name(text) for text in prefixes]
-    whole = starts[-1] + bodies[-1]
-    for start, body in zip(starts, bodies, strict=True):
-        if not whole.startswith(start + body):
-            raise TemplateRefuses(
-                "cannot be scored with data.score=all: the chat template writes a turn differently once others follow "
-                f"({(start + body)[-60:]!r}); use data.score=last"
-            )
-    first = len(starts[0])
-    spans = [(len(start) - first, len(start) + len(body) - first) for start, body in zip(starts, bodies, strict=True)]
-    return Turns(starts[0], whole[first:], spans)
-
-
-def mask_of(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which tokens begin within a span; all in characters of the same text."""
-    return [any(begin <= start < end for begin, end in spans) for start, _ in offsets]
+# --- groups encoded
 
 
 class Ids(NamedTuple):
@@ -187,16 +178,9 @@ class Ids(NamedTuple):
         """Tokens of the longest response."""
         return max(map(len, self.responses), default=0)
 
-
-# --- groups encoded
-
-
-def naming_row(group: PromptGroup, make: Callable[[], Any]) -> Any:
-    """What `make` gives; its refusal as a ValueError that names the row."""
-    try:
-        return make()
-    except TemplateRefuses as error:
-        raise ValueError(f"{group.origin} {error}") from error
+    def alike(self, first: int, second: int) -> bool:
+        """Whether two responses are the same tokens."""
+        return self.responses[first] == self.responses[second]
 
 
 def _common_end(first: Sequence[int], second: Sequence[int]) -> int:
@@ -205,11 +189,33 @@ def _common_end(first: Sequence[int], second: Sequence[int]) -> int:
     return next((size for size, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
+Outcome = TypeVar("Outcome")
+
+
+def attempted(make: Callable[[], Outcome]) -> Outcome | TemplateRefuses:
+    """What `make` gives, or its refusal."""
+    try:
+        return make()
+    except TemplateRefuses as error:
+        return error
+
+
+def _as_far_as(outcomes: Iterator[Any]) -> list[Any]:
+    """The outcomes, the last of them a refusal if there is one."""
+    found = []
+    try:
+        for outcome in outcomes:
+            found.append(outcome)
+    except TemplateRefuses as error:
+        found.append(error)
+    return found
+
+
 class Encoder:
     """Writes groups with the chat template and encodes them; counts what was unusual."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.chat = ChatText(tokenizer)
+    def __init__(self, tokenizer: Any, check: type[RenderCheck] = RenderCheck) -> None:
+        self.chat = ChatText(tokenizer, check)
         self.literals = Literals(self.chat)
         self.counts: Counter[str] = Counter()
         self._backend, self._anchor = tokenizer.backend_tokenizer, tokenizer.eos_token
@@ -241,55 +247,76 @@ class Encoder:
         return self._closings[role]
 
     def last_turns(self, groups: Sequence[PromptGroup]) -> list[Ids]:
-        """Prompts and responses, every response one assistant turn. ValueError names a row that cannot be written."""
-        have_literals = [self.literals.occur_in(group) for group in groups]
-        texts = [Rendered(*text) for text in self._written(self._last_turn, groups, have_literals)]
-        members = list(zip(groups, texts, have_literals, strict=True))
-        plain = iter(list(self._plain([(group, text) for group, text, has_literals in members if not has_literals])))
-        return [
-            naming_row(group, lambda text=text: self._with_literals(text)) if has_literals else next(plain)
-            for group, text, has_literals in members
-        ]
+        """Prompts and responses. ValueError names a row that cannot be written."""
+        return self.named(groups, Scoring())
 
-    def all_turns(self, groups: Sequence[PromptGroup]) -> list[Ids]:
-        """Prompts up to the first assistant turn and all that follows, the assistant's turns scored."""
-        have_answers = [any(turn["role"] == "assistant" for turn in group.prompt) for group in groups]
-        several, single = (
-            [g for g, has in zip(groups, have_answers, strict=True) if has is kind] for kind in (True, False)
+    def named(self, groups: Sequence[PromptGroup], scoring: Scoring) -> list[Ids]:
+        """As `outcomes`, but ValueError names the first row that cannot be written."""
+        found = []
+        for group, ids in zip(groups, self.outcomes(groups, scoring), strict=True):
+            if isinstance(ids, TemplateRefuses):
+                raise ValueError(f"{group.origin} {ids}") from ids
+            found.append(ids)
+        return found
+
+    def outcomes(self, groups: Sequence[PromptGroup], scoring: Scoring) -> list[Ids | TemplateRefuses]:
+        """Ids of every group, up to where its first scored turn begins and from there on, or why there are none."""
+        are_whole = [scoring.is_whole(group) for group in groups]
+        whole, several = (
+            [group for group, is_whole in zip(groups, are_whole, strict=True) if is_whole is kind]
+            for kind in (True, False)
         )
-        have_literals = [self.literals.occur_in(group) for group in several]
-        texts = zip(self._written(self._every_turn, several, have_literals), have_literals, strict=True)
-        ids = iter(self.last_turns(single))
-        return [
-            naming_row(group, lambda: self._all_turns(*next(texts))) if has_answers else next(ids)
-            for group, has_answers in zip(groups, have_answers, strict=True)
-        ]
+        of_kind = {True: iter(self._whole(whole)), False: iter(self._masked(several, scoring))}
+        return [next(of_kind[is_whole]) for is_whole in are_whole]
 
-    def _written(self, write: Callable[[Any], Any], groups: Sequence[PromptGroup], flags: Sequence[bool]) -> list[Any]:
-        """What `write` makes of each group and its flag, apart, all in one go. ValueError names the row."""
-        outcomes = self.chat.apart(write, list(zip(groups, flags, strict=True)))
-        return [naming_row(group, lambda: next(outcomes)) for group in groups]
+    def _written(
+        self, write: Callable[[PromptGroup, bool], Any], groups: Sequence[PromptGroup], have_literals: Sequence[bool]
+    ) -> list[Any]:
+        """What `write` makes of each group, or its refusal; apart, all in one go. As JSON, tuples are lists."""
 
-    def _last_turn(self, item: tuple[PromptGroup, bool]) -> Rendered:
+        def attempt(item: tuple[PromptGroup, bool]) -> Any:
+            outcome = attempted(lambda: write(*item))
+            return {"refused": [str(outcome), outcome.cause]} if isinstance(outcome, TemplateRefuses) else outcome
+
+        items, found = list(zip(groups, have_literals, strict=True)), []
+        while len(found) < len(items):  # one that takes too much ends the others of its go
+            found += _as_far_as(self.chat.apart(attempt, items[len(found) :]))
+        return [TemplateRefuses(*value["refused"]) if isinstance(value, dict) else value for value in found]
+
+    # Responses that are scored from end to end: the prompt and its responses, each encoded once.
+
+    def _whole(self, groups: Sequence[PromptGroup]) -> list[Ids | TemplateRefuses]:
+        have_literals = [self.literals.occur_in(group) for group in groups]
+        texts = self._written(self._prompt_and_responses, groups, have_literals)
+        texts = [text if isinstance(text, TemplateRefuses) else Rendered(*text) for text in texts]
+        members = list(zip(texts, have_literals, strict=True))
+        plain = iter(self._plain([t for t, has in members if not has and not isinstance(t, TemplateRefuses)]))
+        found: list[Ids | TemplateRefuses] = []
+        for text, has_literals in members:
+            if isinstance(text, TemplateRefuses):
+                found.append(text)
+            else:
+                found.append(attempted(lambda text=text: self._with_literals(text)) if has_literals else next(plain))
+        return found
+
+    def _prompt_and_responses(self, group: PromptGroup, has_literals: bool) -> Rendered:
         """What the template writes, special tokens and literals in the copy's names where there are literals."""
-        group, has_literals = item
+        self.chat.refuse_templated(group.prompt, group.responses)
         if not has_literals:
-            return self.chat.render(group.prompt, group.responses, group.tools)
-        hide, hidden, reveal = self.literals.hide, self.literals.hidden, self.literals.reveal
-        text = self.chat.render(hide(group.prompt), [hidden(response) for response in group.responses], group.tools)
+            return self.chat.render(group.prompt, group.responses, group.tools, group.template_options)
+        hidden, reveal = self.literals.hide(group), self.literals.reveal
+        text = self.chat.render(hidden.prompt, hidden.responses, hidden.tools, hidden.template_options)
         return Rendered(reveal(text.start), [reveal(body) for body in text.bodies])
 
-    def _plain(self, members: Sequence[tuple[PromptGroup, Rendered]]) -> Iterator[Ids]:
-        texts = [text for _, text in members]
+    def _plain(self, texts: Sequence[Rendered]) -> Iterator[Ids | TemplateRefuses]:
         prompts = self.ids([text.start for text in texts])
         tails = [self._tail(text.start, ids) for text, ids in zip(texts, prompts, strict=True)]
         continuations = [tail + body for (tail, _), text in zip(tails, texts, strict=True) for body in text.bodies]
         wholes = iter(self.ids(continuations))
-        for (group, text), prompt, (_, before) in zip(members, prompts, tails, strict=True):
+        for text, prompt, (_, before) in zip(texts, prompts, tails, strict=True):
+            self._count_thoughts(text.bodies)
             calls = [(before, next(wholes), body, self.encode, self._anchor) for body in text.bodies]
-            yield Ids(
-                prompt, naming_row(group, lambda calls=calls: [self._response(*arguments) for arguments in calls])
-            )
+            yield attempted(lambda prompt=prompt, calls=calls: Ids(prompt, [self._response(*call) for call in calls]))
 
     def _tail(self, start: str, prompt: list[int]) -> tuple[str, list[int]]:
         """The end of the prompt that decides how a response is encoded, as text and ids: from the last special token
@@ -307,7 +334,15 @@ class Encoder:
             ids = resume(before, whole, body, anchor, encode, self.decode)
         return ids
 
+    def _count_thoughts(self, bodies: Sequence[str]) -> None:
+        """Count empty thoughts; a group that has them in some responses alone teaches to think or not to."""
+        empty = sum("</" in body and bool(EMPTY_THOUGHT.search(body)) for body in bodies)
+        if empty:
+            self.counts["responses with an empty thought (data.score_thinking=answer does not score it)"] += empty
+            self.counts["groups in which some responses alone have an empty thought"] += empty < len(bodies)
+
     def _with_literals(self, text: Rendered) -> Ids:
+        self._count_thoughts(text.bodies)
         self.counts["special tokens in a text, encoded as text"] += 1
         encode, anchor = self.literals.encode, self.literals.reveal(self._anchor)
         prompt, *wholes = (
@@ -316,25 +351,36 @@ class Encoder:
         pairs = zip(wholes, text.bodies, strict=True)
         return Ids(prompt, [self._response(prompt, whole, body, encode, anchor) for whole, body in pairs])
 
-    def _every_turn(self, item: tuple[PromptGroup, bool]) -> list[Turns]:
-        """Each response's conversation as the template writes it, every assistant turn marked."""
-        group, has_literals = item
-        hide, reveal = (self.literals.hide, self.literals.reveal) if has_literals else (list, str)
-        conversations = [hide(conversation(group.prompt, response)) for response in group.responses]
-        return [scored_turns(self.chat, turns, group.tools, reveal) for turns in conversations]
+    # Of others, which tokens of the text are scored.
 
-    def _all_turns(self, texts: Sequence[Sequence[Any]], has_literals: bool) -> Ids:
+    def _masked(self, groups: Sequence[PromptGroup], scoring: Scoring) -> list[Ids | TemplateRefuses]:
+        have_literals = [self.literals.occur_in(group) for group in groups]
+        texts = self._written(partial(self._turns, scoring), groups, have_literals)
+        return [
+            text if isinstance(text, TemplateRefuses) else attempted(lambda text=text, has=has: self._ids(text, has))
+            for text, has in zip(texts, have_literals, strict=True)
+        ]
+
+    def _turns(self, scoring: Scoring, group: PromptGroup, has_literals: bool) -> list[Turns]:
+        """Each response's conversation as the template writes it, what is scored marked."""
+        self.chat.check_options(group.template_options)
+        self.chat.refuse_templated(group.prompt, group.responses)
+        group, reveal = (self.literals.hide(group), self.literals.reveal) if has_literals else (group, str)
+        whole = [conversation(group.prompt, response) for response in group.responses]
+        return [scored_turns(self.chat, turns, scoring.first(group), group, scoring, reveal) for turns in whole]
+
+    def _ids(self, texts: Sequence[Sequence[Any]], has_literals: bool) -> Ids:
         encode, anchor = self.encode, self._anchor
         if has_literals:
             self.counts["special tokens in a text, encoded as text"] += 1
             encode, anchor = self.literals.encode, self.literals.reveal(self._anchor)
+        self._count_thoughts([body for _, body, _ in texts])
         prompt: list[int] = []
         responses, masks = [], []
         for start, body, spans in texts:
-            text = Turns(start, body, [(begin, end) for begin, end in spans])  # as JSON, pairs are lists
-            (prompt, _), whole = encode([text.start, text.start + text.body])
-            spans = [(begin + len(text.start), end + len(text.start)) for begin, end in text.spans]
-            responses.append(self._response(prompt, whole.ids, text.body, encode, anchor))
+            (prompt, _), whole = encode([start, start + body])
+            spans = [(begin + len(start), end + len(start)) for begin, end in spans]
+            responses.append(self._response(prompt, whole.ids, body, encode, anchor))
             mask = mask_of(whole.offsets, spans)
             changed = len(responses[-1]) - _common_end(responses[-1], whole.ids)  # where the boundary was resolved
             masks.append([True] * changed + mask[len(mask) - len(responses[-1]) + changed :])

@@ -355,15 +355,17 @@ def write(groups: Iterable[PromptGroup], path: Path) -> None:
 
 def _to_json(group: PromptGroup) -> str:
     texts = (group.prompt, group.responses, group.pairs)
-    values = (*texts, group.rewards, group.origin, group.labels, group.tools, group.logps)
+    values = [*texts, group.rewards, group.origin, group.labels, group.tools, group.logps]
+    values += [group.template_options] if group.template_options else []
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
 def _from_json(content: str) -> PromptGroup:
     prompt, responses, pairs, rewards, origin, *more = json.loads(content)
     turns: tuple[Message, ...] = tuple(prompt)
-    optional: list[Any] = [None if value is None else tuple(value) for value in (rewards, *more)]
-    return PromptGroup(turns, tuple(responses), tuple(map(tuple, pairs)), optional[0], origin, *optional[1:])  # pyright: ignore
+    said = tuple(response if isinstance(response, str) else tuple(response) for response in responses)
+    optional: list[Any] = [None if value is None else tuple(value) for value in (rewards, *more[:3])]
+    return PromptGroup(turns, said, tuple(map(tuple, pairs)), optional[0], origin, *optional[1:], *more[3:])  # pyright: ignore
 
 
 class StoredGroups(Sequence[PromptGroup]):

@@ -110,6 +110,7 @@ def short_report(hygiene: Hygiene) -> list[str]:
         lines.append(f"  tokens, median: prompt {quantiles(hygiene.prompts)}, response {quantiles(hygiene.alone)}")
     lines += [f"  {count:,} rows left out: {reason}" for reason, count in reading.dropped.items()]
     lines += [f"    such as {example}" for example in reading.examples[:3]]
+    lines += [f"  {note}" for note in reading.notes]
     lines += [f"  {count:,} {event}" for event, count in hygiene.counts.items() if event != "groups"]
     return lines + [f"  {count:,} {concern}" for concern, count in concerns(hygiene).items() if count]
 

@@ -2,12 +2,12 @@
 
 import random
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
-from dpo_ref.types import PromptGroup, digest
+from dpo_ref.types import Message, PromptGroup, Response, digest, words_of
 
 Scores = tuple[float, ...]
 
@@ -59,7 +59,7 @@ class Filters:
 
     def refusal(self, group: PromptGroup) -> str | None:
         """Why a group is left out."""
-        sizes = [len(response) for response in group.responses]
+        sizes = [len(words_of(response)) for response in group.responses]
         if self.min_chars is not None and min(sizes) < self.min_chars:
             return "a response under data.min_chars"
         if self.max_chars is not None and max(sizes) > self.max_chars:
@@ -107,12 +107,20 @@ class Seen:
         """Whether an equal group was seen; remembers this one."""
         if self._text is None:
             return False
-        prompt = [turn | {"content": self._text(turn["content"])} for turn in group.prompt]
-        content = [prompt, [self._text(response) for response in group.responses], group.labels, group.tools]
+        responses = [self._said(response) for response in group.responses]
+        content = [self._turns(group.prompt), responses, group.labels, group.tools]
         key = bytes.fromhex(digest(content))
         repeated = key in self._keys
         self._keys.add(key)
         return repeated
+
+    def _said(self, response: Response) -> Any:
+        assert self._text is not None
+        return self._text(response) if isinstance(response, str) else self._turns(response)
+
+    def _turns(self, turns: Sequence[Message]) -> list[Any]:
+        assert self._text is not None
+        return [turn | {"content": self._text(turn["content"])} for turn in turns]
 
 
 def normalise(text: str) -> str:
@@ -122,4 +130,8 @@ def normalise(text: str) -> str:
 
 def set_id(group: PromptGroup) -> str:
     """Digest of the prompt and the set of responses, whatever their order: equal for pairs that contradict."""
-    return digest([group.prompt, sorted(group.responses)])
+    return digest([group.prompt, sorted(group.responses, key=_sorted_as)])
+
+
+def _sorted_as(response: Response) -> tuple[bool, str]:
+    return (False, response) if isinstance(response, str) else (True, digest(response))

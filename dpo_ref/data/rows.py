@@ -1,34 +1,17 @@
-"""Rows of files, of dataset folders and of the hub, each with the name by which messages call it."""
+"""Where rows are: files, folders of files, folders of `datasets` and the hub; and which of them a split stands for."""
 
-import bz2
-import csv
-import gzip
 import hashlib
-import io
 import json
-import lzma
 import os
-import shutil
-import struct
-import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from dpo_ref.data.formats.checks import BadRow, Row
-
-Named = tuple[str, Row | BadRow]  # a row, or why there is none
-
-OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": open}
-DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
-LONGEST = 32 * 2**20  # bytes of one row; one text of it may have 2^20 characters
-EMPTY = 10**6  # lines without a row that may follow each other
-UNPACKED, TIMES = 64 * 2**20, 200  # bytes that a packed file may unpack to: so many, and so many times its own
+from dpo_ref.data.readers import KINDS, READERS, Named, file_rows, kind_of
+from dpo_ref.data.tables import NO_ARROW, has_packed_buffers, without_padding
 
 
 @dataclass(frozen=True)
@@ -49,10 +32,12 @@ class Source:
 
 
 class Opened(NamedTuple):
-    """A source's rows, and a digest of all that they hold; None where only reading them could tell."""
+    """A source's rows, a digest of all that they hold (None where only reading them could tell), and what to say of
+    files that are not read."""
 
     rows: Iterable[Named]
     content: str | None
+    notes: tuple[str, ...] = ()
 
 
 def open_source(source: Source, key: str) -> Opened:
@@ -60,15 +45,19 @@ def open_source(source: Source, key: str) -> Opened:
     local_path = Path(source.path).expanduser()
     if not local_path.exists():
         return _open_hub(source, key)
-    if local_path.is_dir() and any((local_path / name).exists() for name in ("state.json", "dataset_dict.json")):
+    if local_path.is_dir() and any((local_path / name).exists() for name in SAVED):
         return _open_saved(source, key)
-    _refuse_options(source, key, "a file or a folder of files")
-    paths = files(source.path, key)
+    _refuse_options(replace(source, split=None), key, "a file or a folder of files")
+    paths, notes = _paths_of_split(source, key)
+    folder = local_path if local_path.is_dir() else local_path.parent
     hasher = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:
-            hasher.update(f"{path.name}\0".encode() + hashlib.file_digest(stream, "sha256").digest())
-    return Opened(chain.from_iterable(map(_file_rows, paths)), hasher.hexdigest())
+            content = hashlib.file_digest(stream, "sha256").digest()
+        hasher.update(f"{path.relative_to(folder).as_posix()}\0".encode() + content)
+    if local_path.is_dir():
+        _refuse_unreadable(paths, f"{key}={source.path}")
+    return Opened(chain.from_iterable(map(file_rows, paths)), hasher.hexdigest(), notes)
 
 
 def _refuse_options(source: Source, key: str, description: str) -> None:
@@ -77,31 +66,106 @@ def _refuse_options(source: Source, key: str, description: str) -> None:
             raise ValueError(f"{option}={value} has no effect: {key}={source.path} is {description}")
 
 
-def _kind(path: Path) -> tuple[str, str]:
-    """The suffix that says what a file holds, and the one that says how it is compressed."""
-    suffixes = path.suffixes[-2:]
-    packed = suffixes[-1] if suffixes and suffixes[-1] in OPEN else ""
-    return (suffixes[-2] if packed and len(suffixes) > 1 else path.suffix), packed
+def _refuse_unreadable(paths: Sequence[Path], origin: str) -> None:
+    """Raise ValueError for files of which not even the first row is had, all of them by name."""
+    reasons = [reason for path in paths if (reason := _unreadable(path))]
+    if reasons:
+        several = f"{len(reasons)} files cannot be read: " if len(reasons) > 1 else ""
+        raise ValueError(f"{origin}: {several}{_listed(reasons, '; ')}")
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        return None if next(file_rows(path), None) else f"{path.name} is empty; remove it, or fetch it again"
+    except ValueError as error:
+        return str(error)
+
+
+SHOWN = 6  # names in a message
+
+
+def _listed(names: Sequence[str], comma: str = ", ") -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return comma.join(names[:SHOWN]) + more
+
+
+# --- the files of a folder
+
+
+SAVED = ("state.json", "dataset_dict.json")  # in folders that `datasets` wrote
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
+HARMLESS = re.compile(
+    r"(readme|licen[sc]e|copying|notice|citation|changelog|md5sums|sha\d*sums|checksums?)\b.*"
+    r"|.*\.(md|py|lock|md5|sha1|sha256|sha512)|_success|_metadata|_common_metadata"
+)
 
 
 def files(path: str, key: str) -> list[Path]:
-    """The data files that `path` names: itself, or those in the folder. ValueError without any, and for one that is no
-    file or lies elsewhere."""
-    local_path = Path(path).expanduser()
+    """The data files that `path` names: itself, or those in the folder, of every split. ValueError without any, for
+    one that is no file or lies elsewhere, and for what else is in the folder, unless it is known to hold no rows."""
+    local_path, origin = Path(path).expanduser(), f"{key}={path}"
     if local_path.is_file():
-        if _kind(local_path)[0] not in READERS:
-            raise ValueError(f"{key}={path} is none of {', '.join(READERS)} (each also .gz, .bz2, .xz)")
+        if kind_of(local_path)[0] not in READERS:
+            raise ValueError(f"{origin} is none of {KINDS}")
         return [local_path]
     if not local_path.is_dir():
-        raise ValueError(f"{key}={path} is a pipe, a device or a socket; write its rows into a file")
-    paths = sorted(entry for entry in local_path.glob("*") if _kind(entry)[0] in READERS and not entry.is_dir())
-    if not paths:
-        raise ValueError(f"{key}={path} holds no file of {', '.join(READERS)}")
-    for entry in paths:
+        raise ValueError(f"{origin} is a pipe, a device or a socket; write its rows into a file")
+    data, others = _survey(local_path)
+    for entry in data:
         if not entry.is_file():
-            raise ValueError(f"{key}={path}: {entry.name} is a pipe, a device, a socket or a broken link; remove it")
-        _refuse_link(entry, local_path, f"{key}={path}")
-    return paths
+            raise ValueError(f"{origin}: {entry.name} is a pipe, a device, a socket or a broken link; remove it")
+        _refuse_link(entry, local_path, origin)
+    if others:
+        names = [entry.relative_to(local_path).as_posix() + "/" * entry.is_dir() for entry in others]
+        folder = next((f"; a folder in it is read as {origin}/{name[:-1]}" for name in names if name[-1] == "/"), "")
+        raise ValueError(
+            f"{origin}: {_listed(names)} cannot be read; data files are {KINDS}; move what is none out of the folder, "
+            f"or convert it{folder}"
+        )
+    if not data:
+        raise ValueError(f"{origin} holds no file of {KINDS}")
+    return data
+
+
+def _survey(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The data files of a folder and of its folders of splits; and what else is in them that may hold rows."""
+    data, others = [], []
+    for entry in sorted(folder.iterdir()):
+        if _is_harmless(entry):
+            continue
+        if _is_folder_of_split(entry):
+            inner_data, inner_others = _survey(entry)
+            data += inner_data
+            others += inner_others
+        elif kind_of(entry)[0] in READERS and not entry.is_dir():
+            data.append(entry)
+        else:
+            others.append(entry)
+    return data, others
+
+
+def _is_harmless(entry: Path) -> bool:
+    """Whether a file is known to hold no rows, or a folder to hold no other files."""
+    name = entry.name.lower()
+    if name.startswith(".") or name in DESCRIPTIONS:
+        return True
+    if entry.is_dir():
+        return name == "__pycache__" or (_is_real_folder(entry) and all(map(_is_harmless, entry.iterdir())))
+    return kind_of(entry)[0] not in READERS and HARMLESS.fullmatch(name) is not None
+
+
+def _is_real_folder(entry: Path) -> bool:
+    return entry.is_dir() and not entry.is_symlink() and os.access(entry, os.R_OK | os.X_OK)
+
+
+def _is_folder_of_split(entry: Path) -> bool:
+    """Whether a folder stands for a split, or is called data and holds nothing but files of splits."""
+    if not _is_real_folder(entry) or any((entry / name).exists() for name in SAVED):
+        return False
+    of_split = _first_of_name(entry.name) is not None
+    return of_split or (
+        entry.name == "data" and all(_split_of(path, entry, _first_of_name) for path in _survey(entry)[0])
+    )
 
 
 def _refuse_link(entry: Path, folder: Path, origin: str) -> None:
@@ -114,235 +178,109 @@ def _refuse_link(entry: Path, folder: Path, origin: str) -> None:
         )
 
 
-# --- files, row by row; what they hold is limited, so that no file takes all memory or goes on for ever
+# --- splits, by the names of files and folders
 
 
-class TooMuch(Exception):
-    """More than is taken of a file; the message goes on from its name."""
+SPLITS = {"train": "train", "test": "test", "eval": "eval", "validation": "validation"}
+SPLITS |= dict.fromkeys(("valid", "val", "dev"), "validation")
+_FIRST = re.compile(rf"({'|'.join(SPLITS)})(?=$|[-_.\d])")
+_LAST = re.compile(rf".*[-_.]({'|'.join(SPLITS)})$")
+_SHARD = re.compile(r"[-_.]?\d+(-of-\d+(-[0-9a-f]{16})?)?$")
+SplitOf = Callable[[str], str | None]
 
 
-class _Unpacked(io.RawIOBase):
-    """What a packed file holds, as far as that is not out of all proportion."""
-
-    def __init__(self, path: Path, stream: Any) -> None:
-        self.path, self.stream, self.left = path, stream, _most_of(path)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        size = self.stream.readinto(buffer)
-        self.left -= size
-        if self.left < 0:
-            raise _out_of_proportion(self.path)
-        return size
-
-    def close(self) -> None:
-        self.stream.close()
-        super().close()
+def _first_of_name(name: str) -> str | None:
+    """The split that a name begins with: train-00000-of-00002, val.v2, test3."""
+    found = _FIRST.match(name.lower())
+    return SPLITS[found[1]] if found else None
 
 
-def _most_of(path: Path) -> int:
-    """Bytes that may come out of a packed file."""
-    return UNPACKED + TIMES * path.stat().st_size
+def _last_of_name(name: str) -> str | None:
+    """The split that a name ends with, but for a number: pairs_train, hh-test-00000-of-00002."""
+    found = _LAST.match(_SHARD.sub("", name.lower()))
+    return SPLITS[found[1]] if found else None
 
 
-def _out_of_proportion(path: Path) -> TooMuch:
-    return TooMuch(
-        f"unpacks to more than {_most_of(path):,} bytes ({UNPACKED // 2**20} MiB and {TIMES} times its own size); if "
-        "it is meant to, write its rows into a plain .jsonl file"
-    )
+def _stem(path: Path) -> str:
+    """A file's name without the suffixes that say what it is."""
+    kind, packed = kind_of(path)
+    return path.name[: len(path.name) - len(kind + packed)]
 
 
-def _open(path: Path, packed: str) -> Any:
-    stream = OPEN[packed](path, "rb")
-    return io.BufferedReader(_Unpacked(path, stream), 2**17) if packed else stream
+def _split_of(path: Path, folder: Path, split_of: SplitOf) -> str | None:
+    names = [*path.relative_to(folder).parts[:-1], _stem(path)]
+    return next((split for name in names if (split := split_of(name))), None)
 
 
-Open = Callable[[Path], Any]
+def _splits(paths: Sequence[Path], folder: Path) -> dict[Path, str | None]:
+    """Each file's split; empty where no name says one. Names that end with it count where none begins with it."""
+    for split_of in (_first_of_name, _last_of_name):
+        splits = {path: _split_of(path, folder, split_of) for path in paths}
+        if any(splits.values()):
+            return splits
+    return {}
 
 
-def _file_rows(path: Path) -> Iterator[Named]:
-    kind, packed = _kind(path)
-    try:
-        for row_number, row in enumerate(READERS[kind](path, partial(_open, packed=packed)), start=1):
-            if row is not None:
-                yield f"{path.name} row {row_number}", row
-    except TooMuch as error:
-        raise ValueError(f"{path.name} {error}") from error
-    except DAMAGED as error:
-        raise ValueError(f"{path.name}: the file cannot be read, or is damaged or cut short ({error})") from error
+def _paths_of_split(source: Source, key: str) -> tuple[list[Path], tuple[str, ...]]:
+    """The files of the split that is asked for, train unless said, and what becomes of the others. ValueError where
+    names do not say it."""
+    paths, folder, origin = files(source.path, key), Path(source.path).expanduser(), f"{key}={source.path}"
+    splits = _splits(paths, folder) if folder.is_dir() else {}
+    if not splits:
+        _refuse_options(source, key, "a folder whose files' names say no split" if folder.is_dir() else "a file")
+        return paths, ()
+    by_split: dict[str, list[Path]] = {}
+    for path, split in splits.items():
+        by_split.setdefault(split or "", []).append(path)
+    if without := by_split.pop("", None):
+        having = [path for path in paths if path not in without]
+        raise ValueError(
+            f"{origin}: {_names(having, folder)} say of which split they are, and {_names(without, folder)} of none; "
+            "rename those, or move them out"
+        )
+    chosen = {path for path in paths if _is_of(path, folder, splits[path], source.split or "train")}
+    unsaid = source.split is None and source.split_key != "data.split" and len(by_split) > 1
+    if unsaid or not chosen:
+        absent = "" if chosen else f" and no {source.split or 'train'}"
+        example = next((split for split in by_split if split != "train"), "train")
+        raise ValueError(
+            f"{origin} has the splits {', '.join(by_split)}{absent}; {source.split_key}={example} reads that"
+        )
+    left = {split: [path for path in each if path not in chosen] for split, each in by_split.items()}
+    return [path for path in paths if path in chosen], _notes(source, key, chosen, left)
 
 
-def _json_lines(path: Path, open_stream: Open) -> Iterator[Row | BadRow | None]:
-    num_empty = 0
-    with open_stream(path) as stream:
-        while line := stream.readline(LONGEST + 1):
-            num_empty = 0 if line.strip() else num_empty + 1
-            if num_empty > EMPTY:
-                raise TooMuch(f"has more than {EMPTY:,} empty lines one after the other; remove them")
-            if len(line) > LONGEST:
-                yield BadRow(TOO_LONG)
-                while not line.endswith(b"\n") and (line := stream.readline(LONGEST)):
-                    pass
-            else:
-                yield _row_of(line) if line.strip() else None
+def _is_of(path: Path, folder: Path, split: str | None, wanted: str) -> bool:
+    """Whether a file is of a split, called as everyone does, or as the file or its folder is: train_prefs."""
+    if wanted.lower() in SPLITS:
+        return split == SPLITS[wanted.lower()]
+    stem = _stem(path)
+    return wanted in {stem, _SHARD.sub("", stem), *path.relative_to(folder).parts[:-1]} - {"data"}
 
 
-TOO_LONG = f"has more than {LONGEST // 2**20} MiB, the most that are taken for one row"
+def _notes(source: Source, key: str, read: set[Path], left: dict[str, list[Path]]) -> tuple[str, ...]:
+    """One line on the files that are not read, if there are any."""
+    folder = Path(source.path).expanduser()
+    held_back = []
+    for split, paths in left.items():
+        hint = f" (data.eval_split={split} evaluates on {'it' if len(paths) == 1 else 'them'})"
+        fate = f"held back{hint if key == 'data.path' else ''}" if source.split is None else "not"
+        held_back += [f"{_names(paths, folder)} {_is(paths)} {fate}"] if paths else []
+    if not held_back:
+        return ()
+    why = f", as {source.split_key}={source.split} says" if source.split else ""
+    return ("; ".join([f"{folder.resolve().name}: {_names(sorted(read), folder)} {_is(read)} read{why}", *held_back]),)
 
 
-def _row_of(line: bytes) -> Row | BadRow:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return BadRow(f"is not UTF-8 (byte {error.start})")
-    except json.JSONDecodeError as error:
-        return BadRow(f"is not JSON ({error.msg} at column {error.colno})")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        return BadRow(f"is JSON that cannot be read ({error})")
-    return row if isinstance(row, dict) else BadRow(f"is a JSON {type(row).__name__}, not an object")
+def _names(paths: Sequence[Path], folder: Path) -> str:
+    return _listed([path.relative_to(folder).as_posix() for path in paths])
 
 
-def _json(path: Path, open_stream: Open) -> Iterator[Row | BadRow | None]:
-    """One list of rows, or a row a line."""
-    with open_stream(path) as stream:
-        beginning = stream.read(LONGEST)
-    if not beginning.lstrip().startswith(b"["):
-        _refuse_wrapped(path, beginning)
-        yield from _json_lines(path, open_stream)
-        return
-    with open_stream(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
-        try:
-            yield from _elements(text.read)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path.name} is not JSON: {error}") from error
+def _is(paths: Sequence[Path] | set[Path]) -> str:
+    return "is" if len(paths) == 1 else "are"
 
 
-PART = 2**16  # characters read at once
-_DECODER = json.JSONDecoder()
-
-
-def _elements(read: Callable[[int], str]) -> Iterator[Row | BadRow]:
-    """The rows of a list, each as soon as it is there: the list may be larger than the memory."""
-    text = _go_on(_go_on("", read)[1:], read)
-    while text != "]" and not (text.startswith("]") and not _go_on(text[1:], read)):
-        row, text = _element(text, read)
-        yield row if isinstance(row, dict) else BadRow(f"is a JSON {type(row).__name__}, not an object")
-        if text.startswith(","):
-            text = _go_on(text[1:], read)
-        elif not text.startswith("]"):
-            raise json.JSONDecodeError("Expecting ',' delimiter behind a row", text[:PART], 0)
-
-
-def _go_on(text: str, read: Callable[[int], str]) -> str:
-    """The text from its next character on that is no space."""
-    text = text.lstrip()
-    while not text and (more := read(PART)):
-        text = more.lstrip()
-    return text
-
-
-def _element(text: str, read: Callable[[int], str]) -> tuple[Any, str]:
-    """The value that `text` begins with, and what follows: as much is read as that takes."""
-    while True:
-        try:
-            value, end = _DECODER.raw_decode(text)
-            if rest := _go_on(text[end:], read):
-                return value, rest
-            raise json.JSONDecodeError("The list does not end", text, end)
-        except json.JSONDecodeError:
-            more = read(max(PART, len(text)))
-            if not more:
-                raise
-        text += more
-        if len(text) > LONGEST:
-            raise TooMuch(f"holds a row that {TOO_LONG}")
-
-
-def _refuse_wrapped(path: Path, content: bytes) -> None:
-    """Say what to do about one object around the list of rows."""
-    try:
-        whole = json.loads(content)
-    except ValueError:
-        return  # a row a line
-    lists = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if lists and not {"messages", "completions", "chosen", "answers", "summaries"} & set(whole):
-        raise ValueError(f"{path.name} holds one object; its rows are in {lists[0]!r}: save that list alone")
-
-
-def _csv(path: Path, open_stream: Open, delimiter: str) -> Iterator[Row | BadRow | None]:
-    csv.field_size_limit(LONGEST)
-    with open_stream(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        lines = _RowLines(text)
-        try:
-            for row in csv.DictReader(lines, delimiter=delimiter):
-                yield BadRow("has more cells than the header has columns") if None in row else row  # pyright: ignore
-                lines.size = 0
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path.name} is not UTF-8 (byte {error.start})") from error
-        except csv.Error as error:
-            raise ValueError(f"{path.name} is not CSV: {error}") from error
-
-
-class _RowLines:
-    """The lines of a text; `size` counts the characters of those since the last row."""
-
-    def __init__(self, text: io.TextIOWrapper) -> None:
-        self.text, self.size = text, 0
-
-    def __iter__(self) -> "_RowLines":
-        return self
-
-    def __next__(self) -> str:
-        line = self.text.readline(LONGEST + 1)
-        self.size += len(line)
-        if not line:
-            raise StopIteration
-        if self.size > LONGEST:
-            raise TooMuch(f"holds a row that {TOO_LONG}; is a quote never closed?")
-        return line
-
-
-ROW = 64  # bytes that a row of nothing counts as
-
-
-def _parquet(path: Path, open_stream: Open) -> Iterator[Row | BadRow | None]:
-    import pyarrow
-    import pyarrow.parquet
-
-    left = _most_of(path)
-    try:
-        with open_stream(path) as stream, _seekable(stream) as content:
-            file = pyarrow.parquet.ParquetFile(content)
-            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-            if sum(group.total_byte_size for group in groups) > left:
-                raise _out_of_proportion(path)
-            for batch in file.iter_batches(64):
-                left -= batch.nbytes + ROW * batch.num_rows
-                if left < 0:
-                    raise _out_of_proportion(path)
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path.name} is not Parquet: {error}") from error
-
-
-def _seekable(stream: Any) -> Any:
-    """The stream, or a file of what it holds where it is unpacked on the way."""
-    if stream.seekable():
-        return stream
-    content = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-    shutil.copyfileobj(stream, content)
-    return content
-
-
-READERS = {
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": partial(_csv, delimiter=","),
-    ".tsv": partial(_csv, delimiter="\t"),
-    ".parquet": _parquet,
-}
+# --- folders of `datasets` and the hub
 
 
 def _open_saved(source: Source, key: str) -> Opened:
@@ -383,69 +321,26 @@ def _refuse_packed(folder: Path, origin: str) -> None:
     """Raise ValueError for a file of Arrow whose buffers are compressed: pyarrow unpacks them without a limit, and
     `datasets` never packs them."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):  # state.json may give any name
-        with path.open("rb") as stream, suppress(struct.error):  # no Arrow, or cut off: pyarrow says what is wrong
-            if any(_is_packed(message) for message in _messages(stream)):
-                raise ValueError(
-                    f"{origin}: the buffers in {path.name} are compressed, which datasets never writes; save its rows "
-                    "as JSON lines or Parquet"
-                )
+        if _is_packed(path):
+            raise ValueError(
+                f"{origin}: the buffers in {path.name} are compressed, which datasets never writes; save its rows as "
+                "JSON lines or Parquet"
+            )
 
 
-def _messages(stream: BinaryIO) -> Iterator["_Table"]:
-    """The heads of the messages in an Arrow stream; what they carry is passed over. Raises struct.error where it is
-    none."""
-    while (size := _int32(stream)) and (size := _int32(stream) if size == -1 else size) > 0:
-        message = _Table(content := stream.read(size), *struct.unpack_from("<I", content))
-        yield message
-        stream.seek(max(message.scalar(3, "<q"), 0), os.SEEK_CUR)
-
-
-def _int32(stream: BinaryIO) -> int:
-    return struct.unpack("<i", stream.read(4))[0]
-
-
-def _is_packed(message: "_Table") -> bool:
-    """Whether a record batch, or that of a dictionary, has its fourth field, `compression`."""
-    kind = message.scalar(1, "<B")
-    batch = message.table(2)
-    if kind == DICTIONARY_BATCH and batch:
-        batch = batch.table(1)
-    return kind in (DICTIONARY_BATCH, RECORD_BATCH) and batch is not None and batch.field(3) is not None
-
-
-DICTIONARY_BATCH, RECORD_BATCH = 2, 3  # Arrow's Message.fbs
-
-
-class _Table(NamedTuple):
-    """A table of a flatbuffer: its position, where the distance back to the offsets of its fields stands."""
-
-    content: bytes
-    position: int
-
-    def field(self, index: int) -> int | None:
-        """Where a field stands; None for one that is left out."""
-        offsets = self.position - struct.unpack_from("<i", self.content, self.position)[0]
-        size, offset = struct.unpack_from("<H", self.content, offsets)[0], 4 + 2 * index
-        if offset >= size or not (distance := struct.unpack_from("<H", self.content, offsets + offset)[0]):
-            return None
-        return self.position + distance
-
-    def scalar(self, index: int, form: str) -> int:
-        """A number; 0 for one that is left out."""
-        return 0 if (place := self.field(index)) is None else struct.unpack_from(form, self.content, place)[0]
-
-    def table(self, index: int) -> "_Table | None":
-        """A table that a field refers to."""
-        if (place := self.field(index)) is None:
-            return None
-        return _Table(self.content, place + struct.unpack_from("<I", self.content, place)[0])
+def _is_packed(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return has_packed_buffers(stream)
+    except NO_ARROW:  # or it is cut off; pyarrow says what is wrong
+        return False
 
 
 def _open_hub(source: Source, key: str) -> Opened:
     from datasets import load_dataset
 
     path = source.path
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or _kind(Path(path))[0] in READERS:
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or kind_of(Path(path))[0] in READERS:
         raise ValueError(f"{key}={source.path} does not exist")
     try:
         dataset: Any = load_dataset(
@@ -461,4 +356,4 @@ def _open_hub(source: Source, key: str) -> Opened:
 
 def _named_rows(rows: Any, name: str) -> Iterator[Named]:
     for row_number, row in enumerate(rows, start=1):
-        yield f"{name} row {row_number}", row
+        yield f"{name} row {row_number}", without_padding(row)

@@ -15,6 +15,7 @@ import numpy as np
 
 from dpo_ref.component import component
 from dpo_ref.data.formats.checks import BadRow, Row, columns_of
+from dpo_ref.data.formats.columns import GivenColumns, ReadRow, unread_columns
 from dpo_ref.data.formats.recognise import Format, check_format, convert, format_of, known_logps, named_logps
 from dpo_ref.data.groups import StoredGroups, write
 from dpo_ref.data.pairing import Filters, Seen, add_pairs
@@ -27,8 +28,9 @@ from dpo_ref.types import PreferenceData, Progress, PromptGroup, Reading, digest
 # --- one source read
 
 
-VERSION = 2  # of what is kept; a change of meaning makes it 3
+VERSION = 3  # of what is kept; a change of meaning makes it 4
 EXAMPLES = 10  # bad rows listed with their reasons
+_SHOWN = 20  # names of columns that are not read
 _JUDGED_AFTER = 1000  # rows, before which the share of bad ones is not looked at
 
 
@@ -44,6 +46,13 @@ class Rules:
     on_bad_row: str = "error"
     max_bad_share: float = 0.1
     logps_columns: tuple[str, ...] | None = None
+    columns: tuple[tuple[str, str], ...] | None = None  # our name, theirs
+    ignore: tuple[str, ...] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is said, without what is left open."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __post_init__(self) -> None:
         check_format(self.format)
@@ -53,6 +62,10 @@ class Rules:
             raise ValueError(f"data.limit={self.limit} must be at least 1 row")
         if self.logps_columns is not None and not len(set(self.logps_columns)) == len(self.logps_columns) > 0:
             raise ValueError(f"data.logps_columns=[{', '.join(self.logps_columns)}] must name columns, each once")
+        theirs = [name for _, name in self.columns or ()]
+        twice = next((name for name in theirs if theirs.count(name) > 1 or name in (self.ignore or ())), None)
+        if twice is not None:
+            raise ValueError(f"data.columns and data.ignore say two things about the column {twice}; say one")
 
 
 class Reader:
@@ -65,15 +78,21 @@ class Reader:
         self.examples: list[str] = []
         self.format: Format | None = None
         self._seen = Seen(rules.filters.deduplicate)
-        self._missing_columns = set(rules.logps_columns or ())
+        self._given = GivenColumns(dict(rules.columns or ()), rules.ignore or ())
+        self._missing = {"data.logps_columns": set(rules.logps_columns or ()), **self._given.missing}
         self._first_columns = ""  # of the first row, for messages
+        self._unread: dict[str, None] = {}
 
     @property
     def reading(self) -> Reading:
         """What became of the rows so far."""
-        return Reading(
-            self.num_rows, dict(self.dropped), tuple(self.examples), (self.format.name,) if self.format else ()
-        )
+        formats = (self.format.name,) if self.format else ()
+        return Reading(self.num_rows, dict(self.dropped), tuple(self.examples), formats, self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
+        names = list(self._unread)
+        more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+        return (f"columns not read: {', '.join([*names[:_SHOWN], *more])}",) if names else ()
 
     def groups(self, rows: Iterable[Named]) -> Iterator[PromptGroup]:
         """The groups to keep. Raises ValueError for a bad row, or for too many, as the rules say, and for no group."""
@@ -87,11 +106,12 @@ class Reader:
             if self.num_kept == self.rules.limit:
                 break
         self._judge(0)
-        if self.num_kept and self._missing_columns:
-            raise ValueError(
-                f"{self.source}: no row has the column {min(self._missing_columns)}, which data.logps_columns names; "
-                f"the first has {self._first_columns}"
-            )
+        for option, missing in self._missing.items():
+            if self.num_kept and missing:
+                raise ValueError(
+                    f"{self.source}: no row has the column {min(missing)}, which {option} names; the first has "
+                    f"{self._first_columns}"
+                )
         if not self.num_kept:
             raise ValueError(f"{self.source}: no usable row: {self._reasons() or 'it is empty'}")
 
@@ -99,21 +119,32 @@ class Reader:
         for origin, row in rows:
             self.num_rows += 1
             try:
-                if isinstance(row, BadRow):
-                    raise row
-                self.format = self.format or self._accept(format_of(self.rules.format, row))
-                options = {"rating": self.rules.rating} if self.rules.rating else {}
-                group = convert(row, origin, self.format, options, self.rules.format != "auto")
+                group = self._group(origin, row)
             except BadRow as error:
                 self._report_bad_row(origin, error)
+            except RecursionError:
+                self._report_bad_row(origin, BadRow("holds lists and objects too deep inside each other"))
             else:
-                yield self._with_logps(group, row, self.format)
+                yield group
 
-    def _with_logps(self, group: PromptGroup, row: Row, format: Format) -> PromptGroup:
+    def _group(self, origin: str, content: Row | BadRow) -> PromptGroup:
+        """The group of a row. Raises BadRow."""
+        if isinstance(content, BadRow):
+            raise content
+        self._first_columns = self._first_columns or columns_of(content)
+        row = self._given.row(content)
+        self.format = self.format or self._accept(format_of(self.rules.format, row))
+        options = {"rating": self.rules.rating} if self.rules.rating else {}
+        group = convert(row, origin, self.format, options, self.rules.format != "auto")
+        group = self._with_logps(group, row, self.format)
+        self._given.check_used(row, self.format.name)
+        self._unread.update(dict.fromkeys(unread_columns(row, group, self.format.known, self.format.name)))
+        return group
+
+    def _with_logps(self, group: PromptGroup, row: ReadRow, format: Format) -> PromptGroup:
         """The group with the log-probs that the row brings, if it does."""
         columns, size = self.rules.logps_columns, len(group.responses)
-        self._first_columns = self._first_columns or columns_of(row)
-        self._missing_columns -= row.keys()
+        self._missing["data.logps_columns"].difference_update(row)
         logps = known_logps(row, format.logps, size) if columns is None else named_logps(row, columns, size)
         return group if logps is None else replace(group, logps=logps)
 
@@ -137,7 +168,7 @@ class Reader:
             assert self.format is not None
             if not self.format.rows_of_one_prompt:
                 yield group
-            elif pending is not None and pending.prompt == group.prompt and pending.rewards and group.rewards:
+            elif pending is not None and _same_prompt(pending, group) and pending.rewards and group.rewards:
                 pending = replace(
                     pending, responses=pending.responses + group.responses, rewards=pending.rewards + group.rewards
                 )
@@ -165,6 +196,9 @@ class Reader:
         return refusal or ("a duplicate" if self._seen.before(group) else group)
 
     def _report_bad_row(self, origin: str, error: BadRow) -> None:
+        if self._missing["data.columns"] and not self.num_kept:
+            name = min(self._missing["data.columns"])
+            error = BadRow(f"{error}; no row so far has the column {name}, which data.columns names")
         if self.rules.on_bad_row == "error":
             raise ValueError(f"{origin} {error}. data.on_bad_row=skip leaves such rows out") from error
         self.dropped["bad rows"] += 1
@@ -187,22 +221,28 @@ class Reader:
         return "; ".join((reasons, *self.examples[:3])) if self.examples else reasons
 
 
+def _same_prompt(a: PromptGroup, b: PromptGroup) -> bool:
+    return (a.prompt, a.tools, a.template_options) == (b.prompt, b.tools, b.template_options)
+
+
 def read(source: Source, rules: Rules, key: str, cache: Path, progress: Progress) -> tuple[Path, Reading]:
     """The Arrow file of a source's groups, made now unless an equal reading was kept, and what became of its rows."""
     opened = open_source(source, key)
     if opened.content is None:
-        folder = Path(_temporary_folder().name) / digest([asdict(source), asdict(rules)])
+        folder = Path(_temporary_folder().name) / digest([asdict(source), rules.identity])
     else:
-        folder = cache / "groups" / digest([VERSION, opened.content, asdict(source), asdict(rules)])
+        folder = cache / "groups" / digest([VERSION, opened.content, asdict(source), rules.identity])
     if not is_kept(folder, f"{source.path} is read again"):
         reader = Reader(rules, source.path)
         with replacing_folder(folder) as partial:
             write(reader.groups(progress(opened.rows, f"reading {source.path}", None)), partial / "groups.arrow")
-            write_json(partial / "reading.json", reader.reading._asdict())
+            reading = reader.reading._replace(notes=(*opened.notes, *reader.reading.notes))
+            write_json(partial / "reading.json", reading._asdict())
             seal_folder(partial)
         in_use(folder)
     record = json.loads((folder / "reading.json").read_text())
-    reading = Reading(record["num_rows"], record["dropped"], tuple(record["examples"]), tuple(record["formats"]))
+    lists = (tuple(record[name]) for name in ("examples", "formats", "notes"))
+    reading = Reading(record["num_rows"], record["dropped"], *lists)
     return folder / "groups.arrow", reading
 
 
@@ -219,7 +259,7 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
 # --- the components
 
 
-OWN_RULES = ("format", "logps_columns")  # that an entry of data.sources may say for itself
+OWN_RULES = ("format", "logps_columns", "columns", "ignore")  # that an entry of data.sources may say for itself
 
 
 def refuse_ineffective(
@@ -280,6 +320,8 @@ def preferences(
     on_bad_row: Literal["error", "skip"] = "error",
     max_bad_share: float = 0.1,
     logps_columns: list[str] | None = None,
+    columns: dict[str, str] | None = None,
+    ignore: list[str] | None = None,
 ) -> PreferenceData:
     """Preference pairs, ranked or scored responses, unpaired answers or demonstrations, in the formats people have.
 
@@ -297,13 +339,16 @@ def preferences(
     takes the first groups of every source, `subset` draws as many training groups by the seed. A bad row stops the run
     with its file, row and reason, or is counted and skipped as long as no more than `max_bad_share` are.
     `logps_columns` names the columns that bring log-probs of the responses for `reference=columns` (chosen's and
-    rejected's; of ranked responses one, a list) where they are not well-known ones; an entry of `sources` may, too.
+    rejected's; of ranked responses one, a list) where they are not well-known ones. `columns` gives columns the names
+    that the formats know, {prompt: question}, and `ignore` names columns, or keys of turns, that may be passed over:
+    else a column that is not read stops the run where it changes what a row means. An entry of `sources` may say
+    these three for itself.
 
     Raises ValueError for what cannot be read, and for options that would have no effect.
     """
     filters = Filters(min_margin, min_score_ratio, min_chars, max_chars, deduplicate)
-    columns = None if logps_columns is None else tuple(logps_columns)
-    rules = Rules(format, pairing, rating, filters, limit, on_bad_row, max_bad_share, columns)
+    own = _own_rules({"logps_columns": logps_columns, "columns": columns, "ignore": ignore}, "data.", "")
+    rules = Rules(format, pairing, rating, filters, limit, on_bad_row, max_bad_share, **own)
     refuse_ineffective(
         path=path, sources=sources, hub=hub, eval_path=eval_path, eval_split=eval_split, eval_fraction=eval_fraction,
         subset=subset, name=name, folder=folder, split=split, streaming=streaming,
@@ -356,14 +401,26 @@ def _weighted_source(entry: Any, rules: Rules) -> tuple[Source, Rules, float]:
     weight = entry.get("weight", 1.0)
     if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise ValueError(f"data.sources: weight={weight} of {entry['path']} must be a positive number")
-    own = {name: entry[name] for name in OWN_RULES if name in entry}
-    columns = own.get("logps_columns")
-    if not isinstance(columns, list | None):
-        raise ValueError(f"data.sources: logps_columns={columns} of {entry['path']} must be a list of names")
-    if columns is not None:
-        own["logps_columns"] = tuple(columns)
+    given = {name: entry[name] for name in OWN_RULES if name in entry}
+    own = _own_rules(given, "data.sources: ", f" of {entry['path']}")
     location = {name: value for name, value in entry.items() if name not in ("weight", *OWN_RULES)}
     return Source(**location), replace(rules, **own), float(weight)
+
+
+def _own_rules(given: dict[str, Any], key: str, of: str) -> dict[str, Any]:
+    """Rules that name columns, as `Rules` holds them. Raises ValueError for what is no list and no mapping."""
+    own = dict(given)
+    for name in ("logps_columns", "ignore"):
+        if own.get(name) is not None:
+            if not isinstance(own[name], list):
+                raise ValueError(f"{key}{name}={own[name]}{of} must be a list of names")
+            own[name] = tuple(own[name])
+    columns = own.get("columns")
+    if columns is not None:
+        if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns.values()):
+            raise ValueError(f"{key}columns={columns}{of} must be {{our name: the column's name}}")
+        own["columns"] = tuple(sorted(columns.items()))
+    return own
 
 
 def _join_sources(
@@ -411,4 +468,5 @@ def _total(readings: Sequence[Reading]) -> Reading:
         dropped,
         tuple(example for reading in readings for example in reading.examples),
         tuple(dict.fromkeys(name for reading in readings for name in reading.formats)),
+        tuple(dict.fromkeys(note for reading in readings for note in reading.notes)),
     )

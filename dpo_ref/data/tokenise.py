@@ -7,15 +7,19 @@ Tokenised groups are kept between runs, named by the texts, the tokenizer with i
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dpo_ref.data.chat_templates import ChatText
-from dpo_ref.data.encoding import Encoder, Ids
+from dpo_ref.data.chat_templates import ChatText, written_date
+from dpo_ref.data.encoding import Encoder, Ids, texts_of
 from dpo_ref.data.groups import StoredGroups, TokenGroups, from_groups, whole_id
+from dpo_ref.data.limits import POLICIES, Fit, Limits
+from dpo_ref.data.render_check import TemplateRefuses
+from dpo_ref.data.scoring import scoring
 from dpo_ref.files.cache import in_use, is_kept
-from dpo_ref.types import Message, Progress, PromptGroup, TokenGroup, digest, silent
+from dpo_ref.types import Asked, Progress, PromptGroup, TokenGroup, asked, digest, silent, words_of
 
 # --- tokenising
 
@@ -42,19 +46,15 @@ def end_of_turn_ids(tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, ChatText(tokenizer).end_id}
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
+def encode_prompts(tokenizer: Any, prompts: Sequence[Asked]) -> list[list[int]]:
     """Prompts as token ids, up to where the assistant begins. Special tokens' strings in their texts are text."""
-    groups = [PromptGroup(tuple(prompt), (), origin=f"prompt {index}") for index, prompt in enumerate(prompts)]
+    groups = [asked(prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
     return [ids.prompt for ids in Encoder(tokenizer).last_turns(groups)]
-
-
-WRITERS = {"last": Encoder.last_turns, "all": Encoder.all_turns}
 
 
 def _refuse_literals(encoder: Encoder, groups: Sequence[PromptGroup]) -> None:
     for group in groups:
-        texts = " ".join((*(turn["content"] for turn in group.prompt), *group.responses))
-        match = encoder.chat.special_tokens.search(texts)
+        match = encoder.chat.special_tokens.search(" ".join(texts_of(group)))
         if match:
             raise ValueError(
                 f"{group.origin} contains the special token {match.group()!r} in a text; "
@@ -71,7 +71,7 @@ LITERALS = {"error": _refuse_literals, "text": _allow_literals}
 
 def _token_group(index: int, group: PromptGroup, ids: Ids, score: str) -> TokenGroup:
     before = [turn["content"] for turn in group.prompt if turn["role"] == "assistant"] if score == "all" else []
-    sizes = tuple(sum(len(text.encode()) for text in (*before, response)) for response in group.responses)
+    sizes = tuple(sum(len(text.encode()) for text in (*before, words_of(said))) for said in group.responses)
     scored = None if ids.scored is None else tuple(ids.scored)
     return TokenGroup(
         index, group.group_id, ids.prompt, tuple(ids.responses), sizes, group.pairs, scored, group.labels
@@ -86,153 +86,129 @@ def tokenise(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     max_response_length: int | None = None,
-    over_length: Literal["drop", "truncate_prompt_start", "truncate_prompt_end", "truncate_response"] = "drop",
+    over_length: Literal[
+        "drop",
+        "truncate_turns",
+        "truncate_tool_results",
+        "truncate_prompt_start",
+        "truncate_prompt_end",
+        "truncate_response",
+    ] = "drop",
     score: Literal["last", "all"] = "last",
+    score_thinking: Literal["all", "answer", "thought"] = "all",
     special_tokens_in_text: Literal["text", "error"] = "text",
+    on_bad_row: Literal["error", "skip"] = "error",
+    max_bad_share: float = 0.1,
 ) -> Tokenised:
     """Token ids of every group under the tokenizer's chat template.
 
-    Scored are the response's tokens and the token that ends the assistant's turn, nothing the template writes after
-    it; with `score=all` those of every assistant turn, the prompt then ending before the first. Groups longer than
-    `max_length` (prompt plus longest response, tokens; the tokenizer's `model_max_length` unless given), with a prompt
-    longer than `max_prompt_length` or a response longer than `max_response_length` follow `over_length` (see
-    `POLICIES`), all responses alike; what it cannot cure is dropped. `special_tokens_in_text` says what becomes of
-    special tokens' strings in users' texts: encoded as text,
-    or an error. Raises ValueError for a tokenizer without EOS or chat template and for conversations that the template
-    cannot write, naming the row.
+    Scored are the tokens of the response's turns of the assistant and the tokens that end them, nothing that a tool or
+    a user says in between or the template writes after; with `score=all` those of every assistant turn, the prompt
+    then ending before the first. `score_thinking` says which part of each: all, the answer behind the thought, or the
+    thought. Groups longer than `max_length` (prompt plus longest response, tokens; the tokenizer's `model_max_length`
+    unless given), with a prompt longer than `max_prompt_length` or a response longer than `max_response_length` follow
+    `over_length` (see `POLICIES`), all responses alike; what it cannot cure is dropped, and so are pairs whose sides
+    are the same tokens. `special_tokens_in_text` says what becomes of special tokens' strings in users' texts: encoded
+    as text, or an error. A group that the template cannot write, or not without losing words, is a bad row: it stops
+    the run or is counted and skipped (`on_bad_row`), as long as no more than `max_bad_share` are. Raises ValueError
+    for a tokenizer without EOS or chat template.
     """
     encoder = Encoder(tokenizer)
     limits = Limits(
         length_limit(tokenizer, max_length), max_prompt_length, max_response_length, tokenizer.bos_token_id
     )
-    fit = POLICIES[over_length](limits, encoder.counts, encoder.closing)
+    what = scoring(score=score, score_thinking=score_thinking)
+    fit = POLICIES[over_length](limits, encoder, what)
+    refused = REFUSALS[on_bad_row](encoder.counts)
 
     def fitting_groups() -> Iterator[TokenGroup]:
         starts = range(0, len(groups), CHUNK)
         for start in progress(starts, "tokenising", len(starts)):
             chunk = [groups[index] for index in range(start, min(start + CHUNK, len(groups)))]
             LITERALS[special_tokens_in_text](encoder, chunk)
-            for index, (group, whole) in enumerate(zip(chunk, WRITERS[score](encoder, chunk), strict=True), start):
-                ids = fit(group, whole)
-                if ids is not None:
-                    yield _token_group(index, group, ids, score)
+            outcomes = encoder.outcomes(chunk, what)
+            for index, (group, whole) in enumerate(zip(chunk, outcomes, strict=True), start):
+                if isinstance(whole, TemplateRefuses):
+                    refused(group, whole)
+                elif made := _fitting(index, group, whole, fit, encoder.counts, score):
+                    yield made
 
     token_groups = from_groups(fitting_groups(), groups)
-    return Tokenised(
-        token_groups, {"groups": len(token_groups), **{name: count for name, count in encoder.counts.items() if count}}
-    )
+    counts = {name: count for name, count in encoder.counts.items() if count}
+    _judge(counts, len(groups), max_bad_share)
+    return Tokenised(token_groups, {"groups": len(token_groups), **counts})
 
 
-# --- groups that are too long
-
-
-_SHORTEST_PROMPT = 2  # tokens that a cut leaves at least
-
-
-class Limits:
-    """Limits in tokens. Raises ValueError for one that is not positive."""
-
-    def __init__(self, total: int, prompt: int | None, response: int | None, bos: int | None) -> None:
-        for name, value in (("max_length", total), ("max_prompt_length", prompt), ("max_response_length", response)):
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name}={value} must be at least 1 token")
-        self.total, self.bos = total, bos
-        self.prompt = total if prompt is None else prompt
-        self.response = total if response is None else response
-
-    def hold(self, ids: Ids) -> bool:
-        """Whether the group is within all limits."""
-        short = len(ids.prompt) <= self.prompt and ids.longest <= self.response
-        return short and len(ids.prompt) + ids.longest <= self.total
-
-
-Fit = Callable[[PromptGroup, Ids], Ids | None]
-
-
-def _drop(limits: Limits, counts: Counter[str], closing: Callable[[PromptGroup], list[int]]) -> Fit:
-    """Groups over a limit are left out."""
-
-    def fit(group: PromptGroup, ids: Ids) -> Ids | None:
-        if limits.hold(ids):
-            return ids
-        counts["dropped: too long"] += 1
+def _fitting(
+    index: int, group: PromptGroup, whole: Ids, fit: Fit, counts: Counter[str], score: str
+) -> TokenGroup | None:
+    """The group within the limits, with the pairs that its tokens tell apart; None if there is nothing left."""
+    ids = fit(group, whole)
+    if ids is None:
         return None
-
-    return fit
-
-
-def _cut_prompts(cut: Callable[[PromptGroup, list[int], int], list[int] | None]) -> Any:
-    """The policy that cuts prompts with `cut(group, prompt, room)`, which gives None where it cannot."""
-
-    def policy(limits: Limits, counts: Counter[str], closing: Callable[[PromptGroup], list[int]]) -> Fit:
-        def fit(group: PromptGroup, ids: Ids) -> Ids | None:
-            if limits.hold(ids):
-                return ids
-            room = min(limits.prompt, limits.total - ids.longest)
-            if ids.longest > limits.response or room < _SHORTEST_PROMPT:
-                counts["dropped: response too long"] += 1
-                return None
-            prompt = cut(group, ids.prompt, room)
-            if prompt is None:
-                counts["dropped: too little of the prompt would be left"] += 1
-                return None
-            counts["prompts cut"] += 1
-            return ids._replace(prompt=prompt)
-
-        return fit
-
-    return policy
+    if ids.scored is not None and not all(map(any, ids.scored)):
+        counts["dropped: no token of a response is scored"] += 1
+        return None
+    alike = [pair for pair in group.pairs if ids.alike(*pair)]
+    for pair in alike:
+        counts[_ALIKE[whole.alike(*pair)]] += 1
+    if not alike:
+        return _token_group(index, group, ids, score)
+    pairs = tuple(pair for pair in group.pairs if pair not in alike)
+    return _token_group(index, replace(group, pairs=pairs), ids, score) if pairs else None
 
 
-def _prompt_start(limits: Limits, counts: Counter[str], closing: Callable[[PromptGroup], list[int]]) -> Fit:
-    """The prompt's beginning is cut; a leading BOS stays."""
-
-    def cut(group: PromptGroup, ids: list[int], room: int) -> list[int] | None:
-        bos = ids[:1] if ids[0] == limits.bos else []
-        return [*bos, *ids[len(ids) - room + len(bos) :]]
-
-    return _cut_prompts(cut)(limits, counts, closing)
-
-
-def _prompt_end(limits: Limits, counts: Counter[str], closing: Callable[[PromptGroup], list[int]]) -> Fit:
-    """The end of the prompt's last turn is cut; what the template writes behind it stays."""
-
-    def cut(group: PromptGroup, ids: list[int], room: int) -> list[int] | None:
-        after = closing(group)
-        if ids[len(ids) - len(after) :] != after or room - len(after) < _SHORTEST_PROMPT:
-            return None
-        return [*ids[: room - len(after)], *after]
-
-    return _cut_prompts(cut)(limits, counts, closing)
-
-
-def _response(limits: Limits, counts: Counter[str], closing: Callable[[PromptGroup], list[int]]) -> Fit:
-    """All responses are cut to the same room; a cut one gets no end token."""
-
-    def fit(group: PromptGroup, ids: Ids) -> Ids | None:
-        room = min(limits.response, limits.total - len(ids.prompt))
-        if len(ids.prompt) > limits.prompt or room < 1:
-            counts["dropped: prompt too long"] += 1
-            return None
-        counts["responses cut"] += sum(len(response) > room for response in ids.responses)
-        masks = None if ids.scored is None else [mask[:room] for mask in ids.scored]
-        return Ids(ids.prompt, [response[:room] for response in ids.responses], masks)
-
-    return fit
-
-
-POLICIES = {
-    "drop": _drop,
-    "truncate_prompt_start": _prompt_start,
-    "truncate_prompt_end": _prompt_end,
-    "truncate_response": _response,
+_ALIKE = {  # by whether the sides were alike before they were cut
+    True: "pairs dropped: both sides are the same tokens (the tokenizer or its template tells them not apart)",
+    False: "pairs dropped: both sides are the same tokens once they are cut",
 }
+
+
+# --- groups that the template cannot write
+
+
+BAD = "dropped, bad rows: "  # begins the names of counts
+Refused = Callable[[PromptGroup, TemplateRefuses], None]
+
+
+def _stop(counts: Counter[str]) -> Refused:
+    """The first is an error."""
+
+    def refused(group: PromptGroup, reason: TemplateRefuses) -> None:
+        raise ValueError(f"{group.origin} {reason}. data.on_bad_row=skip leaves such rows out") from reason
+
+    return refused
+
+
+def _skip(counts: Counter[str]) -> Refused:
+    """They are counted by what they have in common."""
+
+    def refused(group: PromptGroup, reason: TemplateRefuses) -> None:
+        counts[BAD + reason.cause] += 1
+
+    return refused
+
+
+REFUSALS = {"error": _stop, "skip": _skip}
+
+
+def _judge(counts: dict[str, int], total: int, max_share: float) -> None:
+    """Raise ValueError where too many groups could not be written."""
+    bad = {name: count for name, count in counts.items() if name.startswith(BAD)}
+    num_bad = sum(bad.values())
+    if num_bad > max_share * total + 1e-9:
+        reasons = ", ".join(f"{count} because {name.removeprefix(BAD)}" for name, count in bad.items())
+        raise ValueError(
+            f"{num_bad} of {total} groups cannot be used, more than data.max_bad_share={max_share:g}: {reasons}"
+        )
 
 
 # --- kept between runs
 
 
 VERSION = 2  # of what is kept; a change of meaning makes it 3
+# Options that came later, at what was meant before: such tables keep their names.
+_YOUNG = {"score_thinking": "all", "on_bad_row": "error", "max_bad_share": 0.1}
 
 
 def content_of(groups: Sequence[PromptGroup]) -> str:
@@ -249,8 +225,10 @@ def tokenised_once(
     progress: Progress,
 ) -> Tokenised:
     """What `tokenise` gives, computed now or by an earlier run. Options that do not matter here are not in the key."""
-    options = {**tokenise.keywords, "max_length": length_limit(tokenizer, tokenise.keywords["max_length"])}
-    folder = cache / "tokens" / digest([VERSION, content_of(groups), text_identity, options])
+    options = {name: value for name, value in tokenise.keywords.items() if _YOUNG.get(name, ...) != value}
+    options["max_length"] = length_limit(tokenizer, tokenise.keywords["max_length"])
+    date = list(filter(None, [written_date(tokenizer)]))
+    folder = cache / "tokens" / digest([VERSION, content_of(groups), text_identity, options, *date])
     if not is_kept(folder, "its groups are tokenised again"):
         tokenised = tokenise(groups, tokenizer, progress)
         tokenised.groups.save(folder, {"counts.json": json.dumps(tokenised.counts)})

@@ -11,6 +11,7 @@ import torch
 from dpo_ref.component import Component
 from dpo_ref.data.groups import Groups
 from dpo_ref.data.packing import pack
+from dpo_ref.data.scoring import scoring
 from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids, length_limit, tokenise
 from dpo_ref.evaluation.diagnostics.diagnose import Diagnosed, Diagnosis, metrics_of
 from dpo_ref.evaluation.diagnostics.pairs import content_of
@@ -238,6 +239,7 @@ def loss_reference(subject: PolicyToEvaluate, settings: EvaluationSettings, grou
         groups,
         settings.parts["data"].bound(pack),
         uses_reference=run.summary["reference"] != "none",
+        scoring=settings.parts["data"].bound(scoring)(),
     )
     reference = build(run.loss_reference, context)
     say(*reference.notes)
@@ -338,7 +340,7 @@ def prompts_of(
 def _fitting(tokenizer: Any, prompts: PromptSet, limits: Component) -> PromptSet:
     """The prompts that are not longer than their data's limit, by which training drops them too; says how many."""
     limit = limits.options["max_prompt_length"] or length_limit(tokenizer, limits.options["max_length"])
-    sizes = map(len, encode_prompts(tokenizer, [question.prompt for question in prompts.questions]))
+    sizes = map(len, encode_prompts(tokenizer, [question.asked(question.prompt) for question in prompts.questions]))
     questions = [question for question, size in zip(prompts.questions, sizes, strict=True) if size <= limit]
     if len(questions) < (count := len(prompts.questions)):
         say(f"{count - len(questions)} of {count} prompts left out: longer than {limit} tokens")

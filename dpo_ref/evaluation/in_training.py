@@ -28,7 +28,7 @@ from dpo_ref.generation.records import Generation, Scores, write_generations
 from dpo_ref.generation.sampling import generate, never_sampled
 from dpo_ref.models.loading import TrainedModel, Workspace
 from dpo_ref.references.interface import Reference
-from dpo_ref.types import Message, TokenGroup
+from dpo_ref.types import Asked, TokenGroup
 
 # --- the policy as it was before training, beside the one that is trained, at the least cost in memory
 
@@ -95,7 +95,7 @@ class EvaluationContext:
     work: Workspace
     policy: TrainedModel
     initial: InitialPolicy
-    prompts: Sequence[Sequence[Message]]  # held out
+    prompts: Sequence[Asked]  # held out
     pairs: Sequence[TokenGroup]  # held out
     max_length: int  # tokens of prompt and answer
     thresholds: Thresholds
@@ -203,9 +203,7 @@ def _drawn(total: int, count: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng([seed, 4]).permutation(total)[:count].tolist())
 
 
-def drawn_prompts(
-    context: EvaluationContext, count: int, max_new_tokens: int
-) -> tuple[list[Sequence[Message]], tuple[str, ...]]:
+def drawn_prompts(context: EvaluationContext, count: int, max_new_tokens: int) -> tuple[list[Asked], tuple[str, ...]]:
     """`count` of the held-out prompts, drawn by the seed; all, where there are no more.
 
     Prompts that leave no room for an answer are left out, and counted in a note. Raises ValueError where none is held

@@ -12,7 +12,7 @@ which is reported beside it as a check. Answers that were cut contribute the KL 
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import never_sampled
 from dpo_ref.models.logps import CHUNK_LOGITS, Head, head_of, response_hidden, response_logps, sum_by_response
 from dpo_ref.references.interface import Reference
-from dpo_ref.types import Message, PackedBatch, Progress, PromptGroup, TokenGroup, silent
+from dpo_ref.types import Asked, PackedBatch, Progress, PromptGroup, TokenGroup, asked, silent, words_of
 
 LIVE_TENSORS = 8  # [tokens, vocab] tensors alive in one chunk: two models' logits, log-probs and their products
 NEVER = -1e30  # log-weight of tokens that are never sampled; finite, so that 0 * (difference) is 0 and not nan
@@ -100,7 +100,7 @@ def sample_groups(generations: Sequence[Generation]) -> tuple[TokenGroups, list[
         by_prompt[generation.prompt_index, generation.prompt_ids].append(index)
     indices = list(by_prompt.values())
     texts = [
-        PromptGroup(generations[members[0]].prompt, tuple(generations[i].output for i in members))
+        replace(generations[members[0]].texts, responses=tuple(generations[i].output for i in members))
         for members in indices
     ]
     groups = (
@@ -269,10 +269,10 @@ def by_tokens(
     return estimate_divergence(values.kl, num_bytes, values.prompt_index.tolist(), BY_TOKEN, num_cut)
 
 
-def finished_texts(samples: Sequence[Generation], prompts: Sequence[tuple[Message, ...]]) -> list[PromptGroup]:
+def finished_texts(samples: Sequence[Generation], prompts: Sequence[Asked]) -> list[PromptGroup]:
     """The answers that ended by themselves, as texts behind the prompts as the policy reads them."""
     return [
-        PromptGroup(prompts[sample.prompt_index], (sample.output,), origin=f"sampled answer {index}")
+        replace(asked(prompts[sample.prompt_index]), responses=(sample.output,), origin=f"sampled answer {index}")
         for index, sample in enumerate(samples)
         if sample.finished
     ]
@@ -286,7 +286,7 @@ def by_text(
     if samples is None:
         return Divergence(reason=NOTHING_TO_DRAW_FROM)
     policy, reference, indices = scored
-    num_bytes = np.array([len(texts[index].responses[0].encode()) for index in indices], dtype=np.float64)
+    num_bytes = np.array([len(words_of(texts[index].responses[0]).encode()) for index in indices], dtype=np.float64)
     if len(indices) < 2 or not num_bytes.sum():
         return Divergence(reason=f"only {len(indices)} of {len(samples)} answers ended within the token limit")
     return estimate_divergence(sign * (policy - reference), num_bytes, indices, BY_TEXT, len(samples) - len(texts))
@@ -295,7 +295,7 @@ def by_text(
 def both_by_text(
     ours: Sequence[Generation],
     theirs: Sequence[Generation] | None,
-    prompts: Sequence[tuple[Message, ...]],
+    prompts: Sequence[Asked],
     score: Callable[[Sequence[PromptGroup]], Scored],
 ) -> tuple[Divergence, Divergence]:
     """KL(policy || reference) on the policy's samples and KL(reference || policy) on the reference's, by text.

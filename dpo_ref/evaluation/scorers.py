@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import combinations
 from typing import Annotated, Any, Literal, NamedTuple
@@ -20,7 +21,7 @@ from dpo_ref.generation.records import Generation, Scores
 from dpo_ref.models.checkpoint import state_digest
 from dpo_ref.models.folders import check_finite, check_vocabulary
 from dpo_ref.models.loading import ModelLoader, check_folder, compute_dtype, load_tokenizer, pretrained_model
-from dpo_ref.types import PromptGroup, digest, silent
+from dpo_ref.types import digest, silent
 
 
 def none(generations: Sequence[Generation]) -> Scores:
@@ -70,7 +71,7 @@ def _load(path: str, dtype: str) -> _Loaded:
 
 def _sequences(loaded: _Loaded, generations: Sequence[Generation]) -> list[list[int]]:
     """Prompt and answer as the reward model's own template and tokenizer write them, end of turn included."""
-    rows = [PromptGroup(g.prompt, (g.output,), origin=f"generation {n}") for n, g in enumerate(generations, 1)]
+    rows = [replace(generation.texts, origin=f"generation {n}") for n, generation in enumerate(generations, 1)]
     written = [ids.prompt + ids.responses[0] for ids in Encoder(loaded.tokenizer).last_turns(rows)]
     for row, ids in enumerate(written, 1):
         if loaded.max_length is not None and len(ids) > loaded.max_length:

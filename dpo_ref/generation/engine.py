@@ -25,7 +25,7 @@ from dpo_ref.files.digests import Damaged
 from dpo_ref.files.writing import needing_room
 from dpo_ref.generation.records import Generation, line_of, record_of
 from dpo_ref.tracking.terminal import say
-from dpo_ref.types import Message, Progress, digest, silent
+from dpo_ref.types import Asked, Message, Progress, PromptGroup, asked, digest, silent
 
 # --- the protocol
 
@@ -149,6 +149,12 @@ class Question(NamedTuple):
     then: tuple[str, ...] = ()
     id: int | str | None = None
     category: str = ""
+    tools: tuple[dict[str, Any], ...] | None = None
+    template_options: dict[str, Any] | None = None
+
+    def asked(self, prompt: tuple[Message, ...]) -> PromptGroup:
+        """A turn of this conversation."""
+        return PromptGroup(prompt, (), tools=self.tools, template_options=self.template_options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +169,9 @@ class PromptSet:
         """What determines answers, as JSON values."""
         conversations = [[list(question.prompt), list(question.then)] for question in self.questions]
         temperatures = [self._temperature(question, None) for question in self.questions] if self.temperatures else []
-        return [self.name, conversations, temperatures]
+        offered = [[question.tools, question.template_options] for question in self.questions]
+        more = [offered] if any(any(settings) for settings in offered) else []
+        return [self.name, conversations, temperatures, *more]
 
     def temperature(self, question: Question, otherwise: float) -> float:
         """At which temperature a question is answered."""
@@ -175,9 +183,11 @@ class PromptSet:
         return otherwise if self.temperatures is None else self.temperatures[question.category]
 
 
-def held_out(prompts: Sequence[Sequence[Message]], name: str = "") -> PromptSet:
+def held_out(prompts: Sequence[Asked], name: str = "") -> PromptSet:
     """Prompts of the data as questions."""
-    return PromptSet(name, tuple(Question(tuple(prompt)) for prompt in prompts))
+    groups = list(map(asked, prompts))
+    questions = (Question(g.prompt, tools=g.tools, template_options=g.template_options) for g in groups)
+    return PromptSet(name, tuple(questions))
 
 
 class _PendingSample(NamedTuple):
@@ -233,16 +243,17 @@ def _streams(pending: Sequence[_PendingSample], seed: int) -> list[int]:
 
 
 def _requests(engine: Engine, prompt_set: PromptSet, pending: Sequence[_PendingSample], seed: int) -> list[Request]:
-    distinct = {id(sample.prompt): sample.prompt for sample in pending}  # samples of one question share their prompt
+    questions = prompt_set.questions
+    distinct = {  # samples of one question share their prompt
+        id(sample.prompt): questions[sample.place.prompt_index].asked(sample.prompt) for sample in pending
+    }
     ids = dict(zip(distinct, encode_prompts(engine.tokenizer, list(distinct.values())), strict=True))
     return [
         Request(
             place=sample.place,
             prompt=sample.prompt,
             prompt_ids=ids[id(sample.prompt)],
-            temperature=prompt_set.temperature(
-                prompt_set.questions[sample.place.prompt_index], engine.sampling.temperature
-            ),
+            temperature=prompt_set.temperature(questions[sample.place.prompt_index], engine.sampling.temperature),
             stream=stream,
         )
         for sample, stream in zip(pending, _streams(pending, seed), strict=True)
@@ -269,6 +280,8 @@ def _record(engine: Engine, prompt_set: PromptSet, seed: int, request: Request, 
         question_id=question.id,
         category=question.category,
         tokens=answer.tokens,
+        tools=question.tools,
+        template_options=question.template_options,
     )
 
 

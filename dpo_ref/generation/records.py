@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_ref.files.digests import Damaged, sealed, unsealed
 from dpo_ref.files.writing import write_lines
-from dpo_ref.types import Message, digest
+from dpo_ref.types import Message, PromptGroup, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,13 @@ class Generation:
     question_id: int | str | None = None
     category: str = ""
     tokens: Literal["drawn", "text"] = "drawn"
+    tools: tuple[dict[str, Any], ...] | None = None
+    template_options: dict[str, Any] | None = None
+
+    @property
+    def texts(self) -> PromptGroup:
+        """What was asked, and the answer."""
+        return PromptGroup(self.prompt, (self.output,), tools=self.tools, template_options=self.template_options)
 
     @property
     def question(self) -> str:
@@ -62,9 +69,13 @@ class Generation:
         return self.token_ids[:-1] if self.finished else self.token_ids
 
 
+OFFERED = ("tools", "template_options")  # left out of lines that have none
+
+
 def line_of(generation: Generation) -> str:
     """A generation as one line of JSON, with its digest."""
-    return json.dumps(sealed(asdict(generation)), ensure_ascii=False) + "\n"
+    values = {key: value for key, value in asdict(generation).items() if key not in OFFERED or value is not None}
+    return json.dumps(sealed(values), ensure_ascii=False) + "\n"
 
 
 def write_generations(path: Path, generations: Iterable[Generation]) -> None:
@@ -85,6 +96,7 @@ def record_of(line: bytes, where: str, remedy: str = SAMPLE_AGAIN) -> Generation
     try:
         values: dict[str, Any] = {name: row[name] for name in REQUIRED} | {n: row[n] for n in LATER if n in row}
         values |= {name: tuple(values[name]) for name in ("prompt", "prompt_ids", "token_ids")}
+        values["tools"] = tuple(values["tools"]) if values.get("tools") else None
     except (KeyError, TypeError) as error:
         raise Damaged(f"{where} is not a generation: it lacks {error}", remedy) from error
     return Generation(**values)

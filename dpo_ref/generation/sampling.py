@@ -29,7 +29,7 @@ from dpo_ref.generation.engine import (
 from dpo_ref.generation.records import Generation
 from dpo_ref.models.loading import Policy
 from dpo_ref.models.logps import head_of
-from dpo_ref.types import Message, Progress, silent
+from dpo_ref.types import Asked, Progress, silent
 
 
 def never_sampled(tokenizer: Any, vocab_size: int) -> Int[Tensor, " B"]:
@@ -146,7 +146,7 @@ def transformers(
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Sequence[Message]],
+    prompts: Sequence[Asked],
     seed: int,
     progress: Progress = silent,
     *,

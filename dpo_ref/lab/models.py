@@ -40,7 +40,7 @@ from dpo_ref.tracking.terminal import TrainingProgress, say
 from dpo_ref.training.optim import adamw
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import train
-from dpo_ref.types import digest
+from dpo_ref.types import digest, words_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -115,7 +115,7 @@ def _texts(num_conversations: int) -> Iterator[str]:
     demonstrations = draw_demonstrations(Writer(0.75, MIXED), "train", random.Random("tokenizer text"))
     for group in islice(demonstrations, num_conversations):
         yield from (text for message in group.prompt for text in (message["role"], message["content"]))
-        yield group.responses[0]
+        yield words_of(group.responses[0])
 
 
 # --- checkpoints

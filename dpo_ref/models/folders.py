@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.files.digests import DIGESTS, file_digest
 
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")  # of a tokenizer, on the hub
@@ -294,7 +295,9 @@ def check_vocabulary(tokenizer: Any, model: Any, title: str) -> None:
     heads = (model.get_input_embeddings(), model.get_output_embeddings())
     rows = min(head.weight.shape[0] for head in heads if head is not None)
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
-    written = (str(tokenizer.chat_template), str(tokenizer.bos_token), str(tokenizer.eos_token))
+    written = [str(tokenizer.chat_template), str(tokenizer.bos_token), str(tokenizer.eos_token)]
+    if beyond:  # also what a template puts together, such as '<|' + role + '|>'
+        written += ChatText(tokenizer).sample
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     occurring = [token for token in beyond if token not in special or any(token in text for text in written)]
     if occurring:

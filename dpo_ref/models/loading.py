@@ -326,10 +326,11 @@ def pretrained(
     activations in the backward pass: `full` keeps the layers' inputs alone and costs a third more time, `selective`
     keeps the products of matrices and attention as well and recomputes only what is cheap. `compile` compiles every
     decoder layer with dynamic shapes: packs of any length run without compiling again. `template` is the chat
-    template: the tokenizer's own (auto), or zephyr, tulu, llama3, chatml, alpaca or plain; `template_options` are
-    settings that the template looks at, such as enable_thinking. `max_length` is what the model is meant for, in
-    tokens; data.max_length goes before it. `lora_rank` trains a LoRA adapter on all linear layers instead of the
-    weights (`lora_alpha`: twice the rank unless given), `adapter` goes on training a saved one, a folder or hub name.
+    template: the tokenizer's own (auto), or zephyr, tulu, llama3, llama31, chatml, hermes, alpaca or plain, of which
+    llama31 and hermes write tools and calls, hermes thoughts as well; `template_options` are settings that the
+    template looks at, such as enable_thinking. `max_length` is what the model is meant for, in tokens;
+    data.max_length goes before it. `lora_rank` trains a LoRA adapter on all linear layers instead of the weights
+    (`lora_alpha`: twice the rank unless given), `adapter` goes on training a saved one, a folder or hub name.
     """
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dpo_ref.component import Component
 from dpo_ref.data.groups import ConcatGroups, Groups
+from dpo_ref.data.scoring import Scoring
 from dpo_ref.models.loading import TrainedModel, Workspace
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
 
@@ -79,6 +80,7 @@ class ReferenceContext:
     pack: Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
     uses_reference: bool = True  # whether the objective looks at a reference
     needs_tokens: bool = False  # whether it looks at values of single tokens of the reference
+    scoring: Scoring = field(default_factory=Scoring)  # what of the groups' texts their tokens score
 
 
 def build(reference: Component, context: ReferenceContext) -> Reference:

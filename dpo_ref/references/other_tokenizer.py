@@ -25,10 +25,21 @@ from jaxtyping import Float, Int
 from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.data.encoding import Encoder, Ids
 from dpo_ref.data.groups import TokenGroups, from_groups
+from dpo_ref.data.render_check import RenderCheck, says
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.table import PrecomputedReference, Rows, Scorer, row_key, rows_of
 from dpo_ref.tracking.terminal import say
-from dpo_ref.types import Message, PackedBatch, PromptGroup, ResponseLogps, TokenGroup, digest
+from dpo_ref.types import (
+    Message,
+    PackedBatch,
+    PromptGroup,
+    Response,
+    ResponseLogps,
+    TokenGroup,
+    digest,
+    turns_of,
+    words_of,
+)
 
 # --- the policy's groups as the reference reads them
 
@@ -94,32 +105,32 @@ class TextAudit:
         )
 
 
+class NotChecked(RenderCheck):
+    """Lets every text pass: the audit says what became of it, and how much of that is too much."""
+
+    def check(self, text: str, turns: Sequence[Message], first: int, tools: Any) -> None:
+        """Nothing is refused."""
+
+
 class ReferenceEncoder:
     """Writes the policy's groups as the reference reads them."""
 
     def __init__(self, context: ReferenceContext, own: ReferenceText) -> None:
         self.context, self.skip, self.system_prompt = context, own.terminator == "skip", own.system_prompt
         tokenizer = own.tokenizer
-        self.policy, self.reference = Encoder(context.policy.tokenizer), Encoder(tokenizer)
+        self.policy, self.reference = Encoder(context.policy.tokenizer), Encoder(tokenizer, NotChecked)
         self.unknown = tokenizer.unk_token_id
         self.ends = {context.policy.tokenizer.eos_token_id, self.policy.chat.end_id}
         self.audit = TextAudit()
 
     def groups(self) -> Iterator[TokenGroup]:
         """Every group of the context in the reference's tokens."""
-        starts = range(0, len(self.context.groups), CHUNK)
+        starts, scoring = range(0, len(self.context.groups), CHUNK), self.context.scoring
         for start in self.context.work.progress(starts, "text for the reference", len(starts)):
             indices = range(start, min(start + CHUNK, len(self.context.groups)))
             chunk, texts = [self.context.groups[index] for index in indices], [self.text(index) for index in indices]
-            for group, text, ids in zip(chunk, texts, self._ids(chunk, texts), strict=True):
+            for group, text, ids in zip(chunk, texts, self.reference.named(texts, scoring), strict=True):
                 yield self._written(group, text, ids)
-
-    def _ids(self, groups: Sequence[TokenGroup], texts: Sequence[PromptGroup]) -> list[Ids]:
-        """The last turn of every text, or all of the assistant's turns where the policy is scored on them."""
-        ids = dict(zip(range(len(texts)), self.reference.last_turns(texts), strict=True))
-        several = [index for index, group in enumerate(groups) if group.scored is not None]
-        ids.update(zip(several, self.reference.all_turns([texts[index] for index in several]), strict=True))
-        return [ids[index] for index in range(len(texts))]
 
     def text(self, index: int) -> PromptGroup:
         """The texts of a group of the context as the reference reads them."""
@@ -135,17 +146,18 @@ class ReferenceEncoder:
         cut = [ids[-1] not in self.ends for ids in group.response_ids]
         if not any(cut):
             return text
-        if group.scored is not None:
+        words = [response for response in text.responses if isinstance(response, str)]
+        if group.scored is not None or len(words) < len(cut):
             raise ValueError(
-                f"{text.origin} was cut, and every turn of it is scored (data.score=all): what a reference with "
-                "another tokenizer is to read cannot be said; use data.over_length=drop or data.score=last"
+                f"{text.origin} was cut, and more than one turn of words is scored: what a reference with another "
+                "tokenizer is to read cannot be said; use data.over_length=drop"
             )
-        bodies = self.policy.chat.render(text.prompt, text.responses, text.tools).bodies
+        bodies = self.policy.chat.render(text.prompt, words, text.tools, text.template_options).bodies
         before = self.policy.decode(group.prompt_ids)
-        responses = list(text.responses)
+        responses = list(words)
         for at in (at for at, short in enumerate(cut) if short):
             scored = self.policy.decode([*group.prompt_ids, *group.response_ids[at]])[len(before) :]
-            lead = max(0, bodies[at].find(text.responses[at].strip()))
+            lead = max(0, bodies[at].find(words[at].strip()))
             responses[at] = scored[lead:].rstrip("\N{REPLACEMENT CHARACTER}")
         return replace(text, responses=tuple(responses))
 
@@ -165,7 +177,7 @@ class ReferenceEncoder:
         return replace(group, prompt_ids=ids.prompt, response_ids=tuple(responses), scored=masks or None)
 
     def _look(
-        self, before: str, text: PromptGroup, response: str, prompt: list[int], ids: list[int], cut: bool
+        self, before: str, text: PromptGroup, response: Response, prompt: list[int], ids: list[int], cut: bool
     ) -> None:
         audit = self.audit
         audit.num_responses += 1
@@ -173,14 +185,14 @@ class ReferenceEncoder:
         audit.reference_tokens += len(ids)
         audit.unknown += 0 if self.unknown is None else ids.count(self.unknown) + prompt.count(self.unknown)
         back = self.reference.decode([*prompt, *ids])[len(before) :]
-        turns = [turn["content"].strip() for turn in text.prompt]
-        if response not in back or not all(words in before + back for words in turns):
+        survives = all(turn["content"] in back and says(back, turn) for turn in turns_of(response))
+        if not survives or not all(says(before + back, turn) for turn in text.prompt):
             audit.altered += 1
             if len(audit.examples) < EXAMPLES:
                 lost = (
                     "a turn of the prompt is missing"
-                    if response in back
-                    else f"{response[:60]!r} became {back[:60]!r}"
+                    if survives
+                    else f"{words_of(response)[:60]!r} became {back[:60]!r}"
                 )
                 audit.examples.append(f"{text.origin}: {lost}")
 
@@ -293,7 +305,9 @@ class _Aligner:
     def carry(self, groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
         """For every group the values on the policy's response tokens; nan where a response does not come back."""
         return {
-            ours.group_index: np.concatenate(self._group(ours, theirs, self.writer.text(index).responses, rows))
+            ours.group_index: np.concatenate(
+                self._group(ours, theirs, list(map(words_of, self.writer.text(index).responses)), rows)
+            )
             for index, (ours, theirs) in enumerate(zip(self.writer.context.groups, groups, strict=True))
         }
 

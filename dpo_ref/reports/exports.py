@@ -25,8 +25,8 @@ class RewardedPair(NamedTuple):
     """A held-out pair and its implicit rewards, log policy - log reference of whole responses in nats."""
 
     prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
     chosen_reward: float
     rejected_reward: float
     origin: str
@@ -171,8 +171,8 @@ def rewardbench(pairs: RewardedPairs, *, model_name: str | None = None) -> Expor
             "id": index,
             "subset": pairs.subset,
             "prompt": pair.prompt[-1]["content"],
-            "chosen": [*pair.prompt, Message(role="assistant", content=pair.chosen)],
-            "rejected": [*pair.prompt, Message(role="assistant", content=pair.rejected)],
+            "chosen": [*pair.prompt, *pair.chosen],
+            "rejected": [*pair.prompt, *pair.rejected],
             "model": name,
             "scores_chosen": pair.chosen_reward,
             "scores_rejected": pair.rejected_reward,

@@ -29,7 +29,7 @@ from dpo_ref.references.table import PrecomputedReference, Rows, read_shards, sc
 from dpo_ref.tracking.terminal import say
 from dpo_ref.training.advantages import ADVANTAGES, PAIRS, Grouping, Picked, all_with, best_of_n, bradley_terry
 from dpo_ref.training.rounds import Round, Rounds, RoundsContext, groups_for
-from dpo_ref.types import Message, PreferenceData, Progress, PromptGroup, TokenGroup, digest, silent
+from dpo_ref.types import Asked, PreferenceData, Progress, TokenGroup, digest, silent
 
 # --- the samples of one round: drawn from the policy, scored, kept as files from which a resumed run goes on
 
@@ -77,7 +77,7 @@ class Sampler:
     options: dict[str, Any]  # of `generate`
     progress: Progress
 
-    def draw(self, prompts: Sequence[Sequence[Message]], seed: int) -> Samples:
+    def draw(self, prompts: Sequence[Asked], seed: int) -> Samples:
         """Answers of the policy as it is now. Raises ValueError where the scorer has no number for one."""
         started = time.perf_counter()
         generations = generate(self.policy.model, self.policy.tokenizer, prompts, seed, self.progress, **self.options)
@@ -87,7 +87,7 @@ class Sampler:
         if unscored:
             raise ValueError(
                 f"scorer {scores.name} has no finite reward for {unscored} of {len(generations)} samples, such as "
-                f"an answer to {prompts[0][-1]['content']!r}; choose another with scorer@data.scorer=..."
+                f"an answer to {generations[0].prompt[-1]['content']!r}; choose another with scorer@data.scorer=..."
             )
         return Samples(generations, list(scores.values), sampled_at - started, time.perf_counter() - sampled_at)
 
@@ -122,7 +122,7 @@ def token_group(index: int, generations: Sequence[Generation], picked: Picked) -
     samples = [generations[position] for position in picked.places]
     return TokenGroup(
         group_index=index,
-        group_id=PromptGroup(samples[0].prompt, tuple(sample.output for sample in samples)).group_id,
+        group_id=replace(samples[0].texts, responses=tuple(sample.output for sample in samples)).group_id,
         prompt_ids=list(samples[0].prompt_ids),
         response_ids=tuple(list(sample.token_ids) for sample in samples),
         num_bytes=tuple(len(sample.output.encode()) for sample in samples),
@@ -448,9 +448,7 @@ def on_policy(seed: int, progress: Progress = silent, *, prompts: Annotated[Any,
 # --- the prompts of all rounds, drawn from the rows of other data
 
 
-def draw_prompts(
-    context: RoundsContext, max_new_tokens: int, count: int
-) -> tuple[list[tuple[Message, ...]], tuple[str, ...]]:
+def draw_prompts(context: RoundsContext, max_new_tokens: int, count: int) -> tuple[list[Asked], tuple[str, ...]]:
     """`count` prompts in an order drawn from the seed; none comes again before all have come.
 
     Prompts that leave no room for `max_new_tokens` are left out, and counted in a note. Raises ValueError for a row
@@ -467,7 +465,7 @@ def draw_prompts(
         row = context.groups.text(index)
         if not row.prompt:
             raise ValueError(f"{row.origin} has no prompt that the policy could answer; choose other data.prompts")
-        seen.setdefault(row.prompt_id, row.prompt)
+        seen.setdefault(digest([row.prompt_id, row.tools, row.template_options]), row.asked)
     if not seen:
         raise ValueError(
             f"no prompt leaves room for data.max_new_tokens={max_new_tokens} in {context.max_length} tokens; lower "

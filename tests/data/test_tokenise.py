@@ -23,7 +23,7 @@ def test_any_text(family, question, first, chosen, rejected):
     tokenizer = FAMILIES[family]
     prompt = [Message(role="user", content=first), Message(role="assistant", content="ok")]
     prompt.append(Message(role="user", content=question))
-    (token_group,) = tokenise([PromptGroup(tuple(prompt), (chosen, rejected), ((0, 1),))], tokenizer).groups
+    (token_group,) = tokenise([PromptGroup(tuple(prompt), (chosen, rejected))], tokenizer).groups
     expected = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert token_group.prompt_ids == expected
     end = {"chatml": "<|im_end|>", "bos and leading space": "</s>"}[family]

@@ -35,7 +35,7 @@ def test_any_text_and_turn_structure(name, data):
     family = MADE[name]
     tokenizer = family.tokenizer
     prompt, responses = data.draw(conversations(family.words))
-    (token_group,) = tokenise([PromptGroup(prompt, responses, ((0, 1),))], tokenizer, max_length=10**6).groups
+    (token_group,) = tokenise([PromptGroup(prompt, responses)], tokenizer, max_length=10**6).groups
     expected = tokenizer.apply_chat_template(
         list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
     )

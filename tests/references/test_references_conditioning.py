@@ -10,6 +10,7 @@ import torch
 
 from dpo_ref.cli import resolve
 from dpo_ref.data.packing import collate
+from dpo_ref.data.scoring import Scoring
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.lab.models import locate
 from dpo_ref.references import policies
@@ -56,7 +57,9 @@ def test_every_turn_is_scored_by_both(tmp_path):
     family = FAMILIES["mistral: SentencePiece with a prefix on the first"]()
     groups = data(TEXTS[:2])  # user, assistant, user, then two responses
     context = replace(
-        context_of(groups, tmp_path, family.tokenizer), groups=tokenise(groups, POLICY, **LIMITS, score="all").groups
+        context_of(groups, tmp_path, family.tokenizer),
+        groups=tokenise(groups, POLICY, **LIMITS, score="all").groups,
+        scoring=Scoring("all"),
     )
     reference_sums = sums(policies.other(context, path="5"), context)
     model, expected = tiny_model(seed=5, vocab_size=SIZE), []
@@ -76,7 +79,7 @@ def test_every_turn_is_scored_by_both(tmp_path):
     cut = tokenise(
         groups, POLICY, score="all", max_length=10**6, max_response_length=12, over_length="truncate_response"
     )
-    with pytest.raises(ValueError, match=r"row 1 was cut, and every turn of it is scored \(data.score=all\)"):
+    with pytest.raises(ValueError, match="row 1 was cut, and more than one turn of words is scored"):
         policies.other(replace(context, groups=cut.groups), path="5")
 
 

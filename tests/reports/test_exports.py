@@ -12,7 +12,7 @@ from dpo_ref.generation.engine import PromptSet, Question, answer
 from dpo_ref.generation.records import read_generations
 from dpo_ref.reports.exports import Answers, RewardedPairs, alpaca_eval, arena_hard, mt_bench
 from dpo_ref.reports.exports import rewardbench as rewardbench_rows
-from dpo_ref.types import Message, silent
+from dpo_ref.types import Message, silent, words_of
 from tests.support.command import train
 from tests.support.evaluate_command import DATA, PLAIN, TRAIN, evaluate, measure, numbers
 from tests.support.evaluations import pair
@@ -176,7 +176,7 @@ def test_rows_belong_to_their_pairs():
     rows = rewarded_pairs(
         held_out, groups, policy, replace(policy, chosen=policy.chosen * 0, rejected=policy.rejected * 0)
     )
-    assert [(row.chosen, row.rejected) for row in rows] == [
+    assert [(words_of(row.chosen), words_of(row.rejected)) for row in rows] == [
         ("yes", "no"), ("maybe a cat", "yes"), ("of course!", "what is it?"),
     ]  # fmt: skip
     assert rows[0].chosen_reward == rows[1].rejected_reward != rows[0].rejected_reward

@@ -9,7 +9,7 @@ from dpo_ref.evaluation.results import RESULTS, Evaluated, Evaluation
 from dpo_ref.evaluation.stages import score_stage
 from dpo_ref.generation.records import Generation, write_generations
 from dpo_ref.reports.exports import RewardedPair
-from dpo_ref.types import Message
+from dpo_ref.types import Message, turns_of
 
 QUESTIONS = (
     "List three animals that can fly.",
@@ -139,4 +139,4 @@ def answer(prompt=0, sample=0, tokens=(5, 6, 2), finished=True, text="ab", seed=
 
 def pair(**changed) -> RewardedPair:
     prompt = (Message(role="system", content="be short"), Message(role="user", content="a cat"))
-    return RewardedPair(prompt, "good", "bad", 0.5, -0.25, "pairs.jsonl row 1")._replace(**changed)
+    return RewardedPair(prompt, turns_of("good"), turns_of("bad"), 0.5, -0.25, "pairs.jsonl row 1")._replace(**changed)

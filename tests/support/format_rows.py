@@ -164,6 +164,118 @@ case(
     sft("Say hi.", "Hi."),
 )
 
+case(
+    "alpaca_history as instruction",
+    r"""{"instruction": "Which is longer?", "input": "", "output": "The Elbe.", "system": "Be brief.",
+     "history": [["Where does the Elbe end?", "In the sea."]]}""",
+    sft(turns("Where does the Elbe end?", "In the sea.", "Which is longer?", system="Be brief."), "The Elbe."),
+)
+case(
+    "kto_messages as unpaired",
+    r"""{"messages": [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Blue."}], "label": true},
+    {"messages": [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Round."}], "label": false}""",
+    sft("Sky?", "Blue.", labels=(True,)),
+    sft("Sky?", "Round.", labels=(False,)),
+)
+case(
+    "kto_alpaca as unpaired",
+    r"""{"instruction": "Name a metal.", "input": "", "output": "Wood.", "kto_tag": false}""",
+    sft("Name a metal.", "Wood.", labels=(False,)),
+)
+case(
+    "kto_sharegpt as unpaired",
+    r"""{"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Blue"}], "kto_tag": true}""",
+    sft("Sky?", "Blue", labels=(True,)),
+)
+case(
+    "sharegpt as messages",
+    r"""{"id": 7, "conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"},
+      {"from": "gpt", "value": "Hello!"}, {"from": "human", "value": "Sky?"}, {"from": "model", "value": "Blue."}]}""",
+    sft(turns("Hi", "Hello!", "Sky?", system="Be kind."), "Blue."),
+)
+case(
+    "sharegpt_tools as messages",
+    r"""{"conversation": [{"from": "human", "value": "Weather in Rome?"},
+      {"from": "function_call", "value": "{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"}}"},
+      {"from": "observation", "value": "18 degrees"}, {"from": "gpt", "value": "It has 18 degrees."}],
+     "system": "Use the tools.", "tools": TOOLS}""",
+    sft(
+        (
+            *turns("Weather in Rome?", system="Use the tools."),
+            Message(role="assistant", content="", tool_calls=[CALL]),
+            Message(role="tool", content="18 degrees"),
+        ),
+        "It has 18 degrees.",
+        tools=(WEATHER,),
+    ),
+    TOOLS=json.dumps(json.dumps([WEATHER])),
+)
+case(
+    "sharegpt_pairs as preference",
+    r"""{"conversations": [{"from": "human", "value": "Two plus two?"}], "chosen": {"from": "gpt", "value": "Four."},
+     "rejected": {"from": "gpt", "value": "Five."}}""",
+    pair("Two plus two?", "Four.", "Five."),
+)
+case(
+    "openai_preference as openai_preference",
+    r"""{"input": {"messages": [{"role": "user", "content": "How cold is it?"}], "tools": [TOOL],
+      "parallel_tool_calls": true}, "preferred_output": [{"role": "assistant", "content": "Which city?"}],
+     "non_preferred_output": [{"role": "assistant", "content": "Very."}]}""",
+    pair("How cold is it?", "Which city?", "Very.", tools=(WEATHER,)),
+    TOOL=json.dumps(WEATHER),
+)
+case(
+    "swift_rejected_response as rejected_response",
+    r"""{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sky?"},
+      {"role": "assistant", "content": "Blue."}], "rejected_response": "Round."}""",
+    pair(turns("Sky?", system="Be brief."), "Blue.", "Round."),
+)
+case(
+    "swift_rejected_messages as rejected_response",
+    r"""{"messages": [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Blue."}],
+     "rejected_messages": [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Round."}]}""",
+    pair("Sky?", "Blue.", "Round."),
+)
+case(
+    "swift_query as preference",
+    r"""{"system": "Be brief.", "history": [["Hi", "Hello!"]], "query": "Sky?", "response": "Blue.",
+     "rejected_response": "Round."}""",
+    pair(turns("Hi", "Hello!", "Sky?", system="Be brief."), "Blue.", "Round."),
+)
+case(
+    "messages_beside_sides as preference",
+    r"""{"messages": [{"role": "user", "content": "Sky?"}], "chosen": [{"role": "assistant", "content": "Is blue."}],
+     "rejected": [{"role": "assistant", "content": "Is round."}]}""",
+    pair("Sky?", "Is blue.", "Is round."),
+)
+case(
+    "alpaca_pairs as preference",
+    r"""{"instruction": "Correct it.", "input": "I haev time.", "chosen": "It is: I have time.",
+     "rejected": "It is: I haev time."}""",
+    pair("Correct it.\n\nI haev time.", "It is: I have time.", "It is: I haev time."),
+)
+case(
+    "question_and_context as preference",
+    r"""{"context": "Ann has a cat.", "question": "Who has a cat?", "chosen": "Ann has.", "rejected": "Bob has."}""",
+    pair("Ann has a cat.\n\nWho has a cat?", "Ann has.", "Bob has."),
+)
+case(
+    "template_options as preference",
+    r"""{"prompt": "Is 91 prime?", "chosen": "No.", "rejected": "Yes.",
+     "chat_template_kwargs": {"enable_thinking": false}}""",
+    pair("Is 91 prime?", "No.", "Yes.", template_options={"enable_thinking": False}),
+)
+case(
+    "thoughts as preference",
+    r"""{"prompt": [{"role": "user", "content": "Is 91 prime?"}],
+     "chosen": [{"role": "assistant", "content": "No.", "reasoning_content": "7 times 13."}],
+     "rejected": [{"role": "assistant", "content": "No.", "reasoning_content": "A guess."}]}""",
+    pair(
+        "Is 91 prime?",
+        *((Message(role="assistant", content="No.", reasoning_content=why),) for why in ("7 times 13.", "A guess.")),
+    ),
+)
+
 # Rows of published preference sets.
 
 case(
@@ -272,4 +384,114 @@ case(
     "ranked_by_order as ranked",
     r"""{"prompt": "Pick.", "responses": ["best", "middle", "worst"]}""",
     pair("Pick.", "best", "worst", (0.0, -2.0)),
+)
+case(
+    "trajectories as ranked",
+    r"""{"prompt": [{"role": "user", "content": "Rome?"}], "rewards": [0.0, 1.0], "trajectories": [
+      [{"role": "assistant", "content": "Warm."}],
+      [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "18 degrees"},
+       {"role": "assistant", "content": "It has 18 degrees."}]]}""",
+    pair(
+        "Rome?",
+        (
+            Message(role="assistant", content="", tool_calls=[CALL]),
+            Message(role="tool", content="18 degrees"),
+            Message(role="assistant", content="It has 18 degrees."),
+        ),
+        "Warm.",
+        (1.0, 0.0),
+    ),
+    CALL=json.dumps(CALL),
+)
+case(
+    "helpsteer2_rounds as helpsteer",
+    ", ".join(
+        HELPSTEER2 % (r"A river?\n<extra_id_1>Assistant\nElbe.\n<extra_id_1>User\nIts end?", *row)
+        for row in (("The sea.", 4, 1), ("A lake.", 0, 1))
+    ),
+    pair(turns("A river?", "Elbe.", "Its end?"), "The sea.", "A lake.", (4.0, 0.0)),
+)
+case(
+    "helpsteer2_preference as helpsteer3",
+    r"""{"split": "train", "prompt": "A metal?", "response_1": "Iron", "response_2": "Wood", "preference_strength": -3,
+     "preference_statement": "Response 1 is much better than Response 2.", "preference_elaboration": "Wood is none.",
+     "three_most_similar_preferences": [{"statement": "s", "elaboration": "e", "strength": -3}],
+     "all_preferences_unprocessed": [{"strength": -3, "statement": "s", "elaboration": "e"}]}""",
+    pair("A metal?", "Iron", "Wood", (3.0, -3.0)),
+)
+case(
+    "nectar as ranked",
+    r"""{"prompt": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: A metal?\n\nAssistant: ", "turns": 2,
+     "num_responses": 3, "source": ["lmsys-chat-1m"], "good_natured": true, "answers": [
+      {"answer": "Tin, say.", "model": "gpt-4", "rank": 1.0}, {"answer": "Wood.", "model": "llama", "rank": 3.0},
+      {"answer": "Iron.", "model": "mistral", "rank": 2.0}]}""",
+    pair(turns("Hi", "Yes?", "A metal?"), "Tin, say.", "Wood.", (-1.0, -3.0)),
+)
+case(
+    "safe_rlhf as safe_rlhf",
+    r"""{"prompt": "A metal?", "response_0": "Wood", "response_1": "Iron", "prompt_source": "GPT-3.5",
+     "response_0_source": "Alpaca-7B", "response_1_source": "Alpaca-7B", "is_response_0_safe": true,
+     "is_response_1_safe": false, "response_0_harm_category": {"Privacy Violation": false},
+     "response_1_harm_category": {"Privacy Violation": true}, "response_0_severity_level": 0,
+     "response_1_severity_level": 2, "better_response_id": 1, "safer_response_id": 0,
+     "response_0_sha256": "ab", "response_1_sha256": "cd"}""",
+    pair("A metal?", "Iron", "Wood"),
+)
+case(
+    "skywork as preference",
+    r"""{"chosen": [{"content": "A metal?", "role": "user"}, {"content": "Iron", "role": "assistant"}],
+     "rejected": [{"content": "A metal?", "role": "user"}, {"content": "Wood", "role": "assistant"}],
+     "source": "magpie_ultra", "chosen_score": 9.5, "rejected_score": 2.0}""",
+    pair("A metal?", "Iron", "Wood", (9.5, 2.0)),
+)
+case(
+    "tulu3 as preference",
+    r"""{"id": "personas_1", "source": "personahub", "prompt": "A metal?", "constraints": ["one word"],
+     "chosen": [{"content": "A metal?", "role": "user"}, {"content": "Iron", "role": "assistant"}],
+     "rejected": [{"content": "A metal?", "role": "user"}, {"content": "Wood", "role": "assistant"}],
+     "chosen_model": "gpt-4o", "rejected_model": "llama"}""",
+    pair("A metal?", "Iron", "Wood"),
+)
+case(
+    "olmo3 as preference",
+    r"""{"chosen": [{"content": "A metal?", "role": "user", "function_calls": null},
+      {"content": "Iron", "role": "assistant", "function_calls": null}],
+     "rejected": [{"content": "A metal?", "role": "user", "function_calls": null},
+      {"content": "Wood", "role": "assistant", "function_calls": null}],
+     "prompt_id": "dolci-1", "dataset_source": "allenai/wildchat", "chosen_model": "qwen3-32b",
+     "rejected_model": "qwen3-0.6b", "preference_type": "delta"}""",
+    pair("A metal?", "Iron", "Wood"),
+)
+case(
+    "ultrafeedback_argilla as preference",
+    r"""{"source": "evol_instruct", "instruction": "A metal?", "chosen_response": "Iron", "rejected_response": "Wood",
+     "chosen_avg_rating": 4.5, "rejected_avg_rating": 1.25, "chosen_model": "gpt-4", "rejected_model": "bard"}""",
+    pair("A metal?", "Iron", "Wood", (4.5, 1.25)),
+)
+case(
+    "orca_pairs as preference",
+    r"""{"system": "Be brief.", "question": "A metal?", "chosen": "Iron it is", "rejected": "Iron not"}""",
+    pair(turns("A metal?", system="Be brief."), "Iron it is", "Iron not"),
+)
+case(
+    "orca_distilabel as preference",
+    r"""{"system": "", "input": "A metal?", "chosen": "Iron", "rejected": "Wood", "generations": ["Wood", "Iron"],
+     "order": ["gpt", "llama"], "labelling_model": "gpt-4", "labelling_prompt": [
+      {"role": "user", "content": "Rate two answers to: A metal?"}], "raw_labelling_response": "9 1",
+     "rating": [9.0, 1.0], "rationale": "Wood is none.", "status": "swapped", "original_chosen": "Wood",
+     "original_rejected": "Iron", "chosen_score": 9.0, "in_gsm8k_train": false}""",
+    pair("A metal?", "Iron", "Wood"),
+)
+case(
+    "orpo_mix as preference",
+    r"""{"source": "distilabel", "question": "A metal?", "prompt": "A metal?",
+     "chosen": [{"content": "A metal?", "role": "user"}, {"content": "Iron", "role": "assistant"}],
+     "rejected": [{"content": "A metal?", "role": "user"}, {"content": "Wood", "role": "assistant"}]}""",
+    pair("A metal?", "Iron", "Wood"),
+)
+case(
+    "stack_exchange_paired as preference",
+    r"""{"qid": 11, "question": "How to compare?", "date": "2014/05/14", "metadata": ["https://example.com/11"],
+     "response_j": "Sort & search", "response_k": "Use a < b"}""",
+    pair("How to compare?", "Sort & search", "Use a < b"),
 )

@@ -1,21 +1,16 @@
-"""What a row must hold, checked value by value; what it does not raises BadRow with the column's name."""
+"""What a value of a row must be, checked one by one; what it is not raises BadRow with the column's name."""
 
-from collections.abc import Sequence
+import ast
+import json
+from contextlib import suppress
 from typing import Any
-
-from dpo_ref.types import Message, PromptGroup
+from warnings import catch_warnings, simplefilter
 
 Row = dict[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
 MAX_CHARS = 2**20  # of one text; a longer one is a mistake in the file
+_DEEPEST = 64  # lists and objects inside each other
 _SHOWN = 8  # column names in a message
-_FOLLOWS = {  # which turns may come after which; "" is the beginning
-    "system": ("",),
-    "user": ("", "system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
 
 
 class BadRow(ValueError):
@@ -32,9 +27,10 @@ def column(row: Row, name: str) -> Any:
     """The value of a column that must be there and not null."""
     if name not in row:
         raise BadRow(f"has no {name}; its columns are {columns_of(row)}")
-    if row[name] is None:
+    value = row[name]
+    if value is None:
         raise BadRow(f"has null in {name}")
-    return row[name]
+    return value
 
 
 def shown(value: Any) -> str:
@@ -58,15 +54,6 @@ def flag(value: Any, name: str) -> bool:
     return truth
 
 
-def json_value(value: Any, name: str) -> Any:
-    """A nested value without the nulls that Parquet writes into absent fields; its texts can be encoded."""
-    if isinstance(value, dict):
-        return {key: json_value(inner, name) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list | tuple):
-        return [json_value(inner, name) for inner in value]
-    return text(value, name) if isinstance(value, str) else value
-
-
 def text(value: Any, name: str) -> str:
     """A text that can be encoded, of bounded size."""
     if not isinstance(value, str):
@@ -77,12 +64,13 @@ def text(value: Any, name: str) -> str:
         raise BadRow(f"has {len(value):,} characters in {name}; at most {MAX_CHARS:,} are taken for one text")
     if "\0" in value:
         raise BadRow(f"has a NUL character in {name}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            f"has half a surrogate pair in {name} (character {error.start}): the file was cut or mis-decoded"
-        ) from error
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadRow(
+                f"has half a surrogate pair in {name} (character {error.start}): the file was cut or mis-decoded"
+            ) from error
     return value
 
 
@@ -90,7 +78,7 @@ def number(value: Any, name: str) -> float:
     """A finite number; texts that spell one are taken, as ratings often come so."""
     try:
         as_float = float(value) if not isinstance(value, bool) else float("nan")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         as_float = float("nan")
     if as_float - as_float != 0:
         raise BadRow(f"has {shown(value)} in {name}, where a finite number is expected")
@@ -106,63 +94,53 @@ def several(value: Any, name: str) -> list[Any]:
     return list(value)
 
 
-def turn(value: Any, name: str) -> Message:
-    """One turn: a known role and text, and what belongs to tool calls."""
-    if not isinstance(value, dict) or "role" not in value:
-        raise BadRow(f"has a {name} with a turn that is not {{role: {'|'.join(ROLES)}, content: text}}")
-    role, content = value["role"], value.get("content")
-    if role not in ROLES:
-        raise BadRow(f"has the unknown role {shown(role)} in {name}; known are {', '.join(ROLES)}")
-    extra = {key: json_value(value[key], name) for key in ("name", "tool_calls", "tool_call_id") if value.get(key)}
-    if not all(isinstance(call, dict) for call in extra.get("tool_calls", [])):
-        raise BadRow(f"has tool_calls in {name} that are not a list of objects")
-    if content is None and "tool_calls" in extra:
-        content = ""
-    return Message(role=role, content=text(content, f"{name} ({role} turn)"), **extra)
+# --- values in values
 
 
-def turns(value: Any, name: str, role: str) -> list[Message]:
-    """A conversation: a list of turns in an order that makes sense, or text, which is one turn of `role`."""
+def says_nothing(value: Any) -> bool:
+    """Whether a value is as good as absent: null, blank or empty, also all that is inside of it."""
     if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if not isinstance(value, list | tuple):
-        raise BadRow(f"has a {name} that is neither text nor a list of messages")
-    return [turn(entry, name) for entry in several(value, name)]
+        return not value or value.isspace()
+    if isinstance(value, dict):
+        return all(map(says_nothing, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(says_nothing, value))
+    return value is None
 
 
-def in_order(messages: Sequence[Message], name: str) -> None:
-    """Refuse roles out of order: a system turn first or nowhere, then user and assistant in turns."""
-    before = ""
-    for index, message in enumerate(messages):
-        if before not in _FOLLOWS[message["role"]]:
-            where = f"after a turn of {before}" if before else "at the beginning"
-            raise BadRow(f"has roles out of order in {name}: turn {index + 1} is {message['role']} {where}")
-        before = message["role"]
+def json_value(value: Any, name: str, depth: int = 0) -> Any:
+    """A nested value as JSON has it, whose texts can be encoded."""
+    if depth > _DEEPEST:
+        raise BadRow(f"has more than {_DEEPEST} lists and objects inside each other in {name}")
+    if isinstance(value, dict):
+        return {text(key, name): json_value(inner, name, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(inner, name, depth + 1) for inner in value]
+    if isinstance(value, str):
+        return text(value, name)
+    if value is not None and not isinstance(value, bool | int | float):
+        raise BadRow(f"has a {type(value).__name__} in {name}, which JSON cannot hold")
+    return value
 
 
-def group(
-    prompt: Sequence[Message],
-    responses: Sequence[str],
-    origin: str,
-    *,
-    names: Sequence[str] = (),
-    pairs: tuple[tuple[int, int], ...] = (),
-    rewards: Sequence[float] | None = None,
-    labels: tuple[bool, ...] | None = None,
-    tools: tuple[dict[str, Any], ...] | None = None,
-) -> PromptGroup:
-    """A group whose prompt ends with a turn that the assistant answers and whose responses are not empty."""
-    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
-        ending = f"ends with a turn of {prompt[-1]['role']}" if prompt else "is empty"
-        raise BadRow(f"has a prompt that {ending}; it must end with a user turn")
-    if prompt[-1]["role"] == "user" and not prompt[-1]["content"].strip():
-        raise BadRow("has an empty prompt")
-    in_order(prompt, "prompt")
-    for index, response in enumerate(responses):
-        if not response.strip():
-            raise BadRow(f"has an empty {names[index] if names else f'response {index + 1}'}")
-    for better, worse in pairs:
-        if responses[better] == responses[worse]:
-            raise BadRow("has chosen equal to rejected")
-    scores = None if rewards is None else tuple(rewards)
-    return PromptGroup(tuple(prompt), tuple(responses), pairs, scores, origin, labels, tools)
+def json_text(value: Any, name: str) -> Any:
+    """A nested value that may come as JSON text, decoded."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"has text that is not JSON in {name}: {shown(value)}") from error
+    return json_value(value, name)
+
+
+def written_out(value: str) -> Any:
+    """The list or object that a text is, as JSON or as Python writes it; None for any other text. Texts that are too
+    long for a row anyway are not looked at."""
+    if len(value) > MAX_CHARS or value.lstrip()[:1] not in ("[", "{"):
+        return None
+    with suppress(ValueError, RecursionError):
+        return json.loads(value)
+    with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError), catch_warnings():
+        simplefilter("ignore")  # about escapes in the text
+        return ast.literal_eval(value.strip())
+    return None

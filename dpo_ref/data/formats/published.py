@@ -2,45 +2,40 @@
 
 from typing import Any
 
-from dpo_ref.data.formats.checks import BadRow, Row, column, flag, group, number, record, several, text, turns
-from dpo_ref.data.formats.standard import instruction_text
+from dpo_ref.data.formats.checks import BadRow, Row, column, flag, number, record, several, text
+from dpo_ref.data.formats.columns import ReadRow, kind_of, part, parts, peek
+from dpo_ref.data.formats.conversations import answered, dialogue, group, response, turns
+from dpo_ref.data.formats.standard import asked, prompt_of, repeated
 from dpo_ref.types import Message, PromptGroup
 
 
 def hh(row: Row, origin: str) -> PromptGroup:
     """Anthropic's hh-rlhf: two dialogues as text, turns opened by "\\n\\nHuman:" and "\\n\\nAssistant:", that share
     everything up to their last assistant turn."""
-    chosen, rejected = (_dialogue(text(column(row, name), name)) for name in ("chosen", "rejected"))
+    chosen, rejected = (_answered_dialogue(text(column(row, name), name)) for name in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise BadRow("has dialogues that differ before their last assistant turn")
     answers = [chosen[-1]["content"], rejected[-1]["content"]]
-    return group(chosen[:-1], answers, origin, names=("chosen", "rejected"), pairs=((0, 1),))
+    return asked(row, chosen[:-1], answers, origin, names=("chosen", "rejected"), pairs=((0, 1),))
 
 
-def _dialogue(transcript: str) -> list[Message]:
-    """Turns of an hh dialogue. A turn marker inside a turn's first line cannot be told from a real one."""
-    messages: list[Message] = []
-    for part in transcript.split("\n\nHuman:")[1:]:
-        human, *assistants = part.split("\n\nAssistant:")
-        messages.append(Message(role="user", content=human.strip()))
-        messages += [Message(role="assistant", content=assistant.strip()) for assistant in assistants]
+def _answered_dialogue(transcript: str) -> list[Message]:
+    messages = dialogue(transcript)
     if not messages or messages[-1]["role"] != "assistant":
         raise BadRow("has a dialogue that does not end with an assistant turn")
     return messages
 
 
-def ultrafeedback(row: Row, origin: str, *, rating: str | None = None) -> PromptGroup:
+def ultrafeedback(row: ReadRow, origin: str, *, rating: str | None = None) -> PromptGroup:
     """openbmb/UltraFeedback: an `instruction` and `completions`, each with a `response` and ratings.
 
     Scores are the mean of the rated aspects, as in the cleaned and binarized sets; `overall_score` is known to be
     wrong in rows where a 1 became a 10. `rating` names another: an aspect, `overall_score` or `fine-grained_score`.
     """
-    completions = [
-        record(completion, "completions") for completion in several(column(row, "completions"), "completions")
-    ]
-    prompt = [Message(role="user", content=text(column(row, "instruction"), "instruction"))]
+    completions = parts(row, "completions")
+    prompt = turns(column(row, "instruction"), "instruction", "user")
     responses = [text(column(completion, "response"), "response") for completion in completions]
-    return group(prompt, responses, origin, rewards=[_rating(completion, rating) for completion in completions])
+    return asked(row, prompt, responses, origin, rewards=[_rating(completion, rating) for completion in completions])
 
 
 def _rating(completion: Row, rating: str | None) -> float:
@@ -66,9 +61,9 @@ def shp(row: Row, origin: str) -> PromptGroup:
     return group(prompt, responses[order], origin, pairs=((0, 1),), rewards=scores[order])
 
 
-def stack_exchange(row: Row, origin: str) -> PromptGroup:
+def stack_exchange(row: ReadRow, origin: str) -> PromptGroup:
     """HuggingFaceH4/stack-exchange-preferences: a `question` and its `answers`, scored by votes, all as HTML."""
-    answers = [record(answer, "answers") for answer in several(column(row, "answers"), "answers")]
+    answers = parts(row, "answers")
     prompt = [Message(role="user", content=_words(column(row, "question"), "question"))]
     responses = [_words(column(answer, "text"), "answers.text") for answer in answers]
     return group(
@@ -82,10 +77,9 @@ def _words(html: Any, name: str) -> str:
     return BeautifulSoup(text(html, name), "html.parser").get_text().strip()
 
 
-def tldr(row: Row, origin: str) -> PromptGroup:
+def tldr(row: ReadRow, origin: str) -> PromptGroup:
     """openai/summarize_from_feedback, comparisons: a post in `info`, two `summaries`, and the `choice` of one."""
-    info = record(column(row, "info"), "info")
-    summaries = [record(summary, "summaries") for summary in several(column(row, "summaries"), "summaries")]
+    info, summaries = part(row, "info"), parts(row, "summaries")
     if len(summaries) != 2:
         raise BadRow(f"has {len(summaries)} summaries, where two are compared")
     if info.get("post"):
@@ -110,9 +104,8 @@ def annotated(row: Row, origin: str) -> PromptGroup:
     value = number(column(row, name), name)
     if not 1 <= value <= 2:
         raise BadRow(f"has {value:g} in {name}, which runs from 1 (the first is better) to 2")
-    prompt = [Message(role="user", content=instruction_text(row))]
     responses = [text(column(row, f"output_{side}"), f"output_{side}") for side in (1, 2)]
-    return group(prompt, responses, origin, rewards=[2 - value, value - 1])
+    return asked(row, prompt_of(row), responses, origin, rewards=[2 - value, value - 1])
 
 
 def helpsteer(row: Row, origin: str, *, rating: str | None = None) -> PromptGroup:
@@ -120,31 +113,87 @@ def helpsteer(row: Row, origin: str, *, rating: str | None = None) -> PromptGrou
 
     Scores are `helpfulness` unless `rating` names another column.
     """
-    prompt = turns(column(row, "prompt"), "prompt", "user")
     name = rating or "helpfulness"
     response = text(column(row, "response"), "response")
-    return group(prompt, [response], origin, names=("response",), rewards=[number(column(row, name), name)])
+    score = number(column(row, name), name)
+    return asked(row, prompt_of(row), [response], origin, names=("response",), rewards=[score])
 
 
-def helpsteer3(row: Row, origin: str) -> PromptGroup:
-    """nvidia/HelpSteer3: a `context`, two responses, and `overall_preference` from -3 (the first) to 3."""
-    preference = number(column(row, "overall_preference"), "overall_preference")
-    responses = [text(column(row, f"response{side}"), f"response{side}") for side in (1, 2)]
-    return group(
-        turns(column(row, "context"), "context", "user"), responses, origin, rewards=[-preference, preference]
-    )
+def compared(row: Row, origin: str) -> PromptGroup:
+    """nvidia/HelpSteer3 and the preferences of HelpSteer2: a `context` (`prompt`), two responses, and
+    `overall_preference` (`preference_strength`) from -3 (the first) to 3."""
+    name = "preference_strength" if "preference_strength" in row else "overall_preference"
+    preference = number(column(row, name), name)
+    sides = ("response_1", "response_2") if "response_1" in row else ("response1", "response2")
+    responses = [response(answered(column(row, side), side), side) for side in sides]
+    asks = "context" if "context" in row else "prompt"
+    prompt = turns(column(row, asks), asks, "user")
+    return asked(row, prompt, responses, origin, names=sides, rewards=[-preference, preference])
 
 
-def ranked(row: Row, origin: str) -> PromptGroup:
-    """A `prompt` and k `responses` with `scores`, or with `ranks` (1 is best), or, without both, the best first."""
-    prompt = turns(column(row, "prompt"), "prompt", "user")
-    responses = [text(response, "responses") for response in several(column(row, "responses"), "responses")]
-    if row.get("scores") is not None:
-        values = [number(score, "scores") for score in several(row["scores"], "scores")]
-    elif row.get("ranks") is not None:
-        values = [-number(rank, "ranks") for rank in several(row["ranks"], "ranks")]
-    else:
-        values = [-float(index) for index in range(len(responses))]
+def safe_rlhf(row: Row, origin: str, *, rating: str | None = None) -> PromptGroup:
+    """PKU-SafeRLHF: a `prompt`, `response_0` and `response_1`, and `better_response_id` says which is better.
+
+    `rating` names another column that says it, such as `safer_response_id`.
+    """
+    name = rating or "better_response_id"
+    responses = [text(column(row, f"response_{side}"), f"response_{side}") for side in (0, 1)]
+    order = slice(None, None, -1) if flag(column(row, name), name) else slice(None)
+    names = ("response_0", "response_1")[order]
+    return asked(row, prompt_of(row), responses[order], origin, names=names, pairs=((0, 1),))
+
+
+RESPONSES = ("responses", "trajectories", "answers")
+_SAID = ("text", "response", "answer", "completion", "output", "content", "messages", "turns", "trajectory")
+_SCORED_BY = {"score": 1, "reward": 1, "rating": 1, "rank": -1}  # and which way is up; in lists of their own plural
+
+
+def ranked(row: ReadRow, origin: str) -> PromptGroup:
+    """A prompt and k `responses`, `trajectories` of several turns, or `answers` (berkeley-nest/Nectar), with their
+    `scores`, `rewards` or `ranks` (1 is best) in a list or in each of them; without any, the best response first."""
+    name = next((name for name in RESPONSES if peek(row, name) is not None), RESPONSES[0])
+    prompt = prompt_of(row)
+    entries = several(column(row, name), name)
+    objects = all(isinstance(entry, dict) and entry.keys().isdisjoint(("role", "from")) for entry in entries)
+    conversations = _of_objects(parts(row, name), name) if objects else [answered(entry, name) for entry in entries]
+    responses = [response(turns[repeated(prompt, turns, name) :], name) for turns in conversations]
+    values = (_scores_in(row.parts[name]) if objects else None) or _scores_beside(row, len(responses), name)
     if len(values) != len(responses):
-        raise BadRow(f"has {len(responses)} responses and {len(values)} scores or ranks")
-    return group(prompt, responses, origin, rewards=values)
+        raise BadRow(f"has {len(responses)} {name} and {len(values)} scores or ranks")
+    return asked(row, prompt, responses, origin, rewards=values)
+
+
+def _of_objects(entries: list[ReadRow], name: str) -> list[list[Message]]:
+    """What each entry of a list says."""
+    keys = [next((key for key in _SAID if peek(entry, key) is not None), _SAID[0]) for entry in entries]
+    return [answered(column(entry, key), f"{name}.{key}") for entry, key in zip(entries, keys, strict=True)]
+
+
+def _scores_in(entries: list[ReadRow]) -> list[float] | None:
+    """What scores the entries of a list, if all have it."""
+    for key, sign in _SCORED_BY.items():
+        if all(peek(entry, key) is not None for entry in entries):
+            return [sign * number(entry[key], key) for entry in entries]
+    return None
+
+
+def _scores_beside(row: ReadRow, size: int, name: str) -> list[float]:
+    """What the row's list of scores or ranks says; without one the first is the best."""
+    key = next((key for key in _SCORED_BY if peek(row, f"{key}s") is not None), None)
+    if key is not None:
+        return [_SCORED_BY[key] * number(value, f"{key}s") for value in several(row[f"{key}s"], f"{key}s")]
+    unread = next((other for other, value in row.items() if other != name and _could_score(other, value, size)), None)
+    if unread is not None:
+        raise BadRow(
+            f"has {unread}, which may score its {name}: data.columns={{scores: {unread}}} reads it so, "
+            f"data.ignore=[{unread}] takes the first for the best"
+        )
+    if name != RESPONSES[0]:
+        raise BadRow(f"has {name} without scores; a list of {', '.join(f'{key}s' for key in _SCORED_BY)} orders them")
+    return [-float(index) for index in range(size)]
+
+
+def _could_score(name: str, value: Any, size: int) -> bool:
+    """Whether a column that nobody reads has a number for each response; log-probs are not scores."""
+    numbers = isinstance(value, list | tuple) and len(value) == size and all(isinstance(v, int | float) for v in value)
+    return numbers and kind_of(name) != "harmless" and "logp" not in name

@@ -7,11 +7,13 @@ Log-probs of responses may come with a row. They never make it bad: what is miss
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from dpo_ref.data.formats import published, standard
 from dpo_ref.data.formats.checks import BadRow, Row, columns_of
+from dpo_ref.data.formats.columns import peek
 from dpo_ref.types import PromptGroup
 
 # --- log-probs that came with a row: the columns by which they are known, and how they are read
@@ -40,7 +42,8 @@ def known_logps(row: Row, layouts: Sequence[Columns], num_responses: int) -> tup
 
     A row with two sets of them gives NaN: which is meant has to be said (`data.logps_columns`).
     """
-    present = [columns for columns in layouts if any(row.get(name) is not None for name in columns)]
+    beside = (columns for columns in layouts if not row.keys().isdisjoint(columns))
+    present = [columns for columns in beside if any(row.get(name) is not None for name in columns)]
     if not present:
         return None
     return named_logps(row, present[0], num_responses) if len(present) == 1 else (math.nan,) * num_responses
@@ -56,18 +59,25 @@ def _value(value: Any) -> float:
 # --- the formats
 
 
+Layout = tuple[frozenset[str], ...]  # of each set a row has one column
+
+
 class Format(NamedTuple):
     """A layout of rows: the columns by which it is known, and how a row becomes a group.
 
-    `rows_of_one_prompt`: consecutive rows with the same prompt are one group. `logps`: columns that may bring
-    log-probs of the responses, none where the format has no place for them.
+    `accepts` looks at values where columns do not decide. `known` are columns, also of objects in them, that are
+    published with it and change nothing. `rows_of_one_prompt`: consecutive rows with the same prompt are one group.
+    `logps`: columns that may bring log-probs of the responses, none where the format has no place for them.
     """
 
     name: str
-    columns: frozenset[str]
+    layouts: tuple[Layout, ...]
     convert: Callable[..., PromptGroup]
-    rows_of_one_prompt: bool = False
-    logps: tuple[Columns, ...] = ()
+    accepts: Callable[[Row], bool]
+    known: frozenset[str]
+    rows_of_one_prompt: bool
+    logps: tuple[Columns, ...]
+    needs: str  # the columns of its first layout, for messages
 
     @property
     def options(self) -> set[str]:
@@ -75,45 +85,119 @@ class Format(NamedTuple):
         parameters = inspect.signature(self.convert).parameters.values()
         return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
+    @property
+    def columns(self) -> frozenset[str]:
+        """Those of all its layouts."""
+        return frozenset().union(*(any_of for layout in self.layouts for any_of in layout))
 
-def _format(name: str, columns: str, convert: Callable[..., PromptGroup], **more: Any) -> Format:
-    return Format(name, frozenset(columns.split()), convert, **more)
+    def share(self, columns: Collection[str]) -> float:
+        """Of the columns that the nearest of its layouts needs, the share that is there."""
+        return max(sum(not any_of.isdisjoint(columns) for any_of in layout) / len(layout) for layout in self.layouts)
 
+
+def _format(
+    name: str,
+    layouts: str,
+    convert: Callable[..., PromptGroup],
+    *,
+    accepts: Callable[[Row], bool] = lambda row: True,
+    known: str = "",
+    rows_of_one_prompt: bool = False,
+    logps: tuple[Columns, ...] = (),
+) -> Format:
+    """`layouts` are divided by commas, a layout's columns by blanks, those of which one is enough by strokes."""
+    split = [[column.split("|") for column in layout.split()] for layout in layouts.split(",")]
+    needs = ", ".join(sorted(first for first, *_ in split[0]))
+    sets = tuple(tuple(map(frozenset, layout)) for layout in split)
+    return Format(name, sets, convert, accepts, frozenset(known.split()), rows_of_one_prompt, logps, needs)
+
+
+def _is_dialogue(row: Row) -> bool:
+    sides = (peek(row, "chosen"), peek(row, "rejected"))
+    return peek(row, "prompt") is None and all(isinstance(s, str) and s.startswith("\n\nHuman:") for s in sides)
+
+
+def _is_request(row: Row) -> bool:
+    return isinstance(peek(row, "input"), dict)
+
+
+_TURNS = "|".join(standard.CONVERSATIONS)
+_PROMPT = "|".join(standard.PROMPTS)
+_SIDES = ",".join(map(" ".join, standard.SIDES))
 
 # The first whose columns a row has is taken: the more particular come first.
 FORMATS = {
     format.name: format
     for format in (
-        _format("shp", "history human_ref_A human_ref_B labels", published.shp),
-        _format("stack_exchange", "question answers", published.stack_exchange),
-        _format("tldr", "info summaries choice", published.tldr),
-        _format("ultrafeedback", "instruction completions", published.ultrafeedback),
-        _format("helpsteer3", "context response1 response2 overall_preference", published.helpsteer3),
+        _format(
+            "shp", "history human_ref_A human_ref_B labels", published.shp,
+            known="seconds_difference score_ratio upvote_ratio",
+        ),
+        _format(
+            "stack_exchange", "question answers", published.stack_exchange,
+            known="author author_profile selected",
+        ),
+        _format(
+            "tldr", "info summaries choice", published.tldr,
+            known="worker batch extra site article note policy title subreddit post",
+        ),
+        _format(
+            "ultrafeedback", "instruction completions", published.ultrafeedback,
+            known="models correct_answers incorrect_answers custom_system_prompt principle critique overall_score "
+            "fine-grained_score",
+        ),
+        _format(
+            "helpsteer3",
+            "context|prompt response1 response2 overall_preference,context|prompt response_1 response_2 "
+            "preference_strength",
+            published.compared,
+            known="individual_preference preference_statement preference_elaboration "
+            "three_most_similar_preferences all_preferences_unprocessed",
+        ),
         _format("helpsteer", "prompt response helpfulness", published.helpsteer, rows_of_one_prompt=True),
-        _format("annotated", "output_1 output_2", published.annotated),
-        _format("hh", "chosen rejected", published.hh, logps=PAIRS),
-        _format("preference", "chosen rejected", standard.preference, logps=PAIRS),
-        _format("ranked", "prompt responses", published.ranked, logps=LISTS),
-        _format("unpaired", "prompt completion label", standard.unpaired),
+        _format(
+            "safe_rlhf", "prompt response_0 response_1 better_response_id", published.safe_rlhf,
+            known="safer_response_id better_response_id is_response_0_safe is_response_1_safe "
+            "response_0_severity_level response_1_severity_level",
+        ),
+        _format(
+            "annotated", "output_1 output_2", published.annotated,
+            known="raw_preference raw_completion annotator time_per_example price_per_example",
+        ),
+        _format(
+            "openai_preference",
+            "input preferred_output non_preferred_output,input preferred_completion non_preferred_completion",
+            standard.openai_preference, accepts=_is_request, logps=PAIRS,
+        ),
+        _format("hh", "chosen rejected", published.hh, accepts=_is_dialogue, logps=PAIRS),
+        _format("preference", _SIDES, standard.preference, logps=PAIRS),
+        _format(
+            "rejected_response",
+            f"{_TURNS} rejected_response|rejected_messages|rejected,prompt rejected_response|rejected_messages",
+            standard.rejected_response, logps=PAIRS,
+        ),
+        _format("ranked", f"{_PROMPT} responses|trajectories,prompt answers", published.ranked, logps=LISTS),
+        _format(
+            "unpaired", f"prompt completion label|kto_tag,{_TURNS} label|kto_tag,instruction output label|kto_tag",
+            standard.unpaired,
+        ),
         _format("completion", "prompt completion", standard.completion),
-        _format("messages", "messages", standard.messages),
-        _format("instruction", "instruction output", standard.instruction),
+        _format("messages", _TURNS, standard.messages),
+        _format("instruction", "instruction output", standard.instruction, known="text"),
         _format("text", "text", standard.plain_text),
     )
-}
+}  # fmt: skip
+
+
+@lru_cache(1024)
+def _formats_with(columns: tuple[str, ...]) -> tuple[Format, ...]:
+    return tuple(format for format in FORMATS.values() if format.share(columns) == 1)
 
 
 def matching_format(row: Row) -> Format | None:
-    """The format whose columns the row has."""
-    for format in FORMATS.values():
-        if format.columns <= row.keys() and (format.name != "hh" or _is_dialogue(row)):
-            return format
-    return None
-
-
-def _is_dialogue(row: Row) -> bool:
-    sides = (row["chosen"], row["rejected"])
-    return row.get("prompt") is None and all(isinstance(s, str) and s.startswith("\n\nHuman:") for s in sides)
+    """The format whose columns the row has, nulls aside."""
+    columns = tuple([name for name, value in row.items() if value is not None])
+    return next((format for format in _formats_with(columns) if format.accepts(row)), None)
 
 
 def format_of(name: str, row: Row) -> Format:
@@ -122,10 +206,10 @@ def format_of(name: str, row: Row) -> Format:
         return FORMATS[name]
     format = matching_format(row)
     if format is None:
-        nearest = max(FORMATS.values(), key=lambda f: (len(f.columns & row.keys()) / len(f.columns), f.name != "hh"))
+        nearest = max(FORMATS.values(), key=lambda f: (f.share(row.keys()), f.name == "preference"))
         raise BadRow(
             f"fits no known format; its columns are {columns_of(row)}. The nearest is data.format={nearest.name}, "
-            f"which needs {', '.join(sorted(nearest.columns))}"
+            f"which needs {nearest.needs}; data.columns={{ours: theirs}} renames columns"
         )
     return format
 
@@ -134,15 +218,15 @@ def convert(row: Row, origin: str, expected: Format, options: dict[str, Any], is
     """The row as a group. Raises BadRow; for a row of another format than the rows before (unless `named`) it says
     which."""
     format = matching_format(row)
-    lacks_columns = not expected.columns <= row.keys()
-    if format is not None and format is not expected and (lacks_columns or not is_named):
-        raise BadRow(f"looks like format {format.name}, while the rows before are {expected.name}")
+    if format not in (None, expected) and (not is_named or expected.share(row.keys()) < 1):
+        nulls = [name for name, value in row.items() if value is None and name in expected.columns]
+        because = f"has null in {', '.join(nulls)}, so it " if nulls else ""
+        raise BadRow(f"{because}looks like format {format.name}, while the rows before are {expected.name}")
     try:
         return expected.convert(row, origin, **options)
     except BadRow as error:
-        if lacks_columns:
-            expects = ", ".join(sorted(expected.columns))
-            raise BadRow(f"{error}; data.format={expected.name} expects {expects}") from error
+        if expected.share(row.keys()) < 1:
+            raise BadRow(f"{error}; data.format={expected.name} expects {expected.needs}") from error
         raise
 
 

@@ -1,75 +1,276 @@
-"""Preference pairs and demonstrations as TRL and most hubs write them: texts or messages in named columns."""
+"""Preference pairs and demonstrations as trainers and most hubs write them: texts or messages in named columns."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from dpo_ref.data.formats.checks import BadRow, Row, column, flag, group, json_value, number, text, turns
+from dpo_ref.data.formats.checks import (
+    BadRow,
+    Row,
+    column,
+    columns_of,
+    flag,
+    json_value,
+    number,
+    says_nothing,
+    shown,
+    text,
+    written_out,
+)
+from dpo_ref.data.formats.columns import ReadRow, could_be_prompt, part, peek
+from dpo_ref.data.formats.conversations import answered, group, response, turns
 from dpo_ref.types import Message, PromptGroup
+
+# --- what any row may say: its prompt, the turns before it, tools
+
+
+CONVERSATIONS = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", *CONVERSATIONS, "instruction", "question", "query", "input")  # the first that a row has
+ABOVE_OR_BELOW = {"instruction": ((), ("input",)), "question": (("context",), ())}  # text that belongs to its text
+_SYSTEM = ("system", "system_prompt", "system_message")
+
+
+def prompt_column(row: Row) -> str | None:
+    """The column that holds the prompt; `prompt` itself even where it is null or empty, which is a mistake."""
+    if peek(row, "prompt") is not None:
+        return "prompt"
+    name = next((name for name in PROMPTS if not says_nothing(peek(row, name))), None)
+    return name or ("prompt" if "prompt" in row else None)
+
+
+def prompt_of(row: Row) -> list[Message]:
+    """What was asked: the turns of the first of `PROMPTS` that the row has."""
+    name = prompt_column(row)
+    if name is None:
+        empty = [name for name in PROMPTS if name in row]
+        raise BadRow(f"has nothing in {' or '.join(empty)}" if empty else f"has no prompt in {columns_of(row)}")
+    value = column(row, name)
+    if isinstance(value, str) and name in ABOVE_OR_BELOW:
+        above, below = ABOVE_OR_BELOW[name]
+        value = "\n\n".join([*_beside(row, above), value, *_beside(row, below)])
+    return turns(value, name, "user")
+
+
+def _beside(row: Row, names: Sequence[str]) -> list[str]:
+    return [text(row[name], name) for name in names if not says_nothing(peek(row, name))]
+
+
+def asked(row: Row, prompt: list[Message], responses: Sequence[Any], origin: str, **more: Any) -> PromptGroup:
+    """The group of a row that may also bring a system turn, earlier turns, tools and options of the template."""
+    tools = _tools(row) if "tools" in row else None
+    options = _template_options(row) if "chat_template_kwargs" in row else None
+    return group(_framed(row, prompt), responses, origin, tools=tools, template_options=options, **more)
+
+
+def _framed(row: Row, prompt: list[Message]) -> list[Message]:
+    """The prompt behind the earlier turns and the system turn that have columns of their own."""
+    if "history" in row and len(prompt) == 1:
+        prompt = [*_history(row), *prompt]
+    if row.keys().isdisjoint(_SYSTEM):
+        return prompt
+    name = next((name for name in _SYSTEM if not says_nothing(peek(row, name))), None)
+    if name is None:
+        return prompt
+    system = Message(role="system", content=text(row[name], name))
+    if prompt and prompt[0]["role"] == "system":
+        if prompt[0] != system:
+            raise BadRow(f"has a system turn in the prompt and a column {name}; data.ignore=[{name}] passes over one")
+        return prompt
+    return [system, *prompt]
+
+
+def _history(row: Row) -> list[Message]:
+    """Earlier turns: a list of [question, answer], or messages."""
+    value = peek(row, "history")
+    history = written_out(value) if isinstance(value, str) else value
+    if says_nothing(history) or not isinstance(history, list | tuple):
+        return []  # where it is words, what they are is not known: an unread column
+    row.get("history")
+    if isinstance(history[0], dict):
+        return turns(history, "history", "user")
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        raise BadRow(f"has {shown(value)} in history, where a list of [question, answer] is expected")
+    return [
+        Message(role=role, content=text(words, "history"))
+        for pair in history
+        for role, words in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
+    """What `tools` offers: a list of JSON schemas, any part of it as JSON text."""
+    if says_nothing(peek(row, "tools")):
+        return None
+    try:
+        tools = _decoded(row["tools"])
+        tools = [_decoded(tool) for tool in tools] if isinstance(tools, list) else tools
+    except ValueError as error:
+        raise BadRow("has tools that are not JSON; they are a list of JSON schemas, or its text") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("has tools that are not a list of JSON schemas")
+    return tuple(json_value(tools, "tools")) or None
+
+
+def _template_options(row: Row) -> dict[str, Any] | None:
+    """What `chat_template_kwargs` says to the chat template."""
+    if says_nothing(peek(row, "chat_template_kwargs")):
+        return None
+    try:
+        options = _decoded(row["chat_template_kwargs"])
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise BadRow(
+            f"has {shown(row['chat_template_kwargs'])} in chat_template_kwargs, where an object such as "
+            "{enable_thinking: false} is expected"
+        )
+    return json_value(options, "chat_template_kwargs")
+
+
+def _decoded(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+# --- pairs
+
+
+SIDES = (  # columns of the better and the worse response
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("chosen_messages", "rejected_messages"),
+    ("preferred_output", "non_preferred_output"),
+    ("preferred_completion", "non_preferred_completion"),
+    ("response_j", "response_k"),
+    ("response", "rejected_response"),
+)
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("chosen_rating", "rejected_rating"),
+)
+WORSE = ("rejected_response", "rejected_messages", "rejected")
 
 
 def preference(row: Row, origin: str) -> PromptGroup:
-    """`chosen` and `rejected`, with a `prompt` or without; texts or messages.
+    """A better and a worse response, texts or messages, to a prompt (see `PROMPTS` and `SIDES`).
 
-    Without `prompt`, messages are whole conversations whose common beginning is the prompt; of two texts it is the
-    words they share. `system` is a system turn before the prompt, `tools` what the template offers, `score_chosen` and
-    `score_rejected` (`chosen_score`, `chosen-rating`) the responses' scores.
+    Without a prompt, messages are whole conversations whose common beginning is the prompt; of two texts it is the
+    words they share. `system` is a system turn before it, `history` earlier turns, `tools` what the template offers,
+    `score_chosen` and `score_rejected` (`chosen_score`, `chosen-rating`) the responses' scores.
     """
-    sides = [column(row, name) for name in ("chosen", "rejected")]
-    if "prompt" in row:
-        prompt, answers = _after_prompt(turns(column(row, "prompt"), "prompt", "user"), sides)
-    elif all(isinstance(side, str) for side in sides):
-        prompt, answers = _common_words(text(sides[0], "chosen"), text(sides[1], "rejected"))
-    else:
-        prompt, answers = _common_turns(
-            _answered_conversation(sides[0], "chosen"), _answered_conversation(sides[1], "rejected")
-        )
-    return group(
-        _with_system(row, prompt),
-        [_answer(answers[0], "chosen"), _answer(answers[1], "rejected")],
-        origin,
-        names=("chosen", "rejected"),
-        pairs=((0, 1),),
-        rewards=_scores(row),
-        tools=_tools(row),
-    )
+    names = _side_names(row)
+    sides = [column(row, name) for name in names]
+    return _pair(row, *_prompt_and_answers(row, sides, names), names, origin)
 
 
-def _answered_conversation(value: Any, name: str) -> list[Message]:
-    conversation = turns(value, name, "assistant")
-    if conversation[-1]["role"] != "assistant":
+def rejected_response(row: Row, origin: str) -> PromptGroup:
+    """A demonstration with a worse answer beside it, as ms-swift has it: the last turn of `messages` (`conversations`,
+    `prompt`) against `rejected_response` (`rejected`), or the whole of it against `rejected_messages`."""
+    name = next((name for name in (*CONVERSATIONS, "prompt") if not says_nothing(peek(row, name))), "messages")
+    worse_name = next((name for name in WORSE if not says_nothing(peek(row, name))), WORSE[0])
+    better = answered(column(row, name), name)
+    worse = answered(column(row, worse_name), worse_name)
+    names = (f"last turn of {name}", worse_name)
+    if worse[0]["role"] == "assistant":
+        return _pair(row, better[:-1], [better[-1:], worse], names, origin)
+    return _pair(row, *_common_turns(better, worse, (name, worse_name)), names, origin)
+
+
+def openai_preference(row: ReadRow, origin: str) -> PromptGroup:
+    """OpenAI's preference data: `input` holds messages and tools, `preferred_output` and `non_preferred_output` the
+    assistant's turns."""
+    names = _side_names(row)
+    request = part(row, "input")
+    prompt = turns(column(request, "messages"), "input.messages", "user")
+    answers = _after_prompt(prompt, [answered(column(row, name), name) for name in names], names)
+    return _pair(request, *answers, names, origin)
+
+
+def _side_names(row: Row) -> tuple[str, str]:
+    complete = (pair for pair in SIDES if peek(row, pair[0]) is not None and peek(row, pair[1]) is not None)
+    return next(complete, next((pair for pair in SIDES if row.keys() >= set(pair)), SIDES[0]))
+
+
+def _pair(
+    row: Row, prompt: list[Message], answers: Sequence[list[Message]], names: Sequence[str], origin: str
+) -> PromptGroup:
+    responses = [response(answer, name) for answer, name in zip(answers, names, strict=True)]
+    return asked(row, prompt, responses, origin, names=names, pairs=((0, 1),), rewards=_scores(row))
+
+
+Answers = tuple[list[Message], list[list[Message]]]  # a prompt and what is answered on each side
+
+
+def _prompt_and_answers(row: Row, sides: list[Any], names: Sequence[str]) -> Answers:
+    conversations = [answered(side, name) for side, name in zip(sides, names, strict=True)]
+    source = prompt_column(row)
+    if source == "prompt":
+        return _after_prompt(prompt_of(row), conversations, names)
+    if all(conversation[0]["role"] != "assistant" for conversation in conversations):
+        return _common_turns(conversations[0], conversations[1], names)
+    if source is not None:
+        return _after_prompt(prompt_of(row), conversations, names)
+    if [conversation[0]["content"] for conversation in conversations] != sides:
         raise BadRow(
-            f"has a {name} that ends with a turn of {conversation[-1]['role']}; it must end with the assistant"
+            f"has no prompt, and {names[0]} or {names[1]} begins with the assistant; its columns are {columns_of(row)}"
         )
-    return conversation
+    _refuse_other_prompts(row, names)
+    return _common_words(*sides)
 
 
-def _after_prompt(prompt: list[Message], sides: list[Any]) -> tuple[list[Message], list[list[Message]]]:
-    """What comes after the prompt on each side; a side may repeat the prompt or its last turns."""
-    answers = []
-    for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        conversation = _answered_conversation(side, name)
-        users = [index for index, turn in enumerate(conversation) if turn["role"] != "assistant"]
-        begin = users[-1] + 1 if users else 0
-        if begin and conversation[:begin] not in (prompt, prompt[len(prompt) - begin :]):
-            raise BadRow(f"has a {name} whose conversation begins with another prompt than the column prompt")
-        answers.append(conversation[begin:])
-    return prompt, answers
+def _after_prompt(prompt: list[Message], conversations: list[list[Message]], names: Sequence[str]) -> Answers:
+    """What comes after the prompt on each side; a side may repeat the prompt or its last turns, behind a system turn
+    that all sides have."""
+    systems = [side[0] for side in conversations if side[0]["role"] == "system"]
+    if len(systems) == len(conversations) and prompt[0]["role"] != "system":
+        prompt = [systems[0], *prompt] if systems.count(systems[0]) == len(systems) else prompt
+    return prompt, [side[repeated(prompt, side, name) :] for side, name in zip(conversations, names, strict=True)]
 
 
-def _common_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[list[Message]]]:
+def repeated(prompt: list[Message], conversation: list[Message], name: str) -> int:
+    """How many first turns of a side repeat the prompt, or its last ones."""
+    begin = next(index for index, turn in enumerate(conversation) if turn["role"] == "assistant")
+    sizes = [size for size in range(len(prompt), 0, -1) if conversation[:size] == prompt[len(prompt) - size :]]
+    if begin and (not sizes or sizes[0] < begin):
+        raise BadRow(
+            f"has a {name} whose conversation begins with another prompt than the prompt's column; without it "
+            "(data.ignore) the turns that both sides share are the prompt"
+        )
+    return sizes[0] if begin else 0
+
+
+def _common_turns(chosen: list[Message], rejected: list[Message], names: Sequence[str]) -> Answers:
     """The turns both conversations share, up to where the last answer of each begins."""
     size = 0
     while size < min(len(chosen), len(rejected)) and chosen[size] == rejected[size]:
         size += 1
+    if any(turn["role"] in ("system", "user") for side in (chosen, rejected) for turn in side[size : size + 1]):
+        raise BadRow(
+            f"has conversations in {' and '.join(names)} that part at a turn of the user: two prompts, where one is "
+            "expected"
+        )
     while size and chosen[size - 1]["role"] not in ("user", "tool"):  # answers begin at an assistant's turn
         size -= 1
-    answers = [side[size:] for side in (chosen, rejected)]
-    if any(turn["role"] == "user" for side in answers for turn in side):
-        raise BadRow("has conversations in chosen and rejected that differ before their last answer: two prompts")
-    return chosen[:size], answers
+    if not size:
+        raise BadRow(f"has conversations in {' and '.join(names)} that begin with different turns: two prompts")
+    return chosen[:size], [chosen[size:], rejected[size:]]
 
 
-def _common_words(chosen: str, rejected: str) -> tuple[list[Message], list[list[Message]]]:
+def _refuse_other_prompts(row: Row, names: Sequence[str]) -> None:
+    """Refuse to guess at a prompt where a column that nobody reads may be it."""
+    read = {*names, *_SYSTEM, "tools", "chat_template_kwargs"}
+    for name, value in row.items():
+        if name not in read and could_be_prompt(name, value):
+            raise BadRow(
+                f"has no column prompt, and {name} may be it: data.columns={{prompt: {name}}} reads it so, "
+                f"data.ignore=[{name}] passes over it"
+            )
+
+
+def _common_words(chosen: str, rejected: str) -> Answers:
     """The words both texts begin with; where a language has no blanks, the characters."""
     differ = (index for index, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     size = next(differ, min(len(chosen), len(rejected)))
@@ -81,82 +282,50 @@ def _common_words(chosen: str, rejected: str) -> tuple[list[Message], list[list[
     return prompt, [[Message(role="assistant", content=side[size:].strip())] for side in (chosen, rejected)]
 
 
-def _answer(messages: list[Message], name: str) -> str:
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        last = messages[-1]["role"] if messages else "nothing"
-        raise BadRow(f"has a {name} that is not one assistant turn after the prompt (it ends with {last})")
-    return messages[0]["content"]
-
-
-def _with_system(row: Row, prompt: list[Message]) -> list[Message]:
-    system = row.get("system")
-    if not system:
-        return prompt
-    if prompt and prompt[0]["role"] == "system":
-        raise BadRow("has a system turn in the prompt and a column system")
-    return [Message(role="system", content=text(system, "system")), *prompt]
-
-
 def _scores(row: Row) -> tuple[float, float] | None:
-    for names in (
-        ("score_chosen", "score_rejected"),
-        ("chosen_score", "rejected_score"),
-        ("chosen-rating", "rejected-rating"),
-    ):
-        if all(row.get(name) is not None for name in names):
-            return number(row[names[0]], names[0]), number(row[names[1]], names[1])
+    for better, worse in _SCORES:
+        if better in row and peek(row, better) is not None and peek(row, worse) is not None:
+            return number(row[better], better), number(row[worse], worse)
     return None
 
 
-def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
-    tools = row.get("tools")
-    if not tools:
-        return None
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise BadRow("has tools that are not JSON") from error
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow("has tools that are not a list of JSON schemas")
-    return tuple(json_value(tools, "tools"))
+# --- demonstrations
 
 
 def messages(row: Row, origin: str) -> PromptGroup:
-    """A demonstration: `messages`, a conversation that ends with the assistant."""
-    conversation = turns(column(row, "messages"), "messages", "user")
+    """A demonstration: `messages` (`conversations`, `conversation`), which end with the assistant."""
+    name = next((name for name in CONVERSATIONS if not says_nothing(peek(row, name))), "messages")
+    conversation = turns(column(row, name), name, "user")
     if conversation[-1]["role"] != "assistant":
         raise BadRow(
-            f"has messages that end with a turn of {conversation[-1]['role']}; a demonstration ends with the assistant"
+            f"has {name} that end with a turn of {conversation[-1]['role']}; a demonstration ends with the assistant"
         )
-    return group(_with_system(row, conversation[:-1]), [conversation[-1]["content"]], origin, tools=_tools(row))
+    return asked(row, conversation[:-1], [response(conversation[-1:], name)], origin)
 
 
 def completion(row: Row, origin: str) -> PromptGroup:
     """A demonstration: `prompt` and `completion`, texts or messages."""
-    prompt = _with_system(row, turns(column(row, "prompt"), "prompt", "user"))
-    answer = _answer(turns(column(row, "completion"), "completion", "assistant"), "completion")
-    return group(prompt, [answer], origin, names=("completion",), tools=_tools(row))
-
-
-def unpaired(row: Row, origin: str) -> PromptGroup:
-    """KTO's rows: `prompt`, `completion`, and a `label` that says whether the completion is wanted."""
-    demonstration = completion(row, origin)
-    label = flag(column(row, "label"), "label")
-    return PromptGroup(demonstration.prompt, demonstration.responses, (), None, origin, (label,), demonstration.tools)
+    answer = response(turns(column(row, "completion"), "completion", "assistant"), "completion")
+    return asked(row, prompt_of(row), [answer], origin, names=("completion",))
 
 
 def instruction(row: Row, origin: str) -> PromptGroup:
-    """Alpaca's demonstrations: `instruction`, `input`, `output`."""
-    prompt = [Message(role="user", content=instruction_text(row))]
-    return group(prompt, [text(column(row, "output"), "output")], origin, names=("output",))
+    """Alpaca's demonstrations: `instruction`, `input` below it, `output`; `history` and `system` if there are."""
+    answer = text(column(row, "output"), "output")
+    return asked(row, prompt_of(row), [answer], origin, names=("output",))
 
 
-def instruction_text(row: Row) -> str:
-    """Alpaca's instruction with its input below."""
-    parts = [text(row[name], name) for name in ("instruction", "input") if row.get(name)]
-    if not parts:
-        raise BadRow(f"has no instruction; its columns are {', '.join(row)}")
-    return "\n\n".join(parts)
+def unpaired(row: Row, origin: str) -> PromptGroup:
+    """A demonstration with a `label` (`kto_tag`) that says whether it is wanted."""
+    name = "label" if peek(row, "label") is not None or "kto_tag" not in row else "kto_tag"
+    label = flag(column(row, name), name)
+    return replace(_demonstration(row, origin), labels=(label,))
+
+
+def _demonstration(row: Row, origin: str) -> PromptGroup:
+    if "completion" in row:
+        return completion(row, origin)
+    return instruction(row, origin) if "output" in row else messages(row, origin)
 
 
 def plain_text(row: Row, origin: str) -> PromptGroup:

@@ -1,0 +1,203 @@
+"""Nothing that was said is lost on its way through a chat template.
+
+A template is a program that may pass over what it does not know: calls, thoughts, tools, a role, a key of its author's
+own. Two things are looked at. Does the template write such a key at all: the conversation is written once more with a
+sentinel in its place, once for each role, key, and position before or behind the user's last turn. And does the text
+have the words of this row: a template may cut what it finds in them.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from dpo_ref.types import Message
+
+SENTINEL = "⟦said⟧"  # nothing that a template or a user writes
+# What links a tool's result to its call, which templates say by position.
+_LINKS = {"tool": {"tool_call_id", "name"}}
+_PLAIN = {"role", "content"}
+
+Write = Callable[[Sequence[Message], Any], str]  # turns, tools -> the template's text
+
+
+class TemplateRefuses(ValueError):
+    """A conversation that a chat template cannot write; the message says why. `cause` is the reason as rows share
+    it."""
+
+    def __init__(self, message: str, cause: str = "the chat template cannot write it") -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class Lost(TemplateRefuses):
+    """Something said that the template leaves out."""
+
+    def __init__(self, what: str, key: str) -> None:
+        hint = "" if key in ("content", "role") else f", or data.ignore=[{key}] to do without"
+        super().__init__(
+            f"would lose words: the chat template leaves out {what}; choose a template that writes it{hint}",
+            f"the chat template leaves out {key}",
+        )
+
+
+class RenderCheck:
+    """Looks for what was said in the texts of one template."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._written: set[tuple[Any, ...]] = set()  # kinds of turns and keys that are
+
+    def check(self, text: str, turns: Sequence[Message], first: int, tools: Any) -> None:
+        """Raise Lost unless `text` says all that the turns from `first` on say, and what `tools` offer if given.
+
+        `turns` is a whole conversation, of which `text` is the part from that turn on.
+        """
+        place = 0
+        for number, turn in enumerate(turns[first:], first):
+            words, role = turn["content"].strip(), turn["role"]
+            at = text.find(words, 0 if role == "system" else place)
+            if at < 0 and not has_words(text, words):
+                raise Lost(f"part of what turn {number + 1} says ({role}: {_short(words)})", "content")
+            if (role, len(turn), number == len(turns) - 1) not in self._written:
+                self._probe(turns, number, "content", tools)
+                self._written.add((role, len(turn), number == len(turns) - 1))
+            if role == "tool":
+                self._check_role(turns, number, tools)
+            if len(turn) > len(_PLAIN):
+                self._check_keys(text, turns, number, tools)
+            if at >= 0 and role != "system":
+                place = at + len(words)
+        if tools:
+            _check_tools(text, tools)
+
+    def _check_keys(self, text: str, turns: Sequence[Message], number: int, tools: Any) -> None:
+        turn = turns[number]
+        for key in _own_keys(turn):
+            self._probe(turns, number, key, tools)
+            if not _says_key(text, turn, key):
+                raise Lost(f"part of {key} of turn {number + 1} ({turn['role']}: {_short(turn[key])})", key)
+
+    def _probe(self, turns: Sequence[Message], number: int, key: str, tools: Any) -> None:
+        """Raise Lost if the template does not write a key of turns like this."""
+        turn, behind = turns[number], not any(turn["role"] == "user" for turn in turns[number + 1 :])
+        kind = (turn["role"], key, behind, number == len(turns) - 1, frozenset(turn))
+        if kind in self._written:
+            return
+        probe: Any = [dict(turn) for turn in turns]
+        probe[number][key] = _sentinel(key, turn[key])
+        if not self._says(probe, tools):
+            where = "" if behind else " before the user's last"
+            raise Lost(f"{key} of a turn of {turn['role']}{where} ({_short(turn[key])})", key)
+        self._written.add(kind)
+
+    def _check_role(self, turns: Sequence[Message], number: int, tools: Any) -> None:
+        """Raise Lost if a tool's result is written as what the assistant or the user says."""
+        kind = ("tool", "role", number == len(turns) - 1)
+        if kind in self._written:
+            return
+        own = self._write(turns[: number + 1], tools)
+        for role in ("assistant", "user"):
+            other = Message(role=role, content=turns[number]["content"])
+            if self._as_others(turns[:number], other, tools) == own:
+                raise Lost(f"the role of turn {number + 1} and writes a tool's result as the {role}'s words", "role")
+        self._written.add(kind)
+
+    def _as_others(self, before: Sequence[Message], turn: Message, tools: Any) -> str:
+        try:
+            return self._write([*before, turn], tools)
+        except TemplateRefuses:
+            return ""
+
+    def _says(self, probe: Sequence[Message], tools: Any) -> bool:
+        """Whether the sentinel comes out."""
+        try:
+            return SENTINEL in self._write(probe, tools)
+        except TemplateRefuses:
+            return True  # the template stumbles over the sentinel, not over the row: then the words have to be there
+
+
+def _sentinel(key: str, value: Any) -> Any:
+    if key != "tool_calls":
+        return SENTINEL
+    return [call | {"function": call["function"] | {"arguments": {"key": SENTINEL}}} for call in value]
+
+
+def says(text: str, turn: Message) -> bool:
+    """Whether the text says all that a turn says."""
+    return has_words(text, turn["content"]) and all(_says_key(text, turn, key) for key in _own_keys(turn))
+
+
+def _own_keys(turn: Message) -> set[str]:
+    """Keys beside its words that say something."""
+    return set(turn) - _PLAIN - _LINKS.get(turn["role"], set())
+
+
+def _says_key(text: str, turn: Message, key: str) -> bool:
+    """Of calls the functions' names and arguments must come out, not their ids."""
+    said: Any = turn[key]  # pyright: ignore
+    if key == "tool_calls":
+        said = [[call["function"]["name"], call["function"]["arguments"]] for call in said]
+    return all(_has_value(text, value) for value in _leaves(said))
+
+
+def _check_tools(text: str, tools: Sequence[Any]) -> None:
+    for tool in tools:
+        if json.dumps(tool, ensure_ascii=False) not in text:
+            function = tool.get("function", tool)
+            missing = [words for words in _described(function) if not _has_value(text, words)]
+            if missing:
+                name = function.get("name") if isinstance(function, dict) else None
+                raise Lost(f"tools: of {name or 'one'} it does not write {_short(missing[0])}", "tools")
+
+
+def _described(schema: Any) -> Iterator[Any]:
+    """What a schema says in words of its own: names, descriptions, choices, defaults; formats write the rest of it in
+    their ways."""
+    if isinstance(schema, list):
+        for entry in schema:
+            yield from _described(entry)
+    if not isinstance(schema, dict):
+        return
+    for key, value in schema.items():
+        if key in ("name", "description") and isinstance(value, str):
+            yield value
+        elif key in ("enum", "default"):
+            yield from _leaves(value)
+        elif key == "properties" and isinstance(value, dict):
+            yield from value
+            yield from _described(list(value.values()))
+        else:
+            yield from _described(value)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Keys and values of a nested value."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _has_value(text: str, value: Any) -> bool:
+    """Whether a text, a number, true, false or null is written, as JSON or as Python has it."""
+    if isinstance(value, str):
+        return has_words(text, value)
+    return json.dumps(value) in text or str(value) in text
+
+
+def has_words(text: str, words: str) -> bool:
+    """Whether words are written: as they are, as JSON has them, or with other blanks between them."""
+    words = words.strip()
+    if words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text or json.dumps(words)[1:-1] in text:
+        return True
+    return "".join(words.split()) in "".join(text.split())
+
+
+def _short(value: Any) -> str:
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return repr(shown if len(shown) <= 60 else f"{shown[:57]}...")
