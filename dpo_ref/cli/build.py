@@ -8,9 +8,18 @@ import torch
 
 from dpo_ref.cli.cache import check_cache, look_after_cache, record_uses
 from dpo_ref.cli.resolve import RunConfig
+from dpo_ref.data.anomalies import anomalies
 from dpo_ref.data.chat_templates import ChatText, date_note, text_identity
 from dpo_ref.data.groups import ConcatGroups, Groups, TokenGroups
-from dpo_ref.data.inspection import example_of, inspect, score_margins, short_report, summed_counts
+from dpo_ref.data.inspection import (
+    drawn,
+    examples_of,
+    inspect,
+    score_margins,
+    short_report,
+    summed_counts,
+    tokens_by_role,
+)
 from dpo_ref.data.packing import pack
 from dpo_ref.data.scoring import scoring
 from dpo_ref.data.tokenise import Tokenised, length_limit, tokenise, tokenised_once
@@ -23,7 +32,7 @@ from dpo_ref.models.loading import ModelLoader, TrainedModel, Workspace, check_f
 from dpo_ref.models.reward_model import with_score_head
 from dpo_ref.references import interface as references
 from dpo_ref.references.interface import Reference, ReferenceContext
-from dpo_ref.reports.data import data_page
+from dpo_ref.reports.data import Looked, data_page
 from dpo_ref.tracking.run_record import RunRecord
 from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
 from dpo_ref.tracking.tracker import Tracker
@@ -32,6 +41,7 @@ from dpo_ref.training.run import SampleEvaluation, TrainingRun
 from dpo_ref.types import Asked, PreferenceData
 
 NUM_EXAMPLES = 8  # on the data page
+NUM_SAMPLED = 200  # groups whose tokens are counted by role there
 NUM_SAMPLES = 8  # answers shown in the tracker at the end of a run
 
 
@@ -115,9 +125,9 @@ def prepare_groups(
     if ChatText(tokenizer).leaves_out_bos:
         say("  the chat template writes no BOS, which the tokenizer adds by itself; see model.template")
     say(*date_note(tokenizer))
-    example = example_of(tokenizer, train.groups[0]).rows()
-    show_example(example)
-    tracker.table("data/example", ["part", "text", "scored"], example, step=0)
+    (example,) = examples_of(tokenizer, train.groups[:1])
+    show_example(example.short_rows())
+    tracker.table("data/example", ["part", "text", "scored"], example.rows(), step=0)
     return train.groups, held_out.groups, counts
 
 
@@ -146,13 +156,21 @@ def report_data(config: RunConfig, directory: Path) -> None:
     options = {name: config.model.options[name] for name in ("template", "template_options", "max_length")}
     tokenizer = prepared_tokenizer(locate(config.model.options["path"]), **options)
     train, held_out = tokenise_data(config, data, tokenizer)
-    inspection = inspect(data, train, held_out)
-    drawn = torch.randperm(len(train.groups), generator=torch.Generator().manual_seed(config.seed))[:NUM_EXAMPLES]
-    examples = [example_of(tokenizer, train.groups[index]) for index in drawn.tolist()]
+    hygiene, write = inspect(data, train, held_out), config.data.bound(tokenise)
+    shown, sample = (drawn(train.groups, count, config.seed) for count in (NUM_EXAMPLES, NUM_SAMPLED))
+    looked = Looked(
+        examples=examples_of(tokenizer, shown),
+        roles=tokens_by_role(tokenizer, shown),
+        sampled=tokens_by_role(tokenizer, sample),
+        num_sampled=len(sample),
+        findings=anomalies(data, train, held_out, lambda groups: write(groups, tokenizer), progress),
+    )
     title = f"{config.data.name} for {config.model.options['path']}"
     directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / "data.html", data_page(inspection, score_margins(data.train), examples, title))
-    say(*short_report(inspection))
+    write_text(directory / "data.html", data_page(hygiene, score_margins(data.train), looked, title))
+    report = short_report(hygiene)
+    found = [f"{finding.count:,} {finding.name}" for finding in looked.findings if finding.count]
+    say(*report, *(f"  {line}" for line in found if not any(line in said for said in report)))
     run_summary(f"data={config.data.name}", {"page": str(directory / "data.html")})
 
 

@@ -109,9 +109,9 @@ def answer_start(body: str, turn: Message, name: Name = str) -> int:
     """Where in the text of a turn its answer begins, behind a thought; 0 where nothing comes before it."""
     thoughts = thoughts_of(turn)
     words = turn["content"]
-    if match := _THOUGHT.match(words):
-        thoughts.append(match[1])
-        words = match[2]
+    if split := thought_and_words(words):
+        thoughts.append(split[0])
+        words = split[1]
     place = 0
     for thought in thoughts:
         at = body.find(name(thought.strip()))
@@ -123,6 +123,12 @@ def answer_start(body: str, turn: Message, name: Name = str) -> int:
             f"has an answer that is not found behind its thought: {said[0][:60]!r}; use data.score_thinking=all"
         )
     return at if body[:at].strip() else 0
+
+
+def thought_and_words(text: str) -> tuple[str, str] | None:
+    """A text's thought and what comes behind it; None where no thought ends in it."""
+    match = _THOUGHT.match(text)
+    return None if match is None else (match[1], match[2])
 
 
 def mask_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -14,7 +14,7 @@ from dpo_ref.component import MemberOf, component
 from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.distributed import best_device
-from dpo_ref.evaluation.judging.judge import Judge, Pair, judge_pairs
+from dpo_ref.evaluation.judging.judge import Judge, judge_pairs, pair_of
 from dpo_ref.evaluation.judging.judges import JudgeContext
 from dpo_ref.files.cache import cache_folder
 from dpo_ref.generation.records import Generation, Scores
@@ -164,7 +164,7 @@ def judge(generations: Sequence[Generation], *, judge: Annotated[Any, MemberOf("
     duels = [duel for indices in by_prompt.values() for duel in combinations(indices, 2)]
     shares: dict[int, list[float]] = defaultdict(list)
     judgments = judge_pairs(
-        chosen, [_pair(generations[first], generations[other]) for first, other in duels], silent
+        chosen, [pair_of(generations[first], generations[other], chosen.shows) for first, other in duels], silent
     ).judgments
     for (first, other), judgment in zip(duels, judgments, strict=True):
         if judgment.preference is not None:
@@ -172,10 +172,6 @@ def judge(generations: Sequence[Generation], *, judge: Annotated[Any, MemberOf("
             shares[other].append(1 - judgment.preference)
     means = {index: sum(values) / len(values) for index, values in shares.items()}
     return Scores("judge", [means.get(index, float("nan")) for index in range(len(generations))])
-
-
-def _pair(answer: Generation, other: Generation) -> Pair:
-    return Pair(answer.prompt, answer.prompt_index, answer.sample_index, answer.output, other.output)
 
 
 @cache

@@ -185,7 +185,7 @@ def judge_stage(
     """The evaluation with the judge's numbers on policy against baseline, stored. Questions that were asked before
     cost nothing. `seed` drives the bootstrap. Raises JudgeLost, with the evaluation as it was, where the judge stops
     answering."""
-    pairs, name = answer_pairs(evaluated.generations, baseline.generations), baseline.evaluation.name
+    pairs, name = answer_pairs(evaluated.generations, baseline.generations, judge.shows), baseline.evaluation.name
     judged = judge_pairs(judge, pairs, progress)
     metrics = judge_metrics(judge, judged.judgments, name, seed)
     say(f"judge={judge.name}: {len(pairs)} pairs judged, {judged.num_asked} questions asked, the others known")
@@ -202,7 +202,7 @@ def with_judgments(folder: Path, evaluated: Evaluated, baseline: Evaluated | Non
     if baseline is None or not (folder / RECORD).is_file():
         return evaluated
     stored = read_record(folder / RECORD, JUDGE_AGAIN)
-    pairs = answer_pairs(evaluated.generations, baseline.generations)
+    pairs = answer_pairs(evaluated.generations, baseline.generations, stored["judge"].get("shows", "answer"))
     if stored["pairs"] != _key(pairs, baseline.evaluation.name):
         return evaluated
     return _join(folder, evaluated, stored["judge"], stored["metrics"])

@@ -23,6 +23,7 @@ from torch import Tensor
 from dpo_ref.data.tokenise import encode_prompts
 from dpo_ref.files.digests import Damaged
 from dpo_ref.files.writing import needing_room
+from dpo_ref.generation.parsing import Drawn, Said, parsed
 from dpo_ref.generation.records import Generation, line_of, record_of
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import Asked, Message, Progress, PromptGroup, asked, digest, silent
@@ -260,7 +261,19 @@ def _requests(engine: Engine, prompt_set: PromptSet, pending: Sequence[_PendingS
     ]
 
 
-def _record(engine: Engine, prompt_set: PromptSet, seed: int, request: Request, answer: Answer) -> Generation:
+def _records(
+    engine: Engine, prompt_set: PromptSet, seed: int, answers: Sequence[tuple[Request, Answer]]
+) -> list[Generation]:
+    said = parsed(engine.tokenizer, [Drawn(r.prompt_ids, a.token_ids, a.output) for r, a in answers])
+    return [
+        _record(engine, prompt_set, seed, request, answer, message)
+        for (request, answer), message in zip(answers, said, strict=True)
+    ]
+
+
+def _record(
+    engine: Engine, prompt_set: PromptSet, seed: int, request: Request, answer: Answer, said: Said | None
+) -> Generation:
     question = prompt_set.questions[request.place.prompt_index]
     return Generation(
         prompt=request.prompt,
@@ -282,6 +295,7 @@ def _record(engine: Engine, prompt_set: PromptSet, seed: int, request: Request, 
         tokens=answer.tokens,
         tools=question.tools,
         template_options=question.template_options,
+        parsed=said,
     )
 
 
@@ -292,7 +306,7 @@ def _sample(
     skip = {index for index, request in enumerate(requests) if request.place in kept.generations}
     with closing(engine.answers(requests, skip, progress)) as answers:
         for batch in answers:
-            kept.add([_record(engine, prompt_set, seed, requests[index], answer) for index, answer in batch.items()])
+            kept.add(_records(engine, prompt_set, seed, [(requests[i], answer) for i, answer in batch.items()]))
     return [kept.generations[request.place] for request in requests]
 
 

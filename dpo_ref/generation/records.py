@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_ref.files.digests import Damaged, sealed, unsealed
 from dpo_ref.files.writing import write_lines
-from dpo_ref.types import Message, PromptGroup, digest
+from dpo_ref.types import THOUGHTS, Message, PromptGroup, digest, words_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,15 @@ class Generation:
     tokens: Literal["drawn", "text"] = "drawn"
     tools: tuple[dict[str, Any], ...] | None = None
     template_options: dict[str, Any] | None = None
+    parsed: dict[str, Any] | None = None  # the answer as a message, where thought, calls and words can be told apart
+
+    @property
+    def answer(self) -> str:
+        """What is said behind the thought, words and calls; all of the output where that is not told apart."""
+        if self.parsed is None:
+            return self.output
+        said: Any = {key: value for key, value in self.parsed.items() if key not in THOUGHTS}
+        return words_of(({"role": "assistant", "content": ""} | said,))
 
     @property
     def texts(self) -> PromptGroup:
@@ -69,12 +78,12 @@ class Generation:
         return self.token_ids[:-1] if self.finished else self.token_ids
 
 
-OFFERED = ("tools", "template_options")  # left out of lines that have none
+OPTIONAL = ("tools", "template_options", "parsed")  # left out of lines that have none
 
 
 def line_of(generation: Generation) -> str:
     """A generation as one line of JSON, with its digest."""
-    values = {key: value for key, value in asdict(generation).items() if key not in OFFERED or value is not None}
+    values = {key: value for key, value in asdict(generation).items() if key not in OPTIONAL or value is not None}
     return json.dumps(sealed(values), ensure_ascii=False) + "\n"
 
 

@@ -1,11 +1,19 @@
-"""`data.html`: what the data is like, with pictures and examples in which every scored token can be seen."""
+"""`data.html`: what the data is like, with pictures, rows to look at, and examples in which every scored token can be
+seen.
+"""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import Match, SequenceMatcher
 from typing import Any
 
 import numpy as np
 
-from dpo_ref.data.inspection import Example, Hygiene, concerns, quantiles
+from dpo_ref.data.anomalies import Case, Finding
+from dpo_ref.data.inspection import Example, Hygiene, Tokens, Turn, concerns, quantiles
+from dpo_ref.data.tokenise import BAD
+from dpo_ref.data.turns import common_start
 from dpo_ref.reports import page
 from dpo_ref.reports.plots import INITIAL, SERIES, Panel
 
@@ -71,14 +79,158 @@ def panels(hygiene: Hygiene, margins: np.ndarray) -> list[Panel]:
     return [_lengths(hygiene), *pairs, *([_margins(margins)] if len(margins) else [])]
 
 
+# --- examples
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What there is to see of the data: examples and whose their tokens are, the same of a sample of groups, and rows
+    to look at."""
+
+    examples: Sequence[Example]
+    roles: Mapping[str, Tokens]
+    sampled: Mapping[str, Tokens]
+    num_sampled: int
+    findings: Sequence[Finding]
+
+
 def _example(example: Example) -> str:
-    parts = [f'<p><b>prompt</b><span class="masked">{page.text(example.prompt)}</span></p>']
-    for name, pieces in example.responses.items():
-        tokens = "".join(
-            f'<span class="{"token" if piece.scored else "masked"}">{page.text(piece.text)}</span>' for piece in pieces
-        )
-        parts.append(f'<p class="{page.text(name)}"><b>{page.text(name)}</b>{tokens}</p>')
-    return f'<article class="sample example">{"".join(parts)}</article>'
+    tools = f'<p class="small">Tools on offer: {page.text(", ".join(example.tools))}</p>' if example.tools else ""
+    turns = [_turn(turn.role, "", turn) for turn in example.prompt]
+    for name, said in example.responses.items():
+        turns += [_turn(f"{name}: {turn.role}", name, turn) for turn in said]
+    return f'<article class="sample example">{tools}{"".join(turns)}{_difference(example)}</article>'
+
+
+def _turn(title: str, kind: str, turn: Turn) -> str:
+    tokens = "".join(
+        f'<span class="{"token" if piece.scored else "masked"}">{page.text(piece.text)}</span>'
+        for piece in turn.pieces
+    )
+    counts = {"read": turn.num_read, "scored": turn.num_scored}
+    counted = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    return f'<p class="{page.text(kind)}"><b>{page.text(title)} · {counted}</b>{tokens}</p>'
+
+
+def _roles(looked: Looked) -> str:
+    """Tokens by role."""
+    sample = f"in {looked.num_sampled} groups"
+    names = ["role", "read below", "scored below", f"read {sample}", f"scored {sample}"]
+    none = Tokens(0, 0)
+    rows = [(role, *looked.roles.get(role, none), *tokens) for role, tokens in looked.sampled.items()]
+    return page.plain_table(names, [[role, *(f"{number:,}" for number in numbers)] for role, *numbers in rows])
+
+
+# --- what differs, word by word
+
+
+MOST_WORDS = 400  # of each side that are compared: the time grows with their square
+OPENING, AROUND = 12, 8  # words: what is folded is longer, what is shown around a difference
+FEWEST = 3  # words that are the same on both sides by more than chance
+
+
+def _difference(example: Example) -> str:
+    """Chosen against rejected; nothing for other responses."""
+    if list(example.responses) not in (["chosen", "rejected"], ["rejected", "chosen"]):
+        return ""
+    chosen, rejected = ("".join(turn.text for turn in example.responses[name]) for name in ("chosen", "rejected"))
+    return _folded("Chosen against rejected, word by word", difference(chosen, rejected))
+
+
+def _folded(title: str, content: str) -> str:
+    """What opens with a click."""
+    summary = f"<summary>{page.text(title)}</summary>"
+    return f'<details class="notes example">{summary}{content}</details>' if content else ""
+
+
+def difference(first: str, second: str) -> str:
+    """Two texts as one: what the first alone has is inserted, what the second alone has is struck out."""
+    ours, theirs = (re.findall(r"\s*\S+|\s+", text) for text in (first, second))
+    opening = common_start(ours, theirs)
+    folded = opening if opening > OPENING else 0
+    parts = [_opening(ours[:folded])] if folded else []
+    ours, theirs = ours[folded:], theirs[folded:]
+    shown = ours[:MOST_WORDS], theirs[:MOST_WORDS]
+    parts.append(f"<p>{''.join(_changes(*shown))}</p>")
+    left = len(ours) - len(shown[0]), len(theirs) - len(shown[1])
+    if any(left):
+        parts.append(f'<p class="small">{left[0]:,} words of the first and {left[1]:,} of the second go on.</p>')
+    return "".join(parts)
+
+
+def _opening(words: Sequence[str]) -> str:
+    summary = f"<summary>both begin with the same {len(words):,} words</summary>"
+    return f'<details>{summary}<p><span class="masked">{page.text(_in_short("".join(words)))}</span></p></details>'
+
+
+def _changes(ours: Sequence[str], theirs: Sequence[str]) -> Iterator[str]:
+    begin = 0, 0
+    for first, second, size in _alike(ours, theirs):
+        inserted, struck = "".join(ours[begin[0] : first]), "".join(theirs[begin[1] : second])
+        if inserted:
+            yield f'<ins class="token">{page.text(_in_short(inserted))}</ins>'
+        if struck:
+            yield f'<span class="rejected"><del class="token">{page.text(_in_short(struck))}</del></span>'
+        if size:
+            yield f'<span class="masked">{page.text(_around(ours[first : first + size]))}</span>'
+        begin = first + size, second + size
+
+
+def _alike(ours: Sequence[str], theirs: Sequence[str]) -> list[Match]:
+    """Where both have the same words, and the ends; a word or two that both happen to have between others are not."""
+    *blocks, end = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    places = [((at.a, at.b) == (0, 0) or (at.a + at.size, at.b + at.size) == (end.a, end.b), at) for at in blocks]
+    return [at for is_outermost, at in places if is_outermost or at.size >= FEWEST] + [end]
+
+
+def _around(words: Sequence[str]) -> str:
+    """Words alike, without the middle of many."""
+    if len(words) <= 2 * AROUND + 2:
+        return "".join(words)
+    return f"{''.join(words[:AROUND])} [{len(words) - 2 * AROUND:,} words alike]{''.join(words[-AROUND:])}"
+
+
+# --- rows to look at
+
+
+SHOWN = 600  # characters of each text
+
+
+def _finding(finding: Finding) -> str:
+    cases = "".join(map(_case, finding.cases))
+    return (
+        f'<details class="samples"><summary>{page.text(finding.name)}<small>{finding.count:,}</small></summary>'
+        f"{cases}</details>"
+    )
+
+
+def _case(case: Case) -> str:
+    asked = f'<p class="turn"><span>{page.text(case.origin)}</span> {page.text(_in_short(case.prompt))}</p>'
+    texts = "".join(
+        f'<div class="answer"><header><b>{page.text(name)}</b></header><p>{page.text(_in_short(text))}</p></div>'
+        for name, text in case.texts
+    )
+    compared = difference(*(text for _, text in case.texts)) if len(case.texts) == 2 else ""
+    return (
+        f'<article class="sample"><div class="prompt">{asked}</div><div class="answers">{texts}</div>'
+        f"{_folded('Word by word', compared)}</article>"
+    )
+
+
+def _in_short(text: str) -> str:
+    """A text without the middle of a long one."""
+    half = SHOWN // 2
+    return text if len(text) <= SHOWN else f"{text[:half]} [...] {text[-half:]}"
+
+
+# --- the page
+
+
+LEAVES_OUT = "the chat template leaves out"  # begins why a group is refused
+_LEGEND = (
+    "Grey text is read, coloured tokens are scored; their borders are the tokens' borders. Every block is a turn with "
+    "what the chat template writes around it; template is what it says by itself."
+)
 
 
 def _counts(hygiene: Hygiene) -> list[tuple[str, str]]:
@@ -90,11 +242,26 @@ def _counts(hygiene: Hygiene) -> list[tuple[str, str]]:
     return rows + [(name, f"{count:,}") for name, count in concerns(hygiene).items()]
 
 
-def data_page(hygiene: Hygiene, margins: np.ndarray, examples: Sequence[Example], title: str) -> str:
+def _columns(notes: Sequence[str]) -> list[tuple[str, str]]:
+    """What is said about columns: what stands before a colon is the name of the rest."""
+    parts = [note.partition(": ") for note in notes]
+    return [(name, said) if said else ("note", name) for name, _, said in parts]
+
+
+def _left_out(hygiene: Hygiene) -> tuple[str, str]:
+    """What the template leaves out of what is said: nothing, for a group of which it would is refused."""
+    lines = [f"nothing (every word of {hygiene.num_written:,} groups was looked for)"]
+    refused = {name.removeprefix(BAD): n for name, n in hygiene.counts.items() if name.startswith(BAD + LEAVES_OUT)}
+    lines += [f"{count:,} groups were dropped because {why}" for why, count in refused.items()]
+    return "left out by the chat template", "; ".join(lines)
+
+
+def data_page(hygiene: Hygiene, margins: np.ndarray, looked: Looked, title: str) -> str:
     """The page as HTML, readable without a network."""
     worrying = [f"{count:,} {concern}" for concern, count in concerns(hygiene).items() if count]
     lead = f"The longer response is chosen in {hygiene.longer_chosen:.0%} of the pairs." if len(hygiene.chosen) else ""
     skipped = "".join(f"<li>{page.text(example)}</li>" for example in hygiene.reading.examples)
+    found = [finding for finding in looked.findings if finding.count]
     parts = [
         '<p class="over">Data</p>',
         f"<h1>{page.text(title)}: {hygiene.num_train:,} groups to train on</h1>",
@@ -104,8 +271,15 @@ def data_page(hygiene: Hygiene, margins: np.ndarray, examples: Sequence[Example]
         "<h2>What became of the rows</h2>",
         page.definitions(_counts(hygiene)),
         f"<ul>{skipped}</ul>" if skipped else "",
+        "<h2>What was read of them</h2>",
+        page.definitions([*_columns(hygiene.reading.notes), _left_out(hygiene)]),
+        "<h2>Rows to look at</h2>",
+        *map(_finding, found),
+        page.definitions([(finding.name, "none") for finding in looked.findings if not finding.count]),
+        "<h2>Whose the tokens are</h2>",
+        _roles(looked),
         "<h2>Examples</h2>",
-        '<p class="small">Grey text is read, coloured tokens are scored; their borders are the tokens\' borders.</p>',
-        *map(_example, examples),
+        f'<p class="scale">{_LEGEND}</p>',
+        *map(_example, looked.examples),
     ]
     return page.page(title, "\n".join(filter(None, parts)))

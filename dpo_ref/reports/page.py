@@ -15,7 +15,7 @@ from dpo_ref.generation.records import Generation
 from dpo_ref.reports.plots import Panel, svg, theme_colour
 from dpo_ref.reports.tables import MISSING, Column
 from dpo_ref.tracking.terminal import OF_SCRIPTS, visible
-from dpo_ref.types import Message
+from dpo_ref.types import Message, thoughts_of
 
 # --- tables with any columns; on a narrow screen every row becomes a card
 
@@ -234,10 +234,12 @@ def _score(score: float, scorer: str) -> str:
 
 def _answer(name: str, generation: Generation, score: float, scorer: str) -> str:
     cut = "" if generation.finished else '<span class="cut">cut at the limit</span>'
-    body = text(generation.output) or '<span class="nothing">(empty)</span>'
+    body = text(generation.answer) or '<span class="nothing">(empty)</span>'
+    thought = "\n".join(thoughts_of(generation.parsed or {}))
+    folded = f"<details><summary>thought</summary><p>{text(thought)}</p></details>" if thought else ""
     return (
         f'<div class="answer"><header><b>{text(name)}</b>{_score(score, scorer)}'
-        f'<span class="count">{generation.num_tokens} tokens</span>{cut}</header><p>{body}</p></div>'
+        f'<span class="count">{generation.num_tokens} tokens</span>{cut}</header>{folded}<p>{body}</p></div>'
     )
 
 

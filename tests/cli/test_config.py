@@ -73,7 +73,7 @@ REFUSED = {
     "stage": (["stage=tain"], "stage=tain is none of train, cache_reference, data"),
     "trainer value": (["trainer.batch_size=0"], "trainer.batch_size=0 must be positive"),
     "no dictionary": (["model.template_options=5"], "model.template_options=5 must be a dictionary"),
-    "key of another member": (["+data.on_bad_row=skip"], "data.on_bad_row is not an option"),
+    "key of another member": (["+data.deduplicate=exact"], "data.deduplicate is not an option"),
 }
 
 

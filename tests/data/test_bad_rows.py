@@ -45,6 +45,18 @@ def but(**changed):
     return {**GOOD, **changed}
 
 
+CALL = {"name": "tide", "arguments": {"harbour": "Husum"}}
+
+
+def calls(*entries):
+    return {"role": "assistant", "content": None, "tool_calls": list(entries)}
+
+
+def deep(levels):
+    """A list in a list in a list."""
+    return [deep(levels - 1)] if levels else "far"
+
+
 ROWS = {
     "comma missing": (b'{"prompt": "q", "chosen": "a" "rejected": "b"}', "is not JSON (Expecting ',' delimiter at"),
     "no JSON": (b"why? because", "is not JSON (Expecting value at column 1)"),
@@ -56,19 +68,83 @@ ROWS = {
     "null text": (but(rejected=None), "has null in rejected"),
     "null content": (but(chosen=[turn("assistant", None)]), "has null in chosen (assistant turn), where text is"),
     "numeric content": (but(rejected=[turn("assistant", 7)]), "has a int in rejected (assistant turn), where text is"),
-    "parts": (but(prompt=[turn("user", [{"type": "text"}])]), "has a list in prompt (user turn), where text is"),
+    "empty part": (but(prompt=[turn("user", [{"type": "text"}])]), "has null in prompt (user turn), where text is"),
+    "image": (
+        but(prompt=[turn("user", [{"type": "text", "text": "why?"}, {"type": "image"}])]),
+        "has content of type image in prompt (user turn); only parts {type: text, text: ...} are read",
+    ),
+    "part with more": (
+        but(chosen=[turn("assistant", [{"type": "text", "text": "so.", "audio": "a.wav"}])]),
+        "has content with audio in chosen (assistant turn); only parts {type: text,",
+    ),
     "no turn": (but(chosen=["so."]), "a turn that is not {role: system|user|assistant|tool, content: text}"),
     "empty list": (but(chosen=[]), "has an empty list in chosen"),
     "empty prompt": (but(prompt=[]), "has an empty list in prompt"),
-    "two answers": (but(chosen=[ANSWER, ANSWER]), "has a chosen that is not one assistant turn after the prompt"),
-    "users in a row": (but(prompt=[USER, OTHER]), "roles out of order in prompt: turn 2 is user after a turn of user"),
-    "late system": (but(prompt=[USER, SYSTEM, USER]), "of order in prompt: turn 2 is system after a turn of user"),
+    "two answers": (
+        but(chosen=[ANSWER, ANSWER]),
+        "has roles out of order in prompt and chosen: turn 3 is assistant after a turn of assistant; it must answer",
+    ),
+    "users in a row": (
+        but(prompt=[USER, OTHER]),
+        "has roles out of order in prompt: turn 2 is user after a turn of user; join what one speaker says into one",
+    ),
+    "late system": (
+        but(prompt=[USER, SYSTEM, USER]),
+        "roles out of order in prompt: turn 2 is system after a turn of user; it must be the first, and the only one",
+    ),
+    "two system turns": (but(prompt=[SYSTEM, SYSTEM, USER]), "turn 2 is system after a turn of system; it must be"),
     "assistant first": (but(prompt=[ANSWER, USER]), "of order in prompt: turn 1 is assistant at the beginning"),
-    "two systems": (but(prompt=[SYSTEM, USER], system="Be brief."), "has a system turn in the prompt and a column sy"),
+    "two systems": (
+        but(prompt=[SYSTEM, USER], system="Be brief."),
+        "has a system turn in the prompt and a column system; data.ignore=[system] passes over one",
+    ),
+    "result without a call": (
+        but(prompt=[USER, ANSWER, turn("tool", "2.4")]),
+        "has a tool's result without its call in prompt: turn 3; the assistant's tool_calls must hold it",
+    ),
+    "result of another call": (
+        but(prompt=[USER, calls({"id": "c1", "function": CALL}), turn("tool", "2.4") | {"tool_call_id": "c9"}]),
+        "has a tool's result without its call in prompt: turn 3 answers 'c9', while the calls before it are c1",
+    ),
+    "result first": (but(prompt=[turn("tool", "2.4")]), "turn 1 is tool at the beginning; it must follow the assis"),
+    "calls are none": (but(chosen=[calls("tide")]), "has tool_calls in chosen that are not a list of objects"),
+    "call without a name": (
+        but(chosen=[calls({"function": {"arguments": {}}})]),
+        "has a call in chosen.tool_calls without a name; it is {function: {name, arguments}}",
+    ),
+    "arguments cut": (
+        but(chosen=[calls({"function": {"name": "tide", "arguments": '{"harbour": '}})]),
+        "has text that is not JSON in the arguments of tide in chosen: '{\"harbour\": '",
+    ),
+    "arguments are a list": (
+        but(chosen=[calls({"function": {"name": "tide", "arguments": ["Husum"]}})]),
+        "has ['Husum'] as the arguments of tide in chosen; they are an object",
+    ),
+    "empty turn between": (
+        but(chosen=[calls({"function": CALL}), turn("tool", "2.4"), turn("assistant", "")]),
+        "has an empty chosen: its turn 3 has neither words nor calls",
+    ),
+    "ends with a result": (
+        but(chosen=[calls({"function": CALL}), turn("tool", "2.4")]),
+        "has a chosen that ends with a turn of tool; it must end with the assistant",
+    ),
+    "deep": (
+        but(chosen=[turn("assistant", "so.") | {"why": deep(80)}]),
+        "has more than 64 lists and objects inside each other in chosen.why",
+    ),
+    "speaker": (but(chosen={"from": "bing", "value": "so."}), "has the unknown speaker 'bing' in chosen; known are s"),
+    "written call": (
+        but(chosen={"from": "function_call", "value": "tide(Husum)"}),
+        "has text that is not JSON in a function_call in chosen, which is {name, arguments}: 'tide(Husum)'",
+    ),
+    "options": (
+        but(chat_template_kwargs="thinking"),
+        "has 'thinking' in chat_template_kwargs, where an object such as {enable_thinking: false} is expected",
+    ),
     "no answer": ({"chosen": [USER], "rejected": [USER, ANSWER]}, "has a chosen that ends with a turn of user"),
     "unequal prompts": (
         {"chosen": [USER, ANSWER], "rejected": [OTHER, ANSWER]},
-        "has conversations in chosen and rejected that differ before their last answer: two prompts",
+        "has conversations in chosen and rejected that part at a turn of the user: two prompts, where one is expected",
     ),
     "another prompt": (but(rejected=[OTHER, ANSWER]), "has a rejected whose conversation begins with another prompt"),
     "nothing shared": ({"chosen": "Yes it is", "rejected": "No"}, "has an empty prompt"),
@@ -84,7 +160,9 @@ ROWS = {
     "role": (but(chosen=[turn("gpt", "so.")]), "has the unknown role 'gpt' in chosen; known are system, user,"),
     "score": (but(score_chosen="good", score_rejected=1), "has 'good' in score_chosen, where a finite number is exp"),
     "NaN": (but(score_chosen=1, score_rejected=float("nan")), "has nan in score_rejected, where a finite number is"),
-    "tools": (but(tools="weather("), "has tools that are not JSON"),
+    "tools": (but(tools="weather("), "has tools that are not JSON; they are a list of JSON schemas, or its text"),
+    "tools of words": (but(tools=["weather"]), "has tools that are not JSON"),
+    "tools of numbers": (but(tools=[3]), "has tools that are not a list of JSON schemas"),
     "mixed": (CASES["kto"].rows[0], "looks like format unpaired, while the rows before are preference"),
     "mixed scored": (CASES["shp"].rows[0], "looks like format shp, while the rows before are preference"),
 }  # fmt: skip
@@ -107,7 +185,7 @@ FORMATS = [
     ("sft_messages", {"messages": [SYSTEM, ANSWER]}, "has a prompt that ends with a turn of system; it must end with"),
     ("sft_messages", {"messages": [USER, turn("assistant", " ")]}, "has an empty response 1"),
     ("sft_text", {"text": " \n"}, "has an empty text"),
-    ("alpaca", {"instruction": "", "input": ""}, "has no instruction"),
+    ("alpaca", {"instruction": "", "input": ""}, "has nothing in instruction or input"),
     ("kto", {"label": "yes"}, "has 'yes' in label, where true or false"),
     ("hh", {"chosen": f"{HH} so.\n\nHuman: who?"}, "has a dialogue that does not end with an assistant turn"),
     ("hh", {"chosen": f"{HH} so."}, "has dialogues that differ before their last assistant turn"),
@@ -170,9 +248,9 @@ FILES = {
     "empty.parquet": (b"", "empty.parquet is not Parquet: "),
     "cut.json": (json.dumps([GOOD] * 3).encode()[:-9], "cut.json is not JSON: "),
     "latin.csv": ("prompt,chosen,rejected\nq,é,b\n".encode("latin-1"), "latin.csv is not UTF-8 (byte 25)"),
-    "rows.zip": (b"PK", "rows.zip is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz, .bz2, .xz)"),
-    "rows.jsonl.zip": (b"PK", "rows.jsonl.zip is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz,"),
-    "rows.txt": (MANY, "rows.txt is none of .jsonl, .json, .csv, .tsv, .parquet (each also .gz, .bz2, .xz)"),
+    "rows.zip": (b"PK", "rows.zip is none of .jsonl, .json, .csv, .tsv, .parquet"),
+    "rows.jsonl.zip": (b"PK", "rows.jsonl.zip is none of .jsonl, .json, .csv, .tsv, .parquet"),
+    "rows.txt": (MANY, "rows.txt is none of .jsonl, .json, .csv, .tsv, .parquet"),
     "rows.gz": (gzip.compress(MANY, mtime=0), "rows.gz is none of .jsonl, .json, .csv, .tsv, .parquet"),
 }  # fmt: skip
 
@@ -189,7 +267,7 @@ def test_files_that_cannot_be_read(tmp_path, cache, name):
 def test_folder_without_data(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "rows.zip").write_bytes(b"PK")
-    assert refused(tmp_path / "rows").endswith("rows holds no file of .jsonl, .json, .csv, .tsv, .parquet")
+    assert "rows: rows.zip cannot be read; data files are .jsonl, .json, " in refused(tmp_path / "rows")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo_ref.data import sources
-from dpo_ref.data.inspection import example_of, inspect, score_margins, short_report
+from dpo_ref.data.inspection import examples_of, inspect, score_margins, short_report
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.types import Message, PreferenceData, PromptGroup, Reading
 from tests.support.command import train
@@ -66,15 +66,33 @@ def test_an_example_shows_every_scored_token():
     text = "naïve 日本 \N{GRINNING FACE} ok"
     prompt = (Message(role="user", content="a"), Message(role="assistant", content="b"))
     given = PromptGroup((*prompt, Message(role="user", content="c")), (text, "no"), ((1, 0),))
-    (token_group,) = tokenise([given], TOKENIZER, score="all").groups
-    example = example_of(TOKENIZER, token_group)
+    groups = tokenise([given], TOKENIZER, score="all").groups
+    (example,) = examples_of(TOKENIZER, groups)
     assert list(example.responses) == ["rejected", "chosen"]
-    assert "".join(piece.text for piece in example.responses["rejected"]) == TOKENIZER.decode(
-        token_group.response_ids[0]
-    )
-    scored = "".join(piece.text for piece in example.responses["rejected"] if piece.scored)
-    assert scored == f"b<|im_end|>{text}<|im_end|>"
-    assert example.rows()[0] == ["prompt", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "no"]
+    said = example.responses["rejected"]
+    assert "".join(turn.text for turn in said) == TOKENIZER.decode(groups[0].response_ids[0])
+    assert "".join(p.text for turn in said for p in turn.pieces if p.scored) == f"b<|im_end|>{text}<|im_end|>"
+    begin = "<|im_start|>assistant\n"
+    assert example.rows()[:6] == [
+        ["user", "<|im_start|>user\na<|im_end|>\n", "no"],
+        ["assistant", begin, "no"],
+        ["rejected", "b<|im_end|>", "yes"],
+        ["rejected", "\n", "no"],
+        ["user", "<|im_start|>user\nc<|im_end|>\n", "no"],
+        ["rejected", begin, "no"],
+    ]
+
+
+def test_the_terminal_gets_the_first_and_the_last_of_many_turns():
+    turns = [Message(role=("user", "assistant")[i % 2], content=f"turn {i}") for i in range(21)]
+    groups = tokenise([PromptGroup(tuple(turns), ("yes", "no"), ((0, 1),))], TOKENIZER, max_length=10_000).groups
+    (example,) = examples_of(TOKENIZER, groups)
+    assert len(example.rows()) == 21 + 1 + 2
+    shown = example.short_rows()
+    assert [row[0] for row in shown] == ["user", "assistant", "...", "user", "assistant", "user", "assistant",
+                                         "chosen", "rejected"]  # fmt: skip
+    assert shown[2][1] == "16 more"
+    assert "turn 20" in shown[5][1]
 
 
 def plain_hh(row):
@@ -112,8 +130,26 @@ def test_hh_equals_a_plain_implementation(tmp_path, monkeypatch):
         assert list(token_group.response_ids) == answers
 
 
+def test_lopsided_pairs_and_empty_responses_are_counted():
+    groups = [
+        group("a", "word " * 300, "no no"),
+        group("b", "word " * 300, "word " * 40),
+        group("c", "no", "word " * 10),  # many times as long, but short
+        group("d", "", "words"),
+    ]
+    hygiene = inspect(
+        PreferenceData(groups, [], []), *(tokenise(part, TOKENIZER, max_length=9999) for part in (groups, []))
+    )
+    assert (hygiene.lopsided, hygiene.empty) == (1, 1)
+    report = short_report(hygiene)
+    assert "  1 pairs have a side more than 10 times as long as the other" in report
+    assert "  1 responses are empty" in report
+
+
 def test_stage_data_writes_a_page_and_loads_no_model(tmp_path):
-    rows = [{"prompt": f"why {i}?", "chosen": "because " * (i + 1), "rejected": "<b>no</b>"} for i in range(12)]
+    rows = [
+        {"prompt": f"why {i}?", "chosen": "because " * (i + 2), "rejected": "<b>no</b>", "note": i} for i in range(12)
+    ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     done = train("stage=data", "data=jsonl", f"data.path={path}", "model=lab_tiny", f"output_dir={tmp_path / 'run'}")
@@ -122,4 +158,6 @@ def test_stage_data_writes_a_page_and_loads_no_model(tmp_path):
     assert "12 groups to train on" in page
     assert "&lt;" in page
     assert "<b>no" not in page
+    assert "nothing (every word of 12 groups was looked for)" in page
+    assert "12 held-out" not in done.stdout
     assert not re.search(r'(src|href)="(?!#)', page)

@@ -19,7 +19,7 @@ import pytest
 from datasets import Dataset
 
 from dpo_ref.data import bounded as bounds
-from dpo_ref.data import rows as data_rows
+from dpo_ref.data import readers
 from dpo_ref.data.bounded import OverLimit, bounded
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.data.sources import preferences
@@ -406,7 +406,7 @@ def test_a_bomb_as_one_types_it(tmp_path, tell):
 
 
 def test_limits_leave_what_people_have(tmp_path):
-    assert data_rows.LONGEST > 2**24
+    assert readers.LONGEST > 2**24
     path = tmp_path / "rows.jsonl.gz"
     packed(path, GZ, [GOOD * 10**4])
     assert len(preferences(0, path=str(path), deduplicate="off").train) == 10**4

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dpo_ref.data.encoding import Encoder
 from dpo_ref.generation.engine import gumbel, random_bits, stream_name
 from dpo_ref.generation.records import read_generations, write_generations
 from dpo_ref.generation.sampling import Rule, choose, generate, never_sampled
 from dpo_ref.models.attention import register
+from dpo_ref.types import PromptGroup
 from tests.support.tiny import tiny_model
 from tests.support.tokenizers_here import PLAIN, byte_bpe
 
@@ -234,3 +236,24 @@ def test_many_random_prompt_lengths():
     model = model_for(TOKENIZER)
     together = generate(model, TOKENIZER, prompts, 0, max_new_tokens=6)
     assert together == generate(model, TOKENIZER, prompts, 0, max_new_tokens=6, batch_size=1)
+
+
+def test_what_a_prompt_offers_is_asked_and_kept(tmp_path):
+    """Tools and template options of a row reach the template when its prompt is answered, and the record of it."""
+    template = (
+        "{% for t in tools or [] %}<tool>{{ t | tojson }}</tool>{% endfor %}{{ 'loud ' if loud else '' }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer, tools = byte_bpe(template), ({"type": "function", "function": {"name": "tide"}},)
+    (question,) = ask("a cat")
+    offered = PromptGroup(tuple(question), ("so",), tools=tools, template_options={"loud": True}).asked
+    first, second = generate(model_for(tokenizer), tokenizer, [offered, question], 0, max_new_tokens=3)
+    start = '<tool>{"type": "function", "function": {"name": "tide"}}</tool>loud <|im_start|>user'
+    assert tokenizer.decode(first.prompt_ids).startswith(start)
+    assert tokenizer.decode(second.prompt_ids).startswith("<|im_start|>user")
+    write_generations(tmp_path / "generations.jsonl", [first, second])
+    assert read_generations(tmp_path / "generations.jsonl") == [first, second]
+    assert "template_options" not in (tmp_path / "generations.jsonl").read_text().splitlines()[1]
+    written = Encoder(tokenizer).last_turns([first.texts, second.texts])
+    assert [ids.prompt for ids in written] == [list(first.prompt_ids), list(second.prompt_ids)]

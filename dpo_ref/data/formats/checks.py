@@ -48,7 +48,7 @@ def record(value: Any, name: str) -> Row:
 
 def flag(value: Any, name: str) -> bool:
     """True or false, 1 or 0, also spelt as text, as CSV has them."""
-    truth = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    truth = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(str(value).lower())
     if truth is None:
         raise BadRow(f"has {shown(value)} in {name}, where true or false (1 or 0) is expected")
     return truth

@@ -7,12 +7,13 @@ row means, reported once where it does not.
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 from dpo_ref.data.formats.checks import BadRow, Row, column, record, says_nothing, several
-from dpo_ref.data.formats.conversations import messages_written_out
-from dpo_ref.types import PromptGroup
+from dpo_ref.data.formats.conversations import messages_written_out, turns
+from dpo_ref.types import PromptGroup, turns_of, words_of
 
 # --- rows that know what was read of them
 
@@ -72,7 +73,7 @@ Kind = Literal["harmless", "about", "unknown", "media", "label", "setting", "wor
 def _singular(word: str) -> str:
     if len(word) > 4 and word.endswith("ies"):
         return f"{word[:-3]}y"
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+    return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith("ss") else word
 
 
 def _words(names: str) -> frozenset[str]:
@@ -167,11 +168,11 @@ def kind_of(name: str) -> Kind:
         return "about"
     if not _SETTINGS.isdisjoint(words):
         return "setting"
-    return "unknown" if _spoken_as(name) is None else "words"
+    return "unknown" if spoken_as(name) is None else "words"
 
 
 @lru_cache(4096)
-def _spoken_as(name: str) -> str | None:
+def spoken_as(name: str) -> str | None:
     """Under which of our names the words of a column are read."""
     words = _split(name.rpartition(".")[2])
     return next((ours for ours, known in _SPOKEN.items() if not known.isdisjoint(words)), None)
@@ -213,7 +214,7 @@ def unread_columns(row: ReadRow, group: PromptGroup, known: Collection[str], for
         if kind not in _REPORTED or not isinstance(value, str | int | float):
             content = _content(value)
             kind = _kind_of_value(name, value, content)
-            if kind == "words" and said.repeats(name, content.texts):
+            if kind == "words" and said.repeats(name, value, content.texts):
                 continue
         if kind not in _REPORTED:
             raise BadRow(_refusal(name, kind, row, format))
@@ -234,7 +235,7 @@ def _kind_of_value(name: str, value: Any, content: "_Content") -> Kind:
     if kind == "media" and value in (0, False):
         return "about"  # has_image: false
     if kind == "words" and (_is_number(value) or not content.texts):
-        return "label" if _spoken_as(name) in ("chosen", "rejected") else "about"  # chosen: 1
+        return "label" if spoken_as(name) in ("chosen", "rejected") else "about"  # chosen: 1
     return kind
 
 
@@ -243,8 +244,8 @@ def _refusal(name: str, kind: Kind, row: Row, format: str) -> str:
     ignore = f"data.ignore=[{name}] passes over it"
     if kind == "media":
         return f"has {name}, and only text is read; {ignore}"
-    ours = "label" if kind == "label" else _spoken_as(name)
-    free = ours is not None and "." not in name and says_nothing(peek(row, ours))
+    ours = "label" if kind == "label" else spoken_as(name)
+    free = ours not in (None, name) and "." not in name and says_nothing(peek(row, ours))
     reads = f"data.columns={{{ours}: {name}}} reads it as {ours}, " if free else ""
     return f"has a column {name} that format {format} does not read; {reads}{ignore}"
 
@@ -254,7 +255,8 @@ class _Said:
 
     def __init__(self, group: PromptGroup) -> None:
         self._group = group
-        self._prompt = [turn["content"] for turn in group.prompt]
+        self._turns = [*group.prompt, *(turn for response in group.responses for turn in turns_of(response))]
+        self._prompt = [turn["content"] for turn in group.prompt] or list(map(words_of, group.responses))
 
     @cached_property
     def _texts(self) -> set[str]:
@@ -262,9 +264,12 @@ class _Said:
         group = self._group
         return set(_content([group.prompt, group.responses, group.tools, group.template_options]).texts)
 
-    def repeats(self, name: str, texts: list[str]) -> bool:
-        """Whether all that a column says was said: as one of the texts, or inside of the prompt."""
-        whole = _spoken_as(name) in ("chosen", "rejected", "responses")
+    def repeats(self, name: str, value: Any, texts: list[str]) -> bool:
+        """Whether all that a column says was said: as turns, or as one of the texts, or inside of the prompt."""
+        with suppress(BadRow):
+            if all(turn in self._turns for turn in turns(value, name, "user")):
+                return True
+        whole = spoken_as(name) in ("chosen", "rejected", "responses")
         return all(
             words in self._texts or (not whole and any(words in said for said in self._prompt)) for words in texts
         )

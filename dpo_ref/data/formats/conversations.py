@@ -3,6 +3,7 @@
 Written as {role, content}, as ShareGPT's {from, value}, as the text of either, or as one text with markers in it.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -52,8 +53,7 @@ def turn(value: Any, name: str) -> Message:
         if key not in ("role", "content") and key not in _HARMLESS and not _is_absent(key, inner)
     }
     if "tool_calls" in extra:
-        calls = json_text(extra["tool_calls"], f"{name}.tool_calls")
-        extra["tool_calls"] = [_call(call, name) for call in several(calls, f"{name}.tool_calls")]
+        extra["tool_calls"] = [_call(call, name) for call in _calls(extra["tool_calls"], name)]
     if words is None and extra.keys() & {"tool_calls", *THOUGHTS}:
         words = ""
     return Message(role=role, content=text(words, where), **extra)
@@ -76,6 +76,14 @@ def _joined_parts(content: Any, where: str) -> str:
             wrong = f"content of type {kind}" if kind not in _TEXT_PARTS else f"content with {', '.join(others)}"
             raise BadRow(f"has {wrong} in {where}; only parts {{type: text, text: ...}} are read")
     return "".join(text(part.get("text"), where) for part in content)
+
+
+def _calls(value: Any, name: str) -> list[Any]:
+    """A turn's calls, which may come as JSON text."""
+    calls = json_text(value, f"{name}.tool_calls")
+    if not isinstance(calls, list):
+        raise BadRow(f"has tool_calls in {name} that are not a list of objects")
+    return calls
 
 
 def _call(call: Any, name: str) -> dict[str, Any]:
@@ -114,7 +122,8 @@ def _of_speaker(value: dict[str, Any], name: str) -> dict[str, Any]:
 # --- several turns
 
 
-_LIKE_MESSAGES = re.compile(r"""["'](role|from)["']\s*:""")
+_HAS_SPEAKERS = re.compile(r"""["'](role|from)["']\s*:""")
+_BEGINS_AS_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _ROUND = re.compile(r"\n?<extra_id_[01]>(System|User|Assistant)\n")
 
@@ -124,8 +133,7 @@ def turns(value: Any, name: str, role: str) -> list[Message]:
     if isinstance(value, str):
         messages = messages_written_out(value, name)
         if messages is None:
-            words = text(value, f"{name} ({role} turn)")
-            return spoken(words, name) if role == "user" else [Message(role=role, content=words)]
+            return spoken(text(value, f"{name} ({role} turn)"), name, role)
         value = messages
     if isinstance(value, dict):
         value = [value]
@@ -139,35 +147,44 @@ def turns(value: Any, name: str, role: str) -> list[Message]:
 def messages_written_out(value: str, name: str) -> list[Any] | None:
     """The messages that a text is, as JSON or as Python writes them; None for a text that is none. Raises BadRow for
     one that was cut or printed on the way."""
-    begin = value[:32].lstrip()[:1]
-    if begin not in ("[", "{") or not _LIKE_MESSAGES.search(value):
+    if value[:32].lstrip()[:1] not in ("[", "{") or not _HAS_SPEAKERS.search(value):
         return None
     content = written_out(value)
     entries = [content] if isinstance(content, dict) else content
-    if isinstance(entries, list) and entries and all(map(_is_message, entries)):
+    if isinstance(entries, list) and all(map(_is_turn, entries)) and any(map(_is_known, entries)):
         return entries
-    if content is None and begin == "[" and value.rstrip().endswith("]"):
-        raise BadRow(f"has a list of messages as text in {name} that is neither JSON nor Python: {shown(value)}")
+    if content is None and _BEGINS_AS_MESSAGES.match(value) and not _begins_with_json(value):
+        raise BadRow(f"has messages as text in {name} that is neither JSON nor Python: {shown(value)}")
     return None
 
 
-def _is_message(entry: Any) -> bool:
-    """Whether a decoded value is a turn: somebody known speaks, and there are words or calls."""
-    if not isinstance(entry, dict):
+def _is_turn(entry: Any) -> bool:
+    keys = entry.keys() if isinstance(entry, dict) else set[str]()
+    return keys >= {"role", "content"} or keys >= {"role", "tool_calls"} or keys >= {"from", "value"}
+
+
+def _is_known(entry: dict[str, Any]) -> bool:
+    speaker = entry.get("role", entry.get("from"))
+    return isinstance(speaker, str) and (speaker in ROLES or speaker in _SPEAKERS)
+
+
+def _begins_with_json(value: str) -> bool:
+    """Whether a text is about JSON: a whole value, and words behind it."""
+    try:
+        json.JSONDecoder().raw_decode(value.lstrip())
+    except (ValueError, RecursionError):
         return False
-    return (entry.get("role") in ROLES and bool({"content", "tool_calls"} & entry.keys())) or (
-        entry.get("from") in _SPEAKERS and "value" in entry
-    )
+    return True
 
 
-def spoken(words: str, name: str) -> list[Message]:
-    """What a prompt of one text says: a user's turn, or as many as markers open in it, of hh-rlhf ("\\n\\nHuman:") or
-    of HelpSteer ("<extra_id_1>User")."""
-    if "<extra_id_1>" in words:
+def spoken(words: str, name: str, role: str) -> list[Message]:
+    """What one text says: a turn of `role`, or as many as markers open in it, of hh-rlhf ("\\n\\nHuman:") or, in
+    prompts, of HelpSteer ("<extra_id_1>User")."""
+    if "<extra_id_1>" in words and role == "user":
         return _rounds(words, name)
     if words.startswith(_HUMAN) or (words.startswith("Human:") and words.rstrip().endswith(_ASSISTANT)):
         return answerable(dialogue("\n\n" + words.lstrip()))
-    return [Message(role="user", content=words)]
+    return [Message(role=role, content=words)]
 
 
 def _rounds(words: str, name: str) -> list[Message]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dpo_ref.data.formats import published, standard
 from dpo_ref.data.formats.checks import BadRow, Row, columns_of
-from dpo_ref.data.formats.columns import peek
+from dpo_ref.data.formats.columns import peek, spoken_as
 from dpo_ref.types import PromptGroup
 
 # --- log-probs that came with a row: the columns by which they are known, and how they are read
@@ -139,7 +139,7 @@ FORMATS = {
         ),
         _format(
             "tldr", "info summaries choice", published.tldr,
-            known="worker batch extra site article note policy title subreddit post",
+            known="worker batch extra site note policy title",
         ),
         _format(
             "ultrafeedback", "instruction completions", published.ultrafeedback,
@@ -178,10 +178,11 @@ FORMATS = {
         ),
         _format("ranked", f"{_PROMPT} responses|trajectories,prompt answers", published.ranked, logps=LISTS),
         _format(
-            "unpaired", f"prompt completion label|kto_tag,{_TURNS} label|kto_tag,instruction output label|kto_tag",
+            "unpaired",
+            f"{_PROMPT} completion label|kto_tag,{_TURNS} label|kto_tag,instruction output label|kto_tag",
             standard.unpaired,
         ),
-        _format("completion", "prompt completion", standard.completion),
+        _format("completion", f"{_PROMPT} completion", standard.completion),
         _format("messages", _TURNS, standard.messages),
         _format("instruction", "instruction output", standard.instruction, known="text"),
         _format("text", "text", standard.plain_text),
@@ -209,9 +210,18 @@ def format_of(name: str, row: Row) -> Format:
         nearest = max(FORMATS.values(), key=lambda f: (f.share(row.keys()), f.name == "preference"))
         raise BadRow(
             f"fits no known format; its columns are {columns_of(row)}. The nearest is data.format={nearest.name}, "
-            f"which needs {nearest.needs}; data.columns={{ours: theirs}} renames columns"
+            f"which needs {nearest.needs}; {_renaming(row)}"
         )
     return format
+
+
+def _renaming(row: Row) -> str:
+    """How the row's columns could be called, as far as their names say it."""
+    theirs = {spoken_as(name): name for name in reversed(row)}
+    sides = {"chosen": "chosen", "rejected": "rejected"} if "rejected" in theirs else {"completion": "responses"}
+    names = {ours: theirs.get(spoken, "...") for ours, spoken in ({"prompt": "prompt"} | sides).items()}
+    renamed = ", ".join(f"{ours}: {name}" for ours, name in names.items() if ours != name)
+    return f"data.columns={{{renamed}}} gives columns the names that formats know"
 
 
 def convert(row: Row, origin: str, expected: Format, options: dict[str, Any], is_named: bool) -> PromptGroup:

@@ -212,7 +212,9 @@ def _prompt_and_answers(row: Row, sides: list[Any], names: Sequence[str]) -> Ans
     if all(conversation[0]["role"] != "assistant" for conversation in conversations):
         return _common_turns(conversations[0], conversations[1], names)
     if source is not None:
-        return _after_prompt(prompt_of(row), conversations, names)
+        prompt = prompt_of(row)
+        ends_with_better = prompt[-1] == conversations[0][0]  # messages that hold the chosen answer, too
+        return _after_prompt(prompt[:-1] if ends_with_better else prompt, conversations, names)
     if [conversation[0]["content"] for conversation in conversations] != sides:
         raise BadRow(
             f"has no prompt, and {names[0]} or {names[1]} begins with the assistant; its columns are {columns_of(row)}"
@@ -225,7 +227,7 @@ def _after_prompt(prompt: list[Message], conversations: list[list[Message]], nam
     """What comes after the prompt on each side; a side may repeat the prompt or its last turns, behind a system turn
     that all sides have."""
     systems = [side[0] for side in conversations if side[0]["role"] == "system"]
-    if len(systems) == len(conversations) and prompt[0]["role"] != "system":
+    if len(systems) == len(conversations) and prompt and prompt[0]["role"] != "system":
         prompt = [systems[0], *prompt] if systems.count(systems[0]) == len(systems) else prompt
     return prompt, [side[repeated(prompt, side, name) :] for side, name in zip(conversations, names, strict=True)]
 

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -73,7 +73,17 @@ def _by_prompt(generations: Sequence[Generation]) -> dict[tuple[str, int], dict[
     return samples
 
 
-def answer_pairs(generations: Sequence[Generation], baseline: Sequence[Generation]) -> list[Pair]:
+Shown = Literal["answer", "all"]
+
+
+def shown(generation: Generation, how: Shown) -> str:
+    """What a judge sees of an answer, and what is counted as its length: the answer behind its thought, or all."""
+    return {"answer": generation.answer, "all": generation.output}[how]
+
+
+def answer_pairs(
+    generations: Sequence[Generation], baseline: Sequence[Generation], how: Shown = "answer"
+) -> list[Pair]:
     """Every answer beside the baseline's of the same sample index, as far as both have it.
 
     Answers that were drawn with the same random numbers (same seed and index) are no independent draws where the
@@ -91,17 +101,19 @@ def answer_pairs(generations: Sequence[Generation], baseline: Sequence[Generatio
             f"answers are judged prompt by prompt, but only {len(ours.keys() & theirs.keys())} prompts are shared by "
             f"the policy's {len(ours)} and the baseline's {len(theirs)}; generate both from the same prompts"
         )
-    return [pair for prompt, samples in ours.items() for pair in _pairs(samples, theirs[prompt])]
+    return [pair for prompt, samples in ours.items() for pair in _pairs(samples, theirs[prompt], how)]
 
 
-def _pairs(ours: dict[int, Generation], theirs: dict[int, Generation]) -> list[Pair]:
+def pair_of(ours: Generation, theirs: Generation, how: Shown) -> Pair:
+    """Two answers to one prompt as a judge sees them."""
+    return Pair(ours.prompt, ours.prompt_index, ours.sample_index, shown(ours, how), shown(theirs, how))
+
+
+def _pairs(ours: dict[int, Generation], theirs: dict[int, Generation], how: Shown) -> list[Pair]:
     shared = sorted(ours.keys() & theirs.keys())
     same_draws = bool(shared) and ours[shared[0]].seed == theirs[shared[0]].seed
     partners = shared[1:] + shared[:1] if same_draws else shared
-    return [
-        Pair(ours[index].prompt, ours[index].prompt_index, index, ours[index].output, theirs[partner].output)
-        for index, partner in zip(shared, partners, strict=True)
-    ]
+    return [pair_of(ours[index], theirs[partner], how) for index, partner in zip(shared, partners, strict=True)]
 
 
 # --- from a judge's answers to a preference
@@ -188,6 +200,7 @@ class Judge:
     ask: Asker
     cache: Path
     prices: tuple[float, float] | None = None
+    shows: Shown = "answer"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -200,6 +213,7 @@ class Judge:
             "orders": "both" if self.both_orders else "one, drawn by the pair's digest",
             "preferences": "log-probs of the labels" if self.soft else "written verdicts",
             "parameters": dict(self.parameters),
+            **({} if self.shows == "answer" else {"shows": self.shows}),
         }
 
     def request(self, pair: Pair, policy_first: bool) -> JudgeRequest:

@@ -20,7 +20,7 @@ from dpo_ref.data.encoding import Encoder
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.distributed import best_device
 from dpo_ref.evaluation.judging.answers import JudgeAnswer, JudgeRefused, JudgeRequest, Store
-from dpo_ref.evaluation.judging.judge import Judge
+from dpo_ref.evaluation.judging.judge import Judge, Shown
 from dpo_ref.evaluation.judging.templates import load_template
 from dpo_ref.models.loading import ModelLoader, ModelPath, check_folder, compute_dtype
 from dpo_ref.models.logps import response_logps
@@ -87,6 +87,7 @@ def served(
     base_url: str | None = None,
     key_variable: str = "OPENAI_API_KEY",
     both_orders: bool = True,
+    shows: Shown = "answer",
     max_tokens: int | None = None,
     temperature: float | None = 0.0,
     logprobs: int | None = None,
@@ -101,8 +102,9 @@ def served(
 
     `template` is a name (alpaca_eval, mt_bench, tldr, dialogue) or a file. `base_url` is the server's base, OpenAI's
     unless given; a key is read from the environment variable `key_variable` and from nowhere else. `both_orders` asks
-    twice about a pair, with either answer first. `max_tokens`, `temperature` and `logprobs`, the number of likeliest
-    first tokens whose log-probs are asked for, are left out of the request where they are null; `request` holds
+    twice about a pair, with either answer first. Of answers it `shows` what is said behind the thought, where that can
+    be told apart, or all; lengths are of what is shown. `max_tokens`, `temperature` and `logprobs`, the number of
+    likeliest first tokens whose log-probs are asked for, are left out of the request where they are null; `request` holds
     further parameters of it. `max_workers` questions are under way at once; each gets `timeout` seconds and is
     repeated `retries` times with growing pauses. Prices are per million tokens; without them no cost is reported.
     """
@@ -120,6 +122,7 @@ def served(
         soft=logprobs is not None,
         ask=ChatServer(server, max_workers).ask,
         cache=context.cache,
+        shows=shows,
         prices=None if prompt_price is None or completion_price is None else (prompt_price, completion_price),
     )
 
@@ -298,13 +301,15 @@ def local(
     model: str,
     template: str = "alpaca_eval",
     both_orders: bool = True,
+    shows: Shown = "answer",
     tokens_per_batch: int = 8192,
 ) -> Judge:
     """A causal model in a local folder, on the hub or of the lab, asked with any template.
 
     Nothing is generated: the log-probs of the labels behind the template's `lead` are compared, so reasons that a
-    template asks for are left out. `tokens_per_batch` bounds a forward pass. Raises ValueError for a template whose
-    label has no stated lead.
+    template asks for are left out. Of answers it `shows` what is said behind the thought, where that can be told
+    apart, or all; lengths are of what is shown. `tokens_per_batch` bounds a forward pass. Raises ValueError for a
+    template whose label has no stated lead.
     """
     check_folder(model, "judge.model")
     question, loaded = load_template(template), context.loader.policy(ModelPath(model, key="judge.model"))
@@ -325,4 +330,5 @@ def local(
         soft=True,
         ask=LocalModel(loaded, labels, question.verdict.lead, tokens_per_batch).ask,
         cache=context.cache,
+        shows=shows,
     )
