@@ -104,6 +104,11 @@ class PromptGroup:
         return PromptGroup(self.prompt, (), origin=self.origin, **settings) if any(settings.values()) else self.prompt
 
     @property
+    def asked_id(self) -> str:
+        """Digest of what is asked."""
+        return digest([self.prompt_id, self.tools, self.template_options])
+
+    @property
     def prompt_id(self) -> str:
         """Digest of the prompt alone (of the text where there is none): rows with the same one belong on the same
         side of a split."""

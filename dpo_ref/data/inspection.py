@@ -174,10 +174,12 @@ class Example(NamedTuple):
         return rows
 
     def short_rows(self) -> list[list[str]]:
-        """The same for a terminal: of many turns the first and the last."""
+        """The same for a terminal: of many turns the first and the last, and no line for a line's end that is read."""
         whole = [self._replace(responses={})]
         whole += [Example([], {name: turns}) for name, turns in self.responses.items()]
-        return [row for part in whole for row in _without_middle(part.rows())]
+        rows = [row for part in whole for row in _without_middle(part.rows())]
+        ended = [[part, text if scored == "yes" else text.removesuffix("\n"), scored] for part, text, scored in rows]
+        return [row for row in ended if row[1]]
 
 
 def _rows(part: str, turn: Turn) -> list[list[str]]:

@@ -236,14 +236,14 @@ def read(source: Source, rules: Rules, key: str, cache: Path, progress: Progress
         reader = Reader(rules, source.path)
         with replacing_folder(folder) as partial:
             write(reader.groups(progress(opened.rows, f"reading {source.path}", None)), partial / "groups.arrow")
-            reading = reader.reading._replace(notes=(*opened.notes, *reader.reading.notes))
-            write_json(partial / "reading.json", reading._asdict())
+            write_json(partial / "reading.json", reader.reading._asdict())
             seal_folder(partial)
         in_use(folder)
     record = json.loads((folder / "reading.json").read_text())
     lists = (tuple(record[name]) for name in ("examples", "formats", "notes"))
     reading = Reading(record["num_rows"], record["dropped"], *lists)
-    return folder / "groups.arrow", reading
+    # Of files that are not read the digest knows nothing: what is said of them is of now.
+    return folder / "groups.arrow", reading._replace(notes=(*opened.notes, *reading.notes))
 
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
@@ -373,7 +373,7 @@ def preferences(
     if subset is not None:
         rows = np.random.default_rng([seed, 1]).permutation(len(train))[:subset]
         train = train.select(train.places[np.sort(rows)])
-    prompts = {group.prompt_id: group.prompt for group in held_out if group.prompt}
+    prompts = {group.asked_id: group.asked for group in held_out if group.prompt}
     return PreferenceData(train, held_out, list(prompts.values()), _total(readings))
 
 

@@ -465,7 +465,7 @@ def draw_prompts(context: RoundsContext, max_new_tokens: int, count: int) -> tup
         row = context.groups.text(index)
         if not row.prompt:
             raise ValueError(f"{row.origin} has no prompt that the policy could answer; choose other data.prompts")
-        seen.setdefault(digest([row.prompt_id, row.tools, row.template_options]), row.asked)
+        seen.setdefault(row.asked_id, row.asked)
     if not seen:
         raise ValueError(
             f"no prompt leaves room for data.max_new_tokens={max_new_tokens} in {context.max_length} tokens; lower "

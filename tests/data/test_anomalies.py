@@ -181,9 +181,13 @@ def test_a_sample_of_near_duplicates_is_found_among_many():
 
 def test_prompts_that_share_a_template_cost_no_more():
     shared = "you are given a text and have to say in one sentence what it is about, here is the text: "
-    rows = [group(shared + f"number {i} of them all", "a b", "b c") for i in range(4000)]
-    leaked = NearlyLeaked(PreferenceData([], rows[:2000], []))
-    begun = time.process_time()
-    for one in rows[2000:]:
-        leaked.look(one)
-    assert time.process_time() - begun < 2
+
+    def seconds(opening):
+        rows = [group(opening.format(i) + f"number {i}", "a", "b") for i in range(3000)]
+        leaked = NearlyLeaked(PreferenceData([], rows[:1500], []))
+        begun = time.process_time()
+        for one in rows[1500:]:
+            leaked.look(one)
+        return time.process_time() - begun
+
+    assert seconds(shared) < 5 * seconds(shared.replace(" ", " {0} "))

@@ -56,7 +56,7 @@ def reader_of(*rows, **rules):
 REFUSED = words("""
     image images img input_image imagePath image_url chosenImages rejected-images videos video_path audio audioClips
     pixel_values attachments files inputFile screenshots
-    functions available_tools toolList function_call tool_choice
+    functions available_tools toolList function_call tool_choice tool_names
     systemMessage custom_system system_instruction sysPrompt systemprompt
     question user_query Instruction inputs raw_input context contexts history chatHistory message conversation
     conversations dialogue documents Document retrieved_passages passage_text article text_input few_shot_prompt
@@ -69,7 +69,7 @@ REFUSED = words("""
 """)
 HARMLESS = words("""
     id ids uid qid prompt_id promptId conversation_hash uuid source chosen_source dataset data_source domain subset
-    model chosen_model rejected-model chosen_policy generator metadata meta extra_info url source_urls timestamp
+    model chosen_model rejected-model chosen_policy generator metadata meta url source_urls timestamp
     created_at updated_at created_at_utc_A date category prompt_category categories language lang length
     response_length num_tokens n_turns total_tokens token_count char_count helpfulness verbosity
     instruction_following preference_type label_source license split
@@ -77,7 +77,7 @@ HARMLESS = words("""
 REPORTED = words("""
     margin annotator annotators notes title topic_words 图片说明 x rater critique feedback rationale
     judge_response labelling_prompt logprob chosen_logprobs elo_rating solution ground_truth task
-    difficulty_estimate response_confidence quality comment constraints kto_tags
+    difficulty_estimate response_confidence quality comment constraints kto_tags extra_info
 """)
 
 

@@ -92,6 +92,7 @@ def test_the_terminal_gets_the_first_and_the_last_of_many_turns():
     assert [row[0] for row in shown] == ["user", "assistant", "...", "user", "assistant", "user", "assistant",
                                          "chosen", "rejected"]  # fmt: skip
     assert shown[2][1] == "16 more"
+    assert shown[0][1] == "<|im_start|>user\nturn 0<|im_end|>"
     assert "turn 20" in shown[5][1]
 
 

@@ -1,16 +1,19 @@
 """Corners of the layouts that people bring: what is read from which column, however a conversation is written down."""
 
 import json
+import re
 
 import pytest
 
 from dpo_ref.data import sources
+from dpo_ref.data.formats.recognise import FORMATS
 from dpo_ref.data.sources import Reader, Rules
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.unpaired import bco, sft
 from dpo_ref.training.rounds import groups_for
 from dpo_ref.types import Message
+from tests.support.command import ROOT
 from tests.support.format_rows import CALL, CASES, WEATHER, turns
 from tests.support.tokenizer_families import FAMILIES
 
@@ -90,7 +93,7 @@ def test_messages_may_hold_the_better_answer_too():
     )
 
 
-@pytest.mark.parametrize("name", ["task", "title", "Frage", "document", "user_text"])
+@pytest.mark.parametrize("name", ["task", "title", "Frage", "document", "user_text", "source"])
 def test_common_words_are_no_prompt_beside_a_column_that_could_be(name):
     row = {"chosen": "The reason is rain.", "rejected": "The reason is you.", "margin": "0.5", "annotator": "ann"}
     assert f"row 1 has no column prompt, and {name} may be it: data.columns={{prompt: {name}}}" in refused(
@@ -99,7 +102,7 @@ def test_common_words_are_no_prompt_beside_a_column_that_could_be(name):
     (group,) = groups_of(row | {name: "Say why."}, columns=(("prompt", name),))
     assert group.prompt == turns("Say why.")
     assert groups_of(row | {name: "Say why."}, ignore=(name,))[0].prompt == turns("The reason is")
-    assert groups_of(row | {name: 7})[0].prompt == turns("The reason is")
+    assert groups_of(row | {name: 7, "source": "sharegpt"})[0].prompt == turns("The reason is")
 
 
 SIDES = {
@@ -339,3 +342,20 @@ def test_columns_of_no_format_are_told_how_to_be_called():
     assert groups_of(pair, columns=given)[0].responses == ("because", "no idea")
     assert "data.columns={completion: response}" in refused({"prompt": "why?", "response": "because"})
     assert "data.columns={prompt: ..., completion: ...}" in refused({"x": 1, "y": 2})
+
+
+EXAMPLES = re.findall(r"^\{.*\}$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_the_rows_in_the_documentation_are_read(line):
+    reader = Reader(Rules(), "rows")
+    assert len(list(reader.groups([("the example", json.loads(line))]))) == 1
+    assert reader.reading.notes == ()
+
+
+def test_the_documentation_names_every_format():
+    page = (ROOT / "docs" / "data.md").read_text()
+    table = "".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))
+    assert set(FORMATS) <= set(re.findall(r"`(\w+)`", table))
+    assert len(EXAMPLES) >= 14

@@ -370,3 +370,16 @@ def test_the_date_that_a_template_writes_is_in_the_key(date, folders, tmp_path, 
     time.tzset()
     assert len(list((tmp_path / "tokens").iterdir())) == folders
     assert bool(date_note(tokenizer)) is (folders == 2)
+
+
+@pytest.mark.parametrize("name", ["chatml", "hermes"])
+def test_a_mark_that_is_bos_as_well_is_written_once(name):
+    """SmolLM2's BOS is <|im_start|>, which ChatML writes before every turn."""
+    tokenizer = byte_bpe(BLIND, bos="<|im_start|>")
+    install_template(tokenizer, name)
+    (ids,) = tokenise([group("a", "b")], tokenizer, max_length=99).groups
+    assert tokenizer.decode(ids.prompt_ids).startswith("<|im_start|>user\n")
+    other = byte_bpe(BLIND, bos="<s>")
+    install_template(other, name)
+    (ids,) = tokenise([group("a", "b")], other, max_length=99).groups
+    assert other.decode(ids.prompt_ids).startswith("<s><|im_start|>user\n")

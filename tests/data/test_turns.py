@@ -89,6 +89,9 @@ def test_a_turn_that_is_written_differently_once_others_follow():
 def test_turns_that_the_template_makes_one_are_one_block():
     first, _ = turns(byte_bpe(FOLDS), group("yes", "no", prompt=[Message(role="system", content="s"), user("u")]))
     assert [role for role, _ in first] == ["system, user", "assistant"]
+    begins = "{{ '<|endoftext|>' }}" + FOLDS.replace("raise_exception('no user')", "''")  # alone a system is nothing
+    first, _ = turns(byte_bpe(begins), group("yes", "no", prompt=[Message(role="system", content="s"), user("u")]))
+    assert [role for role, _ in first] == ["system, user", "assistant"]
     acted = (said("", tool_calls=call(a="1") + call(a="2")), RESULT, Message(role="tool", content="9 m"), said("ok"))
     first, _ = turns(byte_bpe(GATHERS), group(acted, "no", prompt=[user("how high?")]))
     assert [role for role, _ in first] == ["user", "assistant", "tool", "assistant"]

@@ -104,3 +104,4 @@ def test_rows_to_look_at_can_be_opened_and_kinds_without_any_are_named():
     assert re.search(r"<summary>pairs whose sides differ in blanks, .* alone<small>1</small></summary>", page)
     assert "<span>row 7</span> what &lt;now&gt;?</p>" in page
     assert "<dt>pairs whose sides are in different scripts</dt><dd>none</dd>" in page
+    assert page.count("<summary>pairs whose") == 1

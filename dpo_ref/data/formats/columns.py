@@ -88,8 +88,9 @@ _POINTERS = _words("id qid uid uuid guid hash md5 sha key index idx name model g
 _HARMLESS = _POINTERS | _ASPECTS | _words(
     "source dataset origin domain subset split category type kind topic lang language locale country version revision "
     "url uri link license licence timestamp time date datetime created updated at utc year length len size count "
-    "token char byte meta metadata info embedding vector fingerprint"
+    "token char byte meta metadata embedding vector fingerprint"
 )  # fmt: skip
+_PROVENANCE = _words("source origin topic")  # or, in translation and summaries, what was asked
 _COUNTS = _words("num n nb number total len count")  # at the beginning
 # About how the row was judged: numbers where a name ends so, words of judges wherever they stand in it.
 _MEASURES = _words(
@@ -162,7 +163,9 @@ def kind_of(name: str) -> Kind:
         return "media"
     if _has_label(words):
         return "label"
-    if last in _HARMLESS or name == "parallel_tool_calls" or (first in _COUNTS and len(words) > 1):
+    names_tools = last == "name" and not _SPOKEN["tools"].isdisjoint(words)
+    counts = first in _COUNTS and len(words) > 1
+    if (last in _HARMLESS and not names_tools) or counts or name == "parallel_tool_calls":
         return "harmless"
     if last in _MEASURES or not _JUDGING.isdisjoint(words):
         return "about"
@@ -180,16 +183,19 @@ def spoken_as(name: str) -> str | None:
 
 def could_be_prompt(name: str, value: Any) -> bool:
     """Whether a column that nobody reads may be what was asked."""
+    if name.lower() in _PROVENANCE:
+        return isinstance(value, str) and " " in value.strip()
     return kind_of(name) in ("words", "unknown") and not _is_number(value) and bool(_content(value).texts)
 
 
 def _is_number(value: Any) -> bool:
     """Whether a value is a number or a text that spells one, as CSV has them."""
-    try:
+    if not isinstance(value, str):
+        return isinstance(value, int | float)
+    with suppress(ValueError):
         float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+        return True
+    return False
 
 
 # --- what is done about columns that were not read
