@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from jinja2 import TemplateError
 
 from dpo_ref.data.bounded import OverLimit, bounded
-from dpo_ref.data.render_check import SENTINEL, RenderCheck, TemplateRefuses
+from dpo_ref.data.render_check import SENTINEL, Offer, RenderCheck, TemplateRefuses
 from dpo_ref.types import Message, Response, conversation, digest
 
 FOLDER = Path(__file__).with_name("templates")
@@ -108,14 +108,21 @@ def _check_size(text: str, turns: Sequence[Message], tools: Any) -> None:
         )
 
 
-def _with_arguments(turn: Message, change: Callable[[Any], Any]) -> Any:
-    """The turn with the arguments of its calls changed."""
+def _with_arguments(turn: Message, arguments: Any) -> Any:
+    """The turn with these arguments in all its calls."""
     if "tool_calls" not in turn:
         return turn
-    calls = [
-        call | {"function": call["function"] | {"arguments": change(call["function"]["arguments"])}}
-        for call in turn["tool_calls"]
-    ]
+    calls = [call | {"function": call["function"] | {"arguments": arguments}} for call in turn["tool_calls"]]
+    return turn | {"tool_calls": calls}
+
+
+def _with_arguments_as_text(turn: Message) -> Any:
+    if "tool_calls" not in turn:
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append(call | {"function": call["function"] | {"arguments": text}})
     return turn | {"tool_calls": calls}
 
 
@@ -145,7 +152,7 @@ class ChatText:
         specials += [token for token in tokenizer.all_special_tokens if token not in specials]
         self.special_tokens = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
         self._calls_as_text: bool | None = None  # None: no call was written so far
-        self.lost = check(lambda turns, tools: self._texts([turns], False, tools)[0])
+        self.lost = check(lambda turns, offer: self._texts([turns], False, *offer)[0])
         try:
             self.ending, self.tail, self.end_id = self._turn_end()
         except TemplateRefuses as error:
@@ -193,7 +200,7 @@ class ChatText:
     ) -> list[str]:
         if not conversations:
             return []
-        conversations = [self._with_calls(turns, start, tools) for turns in conversations]
+        conversations = [self._with_calls(turns, start, tools, options) for turns in conversations]
         texts = self._applied(conversations, start, tools, options)
         for text, turns in zip(texts, conversations, strict=True):
             _check_size(text, turns, tools)
@@ -219,26 +226,28 @@ class ChatText:
 
     # Templates take the arguments of a call as an object or as JSON text; transformers leaves that open.
 
-    def _with_calls(self, turns: Sequence[Message], start: bool, tools: Any) -> Sequence[Message]:
+    def _with_calls(self, turns: Sequence[Message], start: bool, tools: Any, options: Any) -> Sequence[Message]:
         """The turns, the arguments of their calls as this template takes them."""
         if not any("tool_calls" in turn for turn in turns):
             return turns
         if self._calls_as_text is None:
-            as_object, as_text = f'"{SENTINEL}"', json.dumps({"key": SENTINEL}, ensure_ascii=False)
-            probe = [_with_arguments(turn, lambda _: {"key": SENTINEL}) for turn in turns]
-            written = self._attempt(probe, start, tools)
-            if SENTINEL in written and f"'{SENTINEL}'" not in written:
-                self._calls_as_text = False
-            else:
-                probe = [_with_arguments(turn, lambda _: as_text) for turn in turns]
-                self._calls_as_text = as_object in self._attempt(probe, start, tools)
+            self._calls_as_text = self._takes_text(turns, start, tools, options)
         if not self._calls_as_text:
             return turns
-        return [_with_arguments(turn, lambda value: json.dumps(value, ensure_ascii=False)) for turn in turns]
+        return [_with_arguments_as_text(turn) for turn in turns]
 
-    def _attempt(self, turns: Sequence[Any], start: bool, tools: Any) -> str:
+    def _takes_text(self, turns: Sequence[Message], start: bool, tools: Any, options: Any) -> bool | None:
+        """Whether the arguments of these turns come out as JSON if they go in as text; None if they never do."""
+        as_text = json.dumps({"key": SENTINEL}, ensure_ascii=False)
+        written = self._attempt([_with_arguments(turn, {"key": SENTINEL}) for turn in turns], start, tools, options)
+        if SENTINEL in written and f"'{SENTINEL}'" not in written:
+            return False
+        written = self._attempt([_with_arguments(turn, as_text) for turn in turns], start, tools, options)
+        return True if f'"{SENTINEL}"' in written else None
+
+    def _attempt(self, turns: Sequence[Any], start: bool, tools: Any, options: Any) -> str:
         try:
-            return self._applied([turns], start, tools)[0]
+            return self._applied([turns], start, tools, options)[0]
         except TemplateRefuses:
             return ""
 
@@ -272,9 +281,10 @@ class ChatText:
         whole = [conversation(prompt, response) for response in responses]
         fulls = self.write(whole, start=False, tools=tools, options=options)
         bodies = [self.body(start, full) for full in fulls]
-        self.lost.check(start, prompt, 0, tools)
+        offer = Offer(tools, options)
+        self.lost.check(start, prompt, 0, offer)
         for turns, body in zip(whole, bodies, strict=True):
-            self.lost.check(body, turns, len(prompt), None)
+            self.lost.check(body, turns, len(prompt), offer)
         return Rendered(start, bodies)
 
     def refuse_templated(self, prompt: Sequence[Message], responses: Sequence[Response]) -> None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from dpo_ref.data.chat_templates import ChatText, Rendered
@@ -121,9 +122,11 @@ class Literals:
         return Tokenizer.from_str(json.dumps(content))
 
     @cached_property
-    def _own_ids(self) -> dict[int, Any]:
-        """The copy's ids of special tokens -> the tokenizer's own."""
-        return {self._copy.token_to_id(name): self._special_ids[text] for text, name in self._copy_names.items()}
+    def _own_ids(self) -> dict[Any, Any]:
+        """The copy's ids of added tokens, special or not, -> the tokenizer's own: a new name may have moved them."""
+        added = self.chat.tokenizer.added_tokens_decoder.items()
+        names = {self._copy_names.get(token.content, token.content): token_id for token_id, token in added}
+        return {self._copy.token_to_id(name): token_id for name, token_id in names.items()}
 
     def occur_in(self, group: PromptGroup) -> bool:
         """Whether something said in the group contains a special token's string."""
@@ -155,9 +158,10 @@ class Literals:
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Token ids as the tokenizer has them. Raises TemplateRefuses where a literal has no other spelling."""
         encodings = self._copy.encode_batch(list(texts), add_special_tokens=False)
-        if any(set(self._special_ids.values()) & set(encoding.ids) for encoding in encodings):
-            raise TemplateRefuses("contains a special token's text that this tokenizer cannot write as plain text")
         own_ids = self._own_ids
+        special = set(self._special_ids.values()) - own_ids.keys()  # ids by which the copy means them as well
+        if any(special & set(encoding.ids) for encoding in encodings):
+            raise TemplateRefuses("contains a special token's text that this tokenizer cannot write as plain text")
         return [
             Encoded([own_ids.get(token, token) for token in encoding.ids], encoding.offsets) for encoding in encodings
         ]
@@ -374,14 +378,23 @@ class Encoder:
         if has_literals:
             self.counts["special tokens in a text, encoded as text"] += 1
             encode, anchor = self.literals.encode, self.literals.reveal(self._anchor)
-        self._count_thoughts([body for _, body, _ in texts])
+        self._count_thoughts([text[1] for text in texts])
         prompt: list[int] = []
         responses, masks = [], []
-        for start, body, spans in texts:
-            (prompt, _), whole = encode([start, start + body])
-            spans = [(begin + len(start), end + len(start)) for begin, end in spans]
-            responses.append(self._response(prompt, whole.ids, body, encode, anchor))
-            mask = mask_of(whole.offsets, spans)
-            changed = len(responses[-1]) - _common_end(responses[-1], whole.ids)  # where the boundary was resolved
-            masks.append([True] * changed + mask[len(mask) - len(responses[-1]) + changed :])
+        for start, body, spans, begins in texts:
+            prompt = encode([start])[0].ids
+            ids, mask, before = list(prompt), [], start
+            for begin, end in pairwise([*begins, len(body)]):  # generation begins a token of its own at each
+                tail, known = (before, ids) if has_literals else self._tail(before, ids)
+                piece = body[begin:end]
+                (whole,) = encode([tail + piece])
+                found = self._response(known, whole.ids, piece, encode, anchor)
+                shift = begin - len(tail)
+                inside = mask_of([(first + shift, last + shift) for first, last in whole.offsets], spans)
+                resolved = len(found) - _common_end(found, whole.ids)  # tokens at the boundary that are other ones
+                is_scored = any(first <= begin < last for first, last in spans)
+                mask += [is_scored] * resolved + inside[len(inside) - len(found) + resolved :]
+                ids, before = ids + found, before + piece
+            responses.append(ids[len(prompt) :])
+            masks.append(mask)
         return Ids(prompt, responses, masks)

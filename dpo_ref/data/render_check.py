@@ -8,7 +8,7 @@ have the words of this row: a template may cut what it finds in them.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_ref.types import Message
 
@@ -17,7 +17,7 @@ SENTINEL = "⟦said⟧"  # nothing that a template or a user writes
 _LINKS = {"tool": {"tool_call_id", "name"}}
 _PLAIN = {"role", "content"}
 
-Write = Callable[[Sequence[Message], Any], str]  # turns, tools -> the template's text
+Write = Callable[[Sequence[Message], "Offer"], str]  # the template's text of turns
 
 
 class TemplateRefuses(ValueError):
@@ -40,6 +40,13 @@ class Lost(TemplateRefuses):
         )
 
 
+class Offer(NamedTuple):
+    """What goes into a template beside the turns."""
+
+    tools: Any = None
+    options: Any = None
+
+
 class RenderCheck:
     """Looks for what was said in the texts of one template."""
 
@@ -47,71 +54,89 @@ class RenderCheck:
         self._write = write
         self._written: set[tuple[Any, ...]] = set()  # kinds of turns and keys that are
 
-    def check(self, text: str, turns: Sequence[Message], first: int, tools: Any) -> None:
-        """Raise Lost unless `text` says all that the turns from `first` on say, and what `tools` offer if given.
+    def check(self, text: str, turns: Sequence[Message], first: int, offer: Offer) -> None:
+        """Raise Lost unless `text` says all that the turns from `first` on say.
 
-        `turns` is a whole conversation, of which `text` is the part from that turn on.
+        `turns` is a whole conversation, of which `text` is the part from that turn on; with its beginning come the
+        tools.
         """
-        place = 0
+        place, options = 0, json.dumps(offer.options, sort_keys=True) if offer.options else ""
         for number, turn in enumerate(turns[first:], first):
-            words, role = turn["content"].strip(), turn["role"]
-            at = text.find(words, 0 if role == "system" else place)
-            if at < 0 and not has_words(text, words):
+            words, role, begin = turn["content"].strip(), turn["role"], place
+            if role == "system":
+                begin = 0  # some templates write it behind other turns
+            at = text.find(words, begin)
+            if at < 0 and not has_words(text[begin:], words):
                 raise Lost(f"part of what turn {number + 1} says ({role}: {_short(words)})", "content")
-            if (role, len(turn), number == len(turns) - 1) not in self._written:
-                self._probe(turns, number, "content", tools)
-                self._written.add((role, len(turn), number == len(turns) - 1))
+            kind = (role, len(turn), number == len(turns) - 1, options)
+            if words and kind not in self._written:
+                self._probe(turns, number, "content", offer, options)
+                self._written.add(kind)
             if role == "tool":
-                self._check_role(turns, number, tools)
+                self._check_role(turns, number, offer)
             if len(turn) > len(_PLAIN):
-                self._check_keys(text, turns, number, tools)
+                self._check_keys(text[begin:], turns, number, offer, options)
             if at >= 0 and role != "system":
                 place = at + len(words)
-        if tools:
-            _check_tools(text, tools)
+        if offer.tools and not first:
+            self._check_tools(text, turns, offer, options)
 
-    def _check_keys(self, text: str, turns: Sequence[Message], number: int, tools: Any) -> None:
+    def _check_tools(self, text: str, turns: Sequence[Message], offer: Offer, options: str) -> None:
+        kind = ("tools", len(offer.tools), options)
+        if kind not in self._written:
+            probe = offer._replace(tools=list(map(_nameless, offer.tools)))
+            if not self._says(turns, len(offer.tools), probe):
+                raise Lost(f"tools ({_short(_named(offer.tools[0]))})", "tools")
+            self._written.add(kind)
+        for tool in offer.tools:
+            if json.dumps(tool, ensure_ascii=False) not in text:
+                missing = [words for words in _described(tool.get("function", tool)) if not _has_value(text, words)]
+                if missing:
+                    raise Lost(f"tools: of {_named(tool)} it does not write {_short(missing[0])}", "tools")
+
+    def _check_keys(self, text: str, turns: Sequence[Message], number: int, offer: Offer, options: str) -> None:
         turn = turns[number]
         for key in _own_keys(turn):
-            self._probe(turns, number, key, tools)
+            self._probe(turns, number, key, offer, options)
             if not _says_key(text, turn, key):
                 raise Lost(f"part of {key} of turn {number + 1} ({turn['role']}: {_short(turn[key])})", key)
 
-    def _probe(self, turns: Sequence[Message], number: int, key: str, tools: Any) -> None:
+    def _probe(self, turns: Sequence[Message], number: int, key: str, offer: Offer, options: str) -> None:
         """Raise Lost if the template does not write a key of turns like this."""
         turn, behind = turns[number], not any(turn["role"] == "user" for turn in turns[number + 1 :])
-        kind = (turn["role"], key, behind, number == len(turns) - 1, frozenset(turn))
+        count = len(turn.get(key, ())) if key == "tool_calls" else 1
+        kind = (turn["role"], key, count, behind, number == len(turns) - 1, frozenset(turn), options)
         if kind in self._written:
             return
         probe: Any = [dict(turn) for turn in turns]
         probe[number][key] = _sentinel(key, turn[key])
-        if not self._says(probe, tools):
+        if not self._says(probe, count, offer):
             where = "" if behind else " before the user's last"
             raise Lost(f"{key} of a turn of {turn['role']}{where} ({_short(turn[key])})", key)
         self._written.add(kind)
 
-    def _check_role(self, turns: Sequence[Message], number: int, tools: Any) -> None:
+    def _check_role(self, turns: Sequence[Message], number: int, offer: Offer) -> None:
         """Raise Lost if a tool's result is written as what the assistant or the user says."""
         kind = ("tool", "role", number == len(turns) - 1)
         if kind in self._written:
             return
-        own = self._write(turns[: number + 1], tools)
+        own = self._write(turns[: number + 1], offer)
         for role in ("assistant", "user"):
             other = Message(role=role, content=turns[number]["content"])
-            if self._as_others(turns[:number], other, tools) == own:
+            if self._as_others(turns[:number], other, offer) == own:
                 raise Lost(f"the role of turn {number + 1} and writes a tool's result as the {role}'s words", "role")
         self._written.add(kind)
 
-    def _as_others(self, before: Sequence[Message], turn: Message, tools: Any) -> str:
+    def _as_others(self, before: Sequence[Message], turn: Message, offer: Offer) -> str:
         try:
-            return self._write([*before, turn], tools)
+            return self._write([*before, turn], offer)
         except TemplateRefuses:
             return ""
 
-    def _says(self, probe: Sequence[Message], tools: Any) -> bool:
-        """Whether the sentinel comes out."""
+    def _says(self, probe: Sequence[Message], count: int, offer: Offer) -> bool:
+        """Whether the sentinel comes out so often."""
         try:
-            return SENTINEL in self._write(probe, tools)
+            return self._write(probe, offer).count(SENTINEL) >= count
         except TemplateRefuses:
             return True  # the template stumbles over the sentinel, not over the row: then the words have to be there
 
@@ -140,14 +165,16 @@ def _says_key(text: str, turn: Message, key: str) -> bool:
     return all(_has_value(text, value) for value in _leaves(said))
 
 
-def _check_tools(text: str, tools: Sequence[Any]) -> None:
-    for tool in tools:
-        if json.dumps(tool, ensure_ascii=False) not in text:
-            function = tool.get("function", tool)
-            missing = [words for words in _described(function) if not _has_value(text, words)]
-            if missing:
-                name = function.get("name") if isinstance(function, dict) else None
-                raise Lost(f"tools: of {name or 'one'} it does not write {_short(missing[0])}", "tools")
+def _nameless(tool: Any) -> Any:
+    """The tool with the sentinel for its name."""
+    if isinstance(tool.get("function"), dict):
+        return tool | {"function": tool["function"] | {"name": SENTINEL}}
+    return tool | {"name": SENTINEL}
+
+
+def _named(tool: Any) -> str:
+    function = tool.get("function", tool)
+    return str(function.get("name") if isinstance(function, dict) else function)
 
 
 def _described(schema: Any) -> Iterator[Any]:

@@ -3,13 +3,13 @@ the answer, or both (`data.score_thinking`).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from dpo_ref.data.chat_templates import ChatText
-from dpo_ref.data.render_check import TemplateRefuses
-from dpo_ref.types import Message, PromptGroup, thoughts_of
+from dpo_ref.data.render_check import SENTINEL, Offer, TemplateRefuses
+from dpo_ref.types import Message, PromptGroup
 
 # A thought inside of a turn's words. Where the template opens it for the assistant, the words begin within it.
 _THOUGHT = re.compile(r"\s*(?:<think>|<thinking>|\[THINK\])?(.*)(?:</think>|</thinking>|\[/THINK\])(.*)\Z", re.DOTALL)
@@ -63,11 +63,13 @@ def scoring(
 
 
 class Turns(NamedTuple):
-    """A conversation's text before its first scored turn, the rest, and which characters of the rest are scored."""
+    """A conversation's text before its first scored turn, the rest, which characters of the rest are scored, and where
+    in it the assistant begins to write."""
 
     start: str
     body: str
     spans: list[Span]
+    begins: list[int]
 
 
 def scored_turns(
@@ -83,20 +85,25 @@ def scored_turns(
     prefixes = chat.write([turns[:index] for index in indices], start=True, **settings)
     fulls = chat.write([turns[: index + 1] for index in indices], start=False, **settings)
     raw = [chat.body(start, full) for start, full in zip(prefixes, fulls, strict=True)]
-    chat.lost.check(prefixes[-1] + raw[-1], turns, 0, group.tools)
+    chat.lost.check(prefixes[-1] + raw[-1], turns, 0, Offer(group.tools, group.template_options))
     starts, bodies = list(map(name, prefixes)), list(map(name, raw))
     whole = starts[-1] + bodies[-1]
     spans = []
-    for index, start, body in zip(indices, starts, bodies, strict=True):
+    for place, (index, start, body) in enumerate(zip(indices, starts, bodies, strict=True)):
         if not whole.startswith(start + body):
             raise TemplateRefuses(
                 f"cannot be scored with data.score={scoring.turns}: the chat template writes a turn differently once "
                 f"others follow ({(start + body)[-60:]!r}); {_REMEDIES[scoring.turns]}",
                 "the chat template writes earlier turns differently once others follow",
             )
-        begin, end = PARTS[scoring.part](answer_start(body, turns[index], name), len(body))
+        answer = 0
+        if scoring.part != "all":
+            at = answer_start(chat, turns[: index + 1], prefixes[place], raw[place], settings)
+            answer = len(name(raw[place][:at]))
+        begin, end = PARTS[scoring.part](answer, len(body))
         spans.append((len(start) - len(starts[0]) + begin, len(start) - len(starts[0]) + end))
-    return Turns(starts[0], whole[len(starts[0]) :], [span for span in spans if span[0] < span[1]])
+    begins = [len(start) - len(starts[0]) for start in starts]
+    return Turns(starts[0], whole[len(starts[0]) :], [span for span in spans if span[0] < span[1]], begins)
 
 
 _REMEDIES = {
@@ -105,24 +112,30 @@ _REMEDIES = {
 }
 
 
-def answer_start(body: str, turn: Message, name: Name = str) -> int:
-    """Where in the text of a turn its answer begins, behind a thought; 0 where nothing comes before it."""
-    thoughts = thoughts_of(turn)
-    words = turn["content"]
-    if split := thought_and_words(words):
-        thoughts.append(split[0])
-        words = split[1]
-    place = 0
-    for thought in thoughts:
-        at = body.find(name(thought.strip()))
-        place = max(place, at + len(name(thought.strip()))) if at >= 0 else place
-    said = [words.strip()] if words.strip() else [call["function"]["name"] for call in turn.get("tool_calls", [])]
-    at = body.find(name(said[0]), place) if said else len(body)
-    if at < 0:
+def answer_start(chat: ChatText, turns: Sequence[Message], start: str, body: str, settings: Mapping[str, Any]) -> int:
+    """Where in the text of the last turn its answer begins, behind a thought; 0 where nothing comes before it.
+
+    That is where the template writes a sentinel in the place of the turn's words, or what comes instead of it where
+    calls are all that is said.
+    """
+    turn = turns[-1]
+    split = thought_and_words(turn["content"])
+    words = turn["content"] if split is None else split[1].lstrip()
+    before = turn["content"][: len(turn["content"]) - len(words)] if split else ""
+    probe: Any = turn | {"content": before + SENTINEL}
+    if not words.strip():  # some templates write words or calls, not both
+        probe.pop("tool_calls", None)
+    (full,) = chat.write([[*turns[:-1], probe]], start=False, **settings)
+    other = chat.body(start, full)
+    at = other.find(SENTINEL)
+    same = next(
+        (i for i, (a, b) in enumerate(zip(body, other[: max(at, 0)], strict=False)) if a != b), min(at, len(body))
+    )
+    if at < 0 or (words.strip() and same < at):
         raise TemplateRefuses(
-            f"has an answer that is not found behind its thought: {said[0][:60]!r}; use data.score_thinking=all"
+            f"has an answer that is not found behind its thought: {words[:60]!r}; use data.score_thinking=all"
         )
-    return at if body[:at].strip() else 0
+    return same if body[:same].strip() else 0
 
 
 def thought_and_words(text: str) -> tuple[str, str] | None:

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.data.encoding import Encoder, Ids
 from dpo_ref.data.groups import TokenGroups, from_groups
-from dpo_ref.data.render_check import RenderCheck, says
+from dpo_ref.data.render_check import Offer, RenderCheck, says
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.table import PrecomputedReference, Rows, Scorer, row_key, rows_of
 from dpo_ref.tracking.terminal import say
@@ -108,7 +108,7 @@ class TextAudit:
 class NotChecked(RenderCheck):
     """Lets every text pass: the audit says what became of it, and how much of that is too much."""
 
-    def check(self, text: str, turns: Sequence[Message], first: int, tools: Any) -> None:
+    def check(self, text: str, turns: Sequence[Message], first: int, offer: Offer) -> None:
         """Nothing is refused."""
 
 

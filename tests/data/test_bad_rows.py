@@ -96,7 +96,7 @@ ROWS = {
     "assistant first": (but(prompt=[ANSWER, USER]), "of order in prompt: turn 1 is assistant at the beginning"),
     "two systems": (
         but(prompt=[SYSTEM, USER], system="Be brief."),
-        "has a system turn in the prompt and a column system; data.ignore=[system] passes over one",
+        "has a system turn in the prompt and a column system; data.ignore=[system] keeps the turn",
     ),
     "result without a call": (
         but(prompt=[USER, ANSWER, turn("tool", "2.4")]),

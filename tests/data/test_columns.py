@@ -12,6 +12,7 @@ from dpo_ref.data.formats.columns import kind_of
 from dpo_ref.data.formats.conversations import turn
 from dpo_ref.data.formats.recognise import FORMATS
 from dpo_ref.data.inspection import inspect, short_report
+from dpo_ref.data.rows import Source, open_source
 from dpo_ref.data.sources import Reader, Rules
 from dpo_ref.data.tokenise import tokenise
 from tests.support.format_rows import CASES
@@ -165,6 +166,30 @@ def test_objects_in_columns_are_looked_at_too():
         reader_of({"prompt": "q", "answers": answers})
 
 
+@pytest.mark.parametrize(
+    ("row", "name", "remedy"),
+    [
+        (PAIR, "sys_prompt", {"system": "sys_prompt"}),
+        ({"prompt": "why?", "completion": "because"}, "functions", {"tools": "functions"}),
+        ({"prompt": "why?", "completion": "because"}, "is_good", {"label": "is_good"}),
+    ],
+)
+def test_a_new_name_is_advised_where_it_helps(tmp_path, row, name, remedy):
+    value = {"functions": '[{"name": "f"}]', "is_good": True}.get(name, "Be somebody else.")
+    message = refused(tmp_path, row | {name: value})
+    assert (
+        f"data.columns={{{', '.join(f'{ours}: {theirs}' for ours, theirs in remedy.items())}}} reads it as" in message
+    )
+    assert len(read(tmp_path, row | {name: value}, columns=remedy).train) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "name"), [(PAIR, "is_good"), (PAIR, "user_query"), ({"text": "a"}, "user_query"), (PAIR, "response_c")]
+)
+def test_no_new_name_is_advised_where_it_does_not(tmp_path, row, name):
+    assert "data.columns" not in refused(tmp_path, row | {name: "Be somebody else."})
+
+
 def test_a_second_system_prompt_is_not_passed_over(tmp_path):
     row = PAIR | {"system": "Be brief.", "system_prompt": "Be long."}
     assert "has a column system_prompt that" in refused(tmp_path, row)
@@ -186,6 +211,17 @@ def test_notes_are_kept_printed_and_joined(tmp_path):
     tokenizer = FAMILIES["qwen: byte-level, no BOS, ChatML"]().tokenizer
     report = short_report(inspect(data, tokenise(data.train, tokenizer), tokenise(data.eval, tokenizer)))
     assert f"  {note}" in report
+
+
+def test_notes_on_files_that_are_not_read_stand_before_those_on_columns(tmp_path):
+    (tmp_path / "rows").mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        written(tmp_path / "rows" / name, PAIR | {"margin": 1})
+    folder = str(tmp_path / "rows")
+    about_files = open_source(Source(folder), "data.path").notes
+    for _ in range(2):
+        assert sources.preferences(0, path=folder).reading.notes == (*about_files, "columns not read: margin")
+    assert "test.jsonl" in about_files[0]
 
 
 def test_a_thousand_columns_are_not_all_listed(tmp_path):

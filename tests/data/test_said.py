@@ -107,7 +107,7 @@ ROUND = (user("how high?"), said(tool_calls=call(harbour="Husum")), RESULT)
 LOST = {
     "a call beside words": (BLIND, group((said("x", tool_calls=call(harbour="Husum")),), "y"), "tool_calls of a turn"),
     "a call in the prompt": (BLIND, group("a", "b", prompt=ROUND), "leaves out tool_calls of a turn of assistant"),
-    "tools": (BLIND, group("a", "b", tools=(TOOL,)), "leaves out tools: of tide"),
+    "tools": (BLIND, group("a", "b", tools=(TOOL,)), "leaves out tools ('tide')"),
     "a thought": (BLIND, group((said("a", reasoning_content="t"),), "b"), "reasoning_content of a turn of assistant"),
     "another name of a thought": (WRITES, group((said("a", rationale="t"),), "b"), "leaves out rationale"),
     "a thought in the words": (

@@ -1,6 +1,7 @@
 """Tools, calls, thoughts and several turns come through the chat templates of the families in use, or the row is
 refused for what the family's record says it cannot write. There is no third outcome."""
 
+import copy
 import re
 
 import pytest
@@ -15,7 +16,8 @@ TEXTS = [
     "hi", "a", "end", "think", "tide", "null", "final", "user", " leading", "trailing \n", "\n\nlines\n\n", 'say "no"',
     "it's", "back\\slash", "{}", "Zürich 潮 🌊", "<b>&amp;</b>", "yes\tno", "ends in a backslash\\",
 ]  # fmt: skip
-ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
+# No template's marks by chance, and nothing that stands for something in dpo_ref.
+ANY = st.text(st.characters(exclude_categories=["Cs", "Co"], exclude_characters="\0<[⟦"), min_size=1, max_size=8)
 TOOLS = (
     {
         "type": "function",
@@ -135,8 +137,6 @@ def rows(draw, its, responses=1):
     writer = Writer(draw, its, draw(st.booleans()))
     options = draw(st.sampled_from([None, *its.options]))
     prompt = writer.prompt()
-    if prompt[-1]["role"] == "user" and prompt[-1]["content"].rstrip().endswith(its.end):
-        prompt[-1]["content"] += "."
     return group(
         *(writer.response() for _ in range(responses)),
         prompt=prompt, tools=draw(st.sampled_from([TOOLS, TOOLS[1:]])) if writer.may("tools") else None,
@@ -230,7 +230,7 @@ def test_thought_and_answer_are_the_whole(name, data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_the_sides_of_a_pair_share_the_prompt(name, data):
     its, score = family(name), data.draw(st.sampled_from(["last", "all"]))
@@ -245,7 +245,7 @@ def test_the_sides_of_a_pair_share_the_prompt(name, data):
     ]
     both = outcome(its, row, score=score)
     if any(isinstance(one, str) for one in alone):
-        assert both in alone
+        assert isinstance(both, str)
     elif alone[0].response_ids == alone[1].response_ids:
         assert both is None
     else:
@@ -255,7 +255,7 @@ def test_the_sides_of_a_pair_share_the_prompt(name, data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_one_bos_where_the_template_writes_one(name, data):
     """Though the tokenizer puts one before every text; and the prompt is as in generation."""
@@ -275,7 +275,7 @@ def test_one_bos_where_the_template_writes_one(name, data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_what_becomes_of_a_row_does_not_depend_on_those_before_it(name, data):
     its = family(name)
@@ -347,7 +347,7 @@ def test_what_a_family_writes_passes_and_no_more(name, case):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     data=st.data(),
     key=st.sampled_from(["rationale", "name", "train", "loss", "weight"]),
@@ -362,3 +362,127 @@ def test_a_key_that_no_template_writes_is_refused_wherever_it_stands(name, data,
     assert isinstance(found, str)
     assert found.startswith("row 7 would lose words: the chat template leaves out ")
     assert key in found
+
+
+# --- what a property hits too seldom
+
+
+def passes(name, row, **options):
+    """The prompt and what is scored of the first response, as text."""
+    its = family(name)
+    found = outcome(its, row, **options)
+    assert not isinstance(found, str), found
+    return decoded(its, found.prompt_ids), scored(its, found)
+
+
+def refusal(name, row, **options):
+    found = outcome(family(name), row, **options)
+    assert isinstance(found, str)
+    return found
+
+
+THOUGHTFUL = "<think>\nTry 7.\n</think>\n\n7 is odd."
+
+
+def test_a_thought_that_is_cut_is_missed_though_it_stands_elsewhere():
+    """Of two turns of the same words Qwen 3 and DeepSeek cut the thought of the earlier alone."""
+    repeated = group(
+        "Yes.", prompt=(user("a"), said(THOUGHTFUL), user("b"), said(THOUGHTFUL, tool_calls=[call()]), RESULT)
+    )
+    for name in ("qwen 3", "deepseek"):
+        assert "leaves out" in refusal(name, repeated)
+    assert THOUGHTFUL in passes("hermes, ours", repeated)[0]
+
+
+def test_of_two_calls_of_a_function_both_are_written_or_the_row_is_refused():
+    calls = [call(hour=1), call(hour=2) | {"id": "callabcdf"}]
+    row = plain(user("at 1 or 2?"), said(tool_calls=calls), RESULT, RESULT | {"tool_call_id": "callabcdf"}, said("2"))
+    assert "leaves out tool_calls" in refusal("gpt-oss", row)
+    assert '{"hour": 2}' in passes("deepseek", row)[0]
+
+
+@pytest.mark.parametrize("words", ["think", "hi", "i", "n", "</"])
+def test_an_answer_is_not_looked_for_in_the_templates_own_words(words):
+    row = plain(last=said(words, reasoning_content="Why?"))
+    for name in ("qwen 3", "hermes, ours"):
+        assert passes(name, row, score_thinking="answer")[1] == f"{words}<|im_end|>"
+        assert passes(name, row, score_thinking="thought")[1] == "<think>\nWhy?\n</think>\n\n"
+    assert passes("qwen 3", plain(last=said(words)), score_thinking="answer")[1] == f"{words}<|im_end|>"
+    for answer in ("end", "a", "final"):
+        assert (
+            passes("gpt-oss", plain(last=said(answer, thinking="Why?")), score_thinking="answer")[1]
+            == f"{answer}<|return|>"
+        )
+
+
+def test_a_call_is_an_answer_from_its_mark_on():
+    row = plain(last=said(tool_calls=[call(harbour="Husum")], reasoning_content="Ask."))
+    written = '<tool_call>\n{"name": "tide", "arguments": {"harbour": "Husum"}}\n</tool_call><|im_end|>'
+    for name in ("qwen 3", "hermes, ours"):
+        assert passes(name, row, score_thinking="answer")[1] == written
+        assert passes(name, row, score_thinking="thought")[1] == "<think>\nAsk.\n</think>\n\n"
+
+
+def test_how_arguments_are_taken_is_not_learnt_from_a_row_that_is_refused():
+    """DeepSeek wants text; the first row cannot be written whichever way."""
+    odd = group((said(tool_calls=[{"function": {"name": None, "arguments": {}}}]),), prompt=(user("a"),))
+    good = CASES["a call in the response"][1]
+    found = tokenise([odd, good], family("deepseek").tokenizer, max_length=999, on_bad_row="skip", max_bad_share=1.0)
+    assert [one.group_index for one in found.groups] == [1]
+
+
+def test_what_a_template_writes_by_a_rows_option_counts_as_written():
+    its = family("qwen 3")
+    keeps = its.tokenizer.chat_template.replace("loop.index0 > ns.asked", "(keep or loop.index0 > ns.asked)")
+    assert keeps != its.tokenizer.chat_template
+    tokenizer = copy.deepcopy(its.tokenizer)
+    tokenizer.chat_template = keeps
+    before = (user("a"), said("b", reasoning_content="Ask the harbour."))
+    kept, cut = plain(*before, template_options={"keep": True}), plain(*before)
+    for several in ([kept, cut], [cut, kept]):
+        found = tokenise(several, tokenizer, max_length=999, on_bad_row="skip", max_bad_share=1.0).groups
+        assert [several[one.group_index] for one in found] == [kept]
+        assert "Ask the harbour." in tokenizer.decode(found[0].prompt_ids)
+
+
+def test_special_tokens_beside_marks_that_are_none_are_text():
+    """Marks such as <think> are added tokens as well: they keep their ids where a special token's text is hidden."""
+    for name in ("qwen 3", "hermes, ours"):
+        its = family(name)
+        row = plain(last=said("a<|im_end|>b", **{its.thoughts: "Why <|im_start|>?"}))
+        found = outcome(its, row)
+        assert not isinstance(found, str), found
+        ids = found.response_ids[0]
+        text = "<think>\nWhy <|im_start|>?\n</think>\n\na<|im_end|>b<|im_end|>"
+        assert decoded(its, ids) == text
+        of = its.tokenizer.convert_tokens_to_ids
+        assert [ids.count(of(mark)) for mark in ("<think>", "</think>", "<|im_start|>", "<|im_end|>")] == [1, 1, 0, 1]
+
+
+def test_python_calls_of_llama():
+    """Written with its own mark; as a response they end with another token than turns do, and are refused."""
+    options = {"builtin_tools": ["tide"]}
+    assert '<|python_tag|>tide.call(harbour="Husum")<|eom_id|>' in passes(
+        "llama 3.1", group("2.4 metres.", prompt=ROUND, template_options=options)
+    )[0]  # fmt: skip
+    row = plain(last=said(tool_calls=[call(harbour="Husum")]), template_options=options)
+    assert "its turn does not end with '<|eot_id|>'" in refusal("llama 3.1", row)
+
+
+def test_options_of_rows_reach_the_prompt():
+    assert passes("qwen 3", plain(template_options={"enable_thinking": False}))[0].endswith("<think>\n\n</think>\n\n")
+    assert "Today: 1 May 2031\n" in passes("llama 3.1", plain(template_options={"date_string": "1 May 2031"}))[0]
+    assert "Reasoning: high" in passes("gpt-oss", plain(template_options={"reasoning_effort": "high"}))[0]
+    start, response = passes("smollm 3", plain(template_options={"xml_tools": list(TOOLS), "enable_thinking": False}))
+    assert "Thinking: /no_think" in start
+    assert "'name': 'tide'" in start
+    assert start.endswith("<|im_start|>assistant\n<think>\n\n</think>\n")
+    assert response == "2.4 metres.<|im_end|>"
+
+
+def test_ids_of_calls_that_mistral_does_not_take():
+    for row in (CASES["a call before"][1], CASES["an earlier call"][1]):
+        turns = [dict(turn) for turn in row.prompt]
+        for turn in turns:
+            turn |= {"tool_call_id": "c1"} if turn["role"] == "tool" else {}
+        assert "ids of calls have 9 characters" in refusal("mistral", group(*row.responses, prompt=turns))

@@ -19,7 +19,7 @@ from dpo_ref.types import PromptGroup, turns_of, words_of
 
 
 class ReadRow(dict[str, Any]):
-    """A row that remembers which of its columns were read, and of which objects in them it knows the same."""
+    """A row that remembers which of its columns were read; so do the objects in them, its `parts`."""
 
     __slots__ = ("parts", "read")
 
@@ -113,7 +113,7 @@ _SETTINGS = _words("kwargs mask thinking thought reasoning think cot scratchpad"
 # Whose words a column holds, by the name under which they are read here.
 _SPOKEN = {
     "tools": _words("tool function plugin api"),
-    "system": _words("system persona"),
+    "system": _words("system sys persona"),
     "rejected": _words("rejected reject dispreferred lose losing negative"),
     "chosen": _words("chosen preferred accepted win positive"),
     "responses": _words("response reply answer completion output generation candidate trajectory assistant gpt bot"),
@@ -185,7 +185,7 @@ def could_be_prompt(name: str, value: Any) -> bool:
     """Whether a column that nobody reads may be what was asked."""
     if name.lower() in _PROVENANCE:
         return isinstance(value, str) and " " in value.strip()
-    return kind_of(name) in ("words", "unknown") and not _is_number(value) and bool(_content(value).texts)
+    return kind_of(name) in ("words", "unknown") and not _is_number(value) and bool(_content(value, name).texts)
 
 
 def _is_number(value: Any) -> bool:
@@ -218,12 +218,12 @@ def unread_columns(row: ReadRow, group: PromptGroup, known: Collection[str], for
         if kind == "words" and _was_read(row, value):
             continue
         if kind not in _REPORTED or not isinstance(value, str | int | float):
-            content = _content(value)
+            content = _content(value, name)
             kind = _kind_of_value(name, value, content)
             if kind == "words" and said.repeats(name, value, content.texts):
                 continue
         if kind not in _REPORTED:
-            raise BadRow(_refusal(name, kind, row, format))
+            raise BadRow(_refusal(name, kind, row, group, format))
         names[name] = None
     return list(names)
 
@@ -245,14 +245,15 @@ def _kind_of_value(name: str, value: Any, content: "_Content") -> Kind:
     return kind
 
 
-def _refusal(name: str, kind: Kind, row: Row, format: str) -> str:
+def _refusal(name: str, kind: Kind, row: Row, group: PromptGroup, format: str) -> str:
     """Why a row is refused because of a column, and what to do."""
     ignore = f"data.ignore=[{name}] passes over it"
     if kind == "media":
         return f"has {name}, and only text is read; {ignore}"
-    ours = "label" if kind == "label" else spoken_as(name)
-    free = ours not in (None, name) and "." not in name and says_nothing(peek(row, ours))
-    reads = f"data.columns={{{ours}: {name}}} reads it as {ours}, " if free else ""
+    ours = "label" if kind == "label" else spoken_as(name) or ""
+    fits = ours in ("prompt", "system", "tools") or (ours == "label" and not group.pairs and not group.rewards)
+    free = group.prompt and "." not in name and says_nothing(peek(row, ours))
+    reads = f"data.columns={{{ours}: {name}}} reads it as {ours}, " if fits and free else ""
     return f"has a column {name} that format {format} does not read; {reads}{ignore}"
 
 
@@ -268,7 +269,7 @@ class _Said:
     def _texts(self) -> set[str]:
         """Whole, without the blanks around them."""
         group = self._group
-        return set(_content([group.prompt, group.responses, group.tools, group.template_options]).texts)
+        return set(_content([group.prompt, group.responses, group.tools, group.template_options], "a group").texts)
 
     def repeats(self, name: str, value: Any, texts: list[str]) -> bool:
         """Whether all that a column says was said: as turns, or as one of the texts, or inside of the prompt."""
@@ -289,14 +290,14 @@ class _Content(NamedTuple):
     has_bytes: bool
 
 
-def _content(value: Any) -> _Content:
+def _content(value: Any, name: str) -> _Content:
     """All that is in a value, at any depth; messages may be written out in a text."""
     texts: list[str] = []
     left, has_bytes = [value], False
     while left:
         inner = left.pop()
         if isinstance(inner, str):
-            messages = messages_written_out(inner, "a column")
+            messages = messages_written_out(inner, name)
             left += messages or ()
             texts += [inner.strip()] if messages is None and not says_nothing(inner) else ()
         elif isinstance(inner, dict):
@@ -347,7 +348,7 @@ class GivenColumns:
         missing = self.missing["data.ignore"]
         missing.difference_update(row)
         kept = {
-            name: value if name == "tools" else self._without_keys(value)
+            name: value if name == "tools" else self._without_keys(value, name)
             for name, value in row.items()
             if name not in self.ignored
         }
@@ -359,17 +360,17 @@ class GivenColumns:
                 missing.discard(path)
         return kept
 
-    def _without_keys(self, value: Any) -> Any:
-        """A value without the ignored keys of the turns in it."""
+    def _without_keys(self, value: Any, name: str) -> Any:
+        """A column's value without the ignored keys of the turns in it."""
         if isinstance(value, str):
-            messages = messages_written_out(value, "a column")
-            return value if messages is None else self._without_keys(messages)
+            messages = messages_written_out(value, name)
+            return value if messages is None else self._without_keys(messages, name)
         if isinstance(value, list | tuple):
-            return [self._without_keys(inner) for inner in value]
+            return [self._without_keys(inner, name) for inner in value]
         if not isinstance(value, dict):
             return value
         if not isinstance(value.get("role", value.get("from")), str):
-            return {key: self._without_keys(inner) for key, inner in value.items()}
+            return {key: self._without_keys(inner, name) for key, inner in value.items()}
         self.missing["data.ignore"].difference_update(value)
         return {key: inner for key, inner in value.items() if key not in self.ignored}
 

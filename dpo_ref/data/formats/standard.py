@@ -75,7 +75,7 @@ def _framed(row: Row, prompt: list[Message]) -> list[Message]:
     system = Message(role="system", content=text(row[name], name))
     if prompt and prompt[0]["role"] == "system":
         if prompt[0] != system:
-            raise BadRow(f"has a system turn in the prompt and a column {name}; data.ignore=[{name}] passes over one")
+            raise BadRow(f"has a system turn in the prompt and a column {name}; data.ignore=[{name}] keeps the turn")
         return prompt
     return [system, *prompt]
 
@@ -85,8 +85,8 @@ def _history(row: Row) -> list[Message]:
     value = peek(row, "history")
     history = written_out(value) if isinstance(value, str) else value
     if says_nothing(history) or not isinstance(history, list | tuple):
-        return []  # where it is words, what they are is not known: an unread column
-    row.get("history")
+        return []  # words, which nobody reads
+    row.get("history")  # now it is read
     if isinstance(history[0], dict):
         return turns(history, "history", "user")
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
@@ -169,9 +169,8 @@ def preference(row: Row, origin: str) -> PromptGroup:
 def rejected_response(row: Row, origin: str) -> PromptGroup:
     """A demonstration with a worse answer beside it, as ms-swift has it: the last turn of `messages` (`conversations`,
     `prompt`) against `rejected_response` (`rejected`), or the whole of it against `rejected_messages`."""
-    name = next((name for name in (*CONVERSATIONS, "prompt") if not says_nothing(peek(row, name))), "messages")
+    name, better = _conversation(row, (*CONVERSATIONS, "prompt"), "its last turn is the better answer")
     worse_name = next((name for name in WORSE if not says_nothing(peek(row, name))), WORSE[0])
-    better = answered(column(row, name), name)
     worse = answered(column(row, worse_name), worse_name)
     names = (f"last turn of {name}", worse_name)
     if worse[0]["role"] == "assistant":
@@ -296,13 +295,17 @@ def _scores(row: Row) -> tuple[float, float] | None:
 
 def messages(row: Row, origin: str) -> PromptGroup:
     """A demonstration: `messages` (`conversations`, `conversation`), which end with the assistant."""
-    name = next((name for name in CONVERSATIONS if not says_nothing(peek(row, name))), "messages")
+    name, conversation = _conversation(row, CONVERSATIONS, "a demonstration ends with the assistant")
+    return asked(row, conversation[:-1], [response(conversation[-1:], name)], origin)
+
+
+def _conversation(row: Row, names: Sequence[str], because: str) -> tuple[str, list[Message]]:
+    """The first of these columns that the row has, whose turns end with the assistant's."""
+    name = next((name for name in names if not says_nothing(peek(row, name))), names[0])
     conversation = turns(column(row, name), name, "user")
     if conversation[-1]["role"] != "assistant":
-        raise BadRow(
-            f"has {name} that end with a turn of {conversation[-1]['role']}; a demonstration ends with the assistant"
-        )
-    return asked(row, conversation[:-1], [response(conversation[-1:], name)], origin)
+        raise BadRow(f"has {name} that end with a turn of {conversation[-1]['role']}; {because}")
+    return name, conversation
 
 
 def completion(row: Row, origin: str) -> PromptGroup:
@@ -325,9 +328,9 @@ def unpaired(row: Row, origin: str) -> PromptGroup:
 
 
 def _demonstration(row: Row, origin: str) -> PromptGroup:
-    if "completion" in row:
+    if peek(row, "completion") is not None:
         return completion(row, origin)
-    return instruction(row, origin) if "output" in row else messages(row, origin)
+    return messages(row, origin) if peek(row, "output") is None else instruction(row, origin)
 
 
 def plain_text(row: Row, origin: str) -> PromptGroup:
