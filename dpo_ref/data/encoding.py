@@ -381,7 +381,8 @@ class Encoder:
         self._count_thoughts([text[1] for text in texts])
         prompt: list[int] = []
         responses, masks = [], []
-        for start, body, spans, begins in texts:
+        for start, body, pairs, begins in texts:
+            spans = [(first, last) for first, last in pairs]  # as JSON, pairs are lists
             prompt = encode([start])[0].ids
             ids, mask, before = list(prompt), [], start
             for begin, end in pairwise([*begins, len(body)]):  # generation begins a token of its own at each

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from dpo_ref.data.encoding import Encoder, attempted
+from dpo_ref.data.encoding import Decode, Encode, Encoder, attempted
 from dpo_ref.data.groups import Groups
 from dpo_ref.data.render_check import TemplateRefuses, has_words
 from dpo_ref.types import Message, PromptGroup, conversation
@@ -39,8 +39,8 @@ def blocks_of(tokenizer: Any, groups: Groups) -> list[list[list[Block]]]:
     found = []
     for group, text, written in zip(groups, texts, _all_written(encoder, texts), strict=True):
         encode = encoder.literals.encode if encoder.literals.occur_in(text) else encoder.encode
-        wholes = [group.prompt_ids + ids for ids in group.response_ids]
-        found.append([_blocks(encode, *one, ids) for one, ids in zip(written, wholes, strict=True)])
+        of_responses = zip(written, group.response_ids, strict=True)
+        found.append([_blocks(encode, encoder.decode, *one, group.prompt_ids + ids) for one, ids in of_responses])
     return found
 
 
@@ -130,18 +130,17 @@ def _joined(roles: Sequence[str]) -> str:
 # --- in tokens
 
 
-def _blocks(encode: Any, text: str, ends: Ends, ids: list[int]) -> list[Block]:
+def _blocks(encode: Encode, decode: Decode, text: str, ends: Ends, ids: list[int]) -> list[Block]:
     """The blocks of `ids`, which are those of the text or what is left of them."""
     (encoded,) = encode([text])
     starts = [start for start, _ in encoded.offsets]
     borders = [bisect_left(starts, end) for _, end in ends[:-1]]
-    kept = _Kept(encoded.ids, ids, [0, *borders])
+    places = _places(decode, encoded.ids, ids, borders)
     blocks: list[Block] = []
     roles: list[str] = []
     place = 0
-    for (role, _), border in zip(ends, borders, strict=False):
+    for (role, _), at in zip(ends, places, strict=False):
         roles.append(role)
-        at = kept.place(border)
         if at is not None:
             blocks.append(Block(_joined(roles), place, at))
             roles, place = [], at
@@ -149,13 +148,23 @@ def _blocks(encode: Any, text: str, ends: Ends, ids: list[int]) -> list[Block]:
     return [block for block in blocks if block.start < block.stop]
 
 
+def _places(decode: Decode, whole: list[int], left: list[int], borders: Sequence[int]) -> list[int | None]:
+    """Where the tokens of the whole before each border end in what is left of it; None where that is not known."""
+    kept = _Kept(whole, left, [0, *borders])
+    if kept.is_known or decode(left) != decode(whole):
+        return [kept.place(border) for border in borders]
+    # The same text, written in other tokens here and there.
+    sizes = [len(decode(whole[:border])) for border in borders]
+    return [bisect_left(range(len(left)), size, key=lambda count: len(decode(left[:count]))) for size in sizes]
+
+
 class _Kept:
     """Where tokens of a whole are in what is left of it: its beginning and its end, and what may stand between."""
 
     def __init__(self, whole: list[int], left: list[int], borders: Sequence[int]) -> None:
         self._head, tail = common_start(whole, left), common_start(whole[::-1], left[::-1])
-        self._is_known = self._head + tail >= len(left)
-        if self._is_known:  # a cut between two blocks may look like one some tokens later, where both begin alike
+        self.is_known = self._head + tail >= len(left)
+        if self.is_known:  # a cut between two blocks may look like one some tokens later, where both begin alike
             cuts = range(len(left) - tail, self._head + 1)
             self._head = next((border for border in borders if border in cuts), self._head)
             tail = len(left) - self._head
@@ -167,7 +176,7 @@ class _Kept:
             return index
         if index >= self._end:
             return index - self._gone
-        return self._head if self._is_known else None
+        return self._head if self.is_known else None
 
 
 def common_start(first: Sequence[Any], second: Sequence[Any]) -> int:

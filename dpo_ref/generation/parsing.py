@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from dpo_ref.data.bounded import OverLimit, bounded
 from dpo_ref.data.scoring import thought_and_words
 
-SCHEMAS = ("response_template", "response_schema")  # transformers' names for what a tokenizer says of it
 OPENS = "<think>"  # how a template's prompt may end
 
 Said = dict[str, Any]  # a message: `content`, `thinking` or another name of a thought, `tool_calls`
@@ -28,7 +27,8 @@ def parsed(tokenizer: Any, answers: Sequence[Drawn]) -> list[Said | None]:
     A thought that the prompt opened and that does not end is all there is. A schema is made of a stranger's regular
     expressions: it is looked at where it can take neither all time nor all memory.
     """
-    if not any(getattr(tokenizer, name, None) for name in SCHEMAS):
+    schema = getattr(tokenizer, "response_template", None) or getattr(tokenizer, "response_schema", None)
+    if not schema:
         return [_by_mark(tokenizer, answer) for answer in answers]
     found: list[Said | None] = []
     try:

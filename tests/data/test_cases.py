@@ -1,5 +1,5 @@
-"""Rows that users of other trainers brought, each with the right outcome (`DPO_REF_CASES` names their folder; without it
-the same kinds stand in test_said.py, test_layouts.py, test_columns.py and test_readers.py)."""
+"""Rows that users of other trainers brought, each with the right outcome (`DPO_REF_CASES` names their folder; without
+it the same kinds stand in test_said.py, test_layouts.py, test_columns.py and test_readers.py)."""
 
 import os
 from pathlib import Path

@@ -73,12 +73,12 @@ HARMLESS = words("""
     model chosen_model rejected-model chosen_policy generator metadata meta url source_urls timestamp
     created_at updated_at created_at_utc_A date category prompt_category categories language lang length
     response_length num_tokens n_turns total_tokens token_count char_count helpfulness verbosity
-    instruction_following preference_type label_source license split
+    instruction_following preference_type label_source license
 """)
 REPORTED = words("""
     margin annotator annotators notes title topic_words 图片说明 x rater critique feedback rationale
     judge_response labelling_prompt logprob chosen_logprobs elo_rating solution ground_truth task
-    difficulty_estimate response_confidence quality comment constraints kto_tags extra_info
+    difficulty_estimate response_confidence quality comment constraints kto_tags extra_info split
 """)
 
 
@@ -145,6 +145,19 @@ DIFFERENT = {
 def test_what_was_said_otherwise_is_not(tmp_path, name):
     message = refused(tmp_path, PAIR | {name: DIFFERENT[name]})
     assert f"has a column {name} that format preference does not read" in message
+
+
+def test_numbers_that_are_equal_say_nothing_of_each_other(tmp_path):
+    scored = PAIR | {"score_chosen": 1, "score_rejected": 0}
+    assert "has a column preferred that format preference" in refused(tmp_path, scored | {"preferred": 1})
+
+
+def test_the_turns_of_a_column_are_compared_as_they_are_read(tmp_path):
+    """Calls are equal, whether their arguments are an object or its text."""
+    call, written_call = ({"function": {"name": "f", "arguments": a}} for a in ({"x": "y z"}, '{"x": "y z"}'))
+    chosen = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [written_call]}]
+    assert len(read(tmp_path, PAIR | {"chosen": chosen, "messages": messages}).train) == 1
 
 
 def test_bytes_are_media_whatever_their_column_is_called():
@@ -239,11 +252,11 @@ TURN = ANSWER | {"reasoning_content": "hm", "weight": 0}
 @pytest.mark.parametrize("as_text", [False, True])
 def test_ignored_keys_leave_turns(tmp_path, as_text):
     chosen = json.dumps([USER, TURN]) if as_text else [USER, TURN]
-    row = PAIR | {"chosen": chosen, "tools": [{"name": "f", "weight": 3}]}
+    row = PAIR | {"chosen": chosen, "tools": [{"name": "f", "from": "here", "weight": 3}]}
     assert read(tmp_path, row).train[0].responses[0] == (TURN,)
     (group,) = read(tmp_path, row, ignore=["weight"]).train
     assert group.responses == (({**ANSWER, "reasoning_content": "hm"},), "no idea")
-    assert group.tools == ({"name": "f", "weight": 3},)  # a schema is no turn
+    assert group.tools == ({"name": "f", "from": "here", "weight": 3},)  # a schema is no turn
     assert read(tmp_path, row, ignore=["weight", "reasoning_content"]).train[0].responses == ("because", "no idea")
 
 

@@ -65,7 +65,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
         ([{"info": {"post": "p", "title": "\ud800"}, "summaries": [{"text": "a"}] * 2, "choice": 0}], "half a s"),
         ([PAIR | {"tools": [{"name": "\ud800"}]}], "half a surrogate pair in tools"),
         ([PAIR | {"prompt": [{"role": "wizard" * 400, "content": "x"}]}], "unknown role 'wizardwizard"),
-        ([PAIR | {"prompt": [{"role": "user", "content": "x", "tool_calls": "x"}]}], r"not JSON in prompt\.tool_calls"),
+        ([PAIR | {"prompt": [{"role": "user", "content": "x", "tool_calls": "x"}]}], "not JSON in prompt.tool_calls"),
     ],
 )  # fmt: skip
 def test_refused_with_row_and_reason(tmp_path, rows, message):

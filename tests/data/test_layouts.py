@@ -253,6 +253,7 @@ RESULT = {"role": "tool", "content": "18 degrees"}
         (said(None, tool_calls=[CALL | {"id": "c1"}]), RESULT),
         (said(None, tool_calls=[CALL]), RESULT | {"tool_call_id": "c1"}),
         (said(None, tool_calls=[CALL | {"id": "c0"}, CALL | {"id": "c1"}]), RESULT | {"tool_call_id": "c1"}),
+        (said(None, tool_calls=[CALL | {"id": "c0"}, CALL]), RESULT | {"tool_call_id": "c1"}),
         (said('<tool_call>{"name": "weather"}</tool_call>'), RESULT),
     ],
 )

@@ -394,6 +394,21 @@ def test_a_thought_that_is_cut_is_missed_though_it_stands_elsewhere():
     assert THOUGHTFUL in passes("hermes, ours", repeated)[0]
 
 
+@pytest.mark.parametrize("score", ["last", "all"])
+def test_a_later_turn_that_begins_with_a_line_break(score):
+    """It would share a token with the break that the template writes before it."""
+    row = group((said("b"), user("c"), said("\n\nd")), prompt=(user("a"), said("\ne"), user("f")))
+    passing = [name for name in NAMES if holds(family(name), row, score)]
+    assert {"qwen 2.5", "hermes, ours", "llama 3.1, ours", "tulu", "zephyr"} <= set(passing)
+
+
+def test_a_result_that_is_written_as_the_users_words():
+    """SmolLM 3 does, so that the next turn of the assistant would answer somebody else."""
+    row = group("2.4 metres.", prompt=(user("how high?"), said("I look."), RESULT))
+    assert "leaves out the role of turn 3" in refusal("smollm 3", row)
+    assert holds(family("qwen 2.5"), row)
+
+
 def test_of_two_calls_of_a_function_both_are_written_or_the_row_is_refused():
     calls = [call(hour=1), call(hour=2) | {"id": "callabcdf"}]
     row = plain(user("at 1 or 2?"), said(tool_calls=calls), RESULT, RESULT | {"tool_call_id": "callabcdf"}, said("2"))

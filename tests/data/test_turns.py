@@ -98,6 +98,19 @@ def test_turns_that_the_template_makes_one_are_one_block():
     assert first[2][1] == '<|im_start|>tool\n{"metres": 2.4}\n9 m<|im_end|>\n'
 
 
+def test_turns_whose_tokens_are_not_those_of_the_whole_text():
+    """A line's end that begins a turn joins the template's in a text that is encoded whole, and begins a token of its
+    own where the turn is scored."""
+    prompt = [user("a b"), said("b"), user("a"), said("\n\nb"), user("b a")]
+    first, _ = turns(CHATML, group("\n\nba", "no", prompt=prompt), score="all")
+    assert [role for role, _ in first] == ["user", "assistant"] * 3
+    assert [text for _, text in first[3:]] == [
+        "<|im_start|>assistant\n\n\nb<|im_end|>\n",
+        "<|im_start|>user\nb a<|im_end|>\n",
+        "<|im_start|>assistant\n\n\nba<|im_end|>",
+    ]
+
+
 def test_special_tokens_in_a_text_end_no_turn():
     asked = user("what is <|im_end|>\n<|im_start|>user\n?")
     first, _ = turns(CHATML, group("<|im_end|> it is", "no", prompt=[asked, said("b"), user("c")]))

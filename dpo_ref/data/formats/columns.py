@@ -86,7 +86,7 @@ _ASPECTS = _words(
 # A name that ends so is about the row or about a part of it, whatever it begins with: prompt_id, chosen_model.
 _POINTERS = _words("id qid uid uuid guid hash md5 sha key index idx name model generator policy engine checkpoint")
 _HARMLESS = _POINTERS | _ASPECTS | _words(
-    "source dataset origin domain subset split category type kind topic lang language locale country version revision "
+    "source dataset origin domain subset category type kind topic lang language locale country version revision "
     "url uri link license licence timestamp time date datetime created updated at utc year length len size count "
     "token char byte meta metadata embedding vector fingerprint"
 )  # fmt: skip

@@ -18,7 +18,7 @@ from dpo_ref.data.formats.checks import (
     text,
     written_out,
 )
-from dpo_ref.types import THOUGHTS, Message, PromptGroup, Response, turns_of, words_of
+from dpo_ref.types import THOUGHTS, Message, PromptGroup, Response, turns_of
 
 # --- one turn
 
@@ -313,11 +313,12 @@ def group(
 
 
 def _check_response(prompt: Sequence[Message], response: Response, name: str) -> None:
-    if not words_of(response).strip():
-        raise BadRow(f"has an empty {name}")
     if isinstance(response, str):
+        if not response.strip():
+            raise BadRow(f"has an empty {name}")
         return
     in_order([*prompt, *turns_of(response)], f"prompt and {name}")
     for number, message in enumerate(response, start=1):
-        if message["role"] == "assistant" and not words_of((message,)).strip():
+        says_otherwise = message.keys() - {"role", "content"}  # what it is the template writes, or the row is refused
+        if message["role"] == "assistant" and not says_otherwise and not message["content"].strip():
             raise BadRow(f"has an empty {name}: its turn {number} has neither words nor calls")

@@ -104,8 +104,8 @@ def served(
     unless given; a key is read from the environment variable `key_variable` and from nowhere else. `both_orders` asks
     twice about a pair, with either answer first. Of answers it `shows` what is said behind the thought, where that can
     be told apart, or all; lengths are of what is shown. `max_tokens`, `temperature` and `logprobs`, the number of
-    likeliest first tokens whose log-probs are asked for, are left out of the request where they are null; `request` holds
-    further parameters of it. `max_workers` questions are under way at once; each gets `timeout` seconds and is
+    likeliest first tokens whose log-probs are asked for, are left out of the request where they are null; `request`
+    holds further parameters of it. `max_workers` questions are under way at once; each gets `timeout` seconds and is
     repeated `retries` times with growing pauses. Prices are per million tokens; without them no cost is reported.
     """
     options = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
