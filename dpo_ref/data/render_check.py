@@ -66,9 +66,12 @@ class RenderCheck:
             if role == "system":
                 begin = 0  # some templates write it behind other turns
             at = text.find(words, begin)
+            if role == "tool":
+                at = _first_of(text, words, begin)
             if at < 0 and not has_words(text[begin:], words):
                 raise Lost(f"part of what turn {number + 1} says ({role}: {_short(words)})", "content")
-            kind = (role, len(turn), number == len(turns) - 1, options)
+            keys = frozenset(turn) if len(turn) > len(_PLAIN) else None
+            kind = (role, keys, number == len(turns) - 1, options)
             if words and kind not in self._written:
                 self._probe(turns, number, "content", offer, options)
                 self._written.add(kind)
@@ -215,6 +218,12 @@ def _has_value(text: str, value: Any) -> bool:
     if isinstance(value, str):
         return has_words(text, value)
     return json.dumps(value) in text or str(value) in text
+
+
+def _first_of(text: str, words: str, begin: int) -> int:
+    """Where a tool's result is written first, as it is or as JSON has it: a later turn may quote it."""
+    forms = {words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]}
+    return min((at for form in forms if (at := text.find(form, begin)) >= 0), default=-1)
 
 
 def has_words(text: str, words: str) -> bool:

@@ -135,7 +135,8 @@ def answer_start(chat: ChatText, turns: Sequence[Message], start: str, body: str
         raise TemplateRefuses(
             f"has an answer that is not found behind its thought: {words[:60]!r}; use data.score_thinking=all"
         )
-    return same if body[:same].strip() else 0
+    # A blank before a word is the word's own, in most tokenizers one token with it.
+    return len(body[:same].rstrip(" ")) if body[:same].strip() else 0
 
 
 def thought_and_words(text: str) -> tuple[str, str] | None:

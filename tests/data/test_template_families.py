@@ -13,7 +13,8 @@ from dpo_ref.types import Message, PromptGroup, turns_of
 from tests.support.template_families import NAMES, calls_of, family, features
 
 TEXTS = [
-    "hi", "a", "end", "think", "tide", "null", "final", "user", " leading", "trailing \n", "\n\nlines\n\n", 'say "no"',
+    "hi", "a", "end", "think", "tide", "null", "final", "user", " the cat sat", "trailing \n", "\n\nlines\n\n",
+    'say "no"',
     "it's", "back\\slash", "{}", "Zürich 潮 🌊", "<b>&amp;</b>", "yes\tno", "ends in a backslash\\",
 ]  # fmt: skip
 # No template's marks by chance, and nothing that stands for something in dpo_ref.
@@ -104,7 +105,8 @@ class Writer:
     def answer(self, *kinds):
         words, thought = self.draw(self.words), self.thought(*kinds)
         if not thought and self.may(*(kind.replace("thought", "thought in words") for kind in kinds), *_IN_WORDS):
-            words = f"<think>\n{self.draw(self.words)}\n</think>\n\n{words}"
+            behind = self.draw(st.sampled_from(["", " ", "\n", "\n\n"]))
+            words = f"<think>\n{self.draw(self.words)}\n</think>{behind}{words}"
         return said(words, **thought)
 
     def prompt(self):
@@ -318,6 +320,9 @@ CASES = {
         plain(user("a"), said(tool_calls=[call(hour=1), call(hour=2) | {"id": "callabcdf"}]), RESULT,
               RESULT | {"tool_call_id": "callabcdf"}, said("1 or 2")),
     ),
+    "an answer that quotes a result": (
+        "tool_calls", plain(*ROUND, said('It says {"metres": 2.4}, so wait.'), user("and what is {}?"), said("{}")),
+    ),
     "a thought": ("KEY", plain(last=said("No.", KEY="Ask the harbour."))),
     "an earlier thought": ("KEY", plain(user("a"), said("b", KEY="Ask the harbour."))),
     "a system turn": ("", plain(Message(role="system", content="be brief"))),
@@ -407,6 +412,30 @@ def test_a_result_that_is_written_as_the_users_words():
     row = group("2.4 metres.", prompt=(user("how high?"), said("I look."), RESULT))
     assert "leaves out the role of turn 3" in refusal("smollm 3", row)
     assert holds(family("qwen 2.5"), row)
+
+
+def test_words_beside_a_call_that_stand_in_the_call_as_well():
+    """A template that writes thoughts, but no words beside calls; the first row's turn has as many keys."""
+    tokenizer = copy.deepcopy(family("qwen 3").tokenizer)
+    either = tokenizer.chat_template.replace("ns.words = m.content", "ns.words = '' if m.tool_calls else m.content")
+    assert either != tokenizer.chat_template
+    tokenizer.chat_template = either
+    thinks = plain(last=said("No.", reasoning_content="Ask the harbour."))
+    calls = plain(last=said("tide", tool_calls=[call(harbour="Husum")]))
+    for several in ([thinks, calls], [calls, thinks]):
+        found = tokenise(several, tokenizer, max_length=999, on_bad_row="skip", max_bad_share=1.0).groups
+        assert [several[one.group_index] for one in found] == [thinks]
+
+
+@pytest.mark.parametrize("behind", ["", " ", "\n\n", "\n\n "])
+def test_the_first_word_of_an_answer_is_of_the_answer(behind):
+    """Though it is one token with the blank before it."""
+    row = plain(last=said(f"<think>\nWhy?\n</think>{behind}the cat sat"))
+    for name in ("qwen 2.5", "hermes, ours", "llama 3.1, ours", "tulu"):
+        _, answer = passes(name, row, score_thinking="answer")
+        _, thought = passes(name, row, score_thinking="thought")
+        assert answer.lstrip().removesuffix(family(name).end) == "the cat sat"
+        assert thought.rstrip() == "<think>\nWhy?\n</think>"
 
 
 def test_of_two_calls_of_a_function_both_are_written_or_the_row_is_refused():

@@ -77,7 +77,7 @@ def test_every_turn_is_scored_by_both(tmp_path):
             expected.append(sum(logps[position - 1, whole[0, position]].item() for position in positions))
     assert reference_sums == pytest.approx(expected, abs=3e-4)
     cut = tokenise(
-        groups, POLICY, score="all", max_length=10**6, max_response_length=12, over_length="truncate_response"
+        groups, POLICY, score="all", max_length=10**6, max_response_length=30, over_length="truncate_response"
     )
     with pytest.raises(ValueError, match="row 1 was cut, and more than one turn of words is scored"):
         policies.other(replace(context, groups=cut.groups), path="5")
