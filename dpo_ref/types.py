@@ -125,14 +125,15 @@ def asked(prompt: Asked, origin: str = "") -> PromptGroup:
 
 
 class Reading(NamedTuple):
-    """What became of a source's rows: how many were read, how many went which way, the first few left out, and what
-    was not read at all."""
+    """What became of a source's rows: how many were read, how many went which way, the first few left out, what was
+    not read at all, and which columns were read and which said nothing more."""
 
     num_rows: int = 0
     dropped: Mapping[str, int] = MappingProxyType({})
     examples: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
 
 class PreferenceData(NamedTuple):

@@ -82,17 +82,19 @@ class Reader:
         self._missing = {"data.logps_columns": set(rules.logps_columns or ()), **self._given.missing}
         self._first_columns = ""  # of the first row, for messages
         self._unread: dict[str, None] = {}
+        self._columns: dict[str, bool] = {}  # whether some row's was read
 
     @property
     def reading(self) -> Reading:
         """What became of the rows so far."""
         formats = (self.format.name,) if self.format else ()
-        return Reading(self.num_rows, dict(self.dropped), tuple(self.examples), formats, self._notes())
+        notes = _listed("columns not read", list(self._unread))
+        return Reading(self.num_rows, dict(self.dropped), tuple(self.examples), formats, notes, self._read_or_not())
 
-    def _notes(self) -> tuple[str, ...]:
-        names = list(self._unread)
-        more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-        return (f"columns not read: {', '.join([*names[:_SHOWN], *more])}",) if names else ()
+    def _read_or_not(self) -> tuple[str, ...]:
+        read = [name for name, was_read in self._columns.items() if was_read]
+        others = [name for name in self._columns if name not in read and name not in self._unread]
+        return _listed("columns read", read) + _listed("harmless, empty, or said before", others)
 
     def groups(self, rows: Iterable[Named]) -> Iterator[PromptGroup]:
         """The groups to keep. Raises ValueError for a bad row, or for too many, as the rules say, and for no group."""
@@ -139,6 +141,9 @@ class Reader:
         group = self._with_logps(group, row, self.format)
         self._given.check_used(row, self.format.name)
         self._unread.update(dict.fromkeys(unread_columns(row, group, self.format.known, self.format.name)))
+        self._columns.update({name: True for name in row if name in row.read})
+        if not row.keys() <= self._columns.keys():
+            self._columns |= {name: False for name in row if name not in self._columns}
         return group
 
     def _with_logps(self, group: PromptGroup, row: ReadRow, format: Format) -> PromptGroup:
@@ -225,6 +230,12 @@ def _same_prompt(a: PromptGroup, b: PromptGroup) -> bool:
     return (a.prompt, a.tools, a.template_options) == (b.prompt, b.tools, b.template_options)
 
 
+def _listed(title: str, names: list[str]) -> tuple[str, ...]:
+    """A line that names columns; none for none."""
+    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return (f"{title}: {', '.join([*names[:_SHOWN], *more])}",) if names else ()
+
+
 def read(source: Source, rules: Rules, key: str, cache: Path, progress: Progress) -> tuple[Path, Reading]:
     """The Arrow file of a source's groups, made now unless an equal reading was kept, and what became of its rows."""
     opened = open_source(source, key)
@@ -240,7 +251,7 @@ def read(source: Source, rules: Rules, key: str, cache: Path, progress: Progress
             seal_folder(partial)
         in_use(folder)
     record = json.loads((folder / "reading.json").read_text())
-    lists = (tuple(record[name]) for name in ("examples", "formats", "notes"))
+    lists = (tuple(record[name]) for name in ("examples", "formats", "notes", "columns"))
     reading = Reading(record["num_rows"], record["dropped"], *lists)
     # Of files that are not read the digest knows nothing: what is said of them is of now.
     return folder / "groups.arrow", reading._replace(notes=(*opened.notes, *reading.notes))
@@ -469,4 +480,5 @@ def _total(readings: Sequence[Reading]) -> Reading:
         tuple(example for reading in readings for example in reading.examples),
         tuple(dict.fromkeys(name for reading in readings for name in reading.formats)),
         tuple(dict.fromkeys(note for reading in readings for note in reading.notes)),
+        tuple(dict.fromkeys(line for reading in readings for line in reading.columns)),
     )

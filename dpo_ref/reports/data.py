@@ -272,7 +272,7 @@ def data_page(hygiene: Hygiene, margins: np.ndarray, looked: Looked, title: str)
         page.definitions(_counts(hygiene)),
         f"<ul>{skipped}</ul>" if skipped else "",
         "<h2>What was read of them</h2>",
-        page.definitions([*_columns(hygiene.reading.notes), _left_out(hygiene)]),
+        page.definitions([*_columns((*hygiene.reading.columns, *hygiene.reading.notes)), _left_out(hygiene)]),
         "<h2>Rows to look at</h2>",
         *map(_finding, found),
         page.definitions([(finding.name, "none") for finding in looked.findings if not finding.count]),

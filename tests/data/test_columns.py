@@ -13,7 +13,7 @@ from dpo_ref.data.formats.conversations import turn
 from dpo_ref.data.formats.recognise import FORMATS
 from dpo_ref.data.inspection import inspect, short_report
 from dpo_ref.data.rows import Source, open_source
-from dpo_ref.data.sources import Reader, Rules
+from dpo_ref.data.sources import Reader, Rules, preferences
 from dpo_ref.data.tokenise import tokenise
 from tests.support.format_rows import CASES
 from tests.support.tokenizer_families import FAMILIES
@@ -357,3 +357,16 @@ def test_every_key_of_a_turn_is_kept(name, value):
     else:
         assert message.get(name, value) == value
         assert name in message or name in HARMLESS
+
+
+def test_which_columns_were_read_and_which_said_nothing_more(tmp_path):
+    rows = [PAIR | {"prompt_id": 7, "margin": 2.0}, PAIR | {"system": "be brief", "videos": []}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # read, and as it was kept
+        reading = preferences(0, path=str(path)).reading
+        assert reading.columns == (
+            "columns read: prompt, chosen, rejected, system",
+            "harmless, empty, or said before: prompt_id, videos",
+        )
+        assert reading.notes == ("columns not read: margin",)
