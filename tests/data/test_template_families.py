@@ -3,6 +3,7 @@ refused for what the family's record says it cannot write. There is no third out
 
 import copy
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,9 +14,9 @@ from dpo_ref.types import Message, PromptGroup, turns_of
 from tests.support.template_families import NAMES, calls_of, family, features
 
 TEXTS = [
-    "hi", "a", "end", "think", "tide", "null", "final", "user", " the cat sat", "trailing \n", "\n\nlines\n\n",
-    'say "no"',
-    "it's", "back\\slash", "{}", "Zürich 潮 🌊", "<b>&amp;</b>", "yes\tno", "ends in a backslash\\",
+    "hi", "a", "end", "think", "tide", "null", "final", "user", " the cat sat", "trailing \n",
+    "\n\nlines\n\n", 'say "no"', "it's", "back\\slash", "{}", "Zürich 潮 🌊", "<b>&amp;</b>", "yes\tno",
+    "ends in a backslash\\",
 ]  # fmt: skip
 # No template's marks by chance, and nothing that stands for something in dpo_ref.
 ANY = st.text(st.characters(exclude_categories=["Cs", "Co"], exclude_characters="\0<[⟦"), min_size=1, max_size=8)
@@ -149,7 +150,7 @@ def rows(draw, its, responses=1):
 # --- outcomes
 
 
-def outcome(its, row, **options):
+def outcome(its, row, **options) -> Any:
     """The token group, None where nothing is scored, or why it was refused."""
     try:
         return next(iter(tokenise([row], its.tokenizer, max_length=10**6, **options).groups), None)

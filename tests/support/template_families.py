@@ -138,7 +138,7 @@ LLAMA31 = (
     _OWN
     + r"""
 {%- set header = '<|start_header_id|>%s<|end_header_id|>\n\n' %}
-{{- bos_token + header % 'system' + ('Environment: ipython\n' if builtin_tools is defined or tools else '') }}
+{{- bos_token + header % 'system' + ('Python runs here.\n' if builtin_tools is defined or tools else '') }}
 {{- 'Knows up to: December 2023\nToday: ' + date_string | default('26 Jul 2024') + '\n\n' }}
 {{- (messages[0].content | trim if own else '') + '<|eot_id|>' }}
 {%- for m in turns %}
@@ -661,7 +661,8 @@ _MAKE: dict[str, Callable[[], Family]] = {
     ),
     "deepseek": lambda: Family(
         _tokenizer(
-            DEEPSEEK, [*_SENTENCE, *(f"<｜{name}｜>" for name in _DEEPSEEK)], *_SENTENCE, ["<think>", "</think>"]
+            DEEPSEEK, [*_SENTENCE, *(f"<｜{name}｜>" for name in _DEEPSEEK)], _SENTENCE[0], _SENTENCE[1],
+            ["<think>", "</think>"],
         ),
         "<｜end▁of▁sentence｜>", deepseek_said,
         _NO_THOUGHT | {"tools": "leaves out tools", "thought in words behind a question": "leaves out part of what"},
