@@ -220,16 +220,22 @@ def _has_value(text: str, value: Any) -> bool:
     return json.dumps(value) in text or str(value) in text
 
 
+def _forms(words: str) -> Iterator[str]:
+    """Words as they are, and as JSON has them."""
+    yield words
+    yield json.dumps(words, ensure_ascii=False)[1:-1]
+    yield json.dumps(words)[1:-1]
+
+
 def _first_of(text: str, words: str, begin: int) -> int:
     """Where a tool's result is written first, as it is or as JSON has it: a later turn may quote it."""
-    forms = {words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]}
-    return min((at for form in forms if (at := text.find(form, begin)) >= 0), default=-1)
+    return min((at for form in _forms(words) if (at := text.find(form, begin)) >= 0), default=-1)
 
 
 def has_words(text: str, words: str) -> bool:
     """Whether words are written: as they are, as JSON has them, or with other blanks between them."""
     words = words.strip()
-    if words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text or json.dumps(words)[1:-1] in text:
+    if any(form in text for form in _forms(words)):
         return True
     return "".join(words.split()) in "".join(text.split())
 

@@ -212,3 +212,10 @@ def test_a_loss_reference_without_tokens_is_absent_with_its_reason(run, foreign,
     assert all(text.reference_shift is None for text in diagnosis.texts.values())
     assert why[reference] in page_text
     assert diagnosis.rankings["held-out pairs"].accuracy["implicit"].mean == metrics(out)["rewards/accuracies"]
+
+
+def test_columns_that_are_not_read_are_told(tmp_path, capsys):
+    row = {"prompt": "why?", "chosen": "because", "rejected": "no", "subset": "all", "margin": 2}
+    (tmp_path / "bench.jsonl").write_text(json.dumps(row) + "\n")
+    read_pairs([str(tmp_path / "bench.jsonl")])
+    assert capsys.readouterr().out == "diagnostic.pairs=bench.jsonl: columns not read: margin\n"

@@ -20,6 +20,7 @@ from dpo_ref.data.rows import Named, Source, files, open_source
 from dpo_ref.data.sources import Reader, Rules
 from dpo_ref.evaluation.diagnostics.token_statistics import PairPlaces, ScoredTokens
 from dpo_ref.evaluation.statistics.estimates import Estimate, clustered_mean
+from dpo_ref.tracking.terminal import say
 from dpo_ref.types import PromptGroup, digest
 
 GAPS = (3, 10, 30, 100)  # tokens; upper ends of the bins of |length difference|, the same for every run
@@ -198,7 +199,9 @@ def _read(path: Path) -> tuple[list[PromptGroup], list[str]]:
                 subsets[origin] = str(row.get("subset") or path.name.partition(".")[0])
             yield origin, row
 
-    groups = list(Reader(Rules(), f"{KEY}={path.name}").groups(rows()))
+    reader = Reader(Rules(), f"{KEY}={path.name}")
+    groups = list(reader.groups(rows()))
+    say(*(f"{KEY}={path.name}: {note}" for note in reader.reading.notes))
     for group in groups:
         if not group.pairs:
             raise ValueError(f"{KEY}: {group.origin} is no pair; a row is {{prompt, chosen, rejected}}")
