@@ -46,6 +46,9 @@ test: install-dev ## run the tests
 test-fast: install-dev ## run the tests of one room: make test-fast ROOM=data
 	$(PYTEST) tests/$(ROOM)
 
+test-random: install-dev ## run the property tests with random inputs (those of `make test` are the same each time)
+	$(PYTEST) --hypothesis-profile=random $(shell grep -rl hypothesis tests --include='test_*.py')
+
 test-matrix: $(TOOLS)/.installed ## run a short suite under each Python, with the oldest and newest torch and transformers
 	$(TOOLS)/bin/python -m tests.support.matrix $(ONLY)
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import jaxtyping
+import hypothesis
 import pytest
 from beartype import BeartypeConf, beartype
 from beartype.claw import beartype_package
@@ -22,6 +23,11 @@ os.environ.pop("WANDB_API_KEY", None)
 if "DPO_REF_CACHE" not in os.environ:
     os.environ["DPO_REF_CACHE"] = tempfile.mkdtemp(prefix="dpo_ref_cache_")
     atexit.register(shutil.rmtree, os.environ["DPO_REF_CACHE"], ignore_errors=True)
+
+# The gate's verdict depends on the code alone; `pytest --hypothesis-profile=random` looks for what nobody has seen.
+hypothesis.settings.register_profile("gate", derandomize=True)
+hypothesis.settings.register_profile("random")
+hypothesis.settings.load_profile("gate")
 
 # Every function's arguments and result are checked by beartype. The shapes that jaxtyping compares between them are
 # followed only by functions that write shapes (or names that are imported for type checkers alone, which beartype
