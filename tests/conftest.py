@@ -9,8 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import jaxtyping
 import hypothesis
+import jaxtyping
 import pytest
 from beartype import BeartypeConf, beartype
 from beartype.claw import beartype_package

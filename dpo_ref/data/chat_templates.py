@@ -4,7 +4,8 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from contextlib import suppress
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,6 +13,7 @@ from jinja2 import TemplateError
 
 from dpo_ref.data.bounded import OverLimit, bounded
 from dpo_ref.data.render_check import SENTINEL, Offer, RenderCheck, TemplateRefuses
+from dpo_ref.data.thoughts import ThoughtMissing, begun_thought, written_behind
 from dpo_ref.types import Message, Response, conversation, digest
 
 FOLDER = Path(__file__).with_name("templates")
@@ -22,12 +24,15 @@ TIMES, MORE = 10, 2**18  # a conversation's characters may be written so often, 
 OWN = frozenset((FOLDER / f"{name}.jinja").read_text().strip("\n") for name in NAMES)
 _ASKED = Message(role="user", content="a")
 _CALL = {"id": "callabcde", "type": "function", "function": {"name": "f", "arguments": {}}}
+_CALLED = (_ASKED, Message(role="assistant", content="", tool_calls=[_CALL]))
 _BEFORE = {  # what comes before a turn of a role
     "system": (_ASKED,),
-    "tool": (_ASKED, Message(role="assistant", content="", tool_calls=[_CALL])),
+    "tool": _CALLED,
 }
+# Options by which templates begin with a thought or not; no keys of turns.
+_THINKS = re.compile(r"""(?<![\w.'"])(?:enable_thinking|thinking)(?![\w'"])""")
 _APART: list[bool] = []  # holds something in the process where strangers' templates run
-_FIRST: dict[tuple[str, str], tuple[str, list[str]]] = {}  # what templates wrote of the first conversations
+_FIRST: dict[tuple[str, str], tuple[str, list[str], str]] = {}  # what templates wrote of the first conversations
 _PINNED = re.compile(r"(?:\{%- set \w+ = .*? -%\})*", re.DOTALL)  # options of a run, at the template's beginning
 Item = TypeVar("Item")
 
@@ -152,7 +157,7 @@ class ChatText:
         specials += [token for token in tokenizer.all_special_tokens if token not in specials]
         self.special_tokens = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
         self._calls_as_text: bool | None = None  # None: no call was written so far
-        self.lost = check(lambda turns, offer: self._texts([turns], False, *offer)[0])
+        self.lost = check(self._as_generated)
         try:
             self.ending, self.tail, self.end_id = self._turn_end()
         except TemplateRefuses as error:
@@ -280,11 +285,11 @@ class ChatText:
         (start,) = self.write([prompt], start=True, tools=tools, options=options)
         whole = [conversation(prompt, response) for response in responses]
         fulls = self.write(whole, start=False, tools=tools, options=options)
-        bodies = [self.body(start, full) for full in fulls]
-        offer = Offer(tools, options)
+        bodies = [self.body(start, full, turns[-1]) for full, turns in zip(fulls, whole, strict=True)]
+        offer, begun = Offer(tools, options), begun_thought(start)
         self.lost.check(start, prompt, 0, offer)
         for turns, body in zip(whole, bodies, strict=True):
-            self.lost.check(body, turns, len(prompt), offer)
+            self.lost.check(begun + body, turns, len(prompt), offer)
         return Rendered(start, bodies)
 
     def refuse_templated(self, prompt: Sequence[Message], responses: Sequence[Response]) -> None:
@@ -299,19 +304,68 @@ class ChatText:
         closing = self.closing("user").strip()
         return bool(closing) and words.rstrip().endswith(closing)
 
-    def body(self, start: str, full: str) -> str:
-        """What of an answered conversation is scored: from `start` through the token that ends the turn."""
-        if not full.startswith(start):
-            raise TemplateRefuses(
-                "cannot be written by the chat template: it writes the prompt differently once it is answered, so the "
-                f"response has no definite beginning: {start[-60:]!r} is not how {full[: len(start)][-60:]!r} goes on"
-            )
-        if not full.endswith(self.ending + self.tail):
+    def body(self, start: str, full: str, turn: Message) -> str:
+        """What the assistant writes of its turn, the last of the answered conversation `full`: from `start`, where
+        generation begins, through the token that ends the turn. Calls may end with another one than words."""
+        if self._ends_by_next:
+            full += self._mark_behind_calls if "tool_calls" in turn else self.ending
+        written = written_behind(start, full, turn, self._thinks_otherwise)
+        if written.endswith(self.ending + self.tail):
+            return written[: len(written) - len(self.tail)]
+        ends = list(self.special_tokens.finditer(written)) if "tool_calls" in turn else []
+        usual = self.tokenizer.convert_ids_to_tokens(self.end_id)
+        if not ends or written[ends[-1].end() :].strip() or usual in [end.group() for end in ends[:-1]]:
             raise TemplateRefuses(
                 f"cannot be written by the chat template: its turn does not end with {self.ending!r} but "
-                f"with {full[-40:]!r}"
+                f"with {written[-40:]!r}"
             )
-        return full[len(start) : len(full) - len(self.tail)]
+        return written[: ends[-1].end()]
+
+    def last_turns(
+        self, conversations: Sequence[Sequence[Message]], tools: Any = None, options: Any = None
+    ) -> list[tuple[str, str]]:
+        """Of each conversation what generation sees before its last turn, the assistant's, and what the assistant
+        writes of that."""
+        starts = self.write([turns[:-1] for turns in conversations], start=True, tools=tools, options=options)
+        fulls = self.write(conversations, start=False, tools=tools, options=options)
+        texts = zip(starts, fulls, conversations, strict=True)
+        return [(start, self.body(start, full, turns[-1])) for start, full, turns in texts]
+
+    @cached_property
+    def _mark_behind_calls(self) -> str:
+        """The special token with which a template that ends no turn begins a tool's."""
+        result = Message(role="tool", content="a", tool_call_id=_CALL["id"])
+        full, more = self.write([_CALLED, [*_CALLED, result]], start=False)
+        match = self.added_tokens.match(more, len(full)) if more.startswith(full) else None
+        return match.group() if match else self.ending
+
+    @property
+    def _thinks_otherwise(self) -> str:
+        """How to get a prompt that fits a response with, or without, a thought."""
+        switch = _THINKS.search(str(self.tokenizer.chat_template))
+        option = (
+            f"model.template_options.{switch[0]} or a row's chat_template_kwargs switch that, or " if switch else ""
+        )
+        return f"; {option}choose another template (model.template=...)"
+
+    def _as_generated(self, turns: Sequence[Message], offer: Offer) -> str:
+        """The template's text; of an answered conversation what the assistant writes behind where it begins."""
+        (full,) = self._texts([turns], False, *offer)
+        if not self._begins_otherwise or turns[-1]["role"] != "assistant":
+            return full
+        (start,) = self._texts([turns[:-1]], True, *offer)
+        return start + written_behind(start, full, turns[-1], "")
+
+    @cached_property
+    def end_ids(self) -> set[int]:
+        """Tokens that may end the assistant's turn: what ends words, and what ends calls."""
+        ends = {self.end_id}
+        try:
+            ((_, body),) = self.last_turns([_CALLED])
+        except TemplateRefuses:  # a template without calls
+            return ends
+        last = list(self.special_tokens.finditer(body))[-1:]
+        return ends | {self.tokenizer.convert_tokens_to_ids(match.group()) for match in last}
 
     @cache  # noqa: B019 (one for a tokenizer, as long as it)
     def closing(self, role: str) -> str:
@@ -321,31 +375,41 @@ class ChatText:
 
     def _turn_end(self) -> tuple[str, str, int]:
         """What the template writes after an assistant's words: through the token that ends the turn, what follows it,
-        and that token's id."""
-        start, rests = self._first_texts()
-        if not all(rest.startswith(start) for rest in rests):
-            self.body(start, next(rest for rest in rests if not rest.startswith(start)))
-        after = [rest[len(start) :].partition(answer)[2] for rest, answer in zip(rests, _ANSWERS, strict=True)]
-        match = self.added_tokens.search(after[0])
+        and that token's id. Where it writes none, the turn ends with the token by which the user's next begins."""
+        start, rests, again = self._first_texts()
+        self._begins_otherwise = not all(rest.startswith(start) for rest in rests)
+        for rest, answer in zip(rests, _ANSWERS, strict=True):
+            with suppress(ThoughtMissing):  # a template that wants one
+                written_behind(start, rest, Message(role="assistant", content=answer), "")
+        after = [rest.partition(answer)[2] for rest, answer in zip(rests, _ANSWERS, strict=True)]
+        marks = list(self.added_tokens.finditer(after[0]))
+        # Several may close what was said, the last of them the turn; another may end the conversation alone.
+        kept = [mark for mark in marks if _ANSWERS[0] + after[0][: mark.end()] in again]
+        match = next(iter(kept[-1:] or marks), None)
+        self._ends_by_next = match is None
+        if match is None:
+            after = [again.partition(_ANSWERS[0])[2]] * 2
+            match = self.added_tokens.match(after[0])
         if after[0] != after[1] or match is None:
             raise ValueError(
                 "the chat template does not end the assistant's turn with a special token; EOS would never be learnt"
             )
         end_id = self.tokenizer.convert_tokens_to_ids(match.group())
-        return after[0][: match.end()], after[0][match.end() :], end_id
+        return after[0][: match.end()], "" if self._ends_by_next else after[0][match.end() :], end_id
 
     @property
     def sample(self) -> list[str]:
         """What the template writes of a question and its answer."""
         return self._first_texts()[1]
 
-    def _first_texts(self) -> tuple[str, list[str]]:
-        """A question up to where the assistant begins, and with each of the answers."""
+    def _first_texts(self) -> tuple[str, list[str], str]:
+        """A question up to where the assistant begins, with each of the answers, and with one and a question more."""
         key = (str(self.tokenizer.chat_template), str(self.tokenizer.special_tokens_map))
         if key not in _FIRST:
             question = [Message(role="user", content="a")]
-            answered = [conversation(question, answer) for answer in _ANSWERS]
+            answered: list[Any] = [conversation(question, answer) for answer in _ANSWERS]
+            answered.append([*answered[0], *question])
             texts = self.apart(lambda turns: self._texts([turns], turns is question, None)[0], [question, *answered])
-            start, *rests = texts
-            _FIRST[key] = (start, rests)
+            start, *rests, again = texts
+            _FIRST[key] = (start, rests, again)
         return _FIRST[key]

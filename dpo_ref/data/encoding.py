@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from dpo_ref.data.chat_templates import ChatText, Rendered
 from dpo_ref.data.render_check import RenderCheck, TemplateRefuses
-from dpo_ref.data.scoring import EMPTY_THOUGHT, Scoring, Turns, mask_of, scored_turns
+from dpo_ref.data.scoring import Scoring, Turns, mask_of, scored_turns
+from dpo_ref.data.thoughts import EMPTY_THOUGHT
 from dpo_ref.types import PromptGroup, conversation
 
 # --- where a prompt's tokens end and a response's begin
@@ -95,6 +96,15 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
+class Names:
+    """The texts of a tokenizer's added tokens by their ids, and a pattern that finds them in a text."""
+
+    def __init__(self, of_ids: dict[int, str]) -> None:
+        self.of_ids = of_ids
+        texts = sorted(set(of_ids.values()), key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
 class Literals:
     """Writes and encodes groups whose texts contain special tokens' strings."""
 
@@ -122,11 +132,15 @@ class Literals:
         return Tokenizer.from_str(json.dumps(content))
 
     @cached_property
+    def names(self) -> Names:
+        """How the copy writes added tokens."""
+        added: dict[int, Any] = self.chat.tokenizer.added_tokens_decoder
+        return Names({id_: self._copy_names.get(token.content, token.content) for id_, token in added.items()})
+
+    @cached_property
     def _own_ids(self) -> dict[Any, Any]:
         """The copy's ids of added tokens, special or not, -> the tokenizer's own: a new name may have moved them."""
-        added = self.chat.tokenizer.added_tokens_decoder.items()
-        names = {self._copy_names.get(token.content, token.content): token_id for token_id, token in added}
-        return {self._copy.token_to_id(name): token_id for name, token_id in names.items()}
+        return {self._copy.token_to_id(name): token_id for token_id, name in self.names.of_ids.items()}
 
     def occur_in(self, group: PromptGroup) -> bool:
         """Whether something said in the group contains a special token's string."""
@@ -223,7 +237,7 @@ class Encoder:
         self.literals = Literals(self.chat)
         self.counts: Counter[str] = Counter()
         self._backend, self._anchor = tokenizer.backend_tokenizer, tokenizer.eos_token
-        self._added_tokens = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
+        self._names = Names({token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()})
         self._closings: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
@@ -314,7 +328,7 @@ class Encoder:
 
     def _plain(self, texts: Sequence[Rendered]) -> Iterator[Ids | TemplateRefuses]:
         prompts = self.ids([text.start for text in texts])
-        tails = [self._tail(text.start, ids) for text, ids in zip(texts, prompts, strict=True)]
+        tails = [self._tail(text.start, ids, self._names) for text, ids in zip(texts, prompts, strict=True)]
         continuations = [tail + body for (tail, _), text in zip(tails, texts, strict=True) for body in text.bodies]
         wholes = iter(self.ids(continuations))
         for text, prompt, (_, before) in zip(texts, prompts, tails, strict=True):
@@ -322,12 +336,12 @@ class Encoder:
             calls = [(before, next(wholes), body, self.encode, self._anchor) for body in text.bodies]
             yield attempted(lambda prompt=prompt, calls=calls: Ids(prompt, [self._response(*call) for call in calls]))
 
-    def _tail(self, start: str, prompt: list[int]) -> tuple[str, list[int]]:
+    def _tail(self, start: str, prompt: list[int], names: Names) -> tuple[str, list[int]]:
         """The end of the prompt that decides how a response is encoded, as text and ids: from the last special token
         on, because a tokenizer encodes what stands between two of them on its own."""
-        marks = [match.start() for match in self.chat.added_tokens.finditer(start)]
-        indices = [index for index, token in enumerate(prompt) if token in self._added_tokens]
-        if not marks or not indices or not start.startswith(self._added_tokens[prompt[indices[-1]]], marks[-1]):
+        marks = [match.start() for match in names.pattern.finditer(start)]
+        indices = [index for index, token in enumerate(prompt) if token in names.of_ids]
+        if not marks or not indices or not start.startswith(names.of_ids[prompt[indices[-1]]], marks[-1]):
             return start, prompt
         return start[marks[-1] :], prompt[indices[-1] :]
 
@@ -374,19 +388,21 @@ class Encoder:
         return [scored_turns(self.chat, turns, scoring.first(group), group, scoring, reveal) for turns in whole]
 
     def _ids(self, texts: Sequence[Sequence[Any]], has_literals: bool) -> Ids:
-        encode, anchor = self.encode, self._anchor
+        encode, anchor, names = self.encode, self._anchor, self._names
         if has_literals:
             self.counts["special tokens in a text, encoded as text"] += 1
-            encode, anchor = self.literals.encode, self.literals.reveal(self._anchor)
+            encode, anchor, names = self.literals.encode, self.literals.reveal(self._anchor), self.literals.names
         self._count_thoughts([text[1] for text in texts])
         prompt: list[int] = []
         responses, masks = [], []
         for start, body, pairs, begins in texts:
             spans = [(first, last) for first, last in pairs]  # as JSON, pairs are lists
             prompt = encode([start])[0].ids
-            ids, mask, before = list(prompt), [], start
+            ids: list[int] = []
+            mask: list[bool] = []
+            before, known = start, prompt
             for begin, end in pairwise([*begins, len(body)]):  # generation begins a token of its own at each
-                tail, known = (before, ids) if has_literals else self._tail(before, ids)
+                tail, known = self._tail(before, known, names)
                 piece = body[begin:end]
                 (whole,) = encode([tail + piece])
                 found = self._response(known, whole.ids, piece, encode, anchor)
@@ -395,7 +411,8 @@ class Encoder:
                 resolved = len(found) - _common_end(found, whole.ids)  # tokens at the boundary that are other ones
                 is_scored = any(first <= begin < last for first, last in spans)
                 mask += [is_scored] * resolved + inside[len(inside) - len(found) + resolved :]
-                ids, before = ids + found, before + piece
-            responses.append(ids[len(prompt) :])
+                ids += found
+                before, known = tail + piece, known + found
+            responses.append(ids)
             masks.append(mask)
         return Ids(prompt, responses, masks)

@@ -42,8 +42,8 @@ class Tokenised(NamedTuple):
 
 
 def end_of_turn_ids(tokenizer: Any) -> set[int]:
-    """Tokens that may end the assistant's turn: EOS and the special token that the template writes there."""
-    return {tokenizer.eos_token_id, ChatText(tokenizer).end_id}
+    """Tokens that may end the assistant's turn: EOS and the special tokens that the template writes there."""
+    return {tokenizer.eos_token_id, *ChatText(tokenizer).end_ids}
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Asked]) -> list[list[int]]:

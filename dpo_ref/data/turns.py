@@ -71,7 +71,7 @@ class _Writer:
     """What the template writes of one group, in the names under which it is encoded."""
 
     def __init__(self, encoder: Encoder, group: PromptGroup) -> None:
-        self.group, self._reveal, self._write = group, str, encoder.chat.write
+        self.group, self._reveal, self._chat = group, str, encoder.chat
         if encoder.literals.occur_in(group):
             self.group, self._reveal = encoder.literals.hide(group), encoder.literals.reveal
         self._mark, self._tail = self._reveal(encoder.decode([encoder.chat.end_id])), self._reveal(encoder.chat.tail)
@@ -84,7 +84,9 @@ class _Writer:
     def ends(self, turns: Sequence[Message], begun: Sequence[str]) -> tuple[str, Ends]:
         """A conversation's text through its last token, and where its blocks end; `begun` are the texts of the turns
         up to each of the first."""
-        whole = self._text(turns).removesuffix(self._tail)
+        group = self.group
+        (texts,) = self._chat.last_turns([turns], group.tools, group.template_options)
+        whole = self._reveal("".join(texts))
         begun = [*begun, *(self.begun(turns[: size + 1]) for size in range(len(begun), len(turns) - 1))]
         ends: Ends = []
         roles: list[str] = []
@@ -100,7 +102,7 @@ class _Writer:
 
     def _text(self, turns: Sequence[Message]) -> str:
         group = self.group
-        (text,) = self._write([turns], start=False, tools=group.tools, options=group.template_options)
+        (text,) = self._chat.write([turns], start=False, tools=group.tools, options=group.template_options)
         return self._reveal(text)
 
     def _end(self, whole: str, place: int, text: str, words: str) -> int | None:

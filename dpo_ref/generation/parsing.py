@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dpo_ref.data.bounded import OverLimit, bounded
-from dpo_ref.data.scoring import thought_and_words
-
-OPENS = "<think>"  # how a template's prompt may end
+from dpo_ref.data.thoughts import begun_thought, thought_and_words
 
 Said = dict[str, Any]  # a message: `content`, `thinking` or another name of a thought, `tool_calls`
 
@@ -41,7 +39,7 @@ def parsed(tokenizer: Any, answers: Sequence[Drawn]) -> list[Said | None]:
 def _by_mark(tokenizer: Any, answer: Drawn) -> Said | None:
     if split := thought_and_words(answer.output):
         return {"thinking": split[0].strip(), "content": split[1].strip()}
-    if tokenizer.decode(list(answer.prompt_ids[-8:])).rstrip().endswith(OPENS):
+    if begun_thought(tokenizer.decode(list(answer.prompt_ids[-8:]))):
         return {"thinking": answer.output.strip(), "content": ""}
     return None
 

@@ -120,7 +120,7 @@ class ReferenceEncoder:
         tokenizer = own.tokenizer
         self.policy, self.reference = Encoder(context.policy.tokenizer), Encoder(tokenizer, NotChecked)
         self.unknown = tokenizer.unk_token_id
-        self.ends = {context.policy.tokenizer.eos_token_id, self.policy.chat.end_id}
+        self.ends = {context.policy.tokenizer.eos_token_id, *self.policy.chat.end_ids}
         self.audit = TextAudit()
 
     def groups(self) -> Iterator[TokenGroup]:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_ref.data.tokenise import encode_prompts, tokenise
@@ -96,18 +96,20 @@ class Writer:
             call(self.draw(names), **self.draw(self.arguments)) | {"id": f"callabc{index:02}"}
             for index in range(count)
         ]
-        words = self.draw(self.words) if self.may("words beside calls") else ""
+        words = self.draw(self.words) if self.may("words beside calls", "words beside calls, then an answer") else ""
         results = [
             Message(role="tool", content=self.draw(st.one_of(st.just(""), self.words)), tool_call_id=one["id"])
             for one in calls
         ]
-        return [said(words, tool_calls=calls, **self.thought("thought beside calls", *kinds)), *results]
+        thought = self.thought("thought beside calls, then an answer", *kinds)
+        return [said(words, tool_calls=calls, **thought), *results]
 
     def answer(self, *kinds):
         words, thought = self.draw(self.words), self.thought(*kinds)
         if not thought and self.may(*(kind.replace("thought", "thought in words") for kind in kinds), *_IN_WORDS):
             behind = self.draw(st.sampled_from(["", " ", "\n", "\n\n"]))
-            words = f"<think>\n{self.draw(self.words)}\n</think>{behind}{words}"
+            begin = self.draw(st.sampled_from(["<think>\n", ""])) if self.its.begins_within_a_thought else "<think>\n"
+            words = f"{begin}{self.draw(self.words)}\n</think>{behind}{words}"
         return said(words, **thought)
 
     def prompt(self):
@@ -123,13 +125,13 @@ class Writer:
         return turns
 
     def response(self):
-        follows = ("scored, then others", "scored without a thought, then others")
-        if self.may("calls", "scored calls"):
-            calling = self.called(*follows[1:])
-            if self.may("results", "scored behind a result", *follows[1:]):
+        if self.may("calls"):
+            calling = self.called()
+            beside = [f"{what} beside calls, then an answer" for what in ("words", "thought")]
+            if self.may("results", "scored behind a result", *beside):
                 return (*calling, self.answer())
             return tuple(calling[:1])
-        if self.may("another question", *follows):
+        if self.may("another question", "scored, then others"):
             return (self.answer("earlier thought"), user(self.draw(self.words)), self.answer())
         return (self.answer(),)
 
@@ -220,7 +222,7 @@ def test_thought_and_answer_are_the_whole(name, data):
         return
     (before, answers) = map("".join, zip(*its.expected(row, row.responses[0], "last"), strict=True))
     assert unblank(scored(its, answer)) == unblank(answers)
-    assert scored(its, answer).endswith(its.end)
+    assert scored(its, answer).endswith(its.ends)
     assert (thought is None) == (not before.strip())
     if thought is None:
         assert scored(its, answer).lstrip() == answers.lstrip()
@@ -291,6 +293,77 @@ def test_what_becomes_of_a_row_does_not_depend_on_those_before_it(name, data):
         for index, one in enumerate(alone)
         if not isinstance(one, str)
     }
+
+
+# --- conversations of many turns
+
+
+def long_rows(its):
+    """Rows of more turns than are written together."""
+
+    @st.composite
+    def drawn(draw):
+        writer, turns = Writer(draw, its, able=True), []
+        for _ in range(draw(st.integers(6, 9))):
+            turns.append(user(draw(writer.words)))
+            if writer.may("calls", "results", "scored behind a result"):
+                turns += writer.called("earlier thought")
+            turns.append(writer.answer("earlier thought"))
+        return group(turns.pop()["content"], prompt=turns, tools=TOOLS if writer.may("tools") else None)
+
+    return drawn()
+
+
+def with_all_before(its, row, monkeypatch, **options):
+    with monkeypatch.context() as patched:
+        patched.setattr("dpo_ref.data.scoring._NEAR", 10**6)
+        return outcome(its, row, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_turns_written_with_those_near_them_are_as_with_all_before(name, monkeypatch, data):
+    its = family(name)
+    row, options = data.draw(long_rows(its)), {"score": "all"}
+    options |= data.draw(st.sampled_from([{}, {"score_thinking": "answer"}]))
+    found, exact = outcome(its, row, **options), with_all_before(its, row, monkeypatch, **options)
+    if isinstance(exact, str):
+        assert found == exact
+        return
+    assert (found.prompt_ids, found.response_ids, found.scored) == (exact.prompt_ids, exact.response_ids, exact.scored)
+
+
+def written_as(template):
+    """Qwen 2.5's record under another template."""
+    its = family("qwen 2.5")
+    tokenizer = copy.deepcopy(its.tokenizer)
+    tokenizer.chat_template = template
+    return its._replace(tokenizer=tokenizer)
+
+
+NUMBERED = """
+{%- for m in messages %}{{ '<|im_start|>' + m.role + ' ' + loop.index | string }}
+    {{- ('. ' if messages | length > LATE and loop.index == 4 else ': ') + m.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant ' + (messages | length + 1) | string + ': ' }}{% endif %}
+"""
+MANY = [turn for number in range(12) for turn in (user(f"a{number}"), said(f"b{number}"))][:-1]
+
+
+def test_a_template_for_which_near_turns_are_not_enough(monkeypatch):
+    """It numbers the turns, so that none is written as behind a few others."""
+    its, row = written_as(NUMBERED.replace("LATE", "99")), group("yes", prompt=MANY)
+    found, exact = outcome(its, row, score="all"), with_all_before(its, row, monkeypatch, score="all")
+    assert found == exact
+    assert scored(its, found) == "".join(f"b{number}<|im_end|>" for number in range(11)) + "yes<|im_end|>"
+    assert decoded(its, found.response_ids[0]).endswith("<|im_start|>assistant 24: yes<|im_end|>")
+
+
+def test_a_template_that_rewrites_a_turn_once_many_others_follow():
+    its, row = written_as(NUMBERED.replace("LATE", "20")), group("yes", prompt=MANY)
+    assert "writes a turn differently once others follow" in outcome(its, row, score="all")
+    assert outcome(its, group("yes", prompt=MANY[:11]), score="all").scored
 
 
 # --- keys, one by one
@@ -364,7 +437,8 @@ def test_a_key_that_no_template_writes_is_refused_wherever_it_stands(name, data,
     turns = [user("a?"), said("b."), user("c?"), said("d.")]
     place = data.draw(st.integers(0, 3))
     turns[place] = turns[place] | {key: value}
-    found = outcome(its, group(tuple(turns[3:]), "e.", prompt=turns[:3]))
+    thought = {its.thoughts: "Why?"} if its.begins_within_a_thought else {}
+    found = outcome(its, group((turns[3] | thought,), (said("e.", **thought),), prompt=turns[:3]))
     assert isinstance(found, str)
     assert found.startswith("row 7 would lose words: the chat template leaves out ")
     assert key in found
@@ -505,13 +579,14 @@ def test_special_tokens_beside_marks_that_are_none_are_text():
 
 
 def test_python_calls_of_llama():
-    """Written with its own mark; as a response they end with another token than turns do, and are refused."""
+    """Written with its own mark; they end with another token than words do, before results as well as at the end."""
     options = {"builtin_tools": ["tide"]}
-    assert '<|python_tag|>tide.call(harbour="Husum")<|eom_id|>' in passes(
-        "llama 3.1", group("2.4 metres.", prompt=ROUND, template_options=options)
-    )[0]  # fmt: skip
-    row = plain(last=said(tool_calls=[call(harbour="Husum")]), template_options=options)
-    assert "its turn does not end with '<|eot_id|>'" in refusal("llama 3.1", row)
+    written = '<|python_tag|>tide.call(harbour="Husum")<|eom_id|>'
+    assert written in passes("llama 3.1", group("2.4 metres.", prompt=ROUND, template_options=options))[0]
+    called = said(tool_calls=[call(harbour="Husum")])
+    assert passes("llama 3.1", plain(last=called, template_options=options))[1] == written
+    row = group((called, RESULT, said("2.4 metres.")), prompt=(user("how high?"),), template_options=options)
+    assert passes("llama 3.1", row)[1] == f"{written}2.4 metres.<|eot_id|>"
 
 
 def test_options_of_rows_reach_the_prompt():

@@ -334,6 +334,67 @@ DEEPSEEK = r"""
 {%- if add_generation_prompt and ns.asked %}{{ '<｜Assistant｜></think>' }}{% endif %}
 """
 
+# Generation begins within a thought, and what is answered has none: what a model wrote is cut.
+R1 = r"""
+{{- bos_token + messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') }}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{ '<｜User｜>' + m.content }}
+    {%- elif m.role == 'assistant' %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}
+"""
+
+# Generation begins within a thought or, where that is switched off, behind an empty one, as all answers without do.
+NEMOTRON = (
+    _OWN
+    + r"""
+{{- '<|im_start|>system\n' + (messages[0].content if own else '') + '\n\n' if own or tools else '' }}
+{%- if tools %}""" + _IM_TOOLS + r"""{% endif %}{{ '<|im_end|>\n' if own or tools else '' }}
+{%- set ns = namespace(asked=-1) %}
+{%- for m in turns %}
+    {%- if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for m in turns %}
+    {%- if m.role == 'tool' %}""" + _IM_RESULT + r"""
+    {%- elif m.role == 'assistant' %}
+        {%- set thought = m.reasoning_content | default('') if loop.index0 > ns.asked else '' %}
+        {{- '<|im_start|>assistant\n<think>' + ('\n' + thought + '\n' if thought else '') + '</think>' }}
+        {%- set words = m.content.split('</think>')[-1] if loop.index0 < ns.asked else m.content %}
+        {{- ('\n' if thought else '') + words }}""" + _IM_CALLS + r"""
+        {{- '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n<think>' + ('</think>' if enable_thinking is false else '\n') }}
+{%- endif %}
+"""
+)  # fmt: skip
+
+# Nothing ends a turn but the mark by which the next begins: the user's, or a tool's where functions are called.
+GLM = (
+    r"""
+{{- '[gMASK]<sop>' }}
+{%- if tools %}{{ '<|system|>\n' }}"""
+    + _IM_TOOLS
+    + r"""{% endif %}
+{%- for m in messages %}
+    {%- if m.role == 'tool' %}
+        {{- '' if loop.previtem.role == 'tool' else '<|observation|>' }}
+        {{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
+    {%- else %}
+        {{- '<|' + m.role + '|>\n' + m.content }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '\n<tool_call>' + call.function.name + '\n' + call.function.arguments | tojson + '\n</tool_call>' }}
+        {%- endfor %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+"""
+)
+
 # --- what is said, told without a template
 
 Turns = Sequence[Message]
@@ -415,9 +476,12 @@ def words_said(end: str, turns: Turns, index: int, options: Mapping[str, Any], t
 
 
 def harmony_said(turns: Turns, index: int, options: Mapping[str, Any]) -> tuple[str, str]:
-    thought = thought_of(turns[index])
-    analysis = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
-    return f"{analysis}<|channel|>final<|message|>", turns[index]["content"] + "<|return|>"
+    thought, words, behind = thought_of(turns[index]), turns[index]["content"], "<|end|><|start|>assistant"
+    analysis = f"<|channel|>analysis<|message|>{thought}{behind}" if thought else ""
+    for name, arguments in calls_of(turns[index]):
+        call = f" to=functions.{name}<|channel|>commentary json<|message|>{as_json(arguments)}<|call|>"
+        return ("<|channel|>analysis<|message|>", words + behind + call) if words else (analysis, call)
+    return f"{analysis}<|channel|>final<|message|>", words + "<|return|>"
 
 
 def deepseek_said(turns: Turns, index: int, options: Mapping[str, Any]) -> tuple[str, str]:
@@ -425,6 +489,25 @@ def deepseek_said(turns: Turns, index: int, options: Mapping[str, Any]) -> tuple
     calls = [f"<｜tool▁call▁begin｜>{n}<｜tool▁sep｜>{as_json(a)}<｜tool▁call▁end｜>" for n, a in calls_of(turn)]
     all_calls = f"<｜tool▁calls▁begin｜>{''.join(calls)}<｜tool▁calls▁end｜>" if calls else ""
     return "", turn["content"] + all_calls + "<｜end▁of▁sentence｜>"
+
+
+def r1_said(turns: Turns, index: int, options: Mapping[str, Any]) -> tuple[str, str]:
+    thought, words = thought_of(turns[index]), turns[index]["content"]
+    if not thought:
+        return "", words.removeprefix("<think>\n") + _SENTENCE[1]
+    return f"{thought.strip()}\n</think>\n\n", words.lstrip() + _SENTENCE[1]
+
+
+def nemotron_said(turns: Turns, index: int, options: Mapping[str, Any]) -> tuple[str, str]:
+    turn, thought = turns[index], thought_of(turns[index])
+    words = turn["content"].removeprefix("<think>\n")  # which stands in the prompt
+    answer = "\n".join([*([words] if words else []), *im_calls(turn)]) + "<|im_end|>"
+    return f"{thought}\n</think>\n" if thought else "", answer
+
+
+def glm_said(turns: Turns, index: int, options: Mapping[str, Any]) -> tuple[str, str]:
+    calls = [f"\n<tool_call>{name}\n{as_json(arguments)}\n</tool_call>" for name, arguments in calls_of(turns[index])]
+    return "", "\n" + turns[index]["content"] + "".join(calls) + ("<|observation|>" if calls else "<|user|>")
 
 
 # --- calls read back
@@ -477,7 +560,12 @@ def _of_conversation(turns: Turns, first: int, group: PromptGroup) -> Iterator[s
             continue
         yield from ["calls"] * bool(calls) + ["several calls"] * (len(calls) > 1)
         yield from ["words beside calls"] * bool(calls and turn["content"])
-        yield from ["thought"] * bool(thought) + ["thought beside calls"] * bool(thought and calls)
+        yield from ["thought"] * bool(thought) + ["thought and words beside calls"] * bool(
+            thought and calls and turn["content"]
+        )
+        if calls and any(later["role"] == "assistant" and "tool_calls" not in later for later in turns[index + 1 :]):
+            yield from ["thought beside calls, then an answer"] * bool(thought)
+            yield from ["words beside calls, then an answer"] * bool(turn["content"])
         yield from ["earlier thought"] * bool(thought and index < asked)
         if "</think>" in turn["content"]:
             yield "earlier thought in words" if index < asked else "thought in words"
@@ -485,11 +573,14 @@ def _of_conversation(turns: Turns, first: int, group: PromptGroup) -> Iterator[s
         if scored:
             other = turns[last_asked(turns[:index])] != turns[asked]
             yield from ["tools and another question later"] * bool(group.tools and other)
+            thinks, is_off = thought or "</think>" in turn["content"], options.get("enable_thinking") is False
             yield from ["scored behind a result"] * (turns[index - 1]["role"] == "tool")
-            yield from ["scored calls"] * bool(calls) + ["scored, then others"] * (index < last and not calls)
-            thinks = thought or "</think>" in turn["content"]
-            yield from ["scored without a thought, then others"] * bool(index < last and not thinks)
-            yield from ["thought that is switched off"] * bool(thinks and options.get("enable_thinking") is False)
+            yield from ["scored, then others"] * (index < last and not calls)
+            yield from ["scored without a thought"] * bool(not thinks and not is_off)
+            yield from ["scored behind an empty thought, then others"] * bool(index < last and not thinks and is_off)
+            yield from ["thought that is switched off"] * bool(
+                is_off and (thought or turn["content"].startswith("<think>"))
+            )
 
 
 class Family(NamedTuple):
@@ -503,21 +594,37 @@ class Family(NamedTuple):
     thoughts: str = "reasoning_content"  # the key of thoughts
     arguments_as_text: bool = False
     options: tuple[dict[str, Any], ...] = ()  # that rows may give
+    call_end: str = ""  # ends a turn that calls, where that is another token
+    is_written_otherwise: bool = False  # than a model would write it
+
+    @property
+    def begins_within_a_thought(self) -> bool:
+        return "scored without a thought" in self.cannot
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        return (self.end, self.call_end) if self.call_end else (self.end,)
 
     @property
     def writes_bos(self) -> bool:
         return "bos_token" in self.tokenizer.chat_template or self.tokenizer.chat_template.startswith("{{ '<|begin")
 
     def written(self, group: PromptGroup, response: Any) -> str:
-        """The template's own text of the whole conversation through the token that ends it."""
+        """The template's own text of the whole conversation through the token that ends it; where it writes no such
+        token, or an answer differently, what is said behind the prompt."""
         turns: Any = list(map(dict, conversation(group.prompt, response)))
         if self.arguments_as_text:
             for turn in turns:
                 turn |= {"tool_calls": [_as_text(call) for call in turn["tool_calls"]]} if "tool_calls" in turn else {}
+        if self.is_written_otherwise:
+            del turns[len(group.prompt) + (not isinstance(response, str)) * (len(response) - 1) :]
         text = self.tokenizer.apply_chat_template(
-            turns, tools=list(group.tools) if group.tools else None, tokenize=False, **group.template_options or {}
-        )
-        return text[: text.rindex(self.end) + len(self.end)]
+            turns, tools=list(group.tools) if group.tools else None, tokenize=False,
+            add_generation_prompt=self.is_written_otherwise, **group.template_options or {},
+        )  # fmt: skip
+        if self.is_written_otherwise:
+            return text + "".join(self.expected(group, response, "last")[-1])
+        return text[: max(text.rfind(end) + len(end) for end in self.ends if end in text)]
 
     def expected(self, group: PromptGroup, response: Any, score: str) -> list[tuple[str, str]]:
         """What is scored of each turn."""
@@ -528,7 +635,7 @@ class Family(NamedTuple):
             if turn["role"] == "assistant" and index >= first:
                 before, answer = self.said(turns, index, group.template_options or {})
                 thought = re.match(
-                    r"\s*<think>.*</think>\s*" if "</think>" in turn["content"] else "", answer, re.DOTALL
+                    r"\s*(?:<think>)?.*</think>\s*" if "</think>" in turn["content"] else "", answer, re.DOTALL
                 )
                 size = 0 if thought is None else thought.end()
                 said.append((before + answer[:size], answer[size:]))
@@ -555,6 +662,7 @@ _MISTRAL = ["INST", "AVAILABLE_TOOLS", "TOOL_RESULTS"]
 _GEMMA = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
 _HARMONY = ["start", "end", "message", "channel", "constrain", "call", "return", "startoftext", "endoftext"]
 _SENTENCE = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
+_GLM = ["[gMASK]", "<sop>", *(f"<|{name}|>" for name in ("system", "user", "assistant", "observation", "endoftext"))]
 _DEEPSEEK = ["User", "Assistant", "tool▁calls▁begin", "tool▁calls▁end", "tool▁call▁begin", "tool▁call▁end", "tool▁sep"]
 _DEEPSEEK += ["tool▁output▁begin", "tool▁output▁end"]
 _NO_THOUGHT = {"thought": "leaves out reasoning_content"}
@@ -562,7 +670,8 @@ _WORDS_ONLY = {"tools": "leaves out tools", "calls": "leaves out tool_calls", **
 _NO_WORDS = "leaves out (content|part of what)"
 _REWRITTEN = "writes a turn differently once others follow"
 _UNSEEN = "writes the prompt differently once it is answered"
-_OTHER_END = "its turn does not end with"
+_OFF = "begins the assistant's turn behind an empty one"
+_BEGUN = "has no thought, and the chat template begins the assistant's turn within one"
 
 
 def _tokenizer(
@@ -598,8 +707,8 @@ _MAKE: dict[str, Callable[[], Family]] = {
         {
             "earlier thought": "leaves out reasoning_content",
             "earlier thought in words": "leaves out part of what",
-            "scored without a thought, then others": _REWRITTEN,
-            "thought that is switched off": _UNSEEN,
+            "scored behind an empty thought, then others": _REWRITTEN,
+            "thought that is switched off": _OFF,
         },
         _READ_IM, options=({"enable_thinking": False},),
     ),
@@ -611,7 +720,8 @@ _MAKE: dict[str, Callable[[], Family]] = {
         _ours(_im("", "<|endoftext|>"), "hermes"), "<|im_end|>", our_hermes_said, {}, _READ_IM, thoughts="thinking"
     ),
     "smollm 3": lambda: Family(
-        _im(SMOLLM3), "<|im_end|>", smollm3_said, _WORDS_ONLY | {"results": "leaves out the role"},
+        _im(SMOLLM3), "<|im_end|>", smollm3_said,
+        _WORDS_ONLY | {"results": "leaves out the role", "thought that is switched off": _OFF},
         options=({"enable_thinking": False},),
     ),
     "llama 3.1": lambda: Family(
@@ -652,12 +762,37 @@ _MAKE: dict[str, Callable[[], Family]] = {
         _tokenizer(HARMONY, [f"<|{name}|>" for name in _HARMONY], "<|startoftext|>", "<|return|>"), "<|return|>",
         harmony_said,
         {
-            "earlier thought": "leaves out thinking", "thought beside calls": "leaves out|differently|not both",
-            "words beside calls": "leaves out|differently",
-            "several calls": "leaves out", "scored calls": _OTHER_END, "scored, then others": _REWRITTEN,
+            "earlier thought": "leaves out thinking",
+            "thought and words beside calls": "leaves out|differently|not both",
+            "thought beside calls, then an answer": "leaves out|differently",
+            "words beside calls, then an answer": "leaves out|differently",
+            "several calls": "leaves out", "scored, then others": _REWRITTEN,
         },
         partial(read_arguments, r"to=functions\.(\w+)<\|channel\|>commentary json<\|message\|>"),
-        thoughts="thinking", options=({"reasoning_effort": "high"},),
+        thoughts="thinking", options=({"reasoning_effort": "high"},), call_end="<|call|>",
+    ),
+    "r1": lambda: Family(
+        _tokenizer(R1, [*_SENTENCE, "<｜User｜>", "<｜Assistant｜>"], *_SENTENCE, ["<think>", "</think>"]),
+        _SENTENCE[1], r1_said,
+        {
+            "tools": "leaves out tools", "calls": "leaves out tool_calls", "results": "leaves out",
+            "earlier thought": "leaves out reasoning_content", "earlier thought in words": "leaves out part of what",
+            "scored without a thought": _BEGUN, "scored, then others": _REWRITTEN,
+        },
+        is_written_otherwise=True,
+    ),
+    "nemotron": lambda: Family(
+        _im(NEMOTRON), "<|im_end|>", nemotron_said,
+        {
+            "earlier thought": "leaves out reasoning_content", "earlier thought in words": "leaves out part of what",
+            "scored without a thought": _BEGUN, "thought that is switched off": _OFF,
+        },
+        _READ_IM, options=({"enable_thinking": False},), is_written_otherwise=True,
+    ),
+    "glm": lambda: Family(
+        _tokenizer(GLM, _GLM, None, "<|endoftext|>", ["<tool_call>", "</tool_call>"]), "<|user|>", glm_said,
+        _NO_THOUGHT, partial(read_arguments, r"<tool_call>(\w+)\n"), call_end="<|observation|>",
+        is_written_otherwise=True,
     ),
     "deepseek": lambda: Family(
         _tokenizer(
@@ -665,7 +800,10 @@ _MAKE: dict[str, Callable[[], Family]] = {
             ["<think>", "</think>"],
         ),
         "<｜end▁of▁sentence｜>", deepseek_said,
-        _NO_THOUGHT | {"tools": "leaves out tools", "thought in words behind a question": "leaves out part of what"},
+        {
+            "thought": f"leaves out reasoning_content|{_OFF}", "tools": "leaves out tools",
+            "thought in words behind a question": f"leaves out part of what|{_OFF}",
+        },
         partial(read_arguments, "<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>"), arguments_as_text=True,
     ),
 }  # fmt: skip
