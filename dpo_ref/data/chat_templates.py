@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 from jinja2 import TemplateError
 
 from dpo_ref.data.bounded import OverLimit, bounded
+from dpo_ref.data.continuation import ThoughtMissing, written_behind
 from dpo_ref.data.render_check import SENTINEL, Offer, RenderCheck, TemplateRefuses
-from dpo_ref.data.thoughts import ThoughtMissing, begun_thought, written_behind
+from dpo_ref.data.thoughts import begun_thought
 from dpo_ref.types import Message, Response, conversation, digest
 
 FOLDER = Path(__file__).with_name("templates")

@@ -135,7 +135,7 @@ class Literals:
     def names(self) -> Names:
         """How the copy writes added tokens."""
         added: dict[int, Any] = self.chat.tokenizer.added_tokens_decoder
-        return Names({id_: self._copy_names.get(token.content, token.content) for id_, token in added.items()})
+        return Names({id_: self._copy_names.get(token.content) or token.content for id_, token in added.items()})
 
     @cached_property
     def _own_ids(self) -> dict[Any, Any]:

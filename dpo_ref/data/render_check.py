@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from dpo_ref.types import Message
+from dpo_ref.data.thoughts import thinks
+from dpo_ref.types import THOUGHTS, Message
 
 SENTINEL = "⟦said⟧"  # nothing that a template or a user writes
 # What links a tool's result to its call, which templates say by position.
@@ -32,10 +33,10 @@ class TemplateRefuses(ValueError):
 class Lost(TemplateRefuses):
     """Something said that the template leaves out."""
 
-    def __init__(self, what: str, key: str) -> None:
+    def __init__(self, what: str, key: str, remedy: str = "") -> None:
         hint = "" if key in ("content", "role") else f", or data.ignore=[{key}] to do without"
         super().__init__(
-            f"would lose words: the chat template leaves out {what}; choose a template that writes it{hint}",
+            f"would lose words: the chat template leaves out {what}; {remedy}choose a template that writes it{hint}",
             f"the chat template leaves out {key}",
         )
 
@@ -69,7 +70,8 @@ class RenderCheck:
             if role == "tool":
                 at = _first_of(text, words, begin)
             if at < 0 and not has_words(text[begin:], words):
-                raise Lost(f"part of what turn {number + 1} says ({role}: {_short(words)})", "content")
+                thought = _EARLIER if thinks(turn) and not _is_behind(turns, number) else ""
+                raise Lost(f"part of what turn {number + 1} says ({role}: {_short(words)})", "content", thought)
             keys = frozenset(turn) if len(turn) > len(_PLAIN) else None
             kind = (role, keys, number == len(turns) - 1, options)
             if words and kind not in self._written:
@@ -106,7 +108,7 @@ class RenderCheck:
 
     def _probe(self, turns: Sequence[Message], number: int, key: str, offer: Offer, options: str) -> None:
         """Raise Lost if the template does not write a key of turns like this."""
-        turn, behind = turns[number], not any(turn["role"] == "user" for turn in turns[number + 1 :])
+        turn, behind = turns[number], _is_behind(turns, number)
         count = len(turn.get(key, ())) if key == "tool_calls" else 1
         kind = (turn["role"], key, count, behind, number == len(turns) - 1, frozenset(turn), options)
         if kind in self._written:
@@ -115,7 +117,8 @@ class RenderCheck:
         probe[number][key] = _sentinel(key, turn[key])
         if not self._says(probe, count, offer):
             where = "" if behind else " before the user's last"
-            raise Lost(f"{key} of a turn of {turn['role']}{where} ({_short(turn[key])})", key)
+            thought = _EARLIER if key in THOUGHTS and not behind else ""
+            raise Lost(f"{key} of a turn of {turn['role']}{where} ({_short(turn[key])})", key, thought)
         self._written.add(kind)
 
     def _check_role(self, turns: Sequence[Message], number: int, offer: Offer) -> None:
@@ -142,6 +145,14 @@ class RenderCheck:
             return self._write(probe, offer).count(SENTINEL) >= count
         except TemplateRefuses:
             return True  # the template stumbles over the sentinel, not over the row: then the words have to be there
+
+
+_EARLIER = "data.earlier_thoughts=drop leaves out all thoughts before the last question, or "
+
+
+def _is_behind(turns: Sequence[Message], number: int) -> bool:
+    """Whether no question follows the turn."""
+    return not any(turn["role"] == "user" for turn in turns[number + 1 :])
 
 
 def _sentinel(key: str, value: Any) -> Any:

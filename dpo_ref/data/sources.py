@@ -20,6 +20,7 @@ from dpo_ref.data.formats.recognise import Format, check_format, convert, format
 from dpo_ref.data.groups import StoredGroups, write
 from dpo_ref.data.pairing import Filters, Seen, add_pairs
 from dpo_ref.data.rows import Named, Source, open_source
+from dpo_ref.data.thoughts import without_earlier_thoughts
 from dpo_ref.files.cache import cache_folder, in_use, is_kept
 from dpo_ref.files.digests import seal_folder
 from dpo_ref.files.writing import replacing_folder, write_json
@@ -29,6 +30,7 @@ from dpo_ref.types import PreferenceData, Progress, PromptGroup, Reading, digest
 
 
 VERSION = 3  # of what is kept; a change of meaning makes it 4
+EARLIER_THOUGHTS = {"keep": tuple, "drop": without_earlier_thoughts}
 EXAMPLES = 10  # bad rows listed with their reasons
 _SHOWN = 20  # names of columns that are not read
 _JUDGED_AFTER = 1000  # rows, before which the share of bad ones is not looked at
@@ -48,11 +50,13 @@ class Rules:
     logps_columns: tuple[str, ...] | None = None
     columns: tuple[tuple[str, str], ...] | None = None  # our name, theirs
     ignore: tuple[str, ...] | None = None
+    earlier_thoughts: str = "keep"
 
     @property
     def identity(self) -> dict[str, Any]:
         """What is said, without what is left open."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in said.items() if (name, value) != ("earlier_thoughts", "keep")}
 
     def __post_init__(self) -> None:
         check_format(self.format)
@@ -83,12 +87,15 @@ class Reader:
         self._first_columns = ""  # of the first row, for messages
         self._unread: dict[str, None] = {}
         self._columns: dict[str, bool] = {}  # whether some row's was read
+        self._num_without_thoughts = 0
 
     @property
     def reading(self) -> Reading:
         """What became of the rows so far."""
         formats = (self.format.name,) if self.format else ()
         notes = _listed("columns not read", list(self._unread))
+        if self.rules.earlier_thoughts != "keep":
+            notes += (f"prompts without their earlier thoughts: {self._num_without_thoughts}",)
         return Reading(self.num_rows, dict(self.dropped), tuple(self.examples), formats, notes, self._read_or_not())
 
     def _read_or_not(self) -> tuple[str, ...]:
@@ -139,6 +146,9 @@ class Reader:
         options = {"rating": self.rules.rating} if self.rules.rating else {}
         group = convert(row, origin, self.format, options, self.rules.format != "auto")
         group = self._with_logps(group, row, self.format)
+        prompt = EARLIER_THOUGHTS[self.rules.earlier_thoughts](group.prompt)
+        self._num_without_thoughts += prompt != group.prompt
+        group = replace(group, prompt=prompt)
         self._given.check_used(row, self.format.name)
         self._unread.update(dict.fromkeys(unread_columns(row, group, self.format.known, self.format.name)))
         self._columns.update({name: True for name in row if name in row.read})
@@ -333,6 +343,7 @@ def preferences(
     logps_columns: list[str] | None = None,
     columns: dict[str, str] | None = None,
     ignore: list[str] | None = None,
+    earlier_thoughts: Literal["keep", "drop"] = "keep",
 ) -> PreferenceData:
     """Preference pairs, ranked or scored responses, unpaired answers or demonstrations, in the formats people have.
 
@@ -353,13 +364,16 @@ def preferences(
     rejected's; of ranked responses one, a list) where they are not well-known ones. `columns` gives columns the names
     that the formats know, {prompt: question}, and `ignore` names columns, or keys of turns, that may be passed over:
     else a column that is not read stops the run where it changes what a row means. An entry of `sources` may say
-    these three for itself.
+    these three for itself. `earlier_thoughts=drop` leaves out what the assistant thought before the user's last
+    question, in keys or in its words, as templates do that show a model no earlier thoughts.
 
     Raises ValueError for what cannot be read, and for options that would have no effect.
     """
     filters = Filters(min_margin, min_score_ratio, min_chars, max_chars, deduplicate)
     own = _own_rules({"logps_columns": logps_columns, "columns": columns, "ignore": ignore}, "data.", "")
-    rules = Rules(format, pairing, rating, filters, limit, on_bad_row, max_bad_share, **own)
+    rules = Rules(
+        format, pairing, rating, filters, limit, on_bad_row, max_bad_share, **own, earlier_thoughts=earlier_thoughts
+    )
     refuse_ineffective(
         path=path, sources=sources, hub=hub, eval_path=eval_path, eval_split=eval_split, eval_fraction=eval_fraction,
         subset=subset, name=name, folder=folder, split=split, streaming=streaming,

@@ -2,6 +2,7 @@
 refused for what the family's record says it cannot write. There is no third outcome."""
 
 import copy
+import json
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dpo_ref.data.sources import preferences
 from dpo_ref.data.tokenise import encode_prompts, tokenise
 from dpo_ref.types import Message, PromptGroup, turns_of
 from tests.support.template_families import NAMES, calls_of, family, features
@@ -606,3 +608,29 @@ def test_ids_of_calls_that_mistral_does_not_take():
         for turn in turns:
             turn |= {"tool_call_id": "c1"} if turn["role"] == "tool" else {}
         assert "ids of calls have 9 characters" in refusal("mistral", group(*row.responses, prompt=turns))
+
+
+EARLIER = (
+    user("a"), said("<think>\nOnce.\n</think>\n\nb"), user("c"), said("d", reasoning_content="Twice."),
+    user("how high?"), said(reasoning_content="Ask the harbour.", tool_calls=[call(harbour="Husum")]), RESULT,
+)  # fmt: skip
+
+
+def test_thoughts_before_the_last_question_can_be_left_out(tmp_path):
+    """As Qwen 3 would show them to the model; those behind the question stay."""
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": EARLIER, "chosen": "2.4 metres.", "rejected": "Who knows?"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "prompt": "a?"}) + "\n")
+    whole = preferences(0, path=str(path)).train
+    remedy = "data.earlier_thoughts=drop leaves out all thoughts before the last question"
+    assert remedy in refusal("qwen 3", whole[0])
+    assert remedy in refusal("qwen 3", plain(user("a"), said("b", reasoning_content="Once.")))
+    assert remedy not in refusal("mistral", plain(last=said("b", reasoning_content="Once.")))
+    data = preferences(0, path=str(path), earlier_thoughts="drop")
+    assert data.reading.notes == ("prompts without their earlier thoughts: 1",)
+    assert data.train[0].prompt == (user("a"), said("b"), user("c"), said("d"), *EARLIER[4:])
+    assert data.train[1] == whole[1]
+    prompt, response = passes("qwen 3", data.train[0])
+    assert prompt.count("think>") == 2
+    assert "<think>\nAsk the harbour.\n</think>\n\n<tool_call>" in prompt
+    assert response == "<think>\n\n</think>\n\n2.4 metres.<|im_end|>"
