@@ -1,11 +1,11 @@
-"""Fill docs/performance.md, docs/data.md and their pictures in docs/images from benchmarks/results."""
+"""Fill docs/performance.md, data.md, conversations.md and the pictures in docs/images from benchmarks/results."""
 
 import json
 import re
 
 from common import RESULTS, ROOT
 
-DATA_PAGE = ROOT / "docs" / "data.md"
+DATA_PAGE, CONVERSATIONS_PAGE = ROOT / "docs" / "data.md", ROOT / "docs" / "conversations.md"
 PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "images" / "performance.png"
 OURS, OTHERS = "#2563eb", ("#94a3b8", "#475569")
 
@@ -79,6 +79,19 @@ def data_text(result):
         f"memory peaks at {cold['peak_mib'] / 1024:.1f} GiB. With a warm cache the first pack is ready {start:.1f} s "
         "after the start of Python."
     )
+
+
+def conversations_table(result):
+    """Milliseconds to tokenise a pair by the tokens of its conversation, and by its turns."""
+    lines = []
+    for against, unit in (("tokens", "tokens, turns of some 80"), ("exchanges", "exchanges, 32,000 tokens in all")):
+        rows = [row for row in result["rows"] if row["against"] == against]
+        lines += ["", "| " + " | ".join((unit, *(f"{size:,}" for size in rows[0]["sizes"]), "exponent")) + " |"]
+        lines.append("|---" * (len(rows[0]["sizes"]) + 2) + "|")
+        for row in rows:
+            cells = (f"{1000 * seconds:.0f} ms" for seconds in row["seconds"])
+            lines.append("| " + " | ".join((f"score {row['score']}", *cells, f"{row['exponent']:.2f}")) + " |")
+    return "\n".join(lines[1:])
 
 
 def gpu_text(result):
@@ -253,6 +266,9 @@ def main():
             draw(result)
     if (data := read("data")) is not None:
         DATA_PAGE.write_text(fill(DATA_PAGE.read_text(), "data", data_text(data)))
+    if (turns := read("conversations")) is not None:
+        page = fill(CONVERSATIONS_PAGE.read_text(), "conversations", conversations_table(turns))
+        CONVERSATIONS_PAGE.write_text(page)
 
 
 if __name__ == "__main__":

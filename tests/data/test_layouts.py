@@ -28,6 +28,7 @@ def said(content, **more):
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK, YES, NO = user("why?"), said("because"), said("no idea")
+LOOK_UP = [{"type": "function", "function": {"name": "look_up", "arguments": {"word": "why"}}}]
 PAIR = {"prompt": "why?", "chosen": "because", "rejected": "no idea"}
 
 
@@ -117,6 +118,10 @@ SIDES = {
         [{"from": "human", "value": "why?"}, {"from": "chatgpt", "value": "because"}],
         {"from": "model", "value": "no idea"},
     ),
+    "lists": (
+        {"role": ["user", "assistant"], "content": ["why?", "because"]},
+        {"from": ["gpt"], "value": ["no idea"]},
+    ),
 }
 
 
@@ -146,6 +151,40 @@ def test_turns_after_the_prompt_are_answers():
     assert group.responses == ((YES, *more), (NO, user("so?"), said("nothing")))
     (group,) = groups_of({"chosen": [ASK, YES, *more], "rejected": [ASK, YES, more[0], NO]})
     assert group.prompt == turns("why?", "because", "and?")
+
+
+def test_lists_that_are_no_turns():
+    cut = {"role": ["user", "assistant"], "content": ["why?"]}
+    assert "row 1 has lists of different lengths in role, content, which together are turns" in refused(
+        {"chosen": cut, "rejected": [ASK, NO]}
+    )
+    nameless = {"role": ["user", "assistant"], "content": ["why?", None], "tool_calls": [None, LOOK_UP]}
+    (group,) = groups_of({"chosen": nameless, "rejected": [ASK, NO]})
+    assert group.responses == ((said("", tool_calls=LOOK_UP),), "no idea")
+
+
+def test_other_names_of_roles_and_of_calls():
+    """OpenAI's later developer, and its earlier function and function_call."""
+    before = [{"role": "developer", "content": "Be brief."}, ASK]
+    called = {"role": "assistant", "content": None, "function_call": LOOK_UP[0]["function"]}
+    result = {"role": "function", "name": "look_up", "content": "rain"}
+    (group,) = groups_of({"prompt": [*before, called, result], "chosen": "because", "rejected": "no idea"})
+    now = (said("", tool_calls=LOOK_UP), {"role": "tool", "name": "look_up", "content": "rain"})
+    assert group.prompt == (*turns("why?", system="Be brief."), *now)
+    (group,) = groups_of({"prompt": before, "chosen": [called], "rejected": "no idea"})
+    assert group.responses == ((said("", tool_calls=LOOK_UP),), "no idea")
+    two = groups_of({"prompt": [ASK, called | {"tool_calls": LOOK_UP}, result], "chosen": "a", "rejected": "b"})
+    assert two[0].prompt[1]["function_call"] == LOOK_UP[0]["function"]  # which no template writes
+
+
+def test_functions_on_offer_are_not_said_by_a_call():
+    row = {"prompt": "why?", "chosen": [said("", tool_calls=LOOK_UP)], "rejected": "no idea"}
+    offer = [{"name": "look_up", "parameters": {}}]
+    assert "has a column functions that format preference does not read; data.columns={tools: functions}" in refused(
+        row | {"functions": offer}
+    )
+    assert groups_of(row | {"functions": offer}, columns=(("tools", "functions"),))[0].tools == tuple(offer)
+    assert groups_of(row | {"function_names": ["look_up"]})[0].tools is None
 
 
 # --- conversations as text

@@ -5,6 +5,7 @@ said before (its texts are those that were read), or it is named: refused where 
 row means, reported once where it does not.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -272,7 +273,10 @@ class _Said:
         return set(_content([group.prompt, group.responses, group.tools, group.template_options], "a group").texts)
 
     def repeats(self, name: str, value: Any, texts: list[str]) -> bool:
-        """Whether all that a column says was said: as turns, or as one of the texts, or inside of the prompt."""
+        """Whether all that a column says was said: as turns, or as one of the texts, or inside of the prompt. What is
+        offered was not said by calling it."""
+        if spoken_as(name) == "tools" and _has_schema(value):
+            return False
         with suppress(BadRow):
             if all(turn in self._turns for turn in turns(value, name, "user")):
                 return True
@@ -280,6 +284,12 @@ class _Said:
         return all(
             words in self._texts or (not whole and any(words in said for said in self._prompt)) for words in texts
         )
+
+
+def _has_schema(value: Any) -> bool:
+    """Whether a value describes functions."""
+    written = json.dumps(value, default=str) if not isinstance(value, str) else value
+    return '"parameters"' in written or '"description"' in written
 
 
 _NOT_SAID = ("role", "from", "type")  # keys whose texts are names of parts

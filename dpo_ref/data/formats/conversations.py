@@ -29,6 +29,7 @@ _SPEAKERS = {  # ShareGPT's names of them
     "assistant": "assistant", "model": "assistant", "function_call": "assistant", "tool": "tool",
     "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+_OTHER_NAMES = {"developer": "system", "function": "tool"}  # OpenAI's later and earlier names of roles
 # Keys of a turn that say nothing to a model. All others go into the chat template, and must come out of it.
 _HARMLESS = {"id", "index", "message_id", "timestamp", "created", "created_at", "model", "token_count", "num_tokens"}
 _TEXT_PARTS = {"text", "input_text", "output_text"}  # types of a part of content that are words
@@ -40,7 +41,7 @@ def turn(value: Any, name: str) -> Message:
         raise BadRow(f"has a {name} with a turn that is not {{role: {'|'.join(ROLES)}, content: text}}")
     if value.get("role") is None:
         value = _of_speaker(value, name)
-    role, content = value["role"], value.get("content")
+    role, content = _role(value["role"]), value.get("content")
     if role not in ROLES:
         raise BadRow(f"has the unknown role {shown(role)} in {name}; known are {', '.join(ROLES)}")
     where = f"{name} ({role} turn)"
@@ -52,11 +53,17 @@ def turn(value: Any, name: str) -> Message:
         for key, inner in value.items()
         if key not in ("role", "content") and key not in _HARMLESS and not _is_absent(key, inner)
     }
+    if "function_call" in extra and "tool_calls" not in extra:  # before there were several
+        extra["tool_calls"] = [extra.pop("function_call")]
     if "tool_calls" in extra:
         extra["tool_calls"] = [_call(call, name) for call in _calls(extra["tool_calls"], name)]
     if words is None and extra.keys() & {"tool_calls", *THOUGHTS}:
         words = ""
     return Message(role=role, content=text(words, where), **extra)
+
+
+def _role(value: Any) -> Any:
+    return _OTHER_NAMES.get(value, value) if isinstance(value, str) else value
 
 
 def _is_absent(key: str, value: Any) -> bool:
@@ -136,12 +143,23 @@ def turns(value: Any, name: str, role: str) -> list[Message]:
             return spoken(text(value, f"{name} ({role} turn)"), name, role)
         value = messages
     if isinstance(value, dict):
-        value = [value]
+        value = _of_lists(value) or [value]
     if value is None:
         raise BadRow(f"has null in {name}, where text is expected")
     if not isinstance(value, list | tuple):
         raise BadRow(f"has a {name} that is neither text nor a list of messages")
     return [turn(entry, name) for entry in several(value, name)]
+
+
+def _of_lists(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns of {role: [...], content: [...]}, as `datasets` writes sequences of objects; none for one turn."""
+    columns = {key: inner for key, inner in value.items() if inner is not None}
+    speakers = columns.get("role", columns.get("from"))
+    if not isinstance(speakers, list | tuple):
+        return []
+    if any(not isinstance(inner, list | tuple) or len(inner) != len(speakers) for inner in columns.values()):
+        raise BadRow(f"has lists of different lengths in {', '.join(columns)}, which together are turns")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def messages_written_out(value: str, name: str) -> list[Any] | None:
@@ -165,7 +183,7 @@ def _is_turn(entry: Any) -> bool:
 
 def _is_known(entry: dict[str, Any]) -> bool:
     speaker = entry.get("role", entry.get("from"))
-    return isinstance(speaker, str) and (speaker in ROLES or speaker in _SPEAKERS)
+    return isinstance(speaker, str) and (_role(speaker) in ROLES or speaker in _SPEAKERS)
 
 
 def _begins_with_json(value: str) -> bool:
