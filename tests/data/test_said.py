@@ -155,6 +155,37 @@ def test_no_unknown_key_of_a_turn_passes(key, value, place):
     assert f"leaves out {key}" in refused(WRITES, rows)
 
 
+CUTS = {
+    "no thought, though its words are those of the answer": (
+        BLIND, said("hi", reasoning_content="hi"), "reasoning_content of a turn of assistant ('hi')",
+    ),
+    "part of a thought": (
+        WRITES.replace("m.reasoning_content + ", "m.reasoning_content[:8] + "),
+        said("hi", reasoning_content="Ask the harbour."), "part of reasoning_content of turn 2",
+    ),
+    "part of the arguments": (
+        WRITES.replace("(c.function.arguments | tojson)", "(c.function.arguments | tojson)[:17]"),
+        said(tool_calls=call(harbour="Husum", hour=7)), "part of tool_calls of turn 2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_is_written_in_part_is_refused(name):
+    template, turn, missing = CUTS[name]
+    row = PromptGroup((user("how high?"),), ((turn,),), origin="row 7")
+    with pytest.raises(ValueError, match=r"row 7 would lose words: the chat template leaves out") as caught:
+        tokenise([row], byte_bpe(template), max_length=999)
+    assert missing in str(caught.value)
+
+
+def test_tools_of_which_the_names_alone_are_written():
+    names = WRITES.replace("(t | tojson)", "t.function.name")
+    row = PromptGroup((user("how high?"),), ("2.4",), origin="row 7", tools=(TOOL,))
+    with pytest.raises(ValueError, match=r"leaves out tools: of tide it does not write 'Height of the tide'"):
+        tokenise([row], byte_bpe(names), max_length=999)
+
+
 def test_bad_rows_are_skipped_and_counted_under_their_reason():
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + BLIND
     rows = [group("a", "b"), group("a", "b", prompt=(Message(role="system", content="s"), user("u")))]

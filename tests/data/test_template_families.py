@@ -346,7 +346,7 @@ def written_as(template):
 
 NUMBERED = """
 {%- for m in messages %}{{ '<|im_start|>' + m.role + ' ' + loop.index | string }}
-    {{- ('. ' if messages | length > LATE and loop.index == 4 else ': ') + m.content + '<|im_end|>\n' }}
+    {{- ': ' + m.content + '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant ' + (messages | length + 1) | string + ': ' }}{% endif %}
 """
@@ -355,17 +355,28 @@ MANY = [turn for number in range(12) for turn in (user(f"a{number}"), said(f"b{n
 
 def test_a_template_for_which_near_turns_are_not_enough(monkeypatch):
     """It numbers the turns, so that none is written as behind a few others."""
-    its, row = written_as(NUMBERED.replace("LATE", "99")), group("yes", prompt=MANY)
+    its, row = written_as(NUMBERED), group("yes", prompt=MANY)
     found, exact = outcome(its, row, score="all"), with_all_before(its, row, monkeypatch, score="all")
     assert found == exact
     assert scored(its, found) == "".join(f"b{number}<|im_end|>" for number in range(11)) + "yes<|im_end|>"
     assert decoded(its, found.response_ids[0]).endswith("<|im_start|>assistant 24: yes<|im_end|>")
 
 
-def test_a_template_that_rewrites_a_turn_once_many_others_follow():
-    its, row = written_as(NUMBERED.replace("LATE", "20")), group("yes", prompt=MANY)
-    assert "writes a turn differently once others follow" in outcome(its, row, score="all")
-    assert outcome(its, group("yes", prompt=MANY[:11]), score="all").scored
+MOODY = """
+{%- for m in messages %}{{ '<|im_start|>' + m.role }}
+    {{- ('. ' if messages | length > 20 and loop.index == PLACE else ': ') + m.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}
+"""
+
+
+@pytest.mark.parametrize("place", [4, 13, 14])
+def test_a_template_that_rewrites_a_turn_once_many_others_follow(place):
+    """One of the assistant's first turns, a later one, and one of the user's."""
+    its = written_as(MOODY.replace("PLACE", str(place)))
+    assert "writes a turn differently once others follow" in outcome(its, group("yes", prompt=MANY), score="all")
+    assert outcome(its, group("yes", prompt=MANY[:15]), score="all").scored
+    assert outcome(its, group("yes", prompt=MANY)).response_ids
 
 
 # --- keys, one by one

@@ -114,6 +114,6 @@ def _promises() -> str:
     rows = ["", "| promise | in | kept by |", "|---|---|---|"]
     for promise, guards in groupby(read_guards(), key=lambda guard: guard.promise):
         watched = list(guards)
-        files, tests = ({f"`{guard[at]}`": None for guard in watched} for at in (1, 4))
+        files, tests = ({f"`{guard[at].removeprefix('../')}`": None for guard in watched} for at in (1, 4))
         rows.append(f"| {promise} | {', '.join(files)} | {', '.join(tests)} |")
     return "\n".join(rows) + "\n"

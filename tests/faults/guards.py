@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("dpo_ref", "conf", "tests", "train.py", "evaluate.py", "pyproject.toml", "README.md")
+COPIED = ("dpo_ref", "conf", "docs", "tests", "train.py", "evaluate.py", "pyproject.toml", "README.md")
 AT_ONCE = 2  # copies of the project, each with one test
 FAILED = 1  # pytest's status
 
@@ -29,7 +29,7 @@ class Guard(NamedTuple):
     file: str  # in dpo_ref
     guard: str
     without: str
-    test: str  # in tests/faults
+    test: str  # from tests/faults
 
 
 def read_guards() -> list[Guard]:

@@ -16,7 +16,7 @@ def test_a_guard_stands_once_in_its_file_and_has_a_test(guard):
     assert text.count(guard.guard) == 1
     ast.parse(text.replace(guard.guard, guard.without))
     name, _, test = guard.test.partition("::")
-    assert f"\ndef {test}(" in Path(__file__).with_name(name).read_text()
+    assert f"\ndef {test}(" in (Path(__file__).parent / name).read_text()
 
 
 def test_a_guard_that_was_taken_out_is_put_back(tmp_path):
