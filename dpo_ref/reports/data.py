@@ -35,11 +35,15 @@ def _lengths(hygiene: Hygiene) -> Panel:
     lengths = {name: values for name, values in parts.items() if len(values)}
 
     def draw(axes: Any) -> None:
+        from matplotlib.ticker import LogLocator
+
         bins = _bins(*lengths.values())
         for (name, values), colour in zip(lengths.items(), (INITIAL, *SERIES), strict=False):
             axes.hist(values, bins=bins, histtype="step", linewidth=1.8, color=colour, label=name)
         axes.set(title="Lengths", xlabel="tokens", ylabel="texts", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.minorticks_off()  # matplotlib labels them in TeX where lengths are alike
         axes.legend()
 
     medians = ", ".join(f"{name} {quantiles(values)}" for name, values in lengths.items())

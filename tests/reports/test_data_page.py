@@ -1,6 +1,7 @@
 """The page on data: what differs between two texts, whose the tokens are, what was read, rows to look at."""
 
 import re
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def test_what_both_begin_with_is_folded_and_long_texts_end():
 UNREAD = Reading()
 
 
-def page_of(groups, template=WRITES, reading=UNREAD, **options):
+def page_of(groups, template=WRITES, reading=UNREAD, pictures=undrawn, **options):
     tokenizer = byte_bpe(template)
     data = PreferenceData(groups, [], [], reading)
 
@@ -65,7 +66,7 @@ def page_of(groups, template=WRITES, reading=UNREAD, **options):
         num_sampled=len(train.groups),
         findings=anomalies(data, train, held_out, write, silent),
     )
-    with undrawn():
+    with pictures():
         return data_page(inspect(data, train, held_out), np.array([]), looked, "title")
 
 
@@ -84,6 +85,14 @@ def test_turns_tools_and_tokens_by_role():
     assert [role for role, _ in rows] == ["user", "assistant", "tool"]
     assert re.findall(r"<span>(.*?)</span>", rows[2][1])[1::2] == ["0", "0"]
     parsed(page)
+
+
+def test_lengths_that_are_alike_are_labelled_in_numbers():
+    groups = [PromptGroup((user(f"how {i}?"),), ("by foot" * 2, "by boat"), ((0, 1),)) for i in range(3)]
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", page_of(groups, pictures=nullcontext))
+    assert "tokens" in labels
+    assert len([label for label in labels if label.isdigit()]) > 3
+    assert not [label for label in labels if "$" in label or "math" in label]
 
 
 def test_columns_and_what_the_template_leaves_out():
