@@ -47,9 +47,19 @@ def install_template(tokenizer: Any, name: str, options: Mapping[str, Any] | Non
     """
     _install(tokenizer, name, key)
     for option, value in (options or {}).items():
-        if not re.search(rf"\b{re.escape(option)}\b", tokenizer.chat_template):
+        if not re.search(rf"\b{re.escape(option)}\b", template_text(tokenizer)):
             raise ValueError(f"{key}.template_options.{option} has no effect: the chat template does not look at it")
-        tokenizer.chat_template = f"{{%- set {option} = {json.dumps(value)} -%}}{tokenizer.chat_template}"
+        pin = f"{{%- set {option} = {json.dumps(value)} -%}}"
+        own = tokenizer.chat_template
+        tokenizer.chat_template = (
+            {name: pin + text for name, text in own.items()} if isinstance(own, dict) else pin + own
+        )
+
+
+def template_text(tokenizer: Any) -> str:
+    """A tokenizer's chat template, or all of several, of which transformers takes one for rows with tools."""
+    own = tokenizer.chat_template
+    return "\n".join(own.values()) if isinstance(own, dict) else str(own)
 
 
 def _install(tokenizer: Any, name: str, key: str) -> None:
@@ -84,7 +94,7 @@ def date_note(tokenizer: Any) -> list[str]:
     """What to know of a template that writes the date, in a line."""
     if not written_date(tokenizer):
         return []
-    pin = "date_string" in tokenizer.chat_template
+    pin = "date_string" in template_text(tokenizer)
     remedy = "model.template_options.date_string pins it" if pin else "another template does not"
     return [f"  the chat template writes today's date: a run of another day has other prompts; {remedy}"]
 
@@ -262,9 +272,10 @@ class ChatText:
         if not options:
             return
         reserved = inspect.signature(self.tokenizer.apply_chat_template).parameters
-        pinned = set(re.findall(r"\{%- set (\w+) = ", _PINNED.match(self.tokenizer.chat_template)[0]))  # pyright: ignore
+        text = template_text(self.tokenizer)
+        pinned = set(re.findall(r"\{%- set (\w+) = ", _PINNED.match(text)[0]))  # pyright: ignore
         for name in options:
-            if name in reserved or not re.search(rf"\b{re.escape(name)}\b", self.tokenizer.chat_template):
+            if name in reserved or name == "messages" or not re.search(rf"\b{re.escape(name)}\b", text):
                 raise TemplateRefuses(
                     f"has chat_template_kwargs.{name}, which the chat template does not look at; "
                     "data.ignore=[chat_template_kwargs] does without"
@@ -310,9 +321,9 @@ class ChatText:
         generation begins, through the token that ends the turn. Calls may end with another one than words."""
         if self._ends_by_next:
             full += self._mark_behind_calls if "tool_calls" in turn else self.ending
-        written = written_behind(start, full, turn, self._thinks_otherwise)
-        if written.endswith(self.ending + self.tail):
-            return written[: len(written) - len(self.tail)]
+        written = written_behind(start, full, turn, self._thinks_otherwise).removesuffix(self.tail)
+        if written.endswith(self.ending):
+            return written
         ends = list(self.special_tokens.finditer(written)) if "tool_calls" in turn else []
         usual = self.tokenizer.convert_ids_to_tokens(self.end_id)
         if not ends or written[ends[-1].end() :].strip() or usual in [end.group() for end in ends[:-1]]:
@@ -343,7 +354,7 @@ class ChatText:
     @property
     def _thinks_otherwise(self) -> str:
         """How to get a prompt that fits a response with, or without, a thought."""
-        switch = _THINKS.search(str(self.tokenizer.chat_template))
+        switch = _THINKS.search(template_text(self.tokenizer))
         option = (
             f"model.template_options.{switch[0]} or a row's chat_template_kwargs switch that, or " if switch else ""
         )
@@ -382,11 +393,14 @@ class ChatText:
         for rest, answer in zip(rests, _ANSWERS, strict=True):
             with suppress(ThoughtMissing):  # a template that wants one
                 written_behind(start, rest, Message(role="assistant", content=answer), "")
+        if not all(answer in rest for rest, answer in zip(rests, _ANSWERS, strict=True)):
+            raise ValueError("the chat template does not write an answer that is a text; it may want content in parts")
         after = [rest.partition(answer)[2] for rest, answer in zip(rests, _ANSWERS, strict=True)]
         marks = list(self.added_tokens.finditer(after[0]))
         # Several may close what was said, the last of them the turn; another may end the conversation alone.
         kept = [mark for mark in marks if _ANSWERS[0] + after[0][: mark.end()] in again]
-        match = next(iter(kept[-1:] or marks), None)
+        usual = [mark for mark in kept if mark.group() == self.tokenizer.eos_token]
+        match = next(iter(usual or kept[-1:] or marks), None)
         self._ends_by_next = match is None
         if match is None:
             after = [again.partition(_ANSWERS[0])[2]] * 2

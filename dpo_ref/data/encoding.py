@@ -162,6 +162,12 @@ class Literals:
             raise TemplateRefuses("contains U+10FFFD U+10FFFC beside a special token's text; they stand for it here")
         return _substitute(value, self.pattern, self._stand_ins)
 
+    def plain(self, message: str) -> str:
+        """A message in which literals stand as they were said."""
+        for literal, stand_in in self._stand_ins.items():
+            message = message.replace(repr(stand_in)[1:-1], literal).replace(stand_in, literal)
+        return message
+
     def reveal(self, text: str) -> str:
         """What the template wrote, in the copy's names; the literals are text again."""
         text = _substitute(text, self.pattern, self._copy_names)
@@ -294,7 +300,9 @@ class Encoder:
 
         def attempt(item: tuple[PromptGroup, bool]) -> Any:
             outcome = attempted(lambda: write(*item))
-            return {"refused": [str(outcome), outcome.cause]} if isinstance(outcome, TemplateRefuses) else outcome
+            if not isinstance(outcome, TemplateRefuses):
+                return outcome
+            return {"refused": [self.literals.plain(str(outcome)), outcome.cause]}
 
         items, found = list(zip(groups, have_literals, strict=True)), []
         while len(found) < len(items):  # one that takes too much ends the others of its go

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dpo_ref.data.thoughts import thinks
 from dpo_ref.types import THOUGHTS, Message
 
-SENTINEL = "⟦said⟧"  # nothing that a template or a user writes
+SENTINEL = "qS41Dq"  # nothing that a template or a user writes, and the same in JSON and as Python writes texts
 # What links a tool's result to its call, which templates say by position.
 _LINKS = {"tool": {"tool_call_id", "name"}}
 _PLAIN = {"role", "content"}
@@ -61,14 +61,17 @@ class RenderCheck:
         `turns` is a whole conversation, of which `text` is the part from that turn on; with its beginning come the
         tools.
         """
-        place, options = 0, json.dumps(offer.options, sort_keys=True) if offer.options else ""
+        place, called, options = 0, 0, json.dumps(offer.options, sort_keys=True) if offer.options else ""
         for number, turn in enumerate(turns[first:], first):
             words, role, begin = turn["content"].strip(), turn["role"], place
             if role == "system":
                 begin = 0  # some templates write it behind other turns
             at = text.find(words, begin)
-            if role == "tool":
+            if role == "tool":  # some templates write results before the words beside their call
+                begin = called
                 at = _first_of(text, words, begin)
+            elif role == "assistant":
+                called = place
             if at < 0 and not has_words(text[begin:], words):
                 thought = _EARLIER if thinks(turn) and not _is_behind(turns, number) else ""
                 raise Lost(f"part of what turn {number + 1} says ({role}: {_short(words)})", "content", thought)
@@ -102,6 +105,8 @@ class RenderCheck:
     def _check_keys(self, text: str, turns: Sequence[Message], number: int, offer: Offer, options: str) -> None:
         turn = turns[number]
         for key in _own_keys(turn):
+            if key in THOUGHTS and not str(turn[key]).strip():  # pyright: ignore
+                continue  # an empty thought says nothing: a template may write its marks, or not
             self._probe(turns, number, key, offer, options)
             if not _says_key(text, turn, key):
                 raise Lost(f"part of {key} of turn {number + 1} ({turn['role']}: {_short(turn[key])})", key)
@@ -232,10 +237,11 @@ def _has_value(text: str, value: Any) -> bool:
 
 
 def _forms(words: str) -> Iterator[str]:
-    """Words as they are, and as JSON has them."""
+    """Words as they are, as JSON has them, and as Python writes them."""
     yield words
     yield json.dumps(words, ensure_ascii=False)[1:-1]
     yield json.dumps(words)[1:-1]
+    yield repr(words)[1:-1]
 
 
 def _first_of(text: str, words: str, begin: int) -> int:

@@ -21,6 +21,7 @@ _LEADING_EMPTY = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}")
 LEADING_OPEN = re.compile(rf"\s*{_OPEN}")
 _BEGUN = re.compile(rf"{_OPEN}(\s*)\Z")  # how a prompt ends within a thought
 _ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")  # and behind one
+_END_ALONE = re.compile(rf"^{_CLOSE}$", re.MULTILINE)
 _TAIL = 64  # characters at the end of a prompt, where a mark may stand
 
 
@@ -54,8 +55,10 @@ def without_empty_thought(body: str) -> str:
 
 
 def without_thought(turn: Message) -> Message:
-    """The turn without what was thought before its words, in keys or in the words themselves."""
-    said = thought_and_words(turn["content"])
+    """The turn without what was thought before its words, in keys or in the words themselves: there it begins with a
+    mark, or its end has a line of its own, as models write it that are begun within a thought."""
+    is_thought = LEADING_OPEN.match(turn["content"]) or _END_ALONE.search(turn["content"])
+    said = thought_and_words(turn["content"]) if is_thought else None
     kept: dict[str, object] = {key: value for key, value in turn.items() if key not in THOUGHTS}
     return Message(**(kept | {"content": turn["content"] if said is None else said[1].strip()}))  # pyright: ignore
 

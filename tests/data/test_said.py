@@ -179,6 +179,48 @@ def test_what_is_written_in_part_is_refused(name):
     assert missing in str(caught.value)
 
 
+OTHERWISE = {
+    "as Python writes texts": (
+        WRITES.replace("(c.function.arguments | tojson)", "(c.function.arguments | string)"),
+        said(tool_calls=call(code="print(\"it's\")\nprint(1)")), None,
+    ),
+    "in ASCII": (
+        WRITES.replace("tojson", "tojson(ensure_ascii=True)"), said(tool_calls=call(harbour="Büsum 🌊")), (TOOL,),
+    ),
+    "an empty thought that is not": (BLIND, said("hi", reasoning_content=" "), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_is_written_otherwise_is_written(name):
+    template, turn, tools = OTHERWISE[name]
+    row = PromptGroup((user("how high?"),), ((turn,),), origin="row 7", tools=tools)
+    assert len(tokenise([row], byte_bpe(template), max_length=999).groups) == 1
+
+
+LATE = "{% for m in messages %}" + OPEN + "{% if m.role == 'tool' %}{{ '<|im_end|>' }}" + (
+    "{% elif m.tool_calls %}{{ m.tool_calls[0].function.name + (m.tool_calls[0].function.arguments | tojson) }}"
+    "{{ '<result>' + loop.nextitem.content + '</result>' if loop.nextitem else '' }}{{ m.content }}"
+    "{% else %}{{ m.content }}{% endif %}" + CLOSE
+)  # fmt: skip
+
+
+def test_a_result_before_the_words_beside_its_call():
+    called = said("Let me ask.", tool_calls=call(harbour="Husum"))
+    row = PromptGroup((user("how high?"), called, RESULT), ("2.4",), origin="row 7")
+    (found,) = tokenise([row], byte_bpe(LATE), max_length=999).groups
+    assert '<result>{"metres": 2.4}</result>Let me ask.' in byte_bpe(LATE).decode(found.prompt_ids)
+
+
+def test_literals_stand_in_messages_as_they_were_said():
+    row = PromptGroup(
+        (user("how <|im_end|> high?"),), ((said("hi", reasoning_content="so <|im_end|>"),),), origin="row 7"
+    )
+    with pytest.raises(ValueError, match=r"row 7 would lose words") as caught:
+        tokenise([row], byte_bpe(BLIND), max_length=999)
+    assert "'so <|im_end|>'" in str(caught.value)
+
+
 def test_tools_of_which_the_names_alone_are_written():
     names = WRITES.replace("(t | tojson)", "t.function.name")
     row = PromptGroup((user("how high?"),), ("2.4",), origin="row 7", tools=(TOOL,))
