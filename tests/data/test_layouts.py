@@ -190,6 +190,18 @@ def test_functions_on_offer_are_not_said_by_a_call():
 # --- conversations as text
 
 
+@pytest.mark.parametrize("before", ["", "\n", " \n\n", "\r\n\r\n"])
+def test_dialogues_whatever_comes_before_them(before):
+    dialogue = f"{before}Human: why?\n\nAssistant: rain?\n\nHuman: why?\n\nAssistant:"
+    for prompt in (dialogue, dialogue.removesuffix("\n\nAssistant:"), dialogue.replace("\n", "\r\n")):
+        (group,) = groups_of(PAIR | {"prompt": prompt})
+        assert group.prompt == turns("why?", "rain?", "why?")
+    assert groups_of(PAIR | {"prompt": "Human: why?"})[0].prompt == turns("Human: why?")  # no dialogue
+    assert "has the marker 'Assistant:' at the beginning of chosen" in refused(
+        PAIR | {"prompt": dialogue, "chosen": "\n\nAssistant: because"}
+    )
+
+
 TEXTS = {
     "a list of something": '["role:", "content:"]',
     "an object": '{"role": "nurse", "content": "A nurse\'s day"}',
@@ -213,10 +225,28 @@ def test_a_text_that_begins_like_a_list_stays_text(name):
         str([ASK, YES])[:-8],
         "[{'role': 'user', 'content': 'why?'}\n {'role': 'assistant', 'content': 'because'}]",  # as numpy prints
         "{'from': 'gpt', 'value': 'it's'}",
+        "array([{'role': 'user', 'content': 'why?'}], dtype=object)",
+        "({'role': 'user', 'content': 'why?'},)",
+        " " * 40 + json.dumps([ASK, YES])[:-20],
     ],
 )
 def test_messages_that_were_cut_or_printed_are_refused(text):
     assert "row 1 has messages as text in chosen that is neither JSON nor Python" in refused(PAIR | {"chosen": text})
+
+
+ODD = {
+    "capitals": ([{"from": "Human", "value": "why?"}], "has the unknown speaker 'Human'"),
+    "capital roles": ([{"role": "User", "content": "why?"}], "has the unknown role 'User'"),
+    "null beside": ([ASK, None], "with a turn that is not {role"),
+    "words under another name": ([{"role": "user", "text": "why?"}], "has null in"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_messages_as_text_are_refused_as_they_are_in_lists(name):
+    messages, message = ODD[name]
+    for prompt in (messages, json.dumps(messages), str(messages)):
+        assert message in refused(PAIR | {"prompt": prompt})
 
 
 def test_unknown_speakers_in_text_are_refused_as_in_lists():
@@ -291,8 +321,7 @@ RESULT = {"role": "tool", "content": "18 degrees"}
         (said(None, tool_calls=[CALL]), RESULT),
         (said(None, tool_calls=[CALL | {"id": "c1"}]), RESULT),
         (said(None, tool_calls=[CALL]), RESULT | {"tool_call_id": "c1"}),
-        (said(None, tool_calls=[CALL | {"id": "c0"}, CALL | {"id": "c1"}]), RESULT | {"tool_call_id": "c1"}),
-        (said(None, tool_calls=[CALL | {"id": "c0"}, CALL]), RESULT | {"tool_call_id": "c1"}),
+        (said(None, tool_calls=[CALL | {"id": "c0"}, CALL | {"id": "c1"}]), RESULT),  # of both
         (said('<tool_call>{"name": "weather"}</tool_call>'), RESULT),
     ],
 )
@@ -300,6 +329,64 @@ def test_results_behind_their_calls(caller, result):
     (group,) = groups_of(PAIR | {"prompt": [ASK, caller, result]})
     assert [turn["role"] for turn in group.prompt] == ["user", "assistant", "tool"]
     assert group.prompt[2] == result
+
+
+def answers(*ids, **more):
+    return [RESULT | {"tool_call_id": id_} | more for id_ in ids]
+
+
+WIND = {"type": "function", "function": {"name": "wind", "arguments": {}}}
+BOTH = (CALL | {"id": "c0"}, WIND | {"id": "c1"})
+ASTRAY = {
+    "one of two": (BOTH, answers("c0"), "has 1 results for 2 calls in prompt: turn 3"),
+    "in another order": (
+        BOTH, answers("c1", "c0"), "has results in prompt: turn 4 that answer c1, c0, while the calls are c0, c1",
+    ),
+    "one of them twice": (BOTH, answers("c0", "c0"), "that answer c0, c0, while the calls are c0, c1"),
+    "one too many": ((CALL,), answers("c0", "c1"), "has 2 results for 1 calls in prompt: turn 4"),
+    "in another order, by name": (
+        (CALL, WIND), [RESULT | {"name": "wind"}, RESULT | {"name": "weather"}],
+        "that answer wind, weather, while the calls are weather, wind",
+    ),
+    "of no call": ((CALL,), [RESULT | {"name": "tide"}], "answers 'tide', while the calls before it are weather"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASTRAY)
+def test_results_that_are_not_one_for_each_call_in_order(name):
+    """Templates tell by their order which result is whose."""
+    calls, results, message = ASTRAY[name]
+    assert message in refused(PAIR | {"prompt": [ASK, said("", tool_calls=list(calls)), *results]})
+
+
+ROME = {"city": "Rome"}
+NAMED = {
+    "LangChain": {"name": "weather", "args": ROME},
+    "Llama": {"function": {"name": "weather", "parameters": ROME}},
+    "Anthropic": {"type": "tool_use", "name": "weather", "input": ROME},
+    "beside the function": {"function": {"name": "weather"}, "arguments": json.dumps(ROME)},
+    "the function by its name": {"function": "weather", "arguments": ROME},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_arguments_under_their_other_names(name):
+    (group,) = groups_of(PAIR | {"chosen": [said("", tool_calls=[NAMED[name]])]})
+    assert group.responses[0][0]["tool_calls"] == [CALL]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (CALL | {"arguments": {"city": "Kiel"}}, "with two arguments, beside function and in it"),
+        ({"name": "weather", "arguments": ROME, "args": ROME}, "under two names"),
+        ({"name": "weather", "parameter_values": ROME}, "with parameter_values, which is not read"),
+        ({"function": {"name": "weather", "arguments": {}, "payload": ROME}}, "with payload, which is not read"),
+        ({"function": [1]}, "as a call's function"),
+    ],
+)
+def test_calls_of_which_something_would_be_lost(call, message):
+    assert message in refused(PAIR | {"chosen": [said("", tool_calls=[call])]})
 
 
 # --- several responses

@@ -93,21 +93,48 @@ def _calls(value: Any, name: str) -> list[Any]:
     return calls
 
 
+_ARGUMENTS = (
+    "arguments",
+    "args",
+    "parameters",
+    "input",
+)  # OpenAI's, LangChain's, Llama's and Anthropic's name of them
+_OF_CALL = {"id", "type", "index", "function"}
+_OF_FUNCTION = {"name", "description", "strict", *_ARGUMENTS}
+
+
 def _call(call: Any, name: str) -> dict[str, Any]:
     """A tool call as {function: {name, arguments}, ...}, the arguments an object however they were written."""
     if not isinstance(call, dict):
         raise BadRow(f"has tool_calls in {name} that are not a list of objects")
-    function = call.get("function")
-    if function is None:
-        function = {key: call[key] for key in ("name", "arguments") if key in call}
-        call = {key: inner for key, inner in call.items() if key not in function}
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    function = {} if call.get("function") is None else call["function"]
+    if isinstance(function, str):  # {function: name, arguments}
+        function = {"name": function}
+    if not isinstance(function, dict):
+        raise BadRow(f"has {shown(function)} as a call's function in {name}; it is {{name, arguments}}")
+    beside = {key: inner for key, inner in call.items() if key not in _OF_CALL and not says_nothing(inner)}
+    twice = next((key for key in beside if function.get(key) not in (None, beside[key])), None)
+    function = {**function, **beside}
+    unknown = [key for key, inner in function.items() if key not in _OF_FUNCTION and not says_nothing(inner)]
+    if unknown or twice:
+        what = f"{', '.join(unknown)}, which is not read" if unknown else f"two {twice}, beside function and in it"
+        raise BadRow(f"has a call in {name}.tool_calls with {what}; it is {{id, function: {{name, arguments}}}}")
+    if not isinstance(function.get("name"), str):
         raise BadRow(f"has a call in {name}.tool_calls without a name; it is {{function: {{name, arguments}}}}")
-    given = function.get("arguments")
-    arguments = {} if given in (None, "") else json_text(given, f"the arguments of {function['name']} in {name}")
+    rest = {key: inner for key, inner in function.items() if key not in _ARGUMENTS}
+    kept = {key: inner for key, inner in call.items() if key in _OF_CALL and inner != "tool_use"}  # Anthropic's type
+    return {"type": "function"} | kept | {"function": {**rest, "arguments": _arguments(function, name)}}
+
+
+def _arguments(function: dict[str, Any], name: str) -> dict[str, Any]:
+    """The arguments of a call, an object; none are an empty one."""
+    given = [function[key] for key in _ARGUMENTS if function.get(key) not in (None, "")]
+    if len(given) > 1:
+        raise BadRow(f"has the arguments of {function['name']} in {name} under two names: {', '.join(function)}")
+    arguments = json_text(given[0], f"the arguments of {function['name']} in {name}") if given else {}
     if not isinstance(arguments, dict):
-        raise BadRow(f"has {shown(given)} as the arguments of {function['name']} in {name}; they are an object")
-    return {"type": "function"} | call | {"function": {**function, "arguments": arguments}}
+        raise BadRow(f"has {shown(given[0])} as the arguments of {function['name']} in {name}; they are an object")
+    return arguments
 
 
 def _of_speaker(value: dict[str, Any], name: str) -> dict[str, Any]:
@@ -131,7 +158,11 @@ def _of_speaker(value: dict[str, Any], name: str) -> dict[str, Any]:
 
 _HAS_SPEAKERS = re.compile(r"""["'](role|from)["']\s*:""")
 _BEGINS_AS_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
+_PRINTED = re.compile(
+    r"""\s*(array\(|\()\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:"""
+)  # by numpy, or a tuple
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_CRLF = re.compile(r"\r\n\r\n(?=Human:|Assistant:)")
 _ROUND = re.compile(r"\n?<extra_id_[01]>(System|User|Assistant)\n")
 
 
@@ -165,11 +196,13 @@ def _of_lists(value: dict[str, Any]) -> list[dict[str, Any]]:
 def messages_written_out(value: str, name: str) -> list[Any] | None:
     """The messages that a text is, as JSON or as Python writes them; None for a text that is none. Raises BadRow for
     one that was cut or printed on the way."""
-    if value[:32].lstrip()[:1] not in ("[", "{") or not _HAS_SPEAKERS.search(value):
+    if not value.lstrip().startswith(("[", "{", "(", "array(")) or not _HAS_SPEAKERS.search(value):
         return None
+    if _PRINTED.match(value):
+        raise BadRow(f"has messages as text in {name} that is neither JSON nor Python: {shown(value)}")
     content = written_out(value)
     entries = [content] if isinstance(content, dict) else content
-    if isinstance(entries, list) and all(map(_is_turn, entries)) and any(map(_is_known, entries)):
+    if isinstance(entries, list) and any(_is_turn(entry) and _is_known(entry) for entry in entries):
         return entries
     if content is None and _BEGINS_AS_MESSAGES.match(value) and not _begins_with_json(value):
         raise BadRow(f"has messages as text in {name} that is neither JSON nor Python: {shown(value)}")
@@ -178,12 +211,13 @@ def messages_written_out(value: str, name: str) -> list[Any] | None:
 
 def _is_turn(entry: Any) -> bool:
     keys = entry.keys() if isinstance(entry, dict) else set[str]()
-    return keys >= {"role", "content"} or keys >= {"role", "tool_calls"} or keys >= {"from", "value"}
+    says = {"content", "tool_calls", "value", "text", "function_call", *THOUGHTS}
+    return bool(keys & {"role", "from"} and keys & says)
 
 
 def _is_known(entry: dict[str, Any]) -> bool:
     speaker = entry.get("role", entry.get("from"))
-    return isinstance(speaker, str) and (_role(speaker) in ROLES or speaker in _SPEAKERS)
+    return isinstance(speaker, str) and (_role(speaker.lower()) in ROLES or speaker.lower() in _SPEAKERS)
 
 
 def _begins_with_json(value: str) -> bool:
@@ -200,8 +234,10 @@ def spoken(words: str, name: str, role: str) -> list[Message]:
     prompts, of HelpSteer ("<extra_id_1>User")."""
     if "<extra_id_1>" in words and role == "user":
         return _rounds(words, name)
-    if words.startswith(_HUMAN) or (words.startswith("Human:") and words.rstrip().endswith(_ASSISTANT)):
-        return answerable(dialogue("\n\n" + words.lstrip()))
+    if is_dialogue(words):
+        return answerable(dialogue(words))
+    if words.lstrip().startswith(_ASSISTANT.strip()) and role == "assistant":
+        raise BadRow(f"has the marker {_ASSISTANT.strip()!r} at the beginning of {name}; give the words alone")
     return [Message(role=role, content=words)]
 
 
@@ -217,10 +253,17 @@ def _rounds(words: str, name: str) -> list[Message]:
     return answerable(messages)
 
 
+def is_dialogue(words: str) -> bool:
+    """Whether a text is a dialogue of hh-rlhf, whatever blanks or line breaks it has before its first marker."""
+    begins = words.lstrip().startswith(_HUMAN.strip())
+    return words.startswith(_HUMAN) or (begins and _ASSISTANT in _CRLF.sub("\n\n", words))
+
+
 def dialogue(transcript: str) -> list[Message]:
     """Turns of an hh dialogue. A turn marker inside a turn's first line cannot be told from a real one."""
     messages: list[Message] = []
-    for part in transcript.split(_HUMAN)[1:]:
+    text = "\n\n" + _CRLF.sub("\n\n", transcript.lstrip())
+    for part in text.split(_HUMAN)[1:]:
         human, *assistants = part.split(_ASSISTANT)
         messages.append(Message(role="user", content=human.strip()))
         messages += [Message(role="assistant", content=assistant.strip()) for assistant in assistants]
@@ -272,6 +315,7 @@ def in_order(messages: Sequence[Message], name: str) -> None:
     """Refuse turns out of order: a system turn first or nowhere, then user and assistant in turns, tools' results
     behind the calls that they answer."""
     before, caller = "", Message(role="", content="")
+    results: list[Message] = []
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         after, remedy = _FOLLOWS[role]
@@ -279,24 +323,48 @@ def in_order(messages: Sequence[Message], name: str) -> None:
             where = f"after a turn of {before}" if before else "at the beginning"
             raise BadRow(f"has roles out of order in {name}: turn {number} is {role} {where}; {remedy}")
         if role == "tool":
-            _check_answers(message, caller, f"{name}: turn {number}")
+            results.append(message)
+        elif results:
+            _check_answers(results, caller, f"{name}: turn {number - 1}")
+            results = []
         caller = message if role == "assistant" else caller
         before = role
+    if results:
+        _check_answers(results, caller, f"{name}: turn {len(messages)}")
 
 
-def _check_answers(result: Message, caller: Message, where: str) -> None:
-    """Refuse a tool's result whose call is not in the turn that it answers; without ids, in their order."""
+def _check_answers(results: Sequence[Message], caller: Message, where: str) -> None:
+    """Refuse results of tools that are not one for each call, in the calls' order: templates tell by that which is
+    which."""
     calls = caller.get("tool_calls")
     if not calls:
         if _CALL_IN_WORDS.search(caller["content"]):
             return
         raise BadRow(f"has a tool's result without its call in {where}; the assistant's tool_calls must hold it")
-    ids = [str(call["id"]) for call in calls if call.get("id") is not None]
-    given = result.get("tool_call_id")
-    if given is not None and len(ids) == len(calls) and str(given) not in ids:
+    _check_links([call.get("id") for call in calls], [result.get("tool_call_id") for result in results], where)
+    _check_links([call["function"]["name"] for call in calls], [result.get("name") for result in results], where)
+    is_of_all = len(results) == 1 and results[0].get("tool_call_id") is None  # one text for several calls
+    if len(results) != len(calls) and not is_of_all:
         raise BadRow(
-            f"has a tool's result without its call in {where} answers {shown(given)}, while the calls before it are "
-            f"{', '.join(ids)}"
+            f"has {len(results)} results for {len(calls)} calls in {where}; each call has one, in the same order"
+        )
+
+
+def _check_links(said: Sequence[Any], given: Sequence[Any], where: str) -> None:
+    """Refuse results that name other calls than those that stand in their places; as far as both are named."""
+    if None in said or None in given:
+        return
+    calls, results = list(map(str, said)), list(map(str, given))
+    unknown = next((result for result in results if result not in calls), None)
+    if unknown is not None:
+        raise BadRow(
+            f"has a tool's result without its call in {where} answers {shown(unknown)}, while the calls before it are "
+            f"{', '.join(calls)}"
+        )
+    if results != calls[: len(results)]:
+        raise BadRow(
+            f"has results in {where} that answer {', '.join(results)}, while the calls are {', '.join(calls)}; each "
+            "call has one result, in the same order"
         )
 
 
