@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from dpo_ref.data.bounded import OverLimit, bounded
 from dpo_ref.data.continuation import ThoughtMissing, written_behind
 from dpo_ref.data.render_check import SENTINEL, Offer, RenderCheck, TemplateRefuses
+from dpo_ref.data.templated import Marks
 from dpo_ref.data.thoughts import begun_thought
 from dpo_ref.types import Message, Response, conversation, digest
 
@@ -140,13 +141,6 @@ def _with_arguments_as_text(turn: Message) -> Any:
         text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         calls.append(call | {"function": call["function"] | {"arguments": text}})
     return turn | {"tool_calls": calls}
-
-
-_TEMPLATED_CAUSE = "it carries the chat template's own turns already"
-_TEMPLATED = (
-    "carries the chat template's own turns already: {} ends with {!r}, which the template writes once more; give the "
-    "words alone, as messages {{role, content}} or as text without the template's marks"
-)
 
 
 class ChatText:
@@ -304,17 +298,14 @@ class ChatText:
             self.lost.check(begun + body, turns, len(prompt), offer)
         return Rendered(start, bodies)
 
-    def refuse_templated(self, prompt: Sequence[Message], responses: Sequence[Response]) -> None:
-        """Refuse texts that bring the template's own turns: they would be written twice."""
-        if prompt and prompt[-1]["role"] == "user" and self._begins_answer(prompt[-1]["content"]):
-            raise TemplateRefuses(_TEMPLATED.format("a prompt", self.closing("user").strip()), _TEMPLATED_CAUSE)
-        for response in responses:
-            if isinstance(response, str) and response.rstrip().endswith(self.ending.strip()):
-                raise TemplateRefuses(_TEMPLATED.format("a response", self.ending.strip()), _TEMPLATED_CAUSE)
-
-    def _begins_answer(self, words: str) -> bool:
-        closing = self.closing("user").strip()
-        return bool(closing) and words.rstrip().endswith(closing)
+    @cached_property
+    def marks(self) -> Marks:
+        """What the template writes around turns."""
+        _, _, again = self._first_texts()
+        between = again.partition(_ANSWERS[0])[2].rpartition("a")[0]  # an answer and a question more, which is "a"
+        header = between if self._ends_by_next else between.removeprefix(self.ending).removeprefix(self.tail)
+        own = (self.tokenizer.bos_token or "", self.tokenizer.eos_token)
+        return Marks(header, self.closing("user"), self.ending, *own)
 
     def body(self, start: str, full: str, turn: Message) -> str:
         """What the assistant writes of its turn, the last of the answered conversation `full`: from `start`, where

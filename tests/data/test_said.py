@@ -331,12 +331,52 @@ def test_special_tokens_in_calls_are_text():
     assert tokenizer.decode(ids.response_ids[0]) == 'x<call>tide {"harbour": "<|im_end|>"}</call><|im_end|>'
 
 
-def test_rows_that_carry_the_templates_own_turns():
-    templated = "<|im_start|>user\nName salt.<|im_end|>\n<|im_start|>assistant\n"
-    for rows in (group("salt.", "no", prompt=(user(templated),)), group("salt.<|im_end|>", "no")):
-        message = refused(BLIND, rows)
-        assert "carries the chat template's own turns already" in message
-        assert "give the words alone" in message
+def asking(*words, system=None):
+    before = (Message(role="system", content=system),) if system else ()
+    return PromptGroup((*before, *(user(each) for each in words)), ("salt.", "no"), ((0, 1),), origin="row 7")
+
+
+OWN = {
+    "from end to end": asking("<|im_start|>user\nName salt.<|im_end|>\n<|im_start|>assistant\n"),
+    "without the assistant's beginning": asking("<|im_start|>user\nName salt.<|im_end|>\n"),
+    "without a line break": asking("<|im_start|>user Name salt.<|im_end|><|im_start|>assistant"),
+    "a system turn in the question": asking("<|im_start|>system\nBe brief.<|im_end|>\nName salt."),
+    "a system turn in one": asking("Name salt.", system="<|im_start|>system\nBe brief.<|im_end|>"),
+    "several turns": asking("Hi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\nName salt."),
+    "an answer's end": group("salt.<|im_end|>", "no"),
+    "in turns": group((said("salt.<|im_end|>", reasoning_content="x"),), "no"),
+}  # fmt: skip
+OTHERS = {
+    "Mistral's": asking("<s>[INST] Name salt. [/INST]"),
+    "Llama 3's": asking("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nName salt.<|eot_id|>"),
+    "Gemma's": asking("<start_of_turn>user\nName salt.<end_of_turn>"),
+    "Zephyr's": asking("<|user|>\nName salt.</s>\n<|assistant|>"),
+    "an answer's end": group("salt.</s>", "no"),
+    "another": group("salt.<|eot_id|>", "no"),
+}
+TEXTS = (
+    "What is <|im_end|>?", "Is <|im_start|> a token?", "<|im_start|> is one.", "<s>old</s>",
+    "<s>old</s> new <s>older</s>", "[1, 2]", "<b>x</b>", "the end is <|im_end|>.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_rows_that_carry_the_templates_own_turns(name):
+    message = refused(WRITES, OWN[name])
+    assert "carries the chat template's own turns already" in message
+    assert "give the words alone" in message
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_that_carry_another_templates_turns(name):
+    message = refused(WRITES, OTHERS[name])
+    assert "carries another chat template's turns" in message
+    assert "give the words alone" in message
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_about_marks_are_texts(text):
+    written(WRITES, asking(text), group(text, "no"))
 
 
 def test_options_of_a_row_reach_the_template():
