@@ -152,7 +152,7 @@ class RenderCheck:
             return True  # the template stumbles over the sentinel, not over the row: then the words have to be there
 
 
-_EARLIER = "data.earlier_thoughts=drop leaves out all thoughts before the last question, or "
+_EARLIER = "data.earlier_thoughts=drop leaves out all thoughts before the prompt's last question, or "
 
 
 def _is_behind(turns: Sequence[Message], number: int) -> bool:

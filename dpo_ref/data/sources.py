@@ -67,8 +67,9 @@ class Rules:
         if self.logps_columns is not None and not len(set(self.logps_columns)) == len(self.logps_columns) > 0:
             raise ValueError(f"data.logps_columns=[{', '.join(self.logps_columns)}] must name columns, each once")
         theirs = [name for _, name in self.columns or ()]
-        twice = next((name for name in theirs if theirs.count(name) > 1 or name in (self.ignore or ())), None)
-        if twice is not None:
+        if twice := next((name for name in theirs if theirs.count(name) > 1), None):
+            raise ValueError(f"data.columns gives the column {twice} two names; give it one")
+        if twice := next((name for name in theirs if name in (self.ignore or ())), None):
             raise ValueError(f"data.columns and data.ignore say two things about the column {twice}; say one")
 
 

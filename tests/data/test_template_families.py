@@ -633,7 +633,7 @@ def test_thoughts_before_the_last_question_can_be_left_out(tmp_path):
     row = {"prompt": EARLIER, "chosen": "2.4 metres.", "rejected": "Who knows?"}
     path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "prompt": "a?"}) + "\n")
     whole = preferences(0, path=str(path)).train
-    remedy = "data.earlier_thoughts=drop leaves out all thoughts before the last question"
+    remedy = "data.earlier_thoughts=drop leaves out all thoughts before the prompt's last question"
     assert remedy in refusal("qwen 3", whole[0])
     assert remedy in refusal("qwen 3", plain(user("a"), said("b", reasoning_content="Once.")))
     assert remedy not in refusal("mistral", plain(last=said("b", reasoning_content="Once.")))
