@@ -10,18 +10,19 @@ import gzip
 import io
 import json
 import lzma
+import re
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from dpo_ref.data.formats.checks import BadRow, Row
-from dpo_ref.data.tables import OutOfProportion, Unreadable, arrow_rows, parquet_rows
+from dpo_ref.data.formats.checks import STRICT, BadRow, Row, UnusableKey, shown
+from dpo_ref.data.tables import OutOfProportion, Unreadable, arrow_rows, parquet_rows, refuse_columns_twice
 
 Named = tuple[str, Row | BadRow]  # a row, or why there is none
 Rows = Iterator[Row | BadRow | None]  # None for a line without a row, which counts
@@ -46,6 +47,7 @@ def file_rows(path: Path) -> Iterator[Named]:
     kind."""
     kind, packed = kind_of(path)
     try:
+        _refuse_pointer(path)
         for row_number, row in enumerate(READERS[kind](path, partial(_open, packed=packed)), start=1):
             if row is not None:
                 yield f"{path.name} row {row_number}", row
@@ -56,6 +58,15 @@ def file_rows(path: Path) -> Iterator[Named]:
 
 
 # --- bytes
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as stream:
+        if stream.read(len(POINTER)) == POINTER:
+            raise Unreadable("is a pointer of Git LFS, not the rows; `git lfs pull` in its repository fetches them")
 
 
 def _zstandard(path: Path) -> Any:
@@ -243,7 +254,9 @@ def _lines(path: Path, open_stream: Open) -> Rows:
 
 def _row_of(line: bytes) -> Row | BadRow:
     try:
-        return _as_row(json.loads(line.decode("utf-8-sig")))
+        return _as_row(STRICT.decode(line.decode("utf-8-sig")))
+    except UnusableKey as error:
+        return error.bad_row()
     except UnicodeDecodeError as error:
         return BadRow(f"is not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:
@@ -279,7 +292,7 @@ def _elements(read: Read) -> Iterator[Row | BadRow]:
         row, text = _element(text, read)
         if not text:
             raise json.JSONDecodeError("The list does not end", text, 0)
-        yield _as_row(row)
+        yield row
         if text.startswith(","):
             text = _go_on(text[1:], read)
         elif not text.startswith("]"):
@@ -291,7 +304,7 @@ def _objects(read: Read) -> Iterator[Row | BadRow]:
     text = _go_on("", read)
     while text:
         row, text = _element(text, read)
-        yield _as_row(row)
+        yield row
 
 
 def _go_on(text: str, read: Read) -> str:
@@ -302,12 +315,12 @@ def _go_on(text: str, read: Read) -> str:
     return text
 
 
-def _element(text: str, read: Read) -> tuple[Any, str]:
-    """The value that `text` begins with, and what follows: as much is read as that takes."""
+def _element(text: str, read: Read) -> tuple[Row | BadRow, str]:
+    """The row that `text` begins with, and what follows: as much is read as that takes."""
     while True:
         try:
-            value, end = _DECODER.raw_decode(text)
-            return value, _go_on(text[end:], read)
+            row, end = _first_row(text)
+            return row, _go_on(text[end:], read)
         except json.JSONDecodeError:
             more = read(max(PART, len(text)))
             if not more:
@@ -317,7 +330,22 @@ def _element(text: str, read: Read) -> tuple[Any, str]:
             raise Unreadable(f"holds a row that {TOO_LONG}; is it an object around the list of rows?")
 
 
+def _first_row(text: str) -> tuple[Row | BadRow, int]:
+    """The row that `text` begins with, and where it ends."""
+    try:
+        value, end = STRICT.raw_decode(text)
+        return _as_row(value), end
+    except UnusableKey as error:
+        return error.bad_row(), _DECODER.raw_decode(text)[1]
+
+
 # --- tables of text
+
+
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_SAID = re.compile(r"sep=([,;\t|])\s*")  # the first line of what some spreadsheets write
+_QUOTED = re.compile(r'"[^"]*("|$)')
+QUOTES = 'put a text that holds quotes into quotes, with each of its own twice (""), or save the rows as JSON lines'
 
 
 def _csv(path: Path, open_stream: Open, delimiter: str) -> Rows:
@@ -325,20 +353,80 @@ def _csv(path: Path, open_stream: Open, delimiter: str) -> Rows:
     with _utf8(path, open_stream) as stream, io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
         lines = _RowLines(text)
         try:
-            for row in csv.DictReader(lines, delimiter=delimiter):
-                yield BadRow("has more cells than the header has columns") if None in row else row  # pyright: ignore
-                lines.size = 0
+            yield from _csv_rows(lines, delimiter)
         except UnicodeDecodeError as error:
             raise Unreadable(f"is not UTF-8 {_bad_byte(path, open_stream)}") from error
         except csv.Error as error:
-            raise Unreadable(f"is not CSV: {error}") from error
+            raise Unreadable(f"is not CSV: {_fault(error, lines)}") from error
+
+
+def _csv_rows(lines: "_RowLines", delimiter: str) -> Iterator[Row | BadRow]:
+    first = next(filter(str.strip, lines), "")
+    said = _SAID.fullmatch(first)
+    delimiter, begin = (said[1], []) if said else (_separator(first, delimiter), [first])
+    lines.row = begin
+    reader = csv.reader(chain(begin, lines), delimiter=delimiter, strict=True)
+    header = _header(next(filter(None, reader), []))
+    lines.row = []
+    for cells in reader:
+        if cells:  # csv has none for an empty line
+            yield _csv_row(header, cells, lines)
+        lines.row, lines.size = [], 0
+
+
+def _separator(first: str, delimiter: str) -> str:
+    """What stands between the cells of the first line: what the file's name says, or another where only that does."""
+    bare = _QUOTED.sub("", first.rstrip("\r\n"))
+    found = [other for other in SEPARATORS if other in bare]
+    if delimiter in found or not found:
+        return delimiter
+    if len(found) > 1:
+        raise Unreadable(
+            f"has no {SEPARATORS[delimiter]} in its first line, which names the columns, but "
+            f"{' and '.join(SEPARATORS[other] for other in found)}; separate all cells by {SEPARATORS[delimiter]}"
+        )
+    return found[0]
+
+
+def _header(names: list[str]) -> list[str]:
+    """The columns' names; but for the first, those without one are called by their numbers."""
+    blank = next((name for name in names if name != name.strip()), None)
+    if blank is not None:
+        raise Unreadable(
+            f"has blanks around the name {shown(blank)} in its header; remove those beside separators, in rows as well"
+        )
+    nameless = [number for number, name in enumerate(names) if not name]
+    header = [f"column {number + 1}" if number in nameless[1:] else name for number, name in enumerate(names)]
+    refuse_columns_twice(header)
+    return header
+
+
+def _csv_row(header: list[str], cells: list[str], lines: "_RowLines") -> Row | BadRow:
+    if len(cells) > len(header):
+        return BadRow("has more cells than the header has columns")
+    for name, cell in zip(header, cells, strict=False):
+        if cell[:1].isspace() and cell.lstrip()[:1] == '"' and not lines.has_in_quotes(cell):
+            return BadRow(f"has a blank before a quote in {name} (line {lines.number:,}); remove it, or {QUOTES}")
+    return dict(zip_longest(header, cells))
+
+
+def _fault(error: csv.Error, lines: "_RowLines") -> str:
+    """What is wrong in which line. Of an open quote csv knows at the end of the file, or at the next quote."""
+    begin = lines.number - len(lines.row) + 1
+    if lines.ended:
+        return f"the row of line {begin:,} has a quote that is never closed; {QUOTES}"
+    if "expected after" in str(error):
+        several = f", in the row that begins in line {begin:,}" if len(lines.row) > 1 else ""
+        return f"line {lines.number:,} has text behind a closing quote{several}; {QUOTES}"
+    return f"{error} in line {lines.number:,}"
 
 
 class _RowLines:
-    """The lines of a text; `size` counts the characters of those since the last row."""
+    """The lines of a text; `row` holds those since the last row and `size` counts their characters."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
-        self.text, self.size = text, 0
+        self.text, self.size, self.number, self.ended = text, 0, 0, False
+        self.row: list[str] = []
 
     def __iter__(self) -> "_RowLines":
         return self
@@ -347,10 +435,18 @@ class _RowLines:
         line = self.text.readline(LONGEST + 1)
         self.size += len(line)
         if not line:
+            self.ended = True
             raise StopIteration
         if self.size > LONGEST:
             raise Unreadable(f"holds a row that {TOO_LONG}; is a quote never closed?")
+        self.number += 1
+        self.row.append(line)
         return line
+
+    def has_in_quotes(self, cell: str) -> bool:
+        """Whether the row's lines hold a cell's text in quotes, as it is written there."""
+        quoted = cell.replace('"', '""')
+        return f'"{quoted}"' in "".join(self.row)
 
 
 # --- tables of Arrow

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -162,10 +162,11 @@ def _is_folder_of_split(entry: Path) -> bool:
     """Whether a folder stands for a split, or is called data and holds nothing but files of splits."""
     if not _is_real_folder(entry) or any((entry / name).exists() for name in SAVED):
         return False
-    of_split = _first_of_name(entry.name) is not None
-    return of_split or (
-        entry.name == "data" and all(_split_of(path, entry, _first_of_name) for path in _survey(entry)[0])
-    )
+    return bool(_splits_in(entry.name)) or (entry.name == "data" and all(map(_is_of_split, _survey(entry)[0])))
+
+
+def _is_of_split(path: Path) -> bool:
+    return bool(_splits_in(_stem(path)) or _splits_in(path.parent.name))
 
 
 def _refuse_link(entry: Path, folder: Path, origin: str) -> None:
@@ -181,24 +182,25 @@ def _refuse_link(entry: Path, folder: Path, origin: str) -> None:
 # --- splits, by the names of files and folders
 
 
-SPLITS = {"train": "train", "test": "test", "eval": "eval", "validation": "validation"}
-SPLITS |= dict.fromkeys(("valid", "val", "dev"), "validation")
-_FIRST = re.compile(rf"({'|'.join(SPLITS)})(?=$|[-_.\d])")
-_LAST = re.compile(rf".*[-_.]({'|'.join(SPLITS)})$")
-_SHARD = re.compile(r"[-_.]?\d+(-of-\d+(-[0-9a-f]{16})?)?$")
-SplitOf = Callable[[str], str | None]
+SPLITS = {"train": "train", "training": "train"}
+SPLITS |= dict.fromkeys(("test", "tests", "testing"), "test")
+SPLITS |= dict.fromkeys(("eval", "evals", "evaluation"), "eval")
+SPLITS |= dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validation")
+SPLITS |= dict.fromkeys(("held out", "heldout", "hold out", "holdout"), "heldout")
+SPLITS |= dict.fromkeys(("benchmark", "benchmarks"), "benchmark")
+_WORD = re.compile(rf"\b({'|'.join(SPLITS)})(set|data|split)?\b")
+_BORDER = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_SHARD = re.compile(r"([-_.]|(?<![vV\d]))\d+(-of-\d+(-[0-9a-f]{16})?)?$")
 
 
-def _first_of_name(name: str) -> str | None:
-    """The split that a name begins with: train-00000-of-00002, val.v2, test3."""
-    found = _FIRST.match(name.lower())
-    return SPLITS[found[1]] if found else None
+def _words(name: str) -> str:
+    """The words of a name, which end at what is no letter and where a small letter meets a capital."""
+    return _BORDER.sub(" ", name).strip().lower()
 
 
-def _last_of_name(name: str) -> str | None:
-    """The split that a name ends with, but for a number: pairs_train, hh-test-00000-of-00002."""
-    found = _LAST.match(_SHARD.sub("", name.lower()))
-    return SPLITS[found[1]] if found else None
+def _splits_in(name: str) -> list[str]:
+    """The splits that a name speaks of: train-00000-of-00002, uf_test_prefs, pairsTrain, hh held-out, testset."""
+    return [SPLITS[found[1]] for found in _WORD.finditer(_words(name))]
 
 
 def _stem(path: Path) -> str:
@@ -207,27 +209,34 @@ def _stem(path: Path) -> str:
     return path.name[: len(path.name) - len(kind + packed)]
 
 
-def _split_of(path: Path, folder: Path, split_of: SplitOf) -> str | None:
-    names = [*path.relative_to(folder).parts[:-1], _stem(path)]
-    return next((split for name in names if (split := split_of(name))), None)
+def _split_of(path: Path, folder: Path) -> str | None:
+    """What a file's own name says, or else the folder next to it. Raises ValueError for names of which one says train
+    and another, or the same, that the rows are held out."""
+    parts = path.relative_to(folder).parts
+    levels = [said for name in (_stem(path), *reversed(parts[:-1])) if (said := _splits_in(name))]
+    others = dict.fromkeys(split for said in levels for split in said if split != "train")
+    if levels and "train" in levels[0] and others:
+        raise ValueError(f"{'/'.join(parts)} is of two splits by its name, train and {next(iter(others))}; rename it")
+    return levels[0][0] if levels else None
 
 
-def _splits(paths: Sequence[Path], folder: Path) -> dict[Path, str | None]:
-    """Each file's split; empty where no name says one. Names that end with it count where none begins with it."""
-    for split_of in (_first_of_name, _last_of_name):
-        splits = {path: _split_of(path, folder, split_of) for path in paths}
-        if any(splits.values()):
-            return splits
-    return {}
+def _splits(paths: Sequence[Path], folder: Path, origin: str) -> dict[Path, str | None]:
+    """Each file's split; empty where no name says one. Raises ValueError for a name that says two."""
+    try:
+        splits = {path: _split_of(path, folder) for path in paths}
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    return splits if any(splits.values()) else {}
 
 
 def _paths_of_split(source: Source, key: str) -> tuple[list[Path], tuple[str, ...]]:
     """The files of the split that is asked for, train unless said, and what becomes of the others. ValueError where
     names do not say it."""
     paths, folder, origin = files(source.path, key), Path(source.path).expanduser(), f"{key}={source.path}"
-    splits = _splits(paths, folder) if folder.is_dir() else {}
+    splits = _splits(paths, folder, origin) if folder.is_dir() else {}
     if not splits:
         _refuse_options(source, key, "a folder whose files' names say no split" if folder.is_dir() else "a file")
+        _refuse_kinds(paths, folder, origin, "")
         return paths, ()
     by_split: dict[str, list[Path]] = {}
     for path, split in splits.items():
@@ -235,8 +244,8 @@ def _paths_of_split(source: Source, key: str) -> tuple[list[Path], tuple[str, ..
     if without := by_split.pop("", None):
         having = [path for path in paths if path not in without]
         raise ValueError(
-            f"{origin}: {_names(having, folder)} say of which split they are, and {_names(without, folder)} of none; "
-            "rename those, or move them out"
+            f"{origin}: a split is in the name of {_names(having, folder)}, and none in that of "
+            f"{_names(without, folder)}; rename those, or move them out"
         )
     chosen = {path for path in paths if _is_of(path, folder, splits[path], source.split or "train")}
     unsaid = source.split is None and source.split_key != "data.split" and len(by_split) > 1
@@ -246,27 +255,51 @@ def _paths_of_split(source: Source, key: str) -> tuple[list[Path], tuple[str, ..
         raise ValueError(
             f"{origin} has the splits {', '.join(by_split)}{absent}; {source.split_key}={example} reads that"
         )
+    read = [path for path in paths if path in chosen]
+    _refuse_kinds(read, folder, origin, source.split_key)
     left = {split: [path for path in each if path not in chosen] for split, each in by_split.items()}
-    return [path for path in paths if path in chosen], _notes(source, key, chosen, left)
+    return read, _notes(source, key, chosen, left)
+
+
+_KINDS = {"pref": "prefs", "prefs": "prefs", "preference": "prefs", "preferences": "prefs"}
+_KINDS |= {"sft": "sft", "gen": "gen", "generation": "gen"}
+
+
+def _kind_of_set(path: Path) -> str | None:
+    """What the last word of a file's name says of its rows: train_prefs, train_sft.v2, pairs-gen-00000-of-00002."""
+    words = [word for word in _words(_SHARD.sub("", _stem(path))).split() if word != "v"]
+    return _KINDS.get(words[-1]) if words else None
+
+
+def _refuse_kinds(paths: Sequence[Path], folder: Path, origin: str, by_split: str) -> None:
+    """Raise ValueError for train_prefs beside train_sft: each is a set of its own, often of the same rows."""
+    kinds = {kind: path for path in reversed(paths) if (kind := _kind_of_set(path))}
+    if len(kinds) > 1:
+        example = _SHARD.sub("", _stem(kinds[min(kinds)]))
+        option = f"{by_split}={example}, " if by_split else ""
+        raise ValueError(
+            f"{origin}: {_names(sorted(kinds.values()), folder)} are sets of different kinds by their names; read one "
+            f"by {option}data.path=its file, or several by data.sources=[...]"
+        )
 
 
 def _is_of(path: Path, folder: Path, split: str | None, wanted: str) -> bool:
     """Whether a file is of a split, called as everyone does, or as the file or its folder is: train_prefs."""
-    if wanted.lower() in SPLITS:
-        return split == SPLITS[wanted.lower()]
+    if _WORD.fullmatch(re.sub("[-_]", " ", wanted.lower())):
+        return split in _splits_in(wanted)
     stem = _stem(path)
     return wanted in {stem, _SHARD.sub("", stem), *path.relative_to(folder).parts[:-1]} - {"data"}
 
 
 def _notes(source: Source, key: str, read: set[Path], left: dict[str, list[Path]]) -> tuple[str, ...]:
-    """One line on the files that are not read, if there are any."""
+    """One line on the files that are not read, if there are any, or on several that are and are no shards of one."""
     folder = Path(source.path).expanduser()
     held_back = []
     for split, paths in left.items():
         hint = f" (data.eval_split={split} evaluates on {'it' if len(paths) == 1 else 'them'})"
         fate = f"held back{hint if key == 'data.path' else ''}" if source.split is None else "not"
         held_back += [f"{_names(paths, folder)} {_is(paths)} {fate}"] if paths else []
-    if not held_back:
+    if not held_back and len({(_SHARD.sub("", _stem(path)), kind_of(path)[0]) for path in read}) < 2:
         return ()
     why = f", as {source.split_key}={source.split} says" if source.split else ""
     return ("; ".join([f"{folder.resolve().name}: {_names(sorted(read), folder)} {_is(read)} read{why}", *held_back]),)

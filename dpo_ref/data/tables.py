@@ -2,12 +2,12 @@
 
 import mmap
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_ref.data.formats.checks import Row
+from dpo_ref.data.formats.checks import Row, most_frequent, shown
 
 ROW = 64  # bytes that a row of nothing counts as
 AT_ONCE = 64  # rows
@@ -42,6 +42,12 @@ def _without_padding(value: Any) -> Any:
     return value
 
 
+def refuse_columns_twice(names: Sequence[str]) -> None:
+    """Raise Unreadable for two columns of one name, of which a row could keep only the last."""
+    if len(set(names)) != len(names):
+        raise Unreadable(f"has the column {shown(most_frequent(names))} twice; rename or remove one of them")
+
+
 def parquet_rows(content: Any, most: int) -> Iterator[Row]:
     """The rows of a Parquet file that unpacks to at most so many bytes. Raises Unreadable for others."""
     import pyarrow
@@ -52,6 +58,7 @@ def parquet_rows(content: Any, most: int) -> Iterator[Row]:
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         if sum(group.total_byte_size for group in groups) > most:
             raise OutOfProportion
+        refuse_columns_twice(file.schema_arrow.names)
         yield from _rows(file.iter_batches(AT_ONCE), most)
     except (pyarrow.ArrowException, OSError) as error:
         raise Unreadable(f"is not Parquet: {error}") from error
@@ -74,6 +81,7 @@ def arrow_rows(content: Any, most: int) -> Iterator[Row]:
         if sum(map(_unpacked_size, _messages(memory))) > most:
             raise OutOfProportion
         with pyarrow.ipc.open_stream(pyarrow.py_buffer(memory).slice(begin)) as batches:
+            refuse_columns_twice(batches.schema.names)
             yield from _rows(map(_validated, batches), most)
     except (pyarrow.ArrowException, OSError) as error:
         raise Unreadable(f"is not Arrow: {error}") from error

@@ -267,7 +267,7 @@ SPLITS = {  # files to train on, to test, to validate
         "test_1.jsonl",
         "validation-00000-of-00001-0123456789abcdef.jsonl",
     ),
-    "by folders": ("train/0.jsonl train/1.jsonl", "test/0.jsonl", "dev/test.jsonl"),
+    "by folders": ("train/0.jsonl train/1.jsonl", "test/0.jsonl", "dev/0.jsonl"),
     "in data": ("data/train-0.jsonl", "data/test-0.jsonl", "data/valid-0.jsonl"),
     "in folders in data": ("data/train/0.jsonl", "data/test/x.jsonl", "data/val/y.jsonl"),
     "at the end": ("hh-train.jsonl shp-train.jsonl", "hh_test-00.jsonl", "hh.dev.jsonl"),
@@ -292,7 +292,8 @@ def test_splits_of_the_hub_by_their_own_names(tmp_path):
     fill(tmp_path, *names)
     assert prompts(tmp_path, split="train_prefs") == names[1:2]
     assert prompts(tmp_path, split="test_sft") == names[:1]
-    assert prompts(tmp_path) == names[1:]
+    message = ": data/train_prefs-00000-of-00001.jsonl, data/train_sft-00000-of-00001.jsonl are sets of different kinds"
+    assert refusal(tmp_path).startswith(f"{message} by their names; read one by data.split=train_prefs, data.path=")
     assert refusal(tmp_path, split="data").startswith(" has the splits test, train and no data; ")
 
 
@@ -320,8 +321,8 @@ def test_what_is_held_back_is_noted(tmp_path):
 
 def test_names_that_say_too_little(tmp_path):
     assert refusal(fill(tmp_path / "mixed", "train.jsonl", "test.jsonl", "more.jsonl", "hh-test.jsonl")) == (
-        ": test.jsonl, train.jsonl say of which split they are, and hh-test.jsonl, more.jsonl of none; rename those, "
-        "or move them out"
+        ": a split is in the name of hh-test.jsonl, test.jsonl, train.jsonl, and none in that of more.jsonl; rename "
+        "those, or move them out"
     )
     assert refusal(fill(tmp_path / "no train", "test.jsonl", "dev.jsonl")) == (
         " has the splits validation, test and no train; data.split=validation reads that"
@@ -332,7 +333,7 @@ def test_names_that_say_too_little(tmp_path):
 
 
 def test_folders_and_files_without_splits(tmp_path):
-    names = ["a.jsonl", "contest.jsonl", "training.jsonl"]
+    names = ["a.jsonl", "contest.jsonl", "trainer.jsonl"]
     assert prompts(fill(tmp_path, *names)) == names
     for path in (tmp_path, tmp_path / "a.jsonl"):
         assert refusal(path, split="test").startswith(f"data.split=test has no effect: data.path={path} is a f")

@@ -2,6 +2,9 @@
 
 import ast
 import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -123,11 +126,59 @@ def json_value(value: Any, name: str, depth: int = 0) -> Any:
     return value
 
 
+# --- values written out as text
+
+
+class UnusableKey(Exception):
+    """An object in a text has a key twice, of which Python would keep the last; or one that no message could name."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+        self.what, self.remedy = what, remedy
+
+    def bad_row(self, place: str = "") -> BadRow:
+        return BadRow(f"has {self.what}{place}{self.remedy}")
+
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
+def _refuse_unusable(keys: Sequence[Any]) -> None:
+    if len(set(keys)) != len(keys):
+        raise UnusableKey(f"the key {shown(most_frequent(keys))} twice in one object", "; remove one of them")
+    half = next((key for key in keys if isinstance(key, str) and _HALF_PAIR.search(key)), None)
+    if half is not None:
+        raise UnusableKey(f"half a surrogate pair in the key {shown(half)}", ": the file was cut or mis-decoded")
+
+
+def most_frequent(names: Iterable[Any]) -> Any:
+    """The first of the names that are there most often."""
+    return Counter(names).most_common(1)[0][0]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """An object of JSON. Every one comes by here: what can be unusable is found out by lengths and by one flag."""
+    content = dict(pairs)
+    if len(content) != len(pairs) or not "".join(content).isascii():
+        _refuse_unusable([key for key, _ in pairs])
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_object)  # raises UnusableKey
+_STRICTER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+
+
 def json_text(value: Any, name: str) -> Any:
     """A nested value that may come as JSON text, decoded."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = _STRICTER.decode(value)
+        except UnusableKey as error:
+            raise error.bad_row(f" in {name}") from error
         except (ValueError, RecursionError) as error:
             raise BadRow(f"has text that is not JSON in {name}: {shown(value)}") from error
     return json_value(value, name)
@@ -135,12 +186,49 @@ def json_text(value: Any, name: str) -> Any:
 
 def written_out(value: str) -> Any:
     """The list or object that a text is, as JSON or as Python writes it; None for any other text. Texts that are too
-    long for a row anyway are not looked at."""
+    long for a row anyway are not looked at. Raises BadRow for turns with a key that is there twice, or is none."""
     if len(value) > MAX_CHARS or value.lstrip()[:1] not in ("[", "{"):
         return None
+    content = _decoded(value)
+    if _are_turns(content):  # other texts may be about such keys
+        _refuse_unusable_in(value)
+    return content
+
+
+_NO_PYTHON = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
+
+
+def _decoded(value: str) -> Any:
     with suppress(ValueError, RecursionError):
         return json.loads(value)
-    with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError), catch_warnings():
+    with suppress(*_NO_PYTHON), catch_warnings():
         simplefilter("ignore")  # about escapes in the text
         return ast.literal_eval(value.strip())
     return None
+
+
+def _are_turns(content: Any) -> bool:
+    entries = [content] if isinstance(content, dict) else content
+    return isinstance(entries, list) and all(
+        isinstance(entry, dict) and not entry.keys().isdisjoint(("role", "from")) for entry in entries
+    )
+
+
+def _refuse_unusable_in(value: str) -> None:
+    """Raise BadRow for a key in the text of a conversation, of JSON or of Python."""
+    try:
+        with suppress(ValueError):
+            STRICT.decode(value)
+            return
+        _refuse_unusable_in_python(value)
+    except UnusableKey as error:
+        raise error.bad_row(" in a conversation that is written as text") from error
+
+
+def _refuse_unusable_in_python(value: str) -> None:
+    with catch_warnings():
+        simplefilter("ignore")
+        nodes = ast.walk(ast.parse(value.strip(), mode="eval"))
+    for node in nodes:
+        if isinstance(node, ast.Dict):
+            _refuse_unusable([key.value for key in node.keys if isinstance(key, ast.Constant)])
