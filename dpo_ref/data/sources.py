@@ -29,7 +29,7 @@ from dpo_ref.types import PreferenceData, Progress, PromptGroup, Reading, digest
 # --- one source read
 
 
-VERSION = 3  # of what is kept; a change of meaning makes it 4
+VERSION = 4  # of what is kept; a change of meaning makes it 5
 EARLIER_THOUGHTS = {"keep": tuple, "drop": without_earlier_thoughts}
 EXAMPLES = 10  # bad rows listed with their reasons
 _SHOWN = 20  # names of columns that are not read
@@ -88,7 +88,7 @@ class Reader:
         self._first_columns = ""  # of the first row, for messages
         self._unread: dict[str, None] = {}
         self._columns: dict[str, bool] = {}  # whether some row's was read
-        self._num_without_thoughts = 0
+        self._num_without_thoughts, self._num_contradicted = 0, 0
 
     @property
     def reading(self) -> Reading:
@@ -97,6 +97,9 @@ class Reader:
         notes = _listed("columns not read", list(self._unread))
         if self.rules.earlier_thoughts != "keep":
             notes += (f"prompts without their earlier thoughts: {self._num_without_thoughts}",)
+        if self._num_contradicted:
+            count = f"{self._num_contradicted} (data.min_margin=0 leaves them out)"
+            notes += (f"pairs whose rejected side has the higher score: {count}",)
         return Reading(self.num_rows, dict(self.dropped), tuple(self.examples), formats, notes, self._read_or_not())
 
     def _read_or_not(self) -> tuple[str, ...]:
@@ -112,6 +115,8 @@ class Reader:
                 self.dropped[outcome] += 1
                 continue
             self.num_kept += 1
+            scores = outcome.rewards or ()
+            self._num_contradicted += sum(bool(scores) and scores[a] < scores[b] for a, b in outcome.pairs)
             yield outcome
             if self.num_kept == self.rules.limit:
                 break

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from dpo_ref.data import sources
 from dpo_ref.data.formats.checks import BadRow
-from dpo_ref.data.formats.columns import kind_of
 from dpo_ref.data.formats.conversations import turn
+from dpo_ref.data.formats.names import kind_of
 from dpo_ref.data.formats.recognise import FORMATS
 from dpo_ref.data.inspection import inspect, short_report
 from dpo_ref.data.rows import Source, open_source
@@ -67,6 +67,7 @@ REFUSED = words("""
     label labels is_correct isChosen is_safe better_response best_index winner winner_id human_preference preference
     verdict rankings chosen_index correct
     chat_template_kwargs loss_mask enable_thinking reasoning thinking_content rejected_thinking
+    schema table_schema facts examples hint prefix preamble guidelines developer role swapped is_flipped
 """)
 HARMLESS = words("""
     id ids uid qid prompt_id promptId conversation_hash uuid source chosen_source dataset data_source domain subset
@@ -74,11 +75,13 @@ HARMLESS = words("""
     created_at updated_at created_at_utc_A date category prompt_category categories language lang length
     response_length num_tokens n_turns total_tokens token_count char_count helpfulness verbosity
     instruction_following preference_type label_source license
+    example_id table_name schema_version role_type original_chosen_model
 """)
 REPORTED = words("""
     margin annotator annotators notes title topic_words 图片说明 x rater critique feedback rationale
     judge_response labelling_prompt logprob chosen_logprobs elo_rating solution ground_truth task
     difficulty_estimate response_confidence quality comment constraints kto_tags extra_info split
+    status approved valid thumbs_up success_rate tags
 """)
 
 
@@ -121,6 +124,10 @@ SAME = {
     "the text of messages": {"messages": json.dumps([USER, ANSWER])},
     "ShareGPT's": {"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "no idea"}]},
     "part of the prompt": {"input": "why"},
+    "one word that is a name": {"role": "user", "developer": "ann", "schema": "chat"},
+    "turned round by nobody": {"swapped": False, "is_flipped": "false"},
+    "sides once more": {"preferred_response": "because", "chosen_messages": [USER, ANSWER], "rejected_2": "no idea"},
+    "sides before they were turned": {"original_chosen": "no idea", "original_rejected": "because"},
     "responses once more": {"responses": ["no idea", "because"]},
     "a number": {"turns": 2, "response_tokens_used": 3.5, "prompt_rank_of_words": None},
     "no image": {"has_image": False, "num_images": 0},
@@ -138,6 +145,12 @@ DIFFERENT = {
     "response_c": "no",  # inside of another response, and not the same
     "preferred": 1,
     "chosen_index": 0,
+    "swapped": True,
+    "preferred_response": "no idea",
+    "rejected_messages": [USER, ANSWER],
+    "context": "because",  # the answer, and no part of what was asked
+    "tool_names": ["why"],
+    "table": [["a cell", "b"]],
 }
 
 
@@ -302,7 +315,7 @@ NAMED = [
         {"columns": {"prompt": "ask"}},
         "row 1 has prompt beside ask, which data.columns calls prompt; data.ignore=[prom",
     ),
-    ({"columns": {"prompt": "ask", "query": "ask"}}, TWICE),
+    ({"columns": {"prompt": "ask", "query": "ask"}}, "data.columns gives the column ask two names; give it one"),
     ({"columns": {"query": "ask"}, "ignore": ["ask"]}, TWICE),
     (
         {"columns": {"sytem": "ask"}},
@@ -358,7 +371,7 @@ def test_every_key_of_a_turn_is_kept(name, value):
     try:
         message = turn(ANSWER | {name: value}, "chosen")
     except BadRow as error:
-        assert name == "tool_calls" or "surrogate" in str(error)  # noqa: PT017
+        assert name in ("tool_calls", "function_call") or "surrogate" in str(error)  # noqa: PT017
     else:
         assert message.get(name, value) == value
         assert (name in message) != (name in BESIDE_TURNS)

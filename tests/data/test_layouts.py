@@ -389,6 +389,14 @@ def test_calls_of_which_something_would_be_lost(call, message):
     assert message in refused(PAIR | {"chosen": [said("", tool_calls=[call])]})
 
 
+def test_openais_rows_as_text():
+    request = {"messages": [ASK], "tools": [WEATHER]}
+    row = {"input": request, "preferred_output": [YES], "non_preferred_output": [NO]}
+    for written in (row, {name: json.dumps(value) for name, value in row.items()}):
+        (group,) = groups_of(written)
+        assert (group.prompt, group.responses, group.tools) == (turns("why?"), ("because", "no idea"), (WEATHER,))
+
+
 # --- several responses
 
 

@@ -292,7 +292,9 @@ def test_splits_of_the_hub_by_their_own_names(tmp_path):
     fill(tmp_path, *names)
     assert prompts(tmp_path, split="train_prefs") == names[1:2]
     assert prompts(tmp_path, split="test_sft") == names[:1]
-    message = ": data/train_prefs-00000-of-00001.jsonl, data/train_sft-00000-of-00001.jsonl are sets of different kinds"
+    message = (
+        ": data/train_prefs-00000-of-00001.jsonl, data/train_sft-00000-of-00001.jsonl are sets of different kinds"
+    )
     assert refusal(tmp_path).startswith(f"{message} by their names; read one by data.split=train_prefs, data.path=")
     assert refusal(tmp_path, split="data").startswith(" has the splits test, train and no data; ")
 

@@ -1,19 +1,36 @@
 """Which columns of a row were read, and what is to be said about the others.
 
 A row remembers what a format reads of it. What is left is nothing (null, blank), known to be harmless by its name,
-said before (its texts are those that were read), or it is named: refused where the name says that it changes what the
-row means, reported once where it does not.
+said before (its texts are those that were read, where such words belong), or it is named: refused where the name says
+that it changes what the row means, reported once where it does not.
 """
 
 import json
-import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any
 
-from dpo_ref.data.formats.checks import BadRow, Row, column, record, says_nothing, several
+from dpo_ref.data.formats.checks import BadRow, Row, column, record, says_nothing, several, written_out
 from dpo_ref.data.formats.conversations import messages_written_out, turns
+from dpo_ref.data.formats.names import (
+    CONVERSATIONS,
+    ONCE,
+    TRUTH,
+    TURNED,
+    Content,
+    Kind,
+    content_of,
+    disapproves,
+    is_missing,
+    is_number,
+    is_spoken_at_length,
+    kind_of,
+    spoken_as,
+    verdict_of,
+    words_of_name,
+)
 from dpo_ref.types import PromptGroup, turns_of, words_of
 
 # --- rows that know what was read of them
@@ -40,7 +57,7 @@ class ReadRow(dict[str, Any]):
     def unread(self) -> Iterator[tuple[str, Any]]:
         """The columns that say something and were not read, those of objects as column.key."""
         for name, value in self.items():
-            if name not in self.read and not says_nothing(value):
+            if name not in self.read and not _says_nothing_in(name, value):
                 yield name, value
         for name, entries in self.parts.items():
             for entry in entries:
@@ -53,8 +70,9 @@ def peek(row: Row, name: str) -> Any:
 
 
 def part(row: ReadRow, name: str) -> ReadRow:
-    """The object in a column."""
-    content = ReadRow(record(column(row, name), name))
+    """The object in a column, which may come as JSON text."""
+    value = column(row, name)
+    content = ReadRow(record((written_out(value) or value) if isinstance(value, str) else value, name))
     row.parts[name] = [content]
     return content
 
@@ -65,138 +83,10 @@ def parts(row: ReadRow, name: str) -> list[ReadRow]:
     return row.parts[name]
 
 
-# --- what a name says
-
-
-Kind = Literal["harmless", "about", "unknown", "media", "label", "setting", "words"]
-
-
-def _singular(word: str) -> str:
-    if len(word) > 4 and word.endswith("ies"):
-        return f"{word[:-3]}y"
-    return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith("ss") else word
-
-
-def _words(names: str) -> frozenset[str]:
-    return frozenset(map(_singular, names.split()))
-
-
-_ASPECTS = _words(
-    "helpfulness correctness coherence complexity verbosity honesty truthfulness harmlessness following relevance"
-)
-# A name that ends so is about the row or about a part of it, whatever it begins with: prompt_id, chosen_model.
-_POINTERS = _words("id qid uid uuid guid hash md5 sha key index idx name model generator policy engine checkpoint")
-_HARMLESS = _POINTERS | _ASPECTS | _words(
-    "source dataset origin domain subset category type kind topic lang language locale country version revision "
-    "url uri link license licence timestamp time date datetime created updated at utc year length len size count "
-    "token char byte meta metadata embedding vector fingerprint"
-)  # fmt: skip
-_PROVENANCE = _words("source origin topic")  # or, in translation and summaries, what was asked
-_COUNTS = _words("num n nb number total len count")  # at the beginning
-# About how the row was judged: numbers where a name ends so, words of judges wherever they stand in it.
-_MEASURES = _words(
-    "score rating reward logprob logp margin probability prob confidence agreement vote upvote downvote elo "
-    "perplexity ppl cost price temperature seed status ratio difference weight"
-)
-_JUDGING = _words(
-    "annotator annotation annotated judge judgement judgment critique rationale feedback explanation labelling "
-    "labeling labeller labeler labelled labeled"
-)
-_MEDIA = _words(
-    "image img picture pic photo photograph video audio speech voice sound waveform pixel attachment screenshot media "
-    "multimodal figure"
-)
-_LABELS = _words(
-    "label preference prefer winner winning loser choice better worse best worst verdict rank ranking wanted "
-    "desirable selected correct tie"
-)
-_SETTINGS = _words("kwargs mask thinking thought reasoning think cot scratchpad")
-# Whose words a column holds, by the name under which they are read here.
-_SPOKEN = {
-    "tools": _words("tool function plugin api"),
-    "system": _words("system sys persona"),
-    "rejected": _words("rejected reject dispreferred lose losing negative"),
-    "chosen": _words("chosen preferred accepted win positive"),
-    "responses": _words("response reply answer completion output generation candidate trajectory assistant gpt bot"),
-    "prompt": _words(
-        "prompt question query instruction input context history message conversation dialogue dialog document doc "
-        "passage article post text paragraph snippet evidence knowledge background premise request turn chat story "
-        "problem option user human"
-    ),
-}
-_LONG = sorted(
-    (word for words in (_MEDIA, _LABELS, *_SPOKEN.values()) for word in words if len(word) > 4), key=len, reverse=True
-)
-
-
-def _split(name: str) -> list[str]:
-    """The words of a column's name, without letters and digits that number it at the end."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", name)
-    while len(words) > 1 and (words[-1].isdigit() or len(words[-1]) == 1):
-        words.pop()
-    return [_joined(_singular(word.lower())) for word in words]
-
-
-def _joined(word: str) -> str:
-    """A word, or the known one that it begins or ends with where two are written together: systemprompt."""
-    known = word in _HARMLESS or word in _JUDGING or word in _MEASURES
-    return word if known else next((long for long in _LONG if word.startswith(long) or word.endswith(long)), word)
-
-
-def _has_label(words: list[str]) -> bool:
-    """Whether a name is that of a label, or of a label's position; its source and its type are none."""
-    last = words[-1]
-    if last in _HARMLESS - _POINTERS:
-        return False
-    points = last in ("index", "idx", "number") and not _SPOKEN["chosen"].isdisjoint(words)
-    return words[0] == "is" or points or not _LABELS.isdisjoint(words)
-
-
-@lru_cache(4096)
-def kind_of(name: str) -> Kind:
-    """What a column's name says about what it holds; of column.key the key."""
-    name = name.rpartition(".")[2]
-    words = _split(name)
-    if not words:
-        return "unknown"
-    first, last = words[0], words[-1]
-    if not _MEDIA.isdisjoint(words) or (last == "file" and "source" not in words):
-        return "media"
-    if _has_label(words):
-        return "label"
-    names_tools = last == "name" and not _SPOKEN["tools"].isdisjoint(words)
-    counts = first in _COUNTS and len(words) > 1
-    if (last in _HARMLESS and not names_tools) or counts or name == "parallel_tool_calls":
-        return "harmless"
-    if last in _MEASURES or not _JUDGING.isdisjoint(words):
-        return "about"
-    if not _SETTINGS.isdisjoint(words):
-        return "setting"
-    return "unknown" if spoken_as(name) is None else "words"
-
-
-@lru_cache(4096)
-def spoken_as(name: str) -> str | None:
-    """Under which of our names the words of a column are read."""
-    words = _split(name.rpartition(".")[2])
-    return next((ours for ours, known in _SPOKEN.items() if not known.isdisjoint(words)), None)
-
-
-def could_be_prompt(name: str, value: Any) -> bool:
-    """Whether a column that nobody reads may be what was asked."""
-    if name.lower() in _PROVENANCE:
-        return isinstance(value, str) and " " in value.strip()
-    return kind_of(name) in ("words", "unknown") and not _is_number(value) and bool(_content(value, name).texts)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a number or a text that spells one, as CSV has them."""
-    if not isinstance(value, str):
-        return isinstance(value, int | float)
-    with suppress(ValueError):
-        float(value)
-        return True
-    return False
+def _says_nothing_in(name: str, value: Any) -> bool:
+    """Whether a column says nothing; a label "None" may say that no response is better."""
+    says_none = isinstance(value, str) and value.strip().lower() in ("null", "none") and kind_of(name) == "label"
+    return is_missing(value) and not says_none
 
 
 # --- what is done about columns that were not read
@@ -216,33 +106,52 @@ def unread_columns(row: ReadRow, group: PromptGroup, known: Collection[str], for
         kind = kind_of(name)
         if kind == "harmless" or name.rpartition(".")[2] in known:
             continue
-        if kind == "words" and _was_read(row, value):
+        if kind == "words" and _was_read(row, name, value):
             continue
         if kind not in _REPORTED or not isinstance(value, str | int | float):
-            content = _content(value, name)
+            content = content_of(value, name)
             kind = _kind_of_value(name, value, content)
             if kind == "words" and said.repeats(name, value, content.texts):
                 continue
+        if kind in _REPORTED and _is_label(name, value, group):
+            kind = "label"
         if kind not in _REPORTED:
             raise BadRow(_refusal(name, kind, row, group, format))
         names[name] = None
     return list(names)
 
 
-def _was_read(row: ReadRow, value: Any) -> bool:
-    """Whether a column that was read holds the same, as messages that are the chosen ones."""
-    return not _is_number(value) and any(value == row[other] for other in row.read & row.keys())
+def _was_read(row: ReadRow, name: str, value: Any) -> bool:
+    """Whether a column that was read holds the same: one of the same kind, as a context that is the answer says more;
+    messages may be the chosen ones."""
+    if is_number(value):
+        return False
+    ours = spoken_as(name)
+    any_kind = ours == "responses" or (ours == "prompt" and not isinstance(value, str))
+    return any(value == row[other] for other in row.read & row.keys() if any_kind or spoken_as(other) == ours)
 
 
-def _kind_of_value(name: str, value: Any, content: "_Content") -> Kind:
+def _is_label(name: str, value: Any, group: PromptGroup) -> bool:
+    """Whether a column says if a demonstration is good, and its label does not say the same."""
+    if group.pairs or group.rewards:
+        return False
+    good = verdict_of(name, value)
+    return good is not None and (group.labels is None or good != group.labels[0])
+
+
+def _kind_of_value(name: str, value: Any, content: "Content") -> Kind:
     """What a column is, seen in its name and value: bytes are media, and words are texts."""
     kind = kind_of(name)
     if content.has_bytes:
         return "media"
     if kind == "media" and value in (0, False):
         return "about"  # has_image: false
-    if kind == "words" and (_is_number(value) or not content.texts):
+    if kind == "words" and (is_number(value) or not content.texts):
         return "label" if spoken_as(name) in ("chosen", "rejected") else "about"  # chosen: 1
+    if kind == "words" and is_spoken_at_length(name) and not any(" " in words for words in content.texts):
+        return "about"  # role: user
+    if kind == "label" and words_of_name(name)[-1] in TURNED and TRUTH.get(str(value).lower()) is False:
+        return "about"  # swapped: false
     return kind
 
 
@@ -253,6 +162,8 @@ def _refusal(name: str, kind: Kind, row: Row, group: PromptGroup, format: str) -
         return f"has {name}, and only text is read; {ignore}"
     ours = "label" if kind == "label" else spoken_as(name) or ""
     fits = ours in ("prompt", "system", "tools") or (ours == "label" and not group.pairs and not group.rewards)
+    if ours == "label":
+        fits = fits and str(peek(row, name)).lower() in TRUTH.keys() - {"yes", "no"} and not disapproves(name)
     free = group.prompt and "." not in name and says_nothing(peek(row, ours))
     reads = f"data.columns={{{ours}: {name}}} reads it as {ours}, " if fits and free else ""
     return f"has a column {name} that format {format} does not read; {reads}{ignore}"
@@ -264,59 +175,88 @@ class _Said:
     def __init__(self, group: PromptGroup) -> None:
         self._group = group
         self._turns = [*group.prompt, *(turn for response in group.responses for turn in turns_of(response))]
-        self._prompt = [turn["content"] for turn in group.prompt] or list(map(words_of, group.responses))
 
     @cached_property
     def _texts(self) -> set[str]:
         """Whole, without the blanks around them."""
         group = self._group
-        return set(_content([group.prompt, group.responses, group.tools, group.template_options], "a group").texts)
+        return set(content_of([group.prompt, group.responses, group.tools, group.template_options], "a group").texts)
 
     def repeats(self, name: str, value: Any, texts: list[str]) -> bool:
-        """Whether all that a column says was said: as turns, or as one of the texts, or inside of the prompt. What is
-        offered was not said by calling it."""
-        if spoken_as(name) == "tools" and _has_schema(value):
+        """Whether all that a column says was said where it belongs: as turns, or as whole texts; what is asked also
+        inside of the prompt. What is offered was not said by calling it."""
+        ours = spoken_as(name)
+        if ours == "tools" and _has_schema(value):
             return False
+        if ours in ("chosen", "rejected") and ONCE.isdisjoint(words_of_name(name)):
+            return self._is_of_side(ours, name, value, texts)
         with suppress(BadRow):
-            if all(turn in self._turns for turn in turns(value, name, "user")):
+            if all(turn in self._turns for turn in turns(value, name, "system" if ours == "system" else "user")):
                 return True
-        whole = spoken_as(name) in ("chosen", "rejected", "responses")
-        return all(
-            words in self._texts or (not whole and any(words in said for said in self._prompt)) for words in texts
+        if ours not in ("system", "prompt"):
+            return self._texts.issuperset(texts)
+        answers_too = not isinstance(value, str) and not CONVERSATIONS.isdisjoint(words_of_name(name))
+        return all(self._asks(words, ours) or (answers_too and words in self._texts) for words in texts)
+
+    def _is_of_side(self, side: str, name: str, value: Any, texts: list[str]) -> bool:
+        """Whether a column holds the better response, or a worse one, and nothing else but the prompt."""
+        group = self._group
+        responses = [group.responses[index] for index in _of_side(group, side)]
+        allowed = [*group.prompt, *(turn for response in responses for turn in turns_of(response))]
+        with suppress(BadRow):
+            if all(turn in allowed for turn in turns(value, name, "assistant")):
+                return True
+        return set(content_of([group.prompt, responses], "a side").texts).issuperset(texts)
+
+    def _asks(self, words: str, ours: str) -> bool:
+        """Whether the prompt says this: as a turn, or in one, where it is long enough to be no accident."""
+        group = self._group
+        if any(turn["content"].strip() == words for turn in group.prompt if ours == "prompt" or turn["role"] == ours):
+            return True
+        said = [turn["content"] for turn in group.prompt] or list(map(words_of, group.responses))
+        return any(
+            words in turn
+            and (len(words.encode()) >= _LONG_ENOUGH or (ours == "prompt" and 2 * len(words) >= len(turn)))
+            and _has_whole(turn, words)
+            for turn in said
         )
+
+
+_LONG_ENOUGH = 12  # bytes, so that scripts whose signs are words need fewer of them
+
+
+def _has_whole(said: str, words: str) -> bool:
+    """Whether a text has these words, and not the end of one word or the beginning of another."""
+    place = said.find(words)
+    while place >= 0:
+        around = (
+            said[max(place - 1, 0) : place] + words[0],
+            words[-1] + said[place + len(words) : place + len(words) + 1],
+        )
+        if not any(map(_goes_on, around)):
+            return True
+        place = said.find(words, place + 1)
+    return False
+
+
+def _goes_on(signs: str) -> bool:
+    """Whether two signs beside each other are of one word, in scripts that divide words by blanks."""
+    return len(signs) == 2 and all(s.isalnum() and unicodedata.east_asian_width(s) not in "WF" for s in signs)
+
+
+def _of_side(group: PromptGroup, side: str) -> set[int]:
+    """Which responses are better, or worse; of a demonstration all are better."""
+    if group.pairs:
+        return {pair[0] if side == "chosen" else pair[1] for pair in group.pairs}
+    scores = group.rewards or [float(label) for label in group.labels or [True]]
+    best = max(scores) if group.rewards else 1.0
+    return {index for index, score in enumerate(scores) if (score == best) == (side == "chosen")}
 
 
 def _has_schema(value: Any) -> bool:
     """Whether a value describes functions."""
     written = json.dumps(value, default=str) if not isinstance(value, str) else value
     return '"parameters"' in written or '"description"' in written
-
-
-_NOT_SAID = ("role", "from", "type")  # keys whose texts are names of parts
-
-
-class _Content(NamedTuple):
-    texts: list[str]  # without the blanks around them
-    has_bytes: bool
-
-
-def _content(value: Any, name: str) -> _Content:
-    """All that is in a value, at any depth; messages may be written out in a text."""
-    texts: list[str] = []
-    left, has_bytes = [value], False
-    while left:
-        inner = left.pop()
-        if isinstance(inner, str):
-            messages = messages_written_out(inner, name)
-            left += messages or ()
-            texts += [inner.strip()] if messages is None and not says_nothing(inner) else ()
-        elif isinstance(inner, dict):
-            left += [said for key, said in inner.items() if key not in _NOT_SAID]
-        elif isinstance(inner, list | tuple):
-            left += inner
-        else:
-            has_bytes = has_bytes or isinstance(inner, bytes | bytearray | memoryview)
-    return _Content(texts, has_bytes)
 
 
 # --- what data.columns and data.ignore say

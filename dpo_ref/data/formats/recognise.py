@@ -12,8 +12,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from dpo_ref.data.formats import published, standard
-from dpo_ref.data.formats.checks import BadRow, Row, columns_of
-from dpo_ref.data.formats.columns import peek, spoken_as
+from dpo_ref.data.formats.checks import BadRow, Row, columns_of, written_out
+from dpo_ref.data.formats.columns import peek
+from dpo_ref.data.formats.conversations import is_dialogue
+from dpo_ref.data.formats.names import kind_of, spoken_as
 from dpo_ref.types import PromptGroup
 
 # --- log-probs that came with a row: the columns by which they are known, and how they are read
@@ -114,11 +116,21 @@ def _format(
 
 def _is_dialogue(row: Row) -> bool:
     sides = (peek(row, "chosen"), peek(row, "rejected"))
-    return peek(row, "prompt") is None and all(isinstance(s, str) and s.startswith("\n\nHuman:") for s in sides)
+    return peek(row, "prompt") is None and all(isinstance(s, str) and is_dialogue(s) for s in sides)
+
+
+def _answers_are_objects(row: Row) -> bool:
+    """Texts are those of `ranked`."""
+    answers = peek(row, "answers")
+    return not (isinstance(answers, list | tuple) and answers and all(isinstance(each, str) for each in answers))
 
 
 def _is_request(row: Row) -> bool:
-    return isinstance(peek(row, "input"), dict)
+    request = peek(row, "input")
+    if not isinstance(request, str):
+        return isinstance(request, dict)
+    content = written_out(request)
+    return isinstance(content, dict) and "messages" in content
 
 
 _TURNS = "|".join(standard.CONVERSATIONS)
@@ -134,7 +146,7 @@ FORMATS = {
             known="seconds_difference score_ratio upvote_ratio",
         ),
         _format(
-            "stack_exchange", "question answers", published.stack_exchange,
+            "stack_exchange", "question answers", published.stack_exchange, accepts=_answers_are_objects,
             known="author author_profile selected",
         ),
         _format(
@@ -161,7 +173,7 @@ FORMATS = {
             "response_0_severity_level response_1_severity_level",
         ),
         _format(
-            "annotated", "output_1 output_2", published.annotated,
+            "annotated", f"output_1 output_2,{_PROMPT} response_a response_b winner", published.annotated,
             known="raw_preference raw_completion annotator time_per_example price_per_example",
         ),
         _format(
@@ -176,7 +188,7 @@ FORMATS = {
             f"{_TURNS} rejected_response|rejected_messages|rejected,prompt rejected_response|rejected_messages",
             standard.rejected_response, logps=PAIRS,
         ),
-        _format("ranked", f"{_PROMPT} responses|trajectories,prompt answers", published.ranked, logps=LISTS),
+        _format("ranked", f"{_PROMPT} responses|trajectories,prompt|question answers", published.ranked, logps=LISTS),
         _format(
             "unpaired",
             f"{_PROMPT} completion label|kto_tag,{_TURNS} label|kto_tag,instruction output label|kto_tag",
@@ -197,7 +209,10 @@ def _formats_with(columns: tuple[str, ...]) -> tuple[Format, ...]:
 
 def matching_format(row: Row) -> Format | None:
     """The format whose columns the row has, nulls aside."""
-    columns = tuple([name for name, value in row.items() if value is not None])
+    return _accepting(row, tuple([name for name, value in row.items() if value is not None]))
+
+
+def _accepting(row: Row, columns: Columns) -> Format | None:
     return next((format for format in _formats_with(columns) if format.accepts(row)), None)
 
 
@@ -207,6 +222,7 @@ def format_of(name: str, row: Row) -> Format:
         return FORMATS[name]
     format = matching_format(row)
     if format is None:
+        _refuse_null(row)
         nearest = max(FORMATS.values(), key=lambda f: (f.share(row.keys()), f.name == "preference"))
         raise BadRow(
             f"fits no known format; its columns are {columns_of(row)}. The nearest is data.format={nearest.name}, "
@@ -215,10 +231,28 @@ def format_of(name: str, row: Row) -> Format:
     return format
 
 
+def _refuse_null(row: Row) -> None:
+    """Say which null it is that keeps a row from a format."""
+    format = _accepting(row, tuple(row))
+    nulls = [name for name, value in row.items() if format and value is None and name in format.columns]
+    if format and nulls:
+        raise BadRow(
+            f"has null in {', '.join(nulls)}, which format {format.name} needs; fill it, or leave the row out"
+        )
+
+
 def _renaming(row: Row) -> str:
     """How the row's columns could be called, as far as their names say it."""
+    answers = [name for name in row if spoken_as(name) == "responses" and kind_of(name) == "words"]
+    if len(answers) > 1:
+        return (
+            f"{' and '.join(answers[:2])} are read as chosen and rejected, or as one list, responses, with another, "
+            "scores, beside it: write them so"
+        )
+    lists = [name for name in answers if isinstance(peek(row, name), list | tuple)]
     theirs = {spoken_as(name): name for name in reversed(row)}
     sides = {"chosen": "chosen", "rejected": "rejected"} if "rejected" in theirs else {"completion": "responses"}
+    sides = {"responses": "responses"} if lists else sides
     names = {ours: theirs.get(spoken, "...") for ours, spoken in ({"prompt": "prompt"} | sides).items()}
     renamed = ", ".join(f"{ours}: {name}" for ours, name in names.items() if ours != name)
     return f"data.columns={{{renamed}}} gives columns the names that formats know"

@@ -18,8 +18,9 @@ from dpo_ref.data.formats.checks import (
     text,
     written_out,
 )
-from dpo_ref.data.formats.columns import ReadRow, could_be_prompt, part, peek
+from dpo_ref.data.formats.columns import ReadRow, part, peek
 from dpo_ref.data.formats.conversations import answered, group, response, turns
+from dpo_ref.data.formats.names import could_be_prompt, is_missing, prompt_inside
 from dpo_ref.types import Message, PromptGroup
 
 # --- what any row may say: its prompt, the turns before it, tools
@@ -29,13 +30,14 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", *CONVERSATIONS, "instruction", "question", "query", "input")  # the first that a row has
 ABOVE_OR_BELOW = {"instruction": ((), ("input",)), "question": (("context",), ())}  # text that belongs to its text
 _SYSTEM = ("system", "system_prompt", "system_message")
+BESIDE_PROMPT = (*_SYSTEM, "history", "tools", "chat_template_kwargs")  # what any row may bring
 
 
 def prompt_column(row: Row) -> str | None:
     """The column that holds the prompt; `prompt` itself even where it is null or empty, which is a mistake."""
     if peek(row, "prompt") is not None:
         return "prompt"
-    name = next((name for name in PROMPTS if not says_nothing(peek(row, name))), None)
+    name = next((name for name in PROMPTS if not is_missing(peek(row, name))), None)
     return name or ("prompt" if "prompt" in row else None)
 
 
@@ -46,6 +48,10 @@ def prompt_of(row: Row) -> list[Message]:
         empty = [name for name in PROMPTS if name in row]
         raise BadRow(f"has nothing in {' or '.join(empty)}" if empty else f"has no prompt in {columns_of(row)}")
     value = column(row, name)
+    if is_missing(value) and not says_nothing(value):
+        raise BadRow(
+            f"has {shown(value)} in {name}, which is what became of a missing cell: fill it, or leave it empty"
+        )
     if isinstance(value, str) and name in ABOVE_OR_BELOW:
         above, below = ABOVE_OR_BELOW[name]
         value = "\n\n".join([*_beside(row, above), value, *_beside(row, below)])
@@ -53,7 +59,7 @@ def prompt_of(row: Row) -> list[Message]:
 
 
 def _beside(row: Row, names: Sequence[str]) -> list[str]:
-    return [text(row[name], name) for name in names if not says_nothing(peek(row, name))]
+    return [text(row[name], name) for name in names if not is_missing(peek(row, name))]
 
 
 def asked(row: Row, prompt: list[Message], responses: Sequence[Any], origin: str, **more: Any) -> PromptGroup:
@@ -69,7 +75,7 @@ def _framed(row: Row, prompt: list[Message]) -> list[Message]:
         prompt = [*_history(row), *prompt]
     if row.keys().isdisjoint(_SYSTEM):
         return prompt
-    name = next((name for name in _SYSTEM if not says_nothing(peek(row, name))), None)
+    name = next((name for name in _SYSTEM if not is_missing(peek(row, name))), None)
     if name is None:
         return prompt
     system = Message(role="system", content=text(row[name], name))
@@ -100,7 +106,7 @@ def _history(row: Row) -> list[Message]:
 
 def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
     """What `tools` offers: a list of JSON schemas, any part of it as JSON text."""
-    if says_nothing(peek(row, "tools")):
+    if is_missing(peek(row, "tools")):
         return None
     try:
         tools = _decoded(row["tools"])
@@ -114,7 +120,7 @@ def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
 
 def _template_options(row: Row) -> dict[str, Any] | None:
     """What `chat_template_kwargs` says to the chat template."""
-    if says_nothing(peek(row, "chat_template_kwargs")):
+    if is_missing(peek(row, "chat_template_kwargs")):
         return None
     try:
         options = _decoded(row["chat_template_kwargs"])
@@ -125,7 +131,18 @@ def _template_options(row: Row) -> dict[str, Any] | None:
             f"has {shown(row['chat_template_kwargs'])} in chat_template_kwargs, where an object such as "
             "{enable_thinking: false} is expected"
         )
+    _refuse_written_truth(options)
     return json_value(options, "chat_template_kwargs")
+
+
+def _refuse_written_truth(options: dict[str, Any]) -> None:
+    """Refuse a text "false", which templates take for true."""
+    for key, value in options.items():
+        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+            raise BadRow(
+                f"has the text {shown(value)} in chat_template_kwargs.{key}, which templates take for true; "
+                f"{value.strip().lower()} without quotes is meant"
+            )
 
 
 def _decoded(value: Any) -> Any:
@@ -261,9 +278,21 @@ def _common_turns(chosen: list[Message], rejected: list[Message], names: Sequenc
 
 
 def _refuse_other_prompts(row: Row, names: Sequence[str]) -> None:
-    """Refuse to guess at a prompt where a column that nobody reads may be it."""
+    """Refuse to guess at a prompt where the row has a column for it, or one that nobody reads may be it."""
+    empty = [name for name in PROMPTS if name in row]
+    if empty:
+        raise BadRow(
+            f"has nothing in {' or '.join(empty)}; data.ignore=[{', '.join(empty)}] takes the words that both sides "
+            "share"
+        )
     read = {*names, *_SYSTEM, "tools", "chat_template_kwargs"}
     for name, value in row.items():
+        inside = None if name in read else prompt_inside(name, value)
+        if inside is not None:
+            raise BadRow(
+                f"has no column prompt, and {inside} may be it: it has to be a column of its own, "
+                f"data.ignore=[{name}] passes over it"
+            )
         if name not in read and could_be_prompt(name, value):
             raise BadRow(
                 f"has no column prompt, and {name} may be it: data.columns={{prompt: {name}}} reads it so, "
@@ -284,10 +313,31 @@ def _common_words(chosen: str, rejected: str) -> Answers:
 
 
 def _scores(row: Row) -> tuple[float, float] | None:
-    for better, worse in _SCORES:
-        if better in row and peek(row, better) is not None and peek(row, worse) is not None:
-            return number(row[better], better), number(row[worse], worse)
-    return None
+    """What the first of `_SCORES` says that the row has. Raises BadRow where another says that the other side is
+    better."""
+    present = [names for names in _SCORES if any(peek(row, name) is not None for name in names)]
+    complete = [names for names in present if all(peek(row, name) is not None for name in names)]
+    if not complete:
+        _refuse_one_score(row, present)
+        return None
+    first, *others = complete
+    better, worse = (number(row[name], name) for name in first)
+    for names in others:
+        other_better, other_worse = (number(peek(row, name), name) for name in names)
+        if (better - worse) * (other_better - other_worse) < 0:
+            raise BadRow(
+                f"has scores that disagree, in {' and '.join(first)} and in {' and '.join(names)}; "
+                f"data.ignore=[{', '.join(names)}] passes over the latter"
+            )
+    return better, worse
+
+
+def _refuse_one_score(row: Row, present: Sequence[tuple[str, str]]) -> None:
+    """Refuse a score beside a null; where the other has no column at all, scores are not what was meant."""
+    for names in present:
+        if row.keys() >= set(names):
+            null, given = sorted(names, key=lambda name: peek(row, name) is not None)
+            raise BadRow(f"has null in {null} beside {given}; data.ignore=[{', '.join(names)}] passes over both")
 
 
 # --- demonstrations
@@ -322,8 +372,10 @@ def instruction(row: Row, origin: str) -> PromptGroup:
 
 def unpaired(row: Row, origin: str) -> PromptGroup:
     """A demonstration with a `label` (`kto_tag`) that says whether it is wanted."""
-    name = "label" if peek(row, "label") is not None or "kto_tag" not in row else "kto_tag"
-    label = flag(column(row, name), name)
+    names = [name for name in ("label", "kto_tag") if peek(row, name) is not None] or ["label"]
+    label, *others = [flag(column(row, name), name) for name in names]
+    if label in [not other for other in others]:
+        raise BadRow(f"has {' and '.join(names)} that contradict each other; data.ignore=[{names[1]}] passes over one")
     return replace(_demonstration(row, origin), labels=(label,))
 
 
