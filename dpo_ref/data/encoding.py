@@ -327,7 +327,7 @@ class Encoder:
 
     def _prompt_and_responses(self, group: PromptGroup, has_literals: bool) -> Rendered:
         """What the template writes, special tokens and literals in the copy's names where there are literals."""
-        self.chat.marks.refuse(group.prompt, group.responses)
+        self.chat.lost.check_words(self.chat.marks.refuse, group)
         if not has_literals:
             return self.chat.render(group.prompt, group.responses, group.tools, group.template_options)
         hidden, reveal = self.literals.hide(group), self.literals.reveal
@@ -390,7 +390,7 @@ class Encoder:
     def _turns(self, scoring: Scoring, group: PromptGroup, has_literals: bool) -> list[Turns]:
         """Each response's conversation as the template writes it, what is scored marked."""
         self.chat.check_options(group.template_options)
-        self.chat.marks.refuse(group.prompt, group.responses)
+        self.chat.lost.check_words(self.chat.marks.refuse, group)
         group, reveal = (self.literals.hide(group), self.literals.reveal) if has_literals else (group, str)
         whole = [conversation(group.prompt, response) for response in group.responses]
         return [scored_turns(self.chat, turns, scoring.first(group), group, scoring, reveal) for turns in whole]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dpo_ref.data.thoughts import thinks
-from dpo_ref.types import THOUGHTS, Message
+from dpo_ref.types import THOUGHTS, Message, PromptGroup
 
 SENTINEL = "qS41Dq"  # nothing that a template or a user writes, and the same in JSON and as Python writes texts
 # What links a tool's result to its call, which templates say by position.
@@ -54,6 +54,10 @@ class RenderCheck:
     def __init__(self, write: Write) -> None:
         self._write = write
         self._written: set[tuple[Any, ...]] = set()  # kinds of turns and keys that are
+
+    def check_words(self, refuse: Callable[[Any, Any], None], group: PromptGroup) -> None:
+        """Raise what `refuse` raises of a prompt and its responses, which a template may have written already."""
+        refuse(group.prompt, group.responses)
 
     def check(self, text: str, turns: Sequence[Message], first: int, offer: Offer) -> None:
         """Raise Lost unless `text` says all that the turns from `first` on say.

@@ -39,8 +39,9 @@ class Marks:
         self._header, self._closing, self._ending = header.strip(), closing.strip(), ending.strip()
         self._bos, self._eos = bos, eos
         first = re.match(r"<[^>]*>|\[[^\]]*\]", self._header)  # with a role behind it, it begins any turn
-        own = re.escape(first[0]) + r"\s*(?:system|developer|user|assistant|model|tool)\b" if first else r"(?!)"
-        self._turn = re.compile(own)
+        begin = re.escape(first[0]) + r"\s*" if first else r"(?!)"
+        self._turn = re.compile(begin + r"(?:system|developer|user|assistant|model|tool)\b")
+        self._answer = re.compile(begin + r"(?:assistant|model)\b")
 
     def refuse(self, prompt: Sequence[Message], responses: Sequence[Response]) -> None:
         """Raise Templated for a group with such a text."""
@@ -51,7 +52,7 @@ class Marks:
             self._refuse_beginning(name, text.lstrip())
             if name == "a response":
                 self._refuse_end(text)
-            if self._closing.count("<") > 1:  # the end of a turn and the beginning of the next
+            elif self._closing.count("<") > 1:  # the end of a turn and the beginning of the next
                 self._refuse_if(self._closing in text, name, "contains", self._closing)
 
     def _refuse_if(self, has_it: bool, name: str, how: str, mark: str) -> None:
@@ -61,10 +62,13 @@ class Marks:
     def _refuse_beginning(self, name: str, text: str) -> None:
         if text[:1] not in ("<", "["):
             return
+        if name == "a response":  # which may show what a user's turn looks like
+            self._refuse_if(self._answer.match(text) is not None, name, "begins with", text.split("\n")[0][:40])
+            return
         begun = text.removeprefix(self._bos).lstrip() if self._bos else text
         self._refuse_if(bool(self._header) and begun.startswith(self._header), name, "begins with", self._header)
         self._refuse_if(self._turn.match(begun) is not None, name, "begins with", begun.split("\n")[0][:40])
-        if name != "a response" and (begins := _BEGINS.match(text)):
+        if begins := _BEGINS.match(text):
             raise Templated(_OTHERS, name, "begins with", begins[1])
 
     def _refuse_end(self, text: str) -> None:

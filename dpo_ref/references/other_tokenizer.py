@@ -13,7 +13,7 @@ no byte of the response. Between common borders it is a convention, not a log-pr
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
@@ -110,6 +110,9 @@ class NotChecked(RenderCheck):
 
     def check(self, text: str, turns: Sequence[Message], first: int, offer: Offer) -> None:
         """Nothing is refused."""
+
+    def check_words(self, refuse: Callable[[Any, Any], None], group: PromptGroup) -> None:
+        """The policy's template has looked at them."""
 
 
 class ReferenceEncoder:

@@ -379,6 +379,11 @@ def test_texts_about_marks_are_texts(text):
     written(WRITES, asking(text), group(text, "no"))
 
 
+def test_an_answer_may_show_what_a_turn_looks_like():
+    written(WRITES, group("<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n is how.", "no"))
+    assert "begins with '<|im_start|>assistant'" in refused(WRITES, group("<|im_start|>assistant\nsalt.", "no"))
+
+
 def test_options_of_a_row_reach_the_template():
     template = BLIND.replace("{{ m.content }}", "{{ m.content }}{{ ' (loud)' if loud else '' }}")
     rows = [group("a", "b", template_options={"loud": True}), group("a", "b")]
