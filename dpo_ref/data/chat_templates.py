@@ -354,7 +354,8 @@ class ChatText:
     def _as_generated(self, turns: Sequence[Message], offer: Offer) -> str:
         """The template's text; of an answered conversation what the assistant writes behind where it begins."""
         (full,) = self._texts([turns], False, *offer)
-        if not self._begins_otherwise or turns[-1]["role"] != "assistant":
+        is_as_it_is = not self._begins_otherwise and not offer.options  # which may change where generation begins
+        if is_as_it_is or turns[-1]["role"] != "assistant":
             return full
         (start,) = self._texts([turns[:-1]], True, *offer)
         return start + written_behind(start, full, turns[-1], "")

@@ -108,6 +108,25 @@ def test_turns_without_their_thoughts():
     assert without_earlier_thoughts(turns[1:2]) == turns[1:2]
 
 
+BY_OPTION = """
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' + ('<think>\n' if thinking else '') }}{% endif %}
+"""
+
+
+def test_a_thought_that_an_option_of_the_row_begins():
+    tokenizer = copy.deepcopy(family("qwen 2.5").tokenizer)
+    tokenizer.chat_template = BY_OPTION
+    chat, ask = ChatText(tokenizer), Message(role="user", content="2 + 2?")
+    start, bodies = chat.render([ask], [(THOUGHT,)], None, {"thinking": True})
+    assert start.endswith("<|im_start|>assistant\n<think>\n")
+    assert bodies == ["Count.\n</think>\n\n4<|im_end|>"]
+    with pytest.raises(TemplateRefuses, match="leaves out reasoning_content"):
+        chat.render([ask], [(THOUGHT,)])
+
+
 # --- where turns end
 
 
