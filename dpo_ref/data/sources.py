@@ -16,6 +16,7 @@ import numpy as np
 from dpo_ref.component import component
 from dpo_ref.data.formats.checks import BadRow, Row, columns_of
 from dpo_ref.data.formats.columns import GivenColumns, ReadRow, unread_columns
+from dpo_ref.data.formats.published import are_scored
 from dpo_ref.data.formats.recognise import Format, check_format, convert, format_of, known_logps, named_logps
 from dpo_ref.data.groups import StoredGroups, write
 from dpo_ref.data.pairing import Filters, Seen, add_pairs
@@ -89,6 +90,7 @@ class Reader:
         self._unread: dict[str, None] = {}
         self._columns: dict[str, bool] = {}  # whether some row's was read
         self._num_without_thoughts, self._num_contradicted = 0, 0
+        self._has_scores: set[bool] = set()  # of ranked rows
 
     @property
     def reading(self) -> Reading:
@@ -151,6 +153,8 @@ class Reader:
         self.format = self.format or self._accept(format_of(self.rules.format, row))
         options = {"rating": self.rules.rating} if self.rules.rating else {}
         group = convert(row, origin, self.format, options, self.rules.format != "auto")
+        if self.format.name == "ranked" and self.rules.rating is None:
+            self._check_scores(are_scored(row))
         group = self._with_logps(group, row, self.format)
         prompt = EARLIER_THOUGHTS[self.rules.earlier_thoughts](group.prompt)
         self._num_without_thoughts += prompt != group.prompt
@@ -161,6 +165,16 @@ class Reader:
         if not row.keys() <= self._columns.keys():
             self._columns |= {name: False for name in row if name not in self._columns}
         return group
+
+    def _check_scores(self, has_scores: bool) -> None:
+        """Refuse a ranked row without scores among rows that have them, or the other way round."""
+        self._has_scores.add(has_scores)
+        if len(self._has_scores) > 1:
+            self._has_scores.discard(has_scores)
+            own, before = ("scores", "none") if has_scores else ("no scores", "them")
+            raise BadRow(
+                f"has {own}, while the rows before have {before}: the order of responses ranks all rows or none"
+            )
 
     def _with_logps(self, group: PromptGroup, row: ReadRow, format: Format) -> PromptGroup:
         """The group with the log-probs that the row brings, if it does."""

@@ -431,6 +431,15 @@ def test_answers_that_are_texts_are_ranked_by_their_scores():
     assert "has answers without scores; a list of scores, rewards, ratings, ranks orders them" in refused(row)
 
 
+def test_a_row_without_scores_among_rows_that_have_them():
+    scored, listed = RANKED | {"scores": [1, 9]}, of_each("score", 1, 9)
+    assert "row 3 has no scores, while the rows before have them" in refused(scored, listed, RANKED)
+    assert "row 2 has scores, while the rows before have none" in refused(RANKED, scored)
+    assert "row 2 has scores, while the rows before have none" in refused(RANKED, listed)
+    groups, reader = read(scored, RANKED, scored, on_bad_row="skip", max_bad_share=0.5)
+    assert (len(groups), reader.reading.dropped) == (2, {"bad rows": 1})
+
+
 # --- pairs
 
 

@@ -254,6 +254,14 @@ def _scores(row: ReadRow, entries: _Entries) -> Scores | None:
     return values
 
 
+def are_scored(row: ReadRow) -> bool:
+    """Whether scores were read of a row of ranked responses: the order may be the ranking of some rows, not of one
+    among rows that have scores."""
+    keys = {*_SCORED_BY, *(f"{key}s" for key in _SCORED_BY)}
+    objects = chain.from_iterable(row.parts.values())
+    return not keys.isdisjoint(row.read) or any(not keys.isdisjoint(each.read) for each in objects)
+
+
 def _rated(row: ReadRow, entries: _Entries, rating: str) -> Scores:
     """What the key or list that data.rating names says."""
     if any(peek(entry, rating) is not None for entry in entries.objects):
