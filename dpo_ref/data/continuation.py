@@ -38,7 +38,7 @@ def _as_it_is(written: str, begun: str, ended: str, turn: Message, remedy: str) 
     before them."""
     if begun and CLOSES[begun.strip()] not in written:
         raise _missing(remedy)
-    if ended and _thinks_somehow(turn):
+    if ended and _has_thought(turn):
         raise _unwanted(remedy)
     words = without_empty_thought(written)
     if words == written or not thinks(turn) or not LEADING_OPEN.match(words):
@@ -46,7 +46,7 @@ def _as_it_is(written: str, begun: str, ended: str, turn: Message, remedy: str) 
     return _within_thought(begun + written, begun, turn, remedy) if begun else words.lstrip()
 
 
-def _thinks_somehow(turn: Message) -> bool:
+def _has_thought(turn: Message) -> bool:
     """Whether there is a thought in the turn, also one whose beginning is not marked."""
     return bool(thoughts_of(turn) or thought_and_words(turn["content"]))
 
@@ -71,7 +71,7 @@ def _unwanted(remedy: str) -> ThoughtMissing:
 
 def _behind_thought(rest: str, mark: str, turn: Message, remedy: str) -> str:
     """The prompt has an empty thought already; the answer follows."""
-    if _thinks_somehow(turn):
+    if _has_thought(turn):
         raise _unwanted(remedy)
     return without_empty_thought(rest).removeprefix(mark[len(mark.rstrip()) :])
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from dpo_ref.data.formats.checks import BadRow, json_text, written_out
 from dpo_ref.data.readers import file_rows
-from dpo_ref.data.rows import Source, open_source
 from dpo_ref.data.sources import preferences
+from tests.data.test_sources import fill, opened, prompts
 
 LINE = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
 
@@ -24,22 +24,6 @@ LINE = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))
-
-
-def fill(folder, *names):
-    """A folder of files that hold one row, their name."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps({"prompt": name}) + "\n")
-    return folder
-
-
-def opened(folder, **source):
-    return open_source(Source(str(folder), **source), "data.path")
-
-
-def prompts(folder, **source):
-    return [row["prompt"] for _, row in opened(folder, **source).rows]
 
 
 def refusal(path, **source):

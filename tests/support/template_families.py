@@ -23,6 +23,12 @@ _OWN = r"""
 {%- set own = messages[0].role == 'system' %}
 {%- set turns = messages[1:] if own else messages %}
 """
+_ASKED = r"""
+{%- set ns = namespace(asked=-1) %}
+{%- for m in turns %}
+    {%- if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}
+{%- endfor %}
+"""
 _IM_CALLS = r"""
 {%- for call in m.tool_calls or [] %}
     {{- ('\n' if m.content or not loop.first else '') + '<tool_call>\n{"name": "' + call.function.name }}
@@ -53,11 +59,7 @@ QWEN3 = (
     _OWN
     + r"{%- if own or tools %}{{ '<|im_start|>system\n' + (messages[0].content if own else '') }}"
     + r"{%- if tools %}{{ '\n\n' if own else '' }}" + _IM_TOOLS + r"{% endif %}{{ '<|im_end|>\n' }}{% endif %}"
-    + r"""
-{%- set ns = namespace(asked=-1) %}
-{%- for m in turns %}
-    {%- if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}
-{%- endfor %}
+    + _ASKED + r"""
 {%- for m in turns %}
     {%- if m.role == 'tool' %}""" + _IM_RESULT + r"""
     {%- else %}
@@ -351,10 +353,7 @@ NEMOTRON = (
     + r"""
 {{- '<|im_start|>system\n' + (messages[0].content if own else '') + '\n\n' if own or tools else '' }}
 {%- if tools %}""" + _IM_TOOLS + r"""{% endif %}{{ '<|im_end|>\n' if own or tools else '' }}
-{%- set ns = namespace(asked=-1) %}
-{%- for m in turns %}
-    {%- if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}
-{%- endfor %}
+""" + _ASKED + r"""
 {%- for m in turns %}
     {%- if m.role == 'tool' %}""" + _IM_RESULT + r"""
     {%- elif m.role == 'assistant' %}
