@@ -225,33 +225,75 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+@dataclass
+class _Rows:
+    """The rows of a batch that are being decoded, M of S. Those that have ended stay for a while, as taking them out
+    copies the cache."""
+
+    index: Int[Tensor, " M"]  # among the S
+    streams: Int[Tensor, " M"]
+    mask: Int[Tensor, "M L"]  # of prompts and all tokens there can be
+    positions: Int[Tensor, "M 1"]  # of the token before
+    ended: Bool[Tensor, " M"]
+    cache: Any
+
+    def keep(self, rows: Int[Tensor, " K"]) -> None:
+        """Take all others out."""
+        for name in ("index", "streams", "mask", "positions", "ended"):
+            setattr(self, name, getattr(self, name).index_select(0, rows))
+        self.cache.batch_select_indices(rows)
+
+
+def _read_prompts(
+    backbone: Any, prompts: Sequence[Sequence[int]], streams: Int[Tensor, " S"], max_new_tokens: int
+) -> tuple[Float[Tensor, "S H"], _Rows]:
+    """Hidden states from which the first token of each row is drawn. Prompts that are alike are read once."""
+    from dpo_ref.generation.kv_cache import with_room
+
+    device = next(backbone.parameters()).device
+    distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    ids, mask = _left_pad(list(distinct), device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    output = backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], dim=1)
+    whose = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+    cache = with_room(output.past_key_values)
+    cache.batch_select_indices(whose)
+    index = torch.arange(len(prompts), device=device)
+    rows = _Rows(index, streams.to(device), mask[whose], positions[whose, -1:], torch.zeros_like(index).bool(), cache)
+    return output[0][whose, -1], rows
+
+
+CROWDED = 0.75  # rows that have ended are taken out once no more than this share goes on
+
+
 @torch.no_grad()
 def decode(model: Any, prompts: Sequence[Sequence[int]], streams: Int[Tensor, " S"], rule: Rule) -> list[list[int]]:
     """The tokens that follow each of S prompts, the end token included if it was reached.
 
     `model` is in `decoding_mode`; `streams` (on the CPU) names each row's random numbers.
     """
-    device, backbone, head = next(model.parameters()).device, model.base_model, head_of(model)
-    ids, mask = _left_pad(prompts, device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    streams, rows = streams.to(device), torch.arange(len(prompts), device=device)
-    drawn_ids = torch.full((len(prompts), rule.max_new_tokens), -1, device=device)
-    cache = None
+    backbone, head = model.base_model, head_of(model)
+    hidden, rows = _read_prompts(backbone, prompts, streams, rule.max_new_tokens)
+    drawn_ids = torch.full((len(prompts), rule.max_new_tokens), -1, device=hidden.device)
+    length = rows.mask.shape[1] - rule.max_new_tokens
     for step in range(rule.max_new_tokens):
-        output = backbone(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        cache = output.past_key_values
-        tokens = choose(head.logits(output[0][:, -1]), streams, step, rule)
-        drawn_ids[rows, step] = tokens
-        unfinished = torch.isin(tokens, rule.end_ids, invert=True).nonzero().flatten()
-        if len(unfinished) == 0:
+        tokens = choose(head.logits(hidden), rows.streams, step, rule)
+        drawn_ids[rows.index, step] = tokens.masked_fill(rows.ended, -1)
+        rows.ended |= torch.isin(tokens, rule.end_ids)
+        going_on = (~rows.ended).nonzero().flatten()
+        if len(going_on) == 0 or step == rule.max_new_tokens - 1:
             break
-        if len(unfinished) < len(rows):
-            rows, streams, tokens, mask, positions = (
-                x.index_select(0, unfinished) for x in (rows, streams, tokens, mask, positions)
-            )
-            cache.batch_select_indices(unfinished)
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if len(going_on) <= CROWDED * len(tokens):
+            rows.keep(going_on)
+            tokens = tokens.index_select(0, going_on)
+        rows.positions = rows.positions + 1
+        output = backbone(
+            input_ids=tokens[:, None],
+            attention_mask=rows.mask[:, : length + step + 1],
+            position_ids=rows.positions,
+            past_key_values=rows.cache,
+            use_cache=True,
+        )
+        hidden = output[0][:, -1]
     return [[token for token in row if token >= 0] for row in drawn_ids.tolist()]

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.generation.engine import gumbel, random_bits, stream_name
+from dpo_ref.generation.kv_cache import ROOM, RoomyLayer, with_room
 from dpo_ref.generation.records import read_generations, write_generations
 from dpo_ref.generation.sampling import Rule, choose, generate, never_sampled
 from dpo_ref.models.attention import register
@@ -72,6 +74,34 @@ def test_batch_size_order_and_company_change_no_sample():
     assert [(g.prompt_index, g.sample_index) for g in once] == [(p, s) for p in range(5) for s in range(3)]
     assert len({g.token_ids for g in once}) == 15
     assert once != generate(model, TOKENIZER, PROMPTS, 2, batch_size=15, **options)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_prompts_read_once_and_a_cache_with_room_change_no_answer(model_type):
+    """Three samples of each prompt share its reading; a cache is longer than the room it gets at a time."""
+    model = model_for(TOKENIZER, model_type)
+    options = {"samples_per_prompt": 3, "max_new_tokens": 2 * ROOM + 5}
+    answers = generate(model, TOKENIZER, PROMPTS, 3, batch_size=15, **options)
+    assert answers == generate(model, TOKENIZER, PROMPTS, 3, batch_size=1, **options)
+    assert max(answer.num_tokens for answer in answers) > ROOM
+
+
+def test_a_layer_with_room_holds_what_one_that_is_copied_holds():
+    plain, roomy = DynamicCache(), DynamicCache()
+    states = torch.randn(2 * ROOM + 10, 2, 4, 3, 8)  # positions, keys and values, rows, heads, dimensions
+    for cache in (plain, roomy):
+        cache.update(*states[:5].movedim(0, 3), 0)
+    with_room(roomy)
+    assert isinstance(roomy.layers[0], RoomyLayer)
+    for position in range(5, len(states)):
+        new = states[position, :, :, :, None]
+        if position == ROOM:
+            plain.batch_select_indices(torch.tensor([2, 0]))
+            roomy.batch_select_indices(torch.tensor([2, 0]))
+        new = new[:, [2, 0]] if position >= ROOM else new
+        for ours, theirs in zip(roomy.update(*new, 0), plain.update(*new, 0), strict=True):
+            assert torch.equal(ours, theirs)
+    assert roomy.get_seq_length() == len(states)
 
 
 def test_a_prompt_that_occurs_twice_gets_different_samples():

@@ -1,0 +1,59 @@
+"""A KV cache with room ahead: a new token's keys and values are written beside those before them, where transformers'
+own layer copies all of them for every token. Apart from `sampling.py` because it is the one part of decoding that
+needs transformers before there is a model.
+"""
+
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 32  # positions; how often a layer is copied, and what it holds too much
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, which are the filled part of tensors with more positions."""
+
+    def __init__(self, filled: DynamicLayer) -> None:
+        super().__init__()
+        assert filled.keys is not None
+        assert filled.values is not None
+        self.lazy_initialization(filled.keys, filled.values)
+        self.keys, self.values = filled.keys, filled.values
+        self._room = self.keys, self.values
+
+    def update(
+        self, key_states: Float[Tensor, "S H N D"], value_states: Float[Tensor, "S H N D"], *args: Any, **kwargs: Any
+    ) -> tuple[Float[Tensor, "S H T D"], Float[Tensor, "S H T D"]]:
+        """Write the states of N more positions; those of all T."""
+        assert self.keys is not None
+        assert self.values is not None
+        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if end > self._room[0].shape[2]:
+            more = end - begin + ROOM
+            self._room = _with_room(self.keys, more), _with_room(self.values, more)
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, begin:end] = states
+        self.keys, self.values = (room[:, :, :end] for room in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Int[Tensor, " M"]) -> None:
+        """Keep these rows of the batch."""
+        super().batch_select_indices(indices)
+        assert self.keys is not None
+        assert self.values is not None
+        self._room = self.keys, self.values
+
+
+def _with_room(states: Float[Tensor, "S H T D"], more: int) -> Float[Tensor, "S H U D"]:
+    room = states.new_empty(*states.shape[:2], states.shape[2] + more, states.shape[3])
+    room[:, :, : states.shape[2]] = states
+    return room
+
+
+def with_room(cache: Any) -> Any:
+    """The cache that a model made, its plain layers with room ahead; layers of other kinds (sliding windows,
+    recurrent states) stay as they are."""
+    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
