@@ -35,6 +35,7 @@ _BEFORE = {  # what comes before a turn of a role
 _THINKS = re.compile(r"""(?<![\w.'"])(?:enable_thinking|thinking)(?![\w'"])""")
 _APART: list[bool] = []  # holds something in the process where strangers' templates run
 _FIRST: dict[tuple[str, str], tuple[str, list[str], str]] = {}  # what templates wrote of the first conversations
+_CALLS: dict[tuple[str, str, str], str] = {}  # and what they write of an assistant's call
 _PINNED = re.compile(r"(?:\{%- set \w+ = .*? -%\})*", re.DOTALL)  # options of a run, at the template's beginning
 Item = TypeVar("Item")
 
@@ -363,13 +364,18 @@ class ChatText:
     @cached_property
     def end_ids(self) -> set[int]:
         """Tokens that may end the assistant's turn: what ends words, and what ends calls."""
-        ends = {self.end_id}
-        try:
-            ((_, body),) = self.last_turns([_CALLED])
-        except TemplateRefuses:  # a template without calls
-            return ends
-        last = list(self.special_tokens.finditer(body))[-1:]
-        return ends | {self.tokenizer.convert_tokens_to_ids(match.group()) for match in last}
+        last = list(self.special_tokens.finditer(self._written_call()))[-1:]
+        return {self.end_id, *(self.tokenizer.convert_tokens_to_ids(match.group()) for match in last)}
+
+    def _written_call(self) -> str:
+        """What the assistant writes of a call; nothing under a template without calls."""
+        key = (*self._template, self.special_tokens.pattern)
+        if key not in _CALLS:
+            try:
+                ((_, _CALLS[key]),) = self.last_turns([_CALLED])
+            except TemplateRefuses:
+                _CALLS[key] = ""
+        return _CALLS[key]
 
     @cache  # noqa: B019 (one for a tokenizer, as long as it)
     def closing(self, role: str) -> str:
@@ -409,9 +415,14 @@ class ChatText:
         """What the template writes of a question and its answer."""
         return self._first_texts()[1]
 
+    @property
+    def _template(self) -> tuple[str, str]:
+        """What decides how the template writes."""
+        return str(self.tokenizer.chat_template), str(self.tokenizer.special_tokens_map)
+
     def _first_texts(self) -> tuple[str, list[str], str]:
         """A question up to where the assistant begins, with each of the answers, and with one and a question more."""
-        key = (str(self.tokenizer.chat_template), str(self.tokenizer.special_tokens_map))
+        key = self._template
         if key not in _FIRST:
             question = [Message(role="user", content="a")]
             answered: list[Any] = [conversation(question, answer) for answer in _ANSWERS]
