@@ -3,7 +3,8 @@
 A group lies in the pack as [prompt | y1 | ... | yk]; response yj sees the prompt and itself, never another response.
 Every backend computes exactly that and differs only in how:
 
-`sdpa`        any device. Piece by piece: [prompt | y1] causal, y2.. against prompt + themselves.
+`sdpa`        any device. Piece by piece: [prompt | y1] causal, y2.. against prompt + themselves; on a CPU short groups
+              in one call each, under a mask.
 `varlen`      CUDA, the FlashAttention kernel inside torch. One launch: queries are the pieces, the keys of y2.. are
               gathered as prompt + themselves, and the causal mask is aligned at the bottom right. What the kernel does
               not take (float32, heads whose size is no multiple of 8 or above 256) goes piece by piece.
@@ -15,9 +16,9 @@ They reach the model through transformers' attention interface: the model is cal
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,16 @@ KERNELS = ("flash_attn", "varlen")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_HEADS = range(8, 257, 8)  # head sizes
 
-Layout = tuple[tuple[int, tuple[int, ...]], ...]
+SHORT = 96  # tokens; on a CPU one call for a whole group is faster up to here (benchmarks/small_models.py)
+
+Group = tuple[int, tuple[int, ...]]  # the lengths of its prompt and of its responses
+Layout = tuple[Group, ...]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, k, v, mask (None: causal), scaling
+
+
+def _pieces_of(group: Group) -> list[int]:
+    prompt, responses = group
+    return [prompt + responses[0], *responses[1:]]
 
 
 class PackedLayout:
@@ -47,14 +57,43 @@ class PackedLayout:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout = layout
         self.device = device
-        self.pieces = [size for prompt, responses in layout for size in (prompt + responses[0], *responses[1:])]
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self.pieces = [size for group in layout for size in _pieces_of(group)]
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
 
     def note(self, attention_mask: Any, window: int | None, head_sizes: tuple[int, int]) -> None:
         """Called once per layer; `packable` listens here."""
 
-    def causal_mask(self, num_queries: int, num_keys: int, window: int | None) -> Bool[Tensor, "q k"]:
-        """Which of the last `num_queries` positions see which keys: causal, aligned at the bottom right, windowed."""
+    def is_short(self, group: Group) -> bool:
+        """Whether one call computes its attention, under a mask, and not one for every piece."""
+        prompt, responses = group
+        return self.device.type == "cpu" and len(responses) > 1 and prompt + sum(responses) <= SHORT
+
+    @cached_property
+    def runs(self) -> list[int]:
+        """How many tokens one call takes after the other: short groups, and pieces of all others."""
+        short = ((group, self.is_short(group)) for group in self.layout)
+        return [size for group, whole in short for size in ([sum(_pieces_of(group))] if whole else _pieces_of(group))]
+
+    def group_mask(self, group: Group, window: int | None) -> Bool[Tensor, "t t"]:
+        """Which tokens of a group see which: a response the prompt and itself, causal and windowed by position."""
+        if (group, window) not in self._masks:
+            prompt, responses = group
+            size = prompt + sum(responses)
+            mask = torch.ones(size, size, dtype=torch.bool, device=self.device).tril_()
+            for begin, length in zip(accumulate(responses, initial=prompt), responses, strict=False):
+                mask[begin + length :, begin : begin + length] = False
+            if window is not None:
+                runs = [torch.arange(prompt), *(torch.arange(prompt, prompt + length) for length in responses)]
+                positions = torch.cat(runs).to(self.device)
+                mask &= positions[:, None] - positions < window
+            self._masks[group, window] = mask
+        return self._masks[group, window]
+
+    def causal_mask(self, num_queries: int, num_keys: int, window: int | None) -> Bool[Tensor, "q k"] | None:
+        """Which of the last `num_queries` positions see which keys: causal, aligned at the bottom right, windowed.
+        None where that is all that stands on and below the diagonal."""
+        if num_queries == num_keys and window is None:
+            return None
         key = (num_queries, num_keys, window)
         if key not in self._masks:
             keys = torch.arange(num_keys, device=self.device)
@@ -86,19 +125,17 @@ class PackedLayout:
         return cu_q, torch.cat(key_runs).to(self.device), cu_k, max(self.pieces), max(key_sizes)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling: float) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    if q.shape[2] == k.shape[2] and window is None:  # the kernel then leaves out what lies above the diagonal
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-    mask = packed.causal_mask(q.shape[2], k.shape[2], window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    causal = mask is None  # the kernel then leaves out what lies above the diagonal
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
 
 
-def _formula(softcap: float | None, sinks: Tensor | None) -> Callable[..., Tensor]:
+def _formula(softcap: float | None, sinks: Tensor | None) -> Attend:
     """Attention written out in matmuls, with Gemma's soft-capping and GPT-OSS's sinks."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling: float) -> Tensor:
-        mask = packed.causal_mask(q.shape[2], k.shape[2], window)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if mask is None else mask
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         scores = (q @ k.transpose(-1, -2)) * scaling
@@ -113,21 +150,29 @@ def _formula(softcap: float | None, sinks: Tensor | None) -> Callable[..., Tenso
     return attend
 
 
-def _by_piece(attend: Callable, q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling):
-    """Run `attend` on every piece. Split, not sliced: the backward pass of a slice allocates a zero tensor as long as
-    the whole pack."""
-    q_pieces, k_pieces, v_pieces = (x.split(packed.pieces, dim=2) for x in (q, k, v))
-    outputs, piece = [], 0
-    for prompt, responses in packed.layout:
-        k_prompt, v_prompt = k_pieces[piece][:, :, :prompt], v_pieces[piece][:, :, :prompt]
-        outputs.append(attend(q_pieces[piece], k_pieces[piece], v_pieces[piece], packed, window, scaling))
-        for _ in responses[1:]:
-            piece += 1
-            keys = torch.cat([k_prompt, k_pieces[piece]], dim=2)
-            values = torch.cat([v_prompt, v_pieces[piece]], dim=2)
-            outputs.append(attend(q_pieces[piece], keys, values, packed, window, scaling))
-        piece += 1
+def _dense(attend: Attend, q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None, scaling: float):
+    """Run `attend` on every short group and on the pieces of all others. Split, not sliced: the backward pass of a
+    slice allocates a zero tensor as long as the whole pack."""
+    q_runs, k_runs, v_runs = (x.split(packed.runs, dim=2) for x in (q, k, v))
+    runs = zip(q_runs, k_runs, v_runs, strict=True)
+    outputs: list[Tensor] = []
+    for group in packed.layout:
+        whole = packed.is_short(group)
+        parts = [(*next(runs), packed.group_mask(group, window))] if whole else _pieces(group, runs, packed, window)
+        outputs += [attend(*part, scaling) for part in parts]
     return torch.cat(outputs, dim=2)
+
+
+def _pieces(
+    group: Group, runs: Iterator[tuple[Tensor, Tensor, Tensor]], packed: PackedLayout, window: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Queries, keys, values and mask of [prompt | y1], then of y2.. against prompt + themselves."""
+    prompt, responses = group
+    q, k, v = next(runs)
+    yield q, k, v, packed.causal_mask(q.shape[2], k.shape[2], window)
+    for q_own, k_own, v_own in islice(runs, len(responses) - 1):
+        keys, values = (torch.cat([x[:, :, :prompt], own], dim=2) for x, own in ((k, k_own), (v, v_own)))
+        yield q_own, keys, values, packed.causal_mask(q_own.shape[2], keys.shape[2], window)
 
 
 def _varlen_kernel() -> Callable[..., Tensor]:
@@ -200,10 +245,9 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
         special = softcap is not None or s_aux is not None
         if kernel is not None and not special and value.dtype in KERNEL_DTYPES and kernels_take(head_sizes):
             out = run_varlen(kernel, query, key, value, packed, sliding_window, scaling)
-        elif backend == "eager" or special:
-            out = _by_piece(_formula(softcap, s_aux), query, key, value, packed, sliding_window, scaling)
         else:
-            out = _by_piece(_sdpa, query, key, value, packed, sliding_window, scaling)
+            attend = _formula(softcap, s_aux) if backend == "eager" or special else _sdpa
+            out = _dense(attend, query, key, value, packed, sliding_window, scaling)
         return out.transpose(1, 2).contiguous(), None
 
     return attention

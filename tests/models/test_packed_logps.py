@@ -77,8 +77,25 @@ def test_varlen_layout_with_a_kernel_written_out():
     total = sum(prompt + sum(responses) for prompt, responses in SHORT)
     q, k, v = torch.randn(3, 1, 2, total, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for window in (None, 4):
-        expected = attention._by_piece(attention._sdpa, q, k, v, packed, window, 0.3)
+        expected = attention._dense(attention._sdpa, q, k, v, packed, window, 0.3)
         torch.testing.assert_close(attention.run_varlen(kernel, q, k, v, packed, window, 0.3), expected)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("attend", [attention._sdpa, attention._formula(None, None)], ids=["sdpa", "formula"])
+def test_a_short_group_in_one_call_is_what_its_pieces_are(monkeypatch, attend, window):
+    total = sum(prompt + sum(responses) for prompt, responses in SHORT)
+    states = torch.randn(3, 1, 2, total, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    for limit, num_calls in ((attention.SHORT, len(SHORT)), (0, sum(len(responses) for _, responses in SHORT))):
+        monkeypatch.setattr(attention, "SHORT", limit)
+        packed = attention.PackedLayout(SHORT, torch.device("cpu"))
+        assert len(packed.runs) == num_calls
+        leaf = states.clone().requires_grad_()
+        out = attention._dense(attend, *leaf, packed, window, 0.3)
+        outcomes.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    for whole, by_piece in zip(*outcomes, strict=True):
+        torch.testing.assert_close(whole, by_piece, atol=1e-12, rtol=1e-12)
 
 
 def test_changing_one_response_leaves_the_others_untouched():
