@@ -53,6 +53,7 @@ from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import never_sampled
 from dpo_ref.models import checkpoint
 from dpo_ref.models.loading import ModelPath
+from dpo_ref.models.logps import hidden_states_kept
 from dpo_ref.references.interface import Reference, ReferenceContext, build
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import PreferenceData, Progress, digest
@@ -121,6 +122,7 @@ def _diagnosis_before(folder: Path) -> Diagnosis | None:
 
 
 @torch.no_grad()
+@hidden_states_kept()
 def evaluate_policy(
     subject: PolicyToEvaluate, settings: EvaluationSettings, baseline: Evaluated | None
 ) -> Evaluated | None:

@@ -4,9 +4,12 @@ The language-model head is applied to response positions only, a chunk of tokens
 recomputed in the backward pass: no [tokens, vocabulary] tensor outlives its chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -153,12 +156,54 @@ def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"
 
 def hidden_at(model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
     """Last hidden states at these positions of the pack, computed as `response_hidden` says."""
+    kept = _KEPT.get()
+    return _hidden_at(model, batch, positions) if kept is None else kept.hidden_at(model, batch, positions)
+
+
+def _hidden_at(model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
     causal_lm: Any = model
     packed = causal_lm.config._attn_implementation in REGISTERED.values()
     hidden = (_packed_states if packed else _separate_states)(model, batch).index_select(0, positions)
     device = hidden.device.type
     # Autocast leaves the residual stream in float32, and does not reach the head's in-place products.
     return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+# An evaluation asks the same models about the same answers and pairs for several of its numbers.
+
+KEPT_BYTES = 2**28  # of hidden states; what does not fit is computed again
+
+
+class _Kept:
+    """Hidden states of packs, as long as their models live."""
+
+    def __init__(self) -> None:
+        self._states: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
+        self._room = KEPT_BYTES
+
+    def hidden_at(self, model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
+        known = self._states.setdefault(model, {})
+        asked = (batch.layout, *(x.cpu().numpy().tobytes() for x in (batch.input_ids, positions)))
+        if asked in known:
+            return known[asked]
+        hidden = _hidden_at(model, batch, positions)
+        if hidden.nbytes <= self._room:
+            self._room -= hidden.nbytes
+            known[asked] = hidden
+        return hidden
+
+
+_KEPT: ContextVar[_Kept | None] = ContextVar("hidden states that are kept", default=None)
+
+
+@contextmanager
+def hidden_states_kept() -> Iterator[None]:
+    """Within, where no gradient is taken and no weight changes, what was computed for a pack is not computed again."""
+    token = _KEPT.set(_Kept())
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def separate_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:

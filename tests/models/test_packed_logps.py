@@ -111,6 +111,32 @@ def test_changing_one_response_leaves_the_others_untouched():
     assert (before[:4] - after[:4]).abs().max() > 1e-2
 
 
+def test_hidden_states_are_kept_where_that_is_said_and_there_is_room(monkeypatch):
+    model, other = tiny_model(), tiny_model(seed=1)
+    batch, longer = collate(random_groups(SHORT)), collate(random_groups(LONG))
+    passes = []
+    for asked in (model, other):
+        asked.base_model.register_forward_hook(lambda *_: passes.append(0))
+
+    @torch.no_grad()
+    def num_passes(*questions):
+        passes.clear()
+        answers = [logps.response_hidden(*question) for question in questions]
+        return len(passes), answers
+
+    plain = num_passes((model, batch), (model, batch), (other, batch))
+    with logps.hidden_states_kept():
+        kept = num_passes((model, batch), (model, batch), (other, batch))
+        assert num_passes((model, longer), (model, batch), (model, longer))[0] == 1
+        assert not torch.equal(logps.hidden_at(model, batch, batch.head_index[:3]), kept[1][2][:3])
+    assert (plain[0], kept[0]) == (3, 2)
+    assert all(map(torch.equal, plain[1], kept[1]))
+    assert num_passes((model, batch))[0] == 1
+    monkeypatch.setattr(logps, "KEPT_BYTES", kept[1][0].nbytes)
+    with logps.hidden_states_kept():
+        assert num_passes((model, batch), (model, longer), (model, longer), (model, batch))[0] == 3
+
+
 @pytest.mark.parametrize(("bias", "scale", "softcap"), [(False, 1.0, None), (True, 0.5, None), (True, 2.0, 3.0)])
 def test_chunked_head_equals_full_logits(monkeypatch, bias, scale, softcap):
     rows, hidden_size, vocab = 13, 7, 29
