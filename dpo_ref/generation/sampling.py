@@ -239,8 +239,8 @@ class _Rows:
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
         """Take all others out."""
-        for name in ("index", "streams", "mask", "positions", "ended"):
-            setattr(self, name, getattr(self, name).index_select(0, rows))
+        kept = (x.index_select(0, rows) for x in (self.index, self.streams, self.mask, self.positions, self.ended))
+        self.index, self.streams, self.mask, self.positions, self.ended = kept
         self.cache.batch_select_indices(rows)
 
 
