@@ -23,7 +23,7 @@ from common import ROOT, Stepper, llama, write
 
 SHAPE = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": True, "pad_token_id": 0}
-PAIRS, BATCH, SAMPLES = 2048, 32, 4
+PAIRS, BATCH, PROMPTS, SAMPLES = 2048, 32, 400, 4
 UNITS = {"step": "pairs/s", "sampling": "answers/s", "job": "s", "evaluation": "s"}
 
 
@@ -39,30 +39,31 @@ def lab(tokenizer, num_prompts=1):
     return list(tokenise(data.train, tokenizer).groups), data.test_prompts
 
 
-def step(model, tokenizer):
-    """Pairs in a second of training: data order, packs, layout, loss, gradient, update and metrics."""
-    groups, _ = lab(tokenizer)
-    stepper, model = Stepper(model, groups), model.train()
-    batches = [groups[start : start + BATCH] for start in range(0, len(groups), BATCH)]
-    for batch in batches[:4]:
-        stepper(batch)
+def cpu_seconds(call, *arguments, **options):
+    """Of one call."""
     started = time.process_time()
-    for batch in batches:
-        stepper(batch)
-    return len(groups) / (time.process_time() - started)
+    call(*arguments, **options)
+    return time.process_time() - started
+
+
+def step(model, tokenizer):
+    """Pairs in a second of training: packs, layout, loss, gradient, update and metrics of the median step."""
+    groups, _ = lab(tokenizer)
+    stepper, _ = Stepper(model, groups), model.train()
+    batches = [groups[start : start + BATCH] for start in range(0, len(groups), BATCH)]
+    return BATCH / statistics.median(cpu_seconds(stepper, batch) for batch in [*batches, *batches])
 
 
 def sampling(model, tokenizer):
-    """Answers in a second, from prompts to texts."""
+    """Answers in a second, from prompts to texts, in the median of three times."""
     from dpo_ref.distributed import keep_memory
     from dpo_ref.generation.sampling import generate
 
     keep_memory()
-    _, prompts = lab(tokenizer, 400)
+    _, prompts = lab(tokenizer, PROMPTS)
     generate(model, tokenizer, prompts[:40], 0)
-    started = time.process_time()
-    answers = generate(model, tokenizer, prompts, 1, samples_per_prompt=SAMPLES)
-    return len(answers) / (time.process_time() - started)
+    seconds = (cpu_seconds(generate, model, tokenizer, prompts, seed, samples_per_prompt=SAMPLES) for seed in range(3))
+    return PROMPTS * SAMPLES / statistics.median(seconds)
 
 
 def child(args):
