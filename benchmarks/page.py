@@ -67,6 +67,17 @@ def sweep_text(result):
     )
 
 
+def small_models_table(result):
+    """This checkout, and how many times as fast it is as the one beside it."""
+    names = {"step": "training step", "sampling": "sampling", "job": "a job of 2,048 pairs, from its start"}
+    names |= {"evaluation": "its evaluation, with the initial policy's"}
+    lines = ["| one thread | | × before |", "|---|---|---|"]
+    for what, row in result["rows"].items():
+        low, high = row["from_to"]
+        lines.append(f"| {names[what]} | {row['here']:g} {row['unit']} | {row['times_as_fast']} [{low}, {high}] |")
+    return "\n".join(lines)
+
+
 def data_text(result):
     """Two sentences."""
     cold, warm = result["cold"], result["warm"]
@@ -251,6 +262,7 @@ def fill(text, name, content):
 def main():
     text = PAGE.read_text()
     makers = {"step_vs_trl": steps_table, "scaling": scaling_table, "sweep_cost": sweep_text, "gpu_h200": gpu_text}
+    makers["small_models"] = small_models_table
     makers |= {"soak": soak_text, "soak_sweep": soak_sweep_text, "digests": digests_table}
     for name, make in makers.items():
         if (result := read(name)) is not None:
