@@ -11,7 +11,7 @@ PYTHONS := 3.11 3.12 3.13
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install install-locked install-dev demo test test-fast test-matrix faults guards
-.PHONY: reliability lint format flash lock licences audit clean
+.PHONY: lab-models reliability lint format flash lock licences audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ test-matrix: $(TOOLS)/.installed ## run a short suite under each Python, with th
 
 faults: install-dev ## run every test of a fault, also those that `make test` leaves out
 	$(PYTEST) -m "slow or not slow" tests/faults
+
+lab-models: install ## train the lab's models by their recipes and compare with those that ship (an hour on one core)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lab_models.py $(ONLY)
 
 reliability: install-dev ## the same, and write docs/reliability.md of what was seen
 	$(PYTEST) -m "slow or not slow" --reliability tests/faults

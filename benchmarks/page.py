@@ -1,11 +1,13 @@
-"""Fill docs/performance.md, data.md, conversations.md and the pictures in docs/images from benchmarks/results."""
+"""Fill docs/performance.md, data.md, conversations.md, lab.md and pictures in docs/images from benchmarks/results."""
 
 import json
 import re
+import statistics
 
 from common import RESULTS, ROOT
 
 DATA_PAGE, CONVERSATIONS_PAGE = ROOT / "docs" / "data.md", ROOT / "docs" / "conversations.md"
+LAB_PAGE = ROOT / "docs" / "lab.md"
 PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "images" / "performance.png"
 OURS, OTHERS = "#2563eb", ("#94a3b8", "#475569")
 
@@ -253,6 +255,53 @@ def soak_sweep_picture(result):
         save(figure, PICTURE.with_name("soak_sweep.png"), dpi=130, metadata={"Software": None})
 
 
+def lab_models_table(result):
+    """What the lab's models' answers are worth; of the two initial policies by family too."""
+    models = result["models"]
+    lines = ["| model | gold, sampled | greedy | best of 16 |", "|---|---|---|---|"]
+    for name, row in models.items():
+        gold = f"{row['gold']:.3f} ± {row['gold_error']:.3f}"
+        lines.append(f"| `lab:{name}` | {gold} | {row['greedy']:.3f} | {row['best_of_16']:.3f} |")
+    families = models["initial"]["by_family"]
+    lines += ["", "`lab:initial` by family:", "", "| | " + " | ".join(f"`{name}`" for name in families) + " |"]
+    lines.append("|---" * (len(families) + 1) + "|")
+    for key, title in {"gold": "sampled", "greedy": "greedy", "best_of_16": "best of 16"}.items():
+        lines.append(f"| {title} | " + " | ".join(f"{row[key]:.2f}" for row in families.values()) + " |")
+    return "\n".join(lines)
+
+
+def lab_effects_text(result):
+    """The targets with how many seeds met each, and the sweeps' cells as means and standard deviations over seeds."""
+    seeds, initial = len(result["seeds"]), result["initial"]
+    lines = ["| target | seeds that meet it |", "|---|---|"]
+    lines += [f"| {target} | {sum(met)} of {seeds} |" for target, met in result["met"].items()]
+    lines += [
+        "",
+        "| sweep | beta | gold | win rate | tokens | ended | KL | end token | degenerate |",
+        "|---" * 9 + "|",
+    ]
+    start = f"| initial policy | | {initial['gold']:.3f} ± {initial['gold_error']:.3f} | |"
+    lines.append(f"{start} {initial['tokens']:.1f} | | | | |")
+    for sweep, cells in result["sweeps"].items():
+        for beta in sorted({cell["beta"] for cell in cells}):
+            alike = [cell for cell in cells if cell["beta"] == beta]
+            lines.append(f"| {sweep.replace('_', ' ')} | {beta:g} | {effects_row(alike)} |")
+    return "\n".join(lines)
+
+
+def effects_row(cells):
+    """Means and standard deviations over seeds."""
+
+    def both(key, digits):
+        values = [cell[key] for cell in cells]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
+
+    digits = {"gold": 3, "win_rate": 3, "tokens": 1, "ended": 3, "kl": 2, "end_shift": 2}
+    broken = f"{sum(cell['degenerate'] for cell in cells)} of {len(cells)}"
+    return " | ".join([*(both(key, number) for key, number in digits.items()), broken])
+
+
 def fill(text, name, content):
     """Replace what stands between two markers."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
@@ -278,6 +327,11 @@ def main():
             draw(result)
     if (data := read("data")) is not None:
         DATA_PAGE.write_text(fill(DATA_PAGE.read_text(), "data", data_text(data)))
+    lab = LAB_PAGE.read_text()
+    for name, make in {"lab_models": lab_models_table, "lab_effects": lab_effects_text}.items():
+        if (result := read(name)) is not None:
+            lab = fill(lab, name, make(result))
+    LAB_PAGE.write_text(lab)
     if (turns := read("conversations")) is not None:
         page = fill(CONVERSATIONS_PAGE.read_text(), "conversations", conversations_table(turns))
         CONVERSATIONS_PAGE.write_text(page)

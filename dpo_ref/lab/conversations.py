@@ -19,6 +19,8 @@ class FollowUp(Family):
         "Thanks. Next, {request}.",
         "Good. I would like {request}.",
         "And now {request}, please.",
+        "Can you also give me {request}?",
+        "From your answer, I need {request}.",
     )
     requests: ClassVar[dict[str, Callable[[list[str]], list[str]]]] = {
         "the same in reverse order": lambda items: items[::-1],

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from dpo_ref.lab.tasks import (
     CATEGORIES,
-    COLOUR,
     COLOURS,
     COUNT_WORDS,
     MARKS,
@@ -13,6 +12,7 @@ from dpo_ref.lab.tasks import (
     NUMBERS,
     PARTIAL_CREDIT,
     SPELLING,
+    THING,
     THINGS,
     WORD,
     WORDS,
@@ -43,6 +43,8 @@ class NameMembers(Family):
         "Please list {count} {category} other than {excluded}.",
         "I need {count} {category}. Leave out {excluded}.",
         "Which {count} {category} come to mind, apart from {excluded}?",
+        "Leaving out {excluded}, name {count} {category}.",
+        "Not {excluded}, please: I want {count} other {category}.",
     )
     slot_patterns: ClassVar = {
         "count": "two|three|four",
@@ -95,6 +97,8 @@ class Spell(Family):
         "How do you spell {word}? Put {mark} between the letters.",
         "Use {mark} to spell {word}.",
         "Take the word {word} and spell it with {mark}.",
+        "With {mark} between its letters, spell {word}.",
+        "I want to see {word} spelled with {mark}.",
     )
     words = tuple(word for word in (*WORDS, *THINGS, *COLOURS) if len(word) <= 4)
     slot_patterns: ClassVar = {"word": "|".join(words), "mark": "|".join(MARKS)}
@@ -135,6 +139,8 @@ class Repeat(Family):
         "Please say {word} {count} times.",
         "I want to read {word} {count} times.",
         "Can you write the word {word} {count} times?",
+        "Say {count} times the word {word}.",
+        "Give me {count} copies of the word {word}.",
     )
     slot_patterns: ClassVar = {"word": _WORD, "count": "|".join(COUNT_WORDS)}
 
@@ -162,6 +168,8 @@ class Reverse(Family):
         "Please turn around the order of {words}.",
         "Here are some words: {words}. Reverse them.",
         "Say {words} backwards, word by word.",
+        "Start with the last word of {words} and go back to the first.",
+        "What is {words} the other way round?",
     )
     slot_patterns: ClassVar = {"words": enumeration_pattern(_WORD)}
 
@@ -180,33 +188,39 @@ class Reverse(Family):
 
 
 class ReadPassage(Family):
-    """Answer a question about the passage before it."""
+    """Name a thing of the passage before, and its colour."""
 
     name = "passage"
     wordings = (
-        "Look, {passage}. What colour is the {thing}?",
-        "Suppose {passage}. Tell me the colour of the {thing}.",
-        "I see that {passage}. Which colour has the {thing}?",
-        "Read this: {passage}. Now name the colour of the {thing}.",
-        "What colour is the {thing}, if {passage}?",
+        "Look at the {passage}. Name the {thing} and its colour.",
+        "Suppose there is a {passage}. Tell me about the {thing} and its colour.",
+        "I see a {passage}. Which colour has the {thing}?",
+        "Read this: {passage}. Now name the {thing}, then its colour.",
+        "What about the {thing}, if I have a {passage}?",
+        "Find the {thing} among the {passage}.",
+        "She has a {passage}. What do you know about the {thing}?",
     )
-    _entry = f"the (?:{'|'.join(THINGS)}) is (?:{'|'.join(COLOURS)})"
-    slot_patterns: ClassVar = {"passage": enumeration_pattern(_entry), "thing": "|".join(THINGS)}
+    _entry = f"(?:{'|'.join(COLOURS)}) (?:{'|'.join(THINGS)})"
+    slot_patterns: ClassVar = {"passage": f"{_entry}(?: and {_entry})*", "thing": "|".join(THINGS)}
 
     def draw_slots(self, rng: random.Random) -> Slots:
         things = rng.sample(THINGS, 3)
-        entries = [f"the {thing} is {colour}" for thing, colour in zip(things, rng.sample(COLOURS, 3), strict=True)]
-        return {"passage": enumeration(entries), "thing": rng.choice(things)}
+        entries = [f"{colour} {thing}" for thing, colour in zip(things, rng.sample(COLOURS, 3), strict=True)]
+        return {"passage": " and ".join(entries), "thing": rng.choice(things)}
 
     def kind(self, slots: Slots) -> ItemKind:
-        return COLOUR
+        return THING
 
     def right(self, slots: Slots, rng: random.Random) -> list[str]:
-        entries = (entry.split() for entry in items_of(slots["passage"]))
-        return [next(entry[-1] for entry in entries if entry[1] == slots["thing"])]
+        return next([thing, colour] for colour, thing in _entries(slots) if thing == slots["thing"])
 
     def wrong(self, slots: Slots, rng: random.Random) -> list[str]:
-        return unlike(self.right(slots, rng), lambda: [rng.choice(COLOUR.find(slots["passage"]))])
+        things, colours = zip(*((thing, colour) for colour, thing in _entries(slots)), strict=True)
+        return unlike(self.right(slots, rng), lambda: [rng.choice((slots["thing"], *things)), rng.choice(colours)])
+
+
+def _entries(slots: Slots) -> list[list[str]]:
+    return [entry.split() for entry in slots["passage"].split(" and ")]
 
 
 # --- about numbers
@@ -225,6 +239,8 @@ class Count(Family):
         "Write the numbers from {start} to {end}, counting by {step}.",
         "Start at {start} and count by {step} until {end}.",
         "Can you count from {start} to {end} by {step}?",
+        "By {step}, count from {start} until you reach {end}.",
+        "I want to hear you count by {step}, {start} to {end}.",
     )
     slot_patterns: ClassVar = {"start": "1?[0-9]", "end": "1?[0-9]", "step": "ones|twos"}
     steps: ClassVar = {"ones": 1, "twos": 2}
@@ -262,6 +278,8 @@ class Sort(Family):
         "Please arrange {numbers} in {direction} order.",
         "In {direction} order, what are {numbers}?",
         "Write {numbers} again, but in {direction} order.",
+        "Here are some numbers: {numbers}. Sort them in {direction} order.",
+        "I need {numbers} sorted, in {direction} order.",
     )
     slot_patterns: ClassVar = {"numbers": _NUMBERS, "direction": "ascending|descending"}
 
@@ -290,6 +308,8 @@ class PickNumber(Family):
         "What is the {extreme} number among {numbers}?",
         "Please tell me the {extreme} of these numbers: {numbers}.",
         "Among {numbers}, find the {extreme}.",
+        "Only the {extreme} of {numbers}, please.",
+        "Look at {numbers}. Which number is the {extreme}?",
     )
     slot_patterns: ClassVar = {"numbers": _NUMBERS, "extreme": "largest|smallest"}
 

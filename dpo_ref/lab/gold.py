@@ -2,11 +2,11 @@
 
     gold = 0.7 C F + 0.15 R + 0.15 E      in [0, 1];  0 where C = 0: form is worth nothing without an answer
 
-C, correctness: 1 where the items in the response (numbers, table words, colours or spellings, whichever the
+C, correctness: 1 where the items in the response (numbers, words of the tables or spellings, whichever the
 instruction asks for) are exactly those of the right answer, in its order; otherwise at most 0.4, times the share of
 positions that agree out of the longer of the two. So neither repeating the answer nor listing everything pays.
 F, finished: 1 where the response ended by itself (end-of-turn token), 0.5 where it ran into the length limit.
-R, relevance: 1 up to 60 characters beside the items (each counted with 2 characters of punctuation), falling linearly
+R, relevance: 1 up to 60 characters beside the items (each counted with the blank before it), falling linearly
 to 0 at 200; a third of that where the response hedges ("not sure", "maybe", "perhaps", "guess").
 E, ending: 1 where the response ended by itself, with a full stop, exclamation or question mark.
 """
@@ -45,7 +45,7 @@ def gold_reward(task: Task, response: str, finished: bool) -> float:
     correctness = family.correctness(slots, items) if items else 0.0
     if correctness == 0.0:
         return 0.0
-    extra = len(response) - sum(len(item) + 2 for item in items)
+    extra = len(response) - sum(len(item) + 1 for item in items)
     relevance = (WORTHLESS_AT - extra) / (WORTHLESS_AT - FREE_CHARACTERS)
     relevance = min(1.0, max(0.0, relevance)) / (3 if HEDGE.search(response) else 1)
     ending = finished and response.rstrip().endswith((".", "!", "?"))

@@ -1,212 +1,75 @@
-"""The lab's checkpoints, built on first use by the project's own SFT and kept in the cache, and their tokenizers.
+"""The lab's checkpoints, `lab:<name>`: where they are, and that they are what was shipped.
 
-A model's folder is named by a digest of its recipe, so changing a recipe builds anew and never overwrites. Folders are
-written beside their place and moved there; a lock makes a second process wait for the first instead of building twice.
-
-The tokenizers are byte-level BPE trained on the world's own text, small enough for a model of 0.3 M parameters. Both
-encode any text (every byte is a token) and decode it unchanged. Each turn opens with special tokens and closes with
-the end-of-turn token, which is `eos_token`: so a prompt with the generation prompt is a token prefix of the whole
-conversation, and a response is followed directly by the end-of-turn token.
-
-`WORLD_VERSION` names the meaning of all of the world: raise it when tables, wordings, writers or templates change,
-because checkpoints trained on the old world do not fit the new one.
+Those that ship lie in `checkpoints/`, each in a folder named by its model and by the digest of what is in it, so every
+machine starts from the same weights. `lab:large` is too large to ship and is built on first use, into the cache, by
+its recipe (`recipes.py`); its folder is named by the recipe's digest, so changing the recipe builds anew and never
+overwrites. A lock makes a second process wait for the first instead of building twice.
 """
 
 import fcntl
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache, partial
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dpo_ref.data.packing import pack
-from dpo_ref.data.tokenise import tokenise
-from dpo_ref.distributed import best_device
 from dpo_ref.files.cache import cache_folder, in_use, is_kept
-from dpo_ref.files.digests import damage_in
-from dpo_ref.lab.preferences import MIXED, Writer, draw_demonstrations, lab_sft
-from dpo_ref.models.attention import register
-from dpo_ref.models.checkpoint import save_policy
-from dpo_ref.models.loading import LOCATORS, Policy
-from dpo_ref.objectives.interface import bind
-from dpo_ref.objectives.unpaired import sft
-from dpo_ref.references.policies import NoReference
-from dpo_ref.tracking.terminal import TrainingProgress, say
-from dpo_ref.training.optim import adamw
-from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
-from dpo_ref.training.trainer import train
-from dpo_ref.types import digest, words_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-
-WORLD_VERSION = 1
-
-
-# --- tokenizers
-
-
-LAB_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-FOREIGN_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|start|>{{ message['role'] }}<|message|>{{ message['content'] }}<|end|>"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}"
-)
-
-
-def lab_tokenizer() -> "PreTrainedTokenizerFast":
-    """The tokenizer of the lab's own models: most of the world's words are one token."""
-    roles = ["<|system|>", "<|user|>", "<|assistant|>"]
-    return _train_tokenizer(
-        LAB_TEMPLATE, vocabulary=800, bos="<|bos|>", end_of_turn="<|eot|>", pad="<|pad|>", extra_tokens=roles
-    )
-
-
-def foreign_tokenizer() -> "PreTrainedTokenizerFast":
-    """Another tokenizer: a smaller vocabulary, so longer sequences, other special tokens, another template, no BOS."""
-    headers = ["<|start|>", "<|message|>"]
-    return _train_tokenizer(
-        FOREIGN_TEMPLATE, vocabulary=480, bos=None, end_of_turn="<|end|>", pad="<|blank|>", extra_tokens=headers
-    )
-
-
-def _train_tokenizer(
-    template: str, *, vocabulary: int, bos: str | None, end_of_turn: str, pad: str, extra_tokens: list[str]
-) -> "PreTrainedTokenizerFast":
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[token for token in (pad, bos, end_of_turn, *extra_tokens) if token],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_texts(8000), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=end_of_turn,
-        pad_token=pad,
-        additional_special_tokens=extra_tokens,
-        chat_template=template,
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
-
-
-def _texts(num_conversations: int) -> Iterator[str]:
-    demonstrations = draw_demonstrations(Writer(0.75, MIXED), "train", random.Random("tokenizer text"))
-    for group in islice(demonstrations, num_conversations):
-        yield from (text for message in group.prompt for text in (message["role"], message["content"]))
-        yield words_of(group.responses[0])
-
-
-# --- checkpoints
-
+from dpo_ref.files.digests import DIGESTS, damage_in, file_digest
+from dpo_ref.lab.recipes import RECIPES, Recipe, build
+from dpo_ref.models.loading import LOCATORS
+from dpo_ref.tracking.terminal import say
 
 SCHEME = "lab:"
-WORLD_SAMPLES = 200  # conversations whose text stands for the world in a model's digest
-TOKENIZERS = {"lab": lab_tokenizer, "foreign": foreign_tokenizer}
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One pass of SFT over fresh demonstrations of one writer."""
-
-    competence: float
-    styles: str
-    num_steps: int
-    lr: float
-    batch_size: int = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Everything the weights depend on."""
-
-    architecture: str
-    tokenizer: str
-    shape: dict[str, int]
-    stages: tuple[Stage, ...]
-    seed: int = 0
-
-    @property
-    def key(self) -> str:
-        """Digest of the recipe and of what the world says: another wording or fact makes another model."""
-        return digest([asdict(self), _world(self.seed)])[:16]
-
-
-@cache
-def _world(seed: int) -> list[str]:
-    """Digests of some conversations."""
-    demonstrations = lab_sft(seed, num_examples=WORLD_SAMPLES, num_eval_examples=0, num_test_prompts=0).train
-    return [group.group_id for group in demonstrations]
-
-
-SMALL = {
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-}
-MIXED_STAGE = Stage(competence=0.45, styles="mixed", num_steps=1200, lr=3e-3)
-RECIPES = {
-    "initial": Recipe("llama", "lab", SMALL, (MIXED_STAGE,)),
-    "strong": Recipe(
-        "llama", "lab", SMALL, (MIXED_STAGE, Stage(competence=0.95, styles="mixed", num_steps=600, lr=2e-3))
-    ),
-    "foreign": Recipe("qwen2", "foreign", SMALL, (Stage(competence=0.95, styles="mixed", num_steps=1800, lr=3e-3),)),
-    "tiny": Recipe(
-        "llama",
-        "lab",
-        SMALL | {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2},
-        (Stage(competence=0.45, styles="mixed", num_steps=60, lr=1e-2, batch_size=32),),
-    ),
-    "large": Recipe(
-        "llama",
-        "lab",
-        SMALL
-        | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
-        | {"num_key_value_heads": 8},
-        (Stage(competence=0.45, styles="mixed", num_steps=3000, lr=1e-3, batch_size=256),),
-    ),
-}
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
 def locate(path: str) -> str:
-    """The folder of the model `lab:<name>`, built if need be."""
+    """The folder of the model `lab:<name>`, built if it neither ships nor is in the cache. Raises ValueError for a
+    name that there is not, and for shipped files that are not as they were."""
     name = path.removeprefix(SCHEME)
     if name not in RECIPES:
         raise ValueError(f"{path} is no model of the lab; there are {', '.join(SCHEME + n for n in RECIPES)}")
-    folder = cache_folder() / "models" / f"lab-{name}-{RECIPES[name].key}"
-    if damage_in(folder) is not None:
-        with _lock(folder.with_suffix(".lock"), name):
-            if not is_kept(folder, "it is built again"):
-                _build(name, RECIPES[name], folder)
-    in_use(folder)
-    return str(folder)
+    shipped = shipped_folder(name)
+    if shipped is None:
+        return str(_built(name, RECIPES[name]))
+    if changed := change_in(shipped):
+        raise ValueError(f"{path}: {shipped / changed} is not the file that ships; git checkout -- {shipped}")
+    return str(shipped)
 
 
 LOCATORS[SCHEME] = locate
+
+
+# --- those that ship
+
+
+def shipped_folder(name: str) -> Path | None:
+    """Where a model that ships is; None for one that does not."""
+    return next(CHECKPOINTS.glob(f"{name}-*"), None)
+
+
+def shipped_name(name: str, folder: Path) -> str:
+    """What a model's folder is called among those that ship: its name and the digest of its files' digests."""
+    return f"{name}-{file_digest(folder / DIGESTS)[:12]}"
+
+
+def change_in(folder: Path) -> str | None:
+    """The file of a shipped folder that is not as its name says; None where all are."""
+    if damaged := damage_in(folder):
+        return damaged
+    return None if folder.name == shipped_name(folder.name.partition("-")[0], folder) else DIGESTS
+
+
+# --- those that are built
+
+
+def _built(name: str, recipe: Recipe) -> Path:
+    folder = cache_folder() / "models" / f"lab-{name}-{recipe.key}"
+    if damage_in(folder) is not None:
+        with _lock(folder.with_suffix(".lock"), name):
+            if not is_kept(folder, "it is built again"):
+                say(f"building lab:{name}, once per machine (on a GPU some minutes, elsewhere hours)")
+                build(recipe, folder)
+    in_use(folder)
+    return folder
 
 
 @contextmanager
@@ -219,60 +82,3 @@ def _lock(path: Path, name: str) -> Iterator[None]:
             say(f"another process is building lab:{name}; waiting for it")
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-def _model(recipe: Recipe, tokenizer: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # one bar at a time, ours
-    config = AutoConfig.for_model(
-        recipe.architecture,
-        **recipe.shape,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
-    model.set_attn_implementation(register("sdpa"))
-    return model
-
-
-@torch.enable_grad()  # the first to ask for a model may be an evaluation
-def _build(name: str, recipe: Recipe, folder: Path) -> None:
-    """Train a model from its recipe and move it into its place."""
-    minutes = {"tiny": "some seconds", "large": "a GPU and some minutes"}.get(name, "a few minutes")
-    say(f"building lab:{name}, once per machine ({minutes})")
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        tokenizer = TOKENIZERS[recipe.tokenizer]()
-        model = _model(recipe, tokenizer).to(best_device())
-        for index, stage in enumerate(recipe.stages):
-            _fit(model, tokenizer, stage, seed=recipe.seed + 1000 * index, title=f"lab:{name} {index + 1}")
-    save_policy(folder, model, tokenizer)
-
-
-def _fit(model: Any, tokenizer: Any, stage: Stage, seed: int, title: str) -> None:
-    num_examples = stage.num_steps * stage.batch_size
-    data = lab_sft(
-        seed,
-        num_examples=num_examples,
-        num_eval_examples=0,
-        num_test_prompts=0,
-        competence=stage.competence,
-        styles=stage.styles,  # pyright: ignore[reportArgumentType]
-    )
-    groups = tokenise(data.train, tokenizer).groups
-    optim = adamw(model, stage.num_steps, lr=stage.lr, schedule="cosine", warmup_ratio=0.03, weight_decay=0.01)
-    config = TrainerConfig(batch_size=stage.batch_size, epochs=1.0)
-    rounds = OfflineRounds(groups, config, partial(pack, tokens_per_batch=16384), seed)
-    policy, bar = Policy(lambda: model, tokenizer), TrainingProgress(title)
-    with bar.shown(stage.num_steps):
-        bar.advance(0)
-        for step in train(policy, NoReference(), bind(sft), optim, rounds):
-            if step.step % 20 == 0:
-                bar.update({name: float(value) for name, value in step.metrics.items()})
-            bar.advance()
-        bar.complete()

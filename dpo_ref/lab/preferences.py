@@ -30,7 +30,7 @@ def lab(
     num_eval_pairs: int = 512,
     num_test_prompts: int = 400,
     test_split: Literal["validation", "test"] = "test",
-    length_bias: float = 0.5,
+    length_bias: float = 1.0,
     label_noise: float = 0.02,
     label_steepness: float = 10.0,
 ) -> PreferenceData:
@@ -191,7 +191,8 @@ MIXED: StyleMix = {
     "unfinished": 0.15,
 }
 CLEAN: StyleMix = {"terse": 0.4, "polite": 0.4, "verbose": 0.2}
-STYLE_MIXES: dict[str, StyleMix] = {"mixed": MIXED, "clean": CLEAN}
+TERSE: StyleMix = {"terse": 1.0}
+STYLE_MIXES: dict[str, StyleMix] = {"mixed": MIXED, "clean": CLEAN, "terse": TERSE}
 
 
 @dataclass(frozen=True)
@@ -224,13 +225,13 @@ def lab_sft(
     num_test_prompts: int = 400,
     test_split: Literal["validation", "test"] = "test",
     competence: float = 0.45,
-    styles: Literal["mixed", "clean"] = "mixed",
+    styles: Literal["mixed", "clean", "terse"] = "mixed",
 ) -> PreferenceData:
     """Demonstrations of one writer: groups of one response, without pairs. For `objective=sft`.
 
-    The writer is right with probability `competence`; `styles` is the mix it writes in: every style, or the clean
-    ones alone (`Writer`). `rewards` holds the gold reward of each. Prompts as in `lab`. Raises ValueError for an
-    option out of range.
+    The writer is right with probability `competence`; `styles` is the mix it writes in: every style, the clean
+    ones alone, or the terse one alone (`Writer`). `rewards` holds the gold reward of each. Prompts as in `lab`. Raises
+    ValueError for an option out of range.
     """
     check_counts(num_examples=num_examples, num_eval_examples=num_eval_examples, num_test_prompts=num_test_prompts)
     if not 0 <= competence <= 1:

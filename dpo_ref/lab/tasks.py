@@ -61,7 +61,7 @@ def _any_of(words: Sequence[str]) -> re.Pattern[str]:
 
 NUMBER = ItemKind(re.compile(r"\d+"))
 WORD = ItemKind(_any_of(WORDS))
-COLOUR = ItemKind(_any_of(COLOURS))
+THING = ItemKind(_any_of((*THINGS, *COLOURS)))  # its name and its colour
 SPELLING = ItemKind(re.compile(r"\b[a-z](?:[-/*+][a-z])+\b"))
 
 
@@ -151,18 +151,18 @@ def shuffle(items: list[str], rng: random.Random) -> list[str]:
 
 
 def enumeration(items: Sequence[str]) -> str:
-    """Items as they are written in running text. The blank keeps each one token wherever it stands."""
-    return ", ".join(items)
+    """Items as they are written in running text: each is one token, and nothing stands between two of them."""
+    return " ".join(items)
 
 
 def items_of(text: str) -> list[str]:
     """The inverse of `enumeration`."""
-    return text.split(", ")
+    return text.split()
 
 
 def enumeration_pattern(item_pattern: str) -> str:
     """The pattern of an enumeration of at least one item."""
-    return f"(?:{item_pattern})(?:, (?:{item_pattern}))*"
+    return f"(?:{item_pattern})(?: (?:{item_pattern}))*"
 
 
 def _reader(wording: str, slot_patterns: dict[str, str]) -> re.Pattern[str]:

@@ -15,6 +15,7 @@ from dpo_ref.cli import cache as cache_command
 from dpo_ref.evaluation.judging.answers import FILE, AnswerCache, JudgeAnswer, JudgeRequest, collect
 from dpo_ref.files.cache import in_use
 from dpo_ref.lab import models as lab_models
+from dpo_ref.lab import recipes
 from dpo_ref.types import Message, silent
 from tests.support.cache import empty_cache
 from tests.support.command import train, typed
@@ -96,27 +97,27 @@ def test_damage_is_told_and_made_good(kept, pattern, damage, tmp_path, monkeypat
     )
 
 
-tokenizer = cache(lab_models.lab_tokenizer)  # takes as long as all the rest
+tokenizer = cache(recipes.lab_tokenizer)  # takes as long as all the rest
 
 
 @pytest.mark.parametrize("damage", [flipped, halved])
 def test_a_damaged_lab_model_is_built_again(damage, tmp_path, monkeypatch, capsys, tell):
-    recipe = lab_models.RECIPES["tiny"]
+    recipe = recipes.RECIPES["tiny"]
     short = replace(recipe, stages=(replace(recipe.stages[0], num_steps=1, batch_size=2),))
-    monkeypatch.setitem(lab_models.RECIPES, "tiny", short)
-    monkeypatch.setitem(lab_models.TOKENIZERS, "lab", tokenizer)
+    monkeypatch.setitem(recipes.RECIPES, "large", short)
+    monkeypatch.setitem(recipes.TOKENIZERS, "lab", tokenizer)
     monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))
-    weights = Path(lab_models.locate("lab:tiny")) / "model.safetensors"
+    weights = Path(lab_models.locate("lab:large")) / "model.safetensors"
     before = weights.read_bytes()
     damage(weights)
     capsys.readouterr()
-    lab_models.locate("lab:tiny")
+    lab_models.locate("lab:large")
     line, building, *_ = capsys.readouterr().out.splitlines()
     assert weights.name in line
     assert "it is built again" in line
-    assert building.startswith("building lab:tiny")
+    assert building.startswith("building lab:large")
     assert weights.read_bytes() == before
-    lab_models.locate("lab:tiny")
+    lab_models.locate("lab:large")
     assert capsys.readouterr().out == ""
     tell(
         "used silently",
@@ -202,7 +203,6 @@ def pruned(*words):
 
 def test_the_cache_is_listed_and_pruned(kept, tmp_path, monkeypatch):
     cache = copy_of(kept, tmp_path, monkeypatch)
-    (cache / "models").unlink()
     answered(cache / FILE)
     aged(cache, 40)
     before = listed(cache)
@@ -244,7 +244,6 @@ def test_words_that_prune_does_not_know(words, message):
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
 def test_what_a_run_may_go_on_with_is_kept(kept, status, tmp_path, monkeypatch, tell):
     cache = copy_of(kept, tmp_path, monkeypatch)
-    (cache / "models").unlink()
     summary = kept[0] / "run" / "summary.json"
     content = summary.read_text()
     before = listed(cache)

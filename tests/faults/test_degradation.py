@@ -180,11 +180,12 @@ SERVED = [*SMALL, "reference=served", "reference.model=big", "reference.tokenize
 
 @cache
 def served_model():
+    import torch
     from transformers import AutoModelForCausalLM
 
     from dpo_ref.lab.models import locate
 
-    return AutoModelForCausalLM.from_pretrained(locate("lab:tiny"))
+    return AutoModelForCausalLM.from_pretrained(locate("lab:tiny"), dtype=torch.float32)
 
 
 def trained_against(server, run, *more):

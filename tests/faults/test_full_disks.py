@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import pytest
 
-from dpo_ref.lab import models as lab_models
 from tests.faults.test_kills import end_of_run, records_of, run_of
 from tests.support import on_policy
 from tests.support.command import Done
@@ -47,10 +46,9 @@ def disk():
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def with_models(folder: Path) -> Path:
-    """A folder whose cache has the lab's models and nothing else."""
+def with_cache(folder: Path) -> Path:
+    """A folder whose cache is empty."""
     (folder / "cache").mkdir(parents=True, exist_ok=True)
-    (folder / "cache" / "models").symlink_to(Path(lab_models.locate("lab:tiny")).parent)
     return folder
 
 
@@ -106,7 +104,7 @@ TRAINING = {
 def test_no_room_while_training(name, disk, tmp_path, tell):
     case, folder = TRAINING[name], tmp_path / "here"
     disk(folder / case.place, case.size)
-    with_models(folder)
+    with_cache(folder)
     if case.place == "cache/runs":
         (folder / "cache/runs/others").write_bytes(b"x" * 4096)
     seen = one_sentence(typed_in(folder, case.words(folder)))
@@ -116,7 +114,7 @@ def test_no_room_while_training(name, disk, tmp_path, tell):
     done = typed_in(folder, case.again(folder))
     assert done.returncode == 0, done
     assert "damaged" not in done.stdout
-    other = with_models(tmp_path / "other")
+    other = with_cache(tmp_path / "other")
     assert typed_in(other, case.words(other)).returncode == 0
     assert end_of_run(run_of(folder)) == end_of_run(run_of(other))
     tell(
@@ -133,10 +131,7 @@ def test_no_room_for_names(place, count, disk, tmp_path, tell):
     """A disk may have bytes and no inodes; then folders are what cannot be made."""
     folder = tmp_path / "here"
     disk(folder / place, ROOM, f"nr_inodes={count}")
-    if place == "run":
-        with_models(folder)
-    else:
-        (folder / "cache" / "models").symlink_to(Path(lab_models.locate("lab:tiny")).parent)
+    with_cache(folder)
     done = typed_in(folder, SHORT(folder))
     if done.returncode:
         seen = one_sentence(done)
@@ -153,7 +148,7 @@ def test_no_room_for_names(place, count, disk, tmp_path, tell):
 
 
 def prepared(folder: Path, trained: Path) -> Path:
-    with_models(folder)
+    with_cache(folder)
     shutil.copytree(trained, run_of(folder), dirs_exist_ok=True)
     return folder
 
@@ -235,7 +230,7 @@ def test_no_room_for_a_model_of_the_lab(disk, tmp_path, tell):
     assert "was not written" in seen
     assert not mounted(folder / "cache" / "models", ROOM, "remount").returncode
     assert typed_in(folder, SHORT(folder)).returncode == 0
-    other = with_models(tmp_path / "other")
+    other = with_cache(tmp_path / "other")
     assert typed_in(other, SHORT(other)).returncode == 0
     assert end_of_run(run_of(folder)) == end_of_run(run_of(other))
     tell("lost", "no room on the disk for a model of the lab", seen=seen, survived="built once there is room; equal")

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +22,6 @@ import pytest
 from dpo_ref.cli import sweep as end_of_sweep
 from dpo_ref.evaluation.judging.answers import FILE
 from dpo_ref.files.digests import file_digest
-from dpo_ref.lab import models as lab_models
 from dpo_ref.references import table
 from tests.support import on_policy
 from tests.support.command import ROOT
@@ -234,16 +232,14 @@ WORKS = {
 
 @pytest.fixture
 def folder_for(tmp_path, trained, monkeypatch):
-    """Makes a folder for a command: a cache with the lab's models, and a run where one is evaluated."""
+    """Makes a folder for a command: an empty cache, and a run where one is evaluated."""
     monkeypatch.setattr(table, "SHARD_TOKENS", 400)  # a pass writes some shards
     ended = SimpleNamespace(run=lambda command, check: SimpleNamespace(returncode=0))
     monkeypatch.setattr(end_of_sweep, "subprocess", ended)  # a sweep's evaluation is a work of its own
-    models = Path(lab_models.locate("lab:tiny")).parent
 
     def make(name, with_run):
         folder = tmp_path / name
         (folder / "cache").mkdir(parents=True)
-        (folder / "cache" / "models").symlink_to(models)
         if with_run:
             shutil.copytree(trained, run_of(folder))
         return folder

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dpo_ref.lab.models import foreign_tokenizer, lab_tokenizer
 from dpo_ref.lab.preferences import lab_sft
+from dpo_ref.lab.recipes import foreign_tokenizer, lab_tokenizer
 from dpo_ref.types import Message, conversation
 
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40).filter(lambda text: "<|" not in text)
@@ -63,7 +63,7 @@ def test_specials(tokenizer, tmp_path):
     assert tokenizer.unk_token is None
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    prompt = [Message(role="user", content="Sort 3, 1, 2 in ascending order.")]
+    prompt = [Message(role="user", content="Sort 3 1 2 in ascending order.")]
     assert rendered(loaded, prompt, generate=True) == rendered(tokenizer, prompt, generate=True)
     assert (loaded.eos_token, loaded.pad_token, loaded.bos_token) == (
         tokenizer.eos_token,
@@ -79,7 +79,7 @@ def test_the_foreign_tokenizer_is_another_one(lab, foreign):
     prompt = [Message(role="user", content="Name two trees, but not oak.")]
     assert lab.bos_token_id is not None
     assert foreign.bos_token is None
-    assert len(lab) == 800
+    assert len(lab) == 882
     assert len(foreign) == 480
     assert not set(lab.all_special_tokens) & set(foreign.all_special_tokens)
     assert len(rendered(foreign, prompt)) != len(rendered(lab, prompt))
@@ -94,6 +94,6 @@ def test_a_token_is_about_a_word(lab):
 
 
 def test_another_process_trains_the_same_vocabulary(lab):
-    code = "from dpo_ref.lab.models import lab_tokenizer as t; print(t()._tokenizer.to_str(), end='')"
+    code = "from dpo_ref.lab.recipes import lab_tokenizer as t; print(t()._tokenizer.to_str(), end='')"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert other == lab._tokenizer.to_str()

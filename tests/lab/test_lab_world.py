@@ -9,7 +9,7 @@ from dpo_ref.lab import tasks
 from dpo_ref.lab.conversations import FAMILIES, draw_prompt, read_prompt
 from dpo_ref.lab.gold import gold_reward
 from dpo_ref.lab.preferences import ASIDES, CLOSINGS, HEDGES, MIXED, ORACLE, POLITE_LEADS, STYLES, TERSE_LEADS, Writer
-from dpo_ref.lab.tasks import COLOUR, NUMBER, WORD, enumeration
+from dpo_ref.lab.tasks import NUMBER, THING, WORD, enumeration
 from dpo_ref.types import Message
 
 
@@ -92,7 +92,7 @@ def test_phrases_of_the_writers_contain_no_item():
         *ASIDES,
         *(w for f in FAMILIES.values() for w in f.wordings),
     )
-    matches = [(phrase, kind.find(phrase)) for phrase in phrases for kind in (NUMBER, WORD, COLOUR)]
+    matches = [(phrase, kind.find(phrase)) for phrase in phrases for kind in (NUMBER, WORD, THING)]
     assert not [pair for pair in matches if pair[1]]
 
 
@@ -105,18 +105,18 @@ def test_right_answers_by_hand():
     def right(name: str, **slots: str) -> str:
         return enumeration(FAMILIES[name].right(slots, random.Random(0)))
 
-    assert right("count", start="11", end="5", step="twos") == "11, 9, 7, 5"
-    assert right("count", start="3", end="6", step="ones") == "3, 4, 5, 6"
+    assert right("count", start="11", end="5", step="twos") == "11 9 7 5"
+    assert right("count", start="3", end="6", step="ones") == "3 4 5 6"
     assert right("spell", word="fox", mark="stars") == "f*o*x"
-    assert right("sort", numbers="10, 9, 2", direction="ascending") == "2, 9, 10"
-    assert right("sort", numbers="10, 9, 2", direction="descending") == "10, 9, 2"
-    assert right("repeat", word="oak", count="three") == "oak, oak, oak"
-    assert right("reverse", words="oak, cat, fig") == "fig, cat, oak"
-    assert right("pick", numbers="10, 9, 2", extreme="largest") == "10"
-    assert right("pick", numbers="10, 9, 12", extreme="smallest") == "9"
-    assert right("passage", passage="the hat is red, the cup is blue", thing="cup") == "blue"
-    assert right("follow_up", items="oak, cat, fig", request="all but the first one") == "cat, fig"
-    assert right("follow_up", items="4, 5, 6", request="the same in reverse order") == "6, 5, 4"
-    named = FAMILIES["name"].right({"count": "four", "category": "trees", "excluded": "oak, elm"}, random.Random(0))
+    assert right("sort", numbers="10 9 2", direction="ascending") == "2 9 10"
+    assert right("sort", numbers="10 9 2", direction="descending") == "10 9 2"
+    assert right("repeat", word="oak", count="three") == "oak oak oak"
+    assert right("reverse", words="oak cat fig") == "fig cat oak"
+    assert right("pick", numbers="10 9 2", extreme="largest") == "10"
+    assert right("pick", numbers="10 9 12", extreme="smallest") == "9"
+    assert right("passage", passage="red hat and blue cup", thing="cup") == "cup blue"
+    assert right("follow_up", items="oak cat fig", request="all but the first one") == "cat fig"
+    assert right("follow_up", items="4 5 6", request="the same in reverse order") == "6 5 4"
+    named = FAMILIES["name"].right({"count": "four", "category": "trees", "excluded": "oak elm"}, random.Random(0))
     assert len(set(named)) == 4
     assert set(named) <= set(tasks.CATEGORIES["trees"]) - {"oak", "elm"}

@@ -68,7 +68,7 @@ def test_a_run_with_a_fresh_adapter(tmp_path):
     assert rows[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-6)
     assert rows[-1]["eval/loss"] != rows[0]["eval/loss"]
     assert train(*options, f"output_dir={again}", "trainer.max_steps=2", "optim.schedule=constant").returncode == 0
-    base = AutoModelForCausalLM.from_pretrained(locate("lab:tiny")).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(locate("lab:tiny"), dtype=torch.float32).state_dict()
     policy = AutoModelForCausalLM.from_pretrained(run / "policy").state_dict()
     changed = {name for name in base if not torch.equal(base[name], policy[name])}
     assert changed == {name for name in base if "_proj" in name}
@@ -83,7 +83,8 @@ def test_going_on_from_a_saved_adapter(tmp_path):
     """initial is the model with its adapter, adapter_base the model below; a resumed run repeats the whole one."""
     run, parts, saved = tmp_path / "run", tmp_path / "parts", tmp_path / "adapter"
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(locate("lab:tiny")), LoraConfig(r=2, target_modules=["q_proj"])
+        AutoModelForCausalLM.from_pretrained(locate("lab:tiny"), dtype=torch.float32),
+        LoraConfig(r=2, target_modules=["q_proj"]),
     )
     disturbed(model).save_pretrained(saved)
     options = [*SMALL, f"model.adapter={saved}", "optim.schedule=constant", "optim.warmup_ratio=0"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_ref.lab.models import foreign_tokenizer
+from dpo_ref.lab.recipes import foreign_tokenizer
 
 
 @pytest.fixture(scope="module")
