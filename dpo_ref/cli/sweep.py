@@ -15,6 +15,8 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from dpo_ref.cli import side_by_side
+from dpo_ref.cli.run_folder import record_death
 from dpo_ref.cli.saved_run import addresses_in, trust_words
 from dpo_ref.cli.stopping import advise
 from dpo_ref.files.holding import held
@@ -55,7 +57,9 @@ class SweepReport(Callback):
         job_return.cfg = job_return.hydra_cfg = None
         gc.collect()
         if ended.code:
-            self.failed[Path(config.hydra.runtime.output_dir).name] = ended.error
+            folder = Path(config.hydra.runtime.output_dir)
+            self.failed[folder.name] = ended.error
+            record_death(folder, ended.error)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Evaluate in a process of its own, so that no memory of the last job is held. Exits where jobs failed, or
@@ -65,7 +69,7 @@ class SweepReport(Callback):
         if config.stage == "train" and not _print_bandits(folder):
             tracking = config.hydra.runtime.choices["tracking"]
             command = [sys.executable, str(ENTRY_POINT), f"sweep={folder}", f"tracking={tracking}"]
-            command += trust_words(addresses_in(config.hydra.overrides.task))
+            command += [*_evaluated_beside(config), *trust_words(addresses_in(config.hydra.overrides.task))]
             print("evaluating the sweep; by hand: python evaluate.py " + shlex.join(command[2:]), flush=True)
             code = subprocess.run(command, check=False).returncode
         failed = self.failed | (_failed_in(folder) if config.stage == "train" else {})
@@ -73,6 +77,14 @@ class SweepReport(Callback):
             sys.exit("\n".join(_in_words(failed, self.again)))
         if code:
             sys.exit(code)
+
+
+def _evaluated_beside(config: DictConfig) -> list[str]:
+    """Policies whose training ran side by side are evaluated so."""
+    if config.hydra.runtime.choices["hydra/launcher"] != side_by_side.LAUNCHER:
+        return []
+    n_jobs = config.hydra.launcher.n_jobs
+    return [f"n_jobs={'null' if n_jobs is None else n_jobs}"]
 
 
 def _failed_in(folder: Path) -> dict[str, str]:

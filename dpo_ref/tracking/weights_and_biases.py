@@ -32,7 +32,7 @@ from uuid import uuid4
 
 from dpo_ref.files.writing import write_text
 from dpo_ref.tracking.redaction import Redactor, without_keys
-from dpo_ref.tracking.terminal import OF_SCRIPTS, say, visible
+from dpo_ref.tracking.terminal import OF_SCRIPTS, say, say_of_one_run, visible
 from dpo_ref.tracking.tracker import Artifact, NoTracker, RunInfo, Tracker
 
 # --- starting one
@@ -126,8 +126,9 @@ def _open(directory: Path, start: Callable[[Mode], Any], mode: Mode, why: str, u
         announce(f"off ({one_line(error)}); metrics.jsonl has the run's numbers")
         end_service()
         return NoTracker()
-    announce(
-        f"offline, because {why}; upload later with: wandb sync {shlex.quote(str(directory / 'wandb'))}/offline-run-*"
+    say_of_one_run(
+        f"W&B: offline, because {' '.join(why.split())}; upload later with: wandb sync "
+        f"{shlex.quote(str(directory / 'wandb'))}/offline-run-*"
     )
     return tracker
 
