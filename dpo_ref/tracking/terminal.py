@@ -72,7 +72,7 @@ def _escape(character: str) -> str:
 
 def visible(text: str, left: str = "") -> str:
     r"""A text in which what cannot be seen is spelled as in Python: \x1b for an escape, \u202e for text that turns.
-    ProgressLine ends and tabs stay, and so do the characters of `left`."""
+    Line ends and tabs stay, and so do the characters of `left`."""
     return UNSEEN.sub(lambda match: match[0] if match[0] in left else _escape(match[0]), text)
 
 
