@@ -1,6 +1,7 @@
 """`python evaluate.py ...` from its composed configuration to the table, the page and the tracker."""
 
 import gc
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dpo_ref.cli.cache import look_after_cache
-from dpo_ref.cli.command_line import typed_words
+from dpo_ref.cli.command_line import python, typed_words
 from dpo_ref.cli.compatibility import CompatibilityRequest, run_compatibility, title_of
 from dpo_ref.cli.exports import STAGE as EXPORT
 from dpo_ref.cli.exports import check_export, publish, run_export
@@ -42,10 +43,11 @@ from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import run_of
 from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace
+from dpo_ref.reports.findings import findings
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
 from dpo_ref.reports.sweep import sweep_tables, track_sweep, write_sweep
-from dpo_ref.reports.tables import drift, headline, lacking, results_table
+from dpo_ref.reports.tables import headline, lacking, results_table
 from dpo_ref.tracking.redaction import refuse_credentials, without_keys
 from dpo_ref.tracking.terminal import progress, run_summary, say, show
 from dpo_ref.types import PreferenceData, digest
@@ -292,18 +294,25 @@ def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
     write_sweep(folder, jobs, baseline)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     track_sweep(evaluator.tracking, config, folder, jobs)
-    initial = baseline.evaluation if baseline else None
-    show(*sweep_tables(jobs, initial))
-    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in cells(jobs))]
-    title = headline(evaluations) if len(evaluations) > 1 else "no job has a result"
-    rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png"), "panels": str(folder / "panels")}
-    if initial and (moved := drift(initial, evaluations[1:])):
-        rows["drift"] = moved
-    run_summary(title, rows | _missing_rows(evaluations))
+    _show_sweep(folder, jobs, baseline.evaluation if baseline else None)
     if failed:
         raise ValueError(f"not evaluated: {', '.join(failed)} (why stands above); the same command goes on with them")
     if lost:
         raise ValueError(lost)
+
+
+def _show_sweep(folder: Path, jobs: Sequence[SweptRun], initial: Evaluation | None) -> None:
+    """The table, what it says, and where all of it is."""
+    show(*sweep_tables(jobs, initial))
+    swept = cells(jobs)
+    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in swept)]
+    sentences = findings(swept, initial)
+    say(*sentences)
+    title = f"sweep of {len(jobs)} runs" if sentences else headline(evaluations) if swept else "no job has a result"
+    page = (folder / "report.html").resolve()
+    rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png"), "panels": str(folder / "panels")}
+    rows["to open it"] = f"{python()} -m webbrowser {shlex.quote(page.as_uri())}"
+    run_summary(title, rows | _missing_rows(evaluations))
 
 
 def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) -> CompatibilityRequest:
