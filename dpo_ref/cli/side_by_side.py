@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -35,6 +36,11 @@ from dpo_ref.cli.stopping import raising
 from dpo_ref.tracking.side_by_side import JobRow, JobsView, Message, TellingScreen, jobs_view
 from dpo_ref.tracking.terminal import guard_streams, say, show_on
 
+IN_EVERY_JOB = (  # what transformers imports when it is first used, which takes longer than a small job's first steps
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)
 LAUNCHER = "side_by_side"  # its name on the command line
 SECONDS_BETWEEN_LOOKS = 0.25  # at most; sooner where a job tells something, and
 SECONDS_AT_LEAST = 0.02  # looking competes with the jobs for the cores
@@ -285,6 +291,8 @@ def run_side_by_side(
     kills them."""
     from dpo_ref.training.run import stop_requests
 
+    for module in IN_EVERY_JOB:
+        import_module(module)
     view = jobs_view([job.name for job in jobs], most)
     pool = _Pool(jobs, most, view, ended)
     with view, stop_requests() as stop, _killing(pool):

@@ -255,8 +255,9 @@ def _soundness(cell: Cell) -> str:
 def _does_not_follow(cells: Sequence[Cell]) -> str:
     """What a reader may be tempted to conclude."""
     seeds = max(cell.evaluation.num_seeds for cell in cells)
-    again = "another seed of training" if seeds == 1 else f"other data than that of these {seeds} seeds"
-    cover = "prompts, not training" if seeds == 1 else "prompts and seeds"
+    again, cover = "another seed of training", "prompts, not training"
+    if seeds > 1:
+        again, cover = "other data", f"prompts and {seeds} seeds"
     world = ", found in a toy world whose judge is known," if cells[0].evaluation.scorer == "gold" else ""
     claims = [f"that {again} would give the same (intervals cover {cover})", "that what is not told apart is ranked"]
     if cells[0].beta is not None:
