@@ -50,6 +50,7 @@ from dpo_ref.reports.sweep import sweep_tables, track_sweep, write_sweep
 from dpo_ref.reports.tables import headline, lacking, results_table
 from dpo_ref.tracking.redaction import refuse_credentials, without_keys
 from dpo_ref.tracking.terminal import progress, run_summary, say, show
+from dpo_ref.tracking.terminal import words as written
 from dpo_ref.types import PreferenceData, digest
 
 # --- one policy evaluated as it was configured, and its baseline
@@ -264,8 +265,11 @@ def _one_after_the_other(evaluator: Evaluator, jobs: Sequence[SweptRun]) -> Iter
 def _at_the_same_time(evaluator: Evaluator, jobs: Sequence[SweptRun], n_jobs: int) -> Iterator[JobEvaluation]:
     """Each with what it needs: the first to come makes the answers of a common baseline, and the others wait for
     those."""
-    calls = [partial(_evaluate_job, evaluator, job) for job in jobs]
-    for job, end in zip(jobs, run_side_by_side(list(map(SideJob, _job_names(jobs), calls)), n_jobs), strict=True):
+    beside = [
+        SideJob(name, partial(_evaluate_job, evaluator, job), lambda done: "not evaluated" if done.failed else None)
+        for name, job in zip(_job_names(jobs), jobs, strict=True)
+    ]
+    for job, end in zip(jobs, run_side_by_side(beside, n_jobs), strict=True):
         if end.error:
             print(f"{job.name} could not be evaluated: {end.error}", file=sys.stderr)
         yield end.value or JobEvaluation(failed=True)
@@ -307,12 +311,12 @@ def _show_sweep(folder: Path, jobs: Sequence[SweptRun], initial: Evaluation | No
     swept = cells(jobs)
     evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in swept)]
     sentences = findings(swept, initial)
-    say(*sentences)
+    show(*map(written, sentences))
     title = f"sweep of {len(jobs)} runs" if sentences else headline(evaluations) if swept else "no job has a result"
     page = (folder / "report.html").resolve()
     rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png"), "panels": str(folder / "panels")}
-    rows["to open it"] = f"{python()} -m webbrowser {shlex.quote(page.as_uri())}"
-    run_summary(title, rows | _missing_rows(evaluations))
+    opens = f"{python()} -m webbrowser {shlex.quote(page.as_uri())}"
+    run_summary(title, rows | _missing_rows(evaluations), [opens])
 
 
 def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) -> CompatibilityRequest:

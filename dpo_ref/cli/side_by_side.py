@@ -9,6 +9,7 @@ A stop asks every job once, by SIGUSR1, to save itself. Jobs ignore what a termi
 that a second Ctrl-C, which kills, is not taken for two. Jobs die with the process that started them.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -49,10 +50,11 @@ SECONDS_AT_LEAST = 0.02  # looking competes with the jobs for the cores
 @dataclass(frozen=True, slots=True)
 class SideJob:
     """What is shown of a job, and what it does in its process. What it returns is sent to the process that started
-    it."""
+    it; `failure` is why that is no success."""
 
     name: str
     call: Callable[[], Any]
+    failure: Callable[[Any], str | None] = lambda value: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,14 +275,15 @@ class _Pool:
         end, row = worker.close(self._view), self._view.rows[worker.index]
         self.ends[worker.index] = end
         self._ended(worker.index, end)
-        _settle(row, end)
+        _settle(row, end, self._jobs[worker.index])
         self._view.changed(worker.index)
 
 
-def _settle(row: JobRow, end: JobEnd) -> None:
+def _settle(row: JobRow, end: JobEnd, job: SideJob) -> None:
+    error = end.error or (None if end.stopped else job.failure(end.value))
     row.took = time.monotonic() - row.began
-    row.state = "stopped" if end.stopped else "failed" if end.error else "done"
-    row.outcome = end.error or row.outcome
+    row.state = "stopped" if end.stopped else "failed" if error else "done"
+    row.outcome = error or row.outcome
 
 
 def run_side_by_side(
@@ -293,6 +296,7 @@ def run_side_by_side(
 
     for module in IN_EVERY_JOB:
         import_module(module)
+    gc.freeze()  # what is there stays: jobs that looked at it for garbage would each copy all of it
     view = jobs_view([job.name for job in jobs], most)
     pool = _Pool(jobs, most, view, ended)
     with view, stop_requests() as stop, _killing(pool):
@@ -335,14 +339,14 @@ class Launching(Launcher):
         setup_globals()
         configs = [self._job(index, words) for index, words in enumerate(job_overrides, initial_job_idx)]
         jobs = [
-            SideJob(name, partial(self._run, config))
+            SideJob(name, partial(self._run, config), _failure)
             for name, config in zip(swept_names(job_overrides), configs, strict=True)
         ]
         returns = [JobReturn(overrides=list(words), status=JobStatus.COMPLETED) for words in job_overrides]
         threads = threads_each(most)
         say(
-            f"{len(jobs)} jobs, {most} at a time in processes of their own, {threads} "
-            f"thread{'s' if threads > 1 else ''} each; how long that takes is said once it can be told"
+            f"{len(jobs)} jobs, {most} at a time, {threads} thread{'s' if threads > 1 else ''} each; the time left is "
+            "told once jobs train"
         )
         run_side_by_side(jobs, most, lambda index, end: self._note(configs[index], returns[index], end))
         return returns
@@ -371,6 +375,13 @@ class Launching(Launcher):
 
         job.return_value = STOPPED if end.stopped else Ended(1, end.error) if end.error else end.value
         self._context.callbacks.on_job_end(config=config, job_return=job)
+
+
+def _failure(returned: Any) -> str | None:
+    """Why a job failed that could say so."""
+    from dpo_ref.cli.train import Ended
+
+    return returned.error if isinstance(returned, Ended) else None
 
 
 def swept_names(jobs: Sequence[Sequence[str]]) -> list[str]:

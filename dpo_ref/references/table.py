@@ -206,7 +206,7 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
     missing = {key: index for index, key in enumerate(keys) if key not in stored}
     if not missing:
         return stored
-    with made_by_one(folder / digest(sorted(key.hex() for key in missing))):
+    with made_by_one(folder.with_name(f"{identity}-{digest(sorted(key.hex() for key in missing))}")):
         stored |= _whole_rows(folder, missing.keys())  # what a run beside this one has made meanwhile
         rest = [index for key, index in missing.items() if key not in stored]
         return stored | _fill(scorer, groups, rest, folder, context) if rest else stored

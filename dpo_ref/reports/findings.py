@@ -145,12 +145,13 @@ def _gains(cells: Sequence[Cell], initial: Evaluation) -> str:
     best = max(sound, key=lambda cell: cell.evaluation.get(measure.key))
     low, high = gain(best, initial)[1:] if measure.key != best.evaluation.key(WIN_RATE) else _above_half(best)
     label, numbers = _label(best, cells), _gain_in_words(best, initial)
+    other = "the initial policy" if initial.name == "initial" else initial.name
     if low > 0:
-        seen = f"{label} gained most over the initial policy: {numbers}"
+        seen = f"{label} gained most over {other}: {numbers}"
     elif high < 0:
-        seen = f"{label} comes first, and loses to the initial policy: {numbers}"
+        seen = f"{label} comes first, and loses to {other}: {numbers}"
     else:
-        seen = f"{label} comes first, and is not told from the initial policy: {numbers}"
+        seen = f"{label} comes first, and is not told from {other}: {numbers}"
     rank = _rank(best, sound, cells, measure.key)
     return f"{seen} (95 % intervals){f'; {rank}' if rank else ''}."
 
@@ -189,12 +190,15 @@ def _label(cell: Cell, cells: Sequence[Cell]) -> str:
     return ", ".join([*series, *point])
 
 
+FEW = 3  # that are named in a sentence
+
+
 def _rank(best: Cell, sound: Sequence[Cell], cells: Sequence[Cell], key: str) -> str:
     """Which others are as good, and where among the strengths that were tried the best one stands."""
     as_good = [_label(cell, cells) for cell in sound if cell is not best and not told_apart(best, cell, key)]
     if as_good:
-        verb = "is" if len(as_good) == 1 else "are"
-        return f"{' and '.join(as_good)} {verb} not told apart from it"
+        named = " and ".join(as_good) if len(as_good) <= FEW else f"{len(as_good)} others"
+        return f"{named} {'is' if len(as_good) == 1 else 'are'} not told apart from it"
     points = [cell.point for cell in cells if cell.series == best.series and cell.point is not None]
     if len(points) < 3 or best.point is None:
         return ""

@@ -92,7 +92,7 @@ class TellingLine:
     def close(self) -> None:
         """The activity has ended."""
         self._screen.lines = [line for line in self._screen.lines if line is not self]
-        self._screen.tell_if_due()
+        self._screen.tell()
 
 
 class TellingScreen:
@@ -114,7 +114,7 @@ class TellingScreen:
     def _open(self, activity: Activity) -> ProgressLine:
         line = TellingLine(self, activity)
         self.lines.append(line)
-        self.tell_if_due()
+        self.tell()
         return line
 
     def of_one_run(self, sentence: str) -> None:
@@ -285,7 +285,7 @@ class PlainJobs:
 # --- on a terminal: one display
 
 
-BAR = 12  # characters
+BAR = 10  # characters
 
 
 class LiveJobs:
@@ -335,7 +335,7 @@ class LiveJobs:
         grid: Any = Table.grid(padding=(0, 1))
         for width in (*widths[:1], BAR, *widths[1:]):
             grid.add_column(width=width, no_wrap=True, overflow="ellipsis")
-        rest = max(10, self._console.width - sum(widths) - BAR - 6)
+        rest = max(10, self._console.width - sum(widths) - BAR - 5)  # and the blanks between
         grid.add_column(width=rest, no_wrap=True, overflow="ellipsis")
         for row, line in zip(self.rows, lines, strict=True):
             grid.add_row(words(line[0], "bold"), _bar(row), *map(words, line[1:]))
@@ -348,7 +348,7 @@ class LiveJobs:
             told = (row.outcome, progress.measured) if row.state == "failed" else (progress.measured, row.outcome)
             return [row.name, row.state, "", clock(row.took) if row.took else "", next(filter(None, told), "")]
         if not progress.activities:
-            return [row.name, "starting", "", clock(now - row.began), progress.measured]
+            return [row.name, "at work", "", clock(now - row.began), progress.measured]
         outer, inner = progress.activities[0], progress.activities[-1]
         rest = "  ".join(part for part in (progress.measured, outer.numbers) if part)
         return [row.name, visible(inner.description), inner.count, row.left(now), rest]

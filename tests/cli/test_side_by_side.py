@@ -70,7 +70,7 @@ def test_a_row_is_for_each_job_with_its_results(sweeps):
 
 def test_each_job_has_its_name_before_what_it_says_and_one_line_at_its_end(sweeps):
     out = sweeps[1].stdout
-    assert re.search(r"^2 jobs, 2 at a time in processes of their own, 1 thread each", out, re.M)
+    assert re.search(r"^2 jobs, 2 at a time, 1 thread each", out, re.M)
     for name in ("beta=0.1", "beta=3  "):
         assert re.search(rf"^{name} \| gold \d\.\d+  \d+\.\d tokens  KL 0\.00  \(before training\)$", out, re.M)
         assert len(re.findall(rf"^{name} \| done after \d:\d\d  .*train/loss 0\.6931 -> ", out, re.M)) == 1

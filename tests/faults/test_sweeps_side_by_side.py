@@ -173,6 +173,7 @@ def test_a_job_that_fails_is_a_row_and_its_error_is_under_its_name(tmp_path, tel
     done = typed(*command(folder, "trainer.max_steps=2", betas=betas))
     assert done.returncode == 1
     assert "beta=-1  | error: beta=-1.0 must be positive" in done.stderr
+    assert re.search(r"^beta=-1  \| failed after 0:\d\d  beta=-1.0 must be positive", done.stdout, re.M)
     assert "error: 1 job of the sweep failed:\n  1_beta--1: failed: ValueError: beta=-1" in done.stderr
     assert states(folder) == [("0_beta-0.1", "completed"), ("1_beta--1", "failed")]
     tell(
