@@ -32,6 +32,7 @@ from dpo_ref.models.loading import ModelLoader, TrainedModel, Workspace, check_f
 from dpo_ref.models.reward_model import with_score_head
 from dpo_ref.references import interface as references
 from dpo_ref.references.interface import Reference, ReferenceContext
+from dpo_ref.reports import training_curve
 from dpo_ref.reports.data import Looked, data_page
 from dpo_ref.tracking.run_record import RunRecord
 from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
@@ -255,4 +256,4 @@ def evaluation_of(
     )
     evaluation = config.evaluation(context)
     say(*evaluation.notes)
-    return SampleEvaluation(evaluation.measure, every)
+    return SampleEvaluation(evaluation.measure, every, training_curve.in_brief)

@@ -3,6 +3,8 @@
 import difflib
 import json
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -120,6 +122,14 @@ def _words_of_text(entry: str, kinds: Sequence[str]) -> list[str]:
     if close and not Path(entry).expanduser().exists():
         raise ValueError(f"references: {entry} is no model here; did you mean {close[0]}?")
     return ["reference=other", *typed_words({"reference.path": entry})]
+
+
+def python() -> str:
+    """What one types for this interpreter: `python` where the shell finds it under that name, else its path."""
+    running = Path(sys.executable)
+    if shutil.which("python") == str(running):
+        return "python"
+    return shlex.quote(str(running.relative_to(Path.cwd()) if running.is_relative_to(Path.cwd()) else running))
 
 
 def typed_words(options: Mapping[str, Any]) -> list[str]:

@@ -1,22 +1,25 @@
 """`python evaluate.py ...` from its composed configuration to the table, the page and the tracker."""
 
 import gc
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dpo_ref.cli.cache import look_after_cache
-from dpo_ref.cli.command_line import typed_words
+from dpo_ref.cli.command_line import python, typed_words
 from dpo_ref.cli.compatibility import CompatibilityRequest, run_compatibility, title_of
 from dpo_ref.cli.exports import STAGE as EXPORT
 from dpo_ref.cli.exports import check_export, publish, run_export
 from dpo_ref.cli.resolve import component, components
 from dpo_ref.cli.saved_run import check_servers, check_unchanged, read_run, read_summary, refuse_unused_trust
 from dpo_ref.cli.schemas import HubOptions
+from dpo_ref.cli.side_by_side import SideJob, at_a_time, run_side_by_side, swept_names
 from dpo_ref.cli.winrates import STAGE as WINRATE
 from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, run_winrates
 from dpo_ref.component import Component
@@ -33,26 +36,28 @@ from dpo_ref.evaluation.policy import (
 )
 from dpo_ref.evaluation.results import RESULTS, Evaluated, Evaluation, Thresholds, join_temperatures, with_curve
 from dpo_ref.evaluation.stages import without_judge
-from dpo_ref.evaluation.sweep import cells, collect, results_folder, results_of_checkpoint
+from dpo_ref.evaluation.sweep import SweptRun, cells, collect, results_folder, results_of_checkpoint
 from dpo_ref.files.cache import cache_folder
 from dpo_ref.files.holding import held
 from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import run_of
 from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace
+from dpo_ref.reports.findings import findings
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
 from dpo_ref.reports.sweep import sweep_tables, track_sweep, write_sweep
-from dpo_ref.reports.tables import drift, headline, lacking, results_table
+from dpo_ref.reports.tables import headline, lacking, results_table
 from dpo_ref.tracking.redaction import refuse_credentials, without_keys
 from dpo_ref.tracking.terminal import progress, run_summary, say, show
+from dpo_ref.tracking.terminal import words as written
 from dpo_ref.types import PreferenceData, digest
 
 # --- one policy evaluated as it was configured, and its baseline
 
 
 # What does not change a policy's results
-SAME_RESULTS = ("policy", "sweep", "output_dir", "stage", "tracking", "trust")
+SAME_RESULTS = ("policy", "sweep", "output_dir", "stage", "tracking", "trust", "n_jobs")
 NOT_ASKED = "the judge was lost before it was asked about this policy, so there is no win rate"
 
 
@@ -77,9 +82,14 @@ class Evaluator:
         self.own_data = any(key.partition(".")[0] == "data" for key in keys)
         self.thresholds = Thresholds(**OmegaConf.to_container(cfg.degeneration))  # pyright: ignore[reportCallIssue]
         self._data: dict[str, PreferenceData] = {}
-        self._loader = ModelLoader(best_device(), keep=3)  # initial policy, loss reference and the policy at hand
         self.tracking = component("tracking", cfg.tracking, choices["tracking"])
         self.lost: JudgeLost | None = None  # why the judge is asked no more
+
+    @cached_property
+    def _loader(self) -> ModelLoader:
+        """Keeps the initial policy, the loss reference and the policy at hand. Made where it is used: a process that
+        has looked for a GPU cannot hand it to those it forks."""
+        return ModelLoader(best_device(), keep=3)
 
     def tree(self, run: DictConfig | None, path: str) -> tuple[DictConfig, dict[str, str]]:
         """Configuration and choices, with the data of the evaluated run unless the command line names another."""
@@ -196,6 +206,8 @@ def _evaluate_policy(evaluator: Evaluator, cfg: DictConfig) -> None:
     show(results_table(evaluations))
     rows = {"report": str(page), "plot": str(folder / "report.png")}
     run_summary(headline(evaluations), rows | _missing_rows(evaluations))
+    if evaluator.lost is not None:
+        raise evaluator.lost
 
 
 def _missing_rows(evaluations: Sequence[Evaluation]) -> dict[str, str]:
@@ -224,37 +236,87 @@ def _shared_baseline(baselines: Sequence[Evaluated]) -> Evaluated | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class JobEvaluation:
+    """What a sweep needs to know of the evaluation of one of its jobs, beside what lies in the job's folder."""
+
+    baseline: Evaluated | None = None  # with its answers
+    failed: bool = False
+    lost: str | None = None  # what is said of a judge that stopped answering
+
+
+def _evaluate_job(evaluator: Evaluator, job: SweptRun) -> JobEvaluation:
+    try:
+        outcome = evaluator.one(str(job.folder))
+    except (ValueError, OSError) as error:
+        print(f"{job.name} could not be evaluated: {without_keys(str(error))}", file=sys.stderr)
+        return JobEvaluation(failed=True)
+    if outcome.evaluated is not None:
+        evaluator.conclude(outcome)
+    return JobEvaluation(outcome.baseline, lost=str(evaluator.lost) if evaluator.lost else None)
+
+
+def _one_after_the_other(evaluator: Evaluator, jobs: Sequence[SweptRun]) -> Iterator[JobEvaluation]:
+    for job in jobs:
+        yield _evaluate_job(evaluator, job)
+        gc.collect()  # what refers to itself, such as models, before the next job loads its own
+
+
+def _at_the_same_time(evaluator: Evaluator, jobs: Sequence[SweptRun], n_jobs: int) -> Iterator[JobEvaluation]:
+    """Each with what it needs: the first to come makes the answers of a common baseline, and the others wait for
+    those."""
+    beside = [
+        SideJob(name, partial(_evaluate_job, evaluator, job), lambda done: "not evaluated" if done.failed else None)
+        for name, job in zip(_job_names(jobs), jobs, strict=True)
+    ]
+    for job, end in zip(jobs, run_side_by_side(beside, n_jobs), strict=True):
+        if end.error:
+            print(f"{job.name} could not be evaluated: {end.error}", file=sys.stderr)
+        yield end.value or JobEvaluation(failed=True)
+
+
+def _job_names(jobs: Sequence[SweptRun]) -> list[str]:
+    """What tells each from the others; their folders' names where that is not enough."""
+    numbers = [{"beta": job.beta, "seed": job.seed, "step": job.step} for job in jobs]
+    varied = [[f"{key}={value:g}" for key, value in row.items() if value is not None] for row in numbers]
+    names = swept_names([[*job.options, *words] for job, words in zip(jobs, varied, strict=True)])
+    return names if len(set(names)) == len(names) else [job.name for job in jobs]
+
+
 def _evaluate_sweep(evaluator: Evaluator, cfg: DictConfig) -> None:
     """Evaluate every completed job, then write the table whatever the others came to."""
-    sources, baselines, lost = _sources(cfg.sweep), [], []
+    sources, baselines, failed, lost = _sources(cfg.sweep), [], [], None
     folder = Path(cfg.output_dir).expanduser() if cfg.output_dir else results_folder(sources)
-    for job in collect(*sources):
-        if not job.finished:
-            continue
-        try:
-            outcome = evaluator.one(str(job.folder))
-        except (ValueError, OSError) as error:
-            print(f"{job.name} could not be evaluated: {without_keys(str(error))}", file=sys.stderr)
-            lost.append(job.name)
-            continue
-        baselines = _distinct([*baselines, outcome.baseline]) if outcome.baseline else baselines  # with their answers
-        if outcome.evaluated is not None:
-            evaluator.conclude(outcome)
-        gc.collect()  # what refers to itself, such as models, before the next job loads its own
+    finished = [job for job in collect(*sources) if job.finished]
+    n_jobs = min(at_a_time(cfg.n_jobs, "n_jobs"), len(finished))
+    several = partial(_at_the_same_time, n_jobs=n_jobs) if n_jobs > 1 else _one_after_the_other
+    for job, evaluation in zip(finished, several(evaluator, finished), strict=True):
+        baselines = _distinct([*baselines, evaluation.baseline]) if evaluation.baseline else baselines
+        failed += [job.name] if evaluation.failed else []
+        lost = lost or evaluation.lost
     jobs, baseline = collect(*sources), _shared_baseline(baselines)
     write_sweep(folder, jobs, baseline)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     track_sweep(evaluator.tracking, config, folder, jobs)
-    initial = baseline.evaluation if baseline else None
-    show(*sweep_tables(jobs, initial))
-    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in cells(jobs))]
-    title = headline(evaluations) if len(evaluations) > 1 else "no job has a result"
-    rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png"), "panels": str(folder / "panels")}
-    if initial and (moved := drift(initial, evaluations[1:])):
-        rows["drift"] = moved
-    run_summary(title, rows | _missing_rows(evaluations))
+    _show_sweep(folder, jobs, baseline.evaluation if baseline else None)
+    if failed:
+        raise ValueError(f"not evaluated: {', '.join(failed)} (why stands above); the same command goes on with them")
     if lost:
-        raise ValueError(f"not evaluated: {', '.join(lost)} (why stands above); the same command goes on with them")
+        raise ValueError(lost)
+
+
+def _show_sweep(folder: Path, jobs: Sequence[SweptRun], initial: Evaluation | None) -> None:
+    """The table, what it says, and where all of it is."""
+    show(*sweep_tables(jobs, initial))
+    swept = cells(jobs)
+    evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in swept)]
+    sentences = findings(swept, initial)
+    show(*map(written, sentences))
+    title = f"sweep of {len(jobs)} runs" if sentences else headline(evaluations) if swept else "no job has a result"
+    page = (folder / "report.html").resolve()
+    rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png"), "panels": str(folder / "panels")}
+    opens = f"{python()} -m webbrowser {shlex.quote(page.as_uri())}"
+    run_summary(title, rows | _missing_rows(evaluations), [opens])
 
 
 def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) -> CompatibilityRequest:
@@ -316,6 +378,8 @@ def run_evaluation(cfg: DictConfig, choices: dict[str, str], overrides: Sequence
         return
     if (cfg.policy is None) == (cfg.sweep is None) and cfg.stage != EXPORT:
         raise ValueError("give policy=<run or model folder> or sweep=<multirun folder, runs, patterns>, one of them")
+    if cfg.sweep is None and "n_jobs" in words(overrides):
+        raise ValueError("n_jobs has no effect: it is how many policies of sweep=... are evaluated at the same time")
     keep_memory()
     look_after_cache()
     evaluator = Evaluator(cfg, choices, overrides)
@@ -323,8 +387,6 @@ def run_evaluation(cfg: DictConfig, choices: dict[str, str], overrides: Sequence
         _export(evaluator, cfg, overrides)
         return
     (_evaluate_policy if cfg.sweep is None else _evaluate_sweep)(evaluator, cfg)
-    if evaluator.lost is not None:
-        raise evaluator.lost
 
 
 # --- the stages that stand apart, and which words of the command line have an effect on which stage

@@ -247,6 +247,14 @@ def record_end(cfg: DictConfig, job: Job, status: str, error: Exception | None =
         print(f"the run's status could not be written either: {second}", file=sys.stderr)
 
 
+def record_death(folder: Path, words: str) -> None:
+    """Say in a run's folder that its process is gone, which could not say so itself."""
+    with suppress(OSError, ValueError):
+        summary = read_summary(folder, str(folder))
+        if summary["status"] == "running":
+            write_json(folder / SUMMARY, sealed({**summary, "status": "failed", "error": words}))
+
+
 def in_words(error: Exception) -> str:
     return without_keys(f"{type(error).__name__}: {error}")
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_args, get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from dpo_ref.cli import side_by_side
 from dpo_ref.component import annotations, choices_of, configuration, hooks_of, mapped_to, member_group, one_or_several
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
@@ -153,6 +154,7 @@ class EvaluateSchema:
     tracking: Any = MISSING
     seed: int = 0
     output_dir: str | None = None
+    n_jobs: int | None = 1
     stage: str = "all"
     references: list[Any] | None = None
     annotations: Any = None  # a path or a list of paths
@@ -249,7 +251,8 @@ def choices_text() -> str:
 
 
 def register() -> None:
-    """Store the schemas of the top level and of everything that `conf/` targets, and our resolvers."""
+    """Store the schemas of the top level and of everything that `conf/` targets, our resolvers and our launcher."""
+    side_by_side.register()
     OmegaConf.register_new_resolver("dpo_ref.swept", swept, replace=True)
     OmegaConf.register_new_resolver("dpo_ref.choices", choices_text, replace=True)
     OmegaConf.register_new_resolver("dpo_ref.sweep_dir", sweep_directory, use_cache=True, replace=True)

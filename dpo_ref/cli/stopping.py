@@ -31,7 +31,7 @@ def _end(signum: int, frame: FrameType | None) -> None:
     os._exit(128 + signum)
 
 
-def _raise(signum: int, frame: FrameType | None) -> None:
+def raising(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(signum)
 
 
@@ -44,7 +44,7 @@ def end_at_once() -> None:
 def in_one_line() -> Iterator[None]:
     """Around a whole command: a stop closes what is open, and ends it with one line and status 128 + the signal's
     number. A further one while it closes ends it at once, without a word."""
-    _handle(_raise)
+    _handle(raising)
     try:
         yield
     except KeyboardInterrupt as stop:

@@ -7,6 +7,7 @@ import gc
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,28 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from dpo_ref.cli import side_by_side
+from dpo_ref.cli.command_line import python
+from dpo_ref.cli.run_folder import record_death
 from dpo_ref.cli.saved_run import addresses_in, trust_words
+from dpo_ref.cli.schemas import note_swept_keys
 from dpo_ref.cli.stopping import advise
 from dpo_ref.files.holding import held
 from dpo_ref.tracking.terminal import say
 
+ANEW = ("output_dir=", "hydra.sweep.dir=", "seed=")  # what another sweep has of its own
 ENTRY_POINT = Path(__file__).parents[2] / "evaluate.py"
 
 
 class SweepReport(Callback):
     """Holds a multirun's folder, and runs `evaluate.py sweep=<folder>` when its jobs are done.
 
-    Jobs that fail do not raise (see `train.run_job`), so this is called whatever they came to.
+    Jobs that fail do not raise (see `train.run_job`), so this is called whatever they came to. `then` are words that
+    make another sweep of this one, which is named among what to type next.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, then: Sequence[str] = ()) -> None:
+        self._then = list(then)
         self.failed: dict[str, str] = {}  # jobs of this process, and why
         self.again = ""  # what goes on with the sweep
 
@@ -42,6 +50,7 @@ class SweepReport(Callback):
             sys.exit(f"error: {error}")
         atexit.register(holding.close)
         words = sys.argv[1:]
+        note_swept_keys([*words, *(f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items())])
         if not any(word.startswith(("output_dir=", "hydra.sweep.dir=")) for word in words):
             words = [*words, f"output_dir={folder}"]
             print(f"the sweep is in {folder}; with output_dir={folder} the same command goes on with it", flush=True)
@@ -55,7 +64,9 @@ class SweepReport(Callback):
         job_return.cfg = job_return.hydra_cfg = None
         gc.collect()
         if ended.code:
-            self.failed[Path(config.hydra.runtime.output_dir).name] = ended.error
+            folder = Path(config.hydra.runtime.output_dir)
+            self.failed[folder.name] = ended.error
+            record_death(folder, ended.error)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Evaluate in a process of its own, so that no memory of the last job is held. Exits where jobs failed, or
@@ -65,14 +76,43 @@ class SweepReport(Callback):
         if config.stage == "train" and not _print_bandits(folder):
             tracking = config.hydra.runtime.choices["tracking"]
             command = [sys.executable, str(ENTRY_POINT), f"sweep={folder}", f"tracking={tracking}"]
-            command += trust_words(addresses_in(config.hydra.overrides.task))
+            command += [*_evaluated_beside(config), *trust_words(addresses_in(config.hydra.overrides.task))]
             print("evaluating the sweep; by hand: python evaluate.py " + shlex.join(command[2:]), flush=True)
             code = subprocess.run(command, check=False).returncode
+            if code == 0:
+                _print_next(folder, sys.argv[1:], self._then)
         failed = self.failed | (_failed_in(folder) if config.stage == "train" else {})
         if failed:
             sys.exit("\n".join(_in_words(failed, self.again)))
         if code:
             sys.exit(code)
+
+
+def _print_next(folder: Path, words: Sequence[str], then: Sequence[str]) -> None:
+    """What to type next."""
+    from dpo_ref.evaluation.sweep import collect
+    from dpo_ref.reports.tables import best
+
+    jobs = [job for job in collect(folder) if job.evaluation is not None]
+    champion = best([job.evaluation for job in jobs if job.evaluation is not None])
+    again = [*shlex.split(python()), "train.py", *(word for word in words if not word.startswith(ANEW))]
+    for job in jobs:
+        if job.evaluation is champion:
+            command = [*shlex.split(python()), "evaluate.py", f"policy={job.folder}"]
+            say("the answers of the first, in a report.html of its own:", f"  {shlex.join(command)}")
+    if seeds := [job.seed for job in jobs if job.seed is not None]:
+        more = [f"seed={max(seeds) + 1},{max(seeds) + 2}", f"output_dir={folder}"]
+        say("two seeds more, which join these:", f"  {shlex.join([*again, *more])}")
+    if then:
+        say(f"another sweep, with {' '.join(then)}:", f"  {shlex.join([*again, *then])}")
+
+
+def _evaluated_beside(config: DictConfig) -> list[str]:
+    """Policies whose training ran side by side are evaluated so."""
+    if config.hydra.runtime.choices["hydra/launcher"] != side_by_side.LAUNCHER:
+        return []
+    n_jobs = config.hydra.launcher.n_jobs
+    return [f"n_jobs={'null' if n_jobs is None else n_jobs}"]
 
 
 def _failed_in(folder: Path) -> dict[str, str]:

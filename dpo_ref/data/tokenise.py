@@ -18,7 +18,7 @@ from dpo_ref.data.groups import StoredGroups, TokenGroups, from_groups, whole_id
 from dpo_ref.data.limits import POLICIES, Fit, Limits
 from dpo_ref.data.render_check import TemplateRefuses
 from dpo_ref.data.scoring import scoring
-from dpo_ref.files.cache import in_use, is_kept
+from dpo_ref.files.cache import in_use, is_kept, made_by_one
 from dpo_ref.types import Asked, Progress, PromptGroup, TokenGroup, asked, digest, silent, words_of
 
 # --- tokenising
@@ -229,9 +229,12 @@ def tokenised_once(
     options["max_length"] = length_limit(tokenizer, tokenise.keywords["max_length"])
     date = list(filter(None, [written_date(tokenizer)]))
     folder = cache / "tokens" / digest([VERSION, content_of(groups), text_identity, options, *date])
-    if not is_kept(folder, "its groups are tokenised again"):
-        tokenised = tokenise(groups, tokenizer, progress)
-        tokenised.groups.save(folder, {"counts.json": json.dumps(tokenised.counts)})
-        in_use(folder)
-        return tokenised
+    again = "its groups are tokenised again"
+    if not is_kept(folder, again):
+        with made_by_one(folder):
+            if not is_kept(folder, again):
+                tokenised = tokenise(groups, tokenizer, progress)
+                tokenised.groups.save(folder, {"counts.json": json.dumps(tokenised.counts)})
+                in_use(folder)
+                return tokenised
     return Tokenised(TokenGroups.load(folder, groups), json.loads((folder / "counts.json").read_text()))

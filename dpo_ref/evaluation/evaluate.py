@@ -46,7 +46,7 @@ from dpo_ref.evaluation.stages import (
     stored_generations,
     with_judgments,
 )
-from dpo_ref.files.cache import in_use
+from dpo_ref.files.cache import in_use, made_by_one
 from dpo_ref.files.digests import Damaged
 from dpo_ref.generation.engine import PromptSet, answer, held_out
 from dpo_ref.generation.records import Generation
@@ -183,7 +183,8 @@ def baseline_of(source: ModelPath, name: str, settings: EvaluationSettings) -> E
     key = digest([deciding(settings.generation.plain()), work.seed, settings.prompts.content(), model.text_identity])
     folder = work.cache / "evaluations" / f"{settings.generation(model).weights()[:16]}-{key[:16]}"
     other_draws = settings.of_baseline(work.seed + BASELINE_SEED)
-    evaluated = evaluate_policy(PolicyToEvaluate(name, folder, source), other_draws, None)
+    with made_by_one(folder):  # a policy evaluated beside this one has the same baseline
+        evaluated = evaluate_policy(PolicyToEvaluate(name, folder, source), other_draws, None)
     assert evaluated is not None
     in_use(folder)
     return evaluated

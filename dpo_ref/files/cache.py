@@ -2,8 +2,10 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from dpo_ref.files.digests import damage_in, tell
@@ -48,6 +50,45 @@ def delete(entry: Path) -> None:
     aside = beside(entry)
     os.replace(entry, aside)
     remove(aside)
+
+
+SECONDS_BETWEEN_ATTEMPTS = 0.1
+ATTEMPTS_BEFORE_A_LINE = 300
+
+
+@contextmanager
+def made_by_one(entry: Path) -> Iterator[None]:
+    """Inside, no other process makes the same: one that is about to waits, and finds it made.
+
+    Where nothing can be locked, as in a cache that may only be read or on a full disk, nobody waits: whoever writes
+    there says what is wrong.
+    """
+    path = entry.with_name(f".{entry.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):
+            _wait_for(lock, entry)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # whoever waits has it open, and looks whether the entry is there
+        os.close(lock)
+
+
+def _wait_for(lock: int, entry: Path) -> None:
+    """Those that are about to make the same at once wait for seconds, which is not worth a line."""
+    for attempt in count():
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+        if attempt == ATTEMPTS_BEFORE_A_LINE:
+            tell(f"another process is making {entry.parent.name}/{entry.name} in the cache; waiting for it")
 
 
 _LOCKS: dict[Path, int] = {}

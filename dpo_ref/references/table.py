@@ -2,7 +2,7 @@
 
 Rows are keyed by what was scored (the token ids of prompt and responses) and live in a folder named by the reference's
 identity, so limits, held-out splits and later runs compute only what is missing. Shards are written atomically as the
-pass goes on: a crash loses at most one shard, and runs that fill the same table at once write the same values.
+pass goes on: a crash loses at most one shard. Of runs that lack the same rows one computes them, and the others wait.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from safetensors.numpy import load, save
 from torch import nn
 
 from dpo_ref.data.packing import collate
-from dpo_ref.files.cache import in_use
+from dpo_ref.files.cache import in_use, made_by_one
 from dpo_ref.files.digests import bytes_digest
 from dpo_ref.files.writing import needing_room, replacing
 from dpo_ref.models.logps import response_logps, sum_by_response
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.tracking.terminal import say
-from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
+from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup, digest
 
 SHARD_TOKENS = 2**20
 SHARD_SECONDS = 120.0  # a slow pass writes smaller shards
@@ -203,8 +203,13 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
     if reused:
         picked = reused[:: max(1, len(reused) // PROBES)][:PROBES]
         _probe(scorer, [groups[index] for index in picked], stored, folder)
-    missing = list({key: index for index, key in enumerate(keys) if key not in stored}.values())
-    return stored | _fill(scorer, groups, missing, folder, context) if missing else stored
+    missing = {key: index for index, key in enumerate(keys) if key not in stored}
+    if not missing:
+        return stored
+    with made_by_one(folder.with_name(f"{identity}-{digest(sorted(key.hex() for key in missing))}")):
+        stored |= _whole_rows(folder, missing.keys())  # what a run beside this one has made meanwhile
+        rest = [index for key, index in missing.items() if key not in stored]
+        return stored | _fill(scorer, groups, rest, folder, context) if rest else stored
 
 
 def _whole_rows(folder: Path, wanted: Collection[bytes]) -> Rows:

@@ -3,6 +3,7 @@ every panel a file of its own, at the size of a column).
 """
 
 import io
+import logging
 import math
 import re
 import warnings
@@ -19,6 +20,8 @@ from dpo_ref.evaluation.results import KL, SCORE, Evaluated, Evaluation
 from dpo_ref.files.writing import replacing
 from dpo_ref.reports.tables import leading_key, titles
 from dpo_ref.tracking.terminal import OF_SCRIPTS, visible
+
+logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells when it has listed the machine's fonts
 
 INITIAL, INK, GRID, BROKEN = "#6b7280", "#1f2937", "#e5e7eb", "#b91c1c"
 SERIES = ("#2563eb", "#d97706", "#059669", "#9333ea", "#0891b2", "#be185d", "#65a30d", "#475569")

@@ -20,13 +20,12 @@ from dpo_ref.evaluation.results import (
     WIN_RATE,
     Evaluated,
     Evaluation,
-    Measure,
-    measure_of,
 )
 from dpo_ref.evaluation.stages import read_evaluated
 from dpo_ref.evaluation.sweep import Cell, SweptRun, csv_text, short_names, without_result
 from dpo_ref.files.writing import as_csv, write_text
 from dpo_ref.reports import page, tables
+from dpo_ref.reports.findings import NOTE, best_strengths, findings, strength_table
 from dpo_ref.reports.paper_table import (
     csv_table,
     html_table,
@@ -47,7 +46,7 @@ from dpo_ref.reports.plots import (
     write_png,
 )
 from dpo_ref.reports.policy import TemperatureCurve, log_files, sample_sections, temperature_panels
-from dpo_ref.reports.tables import MISSING, columns, judge_columns, number, results_table, settings, titles
+from dpo_ref.reports.tables import columns, judge_columns, results_table, settings, titles
 from dpo_ref.tracking.tracker import RunInfo
 from dpo_ref.tracking.weights_and_biases import known_id
 
@@ -107,14 +106,13 @@ def sweep_page(jobs: Sequence[SweptRun], baseline: Evaluated | None) -> str:
     evaluations = [cell.evaluation for cell in cells]
     policies = [*([initial] if initial else []), *evaluations]
     title = tables.headline(policies) if cells else f"None of the {len(jobs)} jobs left a result."
-    drift = tables.drift(initial, evaluations) if initial else None
     scorer = policies[0].scorer if policies else "gold"
     failures = [(job.name, job.state) for job in without_result(jobs)]
     pictures = _pictures(jobs, cells, initial)
     parts = [
         f'<p class="over">Sweep of {len(jobs)} runs</p>',
         f"<h1>{page.text(title)}</h1>",
-        f'<p class="lead">{page.text(drift)}</p>' if drift else "",
+        *(f'<p class="lead">{page.text(sentence)}</p>' for sentence in findings(cells, initial)),
         page.alerts([*tables.broken(evaluations), *tables.lacking(evaluations)]),
         page.pictures(pictures) + f'<p class="small">{BARS}</p>' if pictures else "",
         _points_section(cells),
@@ -432,107 +430,6 @@ def frontier_csv(cells: Sequence[Cell]) -> str:
     return as_csv(rows)
 
 
-# --- the best KL strength of every series, how sure that is, and which strengths are as good
-
-
-NOTE = (
-    "Intervals are 95 % and hold both kinds of chance: that of the prompts and, with several seeds, that of training "
-    "(Student's t). That the best was picked among several is not in them. As good: its difference to the best, "
-    "paired by seed where there are several, is not told from zero."
-)
-
-
-@dataclass(frozen=True, slots=True)
-class BestBeta:
-    """The best sound cell of a series, the 95 % interval of its measure, and what became of the other strengths."""
-
-    series: str
-    best: Cell | None  # None where every strength is degenerate
-    low: float
-    high: float
-    as_good: list[float]
-    degenerate: list[float]
-
-
-def quantile(seeds: int) -> float:
-    """How many standard errors make a 95 % interval: Student's t for several seeds, the normal's for one."""
-    from scipy.stats import norm, t
-
-    return float(t.ppf(0.975, seeds - 1) if seeds > 1 else norm.ppf(0.975))
-
-
-def interval(cell: Cell, key: str) -> tuple[float, float]:
-    """The 95 % interval of a cell's mean: prompts are the same for every seed, so seeds do not shrink their part."""
-    values = cell.values(key)
-    training = np.var(values, ddof=1) / len(values) if len(values) > 1 else 0.0
-    half = quantile(len(values)) * math.sqrt(cell.error(key) ** 2 + training)
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
-
-
-def _by_seed(cell: Cell, key: str) -> dict[int | None, float]:
-    return {job.seed: job.evaluation.get(key) for job in cell.jobs if job.evaluation}
-
-
-def told_apart(first: Cell, second: Cell, key: str) -> bool:
-    """Whether two cells' means differ by more than chance: paired over two or more common seeds, else by the standard
-    errors of both."""
-    mine, theirs = _by_seed(first, key), _by_seed(second, key)
-    seeds = [seed for seed in mine if seed in theirs]
-    if len(seeds) > 1:
-        gaps = np.array([mine[seed] - theirs[seed] for seed in seeds])
-        return bool(abs(gaps.mean()) > quantile(len(gaps)) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
-    gap = first.evaluation.get(key) - second.evaluation.get(key)
-    return abs(gap) > quantile(1) * math.hypot(first.error(key), second.error(key))
-
-
-def _strength(series: str, members: Sequence[Cell], key: str) -> BestBeta:
-    sound = [cell for cell in members if not cell.evaluation.degenerate]
-    degenerate = [cell.point for cell in members if cell.evaluation.degenerate and cell.point is not None]
-    if not sound:
-        return BestBeta(series, None, math.nan, math.nan, [], degenerate)
-    best = max(sound, key=lambda cell: cell.evaluation.get(key))
-    as_good = [cell.point for cell in sound if cell is not best and not told_apart(best, cell, key)]
-    return BestBeta(series, best, *interval(best, key), [point for point in as_good if point is not None], degenerate)
-
-
-def best_strengths(cells: Sequence[Cell]) -> list[BestBeta]:
-    """The best strength of every series, in the series' order, by the sweep's measure."""
-    key = measure_of([cell.evaluation for cell in cells]).key
-    names = dict.fromkeys(cell.series for cell in cells)
-    return [_strength(name, [cell for cell in cells if cell.series == name], key) for name in names]
-
-
-def _strengths_text(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values) or MISSING
-
-
-def _entries(strength: BestBeta, name: str, measure: Measure) -> list[str]:
-    if strength.best is None:
-        return [name, MISSING, MISSING, MISSING, MISSING, MISSING, _strengths_text(strength.degenerate)]
-    evaluation, scale = strength.best.evaluation, measure.scale
-    value, low, high = (
-        number(scale * x, measure.decimals) for x in (evaluation.get(measure.key), strength.low, strength.high)
-    )
-    return [
-        name,
-        _strengths_text([strength.best.point] if strength.best.point is not None else []),
-        f"{value} [{low}, {high}]",
-        number(evaluation.value(LENGTH), 1),
-        number(evaluation.value(KL), 2),
-        _strengths_text(strength.as_good),
-        _strengths_text(strength.degenerate),
-    ]
-
-
-def strength_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """The best strength of every series: titles, and a row of texts each."""
-    measure, short = measure_of([cell.evaluation for cell in cells]), short_names(cells)
-    point = "step" if any(cell.step is not None for cell in cells) else "β"
-    title = measure.title[0].upper() + measure.title[1:]
-    names = ["Series", f"Best {point}", title, "Tokens", "KL to initial", f"As good: {point}", f"Degenerate: {point}"]
-    return names, [_entries(strength, short[strength.series], measure) for strength in best_strengths(cells)]
-
-
 # --- in the tracker: one run for a sweep as a whole, in the group of the training
 
 
@@ -567,7 +464,8 @@ def frontier(jobs: Sequence[SweptRun]) -> list[list[Any]]:
 def track_sweep(tracking: Component, config: dict[str, Any], folder: Path, jobs: Sequence[SweptRun]) -> None:
     """Log a sweep as a whole: the table and picture of reward against KL, and its files."""
     name = folder.resolve().name
-    tracker = tracking(RunInfo(folder, config, f"sweep {name}", name, "sweep", resume=False))
+    below = all(job.folder.is_relative_to(folder) for job in jobs)
+    tracker = tracking(RunInfo(folder, config, f"sweep {name}", name, "sweep", resume=False, runs_below=below))
     rows = frontier(jobs)
     tracker.scatter("frontier", FRONTIER, rows, x="kl", y="score", title="Reward against KL to the initial policy")
     log_files(tracker, [path for name in FILES_OF_A_SWEEP if (path := folder / name).is_file()])

@@ -73,11 +73,14 @@ def _interval(row: Mapping[str, float], key: str) -> tuple[float, float]:
 
 def _score(rows: Sequence[Mapping[str, float]]) -> list[Curve]:
     """The scorer's mean, under the scorer's name."""
+    scorers = _scorers(rows[0]).items()
+    return [Curve(f"{name.capitalize()} reward", "mean over answers", (Line(key, ""),)) for key, name in scorers]
+
+
+def _scorers(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The keys of mean scores, and whose they are."""
     nameless = SCORE.of(scorer="")
-    scorers = {key: key.removesuffix(nameless) for key in rows[0] if key.endswith(nameless)}
-    return [
-        Curve(f"{name.capitalize()} reward", "mean over answers", (Line(key, ""),)) for key, name in scorers.items()
-    ]
+    return {key: key.removesuffix(nameless) for key in metrics if key.endswith(nameless)}
 
 
 def _draw_line(axes: Any, rows: Sequence[Mapping[str, float]], line: Line, colour: str) -> None:
@@ -139,3 +142,10 @@ def in_words(rows: Sequence[Mapping[str, float]]) -> str:
         parts.append(f"end token {last[END_CHOSEN.key]:+.2f}")
     seconds = sum(row[SECONDS.key] for row in rows)
     return f"{', '.join(parts)}; {len(rows)} evaluations in {seconds:.0f} s"
+
+
+def in_brief(metrics: Mapping[str, float]) -> str:
+    """One evaluation beside a bar: the mean score where there is one, tokens of an answer, nats to the initial
+    policy."""
+    parts = [f"{name} {metrics[key]:.3f}" for key, name in _scorers(metrics).items()]
+    return "  ".join([*parts, f"{metrics[LENGTH.key]:.1f} tokens", f"KL {metrics[DISTANCE]:.2f}"])

@@ -3,6 +3,9 @@
 On a terminal a bar; anywhere else (a log file, a pipe, CI) one plain line about every ten seconds. `rich` allows one
 live display per process, so all bars share it: what starts while another bar is shown becomes a line below it.
 
+A job of a sweep that has a process of its own shows nothing itself: it tells the process that draws all of them
+(`show_on`, `side_by_side.py`).
+
 Whatever is printed passes `Visible`, tracebacks and what libraries say included; what `rich` draws passes `show`.
 """
 
@@ -16,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from dpo_ref.files.digests import TELLERS
 
@@ -205,7 +208,7 @@ def _console_class() -> Any:
     return VisibleConsole
 
 
-def _console() -> Any:
+def own_console() -> Any:
     """The live display's where there is one: what it prints stands above the bars."""
     if BARS.progress is not None:
         return BARS.progress.console
@@ -224,13 +227,34 @@ def words(text: str, style: str = "") -> Any:
 def show(*drawn: Any) -> None:
     """Print what `rich` lays out, such as tables."""
     for renderable in drawn:
-        _console().print(renderable)
+        own_console().print(renderable)
 
 
 # --- how far something is
 
 
 TELLERS.append(say)
+
+
+@runtime_checkable
+class ProgressLine(Protocol):
+    """One thing in progress, as it is shown."""
+
+    def show(self, done: int, numbers: str) -> None:
+        """So much is done."""
+        ...
+
+    def tell(self, done: int, measured: str) -> None:
+        """What was measured after so much."""
+        ...
+
+    def finish(self, done: int, numbers: str) -> None:
+        """All is done."""
+        ...
+
+    def close(self) -> None:
+        """It is not shown any more."""
+        ...
 
 
 class PlainLine:
@@ -252,6 +276,10 @@ class PlainLine:
         if self._total is not None and done > self._first:
             left = clock((now - self._started) / (done - self._first) * (self._total - done)) + " left"
         self._print(done, numbers, left)
+
+    def tell(self, done: int, measured: str) -> None:
+        """Print what was measured."""
+        self._print(done, measured, "")
 
     def finish(self, done: int, numbers: str) -> None:
         """Print the end of what took a while."""
@@ -309,7 +337,7 @@ class Bars:
             TextColumn("{task.fields[numbers]}", markup=False),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )
-        return Progress(*columns, console=_console(), refresh_per_second=REDRAWS_PER_SECOND)
+        return Progress(*columns, console=own_console(), refresh_per_second=REDRAWS_PER_SECOND)
 
 
 BARS = Bars()
@@ -325,6 +353,10 @@ class BarLine:
         """Move the bar."""
         self._progress.update(self._task, completed=done, numbers=numbers)
 
+    def tell(self, done: int, measured: str) -> None:
+        """Print what was measured, above the bar."""
+        say(f"step {done:,}: {measured}")
+
     def finish(self, done: int, numbers: str) -> None:
         """Fill the bar."""
         self.show(done, numbers)
@@ -334,16 +366,73 @@ class BarLine:
         BARS.remove(self._progress, self._task)
 
 
-def open_line(description: str, total: int | None, first: int = 0) -> PlainLine | BarLine:
-    """A line that starts at `first` of `total`; a bar on a terminal, plain text elsewhere."""
-    return BarLine(description, total, first) if on_terminal() else PlainLine(description, total, first)
+@runtime_checkable
+class Screen(Protocol):
+    """Where a process shows what it is at and what became of it."""
+
+    def open_line(self, description: str, total: int | None, first: int) -> ProgressLine:
+        """A line that starts at `first` of `total`."""
+        ...
+
+    def open_steps(self, description: str, total: int | None, first: int) -> ProgressLine:
+        """The line of what takes most of a run: its steps."""
+        ...
+
+    def of_one_run(self, sentence: str) -> None:
+        """What is worth a line of a run that is alone; of many at once it is said for all."""
+        ...
+
+    def summary(self, title: str, rows: Mapping[str, str], next_commands: Sequence[str]) -> None:
+        """What happened and where it is."""
+        ...
+
+
+class OwnScreen:
+    """The terminal of this process, or what stands for it."""
+
+    def open_line(self, description: str, total: int | None, first: int) -> ProgressLine:
+        """A bar on a terminal, plain text elsewhere."""
+        return BarLine(description, total, first) if on_terminal() else PlainLine(description, total, first)
+
+    open_steps = open_line
+
+    def of_one_run(self, sentence: str) -> None:
+        """Printed."""
+        say(sentence)
+
+    def summary(self, title: str, rows: Mapping[str, str], next_commands: Sequence[str]) -> None:
+        """On a terminal the rows are framed; the commands stand outside the frame, unwrapped, so that they can be
+        copied."""
+        BARS.close()
+        if on_terminal():
+            _print_frame(title, rows)
+        else:
+            width = max(map(len, rows), default=0)
+            lines = (f"  {name:{width}}  {in_one_line(text)}" for name, text in rows.items())
+            print(f"\n{in_one_line(title)}", *lines, sep="\n")
+        if next_commands:
+            print("next:", *(f"  {in_one_line(command)}" for command in next_commands), sep="\n")
+        sys.stdout.flush()
+
+
+SCREENS: list[Screen] = [OwnScreen()]  # the last is this process's
+
+
+def show_on(screen: Screen) -> None:
+    """What this process does is shown there from now on."""
+    SCREENS.append(screen)
+
+
+def say_of_one_run(sentence: str) -> None:
+    """Tell what concerns one run alone; where many run at once, whoever shows them says it for all."""
+    SCREENS[-1].of_one_run(sentence)
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """The items, with how far they are on the terminal; shown from the first on. `total` is counted if it can be."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    line = open_line(description, total)
+    line = SCREENS[-1].open_line(description, total, 0)
     done = 0
     try:
         for item in items:
@@ -372,13 +461,13 @@ class TrainingProgress:
     def __init__(self, description: str = "training") -> None:
         self.description = description
         self._numbers, self._done = "", 0
-        self._line: PlainLine | BarLine | None = None
-        self._open = partial(open_line, description, None)
+        self._line: ProgressLine | None = None
+        self._open = partial(SCREENS[-1].open_steps, description, None, 0)
 
     @contextmanager
     def shown(self, total: int, first_step: int = 0) -> Iterator[None]:
         """Inside, `advance` draws the steps, of which `first_step` of `total` were done before."""
-        self._open, self._done = partial(open_line, self.description, total, first_step), first_step
+        self._open, self._done = partial(SCREENS[-1].open_steps, self.description, total, first_step), first_step
         try:
             yield
         finally:
@@ -391,6 +480,11 @@ class TrainingProgress:
         self._line = self._line or self._open()
         self._done += steps
         self._line.show(self._done, self._numbers)
+
+    def tell(self, measured: str) -> None:
+        """What was measured of the policy as it is now."""
+        self._line = self._line or self._open()
+        self._line.tell(self._done, measured)
 
     def complete(self) -> None:
         """All steps are done; what comes after them is not counted."""
@@ -405,20 +499,8 @@ class TrainingProgress:
 
 
 def run_summary(title: str, rows: Mapping[str, str], next_commands: Sequence[str] = ()) -> None:
-    """Print what happened and where it is, and below it the commands to type next.
-
-    On a terminal the rows are framed; the commands stand outside the frame, unwrapped, so that they can be copied.
-    """
-    BARS.close()
-    if on_terminal():
-        _print_frame(title, rows)
-    else:
-        width = max(map(len, rows), default=0)
-        lines = (f"  {name:{width}}  {in_one_line(text)}" for name, text in rows.items())
-        print(f"\n{in_one_line(title)}", *lines, sep="\n")
-    if next_commands:
-        print("next:", *(f"  {in_one_line(command)}" for command in next_commands), sep="\n")
-    sys.stdout.flush()
+    """Show what happened and where it is, and below it the commands to type next; one line of a job among others."""
+    SCREENS[-1].summary(title, rows, next_commands)
 
 
 def _print_frame(title: str, rows: Mapping[str, str]) -> None:

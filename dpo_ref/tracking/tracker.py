@@ -19,7 +19,8 @@ class RunInfo:
     """What a tracker is told about a run.
 
     `directory` exists; what the tracker stores goes below it. `group` joins the runs of a multirun, and an evaluation
-    with the training it measures. With `resume` the run goes on under the id it had.
+    with the training it measures. With `resume` the run goes on under the id it had. With `runs_below` those that it
+    joins lie below its folder.
     """
 
     directory: Path
@@ -28,6 +29,7 @@ class RunInfo:
     group: str | None
     job_type: str
     resume: bool
+    runs_below: bool = False
 
 
 @dataclass(frozen=True, slots=True)

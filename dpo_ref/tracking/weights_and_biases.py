@@ -32,7 +32,7 @@ from uuid import uuid4
 
 from dpo_ref.files.writing import write_text
 from dpo_ref.tracking.redaction import Redactor, without_keys
-from dpo_ref.tracking.terminal import OF_SCRIPTS, say, visible
+from dpo_ref.tracking.terminal import OF_SCRIPTS, say, say_of_one_run, visible
 from dpo_ref.tracking.tracker import Artifact, NoTracker, RunInfo, Tracker
 
 # --- starting one
@@ -109,8 +109,16 @@ def _check(project: str, tags: Sequence[str], timeout: int) -> None:
         raise ValueError(f"tracking.timeout={timeout} must be positive; it is in seconds")
 
 
-def _open(directory: Path, start: Callable[[Mode], Any], mode: Mode, why: str, upload_weights: bool) -> Tracker:
+def _offline_runs(run: RunInfo) -> str:
+    """What was written offline, for a shell: of a sweep, its jobs and their evaluations too."""
+    if run.runs_below:
+        return f"$(find {shlex.quote(str(run.directory))} -name 'offline-run-*')"
+    return f"{shlex.quote(str(run.directory / 'wandb'))}/offline-run-*"
+
+
+def _open(run: RunInfo, start: Callable[[Mode], Any], mode: Mode, why: str, upload_weights: bool) -> Tracker:
     """The tracker, online if `mode` is and the service answers; says in one line which it became."""
+    directory = run.directory
     if mode == "online":
         try:
             tracker = WandbTracker(start("online"), directory, upload_weights)
@@ -126,8 +134,8 @@ def _open(directory: Path, start: Callable[[Mode], Any], mode: Mode, why: str, u
         announce(f"off ({one_line(error)}); metrics.jsonl has the run's numbers")
         end_service()
         return NoTracker()
-    announce(
-        f"offline, because {why}; upload later with: wandb sync {shlex.quote(str(directory / 'wandb'))}/offline-run-*"
+    say_of_one_run(
+        f"W&B: offline, because {' '.join(why.split())}; upload later with: wandb sync {_offline_runs(run)}"
     )
     return tracker
 
@@ -170,7 +178,7 @@ def wandb_tracker(
         "finish_timeout_raises": True,
         "x_disable_meta": redactor.found,  # the metadata holds the command line, and so perhaps the credential
     }  # fmt: skip
-    return _open(run.directory, partial(_start, arguments, options), actual_mode, why, upload_weights)
+    return _open(run, partial(_start, arguments, options), actual_mode, why, upload_weights)
 
 
 # --- a started run as a tracker: what it is told becomes history, summary, media, files and artifacts

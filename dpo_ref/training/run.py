@@ -42,6 +42,7 @@ class SampleEvaluation:
 
     measure: Callable[[int], tuple[Mapping[str, float], list[str]]]  # after an optimiser step
     every: int
+    in_brief: Callable[[Mapping[str, float]], str]  # the metrics, for a line of the terminal
     degenerate: list[str] = field(default_factory=list)  # at the last of them; empty if it was not
 
     def due(self, step: int) -> bool:
@@ -307,6 +308,7 @@ class TrainingRun:
         if not self.record.holds("evaluation", step):
             metrics, self.evaluation.degenerate = self.evaluation.measure(step)
             self.record.add({f"evaluation/{name}": value for name, value in metrics.items()}, step)
+            self._bar.tell(self.evaluation.in_brief(metrics))
         if step == 0 and self.rounds.config.stop_when_degenerate and self.evaluation.degenerate:
             raise ValueError(
                 f"trainer.stop_when_degenerate: the policy is degenerate before any training: "

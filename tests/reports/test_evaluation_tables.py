@@ -18,18 +18,15 @@ from hypothesis import strategies as st
 from dpo_ref.evaluation.results import Evaluation
 from dpo_ref.evaluation.sweep import Cell, SweptRun, mean_over_seeds, short_names
 from dpo_ref.reports import paper_table as tables
+from dpo_ref.reports.findings import best_strengths, interval, strength_table, told_apart
 from dpo_ref.reports.plots import figure_of
 from dpo_ref.reports.policy import TemperatureCurve, temperature_panels, temperatures
 from dpo_ref.reports.sweep import (
-    best_strengths,
     front_of,
     frontier_csv,
     frontier_panel,
-    interval,
     point_axis,
-    strength_table,
     temperature_curves,
-    told_apart,
     undominated,
 )
 from tests.support.command import ROOT, composed
