@@ -26,7 +26,7 @@ def lab(
     seed: int,
     progress: Progress = silent,
     *,
-    num_pairs: int = 16384,
+    num_pairs: int = 8192,
     num_eval_pairs: int = 512,
     num_test_prompts: int = 400,
     test_split: Literal["validation", "test"] = "test",
