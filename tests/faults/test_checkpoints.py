@@ -353,7 +353,7 @@ EDITS = {
     "optim.lr": ("lr: 0.0003", "lr: 0.003"),
     "beta": ("beta: 0.3", "beta: 0.1"),
     "trainer.batch_size": ("batch_size: 8", "batch_size: 4"),
-    "data.length_bias": ("length_bias: 0.5", "length_bias: 0.6"),
+    "data.length_bias": ("length_bias: 1.0", "length_bias: 1.5"),
 }
 
 
