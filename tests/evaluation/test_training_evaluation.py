@@ -19,7 +19,7 @@ from tests.support.metric_table import unlisted
 from tests.support.training_evaluation import SMALL, lines
 
 EVALUATED = ["evaluation.every=5", "evaluation.num_prompts=24", "evaluation.max_new_tokens=40"]
-DEGENERATING = ["beta=0.0001", "optim.lr=0.03", "optim.warmup_ratio=0", "optim.schedule=constant"]
+DEGENERATING = ["beta=0.0001", "optim.lr=0.1", "optim.warmup_ratio=0", "optim.schedule=constant"]
 
 
 def run(folder, *overrides):
@@ -39,14 +39,14 @@ def same_weights(first, second):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("plain") / "run", "optim.lr=1e-3")
+    return run(tmp_path_factory.mktemp("plain") / "run", "optim.lr=3e-4")
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """The same run with evaluations, one of which could have stopped it."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    return run(folder, "optim.lr=1e-3", *EVALUATED, "trainer.stop_when_degenerate=true")
+    return run(folder, "optim.lr=3e-4", *EVALUATED, "trainer.stop_when_degenerate=true")
 
 
 def test_training_is_the_same_with_and_without_evaluations(plain, evaluated):
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_bit_for_bit(evaluated, tmp_path, monkeypatch):
         log(session, step, seconds)
 
     monkeypatch.setattr(TrainingRun, "_log", die_in_step_7)
-    options = ["optim.lr=1e-3", *EVALUATED, "trainer.stop_when_degenerate=true", "trainer.save_every=5"]
+    options = ["optim.lr=3e-4", *EVALUATED, "trainer.stop_when_degenerate=true", "trainer.save_every=5"]
     assert train(*SMALL, f"output_dir={folder}", *options).returncode == 1
     monkeypatch.undo()
     initial = (folder / FOLDER / "initial" / "generations.jsonl").stat().st_mtime_ns

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_ref.lab import models as lab_models
 from dpo_ref.references import table
-from tests.faults.test_full_disks import evaluates, one_sentence, prepared, typed_in, with_models
+from tests.faults.test_full_disks import evaluates, one_sentence, prepared, typed_in, with_cache
 from tests.faults.test_kills import answers, end_of_run, records_of, run_of, tables
 from tests.support.completions_server import CompletionsServer
 from tests.support.faults import SMALL, Typed
@@ -142,7 +142,7 @@ def reference_at(port):
 def test_a_served_reference_that_dies_in_the_middle_of_the_pass(tmp_path, monkeypatch, tell):
     monkeypatch.setattr(table, "WINDOW", 2)
     monkeypatch.setattr(table, "SHARD_TOKENS", 1)
-    folder, other, port = with_models(tmp_path / "here"), with_models(tmp_path / "other"), free_port()
+    folder, other, port = with_cache(tmp_path / "here"), with_cache(tmp_path / "other"), free_port()
     options = [*SMALL, "reference=served", f"reference.url=http://127.0.0.1:{port}/v1", "reference.model=big"]
     options += ["reference.tokenizer=lab:tiny", "reference.retries=1", "reference.batch_size=1"]
     words = ["train.py", *options, f"output_dir={run_of(folder)}"]
@@ -193,7 +193,7 @@ def many_rows(tmp_path):
 
 @pytest.mark.parametrize("most", [1, 1000])
 def test_the_copy_that_writes_texts_is_killed(most, many_rows, tmp_path, tell):
-    folder, other = with_models(tmp_path / "here"), with_models(tmp_path / "other")
+    folder, other = with_cache(tmp_path / "here"), with_cache(tmp_path / "other")
     words = ["train.py", *many_rows, f"output_dir={run_of(folder)}"]
     environment = {"DPO_REF_CACHE": str(folder / "cache")}
     command = Typed(tmp_path / "shell", *words, before=lambda: os.environ.update(environment))
