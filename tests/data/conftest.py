@@ -3,6 +3,7 @@
 import pytest
 
 from dpo_ref.data import chat_templates
+from dpo_ref.files.cache import releasing
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -10,4 +11,11 @@ def templates_run_here():
     """As inside of the copy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_templates, "_APART", [True])
+        yield
+
+
+@pytest.fixture(autouse=True)
+def entries_are_let_go():
+    """Each entry of the cache that a test reads is an open file, and these tests read thousands."""
+    with releasing():
         yield
