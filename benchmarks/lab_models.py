@@ -99,7 +99,7 @@ def compared(row, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ships = [name for name in RECIPES if name != "large"]
+    ships = [name for name in RECIPES if name not in ("foreign", "large")]
     parser.add_argument("names", nargs="*", default=ships)
     parser.add_argument("--ship", action="store_true")
     args = parser.parse_args()
