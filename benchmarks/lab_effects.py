@@ -5,9 +5,9 @@ does not care for length; each target beside what came.
     python benchmarks/lab_effects.py --folder outputs/lab_effects --seeds 0 1
 
 A seed draws the pairs, their order and the answers; the prompts are the test split's first 400 for all, and all start
-from the lab:initial that ships. The plan (sweeps, seeds, targets) was fixed before any test prompt was answered: betas
-and learning rate were chosen on validation prompts (docs/lab.md). Differences between two policies' gold are paired by
-prompt; their standard errors are over prompts.
+from the lab:initial that ships. The plan (sweeps, seeds, targets) was fixed before a policy trained on pairs had
+answered a test prompt: betas and learning rate were chosen on validation prompts (docs/lab.md). Differences between
+two policies' gold are paired by prompt; their standard errors are over prompts.
 """
 
 import argparse
@@ -25,7 +25,6 @@ SWEEPS = {"demo": [], "none": ["reference=none"], "no_length_bias": ["data.lengt
 KEYS = {
     "gold": "gold/mean",
     "win_rate": "winrate/initial",
-    "win_rate_low": "winrate/initial_low",
     "tokens": "lengths/response",
     "ended": "ended/share",
     "kl": "kl/initial",
@@ -50,8 +49,7 @@ def swept(name, folder, seeds):
 def gold_by_prompt(folder):
     """The mean gold reward of the answers to each prompt, in the prompts' order."""
     scores = json.loads((folder / "scores.json").read_text())["scores"]
-    lines = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
-    answers = [line for line in lines if "prompt_index" in line]
+    answers = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
     by_prompt = {}
     for answer, score in zip(answers, scores, strict=True):
         by_prompt.setdefault(answer["prompt_index"], []).append(score)
@@ -84,36 +82,28 @@ def targets_of(cells, initial):
     """The targets for the cells of one seed and the initial policy, each met or not."""
     with_reference = sorted(cells["demo"], key=lambda row: row["beta"])
     smallest, *_, largest = with_reference
-    best = max(with_reference, key=lambda row: row["gold"])
-    apart = {
-        name: difference(best["by_prompt"], row["by_prompt"])
-        for name, row in [
-            ("smallest", smallest),
-            ("largest", largest),
-            *((f"none {r['beta']:g}", r) for r in cells["none"]),
-        ]
-    }
-    unbiased = min(cells["no_length_bias"], key=lambda row: row["beta"])
+    sound = [row for row in with_reference if not row["degenerate"]]
+    best = max(sound or with_reference, key=lambda row: row["gold"])
+    unbiased = min(cells["no_length_bias"], key=lambda row: row["beta"])["tokens"]
+
+    def below_the_best(row, errors):
+        gap, error = difference(best["by_prompt"], row["by_prompt"])
+        return gap >= errors * error
+
     return {
         f"best beta: gold at least {GAIN} above the initial policy's": best["gold"] - initial["gold"] >= GAIN,
         f"best beta: win rate at least {WIN_RATE:.0%}": best["win_rate"] >= WIN_RATE,
-        f"smallest beta: gold at least {ERRORS} standard errors below the best": _far(apart["smallest"], ERRORS),
+        f"smallest beta: gold at least {ERRORS} standard errors below the best": below_the_best(smallest, ERRORS),
         "smallest beta: longer answers, a lower log-prob of the end token, degenerate": smallest["degenerate"]
         and smallest["end_shift"] < 0
         and smallest["tokens"] > initial["tokens"],
-        f"largest beta: gold at least {ERRORS} standard errors below the best": _far(apart["largest"], ERRORS),
+        f"largest beta: gold at least {ERRORS} standard errors below the best": below_the_best(largest, ERRORS),
         "no reference: at every beta more than its error below the best": all(
-            _far(gap, 1) for name, gap in apart.items() if name.startswith("none")
+            below_the_best(row, 1) for row in cells["none"]
         ),
-        f"no length bias: at the smallest beta at most {LENGTH_DRIFT} times the initial policy's length": unbiased[
-            "tokens"
-        ]
+        f"no length bias: at the smallest beta at most {LENGTH_DRIFT} times the initial policy's length": unbiased
         <= LENGTH_DRIFT * initial["tokens"],
     }
-
-
-def _far(gap, errors):
-    return gap[0] >= errors * gap[1]
 
 
 def main():

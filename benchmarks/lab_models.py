@@ -27,7 +27,7 @@ from dpo_ref.files.digests import file_digest
 from dpo_ref.generation.sampling import generate
 from dpo_ref.lab.conversations import read_prompt
 from dpo_ref.lab.gold import gold_rewards
-from dpo_ref.lab.models import CHECKPOINTS, locate, shipped_folder, shipped_name
+from dpo_ref.lab.models import BUILT, CHECKPOINTS, locate, shipped_folder, shipped_name
 from dpo_ref.lab.preferences import draw_prompts
 from dpo_ref.lab.recipes import RECIPES, build
 from dpo_ref.models.loading import load_model, load_tokenizer
@@ -99,13 +99,13 @@ def compared(row, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ships = [name for name in RECIPES if name not in ("foreign", "large")]
+    ships = [name for name in RECIPES if name not in BUILT]
     parser.add_argument("names", nargs="*", default=ships)
     parser.add_argument("--ship", action="store_true")
     args = parser.parse_args()
     differing = []
     with tempfile.TemporaryDirectory() as work:
-        for name in sorted(args.names, key=ships.index):
+        for name in sorted(args.names, key=list(RECIPES).index):
             folder, seconds = trained(name, Path(work))
             row = {"name": name, "key": RECIPES[name].key, "threads": torch.get_num_threads(), "seconds": seconds}
             row |= measured(folder)

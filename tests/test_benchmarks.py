@@ -116,3 +116,40 @@ def test_every_turn_has_its_window(soak, monkeypatch):
         cost = soak.cost_alone(process, partial(next, steps))
         process.kill()
     assert 0.2 < cost * soak.BATCH < 1.1  # a step a second
+
+
+@pytest.fixture
+def effects(monkeypatch):
+    """benchmarks/lab_effects.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("lab_effects")
+    for name in ("lab_effects", "common"):
+        sys.modules.pop(name, None)
+
+
+def policy_of(beta, gold, **also):
+    """A policy whose answers to four prompts are worth `gold` a hundredth more or less: two differ by a standard error
+    of 0.012 if one of them is that of beta 0.3."""
+    row = {"beta": beta, "gold": gold, "win_rate": 0.65, "tokens": 12.0, "degenerate": False, "end_shift": -0.1}
+    noise = 0.01 if beta == 0.3 else -0.01
+    return row | also | {"by_prompt": [gold + noise, gold - noise, gold + noise, gold - noise]}
+
+
+def test_the_targets_of_the_lab_are_met_and_missed_by_hand(effects):
+    loose = policy_of(0.02, 0.6, tokens=30.0, degenerate=True, end_shift=-1.5)
+    cells = {
+        "demo": [loose, policy_of(0.3, 0.7), policy_of(3, 0.62)],
+        "none": [policy_of(0.02, 0.5), policy_of(3, 0.4)],
+        "no_length_bias": [policy_of(0.02, 0.6), policy_of(3, 0.6, tokens=90.0)],
+    }
+    initial = {"gold": 0.5, "tokens": 11.0}
+    assert set(effects.targets_of(cells, initial).values()) == {True}
+    missed = [
+        ({"demo": [loose, policy_of(0.3, 0.61), policy_of(3, 0.6)]}, 3),  # gain 0.11; both ends too near
+        ({"demo": [loose, policy_of(0.3, 0.7, win_rate=0.59), policy_of(3, 0.62)]}, 1),
+        ({"demo": [loose | {"degenerate": False}, policy_of(0.3, 0.7), policy_of(3, 0.62)]}, 1),
+        ({"none": [policy_of(0.02, 0.5), policy_of(3, 0.7)]}, 1),
+        ({"no_length_bias": [policy_of(0.02, 0.6, tokens=14.0)]}, 1),
+    ]
+    for changed, number in missed:
+        assert list(effects.targets_of(cells | changed, initial).values()).count(False) == number, changed

@@ -1,9 +1,9 @@
 """The lab's checkpoints, `lab:<name>`: where they are, and that they are what was shipped.
 
 Those that ship lie in `checkpoints/`, each in a folder named by its model and by the digest of what is in it, so every
-machine starts from the same weights. `lab:large` is too large to ship and is built on first use, into the cache, by
-its recipe (`recipes.py`); its folder is named by the recipe's digest, so changing the recipe builds anew and never
-overwrites. A lock makes a second process wait for the first instead of building twice.
+machine starts from the same weights. The others are built on first use, into the cache, by their recipes
+(`recipes.py`); a folder is named by its recipe's digest, so changing the recipe builds anew and never overwrites. A
+lock makes a second process wait for the first instead of building twice.
 """
 
 import fcntl
@@ -19,17 +19,20 @@ from dpo_ref.tracking.terminal import say
 
 SCHEME = "lab:"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+BUILT = ("foreign", "large")  # on first use; large is too large to ship
 
 
 def locate(path: str) -> str:
-    """The folder of the model `lab:<name>`, built if it neither ships nor is in the cache. Raises ValueError for a
+    """The folder of the model `lab:<name>`, built if it is of `BUILT` and not in the cache. Raises ValueError for a
     name that there is not, and for shipped files that are not as they were."""
     name = path.removeprefix(SCHEME)
     if name not in RECIPES:
         raise ValueError(f"{path} is no model of the lab; there are {', '.join(SCHEME + n for n in RECIPES)}")
+    if name in BUILT:
+        return str(_built(name, RECIPES[name]))
     shipped = shipped_folder(name)
     if shipped is None:
-        return str(_built(name, RECIPES[name]))
+        raise ValueError(f"{path} ships in {CHECKPOINTS} and is not there; git checkout -- {CHECKPOINTS}")
     if changed := change_in(shipped):
         raise ValueError(f"{path}: {shipped / changed} is not the file that ships; git checkout -- {shipped}")
     return str(shipped)
@@ -42,7 +45,7 @@ LOCATORS[SCHEME] = locate
 
 
 def shipped_folder(name: str) -> Path | None:
-    """Where a model that ships is; None for one that does not."""
+    """Where a model that ships is; None if it is not there."""
     return next(CHECKPOINTS.glob(f"{name}-*"), None)
 
 
@@ -66,7 +69,7 @@ def _built(name: str, recipe: Recipe) -> Path:
     if damage_in(folder) is not None:
         with _lock(folder.with_suffix(".lock"), name):
             if not is_kept(folder, "it is built again"):
-                say(f"building lab:{name}, once per machine (on a GPU some minutes, elsewhere hours)")
+                say(f"building lab:{name}, once per machine (some minutes; lab:large needs a GPU for that)")
                 build(recipe, folder)
     in_use(folder)
     return folder

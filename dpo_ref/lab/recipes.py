@@ -70,7 +70,7 @@ def foreign_tokenizer() -> "PreTrainedTokenizerFast":
     """Another tokenizer: a smaller vocabulary, so longer sequences, other special tokens, another template, no BOS."""
     headers = ["<|start|>", "<|message|>"]
     return _train_tokenizer(
-        FOREIGN_TEMPLATE, vocabulary=480, bos=None, end_of_turn="<|end|>", pad="<|blank|>", extra_tokens=headers
+        FOREIGN_TEMPLATE, vocabulary=640, bos=None, end_of_turn="<|end|>", pad="<|blank|>", extra_tokens=headers
     )
 
 
@@ -176,7 +176,8 @@ RECIPES = {
     "strong_terse": Recipe(
         "llama", "lab", SHAPE, (replace(HABIT, competence=0.95, styles="terse"),), parent="initial"
     ),
-    "foreign": Recipe("qwen2", "foreign", SHAPE, (SKILL, replace(HABIT, competence=0.95))),
+    # Of an architecture whose tokenizers transformers loads as they were saved; Qwen2's it makes anew.
+    "foreign": Recipe("qwen3", "foreign", SHAPE | {"head_dim": 32}, (SKILL, replace(HABIT, competence=0.95))),
     "tiny": Recipe(
         "llama",
         "lab",

@@ -13,31 +13,16 @@ import pytest
 from dpo_ref.cli import sweep as end_of_sweep
 from tests.support.command import forked, typed, typed_here
 from tests.support.faults import SMALL, Typed, same_weights, steps, summary
-from tests.support.pictures import undrawn
+from tests.support.sweeps import BETAS, QUICK, jobs, short_evaluation  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow  # `make faults` runs it
 
-BETAS = ("0.1", "0.3", "3")
 BESIDE = ["hydra/launcher=side_by_side", "hydra.launcher.n_jobs=2"]
 LONGER = [*SMALL, "trainer.epochs=20", "trainer.save_every=10"]
-QUICK = ["generation.max_new_tokens=4", "generation.samples_per_prompt=1", "scorer=none", "diagnostic=none"]
-
-
-@pytest.fixture(autouse=True)
-def short_evaluation(monkeypatch):
-    """Without pictures, of short answers, and without importing all again."""
-    run = SimpleNamespace(run=lambda command, check: typed(*command[1:], *QUICK))
-    monkeypatch.setattr(end_of_sweep, "subprocess", run)
-    with undrawn():
-        yield
 
 
 def command(folder, *words, betas=BETAS):
     return ["train.py", "-m", *LONGER, *BESIDE, f"output_dir={folder}", f"beta={','.join(betas)}", *words]
-
-
-def jobs(folder, betas=BETAS):
-    return [folder / f"{index}_beta-{beta}" for index, beta in enumerate(betas)]
 
 
 def states(folder):

@@ -18,7 +18,7 @@ from dpo_ref.models.loading import load_tokenizer
 from tests.support.command import forked, train
 
 MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/lab_models.json").read_text())["models"]
-SHIPPED = [name for name in recipes.RECIPES if name not in ("foreign", "large")]
+SHIPPED = [name for name in recipes.RECIPES if name not in lab_models.BUILT]
 
 
 # --- those that ship
@@ -58,6 +58,12 @@ def test_changed_weights_are_refused(resealed, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is not the file that ships; git checkout -- ") as refusal:
         lab_models.locate("lab:tiny")
     assert str(copy / ("digests.json" if resealed else weights.name)) in str(refusal.value)
+
+
+def test_a_model_that_should_be_there_is_not_built_instead(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab_models, "CHECKPOINTS", tmp_path)
+    with pytest.raises(ValueError, match=r"lab:tiny ships in .* and is not there; git checkout -- "):
+        lab_models.locate("lab:tiny")
 
 
 def test_nothing_is_built_for_a_run(tmp_path, monkeypatch):

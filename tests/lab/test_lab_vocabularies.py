@@ -6,8 +6,9 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from dpo_ref.lab import recipes
 from dpo_ref.lab.preferences import lab_sft
 from dpo_ref.lab.recipes import foreign_tokenizer, lab_tokenizer
 from dpo_ref.types import Message, conversation
@@ -75,12 +76,25 @@ def test_specials(tokenizer, tmp_path):
     assert len(loaded) == len(tokenizer)
 
 
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_folder_of_each_recipe_loads_the_tokenizer_it_was_trained_with(name, request, tmp_path):
+    """transformers chooses the class by the architecture, and some make it anew (Qwen2's splits digits)."""
+    recipe = recipes.RECIPES[name]
+    trained = request.getfixturevalue(recipe.tokenizer)
+    AutoConfig.for_model(recipe.architecture).save_pretrained(tmp_path)
+    trained.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [text for g in lab_sft(1, num_examples=90).train for text in (g.responses[0], g.prompt[0]["content"])]
+    assert [encode(loaded, text) for text in texts] == [encode(trained, text) for text in texts]
+    assert len(loaded) == len(trained)
+
+
 def test_the_foreign_tokenizer_is_another_one(lab, foreign):
     prompt = [Message(role="user", content="Name two trees, but not oak.")]
     assert lab.bos_token_id is not None
     assert foreign.bos_token is None
     assert len(lab) == 882
-    assert len(foreign) == 480
+    assert len(foreign) == 640
     assert not set(lab.all_special_tokens) & set(foreign.all_special_tokens)
     assert len(rendered(foreign, prompt)) != len(rendered(lab, prompt))
     assert rendered(lab, prompt)[0] == lab.bos_token_id
