@@ -19,7 +19,7 @@ from dpo_ref.tracking.terminal import say
 
 SCHEME = "lab:"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-BUILT = ("foreign", "large")  # on first use; large is too large to ship
+BUILT = ("large",)  # on first use: too large to ship
 
 
 def locate(path: str) -> str:
@@ -69,7 +69,7 @@ def _built(name: str, recipe: Recipe) -> Path:
     if damage_in(folder) is not None:
         with _lock(folder.with_suffix(".lock"), name):
             if not is_kept(folder, "it is built again"):
-                say(f"building lab:{name}, once per machine (some minutes; lab:large needs a GPU for that)")
+                say(f"building lab:{name}, once per machine (its place is a GPU: a CPU takes many hours)")
                 build(recipe, folder)
     in_use(folder)
     return folder

@@ -82,7 +82,7 @@ def test_sizes_and_lineage():
     }
     assert all(3e5 <= number <= 3e6 for name, number in parameters.items() if name != "tiny")
     texts = {name: load_tokenizer(lab_models.locate(f"lab:{name}")).get_vocab() for name in SHIPPED}
-    assert all(texts[name] == texts["initial"] for name in SHIPPED)
+    assert [name for name in SHIPPED if texts[name] != texts["initial"]] == ["foreign"]
     weights = {file_digest(Path(lab_models.locate(f"lab:{name}")) / "model.safetensors") for name in SHIPPED}
     assert len(weights) == len(SHIPPED)
 

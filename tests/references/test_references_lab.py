@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from dpo_ref.lab import models as lab_models
 from tests.support.command import typed
 
 PARTS = "reference.parts=[{reference: initial}, {reference: other, path: 'lab:strong'}]"
@@ -23,9 +22,6 @@ SHORT = ["beta=0.3", "data.num_pairs=1024", "data.num_eval_pairs=64", "data.num_
 
 @pytest.mark.slow
 def test_one_short_run_each(tmp_path):
-    """A minute, and a quarter of an hour more if the models have to be built (DPO_REF_CACHE=... keeps them)."""
-    for name in ("initial", "strong", "foreign"):
-        lab_models.locate(f"lab:{name}")
     sweep = tmp_path / "sweep"
     for index, (name, words) in enumerate(REFERENCES.items()):
         done = typed("train.py", *words, *SHORT, f"output_dir={sweep / f'{index}_{name}'}")
