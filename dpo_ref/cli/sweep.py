@@ -80,7 +80,7 @@ class SweepReport(Callback):
             print("evaluating the sweep; by hand: python evaluate.py " + shlex.join(command[2:]), flush=True)
             code = subprocess.run(command, check=False).returncode
             if code == 0:
-                _print_next(folder, sys.argv[1:], self._then)
+                print_next(folder, sys.argv[1:], self._then)
         failed = self.failed | (_failed_in(folder) if config.stage == "train" else {})
         if failed:
             sys.exit("\n".join(_in_words(failed, self.again)))
@@ -88,8 +88,8 @@ class SweepReport(Callback):
             sys.exit(code)
 
 
-def _print_next(folder: Path, words: Sequence[str], then: Sequence[str]) -> None:
-    """What to type next."""
+def print_next(folder: Path, words: Sequence[str], then: Sequence[str]) -> None:
+    """What to type next; `then` as far as the `words` of this sweep say nothing about it."""
     from dpo_ref.evaluation.sweep import collect
     from dpo_ref.reports.tables import best
 
@@ -103,7 +103,8 @@ def _print_next(folder: Path, words: Sequence[str], then: Sequence[str]) -> None
     if seeds := [job.seed for job in jobs if job.seed is not None]:
         more = [f"seed={max(seeds) + 1},{max(seeds) + 2}", f"output_dir={folder}"]
         say("two seeds more, which join these:", f"  {shlex.join([*again, *more])}")
-    if then:
+    said = {word.partition("=")[0] for word in words}
+    if then := [word for word in then if word.partition("=")[0] not in said]:
         say(f"another sweep, with {' '.join(then)}:", f"  {shlex.join([*again, *then])}")
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from dpo_ref.cli import sweep as end_of_sweep
 from dpo_ref.cli.side_by_side import SideJob, at_a_time, run_side_by_side, swept_names, threads_each
+from dpo_ref.cli.sweep import print_next
 from dpo_ref.files.cache import made_by_one
 from dpo_ref.tracking.side_by_side import Activity, JobProgress, JobRow, seconds_left
 from dpo_ref.tracking.terminal import progress, say
@@ -66,6 +67,14 @@ def test_a_row_is_for_each_job_with_its_results(sweeps):
     rows = list(csv.DictReader((sweeps[0] / "first" / "sweep.csv").read_text().splitlines()))
     assert [(row["job"], row["status"]) for row in rows] == [(job, "completed") for job in JOBS]
     assert all(row["winrate/initial"] for row in rows)
+
+
+def test_another_sweep_is_named_unless_it_is_this_one(sweeps, capsys):
+    for words, said in ([["-m"], 1], [["-m", "data.length_bias=0"], 0]):
+        print_next(sweeps[0] / "first", words, ["data.length_bias=0"])
+        out = capsys.readouterr().out
+        assert out.count("another sweep, with data.length_bias=0") == said
+        assert out.count("two seeds more") == 1
 
 
 def test_each_job_has_its_name_before_what_it_says_and_one_line_at_its_end(sweeps):
