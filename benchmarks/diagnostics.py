@@ -1,9 +1,9 @@
 """A policy whose beta is far too small beside a healthy one on the lab: what evaluate.py finds, and where answers end.
 
-    OMP_NUM_THREADS=1 python benchmarks/diagnostics.py     (10 minutes on one core, models built)
+    OMP_NUM_THREADS=1 python benchmarks/diagnostics.py     (two minutes on one core)
 
-Both are trained from lab:initial on 16,384 pairs of the default judge, who likes length; beta is all that differs.
-Writes results/diagnostics.json and docs/images/diagnostics_degenerate.png. Runs that are there already are kept.
+Both are trained from lab:initial as in the demo, on 8,192 pairs of the default judge, who likes length; they differ in
+beta alone. Writes results/diagnostics.json and docs/images/diagnostics_degenerate.png. Runs that are there are kept.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dpo_ref.files.writing import plain
 from dpo_ref.reports.diagnostics import end_panel, hazard_panel, relative_panel
 from dpo_ref.reports.plots import Panel, figure_of, save
 
-BETAS = {"degenerate": 0.005, "healthy": 0.3}
+BETAS = {"degenerate": 0.01, "healthy": 1.0}
 PICTURE = ROOT / "docs" / "images" / "diagnostics_degenerate.png"
 
 
@@ -37,7 +37,7 @@ def command(*words: str) -> None:
 def evaluated(beta: float, run: Path) -> tuple[Evaluation, Diagnosis]:
     """The run of this beta, trained and evaluated unless that was done."""
     if not (run / "policy").is_dir():
-        command("train.py", f"beta={beta}", f"output_dir={run}", "tracking=none")
+        command("train.py", f"beta={beta}", "optim.lr=5e-4", f"output_dir={run}", "tracking=none")
     if not (run / RESULTS / "diagnostics.json").is_file():
         command("evaluate.py", f"policy={run}", "tracking=none")
     diagnosis = read_diagnosis(run / RESULTS)

@@ -5,9 +5,9 @@ does not care for length; each target beside what came.
     python benchmarks/lab_effects.py --folder outputs/lab_effects --seeds 0 1
 
 A seed draws the pairs, their order and the answers; the prompts are the test split's first 400 for all, and all start
-from the lab:initial that ships. Betas and learning rate were chosen on validation prompts with other seeds, and this plan
-(sweeps, seeds, targets) was committed before it was run (docs/lab.md). Differences between
-two policies' gold are paired by prompt; their standard errors are over prompts.
+from the lab:initial that ships. Betas and learning rate were chosen on validation prompts with other seeds, and this
+plan (sweeps, seeds, targets) was committed before it was run (docs/lab.md). Differences between two policies' gold are
+paired by prompt; their standard errors are over prompts.
 """
 
 import argparse

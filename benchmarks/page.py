@@ -1,4 +1,5 @@
-"""Fill docs/performance.md, data.md, conversations.md, lab.md and pictures in docs/images from benchmarks/results."""
+"""Fill docs/performance.md, data.md, conversations.md, lab.md, references.md and pictures in docs/images from
+benchmarks/results."""
 
 import json
 import re
@@ -7,7 +8,7 @@ import statistics
 from common import RESULTS, ROOT
 
 DATA_PAGE, CONVERSATIONS_PAGE = ROOT / "docs" / "data.md", ROOT / "docs" / "conversations.md"
-LAB_PAGE = ROOT / "docs" / "lab.md"
+LAB_PAGE, REFERENCES_PAGE = ROOT / "docs" / "lab.md", ROOT / "docs" / "references.md"
 PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "images" / "performance.png"
 OURS, OTHERS = "#2563eb", ("#94a3b8", "#475569")
 
@@ -291,15 +292,42 @@ def lab_effects_text(result):
 
 def effects_row(cells):
     """Means and standard deviations over seeds."""
-
-    def both(key, digits):
-        values = [cell[key] for cell in cells]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
-
     digits = {"gold": 3, "win_rate": 3, "tokens": 1, "ended": 3, "kl": 2, "end_shift": 2}
     broken = f"{sum(cell['degenerate'] for cell in cells)} of {len(cells)}"
-    return " | ".join([*(both(key, number) for key, number in digits.items()), broken])
+    return " | ".join([*(spread(cells, key, 1, number) for key, number in digits.items()), broken])
+
+
+REFERENCE_NAMES = {
+    "mixture initial + other lab:strong": "mixture of initial and lab:strong",
+    "other lab:foreign": "lab:foreign (other tokenizer)",
+}
+
+
+def references_table(result):
+    """References at their betas: means over seeds ± standard deviations of seeds."""
+    lines = [
+        "| reference | β | gold reward | win rate, % | tokens | KL to initial | KL to the reference | degenerate |",
+        "|---" * 8 + "|",
+    ]
+    cells = {}
+    for row in result["rows"]:
+        cells.setdefault((row["series"], float(row["beta"])), []).append(row)
+    for (series, beta), rows in cells.items():
+        name = series.removeprefix("dpo, reference ")
+        keys = {"gold/mean": (1, 3), "winrate/initial": (100, 1), "lengths/response": (1, 1), "kl/initial": (1, 2)}
+        numbers = [spread(rows, key, *scale) for key, scale in (keys | {"kl/loss_reference": (1, 1)}).items()]
+        broken = f"{sum(bool(row['degenerate']) for row in rows)} of {len(rows)}"
+        lines.append(" | ".join([f"| {REFERENCE_NAMES.get(name, name)}", f"{beta:g}", *numbers, f"{broken} |"]))
+    return "\n".join(lines)
+
+
+def spread(rows, key, factor, digits):
+    """Mean ± standard deviation of a column, a dash where it was not measured."""
+    values = [factor * float(row[key]) for row in rows if row.get(key) not in (None, "")]
+    if not values:
+        return "–"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def fill(text, name, content):
@@ -332,6 +360,8 @@ def main():
         if (result := read(name)) is not None:
             lab = fill(lab, name, make(result))
     LAB_PAGE.write_text(lab)
+    if (references := read("references")) is not None:
+        REFERENCES_PAGE.write_text(fill(REFERENCES_PAGE.read_text(), "references", references_table(references)))
     if (turns := read("conversations")) is not None:
         page = fill(CONVERSATIONS_PAGE.read_text(), "conversations", conversations_table(turns))
         CONVERSATIONS_PAGE.write_text(page)
