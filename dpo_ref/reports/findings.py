@@ -237,8 +237,9 @@ def _length(cell: Cell, initial: Evaluation) -> str:
 
 
 def _end(cell: Cell, initial: Evaluation) -> list[str]:
-    never = [percent(1 - evaluation.value(ENDED)) for evaluation in (cell.evaluation, initial)]
-    parts = [f"{never[0]} of them never end (initially {never[1]})"]
+    never = [1 - evaluation.value(ENDED) for evaluation in (cell.evaluation, initial)]
+    ends = f"{percent(never[0])} of them never end (initially {percent(never[1])})"
+    parts = [ends if any(never) else "all of them still end"]
     if END_CHOSEN.key in cell.evaluation.metrics:
         moved = number(cell.evaluation.value(END_CHOSEN), 2, signed=True)
         parts.append(f"the end token's log-prob moved by {moved}")

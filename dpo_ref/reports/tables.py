@@ -192,16 +192,19 @@ def results_table(evaluations: Sequence[Evaluation], failures: Sequence[tuple[st
 
     every = brief_columns(evaluations[0].scorer if evaluations else "gold")
     visible = [c for c in every if any(c.text(e) != MISSING for e in evaluations)] or every
-    reasons = words("\n".join(f"{name}: {why}" for name, why in failures), style="red")
+    alike = _seeds_of_all(evaluations)
+    below = words(f"means over {alike} seeds\n" if alike > 1 else "")
+    below.append("\n".join(f"{name}: {why}" for name, why in failures), style="red")
+    below.rstrip()
     table = Table(
-        box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=reasons if failures else None,
+        box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=below or None,
         caption_justify="left",
     )  # fmt: skip
     table.add_column("policy", overflow="fold", min_width=14)
     for column in visible:
         table.add_column(words(column.title), justify="right", no_wrap=True)
     for evaluation, name in zip(evaluations, titles(evaluations), strict=True):
-        seeds = f" ({evaluation.num_seeds} seeds)" if evaluation.num_seeds > 1 else ""
+        seeds = f" ({evaluation.num_seeds} seeds)" if alike == 1 and evaluation.num_seeds > 1 else ""
         label = words(name + seeds)
         if evaluation.degenerate:
             label.append(" degenerate", style="bold red")
@@ -209,6 +212,12 @@ def results_table(evaluations: Sequence[Evaluation], failures: Sequence[tuple[st
     for name, _ in failures:
         table.add_row(words(name, style="red"), *("–" for _ in visible))
     return table
+
+
+def _seeds_of_all(evaluations: Sequence[Evaluation]) -> int:
+    """How many runs each trained policy joins, where that is one number for all; else 1."""
+    numbers = {e.num_seeds for e in evaluations if e.objective is not None}
+    return numbers.pop() if len(numbers) == 1 else 1
 
 
 def _narrow(entry: str) -> str:

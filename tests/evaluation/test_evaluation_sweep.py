@@ -116,17 +116,30 @@ def test_csv_holds_every_job_and_metric(folder):
     assert "times as long" in rows[0]["degenerate"]
 
 
-def test_terminal_table_fits_80_characters_and_names_failures(folder):
+def terminal_text(jobs, baseline):
     from rich.console import Console
 
-    sweep, baseline = folder
     console = Console(width=80, file=io.StringIO())
-    console.print(*sweep_tables(collect(sweep), baseline.evaluation))
-    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    console.print(*sweep_tables(jobs, baseline.evaluation))
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_terminal_table_fits_80_characters_and_names_failures(folder):
+    text = terminal_text(collect(folder[0]), folder[1])
     assert max(map(len, text.splitlines())) <= 80
-    for expected in ("end Δ", "initial policy", "seeds)", "degenerate", "12_beta=10", "13_beta=30: missing"):
+    for expected in ("end Δ", "initial policy", "2 seeds", "degenerate", "12_beta=10", "13_beta=30: missing"):
         assert expected in text
     assert "…" not in text
+
+
+def test_a_number_of_seeds_that_all_have_is_said_once(folder):
+    whole = [cell for cell in cells(collect(folder[0])) if len(cell.jobs) == 2]
+    jobs = [job for cell in whole for job in cell.jobs]
+    text = terminal_text(jobs, folder[1])
+    assert text.count("seeds") == text.count("means over 2 seeds") == 1
+    text = terminal_text(jobs[1:], folder[1])
+    assert "means over" not in text
+    assert text.count("(2") == len(whole) - 1
 
 
 def test_a_sweep_leaves_table_picture_and_page(folder):

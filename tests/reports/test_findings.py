@@ -14,12 +14,12 @@ INITIAL = Evaluation(
 )  # fmt: skip
 
 
-def cell(beta, win, half=0.04, gold=0.3, tokens=14.0, degenerate=(), seeds=1, series="dpo"):
+def cell(beta, win, half=0.04, gold=0.3, tokens=14.0, degenerate=(), seeds=1, series="dpo", ended=0.95):
     """A cell whose win rate is known to ± half, its mean reward to ± 1.96 * 0.004, its mean length to ± 1.96 * 0.4."""
     metrics = {
         "winrate/initial": win, "winrate/initial_low": win - half, "winrate/initial_high": win + half,
         "gold/mean": gold, "gold/mean_se": 0.004, "lengths/response": tokens, "lengths/response_se": 0.4,
-        "ended/share": 0.95, "kl/initial": 2.5, "eos/chosen_logratio": -0.25,
+        "ended/share": ended, "kl/initial": 2.5, "eos/chosen_logratio": -0.25,
     }  # fmt: skip
     each = [
         Evaluation(
@@ -86,6 +86,12 @@ def test_answers_change_their_length_beyond_its_error_only(tokens, word):
     told = findings([cell(0.02, 0.6, tokens=tokens), cell(3.0, 0.6)], INITIAL)
     assert f"At the smallest β, 0.02, answers {word} (14.0 to " in told[1]
     assert "the end token's log-prob moved by −0.25, KL to the initial policy is 2.5 nats" in told[1]
+
+
+def test_where_every_answer_ends_no_share_is_told():
+    told = findings([cell(0.02, 0.6, ended=1.0), cell(3.0, 0.6, ended=1.0)], INITIAL)
+    assert "answers keep their length (14.0 to 14.0 tokens), all of them still end, the end token's" in told[1]
+    assert "never end" not in told[1]
 
 
 def test_what_does_not_follow_names_seeds_and_world():
