@@ -1,7 +1,7 @@
 """Do the lab's effects stand out from chance? The demo's sweep over ten seeds, without reference, and with a judge who
-does not care for length; each target beside what came.
+does not care for length; each target beside what came, and the README's table, sentences and picture.
 
-    python benchmarks/lab_effects.py                     (about an hour on 2 cores; goes on where it was stopped)
+    python benchmarks/lab_effects.py                     (half an hour on 2 cores; goes on where it was stopped)
     python benchmarks/lab_effects.py --folder outputs/lab_effects --seeds 0 1
 
 A seed draws the pairs, their order and the answers; the prompts are the test split's first 400 for all, and all start
@@ -13,6 +13,8 @@ paired by prompt; their standard errors are over prompts.
 import argparse
 import json
 import math
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from common import ROOT, write
 
+PICTURE = ROOT / "docs" / "images" / "demo.png"
 SEEDS = list(range(10))
 SWEEPS = {"demo": [], "none": ["reference=none"], "no_length_bias": ["data.length_bias=0"]}
 KEYS = {
@@ -44,6 +47,17 @@ def swept(name, folder, seeds):
     print(f"python {' '.join(command)}", flush=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     return [cell(path.parent) for path in sorted((folder / name).glob("*/evaluation/evaluation.json"))]
+
+
+def told(sweep):
+    """What the end of a sweep says in a terminal of 80 columns: its table, and its sentences."""
+    command = [sys.executable, "evaluate.py", f"sweep={sweep}", "tracking=none"]
+    environment = os.environ | {"COLUMNS": "80"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    text = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+    table, _, rest = text[text.index(" policy ") :].partition("\n\n")
+    (sentences,) = (each for each in rest.split("\n\n") if "What does not follow: " in each)
+    return f"{table}\n\n{rest.splitlines()[0]}\n\n{sentences}"
 
 
 def gold_by_prompt(folder):
@@ -124,7 +138,9 @@ def main():
     kept = {
         name: [{k: v for k, v in row.items() if k != "by_prompt"} for row in cells] for name, cells in rows.items()
     }
-    write("lab_effects", {"seeds": args.seeds, "initial": initial, "sweeps": kept, "met": met})
+    about = {"seeds": args.seeds, "initial": initial, "sweeps": kept, "met": met}
+    write("lab_effects", about | {"told": told(folder / "demo")})
+    shutil.copyfile(folder / "demo" / "sweep.png", PICTURE)
     for target, seeds in met.items():
         print(f"{sum(seeds):3} of {len(seeds)}  {target}")
 

@@ -1,5 +1,5 @@
-"""Fill docs/performance.md, data.md, conversations.md, lab.md, references.md and pictures in docs/images from
-benchmarks/results."""
+"""Fill docs/performance.md, data.md, conversations.md, lab.md, references.md, the README and pictures in docs/images
+from benchmarks/results."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import statistics
 from common import RESULTS, ROOT
 
 DATA_PAGE, CONVERSATIONS_PAGE = ROOT / "docs" / "data.md", ROOT / "docs" / "conversations.md"
+README = ROOT / "README.md"
 LAB_PAGE, REFERENCES_PAGE = ROOT / "docs" / "lab.md", ROOT / "docs" / "references.md"
 PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "images" / "performance.png"
 OURS, OTHERS = "#2563eb", ("#94a3b8", "#475569")
@@ -360,6 +361,8 @@ def main():
         if (result := read(name)) is not None:
             lab = fill(lab, name, make(result))
     LAB_PAGE.write_text(lab)
+    if (effects := read("lab_effects")) is not None:
+        README.write_text(fill(README.read_text(), "demo", f"```text\n{effects['told']}\n```"))
     if (references := read("references")) is not None:
         REFERENCES_PAGE.write_text(fill(REFERENCES_PAGE.read_text(), "references", references_table(references)))
     if (turns := read("conversations")) is not None:

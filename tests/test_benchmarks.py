@@ -153,3 +153,18 @@ def test_the_targets_of_the_lab_are_met_and_missed_by_hand(effects):
     ]
     for changed, number in missed:
         assert list(effects.targets_of(cells | changed, initial).values()).count(False) == number, changed
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "table"),
+    [
+        ("README.md", "lab_effects", lambda page: lambda result: result["told"]),
+        ("docs/lab.md", "lab_effects", lambda page: page.lab_effects_text),
+        ("docs/lab.md", "lab_models", lambda page: page.lab_models_table),
+        ("docs/references.md", "references", lambda page: page.references_table),
+    ],
+)
+def test_the_labs_tables_are_what_was_measured(page, name, table, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    pages = importlib.import_module("page")
+    assert table(pages)(pages.read(name)) in (ROOT / page).read_text()
