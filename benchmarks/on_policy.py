@@ -23,9 +23,10 @@ from pathlib import Path
 
 from common import ROOT, write
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from dpo_ref.cli import schemas
+from dpo_ref.cli.command_line import compose_command
 from dpo_ref.evaluation.results import ENDED, KL, LENGTH, SCORE
 
 ROUNDS, PROMPTS, SAMPLES = 64, 32, 4
@@ -50,7 +51,7 @@ def train(words: list[str], folder: Path) -> None:
     from dpo_ref.cli.train import run_job
 
     words = [*words, f"output_dir={folder}", "tracking=none"]
-    cfg, choices = composed(words, "train")
+    cfg, choices = compose_command(words)
     if run_job(cfg, Job(folder, words, choices, sweep=None)).code:
         raise RuntimeError(f"{folder} failed; see its error.txt, and remove it to try again")
 
@@ -60,16 +61,12 @@ def evaluate(words: list[str]) -> None:
     from dpo_ref.cli.evaluate import run_evaluation
 
     words = [*words, "scorer=gold", "generation.samples_per_prompt=2", "tracking=none"]
-    run_evaluation(*composed(words, "evaluate"), words)
-
-
-def composed(words: list[str], kind: str) -> tuple[DictConfig, dict[str, str]]:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfg = compose(kind, overrides=words, return_hydra_config=True)
-    choices = {str(group): choice for group, choice in cfg.hydra.runtime.choices.items()}
+        cfg = compose("evaluate", overrides=words, return_hydra_config=True)
+    choices = {str(group): name for group, name in cfg.hydra.runtime.choices.items() if name is not None}
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
-    return cfg, choices
+    run_evaluation(cfg, choices, words)
 
 
 def metrics(folder: Path) -> dict[str, float]:

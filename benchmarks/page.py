@@ -298,12 +298,6 @@ def effects_row(cells):
     return " | ".join([*(spread(cells, key, 1, number) for key, number in digits.items()), broken])
 
 
-REFERENCE_NAMES = {
-    "mixture initial + other lab:strong": "mixture of initial and lab:strong",
-    "other lab:foreign": "lab:foreign (other tokenizer)",
-}
-
-
 def references_table(result):
     """References at their betas: means over seeds ± standard deviations of seeds."""
     lines = [
@@ -314,11 +308,11 @@ def references_table(result):
     for row in result["rows"]:
         cells.setdefault((row["series"], float(row["beta"])), []).append(row)
     for (series, beta), rows in cells.items():
-        name = series.removeprefix("dpo, reference ")
+        name = series.removeprefix("dpo, reference ").replace("other ", "")
         keys = {"gold/mean": (1, 3), "winrate/initial": (100, 1), "lengths/response": (1, 1), "kl/initial": (1, 2)}
         numbers = [spread(rows, key, *scale) for key, scale in (keys | {"kl/loss_reference": (1, 1)}).items()]
         broken = f"{sum(bool(row['degenerate']) for row in rows)} of {len(rows)}"
-        lines.append(" | ".join([f"| {REFERENCE_NAMES.get(name, name)}", f"{beta:g}", *numbers, f"{broken} |"]))
+        lines.append(" | ".join([f"| {name}", f"{beta:g}", *numbers, f"{broken} |"]))
     return "\n".join(lines)
 
 

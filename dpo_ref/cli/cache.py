@@ -23,7 +23,7 @@ from dpo_ref.cli import stopping
 from dpo_ref.evaluation.results import read_json
 from dpo_ref.files.cache import cache_folder, cache_not_writable, delete, entries_in_use, unused
 from dpo_ref.files.digests import bytes_digest, sealed, unsealed
-from dpo_ref.files.writing import remove, sweep_abandoned, write_json
+from dpo_ref.files.writing import below, remove, sweep_abandoned, write_json
 from dpo_ref.models.checkpoint import complete_in
 from dpo_ref.tracking.terminal import guard_streams, say
 
@@ -116,7 +116,7 @@ def _runs(cache: Path) -> dict[Path, list[Path]]:
 def _size(path: Path) -> int:
     """Bytes of a file or of all files in a folder; what goes meanwhile counts nothing."""
     total = 0
-    for file in [path, *path.rglob("*")]:
+    for file in [path, *below(path)]:
         with suppress(OSError):
             total += 0 if file.is_dir() else file.stat().st_size
     return total

@@ -145,13 +145,19 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def below(folder: Path) -> Iterator[Path]:
+    """What is anywhere below a folder from which others may take meanwhile; Path.rglob fails on what has gone."""
+    for parent, folders, files in os.walk(folder):
+        yield from (Path(parent, name) for name in (*folders, *files))
+
+
 ABANDONED_AFTER = 600.0  # seconds without a change; a process of another machine may share the folder
 
 
 def sweep_abandoned(folder: Path) -> None:
     """Delete what killed processes left half-made anywhere below a folder that many write: where the process that a
     name ends with is dead, and has not been writing for a while."""
-    for workspace in list(folder.rglob(".*")):
+    for workspace in [path for path in below(folder) if path.name.startswith(".")]:
         owner = workspace.suffix.removeprefix(".")
         if (
             owner.isdigit()
@@ -173,7 +179,7 @@ def _is_alive(process: int) -> bool:
 
 def _last_change(workspace: Path) -> float:
     times = [0.0]
-    for path in [workspace, *workspace.rglob("*")]:
+    for path in [workspace, *below(workspace)]:
         with suppress(OSError):
             times.append(path.stat().st_mtime)
     return max(times)

@@ -4,6 +4,7 @@ clock, and what bears a date is neither trusted nor lost."""
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -142,6 +143,22 @@ def test_a_cache_from_the_future_is_pruned_as_if_used_now(cache, tell):
         seen=done.stdout,
         survived="what was used last; no negative age; pruning by size takes it as any other",
     )
+
+
+def test_an_entry_that_goes_while_the_cache_is_looked_through_is_no_error(cache, monkeypatch, tell):
+    """Another process moves what it made to its place, or prunes, between the listing of a folder and of what is in
+    it."""
+    going, scan = cache / "reference" / "old", os.scandir
+
+    def scandir(path):
+        if path in (going, str(going)):
+            shutil.rmtree(going, ignore_errors=True)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    cache_command.look_after_cache()
+    assert names(cache) == {"ahead", "now", "fresh"}
+    tell("untidy", "an entry of the cache that goes while it is looked through", seen="nothing", survived="the others")
 
 
 def test_what_was_left_half_made_in_the_future_is_swept(cache, tell):
