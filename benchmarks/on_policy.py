@@ -1,6 +1,6 @@
 """Gold reward after on-policy training on the lab, beside offline training with as many rewards and steps: one table.
 
-    OMP_NUM_THREADS=1 python benchmarks/on_policy.py     (20 minutes on two cores)
+    OMP_NUM_THREADS=1 python benchmarks/on_policy.py     (five minutes on two cores)
 
 Every run starts from lab:initial, takes 64 optimiser steps at the same learning rate and asks for 8,192 gold rewards:
 

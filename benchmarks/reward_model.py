@@ -1,6 +1,6 @@
 """Reward models on the lab: how they rank held-out pairs, and what the best of n answers by them is worth.
 
-    OMP_NUM_THREADS=1 python benchmarks/reward_model.py     (some minutes on one core)
+    OMP_NUM_THREADS=1 python benchmarks/reward_model.py     (three minutes on one core)
 
 Two are trained from lab:initial: on labels of the default judge, who likes length and errs, and on labels that are the
 order of gold rewards. Ranked are 2,048 held-out pairs labelled by the default judge, and the same pairs by gold. Of n
