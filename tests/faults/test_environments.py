@@ -34,7 +34,7 @@ def usual(tmp_path_factory):
     done = run(USUAL | {"HOME": str(home)}, *TRAIN, f"output_dir={home / 'run'}")
     assert done.returncode == 0, done.stderr
     cache = home / ".cache" / "dpo_ref"
-    assert (cache / "models").is_dir()
+    assert (cache / "tokens").is_dir()
     return USUAL | {"HOME": str(home), "DPO_REF_CACHE": str(cache)}, home / "run"
 
 

@@ -17,6 +17,7 @@ from tests.support.command import Done
 from tests.support.evaluate_command import QUICK
 from tests.support.faults import SMALL, Typed
 from tests.support.judge_server import JudgeServer
+from tests.support.lab_models import large_in_a_moment  # noqa: F401
 from tests.support.loopback import surroundings  # noqa: F401
 from tests.support.pictures import undrawn
 
@@ -222,15 +223,14 @@ def test_no_room_for_the_judges_answers(size, trained, disk, tmp_path, monkeypat
     )
 
 
-def test_no_room_for_a_model_of_the_lab(disk, tmp_path, tell):
-    folder = tmp_path / "here"
-    disk(folder / "cache" / "models", "200k")
-    seen = one_sentence(typed_in(folder, SHORT(folder)))
-    assert f"{folder}/cache/models/lab-tiny-" in seen
+def test_no_room_for_a_model_of_the_lab(disk, large_in_a_moment, tmp_path, tell):  # noqa: F811
+    short, folder, other = begins(*SMALL, "model.path=lab:large"), tmp_path / "here", with_cache(tmp_path / "other")
+    disk(folder / "cache" / "models", "100k")
+    seen = one_sentence(typed_in(folder, short(folder)))
+    assert f"{folder}/cache/models/lab-large-" in seen
     assert "was not written" in seen
     assert not mounted(folder / "cache" / "models", ROOM, "remount").returncode
-    assert typed_in(folder, SHORT(folder)).returncode == 0
-    other = with_cache(tmp_path / "other")
-    assert typed_in(other, SHORT(other)).returncode == 0
+    assert typed_in(folder, short(folder)).returncode == 0
+    assert typed_in(other, short(other)).returncode == 0
     assert end_of_run(run_of(folder)) == end_of_run(run_of(other))
     tell("lost", "no room on the disk for a model of the lab", seen=seen, survived="built once there is room; equal")

@@ -16,6 +16,7 @@ from dpo_ref.lab import recipes
 from dpo_ref.models import loading
 from dpo_ref.models.loading import load_tokenizer
 from tests.support.command import forked, train
+from tests.support.lab_models import large_in_a_moment  # noqa: F401
 
 MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/lab_models.json").read_text())["models"]
 SHIPPED = [name for name in recipes.RECIPES if name not in lab_models.BUILT]
@@ -100,12 +101,9 @@ def test_the_world_is_hard_but_not_too_hard():
 
 
 @pytest.fixture
-def built_in_a_moment(monkeypatch, tmp_path):
-    """lab:large by a recipe of one step."""
+def built_in_a_moment(monkeypatch, tmp_path, large_in_a_moment):  # noqa: F811
+    """lab:large, which is not built yet."""
     monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path))
-    recipe = recipes.RECIPES["tiny"]
-    short = replace(recipe, stages=(replace(recipe.stages[0], num_steps=1, batch_size=4),))
-    monkeypatch.setitem(recipes.RECIPES, "large", short)
 
 
 def test_two_processes_build_it_once(built_in_a_moment, tmp_path):
