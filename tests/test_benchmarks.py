@@ -14,17 +14,25 @@ import torch
 from tests.support.command import ROOT
 from tests.support.tiny import random_groups, tiny_model
 
+BENCHMARKS = ROOT / "benchmarks"
+
 
 @pytest.fixture
-def gpu(monkeypatch):
+def program(monkeypatch):
+    """Imports a program of benchmarks/, which is let go again with what it imports from there."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def gpu(program, monkeypatch):
     """benchmarks/gpu.py as on a machine with a CUDA device."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some card")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 79 * 2**30)
-    yield importlib.import_module("gpu")
-    for name in ("gpu", "common", "pairs"):
-        sys.modules.pop(name, None)
+    return program("gpu")
 
 
 def test_one_shape_out_of_memory_loses_no_other(gpu, monkeypatch, tmp_path, capsys):
@@ -58,12 +66,9 @@ def test_the_step_that_is_timed_trains_the_model(gpu):
 
 
 @pytest.fixture
-def soak(monkeypatch):
+def soak(program):
     """benchmarks/soak.py."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("soak")
-    for name in ("soak", "page", "common"):
-        sys.modules.pop(name, None)
+    return program("soak")
 
 
 def watched_run(memory=lambda second: 500.0, files=lambda second: 40, step=lambda second: 4 * second):
@@ -119,12 +124,9 @@ def test_every_turn_has_its_window(soak, monkeypatch):
 
 
 @pytest.fixture
-def effects(monkeypatch):
+def effects(program):
     """benchmarks/lab_effects.py."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("lab_effects")
-    for name in ("lab_effects", "common"):
-        sys.modules.pop(name, None)
+    return program("lab_effects")
 
 
 def policy_of(beta, gold, **also):
@@ -156,12 +158,9 @@ def test_the_targets_of_the_lab_are_met_and_missed_by_hand(effects):
 
 
 @pytest.fixture
-def pages(monkeypatch):
+def pages(program):
     """benchmarks/page.py."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("page")
-    for name in ("page", "common"):
-        sys.modules.pop(name, None)
+    return program("page")
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,8 @@ def mean_over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
         half = 1.96 * math.sqrt(np.square(errors).mean() + table[key].var(ddof=1) / len(evaluations))
         metrics |= {f"{key}_low": metrics[key] - half, f"{key}_high": metrics[key] + half}
     broken = [e for e in evaluations if e.degenerate]
-    reasons = [f"{len(broken)} of {len(evaluations)} seeds: {reason}" for e in broken[:1] for reason in e.degenerate]
+    share = f"{len(broken)} of {len(evaluations)} seeds"
+    reasons = [f"{share}: {reason} in seed {e.seed}" for e in broken[:1] for reason in e.degenerate]
     lacking = [why for e in evaluations for why in e.missing]
     missing = [f"{lacking.count(why)} of {len(evaluations)} seeds: {why}" for why in dict.fromkeys(lacking)]
     joined = {"metrics": metrics, "degenerate": reasons, "missing": missing}
