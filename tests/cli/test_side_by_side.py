@@ -150,7 +150,7 @@ def test_what_several_lack_is_made_by_one_of_them(tmp_path):
 def busy(name):
     for step in progress(range(3), f"counting \x1b[5m{name}"):
         say(f"\x1b]0;mine\x07{name} says {step}", "all say this")
-        time.sleep(0.3)
+        time.sleep(0.6)  # a frame must come in between, on a busy machine too
 
 
 def test_on_a_terminal_all_jobs_are_one_display_below_what_they_say():
