@@ -197,9 +197,11 @@ def say_which(reference: Reference) -> None:
 def reference_of(
     config: RunConfig, work: Workspace, policy: TrainedModel, rounds: Rounds, held_out: Groups
 ) -> Reference:
-    """The run's loss reference. Raises ValueError for one that only knows rows from before training, where the run
-    makes others."""
-    reference = build_reference(config, work, policy, ConcatGroups(rounds.known, held_out))
+    """The run's loss reference, for the rows that the run comes to: one shorter than an epoch has no others scored.
+
+    Raises ValueError for one that only knows rows from before training, where the run makes others."""
+    known = rounds.known if config.reference.hooks.given else rounds.known_by(rounds.num_steps)
+    reference = build_reference(config, work, policy, ConcatGroups(known, held_out))
     say_which(reference)
     if rounds.live and not reference.live:
         raise ValueError(

@@ -294,6 +294,39 @@ class MappedGroups(Groups):
         return self.groups.others
 
 
+class SelectedGroups(Groups):
+    """The groups at some positions of others."""
+
+    def __init__(self, groups: Groups, positions: Sequence[int]) -> None:
+        self.groups, self.positions = groups, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenGroup: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenGroup]: ...
+    def __getitem__(self, index: int | slice) -> TokenGroup | list[TokenGroup]:
+        if isinstance(index, slice):
+            return [self.groups[position] for position in self.positions[index]]
+        return self.groups[self.positions[index]]
+
+    @property
+    def digest(self) -> str:
+        """Of the groups, and which of them these are."""
+        return digest([self.groups.digest, *self.positions])
+
+    def text(self, index: int) -> PromptGroup:
+        """The texts of the group at this position."""
+        return self.groups.text(self.positions[index])
+
+    @property
+    def others(self) -> list[Groups]:
+        """Those at the same positions."""
+        return [SelectedGroups(groups, self.positions) for groups in self.groups.others]
+
+
 def from_groups(groups: Iterable[TokenGroup], texts: Sequence[PromptGroup] = ()) -> TokenGroups:
     """Groups written one after the other into flat arrays; `texts` are the rows that their `group_index` counts."""
     flat = {name: array(_CODES[kind]) for name, kind in KINDS.items()}

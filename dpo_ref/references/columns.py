@@ -1,6 +1,7 @@
 """A reference that is not asked but read: log-probs of the responses that came with the data."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,6 +33,10 @@ class Columns(PrecomputedSums):
         super().__init__("columns", digest(["columns", provenance]), "", sums, device)
         self.provenance = provenance
 
+    def digest_of(self, indices: Sequence[int]) -> str | None:
+        """Of all log-probs of the data: one that was changed is another reference, whether or not it was used yet."""
+        return self.values_digest
+
 
 def _check_run(objective: Objective, plan: RunPlan) -> None:
     """Refuse objectives that look at single tokens, or at responses behind prompts that are not theirs."""
@@ -47,7 +52,7 @@ def _check_run(objective: Objective, plan: RunPlan) -> None:
         )
 
 
-@component(check_run=_check_run)
+@component(check_run=_check_run, given=True)
 def columns(context: ReferenceContext, *, provenance: str) -> Columns:
     """Log-probs of whole responses in nats, from columns of the data (as in yale-nlp/RefDPO, arXiv:2407.13709).
 

@@ -45,6 +45,11 @@ class Reference(ABC):
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """Log-probabilities of the pack's responses, in nats."""
 
+    def digest_of(self, indices: Sequence[int]) -> str | None:
+        """Digest of its log-probs of the groups with these `group_index`, where they were computed or given
+        beforehand."""
+        return None
+
     def equals(self, policy: TrainedModel) -> bool:
         """Whether it is this model, reading the same text, and stays it."""
         return self.weights == policy.weights and not self.own_text and not self.state_dict()

@@ -30,6 +30,10 @@ class Mixture(Reference):
         self.values_digest = digest([part.values_digest or part.identity for part in parts])
         self.notes = tuple(note for part in parts for note in part.notes)
 
+    def digest_of(self, indices: Sequence[int]) -> str:
+        """Of what the parts say, or which they are."""
+        return digest([part.digest_of(indices) or part.identity for part in self._parts])
+
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """The combination of what the parts say."""
         return self._combine([part.logps(batch) for part in self._parts], self._shares)

@@ -11,7 +11,6 @@ that begins and ends at a border of both tokenizers exact, and it keeps the toke
 no byte of the response. Between common borders it is a convention, not a log-prob of the model.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from dpo_ref.data.encoding import Encoder, Ids
 from dpo_ref.data.groups import TokenGroups, from_groups
 from dpo_ref.data.render_check import Offer, RenderCheck, says
 from dpo_ref.references.interface import Reference, ReferenceContext
-from dpo_ref.references.table import PrecomputedReference, Rows, Scorer, row_key, rows_of
+from dpo_ref.references.table import PrecomputedReference, Rows, Scorer, digest_of_arrays, row_key, rows_of
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import (
     Message,
@@ -225,7 +224,11 @@ class PrecomputedSums(Reference):
         self.notes = () if audit is None else (audit.note,)
         self._sums, self._aligned = sums, aligned
         self._device = device
-        self.values_digest = hashlib.sha256(np.concatenate(list(sums.values())).tobytes()).hexdigest()[:32]
+        self.values_digest = digest_of_arrays(sums.values())
+
+    def digest_of(self, indices: Sequence[int]) -> str:
+        """Of the log-probs of their responses, in this order."""
+        return digest_of_arrays(self._sums[index] for index in indices)
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """Look the pack's responses up; there are no values of tokens."""

@@ -7,7 +7,7 @@ pass goes on: a crash loses at most one shard. Of runs that lack the same rows o
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
@@ -35,6 +35,14 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # nats on a token
 PROBE_TOLERANCE_HALF = 1.0  # as for a server's: what rounds anew, as a compiled model does, differs by 0.3 and more
 
 Rows = dict[bytes, np.ndarray]
+
+
+def digest_of_arrays(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 of the arrays' bytes, one after the other, as 32 hexadecimal digits."""
+    hasher = hashlib.sha256()
+    for values in arrays:
+        hasher.update(np.ascontiguousarray(values).data)
+    return hasher.hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +190,12 @@ class PrecomputedReference(Reference):
         ends = np.cumsum([len(part) for part in parts]).tolist()
         indices = (index for index, _ in keys)
         self._span = dict(zip(indices, pairwise(ends), strict=True))
-        self.values_digest = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()[:32]
+        self.values_digest = digest_of_arrays(parts)
+
+    def digest_of(self, indices: Sequence[int]) -> str:
+        """Of their token log-probs, in this order."""
+        values, spans = self._values.cpu().numpy(), (self._span[index] for index in indices)
+        return digest_of_arrays(values[start:end] for start, end in spans)
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """Look the pack's groups up."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import overload
 
-from dpo_ref.data.groups import Groups, MappedGroups, TokenGroups
-from dpo_ref.data.packing import optimiser_batches, steps_per_epoch
+from dpo_ref.data.groups import Groups, MappedGroups, SelectedGroups, TokenGroups
+from dpo_ref.data.packing import epoch_order, optimiser_batches, steps_per_epoch
 from dpo_ref.models.loading import TrainedModel, Workspace
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
@@ -92,6 +92,10 @@ class Rounds(ABC):
         """What a pack has room for."""
         return self.pack.keywords["tokens_per_batch"]
 
+    def known_by(self, step: int) -> Groups:
+        """The known groups that the first `step` steps need."""
+        return self.known
+
     @abstractmethod
     def after(self, first_step: int) -> Iterator[Round]:
         """The rounds that are not over after `first_step` steps. The policy is trained on each before the next is
@@ -112,6 +116,13 @@ class OfflineRounds(Rounds):
         self.known, self.config, self.pack = groups, config, pack
         self._seed, self._old = seed, old
         self.data, self.num_steps = groups, config.num_steps(len(groups))
+
+    def known_by(self, step: int) -> Groups:
+        """Those that the first `step` steps visit, in the data's order."""
+        count = step * self.config.batch_size
+        if count >= len(self.data):
+            return self.data
+        return SelectedGroups(self.data, sorted(epoch_order(len(self.data), self._seed, 0)[:count]))
 
     def after(self, first_step: int) -> Iterator[Round]:
         """The one round."""

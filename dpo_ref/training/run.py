@@ -87,15 +87,21 @@ class TrainingRun:
         """Folder of the run's checkpoints."""
         return self.work.directory / "checkpoints"
 
+    def fingerprint(self, step: int) -> dict[str, Any]:
+        """What must be equal for a run resumed after `step` steps to be the same run. Of a table of reference values
+        these are the ones used so far: a run that goes on longer than planned comes to others."""
+        return self._unchanging | {"reference_values": self.reference.digest_of(self._seen_by(step))}
+
+    def _seen_by(self, step: int) -> list[int]:
+        return [group.group_index for groups in (self.rounds.known_by(step), self.held_out) for group in groups]
+
     @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run."""
+    def _unchanging(self) -> dict[str, Any]:
         return {
             "policy": self.initial_weights,
             "kl_reference": self.initial_weights,  # what evaluation measures KL to
             "objective": self.objective.name,
             "reference": self.reference.identity,
-            "reference_values": self.reference.values_digest,
             "seed": self.work.seed,
             "data": self.rounds.data.digest,
             "held_out": self.held_out.digest,
@@ -112,7 +118,7 @@ class TrainingRun:
             self.record.start_over()
             return 0
         state = checkpoint.read_state(saved)
-        for name, value in self.fingerprint.items():
+        for name, value in self.fingerprint(state["step"]).items():
             if state.get(name) != value:
                 raise ValueError(
                     f"resume={self.work.directory}: {name} was {state.get(name)} and is {value} now; a run goes on "
@@ -170,7 +176,7 @@ class TrainingRun:
         running = {name: float(value) for name, value in self.objective.running.items()}
         state = {"step": step, "running": running, "record": self.record.seal._asdict()}
         state["degenerate"] = self.evaluation.degenerate if self.evaluation else []
-        state |= {"configuration": self.folder.configuration, **self.fingerprint}
+        state |= {"configuration": self.folder.configuration, **self.fingerprint(step)}
         model, optimizer, moved = self.policy.model, self.optim.optimizer, self.reference.state_dict()
         return checkpoint.save(self.checkpoints, model, optimizer, moved, state, keep=keep)
 

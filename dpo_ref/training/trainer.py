@@ -227,7 +227,7 @@ def train(
     started, made = time.perf_counter(), torch.ones((), dtype=torch.bool, device=policy.device)
     for current in rounds.after(first_step):
         if first_step == current.begin == 0:
-            check_step_zero(policy, reference, rounds.pack(current.groups[:8])[0])
+            check_step_zero(policy, reference, rounds.pack(next(current.batches(0))[1][:8])[0])
         of_round = current.metrics if first_step <= current.begin else {}  # told once, whoever resumes in the middle
         preparing = time.perf_counter() - started
         for step, groups in current.batches(first_step):

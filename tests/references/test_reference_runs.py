@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from dpo_ref.references.table import read_shards
 from tests.support.command import train
 from tests.support.evaluate_command import measure
 from tests.support.foreign import foreign  # noqa: F401
@@ -71,3 +74,19 @@ def test_resuming_against_another_reference_is_refused(foreign, tmp_path):  # no
     again = train(f"resume={run}", "tracking=none")
     assert again.returncode == 1
     assert "reference.terminator was count and is skip now" in again.stderr
+
+
+def test_a_short_run_scores_the_rows_it_comes_to_and_goes_on_to_others(tmp_path, monkeypatch):
+    whole, short = ["trainer.max_steps=3", f"output_dir={tmp_path / 'whole'}"], [f"output_dir={tmp_path / 'short'}"]
+    run = ["model=lab_tiny", "data=lab", "data.num_pairs=48", "data.num_eval_pairs=8", "tracking=none", "seed=5"]
+    run += ["trainer.batch_size=8", "optim.schedule=constant", "optim.warmup_ratio=0", "beta=0.3"]
+    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))
+    assert train(*run, *short, "trainer.max_steps=1").returncode == 0
+    stored, _ = read_shards(next((tmp_path / "cache" / "reference").iterdir()))
+    assert len(stored) == 8 + 8  # one step's pairs, and the held-out ones
+    assert train(*run, *whole).returncode == 0
+    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "another_cache"))
+    done = train(f"resume={tmp_path / 'short'}", "trainer.max_steps=3", "tracking=none")
+    assert done.returncode == 0, done.stderr
+    kept = [load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("whole", "short")]
+    assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
