@@ -21,6 +21,15 @@ class MemberOf:
     group: str
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOpen:
+    """Marks a parameter, as in Annotated[float, LEFT_OPEN], that a configuration may leave open (null): what that
+    means depends on the model and is written there before the component is made (`cli/starting_point.py`)."""
+
+
+LEFT_OPEN = LeftOpen()
+
+
 @cache
 def configuration(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of a component: its configuration."""
@@ -39,6 +48,11 @@ def member_group(hint: Any) -> str | None:
     """The config group that an option is itself a member of, if it is one."""
     marks = (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, MemberOf))
     return next((mark.group for mark in marks), None)
+
+
+def may_be_left_open(hint: Any) -> bool:
+    """Whether an option may be null until the model is known."""
+    return LEFT_OPEN in getattr(hint, "__metadata__", ())
 
 
 def choices_of(hint: Any) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from dpo_ref.cli.resolve import component, components
 from dpo_ref.cli.saved_run import check_servers, check_unchanged, read_run, read_summary, refuse_unused_trust
 from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.cli.side_by_side import SideJob, at_a_time, run_side_by_side, swept_names
+from dpo_ref.cli.starting_point import complete_evaluation
 from dpo_ref.cli.winrates import STAGE as WINRATE
 from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, run_winrates
 from dpo_ref.component import Component
@@ -98,7 +99,8 @@ class Evaluator:
             cfg.data = run.data
             folder = run_of(Path(path)) or Path(path)
             choices["data"] = read_summary(folder, f"policy={path}")["choices"]["data"]
-        return cfg, choices
+        saved = path if run is None else str((run_of(Path(path)) or Path(path)) / "policy")
+        return complete_evaluation(cfg, saved), choices
 
     def parts(self, run: DictConfig | None, path: str) -> dict[str, Component]:
         """The components of an evaluation."""

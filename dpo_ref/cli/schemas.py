@@ -19,7 +19,16 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from dpo_ref.cli import side_by_side
-from dpo_ref.component import annotations, choices_of, configuration, hooks_of, mapped_to, member_group, one_or_several
+from dpo_ref.component import (
+    annotations,
+    choices_of,
+    configuration,
+    hooks_of,
+    mapped_to,
+    may_be_left_open,
+    member_group,
+    one_or_several,
+)
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
@@ -203,7 +212,8 @@ def option_names(group: str, outer: tuple[str, ...] = ()) -> set[str]:
 def _stored_type(hint: Any) -> Any:
     """The type OmegaConf checks: a Literal is a string there (`resolve` checks the choice), Annotated is bare."""
     if get_origin(hint) is Annotated:
-        return _stored_type(get_args(hint)[0])
+        stored = _stored_type(get_args(hint)[0])
+        return stored | None if may_be_left_open(hint) else stored
     if choices_of(hint):
         return str | None if type(None) in get_args(hint) else str
     if get_origin(hint) is tuple:

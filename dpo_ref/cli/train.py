@@ -25,6 +25,7 @@ from dpo_ref.cli.run_folder import (
     restore,
     write_config,
 )
+from dpo_ref.cli.starting_point import complete_run
 from dpo_ref.files.cache import releasing
 from dpo_ref.files.writing import with_remedy
 from dpo_ref.generation.sampling import generate
@@ -157,6 +158,7 @@ def _bandit(cfg: DictConfig, job: Job, run: RunConfig) -> None:
 def run_job(cfg: DictConfig, job: Job) -> Ended:
     """Run one job and say how it ended. Never raises for what a user can put right."""
     try:
+        cfg = cfg if cfg.resume else completed(cfg, job)
         left = left_by_sweep(cfg, job)
         if left is None:
             return Ended(0)
@@ -174,6 +176,13 @@ def run_job(cfg: DictConfig, job: Job) -> Ended:
     except Exception as error:
         print(without_keys(traceback.format_exc()), file=sys.stderr)
         return Ended(1, in_words(error))
+
+
+def completed(cfg: DictConfig, job: Job) -> DictConfig:
+    """The tree with what its null options mean for the model that is trained."""
+    if cfg.get("bandit") is not None or cfg.stage == "data":
+        return cfg
+    return complete_run(cfg, resolve(cfg, job.choices, job.overrides))
 
 
 def _failed(error: Exception) -> Ended:

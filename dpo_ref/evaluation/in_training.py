@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from torch import nn
 
-from dpo_ref.component import MemberOf, component
+from dpo_ref.component import LEFT_OPEN, MemberOf, component
 from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids
 from dpo_ref.evaluation.heldout import PairEvaluation, displacement, score_pairs
 from dpo_ref.evaluation.kl import sample_kl
@@ -244,7 +244,7 @@ def samples(
     every: int | None = None,
     num_prompts: int = 64,
     samples_per_prompt: int = 1,
-    max_new_tokens: int = 128,
+    max_new_tokens: Annotated[int, LEFT_OPEN] = 128,
     batch_size: int = 128,
 ) -> TrainingEvaluation:
     """The policy's answers to `num_prompts` held-out prompts, before training, every `every` optimiser steps, and

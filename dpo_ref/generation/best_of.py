@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Annotated, Any
 
-from dpo_ref.component import MemberOf, component
+from dpo_ref.component import LEFT_OPEN, MemberOf, component
 from dpo_ref.generation.engine import Answer, Engine, Request, Sampling, check_temperatures
 from dpo_ref.generation.records import Generation, Scores
 from dpo_ref.generation.sampling import transformers
@@ -74,7 +74,7 @@ def best_of(
     best_of: int = 4,
     temperature: float | list[float] = 1.0,
     top_p: float = 1.0,
-    max_new_tokens: int = 128,
+    max_new_tokens: Annotated[int, LEFT_OPEN] = 128,
     samples_per_prompt: int = 1,
     batch_size: int = 128,
 ) -> Engine:

@@ -7,13 +7,13 @@ row has its own stream of random numbers (`engine.py`).
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dpo_ref.component import component
+from dpo_ref.component import LEFT_OPEN, component
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.generation.engine import (
     Answer,
@@ -124,7 +124,7 @@ def transformers(
     *,
     temperature: float | list[float] = 1.0,
     top_p: float = 1.0,
-    max_new_tokens: int = 128,
+    max_new_tokens: Annotated[int, LEFT_OPEN] = 128,
     samples_per_prompt: int = 1,
     batch_size: int = 128,
 ) -> Engine:

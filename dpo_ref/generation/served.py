@@ -10,9 +10,9 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence, 
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from dpo_ref.component import component
+from dpo_ref.component import LEFT_OPEN, component
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.generation.engine import Answer, Engine, Request, Sampling, check_positive, check_temperatures
 from dpo_ref.generation.records import Generation
@@ -152,7 +152,7 @@ def served(
     url: str | list[str],
     temperature: float | list[float] = 1.0,
     top_p: float = 1.0,
-    max_new_tokens: int = 128,
+    max_new_tokens: Annotated[int, LEFT_OPEN] = 128,
     samples_per_prompt: int = 1,
     protocol: Literal["vllm", "openai"] = "vllm",
     concurrency: int = 32,

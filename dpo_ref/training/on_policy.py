@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from dpo_ref.component import MemberOf, RunPlan, component
+from dpo_ref.component import LEFT_OPEN, MemberOf, RunPlan, component
 from dpo_ref.data.groups import Groups, TokenGroups, from_groups
 from dpo_ref.data.packing import epoch_order, steps_per_epoch
 from dpo_ref.files.digests import Damaged, sealed, unsealed
@@ -180,7 +180,7 @@ def _advantage(objective: Objective, advantage: str | None) -> str:
 def check_options(**options: Any) -> None:
     """Refuse values out of range. Raises ValueError naming the key."""
     for name in COUNTS:
-        if options[name] < 1:
+        if options[name] is not None and options[name] < 1:
             raise ValueError(f"data.{name}={options[name]} must be at least 1")
     if options["prompts"].hooks.rounds is not None:
         raise ValueError("data.prompts are rows of other data, not on_policy itself; see data@data.prompts=...")
@@ -394,7 +394,7 @@ def sampling_rounds(
     rounds: int = 32,
     prompts_per_round: int = 64,
     samples_per_prompt: int = 4,
-    max_new_tokens: int = 128,
+    max_new_tokens: Annotated[int, LEFT_OPEN] = 128,
     temperature: float = 1.0,
     generation_batch_size: int = 256,
     pairs: Literal["best_vs_worst", "random_two", "bradley_terry"] | None = None,

@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo_ref.component import component
+from dpo_ref.component import LEFT_OPEN, component
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def adamw(
     policy: nn.Module,
     num_steps: int,
     *,
-    lr: float = 5e-7,
+    lr: Annotated[float, LEFT_OPEN] = 5e-7,
     schedule: Schedule = "linear",
     warmup_ratio: float = 0.1,
     weight_decay: float = 0.0,
@@ -110,7 +110,7 @@ def adamw_bf16(
     policy: nn.Module,
     num_steps: int,
     *,
-    lr: float = 5e-7,
+    lr: Annotated[float, LEFT_OPEN] = 5e-7,
     schedule: Schedule = "linear",
     warmup_ratio: float = 0.1,
     weight_decay: float = 0.0,

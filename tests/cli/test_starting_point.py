@@ -1,0 +1,68 @@
+"""What null means: the learning rate and the length of answers by the model, what of it is trained, the objective."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from dpo_ref.cli import starting_point
+from dpo_ref.cli.starting_point import complete_evaluation, complete_run, rate_of
+from tests.support.command import composed, resolved
+
+TOY, SMALL, LARGE = 300_000, 135_000_000, 8_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("objective", "weights", "adapter", "lr"),
+    [
+        ("dpo", SMALL, False, 1e-6),
+        ("dpo", LARGE, False, 5e-7),
+        ("simpo", SMALL, True, 1e-5),
+        ("kto", LARGE, True, 5e-6),
+        ("sft", SMALL, False, 2e-5),
+        ("sft", LARGE, True, 2e-4),
+        ("reward_model", SMALL, False, 1e-5),
+        ("reward_model", LARGE, True, 1e-4),
+        ("dpo", TOY, False, 3e-4),
+        ("sft", TOY, True, 3e-4),
+    ],
+)
+def test_the_rate_follows_the_size_what_is_trained_and_the_objective(objective, weights, adapter, lr):
+    assert rate_of(resolved(f"objective={objective}").objective, weights, adapter).lr == lr
+
+
+def completed(*words, monkeypatch, weights):
+    monkeypatch.setattr(starting_point, "num_weights", lambda path, key: weights)
+    cfg, _ = composed(*words)
+    return complete_run(cfg, resolved(*words))
+
+
+def test_a_real_model_gets_its_rate_and_long_answers_and_says_so(monkeypatch, capsys):
+    cfg = completed("model=smollm2_135m", monkeypatch=monkeypatch, weights=SMALL)
+    assert (cfg.optim.lr, cfg.evaluation.max_new_tokens) == (1e-6, 512)
+    assert "optim.lr=1e-06" in capsys.readouterr().out
+
+
+def test_what_is_given_stays(monkeypatch, capsys):
+    words = ("model=smollm2_135m", "optim.lr=3e-5", "evaluation.every=9", "evaluation.max_new_tokens=99")
+    cfg = completed(*words, monkeypatch=monkeypatch, weights=SMALL)
+    assert (cfg.optim.lr, cfg.evaluation.max_new_tokens) == (3e-5, 99)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_lab_is_a_toy(capsys):
+    cfg, _ = composed()
+    completed = complete_run(cfg, resolved())
+    assert (completed.optim.lr, completed.evaluation.max_new_tokens) == (3e-4, 128)
+    assert OmegaConf.is_missing(cfg, "optim.lr") or cfg.optim.lr is None  # the tree that was handed over is as it was
+    assert capsys.readouterr().out == ""
+
+
+def test_an_evaluation_takes_the_length_of_its_policy(monkeypatch):
+    cfg, _ = composed(kind="evaluate")
+    assert complete_evaluation(cfg, "lab:tiny").generation.max_new_tokens == 128
+    monkeypatch.setattr(starting_point, "num_weights", lambda path, key: SMALL)
+    assert complete_evaluation(cfg, "some/model").generation.max_new_tokens == 512
+
+
+def test_a_folder_that_is_no_model_is_refused_by_its_key(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.path=.* is not a model folder"):
+        starting_point.num_weights(str(tmp_path), "model.path")
