@@ -147,9 +147,13 @@ class _Shards:
 def _packs(
     groups: Sequence[TokenGroup], missing: Sequence[int], context: ReferenceContext
 ) -> Iterator[list[TokenGroup]]:
-    starts = range(0, len(missing), WINDOW)
-    for start in context.work.progress(starts, "reference log-probs", len(starts)):
-        yield from context.pack([groups[index] for index in missing[start : start + WINDOW]])
+    scored = iter(context.work.progress(range(len(missing)), "reference log-probs", len(missing)))
+    next(scored)  # shown before the first pack, which may take long
+    for start in range(0, len(missing), WINDOW):
+        for pack in context.pack([groups[index] for index in missing[start : start + WINDOW]]):
+            yield pack
+            for _ in pack:
+                next(scored, None)
 
 
 def _fill(
