@@ -23,8 +23,9 @@ class MemberOf:
 
 @dataclass(frozen=True, slots=True)
 class LeftOpen:
-    """Marks a parameter, as in Annotated[float, LEFT_OPEN], that a configuration may leave open (null): what that
-    means depends on the model and is written there before the component is made (`cli/starting_point.py`)."""
+    """Marks a parameter, as in Annotated[float, LEFT_OPEN], that a configuration leaves open (null) unless it is
+    given: what that means depends on the model and is written there before a run (`cli/starting_point.py`). Where
+    nothing is run, and for who calls the component from Python, it is the parameter's default."""
 
 
 LEFT_OPEN = LeftOpen()

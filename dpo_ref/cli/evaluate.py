@@ -100,7 +100,7 @@ class Evaluator:
             folder = run_of(Path(path)) or Path(path)
             choices["data"] = read_summary(folder, f"policy={path}")["choices"]["data"]
         saved = path if run is None else str((run_of(Path(path)) or Path(path)) / "policy")
-        return complete_evaluation(cfg, saved), choices
+        return complete_evaluation(cfg, saved, best_device()), choices
 
     def parts(self, run: DictConfig | None, path: str) -> dict[str, Component]:
         """The components of an evaluation."""

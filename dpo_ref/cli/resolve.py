@@ -24,6 +24,7 @@ from dpo_ref.component import (
     configuration,
     hooks_of,
     mapped_to,
+    may_be_left_open,
     member_group,
     one_or_several,
 )
@@ -46,6 +47,7 @@ def component(group: str, node: DictConfig, choice: str, key: str | None = None)
     hints = {name: hint for part in parts for name, hint in annotations(part).items() if name in configuration(part)}
     values = {str(name): node[name] for name in node if name != "_target_" and not OmegaConf.is_missing(node, name)}
     refuse_unknown(f"{key}.", values, list(hints))
+    values = {name: value for name, value in values.items() if value is not None or not may_be_left_open(hints[name])}
     values = _defaults(parts) | values  # the saved configuration of a run may be older than an option
     missing = [name for name in hints if name not in values]
     if missing:

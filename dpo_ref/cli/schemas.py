@@ -230,6 +230,7 @@ def schema(component: Callable[..., Any], *shared: Callable[..., Any]) -> type:
         hints = annotations(part)
         for name, parameter in configuration(part).items():
             default = MISSING if parameter.default is parameter.empty else parameter.default
+            default = None if may_be_left_open(hints[name]) else default
             default = list(default) if isinstance(default, tuple) else default
             initial = field(default_factory=lambda d=default: list(d)) if isinstance(default, list) else default
             members.setdefault(name, (name, _stored_type(hints[name]), initial))

@@ -1,5 +1,5 @@
-"""What an option that is left open (null) means for this model: the learning rate and the length of answers that a
-practitioner would start with, by the number of weights, what of them is trained, and the objective.
+"""What an option that is left open (null) means for this model: the learning rate, the length of answers and the size
+of packs that a practitioner would start with, by the number of weights, what of them is trained, and the objective.
 
 They are written into the configuration before a run begins, so that its record says what it was made with and a run
 that goes on has what it had. A preset cannot hold them: the same folder is tuned whole or through an adapter, on
@@ -7,9 +7,10 @@ demonstrations or on pairs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.resolve import RunConfig
@@ -44,7 +45,13 @@ RATES = {  # by (what is fitted, whether an adapter is trained, whether the mode
     ("scores", True, False): Rate(1e-4, "ten times that of the whole model, as usual for LoRA"),
     ("scores", True, True): Rate(1e-4, "ten times that of the whole model, as usual for LoRA"),
 }
-ANSWER_TOKENS = {True: 128, False: 512}  # by whether the model is a toy
+LENGTHS = {  # by option: for a toy, for another model on a CPU, and on an accelerator
+    "generation.max_new_tokens": (128, 512, 512),
+    "evaluation.max_new_tokens": (128, 512, 512),
+    "data.max_new_tokens": (128, 512, 512),
+    "data.tokens_per_batch": (8192, 2048, 8192),  # more is no faster on a CPU, and takes memory
+    "data.prompts.tokens_per_batch": (8192, 2048, 8192),
+}
 
 
 def num_weights(path: str, key: str) -> int:
@@ -67,30 +74,25 @@ def rate_of(objective: Objective, weights: int, adapter: bool) -> Rate:
     return TOY_RATE if weights < TOY else RATES[fitted(objective), adapter, weights > LARGE]
 
 
-def complete_run(cfg: DictConfig, run: RunConfig) -> DictConfig:
+def complete_run(cfg: DictConfig, run: RunConfig, device: torch.device) -> DictConfig:
     """The tree of a training run with what its null options mean; says which learning rate, and why."""
-    open_options = _open_options(cfg, ("data", "evaluation"))
-    lr_is_open = cfg.optim.lr is None
-    if not open_options and not lr_is_open:
+    options, lr_is_open = run.model.options, cfg.optim.lr is None
+    if not lr_is_open and not _left_open(cfg):
         return cfg
-    options = run.model.options
     weights, adapter = num_weights(options["path"], "model.path"), trains_adapter(options)
-    cfg = cfg.copy()
+    cfg = _with_lengths(cfg, weights, device)
     if lr_is_open:
         rate = rate_of(run.objective, weights, adapter)
         cfg.optim.lr = rate.lr
         if rate is not TOY_RATE:
             trained = "an adapter on" if adapter else "all of"
             say(f"optim.lr={rate.lr:g}, to start with, for {trained} {_in_words(weights)} weights: {rate.of}")
-    return _with_answer_lengths(cfg, open_options, weights)
+    return cfg
 
 
-def complete_evaluation(cfg: DictConfig, path: str) -> DictConfig:
+def complete_evaluation(cfg: DictConfig, path: str, device: torch.device) -> DictConfig:
     """The tree of an evaluation of the model at `path` with what its null options mean."""
-    open_options = _open_options(cfg, ("generation",))
-    if not open_options:
-        return cfg
-    return _with_answer_lengths(cfg.copy(), open_options, num_weights(path, "policy"))
+    return _with_lengths(cfg, num_weights(path, "policy"), device) if _left_open(cfg) else cfg
 
 
 def trains_adapter(options: Mapping[str, Any]) -> bool:
@@ -98,16 +100,16 @@ def trains_adapter(options: Mapping[str, Any]) -> bool:
     return options["adapter"] is not None or options["lora_rank"] is not None
 
 
-def _open_options(cfg: DictConfig, groups: Sequence[str]) -> list[str]:
-    """Lengths of answers that are left open, in these groups."""
-    keys = [f"{group}.max_new_tokens" for group in groups if cfg.get(group) is not None]
+def _left_open(cfg: DictConfig) -> list[str]:
+    """Lengths that are there and left open."""
     missing = object()
-    return [key for key in keys if OmegaConf.select(cfg, key, default=missing) is None]
+    return [key for key in LENGTHS if OmegaConf.select(cfg, key, default=missing) is None]
 
 
-def _with_answer_lengths(cfg: DictConfig, keys: Sequence[str], weights: int) -> DictConfig:
-    for key in keys:
-        OmegaConf.update(cfg, key, ANSWER_TOKENS[weights < TOY])
+def _with_lengths(cfg: DictConfig, weights: int, device: torch.device) -> DictConfig:
+    cfg, column = cfg.copy(), 0 if weights < TOY else 1 if device.type == "cpu" else 2
+    for key in _left_open(cfg):
+        OmegaConf.update(cfg, key, LENGTHS[key][column])
     return cfg
 
 

@@ -26,6 +26,7 @@ from dpo_ref.cli.run_folder import (
     write_config,
 )
 from dpo_ref.cli.starting_point import complete_run
+from dpo_ref.distributed import best_device
 from dpo_ref.files.cache import releasing
 from dpo_ref.files.writing import with_remedy
 from dpo_ref.generation.sampling import generate
@@ -182,7 +183,7 @@ def completed(cfg: DictConfig, job: Job) -> DictConfig:
     """The tree with what its null options mean for the model that is trained."""
     if cfg.get("bandit") is not None or cfg.stage == "data":
         return cfg
-    return complete_run(cfg, resolve(cfg, job.choices, job.overrides))
+    return complete_run(cfg, resolve(cfg, job.choices, job.overrides), best_device())
 
 
 def _failed(error: Exception) -> Ended:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, compress
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
+from dpo_ref.component import LEFT_OPEN
 from dpo_ref.types import PackedBatch, TokenGroup
 
 
@@ -63,7 +64,7 @@ PACKINGS = {"best_fit": _best_fit, "one_group": _one_group}
 def pack(
     groups: Sequence[TokenGroup],
     *,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: Annotated[int, LEFT_OPEN] = 8192,
     packing: Literal["best_fit", "one_group"] = "best_fit",
 ) -> list[list[TokenGroup]]:
     """Groups as micro-batches: every group in one pack, each pack at most `tokens_per_batch` tokens (a longer group

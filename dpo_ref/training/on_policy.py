@@ -180,7 +180,7 @@ def _advantage(objective: Objective, advantage: str | None) -> str:
 def check_options(**options: Any) -> None:
     """Refuse values out of range. Raises ValueError naming the key."""
     for name in COUNTS:
-        if options[name] is not None and options[name] < 1:
+        if options[name] < 1:
             raise ValueError(f"data.{name}={options[name]} must be at least 1")
     if options["prompts"].hooks.rounds is not None:
         raise ValueError("data.prompts are rows of other data, not on_policy itself; see data@data.prompts=...")

@@ -1,12 +1,13 @@
 """What null means: the learning rate and the length of answers by the model, what of it is trained, the objective."""
 
 import pytest
-from omegaconf import OmegaConf
+import torch
 
 from dpo_ref.cli import starting_point
 from dpo_ref.cli.starting_point import complete_evaluation, complete_run, rate_of
 from tests.support.command import composed, resolved
 
+CPU = torch.device("cpu")
 TOY, SMALL, LARGE = 300_000, 135_000_000, 8_000_000_000
 
 
@@ -32,13 +33,25 @@ def test_the_rate_follows_the_size_what_is_trained_and_the_objective(objective, 
 def completed(*words, monkeypatch, weights):
     monkeypatch.setattr(starting_point, "num_weights", lambda path, key: weights)
     cfg, _ = composed(*words)
-    return complete_run(cfg, resolved(*words))
+    return complete_run(cfg, resolved(*words), CPU)
 
 
 def test_a_real_model_gets_its_rate_and_long_answers_and_says_so(monkeypatch, capsys):
     cfg = completed("model=smollm2_135m", monkeypatch=monkeypatch, weights=SMALL)
     assert (cfg.optim.lr, cfg.evaluation.max_new_tokens) == (1e-6, 512)
+    assert cfg.data.tokens_per_batch == 2048
     assert "optim.lr=1e-06" in capsys.readouterr().out
+
+
+def test_an_accelerator_takes_larger_packs():
+    cfg, _ = composed()
+    assert complete_evaluation(cfg, "lab:tiny", torch.device("cuda")).data.tokens_per_batch == 8192
+    assert starting_point.LENGTHS["data.tokens_per_batch"][2] == 8192
+
+
+def test_prompts_inside_on_policy_data_have_packs_too(monkeypatch):
+    cfg = completed("data=on_policy", "model=smollm2_135m", monkeypatch=monkeypatch, weights=SMALL)
+    assert (cfg.data.prompts.tokens_per_batch, cfg.data.max_new_tokens) == (2048, 512)
 
 
 def test_what_is_given_stays(monkeypatch, capsys):
@@ -50,17 +63,18 @@ def test_what_is_given_stays(monkeypatch, capsys):
 
 def test_the_lab_is_a_toy(capsys):
     cfg, _ = composed()
-    completed = complete_run(cfg, resolved())
+    completed = complete_run(cfg, resolved(), CPU)
     assert (completed.optim.lr, completed.evaluation.max_new_tokens) == (3e-4, 128)
-    assert OmegaConf.is_missing(cfg, "optim.lr") or cfg.optim.lr is None  # the tree that was handed over is as it was
+    assert completed.data.tokens_per_batch == 8192
+    assert cfg.optim.lr is None  # the tree that was handed over is as it was
     assert capsys.readouterr().out == ""
 
 
 def test_an_evaluation_takes_the_length_of_its_policy(monkeypatch):
     cfg, _ = composed(kind="evaluate")
-    assert complete_evaluation(cfg, "lab:tiny").generation.max_new_tokens == 128
+    assert complete_evaluation(cfg, "lab:tiny", CPU).generation.max_new_tokens == 128
     monkeypatch.setattr(starting_point, "num_weights", lambda path, key: SMALL)
-    assert complete_evaluation(cfg, "some/model").generation.max_new_tokens == 512
+    assert complete_evaluation(cfg, "some/model", CPU).generation.max_new_tokens == 512
 
 
 def test_a_folder_that_is_no_model_is_refused_by_its_key(tmp_path):
