@@ -4,6 +4,7 @@
 
 import logging
 import shlex
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,7 +18,7 @@ from dpo_ref.evaluation.heldout import PairEvaluation, reference_pairs, score_pa
 from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate
 from dpo_ref.evaluation.stages import ANSWERS, stored_generations
 from dpo_ref.files.digests import DIGESTS
-from dpo_ref.files.writing import write_text
+from dpo_ref.files.writing import replacing_folder, write_text
 from dpo_ref.models.folders import CARD, check_digests
 from dpo_ref.reports.exports import Answers, Export, RewardedPair, RewardedPairs
 from dpo_ref.tracking.terminal import progress, run_summary, say
@@ -122,18 +123,8 @@ def _level(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/")  # fnmatch's star takes slashes too
 
 
-def _check(options: HubOptions, folder: Path) -> str:
-    """The repository's name. Raises ValueError, with what to type, for all that can be known before asking the hub."""
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if options.repo is None or options.repo.count("/") != 1:
-        raise ValueError(f"stage=push needs hub.repo=<organisation or user>/<name>; it is {options.repo}")
-    try:
-        validate_repo_id(options.repo)
-    except HFValidationError as error:
-        raise ValueError(f"hub.repo={options.repo}: {error}") from error
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError for a policy's folder that has no card or is not as it was written."""
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder / CARD} is missing; evaluating the run again writes it")
     try:
@@ -141,6 +132,24 @@ def _check(options: HubOptions, folder: Path) -> str:
         check_digests(folder / "adapter")
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _check(options: HubOptions, folder: Path) -> str:
+    """The repository's name. Raises ValueError, with what to type, for all that can be known before asking the hub."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if options.repo is None or options.repo.count("/") != 1:
+        raise ValueError(
+            f"stage=push needs hub.repo=<organisation or user>/<name>; it is {options.repo}. hub.folder=<new folder> "
+            "puts the same files there"
+        )
+    try:
+        validate_repo_id(options.repo)
+    except HFValidationError as error:
+        raise ValueError(f"hub.repo={options.repo}: {error}") from error
+    _check_folder(folder)
     if constants.is_offline_mode():
         raise ValueError("the hub is not asked while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set; unset it")
     if get_token() is None:
@@ -180,11 +189,33 @@ def _upload(api: Any, repo: str, private: bool, folder: Path, files: list[str]) 
     return str(commit.commit_url)
 
 
+def copy_out(run: Path, target: str) -> tuple[Path, list[str]]:
+    """Copy the files of a run's policy folder that would be uploaded into a new folder, which appears at once; the
+    folder, and the files left out. Raises ValueError where something is there already."""
+    folder, copy = run / "policy", Path(target).expanduser()
+    _check_folder(folder)
+    if copy.exists():
+        raise ValueError(f"hub.folder={target} is there already; name a new one, or move it away")
+    files, left_out = chosen(folder)
+    with replacing_folder(copy) as partial:
+        for name in files:
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copy2(folder / name, partial / name)
+    return copy, left_out
+
+
 def publish(policy: str | None, options: HubOptions) -> None:
-    """`stage=push`: publish the policy of a run and say where it is. Raises ValueError for anything that is no run."""
+    """`stage=push`: publish the policy of a run, on the hub or in a folder, and say where it is. Raises ValueError for
+    anything that is no run, and for both places at once."""
     run = Path(policy or "").expanduser()
     if policy is None or not (run / "summary.json").is_file():
         raise ValueError(f"stage=push needs policy=<run folder>, as train.py made it; {policy} is none")
-    address, left_out = push(run, options)
-    rows = {"commit": address} | ({"left out": ", ".join(left_out)} if left_out else {})
-    run_summary(f"pushed to {options.repo}", rows)
+    if options.folder is not None and options.repo is not None:
+        raise ValueError("hub.folder and hub.repo are two places: give one of them")
+    if options.folder is None:
+        address, left_out = push(run, options)
+        rows, title = {"commit": address}, f"pushed to {options.repo}"
+    else:
+        copy, left_out = copy_out(run, options.folder)
+        rows, title = {"folder": str(copy)}, "copied as it would be pushed"
+    run_summary(title, rows | ({"left out": ", ".join(left_out)} if left_out else {}))

@@ -91,6 +91,7 @@ class HubOptions:
     """Where a policy is published. An existing repository is not made private or public by it."""
 
     repo: str | None = None  # organisation or user/name
+    folder: str | None = None  # instead of a repository: a new folder here, with the same files
     private: bool = True
 
 

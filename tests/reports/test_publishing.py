@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, constants
+from transformers import AutoModelForCausalLM
 
-from dpo_ref.cli.exports import chosen, push
+from dpo_ref.cli.exports import chosen, publish, push
 from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.files.digests import seal_folder
 from dpo_ref.models import checkpoint
@@ -251,3 +252,20 @@ def test_saving_a_policy_again_keeps_its_card(tmp_path):
     checkpoint.save_policy(folder, Saved(), Saved())
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "digests.json"]
     assert (folder / "README.md").read_text() == "mine"
+
+
+def test_a_folder_gets_what_would_be_uploaded(run, tmp_path, capsys):
+    (run / "policy" / "notes.txt").write_text("not part of a model")
+    try:
+        publish(str(run), HubOptions(folder=str(tmp_path / "out")))
+    finally:
+        (run / "policy" / "notes.txt").unlink()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert "notes.txt" not in names
+    assert "notes.txt" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size
+    with pytest.raises(ValueError, match="is there already"):
+        publish(str(run), HubOptions(folder=str(tmp_path / "out")))
+    with pytest.raises(ValueError, match="two places"):
+        publish(str(run), HubOptions(folder=str(tmp_path / "other"), repo="me/policy"))
