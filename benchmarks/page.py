@@ -1,5 +1,5 @@
-"""Fill docs/performance.md, data.md, conversations.md, lab.md, references.md, the README and pictures in docs/images
-from benchmarks/results."""
+"""Fill docs/performance.md, data.md, conversations.md, lab.md, references.md, real_model.md, the README and pictures
+in docs/images from benchmarks/results."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from common import RESULTS, ROOT
 DATA_PAGE, CONVERSATIONS_PAGE = ROOT / "docs" / "data.md", ROOT / "docs" / "conversations.md"
 README = ROOT / "README.md"
 LAB_PAGE, REFERENCES_PAGE = ROOT / "docs" / "lab.md", ROOT / "docs" / "references.md"
+REAL_PAGE = ROOT / "docs" / "real_model.md"
 PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "images" / "performance.png"
 OURS, OTHERS = "#2563eb", ("#94a3b8", "#475569")
 
@@ -316,6 +317,80 @@ def references_table(result):
     return "\n".join(lines)
 
 
+def real_model_table(result):
+    """A whole process on a real model beside TRL's."""
+    names = {"ours": "dpo_ref", "trl-default": "TRL as shipped", "trl-best": "TRL at its best"}
+    lines = [
+        "| | start-up, s | s a pair | with the reference's pass | × dpo_ref's time | peak GiB |",
+        "|---" * 6 + "|",
+    ]
+    for tool, row in result["tools"].items():
+        whole = row["seconds_per_pair"] + row["reference_pass_s_per_pair"]
+        cells = (names[tool], f"{row['start_up_s']:.1f}", f"{row['seconds_per_pair']:.2f}", f"{whole:.2f}")
+        cells += (f"{row['ours_is_faster']:.1f}", f"{row['peak_gib']:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    machine = result["machine"]
+    return "\n".join([
+        *lines, "",
+        f"{result['model']}, {result['batch']} pairs a step, {result['steps']} steps, medians of {result['repeats']} "
+        f"turn{'s' if result['repeats'] > 1 else ''}; {machine['gpu'] or machine['processor']}, "
+        f"{result['threads']} threads; torch {result['versions']['torch']}, TRL {result['trl']}. Losses of equal "
+        f"steps differ by {result['largest_loss_difference']:.0e} at most. The machine's own matrix products make "
+        f"{result['gemm_gflops']:.0f} GFLOP/s, at which a pair would take {result['bound_s_per_pair']:.2f} s: a step "
+        f"takes {result['over_bound']:.2f} times that.",
+    ])  # fmt: skip
+
+
+def real_runs_table(result):
+    """What the commands of the page took, and what training came to."""
+    lines = ["| run | lr | minutes | peak GiB | loss | held-out accuracy | margin |", "|---" * 7 + "|"]
+    for name, row in result["rows"].items():
+        if "train/loss" not in row:
+            continue
+        loss = " → ".join(f"{value:.4f}" for value in row["train/loss"])
+        accuracy, margin = (row.get(f"eval/rewards/{key}", ["", ""])[-1] for key in ("accuracies", "margins"))
+        cells = (name, row["lr"], f"{row['seconds'] / 60:.1f}", f"{row['peak_gib']:.1f}", loss)
+        cells += tuple(f"{value:.3f}" if value != "" else "" for value in (accuracy, margin))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def real_evaluations_table(result):
+    """What evaluate.py measured of them."""
+    head = "| policy | minutes | accuracy | the longer answer | KL, nats | tokens | ended | end Δ |"
+    lines = [head, "|---" * 8 + "|"]
+    for name, row in result["rows"].items():
+        if "kl/initial" not in row:
+            continue
+        accuracy = f"{row['rewards/accuracies']:.3f} ± {row['rewards/accuracies_se']:.3f}"
+        kl = f"{row['kl/initial']:.2f} ± {row['kl/initial_se']:.2f}"
+        cells = (name.removeprefix("evaluate "), f"{row['seconds'] / 60:.1f}", accuracy)
+        cells += (f"{row['rewards/length_baseline']:.3f}", kl, f"{row['lengths/response']:.0f}")
+        cells += (f"{row['ended/share']:.1%}", f"{row['eos/chosen_logratio']:+.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def real_answers(result):
+    """Answers to our own questions before and after."""
+    asked = {name.removeprefix("ask "): row["answers"] for name, row in result["rows"].items() if "answers" in row}
+    parts = []
+    for index, question in enumerate(result["questions"]):
+        parts.append(f"**{question}**\n")
+        parts += [f"*{name}*\n\n{quoted(answers[index])}\n" for name, answers in asked.items()]
+    return "\n".join(parts)
+
+
+def quoted(text):
+    """A text as a block quotation."""
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+
+
+def real_commands(result):
+    """The commands as they were typed."""
+    return "```bash\n" + "\n".join(row["command"] for row in result["rows"].values()) + "\n```"
+
+
 def spread(rows, key, factor, digits):
     """Mean ± standard deviation of a column, a dash where it was not measured."""
     values = [factor * float(row[key]) for row in rows if row.get(key) not in (None, "")]
@@ -323,6 +398,15 @@ def spread(rows, key, factor, digits):
         return "–"
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+REAL_MODEL = {  # what stands on docs/real_model.md, by its marker: the result file, and what makes the text
+    "real_model": ("real_model", real_model_table),
+    "commands": ("real_model_runs", real_commands),
+    "runs": ("real_model_runs", real_runs_table),
+    "evaluations": ("real_model_runs", real_evaluations_table),
+    "answers": ("real_model_runs", real_answers),
+}
 
 
 def fill(text, name, content):
@@ -359,6 +443,11 @@ def main():
         README.write_text(fill(README.read_text(), "demo", f"```text\n{effects['told']}\n```"))
     if (references := read("references")) is not None:
         REFERENCES_PAGE.write_text(fill(REFERENCES_PAGE.read_text(), "references", references_table(references)))
+    real = REAL_PAGE.read_text()
+    for name, (source, make) in REAL_MODEL.items():
+        if (result := read(source)) is not None:
+            real = fill(real, name, make(result))
+    REAL_PAGE.write_text(real)
     if (turns := read("conversations")) is not None:
         page = fill(CONVERSATIONS_PAGE.read_text(), "conversations", conversations_table(turns))
         CONVERSATIONS_PAGE.write_text(page)

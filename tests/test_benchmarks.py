@@ -174,3 +174,9 @@ def pages(program):
 )
 def test_tables_of_the_lab_are_what_was_measured(pages, name, page, table):
     assert f"{table(pages)(pages.read(name))}\n" in (ROOT / page).read_text()
+
+
+def test_the_page_of_the_real_model_is_what_was_measured(pages):
+    text = (ROOT / "docs" / "real_model.md").read_text()
+    for name, (source, make) in pages.REAL_MODEL.items():
+        assert f"<!-- {name} -->\n{make(pages.read(source))}\n<!-- end -->" in text
