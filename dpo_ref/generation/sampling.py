@@ -76,6 +76,19 @@ def answer_of(tokenizer: Any, token_ids: Sequence[int], ends: Collection[int]) -
     return Answer(tuple(token_ids), output, "stop" if finished else "length")
 
 
+class Shown:
+    """Progress in answers, also within a batch: one of a large model takes minutes."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._rest = iter(progress(range(total), "generating", total))
+        next(self._rest)  # shown before the first answer ends
+
+    def ended(self, count: int) -> None:
+        """So many more have come to their end."""
+        for _ in range(count):
+            next(self._rest, None)
+
+
 @dataclass(frozen=True, slots=True)
 class Local:
     """A model on this machine, with a KV cache, in batches of prompts of about one length.
@@ -109,12 +122,13 @@ class Local:
         _check_room(requests, model, self.sampling.max_new_tokens)
         never = never_sampled(self.tokenizer, model.get_output_embeddings().weight.shape[0]).to(device)
         end_ids = torch.tensor(sorted(ends), device=device)
+        shown = Shown(progress, sum(map(len, batches)))
         with self.precision(), decoding_mode(model):
-            for batch in progress(batches, "generating", len(batches)):
+            for batch in batches:
                 members = [requests[index] for index in batch]
                 streams = torch.tensor([member.stream for member in members], dtype=torch.int64)
                 rule = Rule(members[0].temperature, self.sampling.top_p, self.sampling.max_new_tokens, end_ids, never)
-                outputs = decode(model, [member.prompt_ids for member in members], streams, rule)
+                outputs = decode(model, [member.prompt_ids for member in members], streams, rule, shown.ended)
                 yield {index: answer_of(self.tokenizer, ids, ends) for index, ids in zip(batch, outputs, strict=True)}
 
 
@@ -268,20 +282,29 @@ CROWDED = 0.75  # rows that have ended are taken out once no more than this shar
 
 
 @torch.no_grad()
-def decode(model: Any, prompts: Sequence[Sequence[int]], streams: Int[Tensor, " S"], rule: Rule) -> list[list[int]]:
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    streams: Int[Tensor, " S"],
+    rule: Rule,
+    ended: Callable[[int], None] = lambda count: None,
+) -> list[list[int]]:
     """The tokens that follow each of S prompts, the end token included if it was reached.
 
-    `model` is in `decoding_mode`; `streams` (on the CPU) names each row's random numbers.
+    `model` is in `decoding_mode`; `streams` (on the CPU) names each row's random numbers; `ended` is told how many
+    more rows have come to their end, after every token.
     """
     backbone, head = model.base_model, head_of(model)
     hidden, rows = _read_prompts(backbone, prompts, streams, rule.max_new_tokens)
     drawn_ids = torch.full((len(prompts), rule.max_new_tokens), -1, device=hidden.device)
-    length = rows.mask.shape[1] - rule.max_new_tokens
+    length, before = rows.mask.shape[1] - rule.max_new_tokens, len(prompts)
     for step in range(rule.max_new_tokens):
         tokens = choose(head.logits(hidden), rows.streams, step, rule)
         drawn_ids[rows.index, step] = tokens.masked_fill(rows.ended, -1)
         rows.ended |= torch.isin(tokens, rule.end_ids)
         going_on = (~rows.ended).nonzero().flatten()
+        ended(before - len(going_on))
+        before = len(going_on)
         if len(going_on) == 0 or step == rule.max_new_tokens - 1:
             break
         if len(going_on) <= CROWDED * len(tokens):
@@ -296,4 +319,5 @@ def decode(model: Any, prompts: Sequence[Sequence[int]], streams: Int[Tensor, " 
             use_cache=True,
         )
         hidden = output[0][:, -1]
+    ended(before)
     return [[token for token in row if token >= 0] for row in drawn_ids.tolist()]

@@ -23,7 +23,7 @@ ASKED = PromptSet(
 
 @dataclass
 class Counted:
-    """Batches that were decoded; the power fails before batch `last`."""
+    """Answers that are shown, the first as the engine begins; the power fails where one more is than `last`."""
 
     last: int | None = None
     done: int = 0
@@ -45,16 +45,16 @@ def run(folder, counted):
     return generate_stage(folder, "0123456789abcdef-key", lambda kept: answer(engine(), ASKED, 3, counted, kept))
 
 
-@pytest.mark.parametrize("last", [0, 1, 3, 4, 6])
-def test_a_killed_generation_goes_on_with_the_same_bits(last, tmp_path):
+@pytest.mark.parametrize(("last", "left"), [(0, 28), (5, 24), (13, 16), (14, 14), (20, 10)])
+def test_a_killed_generation_goes_on_with_the_same_bits(last, left, tmp_path):
     whole, first, second = Counted(), Counted(last), Counted()
     expected = run(tmp_path / "whole", whole)
-    assert whole.done == 8  # 14 samples of two turns, four at a time
+    assert whole.done == 28  # 14 samples of two turns, four at a time
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", first)
     assert not (tmp_path / "killed" / "generations.jsonl").exists()
     assert run(tmp_path / "killed", second) == expected
-    assert (first.done, second.done) == (last, 8 - last)
+    assert (first.done, second.done) == (last, left)  # a batch that was cut off is decoded again
     written = [(tmp_path / name / "generations.jsonl").read_bytes() for name in ("whole", "killed")]
     assert written[0] == written[1]
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
@@ -65,21 +65,21 @@ def test_a_killed_generation_goes_on_with_the_same_bits(last, tmp_path):
 
 def test_a_torn_line_costs_its_batch_alone(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, Counted(3))
+        run(tmp_path, Counted(13))
     (partial,) = tmp_path.glob("*.partial.jsonl")
     partial.write_bytes(partial.read_bytes()[:-40])
     second = Counted()
     generations = run(tmp_path, second)
-    assert second.done == 6
+    assert second.done == 20
     assert generations == answer(engine(), ASKED, 3)
 
 
 def test_other_answers_are_not_taken_over(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, Counted(3))
+        run(tmp_path, Counted(13))
     other = Counted()
     generate_stage(tmp_path, "fedcba9876543210", lambda kept: answer(engine(), ASKED, 4, other, kept))
-    assert other.done == 8
+    assert other.done == 28
     assert len(list(tmp_path.glob("*.partial.jsonl"))) == 1  # the first may still go on
 
 
@@ -89,7 +89,7 @@ def test_a_process_that_is_killed_leaves_what_it_had(tmp_path):
 
     def stuck(items, description, total):
         for index, item in enumerate(items):
-            if index == 2:
+            if index == 9:  # of the third batch
                 middle.set()
                 time.sleep(60)
             yield item
@@ -100,5 +100,5 @@ def test_a_process_that_is_killed_leaves_what_it_had(tmp_path):
     process.join()
     second = Counted()
     assert run(tmp_path, second) == answer(engine(), ASKED, 3, silent)
-    assert second.done == 6
+    assert second.done == 20
     assert read_generations(tmp_path / "generations.jsonl")[0].prompt == ASKED.questions[0].prompt
