@@ -43,7 +43,7 @@ from dpo_ref.files.holding import held
 from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import run_of
-from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace
+from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace, stored_positions
 from dpo_ref.reports.findings import findings
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
@@ -119,8 +119,9 @@ class Evaluator:
         if key not in self._data:
             self._data[key] = data(seed, progress)._replace(train=())  # a sweep keeps the held-out data of each seed
         work = Workspace(subject.folder, cache_folder(), self.cfg.seed, progress, self._loader)
-        tokenizer = self._loader.policy(subject.model).tokenizer
-        prompts = prompts_of(tokenizer, parts, self._data[key], seed, progress)
+        policy = self._loader.policy(subject.model)
+        positions = stored_positions(policy.folder, "policy")
+        prompts = prompts_of(policy.tokenizer, positions, parts, self._data[key], seed, progress)
         return EvaluationSettings(work, self._data[key], prompts, parts, self.cfg.stage, self.thresholds)
 
     def one(self, path: str, output_dir: str | None = None) -> EvaluationOutcome:

@@ -26,6 +26,7 @@ from dpo_ref.cli.run_folder import (
     write_config,
 )
 from dpo_ref.cli.starting_point import complete_run
+from dpo_ref.data.tokenise import encode_prompts
 from dpo_ref.distributed import best_device
 from dpo_ref.files.cache import releasing
 from dpo_ref.files.writing import with_remedy
@@ -33,10 +34,11 @@ from dpo_ref.generation.sampling import generate
 from dpo_ref.reports import training_curve
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.tracking.redaction import refuse_credentials, without_keys
-from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.tracking.terminal import progress, run_summary, say
 from dpo_ref.tracking.tracker import RunInfo, Tracker, policy_artifact, reference_artifact
 from dpo_ref.tracking.weights_and_biases import known_id
 from dpo_ref.training.run import Interrupted, RunFolder, TrainingRun
+from dpo_ref.types import Asked
 
 NEXT = "python evaluate.py policy={}"  # what to type after a run
 NEXT_OF_SCORES = "python evaluate.py policy=<run or model folder> scorer=reward_model scorer.path={}/policy"
@@ -135,14 +137,37 @@ def conclude(cfg: DictConfig, job: Job, built: Built, steps: int) -> None:
 
 
 def _show_samples(built: Built, steps: int) -> None:
-    """A few of the policy's answers, for the tracker."""
+    """A few of the policy's answers, for the tracker. The run has trained and is saved: what keeps the policy from
+    answering is said, and fails nothing."""
+    try:
+        _track_samples(built, steps)
+    except Exception as error:  # of whatever kind, as no model, text or memory is worth the run
+        say(f"no sample answers are shown: {without_keys(in_words(error))}")
+
+
+def _track_samples(built: Built, steps: int) -> None:
     training, policy = built.training, built.training.policy
+    samples = []
     with policy.precision():
-        samples = generate(
-            policy.model, policy.tokenizer, built.sample_prompts, training.work.seed, max_new_tokens=SAMPLE_TOKENS
-        )
+        for room, prompts in _by_room(built).items():
+            samples += generate(policy.model, policy.tokenizer, prompts, training.work.seed, max_new_tokens=room)
     rows = [[sample.prompt[-1]["content"], sample.output, sample.finish_reason] for sample in samples]
     training.record.tracker.table("samples", ["prompt", "output", "finish_reason"], rows, step=steps)
+
+
+def _by_room(built: Built) -> dict[int, list[Asked]]:
+    """The prompts by how many tokens their answers may have; says how many leave none."""
+    policy, prompts = built.training.policy, built.sample_prompts
+    positions = math.inf if policy.positions is None else policy.positions
+    sizes = map(len, encode_prompts(policy.tokenizer, prompts))
+    rooms = [int(min(SAMPLE_TOKENS, positions - size)) for size in sizes]
+    if left_out := sum(room < 1 for room in rooms):
+        say(f"{left_out} of {len(prompts)} sample prompts left out: the model's {positions} positions leave no answer")
+    return {
+        room: [prompt for prompt, its_room in zip(prompts, rooms, strict=True) if its_room == room]
+        for room in dict.fromkeys(rooms)
+        if room >= 1
+    }
 
 
 def _bandit(cfg: DictConfig, job: Job, run: RunConfig) -> None:

@@ -289,6 +289,23 @@ def check_finite(model: nn.Module, title: str) -> None:
         raise ValueError(f"{title}: {_listed(names)} {_are(names)} not finite (nan or infinite); {AGAIN}")
 
 
+STRETCHED = ("linear", "dynamic", "yarn")  # rotary embeddings whose positions `factor` multiplies
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model has positions for, by its config.json; None where that says nothing. Rotary embeddings
+    that are stretched have `factor` times as many as before; some folders count those already."""
+    settings = config.get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None)
+    if not positions or positions < 1:
+        return None
+    rotary = getattr(settings, "rope_parameters", None) or {}
+    if rotary.get("rope_type") not in STRETCHED:
+        return positions
+    before = rotary.get("original_max_position_embeddings") or positions
+    return max(positions, int(before * (rotary.get("factor") or 1)))
+
+
 def check_vocabulary(tokenizer: Any, model: Any, title: str) -> None:
     """Raise ValueError for tokens that can occur in a text and have no row in the model's embedding. Special tokens
     that no template writes, such as padding that was added, cannot: their text is encoded as other text is."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpo_ref.component import component
 from dpo_ref.data.chat_templates import install_template, text_identity
+from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.files.digests import DIGESTS, file_digest
 from dpo_ref.models.adapters import add_lora, load_adapter
 from dpo_ref.models.attention import KERNELS, resolve_backend
@@ -29,6 +30,7 @@ from dpo_ref.models.folders import (
     check_vocabulary,
     opened,
     own_weights,
+    positions_of,
     stored_shapes,
 )
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
@@ -79,6 +81,11 @@ class TrainedModel(ABC):
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for."""
+        return positions_of(self.model.config)
+
     def precision(self) -> AbstractContextManager[Any]:
         """The context in which every forward pass of policy and reference runs.
 
@@ -121,8 +128,8 @@ class Policy(TrainedModel):
         return loss, ResponseLogps(sum_by_response(values, batch), batch.lengths, batch.num_bytes, values)
 
     def save(self, folder: Path) -> None:
-        """Weights (a trained adapter merged into them), config, tokenizer and chat template."""
-        save_policy(folder, self.model, self.tokenizer, self.adapter)
+        """Weights (a trained adapter merged into them), config, tokenizer, chat template, and what ends an answer."""
+        save_policy(folder, self.model, self.tokenizer, self.adapter, end_of_turn_ids(self.tokenizer))
 
 
 # --- loading
@@ -194,6 +201,14 @@ def prepared_tokenizer(
     if max_length is not None:
         tokenizer.model_max_length = max_length
     return tokenizer
+
+
+def stored_positions(folder: str, key: str = "model.path", revision: str | None = None) -> int | None:
+    """How many tokens the model in a folder has positions for; its weights are not read."""
+    from transformers import AutoConfig
+
+    with opened(folder, key, revision, ("config.json",), "no model could be loaded") as found:
+        return positions_of(AutoConfig.from_pretrained(found, trust_remote_code=False))
 
 
 def _without_dropout(config: Any) -> Any:

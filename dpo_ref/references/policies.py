@@ -149,6 +149,7 @@ def other(
         return from_text("other", scorer_of(model), own, identity, weights, context, cache)
     if cache == "auto":
         return precompute("other", model, identity, weights, context)
+    scorer_of(model).check(context.groups)
     return LiveReference("other", model, identity, weights)
 
 
@@ -181,6 +182,7 @@ def interpolate(context: ReferenceContext, *, path: str, share: float, cache: Ca
     identity = identity_of(model, weights, context.policy.text_identity)
     if cache == "auto":
         return precompute("interpolate", model, identity, weights, context)
+    scorer_of(model).check(context.groups)
     return LiveReference("interpolate", model, identity, weights)
 
 
