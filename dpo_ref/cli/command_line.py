@@ -155,6 +155,11 @@ def directory_words(arguments: Sequence[str]) -> list[str]:
     return [*(word for index in named for word in arguments[index : index + 2]), *joined]
 
 
+def script(name: str) -> str:
+    """What one types to run a script of ours beside this one, with the user's own folders."""
+    return shlex.join(["python", name, *directory_words(sys.argv[1:])])
+
+
 def config_folders(arguments: Sequence[str]) -> list[Path]:
     """Those folders. Raises ValueError for one that does not exist."""
     words = directory_words(arguments)

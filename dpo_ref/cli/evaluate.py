@@ -317,7 +317,8 @@ def _show_sweep(folder: Path, jobs: Sequence[SweptRun], initial: Evaluation | No
     show(*map(written, sentences))
     title = f"sweep of {len(jobs)} runs" if sentences else headline(evaluations) if swept else "no job has a result"
     page = (folder / "report.html").resolve()
-    rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png"), "panels": str(folder / "panels")}
+    left = {"report": folder / "report.html", "plot": folder / "sweep.png", "panels": folder / "panels"}
+    rows = {name: str(path) for name, path in left.items() if path.exists()}
     opens = f"{python()} -m webbrowser {shlex.quote(page.as_uri())}"
     run_summary(title, rows | _missing_rows(evaluations), [opens])
 

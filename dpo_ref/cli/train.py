@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.bandit import run_bandit
 from dpo_ref.cli.build import Built, build, cache_reference, report_data
+from dpo_ref.cli.command_line import script
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
     Job,
@@ -40,8 +41,8 @@ from dpo_ref.tracking.weights_and_biases import known_id
 from dpo_ref.training.run import Interrupted, RunFolder, TrainingRun
 from dpo_ref.types import Asked
 
-NEXT = "python evaluate.py policy={}"  # what to type after a run
-NEXT_OF_SCORES = "python evaluate.py policy=<run or model folder> scorer=reward_model scorer.path={}/policy"
+NEXT = "policy={}"  # what to type after a run, behind evaluate.py
+NEXT_OF_SCORES = "policy=<run or model folder> scorer=reward_model scorer.path={}/policy"
 ASIDE = {"cache_reference": cache_reference, "data": report_data}  # stages that train nothing
 SAMPLE_TOKENS = 96
 
@@ -222,11 +223,11 @@ def _run_recorded(cfg: DictConfig, job: Job, run: RunConfig) -> Ended:
     try:
         (_bandit if run.bandit is not None else _train)(cfg, job, run)
     except Interrupted as stop:
-        print(f"\n{stop}; go on with\n  python train.py resume={job.directory}")
+        print(f"\n{stop}; go on with\n  {script('train.py')} resume={job.directory}")
         return STOPPED
     except KeyboardInterrupt:  # before the first step, after the last, or a second one
         record_end(cfg, job, "interrupted")
-        again = "the same command" if run.bandit is not None else f"python train.py resume={job.directory}"
+        again = "the same command" if run.bandit is not None else f"{script('train.py')} resume={job.directory}"
         print(f"\nstopped; go on with {again}")
         return STOPPED
     except (ValueError, OSError) as error:
@@ -252,10 +253,9 @@ def _train(cfg: DictConfig, job: Job, run: RunConfig) -> None:
             record(cfg, job, "interrupted", **run_summary_fields(built, first_step))
             raise
         conclude(cfg, job, built, steps)
-    command = NEXT_OF_SCORES if run.objective.of_scores else NEXT
-    run_summary(
-        f"{run.objective.name} on {cfg.model.path}", summary_rows(built.training), [command.format(job.directory)]
-    )
+    policy = (NEXT_OF_SCORES if run.objective.of_scores else NEXT).format(job.directory)
+    title = f"{run.objective.name} on {cfg.model.path}"
+    run_summary(title, summary_rows(built.training), [f"{script('evaluate.py')} {policy}"])
 
 
 # --- what a run did, in the words of the terminal's closing summary

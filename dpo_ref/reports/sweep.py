@@ -111,7 +111,7 @@ def sweep_page(jobs: Sequence[SweptRun], baseline: Evaluated | None) -> str:
     failures = [(job.name, job.state) for job in without_result(jobs)]
     pictures = _pictures(jobs, cells, initial)
     parts = [
-        f'<p class="over">Sweep of {len(jobs)} runs</p>',
+        f'<p class="over">Sweep of {len(jobs)} run{"" if len(jobs) == 1 else "s"}</p>',
         f"<h1>{page.text(title)}</h1>",
         *(f'<p class="lead">{page.text(sentence)}</p>' for sentence in findings(cells, initial)),
         page.alerts([*tables.broken(evaluations), *tables.lacking(evaluations)]),
