@@ -11,6 +11,7 @@ from dpo_ref.cli.command_line import checked, quoted
 from tests.support.checkpoints import lines
 from tests.support.command import typed
 from tests.support.model_folders import model_folder, pairs_file, words_for
+from tests.support.sweeps import short_evaluation  # noqa: F401 (a fixture)
 
 SWEPT = ["-m", "trainer.max_steps=1"]
 
@@ -112,6 +113,7 @@ def test_a_run_in_such_a_folder_trains_goes_on_and_is_evaluated(folder, tmp_path
     assert max(row["step"] for row in lines(run)) == 3
 
 
+@pytest.mark.slow
 def test_one_job_and_one_of_two_leave_a_report_without_empty_panels(folder, tmp_path):
     sweep = tmp_path / "one=1"
     shutil.copy(folder / "pairs.jsonl", tmp_path / "pairs.jsonl")
