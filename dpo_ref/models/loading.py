@@ -30,6 +30,7 @@ from dpo_ref.models.folders import (
     check_vocabulary,
     opened,
     own_weights,
+    padding_note,
     positions_of,
     stored_shapes,
 )
@@ -352,6 +353,7 @@ def pretrained(
     tokenizer = prepared_tokenizer(folder, template, template_options, max_length)
     model, notes = load_model(folder, device, attention)
     check_vocabulary(tokenizer, model, f"model.path={path}")
+    notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
     trained = _adapter(model, adapter, lora_rank, lora_alpha)
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:
