@@ -178,9 +178,10 @@ def rounds_of(
 def report_data(config: RunConfig, directory: Path) -> None:
     """`stage=data`: read and tokenise, and write what the data is like to data.html; no model is loaded."""
     data = config.data(config.seed, progress)
-    options = {name: config.model.options[name] for name in ("template", "template_options", "max_length")}
+    names = ("template", "template_options", "max_length", "revision")
+    options = {name: config.model.options[name] for name in names}
     tokenizer = prepared_tokenizer(locate(config.model.options["path"]), **options)
-    positions = stored_positions(locate(config.model.options["path"]))
+    positions = stored_positions(locate(config.model.options["path"]), revision=options["revision"])
     train, held_out = tokenise_data(config, data, tokenizer, positions)
     hygiene, write = inspect(data, train, held_out), within(config.data.bound(tokenise), tokenizer, positions)
     shown, sample = (drawn(train.groups, count, config.seed) for count in (NUM_EXAMPLES, NUM_SAMPLED))

@@ -137,7 +137,9 @@ def checked(arguments: Sequence[str], kind: str) -> list[str]:
 COMPLETION, MULTIRUN = {"-sc", "--shell-completion"}, {"-m", "--multirun"}
 FLAGS_WITH_VALUE = (
     "-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "-p", "--package", "--experimental-rerun",
+    "-c", "--cfg",
 )  # fmt: skip
+INFO = ("-i", "--info")  # which may do without one
 FUNCTIONS = "choice|range|interval|glob|sort|shuffle|tag|int|float|str|bool|json_str|extend_list"
 STRUCTURE = re.compile(rf"""[\[{{'"]|({FUNCTIONS})\(""")  # begins a list, a dictionary, a quoted text or a function
 
@@ -214,6 +216,9 @@ def _flags_first(arguments: Sequence[str]) -> list[str]:
 def overrides_in(arguments: Sequence[str]) -> list[str]:
     """The words that are no flags and no flag's value."""
     values = {index + 1 for index, argument in enumerate(arguments) if argument in FLAGS_WITH_VALUE}
+    values |= {
+        index + 1 for index, word in enumerate(arguments[:-1]) if word in INFO and "=" not in arguments[index + 1]
+    }
     return [word for index, word in enumerate(arguments) if index not in values and not word.startswith("-")]
 
 

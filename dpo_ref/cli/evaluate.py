@@ -120,7 +120,7 @@ class Evaluator:
             self._data[key] = data(seed, progress)._replace(train=())  # a sweep keeps the held-out data of each seed
         work = Workspace(subject.folder, cache_folder(), self.cfg.seed, progress, self._loader)
         policy = self._loader.policy(subject.model)
-        positions = stored_positions(policy.folder, "policy")
+        positions = stored_positions(policy.folder, "policy", subject.model.revision)
         prompts = prompts_of(policy.tokenizer, positions, parts, self._data[key], seed, progress)
         return EvaluationSettings(work, self._data[key], prompts, parts, self.cfg.stage, self.thresholds)
 
@@ -488,7 +488,12 @@ def _trained_run(folder: Path, config: DictConfig, summary: Mapping[str, Any]) -
     return TrainedRun(
         folder,
         summary,
-        ModelPath(config.model.path, _text_of(folder, config), config.model.get("adapter")),
+        ModelPath(
+            config.model.path,
+            _text_of(folder, config),
+            config.model.get("adapter"),
+            revision=config.model.get("revision"),
+        ),
         component("reference", config.reference, summary["choices"]["reference"]),
         next(iter(checkpoint.complete_in(folder / "checkpoints")[::-1]), None),
     )

@@ -30,6 +30,7 @@ from dpo_ref.cli.starting_point import complete_run
 from dpo_ref.data.tokenise import encode_prompts
 from dpo_ref.distributed import best_device
 from dpo_ref.files.cache import releasing
+from dpo_ref.files.hub import commit_of
 from dpo_ref.files.writing import with_remedy
 from dpo_ref.generation.sampling import generate
 from dpo_ref.reports import training_curve
@@ -77,8 +78,26 @@ def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
         "steps": steps,
         "degenerate": training.evaluation.degenerate if training.evaluation else [],
         "data": built.counts,
+        "sources": sources_of(built.config),
         "metrics": {name: value for name, value in training.record.last.items() if math.isfinite(value)},
         "wandb": training.record.tracker.location,
+    }
+
+
+def sources_of(config: RunConfig) -> dict[str, dict[str, str | None]]:
+    """What a run fetched from the hub, by the option that names it: the name, the revision asked for, the commit."""
+    data, model, reference = config.data.options, config.model.options, config.reference.options
+    parts = {"data.sources": data.get("sources"), "reference.parts": reference.get("parts")}
+    named = [("model.path", model), ("reference.path", reference), ("data.path", data)]
+    named += [("data.hub", (data.get("hub") or {}) | {"revision": data.get("revision")})]
+    named += [(f"{key}[{index}]", part) for key, list_ in parts.items() for index, part in enumerate(list_ or ())]
+    adapters = [(f"{group}.adapter", {"path": options.get("adapter")}) for group, options in
+                (("model", model), ("reference", reference))]  # fmt: skip
+    asked = {key: (options.get("path"), options.get("revision")) for key, options in (*named, *adapters)}
+    return {
+        key: {"path": path, "revision": revision, "commit": commit_of(path, revision)}
+        for key, (path, revision) in asked.items()
+        if path is not None and commit_of(path, revision) is not None
     }
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.files.digests import DIGESTS, file_digest
+from dpo_ref.files.hub import note_commit
 
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")  # of a tokenizer, on the hub
 MODEL_FILES = (*TEXT_FILES, "model*.safetensors")
@@ -72,7 +73,9 @@ def _local(path: str, revision: str | None, files: Sequence[str]) -> Path:
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"]))
+    folder = snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"])
+    note_commit(path, revision, folder)
+    return Path(folder)
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:

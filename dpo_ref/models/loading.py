@@ -169,6 +169,13 @@ def check_folder(path: str, key: str, needed: str = "config.json") -> None:
         raise ValueError(f"{key}={path} does not exist")
 
 
+def check_revision(path: str, revision: str | None, key: str) -> None:
+    """Raise ValueError for a revision of what is no name on the hub; `key` is the group that says it."""
+    here = path[: path.find(":") + 1] in LOCATORS or Path(path).expanduser().exists()
+    if revision is not None and here:
+        raise ValueError(f"{key}.revision={revision} has no effect: {key}.path={path} is on this machine, not the hub")
+
+
 def load_tokenizer(path: str, key: str = "model.path", revision: str | None = None) -> Any:
     """The tokenizer in a local folder or on the hub; no code from the folder. Raises ValueError naming `key`."""
     from transformers import AutoTokenizer
@@ -193,11 +200,15 @@ def _share_vocabulary(tokenizer: Any, folder: Path) -> None:
 
 
 def prepared_tokenizer(
-    folder: str, template: str, template_options: dict[str, Any] | None, max_length: int | None
+    folder: str,
+    template: str,
+    template_options: dict[str, Any] | None,
+    max_length: int | None,
+    revision: str | None = None,
 ) -> Any:
     """The tokenizer at `folder` with its chat template and its length as `pretrained` says."""
     check_folder(folder, "model.path")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, revision=revision)
     install_template(tokenizer, template, template_options)
     if max_length is not None:
         tokenizer.model_max_length = max_length
@@ -306,9 +317,17 @@ def _install_packing(model: nn.Module, attention: str, title: str) -> tuple[str,
 
 
 def _check_options(
-    dtype: str, attention: str, adapter: str | None, lora_rank: int | None, lora_alpha: float | None, **rest: Any
+    path: str,
+    revision: str | None,
+    dtype: str,
+    attention: str,
+    adapter: str | None,
+    lora_rank: int | None,
+    lora_alpha: float | None,
+    **rest: Any,
 ) -> None:
     """Raise ValueError for options that would have no effect."""
+    check_revision(path, revision, "model")
     if attention in KERNELS and dtype == "float32":
         raise ValueError(
             f"model.attention={attention} computes in half precision and has no effect with model.dtype=float32; use "
@@ -325,6 +344,7 @@ def pretrained(
     device: torch.device,
     *,
     path: str,
+    revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     attention: Literal["auto", "flash_attn", "varlen", "sdpa", "eager"] = "auto",
     gradient_checkpointing: Literal["off", "selective", "full"] = "off",
@@ -336,7 +356,8 @@ def pretrained(
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
 ) -> Policy:
-    """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`).
+    """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`). `revision` is a branch,
+    tag or commit of the hub's; the run's summary.json says which commit it was.
 
     `dtype` is the compute dtype: auto is bfloat16 on CUDA, float32 on a CPU. `gradient_checkpointing` recomputes
     activations in the backward pass: `full` keeps the layers' inputs alone and costs a third more time, `selective`
@@ -350,8 +371,8 @@ def pretrained(
     """
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)
-    tokenizer = prepared_tokenizer(folder, template, template_options, max_length)
-    model, notes = load_model(folder, device, attention)
+    tokenizer = prepared_tokenizer(folder, template, template_options, max_length, revision)
+    model, notes = load_model(folder, device, attention, revision=revision)
     check_vocabulary(tokenizer, model, f"model.path={path}")
     notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
     trained = _adapter(model, adapter, lora_rank, lora_alpha)
@@ -507,6 +528,7 @@ class ModelPath(NamedTuple):
     text: str | None = None  # the folder of its tokenizer and template; None: its own
     adapter: str | None = None  # on top of its weights
     key: str = "policy"  # the option that names it
+    revision: str | None = None  # on the hub
 
 
 class ModelLoader:
@@ -546,7 +568,7 @@ class ModelLoader:
         folder = located if run is None else str(run / "policy")
         check_folder(folder, model.key)
         on_top = None if model.adapter is None else f"the adapter {model.adapter}"
-        tokenizer = load_tokenizer(model.text or folder, model.key)
+        tokenizer = load_tokenizer(model.text or folder, model.key, model.revision)
         return Policy(
             partial(self._weights, model, folder, None if run is None else Path(located), tokenizer),
             tokenizer,
@@ -557,7 +579,7 @@ class ModelLoader:
         )
 
     def _weights(self, source: ModelPath, folder: str, checkpoint: Path | None, tokenizer: Any) -> nn.Module:
-        model = self._announce(load_model(folder, self.device, self._attention, source.key))
+        model = self._announce(load_model(folder, self.device, self._attention, source.key, source.revision))
         check_vocabulary(tokenizer, model, f"{source.key}={source.path}")
         if checkpoint is not None:
             load_policy(checkpoint, model)
