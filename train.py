@@ -45,6 +45,6 @@ def main(cfg: DictConfig) -> object:
 if __name__ == "__main__":
     guard_streams()
     with stopping.in_one_line():
-        schemas.note_swept_keys(sys.argv[1:])
         sys.argv[1:] = command_line.checked(sys.argv[1:], "train")
+        schemas.note_swept_keys(sys.argv[1:])
         main()

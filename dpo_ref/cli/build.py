@@ -9,7 +9,7 @@ import torch
 from dpo_ref.cli.cache import check_cache, look_after_cache, record_uses
 from dpo_ref.cli.resolve import RunConfig
 from dpo_ref.data.anomalies import anomalies
-from dpo_ref.data.chat_templates import ChatText, date_note, text_identity
+from dpo_ref.data.chat_templates import template_notes, text_identity
 from dpo_ref.data.groups import ConcatGroups, Groups, TokenGroups
 from dpo_ref.data.inspection import (
     drawn,
@@ -22,13 +22,21 @@ from dpo_ref.data.inspection import (
 )
 from dpo_ref.data.packing import pack
 from dpo_ref.data.scoring import scoring
-from dpo_ref.data.tokenise import Tokenised, length_limit, tokenise, tokenised_once
+from dpo_ref.data.tokenise import Tokenised, length_limit, tokenise, tokenised_once, within
 from dpo_ref.distributed import best_device, keep_memory
 from dpo_ref.evaluation.in_training import EvaluationContext, InitialPolicy, in_memory
 from dpo_ref.files.cache import cache_folder
 from dpo_ref.files.writing import write_text
 from dpo_ref.models.attention import resolve_backend
-from dpo_ref.models.loading import ModelLoader, TrainedModel, Workspace, check_folder, locate, prepared_tokenizer
+from dpo_ref.models.loading import (
+    ModelLoader,
+    TrainedModel,
+    Workspace,
+    check_folder,
+    locate,
+    prepared_tokenizer,
+    stored_positions,
+)
 from dpo_ref.models.reward_model import with_score_head
 from dpo_ref.references import interface as references
 from dpo_ref.references.interface import Reference, ReferenceContext
@@ -65,7 +73,7 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     work = workspace(config, directory)
     data = config.data(config.seed, progress)
     policy = trained_model(config, work.device)
-    groups, held_out, counts = prepare_groups(config, data, policy.tokenizer, tracker)
+    groups, held_out, counts = prepare_groups(config, data, policy, tracker)
     rounds = rounds_of(config, work, policy, data, groups)
     fitting = (config.data.hooks.held_out or objective_groups)(config.objective, held_out)
     optim = config.optim(policy.model, rounds.num_steps)
@@ -104,28 +112,44 @@ def check_paths(config: RunConfig) -> None:
 # --- data
 
 
-def tokenise_data(config: RunConfig, data: PreferenceData, tokenizer: Any) -> tuple[Tokenised, Tokenised]:
-    """Train and held-out groups, numbered as one list, from the cache where they are."""
-    write, identity = config.data.bound(tokenise), text_identity(tokenizer)
+def tokenise_data(
+    config: RunConfig, data: PreferenceData, tokenizer: Any, positions: int | None
+) -> tuple[Tokenised, Tokenised]:
+    """Train and held-out groups, numbered as one list, from the cache where they are; none is longer than the model's
+    positions."""
+    write, identity = within(config.data.bound(tokenise), tokenizer, positions), text_identity(tokenizer)
     train, held_out = (
         tokenised_once(groups, tokenizer, write, identity, cache_folder(), progress)
         for groups in (data.train, data.eval)
     )
+    if any(part.counts.keys() - {"groups"} for part in (train, held_out)):  # no group was as long: nothing to tell
+        say(*_shortened(config, tokenizer, positions))
     return train, Tokenised(held_out.groups.numbered_from(len(data.train)), held_out.counts)
 
 
+def _shortened(config: RunConfig, tokenizer: Any, positions: int | None) -> list[str]:
+    """What is said where the model has fewer positions than the data may have tokens."""
+    limit = length_limit(tokenizer, config.data.options["max_length"])
+    if positions is None or positions >= limit:
+        return []
+    what = config.data.options["over_length"]
+    return [
+        f"data.max_length={positions} instead of {limit:,}, as the model has no more positions "
+        f"(max_position_embeddings): longer groups follow data.over_length={what}"
+    ]
+
+
 def prepare_groups(
-    config: RunConfig, data: PreferenceData, tokenizer: Any, tracker: Tracker
+    config: RunConfig, data: PreferenceData, policy: TrainedModel, tracker: Tracker
 ) -> tuple[TokenGroups, TokenGroups, dict[str, int]]:
     """Train and held-out groups, and what happened to rows; says what they are like."""
-    train, held_out = tokenise_data(config, data, tokenizer)
+    tokenizer = policy.tokenizer
+    train, held_out = tokenise_data(config, data, tokenizer, policy.positions)
     say(*short_report(inspect(data, train, held_out)))
     counts = summed_counts(data.reading, train.counts, held_out.counts)
     if not len(train.groups):
         raise ValueError("nothing is left to train on: every row was dropped; see data.max_length, data.over_length")
-    if ChatText(tokenizer).leaves_out_bos:
-        say("  the chat template writes no BOS, which the tokenizer adds by itself; see model.template")
-    say(*date_note(tokenizer))
+    say(*template_notes(tokenizer))
     (example,) = examples_of(tokenizer, train.groups[:1])
     show_example(example.short_rows())
     tracker.table("data/example", ["part", "text", "scored"], example.rows(), step=0)
@@ -142,7 +166,7 @@ def rounds_of(
         objective=config.objective,
         groups=groups,
         first_index=len(data.train) + len(data.eval),
-        max_length=length_limit(policy.tokenizer, config.data.options["max_length"]),
+        max_length=length_limit(policy.tokenizer, config.data.options["max_length"], policy.positions),
         pack=config.data.bound(pack),
         config=config.trainer,
     )
@@ -154,10 +178,12 @@ def rounds_of(
 def report_data(config: RunConfig, directory: Path) -> None:
     """`stage=data`: read and tokenise, and write what the data is like to data.html; no model is loaded."""
     data = config.data(config.seed, progress)
-    options = {name: config.model.options[name] for name in ("template", "template_options", "max_length")}
+    names = ("template", "template_options", "max_length", "revision")
+    options = {name: config.model.options[name] for name in names}
     tokenizer = prepared_tokenizer(locate(config.model.options["path"]), **options)
-    train, held_out = tokenise_data(config, data, tokenizer)
-    hygiene, write = inspect(data, train, held_out), config.data.bound(tokenise)
+    positions = stored_positions(locate(config.model.options["path"]), revision=options["revision"])
+    train, held_out = tokenise_data(config, data, tokenizer, positions)
+    hygiene, write = inspect(data, train, held_out), within(config.data.bound(tokenise), tokenizer, positions)
     shown, sample = (drawn(train.groups, count, config.seed) for count in (NUM_EXAMPLES, NUM_SAMPLED))
     looked = Looked(
         examples=examples_of(tokenizer, shown),
@@ -171,7 +197,8 @@ def report_data(config: RunConfig, directory: Path) -> None:
     write_text(directory / "data.html", data_page(hygiene, score_margins(data.train), looked, title))
     report = short_report(hygiene)
     found = [f"{finding.count:,} {finding.name}" for finding in looked.findings if finding.count]
-    say(*report, *(f"  {line}" for line in found if not any(line in said for said in report)))
+    found = [line for line in found if not any(line in said for said in report)]
+    say(*report, *template_notes(tokenizer), *(f"  {line}" for line in found))
     run_summary(f"data={config.data.name}", {"page": str(directory / "data.html")})
 
 
@@ -218,7 +245,8 @@ def cache_reference(config: RunConfig, directory: Path) -> None:
     work = workspace(config, directory)
     data, policy = config.data(config.seed, progress), trained_model(config, work.device)
     train, held_out = (
-        groups_for(config.objective, part.groups) for part in tokenise_data(config, data, policy.tokenizer)
+        groups_for(config.objective, part.groups)
+        for part in tokenise_data(config, data, policy.tokenizer, policy.positions)
     )
     reference = build_reference(config, work, policy, ConcatGroups(train, held_out))
     say_which(reference)
@@ -244,8 +272,6 @@ def evaluation_of(
             f"evaluation.every={every}; use a smaller one"
         )
     policy = training.policy
-    limit = length_limit(policy.tokenizer, config.data.options["max_length"])
-    positions = getattr(policy.model.config, "max_position_embeddings", None)
     standing = in_memory(training.reference, policy, training.initial_weights)
     context = EvaluationContext(
         work=training.work,
@@ -253,7 +279,7 @@ def evaluation_of(
         initial=InitialPolicy(policy.model, standing, training.initial_weights),
         prompts=data.test_prompts,
         pairs=held_out.where(held_out.have_pairs),
-        max_length=limit if positions is None else min(limit, positions),
+        max_length=length_limit(policy.tokenizer, config.data.options["max_length"], policy.positions),
         thresholds=config.degeneration,
     )
     evaluation = config.evaluation(context)

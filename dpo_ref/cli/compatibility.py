@@ -5,6 +5,7 @@ cache, so that a run that follows finds these log-probs. A candidate that cannot
 reason, and the others go on.
 """
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,7 +26,7 @@ from dpo_ref.data.chat_templates import install_template
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.data.groups import Groups, TokenGroups
 from dpo_ref.data.packing import collate
-from dpo_ref.data.tokenise import encode_prompts, tokenise
+from dpo_ref.data.tokenise import encode_prompts, tokenise, within
 from dpo_ref.evaluation import compatibility as numbers
 from dpo_ref.evaluation.compatibility import (
     Candidate,
@@ -42,6 +43,7 @@ from dpo_ref.files.writing import plain, write_json
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models.checkpoint import weights_digest
+from dpo_ref.models.folders import positions_of
 from dpo_ref.models.loading import ModelSource, Policy, Workspace
 from dpo_ref.references.interface import Reference
 from dpo_ref.reports.compatibility import cells, entries, headline, terminal_table, verdict, write_page
@@ -80,7 +82,7 @@ class Bench:
     def samples(self, model: nn.Module, tokenizer: Any, prompts: Sequence[Asked]) -> list[Generation]:
         """One answer of a model to each prompt that leaves room for it, at temperature 1."""
         causal_lm: Any = model
-        positions = getattr(causal_lm.config, "max_position_embeddings", 10**9)
+        positions = positions_of(causal_lm.config) or math.inf
         sizes = map(len, encode_prompts(tokenizer, prompts))
         fits = [index for index, size in enumerate(sizes) if size + self.max_new_tokens <= positions]
         if not fits:
@@ -180,7 +182,8 @@ def _under(system: str, prompt: Asked) -> PromptGroup:
 
 def _score_texts(bench: Bench, component: Component, texts: Sequence[PromptGroup]) -> Scored:
     """Log-probs of texts under policy and reference, and which of them fit the data's limits."""
-    groups = bench.run.data.bound(tokenise)(texts, bench.policy.tokenizer).groups
+    write = within(bench.run.data.bound(tokenise), bench.policy.tokenizer, bench.policy.positions)
+    groups = write(texts, bench.policy.tokenizer).groups
     if not len(groups):
         return np.zeros(0), np.zeros(0), []
     both = [bench.rebuild(reference, groups) for reference in (bench.run.reference, component)]
@@ -280,7 +283,9 @@ def _bench(request: CompatibilityRequest) -> Bench:
     data = run.data(run.seed, progress)
     policy: Policy = run.model(work.device)
     say(*policy.notes)
-    groups = draw(tokenise_data(run, data, policy.tokenizer)[0].groups, request.options.num_pairs, request.seed)
+    groups = draw(
+        tokenise_data(run, data, policy.tokenizer, policy.positions)[0].groups, request.options.num_pairs, request.seed
+    )
     texts = [groups.text(index) for index in range(len(groups))]
     prompts = list({text.prompt_id: text.asked for text in texts if text.prompt}.values())
     return Bench(run, work, policy, groups, prompts[: request.options.num_prompts], request.options.max_new_tokens)

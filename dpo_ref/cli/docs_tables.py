@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_ref.cli.command_line import compose_command
+from dpo_ref.cli.command_line import compose_command, config_folders
 from dpo_ref.cli.resolve import resolve, strength
-from dpo_ref.cli.schemas import CONF, groups, locate, register
+from dpo_ref.cli.schemas import CONF, groups, locate, look_in, register
+from dpo_ref.component import configuration
 from dpo_ref.evaluation.results import METRICS, Metric
 from dpo_ref.objectives.interface import OF_TOKENS, Objective, bind, probe_inputs
 
@@ -82,9 +83,11 @@ class Header(NamedTuple):
 
 
 def header(path: Path) -> Header:
-    """Read it; ValueError naming the file where a part is missing."""
+    """Read it; ValueError naming the file where a part is missing, unless it is a user's own."""
     comment = [line[1:].strip() for line in path.read_text().split("\ndefaults:")[0].splitlines()]
     fields = dict(line.split(": ", 1) for line in comment[2:] if ": " in line)
+    if path.parents[1] != CONF:
+        return Header((comment[0] or path.stem).removesuffix("."), "", dict.fromkeys(FIELDS, "-") | fields)
     if tuple(fields) != FIELDS or not comment[1].startswith(f"python train.py objective={path.stem}"):
         raise ValueError(f"{path.name}: its comment must be a title, a command, then {', '.join(FIELDS)}")
     return Header(comment[0].removesuffix("."), comment[1], fields)
@@ -111,7 +114,7 @@ def row(path: Path, target: str) -> dict[str, str]:
     """One objective's cells, by column."""
     function, comment = locate(target), header(path)
     key = strength(function)
-    default = OmegaConf.select(OmegaConf.load(path), key) if key else None
+    default = OmegaConf.select(OmegaConf.load(path), key) or configuration(function)[key].default if key else None
     papers = ", ".join(re.findall(r"arXiv:[\d.]+\d|[\w.]+/\w+\.pdf|this project", comment.title))
     return {
         "objective": f"`{path.stem}`: {comment.title.split(' (')[0]}",
@@ -245,7 +248,8 @@ def metrics_page() -> str:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["objectives"]:
+        case ["objectives", *own]:
+            look_in(config_folders(own))
             print(objectives_page(), end="")
         case ["references"]:
             PAGE.write_text(references_page())

@@ -43,7 +43,7 @@ from dpo_ref.files.holding import held
 from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import run_of
-from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace
+from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace, stored_positions
 from dpo_ref.reports.findings import findings
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
@@ -119,8 +119,9 @@ class Evaluator:
         if key not in self._data:
             self._data[key] = data(seed, progress)._replace(train=())  # a sweep keeps the held-out data of each seed
         work = Workspace(subject.folder, cache_folder(), self.cfg.seed, progress, self._loader)
-        tokenizer = self._loader.policy(subject.model).tokenizer
-        prompts = prompts_of(tokenizer, parts, self._data[key], seed, progress)
+        policy = self._loader.policy(subject.model)
+        positions = stored_positions(policy.folder, "policy", subject.model.revision)
+        prompts = prompts_of(policy.tokenizer, positions, parts, self._data[key], seed, progress)
         return EvaluationSettings(work, self._data[key], prompts, parts, self.cfg.stage, self.thresholds)
 
     def one(self, path: str, output_dir: str | None = None) -> EvaluationOutcome:
@@ -316,7 +317,8 @@ def _show_sweep(folder: Path, jobs: Sequence[SweptRun], initial: Evaluation | No
     show(*map(written, sentences))
     title = f"sweep of {len(jobs)} runs" if sentences else headline(evaluations) if swept else "no job has a result"
     page = (folder / "report.html").resolve()
-    rows = {"report": str(folder / "report.html"), "plot": str(folder / "sweep.png"), "panels": str(folder / "panels")}
+    left = {"report": folder / "report.html", "plot": folder / "sweep.png", "panels": folder / "panels"}
+    rows = {name: str(path) for name, path in left.items() if path.exists()}
     opens = f"{python()} -m webbrowser {shlex.quote(page.as_uri())}"
     run_summary(title, rows | _missing_rows(evaluations), [opens])
 
@@ -486,7 +488,12 @@ def _trained_run(folder: Path, config: DictConfig, summary: Mapping[str, Any]) -
     return TrainedRun(
         folder,
         summary,
-        ModelPath(config.model.path, _text_of(folder, config), config.model.get("adapter")),
+        ModelPath(
+            config.model.path,
+            _text_of(folder, config),
+            config.model.get("adapter"),
+            revision=config.model.get("revision"),
+        ),
         component("reference", config.reference, summary["choices"]["reference"]),
         next(iter(checkpoint.complete_in(folder / "checkpoints")[::-1]), None),
     )

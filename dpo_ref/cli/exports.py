@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.component import Component, annotations
-from dpo_ref.data.tokenise import end_of_turn_ids, tokenise
+from dpo_ref.data.tokenise import end_of_turn_ids, tokenise, within
 from dpo_ref.evaluation.evaluate import loss_reference
 from dpo_ref.evaluation.heldout import PairEvaluation, reference_pairs, score_pairs
 from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate
@@ -56,7 +56,7 @@ def _pairs(subject: PolicyToEvaluate, settings: EvaluationSettings) -> RewardedP
             f"policy={subject.model.path} is no run"
         )
     ours, held_out, source = settings.policy(subject), settings.data.eval, settings.parts["data"]
-    groups = source.bound(tokenise)(held_out, ours.tokenizer).groups
+    groups = within(source.bound(tokenise), ours.tokenizer, ours.positions)(held_out, ours.tokenizer).groups
     members = groups.where(groups.have_pairs)
     if not len(members):
         return RewardedPairs(subject.name, source.name, [])

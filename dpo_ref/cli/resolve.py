@@ -8,7 +8,7 @@ composes those added with `+`), a wrong value, a combination in which an option 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
@@ -183,7 +183,10 @@ def _objective(component: Component, beta: float | None, overrides: Sequence[str
         if any(override.split("=")[0].lstrip("+~") == key for override in overrides):
             raise ValueError(f"beta and {key} say the same thing; give one of them")
         options[str(name)] = beta
-    objective = bind(component.function, **options)
+    try:
+        objective = replace(bind(component.function, **options), name=component.name)
+    except TypeError as error:  # of a function of the user's
+        raise ValueError(f"objective={component.name}: {error}") from error
     objective.check()
     return objective
 

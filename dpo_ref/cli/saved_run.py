@@ -1,9 +1,9 @@
 """A run's folder read as data, whoever made it: nothing in it is called, nothing outside it is written, no key goes to
 a server that it alone names.
 
-What is called stands in `conf/` of this installation: every `_target_` of the saved configuration must be that of the
-file which was chosen for its place. Interpolations, which read the environment, are refused, as are links that lead
-out of the folder.
+What is called stands in `conf/` of this installation, or in a folder that the command line names: every `_target_` of
+the saved configuration must be that of the file which was chosen for its place. Interpolations, which read the
+environment, are refused, as are links that lead out of the folder.
 """
 
 import ipaddress
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_ref.cli.command_line import typed_words
-from dpo_ref.cli.schemas import CONF, TrainSchema, groups, locate, parts_of, schema
+from dpo_ref.cli.schemas import FOLDERS, TrainSchema, groups, locate, parts_of, schema
 from dpo_ref.component import annotations, configuration, member_group
 from dpo_ref.evaluation import policy
 from dpo_ref.files.digests import bytes_digest
@@ -198,7 +198,7 @@ def _offered(choices: Mapping[str, str], folder: Path, option: str) -> dict[str,
         if choice not in members:
             raise ValueError(
                 f"{option}: {folder / 'summary.json'} has choices.{name}={choice}, and conf/{group}/ has no "
-                f"{choice}.yaml; put that file there if it is yours, or train the run again"
+                f"{choice}.yaml; if it is yours, name its folder with --config-dir, or put it there"
             )
         offered[at or group] = Offered(group, f"conf/{group}/{choice}.yaml", members[choice])
     return offered
@@ -336,8 +336,8 @@ def _is_here(address: str) -> bool:
 
 
 def _own_addresses() -> Collection[str]:
-    """What the user's own conf/ says."""
-    texts = (path.read_text(encoding="utf-8") for path in CONF.rglob("*.yaml"))
+    """What the user's own conf/ says, and the folders that the command line names."""
+    texts = (path.read_text(encoding="utf-8") for folder in FOLDERS for path in folder.rglob("*.yaml"))
     trees = (yaml.load(text, Loader=yaml.SafeLoader) for text in texts if re.search(r"^[^#]*https?:", text, re.M))
     return {value for tree in trees for _, _, value in _entries(tree) if isinstance(value, str)}
 

@@ -15,7 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import ConfigDefault
+from hydra.errors import ConfigCompositionException
 from omegaconf import MISSING, OmegaConf
 
 from dpo_ref.cli import side_by_side
@@ -44,6 +47,8 @@ from dpo_ref.types import digest
 SWEPT_KEYS = "DPO_REF_SWEPT_KEYS"  # environment variable
 
 
+VARIED = re.compile("[(,]")  # in a value, outside of quotes
+QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""")
 SLUG_BYTES = 120  # of the 255 that a name may have
 
 
@@ -60,10 +65,8 @@ def slug(overrides: str) -> str:
 
 def note_swept_keys(arguments: Sequence[str]) -> None:
     """Remember which keys a multirun varies, for the names of its jobs' folders; workers inherit it."""
-    varied = ("(", ",")
-    keys = [
-        key.lstrip("+") for key, _, value in (a.partition("=") for a in arguments) if any(v in value for v in varied)
-    ]
+    words = (argument.partition("=") for argument in arguments)
+    keys = [key.lstrip("+") for key, _, value in words if VARIED.search(QUOTED.sub("", value))]
     os.environ[SWEPT_KEYS] = " ".join(keys)
 
 
@@ -178,12 +181,18 @@ SCHEMAS = {"train": TrainSchema, "evaluate": EvaluateSchema}
 
 
 def locate(target: str) -> Callable[..., Any]:
-    """The function or class a dotted path names; ValueError if there is none."""
+    """The function or class a dotted path names; ValueError if there is none, or it says too little of its options."""
     module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"_target_: {target} cannot be imported: {error}") from error
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a user's module raises
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ImportError | AttributeError) else error
+        raise ValueError(f"_target_: {target} cannot be imported: {reason}") from error
+    if untyped := [name for name in configuration(found) if name not in annotations(found)]:
+        raise ValueError(
+            f"_target_: {target} does not say the type of its option {untyped[0]}: write {untyped[0]}: float"
+        )
+    return found
 
 
 def parts_of(group: str, component: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
@@ -195,19 +204,29 @@ def parts_of(group: str, component: Callable[..., Any]) -> tuple[Callable[..., A
     return own if group in inside else (*own, *SHARED.get(group, ()))
 
 
-def option_names(group: str, outer: tuple[str, ...] = ()) -> set[str]:
-    """The options of all members of a group, those of members inside them with a dot; a group inside itself has no
-    further members. `outer` are the groups around this one."""
-    names: set[str] = set()
-    for part in {part for target in groups()[group].values() for part in parts_of(group, locate(target))}:
+def option_types(group: str, target: str, outer: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The options of a group's member and their types, those of members inside it with a dot; a group inside itself
+    has no further members. `outer` are the groups around this one."""
+    types: dict[str, Any] = {}
+    for part in parts_of(group, locate(target)):
         hints = annotations(part)
         for name in configuration(part):
             inner = member_group(hints[name])
             if inner is None:
-                names.add(name)
+                types[name] = hints[name]
             elif group not in outer:
-                names |= {f"{name}.{option}" for option in option_names(inner, (*outer, group))}
-    return names
+                types |= {f"{name}.{option}": hint for option, hint in _all_types(inner, (*outer, group)).items()}
+    return types
+
+
+def _all_types(group: str, outer: tuple[str, ...]) -> dict[str, Any]:
+    members = sorted(set(groups()[group].values()))
+    return {name: hint for target in members for name, hint in option_types(group, target, outer).items()}
+
+
+def option_names(group: str) -> set[str]:
+    """The options of all members of a group, those of members inside them with a dot."""
+    return set(_all_types(group, ()))
 
 
 def _stored_type(hint: Any) -> Any:
@@ -239,27 +258,91 @@ def schema(component: Callable[..., Any], *shared: Callable[..., Any]) -> type:
 
 
 def target_of(path: Path) -> str | None:
-    """What a YAML file targets, read without parsing the file: --help looks at all of them."""
-    match = re.search(r"^_target_: *(\S+)", path.read_text(), re.MULTILINE)
-    return match and match[1]
+    """What a YAML file targets, read without parsing the file: --help looks at all of them. A file that takes over
+    another of its group has the target of that."""
+    text = path.read_text()
+    if match := re.search(r"^_target_: *(\S+)", text, re.MULTILINE):
+        return match[1]
+    taken = re.findall(r"^ *- *(?:/\w+/)?(\w+)(?:@_here_)? *$", text, re.MULTILINE)
+    files = (folder / path.parent.name / f"{name}.yaml" for name in taken for folder in (path.parents[1], CONF))
+    return next((target for file in files if file.is_file() and file != path and (target := target_of(file))), None)
 
 
 @cache
 def groups() -> dict[str, dict[Path, str]]:
     """The config groups whose members target components: their YAML files and the targets."""
     targets: dict[str, dict[Path, str]] = {}
-    for path in sorted(CONF.glob("*/*.yaml")):
-        if target := target_of(path):
+    for path in (path for folder in FOLDERS for path in sorted(folder.glob("*/*.yaml"))):
+        if path not in UNUSABLE and (target := target_of(path)):
             targets.setdefault(path.parent.name, {})[path] = target
     return targets
 
 
 def choices_text() -> str:
     """The config groups and their members, for --help."""
-    listed = {path.parent.name: [] for path in sorted(CONF.glob("*/*.yaml"))}
-    for path in sorted(CONF.glob("*/*.yaml")):
-        listed[path.parent.name].append(path.stem)
+    listed: dict[str, list[str]] = {}
+    for path in (path for folder in FOLDERS for path in sorted(folder.glob("*/*.yaml"))):
+        listed.setdefault(path.parent.name, []).append(path.stem)
     return "\n".join(f"  {group}: {', '.join(names)}" for group, names in listed.items())
+
+
+# --- members of the user's own, in a folder that the command line names
+
+
+FOLDERS = [CONF]  # in which members are looked for
+UNUSABLE: dict[Path, str] = {}  # files of the user's whose component cannot be had, and why
+
+
+def look_in(folders: Sequence[Path]) -> None:
+    """Look for members in these folders too. Raises ValueError for a file with the name of one of ours, which Hydra
+    would never read. What is wrong with a component is told where it is chosen."""
+    FOLDERS[1:] = folders
+    UNUSABLE.clear()
+    groups.cache_clear()
+    ours = {(path.parent.name, path.stem) for path in CONF.glob("*/*.yaml")}
+    for path in (path for folder in folders for path in sorted(folder.glob("*/*.yaml"))):
+        group, name = path.parent.name, path.stem
+        if (group, name) in ours:
+            raise ValueError(f"{path} has the name of our own {group}={name}, which is taken; rename the file")
+        try:
+            if target := target_of(path):
+                schema(*parts_of(group, locate(target)))
+        except (ValueError, OSError) as error:
+            UNUSABLE[path] = str(error)
+    groups.cache_clear()
+
+
+def _with_schema(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Hydra's reading of a file of a group, which composes onto the schema of what it targets, stored when it is first
+    asked for: a user's file need not name it, nor can two functions of one name be mistaken for each other."""
+
+    def load_config(repository: ConfigRepository, config_path: str) -> Any:
+        result = load(repository, config_path)
+        target = None if result is None else result.config.get("_target_")
+        group = config_path.partition("/")[0]
+        if target is None or result.provider in OURS or group not in groups():
+            return result
+        try:
+            ConfigStore.instance().store(
+                group=f"schema/{group}", name=target, node=schema(*parts_of(group, locate(target)))
+            )
+        except ValueError as error:
+            raise ConfigCompositionException(f"{group}={config_path.rpartition('/')[2]}: {error}") from error
+        others = [default for default in result.defaults_list if not _names_schema(default)]
+        result.defaults_list = [ConfigDefault(path=f"/schema/{group}/{target}", package="_here_"), *others]
+        return result
+
+    return load_config
+
+
+OURS = ("main", "schema")  # who provides what is read: conf/, and the store of schemas
+
+
+def _names_schema(default: Any) -> bool:
+    return isinstance(default, ConfigDefault) and str(default.path).startswith("/schema/")
+
+
+_READS_SCHEMAS: list[bool] = []  # whether Hydra does, in this process
 
 
 def register() -> None:
@@ -272,6 +355,9 @@ def register() -> None:
     # Hydra copies its sources, the store of all schemas among them, for every group that it lists, and copies again
     # what it reads. Shared, `--help` takes a fraction of the time.
     ConfigStore.__deepcopy__ = lambda shared, memo: shared  # pyright: ignore[reportAttributeAccessIssue]
+    if not _READS_SCHEMAS:  # it is registered once a process
+        _READS_SCHEMAS.append(True)
+        ConfigRepository.load_config = _with_schema(ConfigRepository.load_config)
     store(group="schema", name="train", node=TrainSchema)
     store(group="schema", name="evaluate", node=EvaluateSchema)
     for group, members in groups().items():

@@ -54,10 +54,11 @@ LENGTHS = {  # by option: for a toy, for another model on a CPU, and on an accel
 }
 
 
-def num_weights(path: str, key: str) -> int:
+def num_weights(path: str, key: str, revision: str | None = None) -> int:
     """Weights in the folder or hub name at `path`, by the headers of its files. Raises ValueError naming `key`."""
     check_folder(path, key)
-    with opened(locate(path), key, None, ("config.json", "model*.safetensors*"), "no model could be loaded") as folder:
+    files = ("config.json", "model*.safetensors*")
+    with opened(locate(path), key, revision, files, "no model could be loaded") as folder:
         return sum(math.prod(shape) for shape in stored_shapes(folder).values())
 
 
@@ -79,7 +80,7 @@ def complete_run(cfg: DictConfig, run: RunConfig, device: torch.device) -> DictC
     options, lr_is_open = run.model.options, cfg.optim.lr is None
     if not lr_is_open and not _left_open(cfg):
         return cfg
-    weights, adapter = num_weights(options["path"], "model.path"), trains_adapter(options)
+    weights, adapter = num_weights(options["path"], "model.path", options["revision"]), trains_adapter(options)
     cfg = _with_lengths(cfg, weights, device)
     if lr_is_open:
         rate = rate_of(run.objective, weights, adapter)

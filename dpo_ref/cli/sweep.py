@@ -17,7 +17,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from dpo_ref.cli import side_by_side
-from dpo_ref.cli.command_line import python
+from dpo_ref.cli.command_line import directory_words, python
 from dpo_ref.cli.run_folder import record_death
 from dpo_ref.cli.saved_run import addresses_in, trust_words
 from dpo_ref.cli.schemas import note_swept_keys
@@ -75,7 +75,8 @@ class SweepReport(Callback):
         folder = Path(config.hydra.sweep.dir)
         if config.stage == "train" and not _print_bandits(folder):
             tracking = config.hydra.runtime.choices["tracking"]
-            command = [sys.executable, str(ENTRY_POINT), f"sweep={folder}", f"tracking={tracking}"]
+            command = [sys.executable, str(ENTRY_POINT), *directory_words(sys.argv[1:])]
+            command += [f"sweep={folder}", f"tracking={tracking}"]
             command += [*_evaluated_beside(config), *trust_words(addresses_in(config.hydra.overrides.task))]
             print("evaluating the sweep; by hand: python evaluate.py " + shlex.join(command[2:]), flush=True)
             code = subprocess.run(command, check=False).returncode
@@ -98,7 +99,7 @@ def print_next(folder: Path, words: Sequence[str], then: Sequence[str]) -> None:
     again = [*shlex.split(python()), "train.py", *(word for word in words if not word.startswith(ANEW))]
     for job in jobs:
         if job.evaluation is champion:
-            command = [*shlex.split(python()), "evaluate.py", f"policy={job.folder}"]
+            command = [*shlex.split(python()), "evaluate.py", *directory_words(words), f"policy={job.folder}"]
             say("the answers of the first, in a report.html of its own:", f"  {shlex.join(command)}")
     if seeds := [job.seed for job in jobs if job.seed is not None]:
         more = [f"seed={max(seeds) + 1},{max(seeds) + 2}", f"output_dir={folder}"]

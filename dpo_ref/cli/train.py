@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.bandit import run_bandit
 from dpo_ref.cli.build import Built, build, cache_reference, report_data
+from dpo_ref.cli.command_line import script
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
     Job,
@@ -26,20 +27,23 @@ from dpo_ref.cli.run_folder import (
     write_config,
 )
 from dpo_ref.cli.starting_point import complete_run
+from dpo_ref.data.tokenise import encode_prompts
 from dpo_ref.distributed import best_device
 from dpo_ref.files.cache import releasing
+from dpo_ref.files.hub import commit_of
 from dpo_ref.files.writing import with_remedy
 from dpo_ref.generation.sampling import generate
 from dpo_ref.reports import training_curve
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.tracking.redaction import refuse_credentials, without_keys
-from dpo_ref.tracking.terminal import progress, run_summary
+from dpo_ref.tracking.terminal import progress, run_summary, say
 from dpo_ref.tracking.tracker import RunInfo, Tracker, policy_artifact, reference_artifact
 from dpo_ref.tracking.weights_and_biases import known_id
 from dpo_ref.training.run import Interrupted, RunFolder, TrainingRun
+from dpo_ref.types import Asked
 
-NEXT = "python evaluate.py policy={}"  # what to type after a run
-NEXT_OF_SCORES = "python evaluate.py policy=<run or model folder> scorer=reward_model scorer.path={}/policy"
+NEXT = "policy={}"  # what to type after a run, behind evaluate.py
+NEXT_OF_SCORES = "policy=<run or model folder> scorer=reward_model scorer.path={}/policy"
 ASIDE = {"cache_reference": cache_reference, "data": report_data}  # stages that train nothing
 SAMPLE_TOKENS = 96
 
@@ -74,8 +78,26 @@ def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
         "steps": steps,
         "degenerate": training.evaluation.degenerate if training.evaluation else [],
         "data": built.counts,
+        "sources": sources_of(built.config),
         "metrics": {name: value for name, value in training.record.last.items() if math.isfinite(value)},
         "wandb": training.record.tracker.location,
+    }
+
+
+def sources_of(config: RunConfig) -> dict[str, dict[str, str | None]]:
+    """What a run fetched from the hub, by the option that names it: the name, the revision asked for, the commit."""
+    data, model, reference = config.data.options, config.model.options, config.reference.options
+    parts = {"data.sources": data.get("sources"), "reference.parts": reference.get("parts")}
+    named = [("model.path", model), ("reference.path", reference), ("data.path", data)]
+    named += [("data.hub", (data.get("hub") or {}) | {"revision": data.get("revision")})]
+    named += [(f"{key}[{index}]", part) for key, list_ in parts.items() for index, part in enumerate(list_ or ())]
+    adapters = [(f"{group}.adapter", {"path": options.get("adapter")}) for group, options in
+                (("model", model), ("reference", reference))]  # fmt: skip
+    asked = {key: (options.get("path"), options.get("revision")) for key, options in (*named, *adapters)}
+    return {
+        key: {"path": path, "revision": revision, "commit": commit_of(path, revision)}
+        for key, (path, revision) in asked.items()
+        if path is not None and commit_of(path, revision) is not None
     }
 
 
@@ -135,14 +157,37 @@ def conclude(cfg: DictConfig, job: Job, built: Built, steps: int) -> None:
 
 
 def _show_samples(built: Built, steps: int) -> None:
-    """A few of the policy's answers, for the tracker."""
+    """A few of the policy's answers, for the tracker. The run has trained and is saved: what keeps the policy from
+    answering is said, and fails nothing."""
+    try:
+        _track_samples(built, steps)
+    except Exception as error:  # of whatever kind, as no model, text or memory is worth the run
+        say(f"no sample answers are shown: {without_keys(in_words(error))}")
+
+
+def _track_samples(built: Built, steps: int) -> None:
     training, policy = built.training, built.training.policy
+    samples = []
     with policy.precision():
-        samples = generate(
-            policy.model, policy.tokenizer, built.sample_prompts, training.work.seed, max_new_tokens=SAMPLE_TOKENS
-        )
+        for room, prompts in _by_room(built).items():
+            samples += generate(policy.model, policy.tokenizer, prompts, training.work.seed, max_new_tokens=room)
     rows = [[sample.prompt[-1]["content"], sample.output, sample.finish_reason] for sample in samples]
     training.record.tracker.table("samples", ["prompt", "output", "finish_reason"], rows, step=steps)
+
+
+def _by_room(built: Built) -> dict[int, list[Asked]]:
+    """The prompts by how many tokens their answers may have; says how many leave none."""
+    policy, prompts = built.training.policy, built.sample_prompts
+    positions = math.inf if policy.positions is None else policy.positions
+    sizes = map(len, encode_prompts(policy.tokenizer, prompts))
+    rooms = [int(min(SAMPLE_TOKENS, positions - size)) for size in sizes]
+    if left_out := sum(room < 1 for room in rooms):
+        say(f"{left_out} of {len(prompts)} sample prompts left out: the model's {positions} positions leave no answer")
+    return {
+        room: [prompt for prompt, its_room in zip(prompts, rooms, strict=True) if its_room == room]
+        for room in dict.fromkeys(rooms)
+        if room >= 1
+    }
 
 
 def _bandit(cfg: DictConfig, job: Job, run: RunConfig) -> None:
@@ -197,11 +242,11 @@ def _run_recorded(cfg: DictConfig, job: Job, run: RunConfig) -> Ended:
     try:
         (_bandit if run.bandit is not None else _train)(cfg, job, run)
     except Interrupted as stop:
-        print(f"\n{stop}; go on with\n  python train.py resume={job.directory}")
+        print(f"\n{stop}; go on with\n  {script('train.py')} resume={job.directory}")
         return STOPPED
     except KeyboardInterrupt:  # before the first step, after the last, or a second one
         record_end(cfg, job, "interrupted")
-        again = "the same command" if run.bandit is not None else f"python train.py resume={job.directory}"
+        again = "the same command" if run.bandit is not None else f"{script('train.py')} resume={job.directory}"
         print(f"\nstopped; go on with {again}")
         return STOPPED
     except (ValueError, OSError) as error:
@@ -227,10 +272,9 @@ def _train(cfg: DictConfig, job: Job, run: RunConfig) -> None:
             record(cfg, job, "interrupted", **run_summary_fields(built, first_step))
             raise
         conclude(cfg, job, built, steps)
-    command = NEXT_OF_SCORES if run.objective.of_scores else NEXT
-    run_summary(
-        f"{run.objective.name} on {cfg.model.path}", summary_rows(built.training), [command.format(job.directory)]
-    )
+    policy = (NEXT_OF_SCORES if run.objective.of_scores else NEXT).format(job.directory)
+    title = f"{run.objective.name} on {cfg.model.path}"
+    run_summary(title, summary_rows(built.training), [f"{script('evaluate.py')} {policy}"])
 
 
 # --- what a run did, in the words of the terminal's closing summary

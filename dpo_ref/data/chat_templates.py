@@ -64,6 +64,11 @@ def template_text(tokenizer: Any) -> str:
     return "\n".join(own.values()) if isinstance(own, dict) else str(own)
 
 
+def _text_of(name: str) -> str:
+    """One of our templates."""
+    return (FOLDER / f"{name}.jinja").read_text().strip("\n")
+
+
 def _install(tokenizer: Any, name: str, key: str) -> None:
     if name == "auto":
         if not tokenizer.chat_template:
@@ -72,7 +77,7 @@ def _install(tokenizer: Any, name: str, key: str) -> None:
         return
     if name not in NAMES:
         raise ValueError(f"{key}.template={name} is none of auto, {', '.join(NAMES)}")
-    text = (FOLDER / f"{name}.jinja").read_text().strip("\n")
+    text = _text_of(name)
     ends_turns = "eos_token" not in text
     missing = (None, tokenizer.unk_token_id)
     unknown = [t for t in dict.fromkeys(_SPECIAL.findall(text)) if tokenizer.convert_tokens_to_ids(t) in missing]
@@ -99,6 +104,22 @@ def date_note(tokenizer: Any) -> list[str]:
     pin = "date_string" in template_text(tokenizer)
     remedy = "model.template_options.date_string pins it" if pin else "another template does not"
     return [f"  the chat template writes today's date: a run of another day has other prompts; {remedy}"]
+
+
+def template_notes(tokenizer: Any) -> list[str]:
+    """What to know of a chat template before anything is trained with it, in a line each."""
+    chat, notes = ChatText(tokenizer), []
+    if chat.leaves_out_bos:
+        notes.append("  the chat template writes no BOS, which the tokenizer adds by itself; see model.template")
+    if header := chat.scored_header:
+        marks = set(_SPECIAL.findall(header))
+        alike = [name for name in NAMES if marks and marks <= set(_SPECIAL.findall(_text_of(name)))]
+        notes.append(
+            f"  warning: the chat template ignores add_generation_prompt, so {header!r} is scored as part of every "
+            f"response, and answers begin with it; model.template={alike[0] if alike else '|'.join(NAMES)} writes it "
+            "before them"
+        )
+    return notes + date_note(tokenizer)
 
 
 def text_identity(tokenizer: Any) -> str:
@@ -176,6 +197,16 @@ class ChatText:
         adds_it = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
         (start,) = self.write([[Message(role="user", content="a")]], start=True)
         return adds_it and self.tokenizer.bos_token not in start
+
+    @property
+    def scored_header(self) -> str:
+        """What a template that ignores `add_generation_prompt` leaves to the response besides its words: the header of
+        the assistant's turn; nothing for a template that writes it."""
+        question = [Message(role="user", content="a")]
+        (without,) = self.write([question], start=False)
+        start, rests, _ = self._first_texts()
+        written = rests[0].partition(_ANSWERS[0])[0]
+        return written.removeprefix(start).strip() if start == without and written.startswith(start) else ""
 
     def apart(self, write: Callable[[Item], Any], items: Sequence[Item]) -> Iterator[Any]:
         """`write`, which may use the template, of every item, where that neither takes for ever nor fills the memory.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dpo_ref.data.readers import KINDS, READERS, Named, file_rows, kind_of
 from dpo_ref.data.tables import NO_ARROW, has_packed_buffers, without_padding
+from dpo_ref.files.hub import note_commit
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Source:
     split: str | None = None  # train unless the files have no splits
     split_key: str = "data.split"  # by which messages call it
     streaming: bool = False
+    revision: str | None = None  # a branch, tag or commit on the hub
 
     def hub_options(self) -> dict[str, Any]:
         """Options of data sets of the hub, by the keys that messages call them."""
-        options = {"data.name": self.name, "data.folder": self.folder}
+        options = {"data.name": self.name, "data.folder": self.folder, "data.revision": self.revision}
         return {**options, self.split_key: self.split, "data.streaming": self.streaming}
 
 
@@ -377,14 +379,26 @@ def _open_hub(source: Source, key: str) -> Opened:
         raise ValueError(f"{key}={source.path} does not exist")
     try:
         dataset: Any = load_dataset(
-            source.path, source.name, data_dir=source.folder, split=source.split or "train", streaming=source.streaming
+            source.path,
+            source.name,
+            data_dir=source.folder,
+            split=source.split or "train",
+            streaming=source.streaming,
+            revision=source.revision,
         )
     except Exception as error:  # the hub client raises many kinds; all mean that there are no rows
         raise ValueError(
             f"{key}={source.path} is neither a local file or folder nor to be had from the hub: {error}"
         ) from error
+    note_commit(path, source.revision, f"{source.revision} {_origin(dataset)}")
     rows = _named_rows(dataset, f"{source.path} {source.split or 'train'}")
     return Opened(rows, None if source.streaming else dataset._fingerprint)
+
+
+def _origin(dataset: Any) -> str:
+    """Addresses and cached files that a set of `datasets` was made of, which name its commit."""
+    addresses = " ".join(dataset.info.download_checksums or ())
+    return " ".join([*(file["filename"] for file in getattr(dataset, "cache_files", ())), addresses])
 
 
 def _named_rows(rows: Any, name: str) -> Iterator[Named]:

@@ -269,10 +269,11 @@ def _listed(title: str, names: list[str]) -> tuple[str, ...]:
 def read(source: Source, rules: Rules, key: str, cache: Path, progress: Progress) -> tuple[Path, Reading]:
     """The Arrow file of a source's groups, made now unless an equal reading was kept, and what became of its rows."""
     opened = open_source(source, key)
+    said = {name: value for name, value in asdict(source).items() if (name, value) != ("revision", None)}
     if opened.content is None:
-        folder = Path(_temporary_folder().name) / digest([asdict(source), rules.identity])
+        folder = Path(_temporary_folder().name) / digest([said, rules.identity])
     else:
-        folder = cache / "groups" / digest([VERSION, opened.content, asdict(source), rules.identity])
+        folder = cache / "groups" / digest([VERSION, opened.content, said, rules.identity])
     if not is_kept(folder, f"{source.path} is read again"):
         reader = Reader(rules, source.path)
         with replacing_folder(folder) as partial:
@@ -323,7 +324,7 @@ def refuse_ineffective(
         raise ValueError("data.sources=[] names no source")
     if sources is not None:
         for key, value in {**others, "eval_split": eval_split}.items():
-            if key in ("name", "folder", "split", "eval_split", "streaming") and value:
+            if key in ("name", "folder", "split", "eval_split", "streaming", "revision") and value:
                 raise ValueError(f"data.{key}={value} has no effect: write it into data.sources")
     if eval_fraction and (eval_path or eval_split):
         raise ValueError("data.eval_path, data.eval_split and data.eval_fraction hold rows out; give one of them")
@@ -349,6 +350,7 @@ def preferences(
     eval_split: str | None = None,
     eval_fraction: float = 0.0,
     hub: dict[str, Any] | None = None,
+    revision: str | None = None,
     pairing: Literal["best_vs_worst", "best_vs_random", "all"] | None = None,
     rating: str | None = None,
     min_margin: float | None = None,
@@ -368,11 +370,12 @@ def preferences(
     """Preference pairs, ranked or scored responses, unpaired answers or demonstrations, in the formats people have.
 
     `path` is a file (.jsonl, .json, .csv, .tsv, .parquet, each also compressed), a folder of such files, a folder
-    written by `datasets`, or a name on the hub, with its configuration `name`, `folder` and `split`; `streaming`
-    fetches only the rows that are used. Several at once: `sources`, a list of {path, weight, and any of format, name,
-    folder, split}, where the weight is the share of the source's groups that is used: 0.5 a random half, 2 every group
-    twice. `hub` is where a preset's rows are unless `path` or `sources` says otherwise: {path, name, folder, split,
-    eval_split}. `format` names the layout of the rows (see `formats`); `auto` recognises it.
+    written by `datasets`, or a name on the hub, with its configuration `name`, `folder`, `split` and `revision`, a
+    branch, tag or commit (summary.json says which commit it was); `streaming` fetches only the rows that are used.
+    Several at once: `sources`, a list of {path, weight, and any of format, name, folder, split, revision}, where the
+    weight is the share of the source's groups that is used: 0.5 a random half, 2 every group twice. `hub` is where a
+    preset's rows are unless `path` or `sources` says otherwise: {path, name, folder, split, eval_split}. `format`
+    names the layout of the rows (see `formats`); `auto` recognises it.
 
     Held out are the rows of `eval_path`, those of `eval_split`, or a share `eval_fraction` of the prompts drawn from
     the seed; by default nothing. `pairing` says which pairs to make of k scored responses (best_vs_worst unless given)
@@ -396,13 +399,13 @@ def preferences(
     )
     refuse_ineffective(
         path=path, sources=sources, hub=hub, eval_path=eval_path, eval_split=eval_split, eval_fraction=eval_fraction,
-        subset=subset, name=name, folder=folder, split=split, streaming=streaming,
+        subset=subset, name=name, folder=folder, split=split, streaming=streaming, revision=revision,
     )  # fmt: skip
     if path is None and sources is None and hub is not None:
         path, name, folder, split, eval_split = _preset(
             hub, (name, folder, split, eval_split), eval_path, eval_fraction
         )
-    source = Source(path or "", name, folder, split, streaming=streaming)
+    source = Source(path or "", name, folder, split, streaming=streaming, revision=revision)
     weighted = [(source, rules, 1.0)] if sources is None else [_weighted_source(entry, rules) for entry in sources]
     train, readings = _join_sources(weighted, "data.path" if path else "data.sources", seed, progress)
     held_out = train.select(np.zeros(0, dtype=np.int64))

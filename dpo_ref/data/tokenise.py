@@ -28,10 +28,12 @@ CHUNK = 1024  # groups handed to the tokenizer at once
 UNLIMITED = 10**9  # transformers writes 10^30 where a tokenizer states no length
 
 
-def length_limit(tokenizer: Any, max_length: int | None) -> int:
-    """`data.max_length`, or what the tokenizer says its model takes, or 1,024 tokens where it says nothing."""
+def length_limit(tokenizer: Any, max_length: int | None, positions: int | None = None) -> int:
+    """`data.max_length`, or what the tokenizer says its model takes, or 1,024 tokens where it says nothing; never more
+    than the model's positions, where those are known."""
     stated_length = tokenizer.model_max_length
-    return max_length or (stated_length if stated_length < UNLIMITED else 1024)
+    wanted = max_length or (stated_length if stated_length < UNLIMITED else 1024)
+    return wanted if positions is None else min(wanted, positions)
 
 
 class Tokenised(NamedTuple):
@@ -162,6 +164,11 @@ _ALIKE = {  # by whether the sides were alike before they were cut
     True: "pairs dropped: both sides are the same tokens (the tokenizer or its template tells them not apart)",
     False: "pairs dropped: both sides are the same tokens once they are cut",
 }
+
+
+def within(tokenise: "partial[Tokenised]", tokenizer: Any, positions: int | None) -> "partial[Tokenised]":
+    """A configured `tokenise` whose `max_length` is at most the model's positions."""
+    return partial(tokenise, max_length=length_limit(tokenizer, tokenise.keywords["max_length"], positions))
 
 
 # --- groups that the template cannot write

@@ -12,7 +12,7 @@ from dpo_ref.component import Component
 from dpo_ref.data.groups import Groups
 from dpo_ref.data.packing import pack
 from dpo_ref.data.scoring import scoring
-from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids, length_limit, tokenise
+from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids, length_limit, tokenise, within
 from dpo_ref.evaluation.diagnostics.diagnose import Diagnosed, Diagnosis, metrics_of
 from dpo_ref.evaluation.diagnostics.pairs import content_of
 from dpo_ref.evaluation.diagnostics.token_statistics import DiagnosticContext
@@ -205,7 +205,8 @@ def _measure(
     subject: PolicyToEvaluate, settings: EvaluationSettings, generations: Sequence[Generation]
 ) -> dict[str, float]:
     ours, initial, progress = settings.policy(subject), settings.initial(subject), settings.work.progress
-    groups = settings.parts["data"].bound(tokenise)(settings.data.eval, ours.tokenizer).groups
+    prepare = within(settings.parts["data"].bound(tokenise), ours.tokenizer, ours.positions)
+    groups = prepare(settings.data.eval, ours.tokenizer).groups
     reference = loss_reference(subject, settings, groups)
     metrics: dict[str, float] = {}
     own = "best_of" not in settings.generation.options  # else they are not the policy's own samples
@@ -297,7 +298,7 @@ def diagnose(
     """The configured diagnosis of a policy that a run has trained."""
     policy = settings.policy(subject)
     with policy.precision():
-        prepare = settings.parts["data"].bound(tokenise)
+        prepare = within(settings.parts["data"].bound(tokenise), policy.tokenizer, policy.positions)
         groups = prepare(settings.data.eval, policy.tokenizer).groups
         heldout = groups.where(groups.have_pairs)
         context = DiagnosticContext(
@@ -330,19 +331,25 @@ def check_temperature(parts: Mapping[str, Component], overrides: Sequence[str]) 
 
 
 def prompts_of(
-    tokenizer: Any, parts: Mapping[str, Component], data: PreferenceData, seed: int, progress: Progress
+    tokenizer: Any,
+    positions: int | None,
+    parts: Mapping[str, Component],
+    data: PreferenceData,
+    seed: int,
+    progress: Progress,
 ) -> PromptSet:
     """What is asked: the data's held-out prompts, or `prompts=`. Data brings its limits on length, in tokens of the
-    policy's tokenizer."""
+    policy's tokenizer; none is longer than the policy's positions."""
     named = parts.get("prompts")
     prompts = held_out(data.test_prompts) if named is None else named(seed, progress)
     limits = parts["data"] if named is None else named.options.get("data")
-    return prompts if limits is None else _fitting(tokenizer, prompts, limits)
+    return prompts if limits is None else _fitting(tokenizer, positions, prompts, limits)
 
 
-def _fitting(tokenizer: Any, prompts: PromptSet, limits: Component) -> PromptSet:
+def _fitting(tokenizer: Any, positions: int | None, prompts: PromptSet, limits: Component) -> PromptSet:
     """The prompts that are not longer than their data's limit, by which training drops them too; says how many."""
-    limit = limits.options["max_prompt_length"] or length_limit(tokenizer, limits.options["max_length"])
+    whole = length_limit(tokenizer, limits.options["max_length"], positions)
+    limit = min(limits.options["max_prompt_length"] or whole, whole if positions is None else positions - 1)
     sizes = map(len, encode_prompts(tokenizer, [question.asked(question.prompt) for question in prompts.questions]))
     questions = [question for question, size in zip(prompts.questions, sizes, strict=True) if size <= limit]
     if len(questions) < (count := len(prompts.questions)):

@@ -19,7 +19,7 @@ from dpo_ref.evaluation.judging.judges import JudgeContext
 from dpo_ref.files.cache import cache_folder
 from dpo_ref.generation.records import Generation, Scores
 from dpo_ref.models.checkpoint import state_digest
-from dpo_ref.models.folders import check_finite, check_vocabulary
+from dpo_ref.models.folders import check_finite, check_vocabulary, positions_of
 from dpo_ref.models.loading import ModelLoader, check_folder, compute_dtype, load_tokenizer, pretrained_model
 from dpo_ref.types import digest, silent
 
@@ -65,8 +65,7 @@ def _load(path: str, dtype: str) -> _Loaded:
     check_finite(model.to(device), f"{KEY}={path}")
     tokenizer = load_tokenizer(path, KEY)
     check_vocabulary(tokenizer, model, f"{KEY}={path}")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return _Loaded(model, tokenizer, positions)
+    return _Loaded(model, tokenizer, positions_of(model.config))
 
 
 def _sequences(loaded: _Loaded, generations: Sequence[Generation]) -> list[list[int]]:

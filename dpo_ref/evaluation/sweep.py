@@ -114,7 +114,7 @@ def _job(folder: Path, name: str) -> SweptRun:
     """One job, whatever state its files are in: the table of a sweep must come out whatever failed."""
     checkpoint = CHECKPOINT.match(folder.name)
     summary = _summary(folder.parents[1] if checkpoint else folder)
-    overrides = [str(override) for override in summary.get("overrides") or []]
+    options = [str(override).removeprefix("++") for override in summary.get("overrides") or []]
     job = SweptRun(
         name=name,
         folder=folder,
@@ -125,7 +125,7 @@ def _job(folder: Path, name: str) -> SweptRun:
         reference=summary.get("reference"),
         beta=None if summary.get("beta") is None else float(summary["beta"]),
         seed=summary.get("seed"),
-        options=tuple(o for o in overrides if o.lstrip("+").partition("=")[0] not in VARIED_WITHIN_A_SERIES),
+        options=tuple(o for o in options if o.lstrip("+").partition("=")[0] not in VARIED_WITHIN_A_SERIES),
         evaluation=None,
         step=int(checkpoint[1]) if checkpoint else None,
     )

@@ -27,6 +27,7 @@ from dpo_ref.generation.engine import (
     held_out,
 )
 from dpo_ref.generation.records import Generation
+from dpo_ref.models.folders import positions_of
 from dpo_ref.models.loading import Policy
 from dpo_ref.models.logps import head_of
 from dpo_ref.types import Asked, Progress, silent
@@ -44,14 +45,20 @@ def never_sampled(tokenizer: Any, vocab_size: int) -> Int[Tensor, " B"]:
 
 def _check_room(requests: Sequence[Request], model: Any, max_new_tokens: int) -> None:
     """Raise ValueError for a prompt to which the model's positions leave no answer."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    for request in requests:
-        if positions is not None and len(request.prompt_ids) > positions - max_new_tokens:
-            raise ValueError(
-                f"prompt {request.place.prompt_index} has {len(request.prompt_ids)} tokens, but the model's positions "
-                f"leave {max(positions - max_new_tokens, 0)} beside generation.max_new_tokens; lower "
-                "generation.max_new_tokens or leave the prompt out"
-            )
+    positions = positions_of(model.config)
+    longest = max(requests, key=lambda request: len(request.prompt_ids))
+    size, which = len(longest.prompt_ids), f"prompt {longest.place.prompt_index}"
+    if positions is None or size + max_new_tokens <= positions:
+        return
+    if size >= positions:
+        raise ValueError(
+            f"{which} has {size:,} tokens and the model {positions:,} positions, which leave no answer any room: "
+            "choose other questions with prompts=... (prompts=jsonl reads them from a file)"
+        )
+    raise ValueError(
+        f"{which} has {size:,} tokens and the model {positions:,} positions, fewer than it takes with "
+        f"generation.max_new_tokens={max_new_tokens}; {positions - size} and less fit"
+    )
 
 
 def _batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:

@@ -2,10 +2,11 @@
 only if every byte is as it was written. And the digests by which weights are known.
 """
 
+import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -28,13 +29,16 @@ STATE = "state.json"
 FILES = (WEIGHTS, MOMENTS, REFERENCE, RANDOM, STATE)
 
 
-def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None) -> None:
+def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None, ends: Collection[int] = ()) -> None:
     """A plain Hugging Face folder (weights, config, tokenizer, chat template) that loads without our code. A trained
-    adapter is merged into the weights, and saved apart in `adapter/`. A model card that is there already stays. What
-    is read with our code is checked against the digests in it, of all but the card."""
+    adapter is merged into the weights, and saved apart in `adapter/`. `ends` are the tokens that end an answer, which
+    generation_config.json then lists. A model card that is there already stays. What is read with our code is checked
+    against the digests in it, of all but the card."""
     remove_abandoned(folder)
     with replacing_folder(folder) as partial, as_writing_fails():
         (policy if adapter is None else merge(policy)).save_pretrained(partial)
+        if ends:
+            _ending_with(policy.generation_config, ends).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if (folder / CARD).is_file():
             shutil.copy2(folder / CARD, partial)
@@ -43,6 +47,17 @@ def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None) 
             adapter.save_pretrained(partial / "adapter", save_embedding_layers=False)
             seal_folder(partial / "adapter")
         seal_folder(partial, besides=[CARD])
+
+
+def _ending_with(settings: Any, ends: Collection[int]) -> Any:
+    """A copy of generation settings at which transformers, too, ends answers with these tokens. Where a template ends
+    turns with another token than EOS, base models list EOS alone and would go on to the limit."""
+    settings = copy.deepcopy(settings)
+    listed = settings.eos_token_id
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not set(ends) <= set(listed):
+        settings.eos_token_id = [*listed, *sorted(set(ends) - set(listed))]
+    return settings
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, policy: nn.Module) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.files.digests import DIGESTS, file_digest
+from dpo_ref.files.hub import note_commit
 
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")  # of a tokenizer, on the hub
 MODEL_FILES = (*TEXT_FILES, "model*.safetensors")
@@ -72,12 +73,15 @@ def _local(path: str, revision: str | None, files: Sequence[str]) -> Path:
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"]))
+    folder = snapshot_download(path, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"])
+    note_commit(path, revision, folder)
+    return Path(folder)
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
     """What changes when a file of the folder does."""
-    stamps = {file.name: file.stat() for file in folder.iterdir() if file.is_file()}
+    files = (*folder.glob("*"), *folder.glob("*/*.safetensors"))  # shards may lie in folders of their own
+    stamps = {str(file.relative_to(folder)): file.stat() for file in files if file.is_file()}
     return {name: (stamp.st_ino, stamp.st_size, stamp.st_mtime_ns) for name, stamp in stamps.items()}
 
 
@@ -164,13 +168,18 @@ def _weight_files(folder: Path) -> list[Path]:
     names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     if not names:
         raise ValueError(f"{INDEX} names no files; {AGAIN}")
-    outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    outside = [name for name in names if not _is_inside(Path(name)) or not name.endswith(".safetensors")]
     if outside:
         raise ValueError(f"{INDEX} names {outside[0]}, which is no safetensors file of this folder; {AGAIN}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{_listed(missing)} of {INDEX} {_are(missing)} not in the folder; copy or download it again")
     return [folder / name for name in names]
+
+
+def _is_inside(path: Path) -> bool:
+    """Whether a path leads nowhere out of the folder that it is relative to."""
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _no_weights(folder: Path, needed: str) -> str:
@@ -289,11 +298,45 @@ def check_finite(model: nn.Module, title: str) -> None:
         raise ValueError(f"{title}: {_listed(names)} {_are(names)} not finite (nan or infinite); {AGAIN}")
 
 
+STRETCHED = ("linear", "dynamic", "yarn")  # rotary embeddings whose positions `factor` multiplies
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model has positions for, by its config.json; None where that says nothing. Rotary embeddings
+    that are stretched have `factor` times as many as before; some folders count those already."""
+    settings = config.get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None)
+    if not positions or positions < 1:
+        return None
+    rotary = getattr(settings, "rope_parameters", None) or {}
+    if rotary.get("rope_type") not in STRETCHED:
+        return positions
+    before = rotary.get("original_max_position_embeddings") or positions
+    return max(positions, int(before * (rotary.get("factor") or 1)))
+
+
+def rows_of(model: Any) -> int:
+    """How many tokens a model has a row for, in its embedding and in its head."""
+    heads = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(head.weight.shape[0] for head in heads if head is not None)
+
+
+def padding_note(tokenizer: Any, model: Any, title: str) -> list[str]:
+    """What is said of an embedding with rows for more tokens than there are: a padded vocabulary, as many models have
+    for the sake of speed."""
+    rows, tokens = rows_of(model), max(tokenizer.get_vocab().values(), default=-1) + 1
+    if rows <= tokens:
+        return []
+    return [
+        f"{title}: its embedding has {rows:,} rows and its tokenizer {tokens:,} tokens; the rest is padding, which is "
+        "never sampled"
+    ]
+
+
 def check_vocabulary(tokenizer: Any, model: Any, title: str) -> None:
     """Raise ValueError for tokens that can occur in a text and have no row in the model's embedding. Special tokens
     that no template writes, such as padding that was added, cannot: their text is encoded as other text is."""
-    heads = (model.get_input_embeddings(), model.get_output_embeddings())
-    rows = min(head.weight.shape[0] for head in heads if head is not None)
+    rows = rows_of(model)
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
     written = [str(tokenizer.chat_template), str(tokenizer.bos_token), str(tokenizer.eos_token)]
     if beyond:  # also what a template puts together, such as '<|' + role + '|>'

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpo_ref.component import component
 from dpo_ref.data.chat_templates import install_template, text_identity
+from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.files.digests import DIGESTS, file_digest
 from dpo_ref.models.adapters import add_lora, load_adapter
 from dpo_ref.models.attention import KERNELS, resolve_backend
@@ -29,6 +30,8 @@ from dpo_ref.models.folders import (
     check_vocabulary,
     opened,
     own_weights,
+    padding_note,
+    positions_of,
     stored_shapes,
 )
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
@@ -79,6 +82,11 @@ class TrainedModel(ABC):
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for."""
+        return positions_of(self.model.config)
+
     def precision(self) -> AbstractContextManager[Any]:
         """The context in which every forward pass of policy and reference runs.
 
@@ -121,8 +129,8 @@ class Policy(TrainedModel):
         return loss, ResponseLogps(sum_by_response(values, batch), batch.lengths, batch.num_bytes, values)
 
     def save(self, folder: Path) -> None:
-        """Weights (a trained adapter merged into them), config, tokenizer and chat template."""
-        save_policy(folder, self.model, self.tokenizer, self.adapter)
+        """Weights (a trained adapter merged into them), config, tokenizer, chat template, and what ends an answer."""
+        save_policy(folder, self.model, self.tokenizer, self.adapter, end_of_turn_ids(self.tokenizer))
 
 
 # --- loading
@@ -161,6 +169,13 @@ def check_folder(path: str, key: str, needed: str = "config.json") -> None:
         raise ValueError(f"{key}={path} does not exist")
 
 
+def check_revision(path: str, revision: str | None, key: str) -> None:
+    """Raise ValueError for a revision of what is no name on the hub; `key` is the group that says it."""
+    here = path[: path.find(":") + 1] in LOCATORS or Path(path).expanduser().exists()
+    if revision is not None and here:
+        raise ValueError(f"{key}.revision={revision} has no effect: {key}.path={path} is on this machine, not the hub")
+
+
 def load_tokenizer(path: str, key: str = "model.path", revision: str | None = None) -> Any:
     """The tokenizer in a local folder or on the hub; no code from the folder. Raises ValueError naming `key`."""
     from transformers import AutoTokenizer
@@ -185,15 +200,27 @@ def _share_vocabulary(tokenizer: Any, folder: Path) -> None:
 
 
 def prepared_tokenizer(
-    folder: str, template: str, template_options: dict[str, Any] | None, max_length: int | None
+    folder: str,
+    template: str,
+    template_options: dict[str, Any] | None,
+    max_length: int | None,
+    revision: str | None = None,
 ) -> Any:
     """The tokenizer at `folder` with its chat template and its length as `pretrained` says."""
     check_folder(folder, "model.path")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, revision=revision)
     install_template(tokenizer, template, template_options)
     if max_length is not None:
         tokenizer.model_max_length = max_length
     return tokenizer
+
+
+def stored_positions(folder: str, key: str = "model.path", revision: str | None = None) -> int | None:
+    """How many tokens the model in a folder has positions for; its weights are not read."""
+    from transformers import AutoConfig
+
+    with opened(folder, key, revision, ("config.json",), "no model could be loaded") as found:
+        return positions_of(AutoConfig.from_pretrained(found, trust_remote_code=False))
 
 
 def _without_dropout(config: Any) -> Any:
@@ -290,9 +317,17 @@ def _install_packing(model: nn.Module, attention: str, title: str) -> tuple[str,
 
 
 def _check_options(
-    dtype: str, attention: str, adapter: str | None, lora_rank: int | None, lora_alpha: float | None, **rest: Any
+    path: str,
+    revision: str | None,
+    dtype: str,
+    attention: str,
+    adapter: str | None,
+    lora_rank: int | None,
+    lora_alpha: float | None,
+    **rest: Any,
 ) -> None:
     """Raise ValueError for options that would have no effect."""
+    check_revision(path, revision, "model")
     if attention in KERNELS and dtype == "float32":
         raise ValueError(
             f"model.attention={attention} computes in half precision and has no effect with model.dtype=float32; use "
@@ -309,6 +344,7 @@ def pretrained(
     device: torch.device,
     *,
     path: str,
+    revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     attention: Literal["auto", "flash_attn", "varlen", "sdpa", "eager"] = "auto",
     gradient_checkpointing: Literal["off", "selective", "full"] = "off",
@@ -320,7 +356,8 @@ def pretrained(
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
 ) -> Policy:
-    """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`).
+    """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`). `revision` is a branch,
+    tag or commit of the hub's; the run's summary.json says which commit it was.
 
     `dtype` is the compute dtype: auto is bfloat16 on CUDA, float32 on a CPU. `gradient_checkpointing` recomputes
     activations in the backward pass: `full` keeps the layers' inputs alone and costs a third more time, `selective`
@@ -334,9 +371,10 @@ def pretrained(
     """
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)
-    tokenizer = prepared_tokenizer(folder, template, template_options, max_length)
-    model, notes = load_model(folder, device, attention)
+    tokenizer = prepared_tokenizer(folder, template, template_options, max_length, revision)
+    model, notes = load_model(folder, device, attention, revision=revision)
     check_vocabulary(tokenizer, model, f"model.path={path}")
+    notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
     trained = _adapter(model, adapter, lora_rank, lora_alpha)
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:
@@ -490,6 +528,7 @@ class ModelPath(NamedTuple):
     text: str | None = None  # the folder of its tokenizer and template; None: its own
     adapter: str | None = None  # on top of its weights
     key: str = "policy"  # the option that names it
+    revision: str | None = None  # on the hub
 
 
 class ModelLoader:
@@ -529,7 +568,7 @@ class ModelLoader:
         folder = located if run is None else str(run / "policy")
         check_folder(folder, model.key)
         on_top = None if model.adapter is None else f"the adapter {model.adapter}"
-        tokenizer = load_tokenizer(model.text or folder, model.key)
+        tokenizer = load_tokenizer(model.text or folder, model.key, model.revision)
         return Policy(
             partial(self._weights, model, folder, None if run is None else Path(located), tokenizer),
             tokenizer,
@@ -540,7 +579,7 @@ class ModelLoader:
         )
 
     def _weights(self, source: ModelPath, folder: str, checkpoint: Path | None, tokenizer: Any) -> nn.Module:
-        model = self._announce(load_model(folder, self.device, self._attention, source.key))
+        model = self._announce(load_model(folder, self.device, self._attention, source.key, source.revision))
         check_vocabulary(tokenizer, model, f"{source.key}={source.path}")
         if checkpoint is not None:
             load_policy(checkpoint, model)

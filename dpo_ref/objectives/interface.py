@@ -170,6 +170,7 @@ def _argument(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
 
 STRENGTH = "strength of the KL constraint"
 KLStrength = Annotated[float, STRENGTH]
+Strength = KLStrength  # its name before, by which objectives in users' own folders import it
 
 
 class Preference(NamedTuple):

@@ -282,6 +282,7 @@ def from_text(
     if refusal is not None:
         say(writer.audit.note)
         raise ValueError(refusal)
+    scorer.check(groups)
     rows = ROWS[cache](scorer, groups, identity, context)
     identity = digest([identity, own.terminator, own.system_prompt])
     if same:

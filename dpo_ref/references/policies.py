@@ -18,7 +18,7 @@ from dpo_ref.data.groups import MappedGroups
 from dpo_ref.models.adapters import adapter_off, base_weights, effective
 from dpo_ref.models.checkpoint import state_digest, weights_digest
 from dpo_ref.models.folders import check_vocabulary
-from dpo_ref.models.loading import ModelSource
+from dpo_ref.models.loading import ModelSource, check_revision
 from dpo_ref.models.logps import response_logps
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext
@@ -110,6 +110,11 @@ def initial(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
     return LiveReference("initial", copy.deepcopy(context.policy.model), identity, weights)
 
 
+def _check_revision(*, path: str, revision: str | None, **rest: Any) -> None:
+    check_revision(path, revision, "reference")
+
+
+@component(check=_check_revision)
 def other(
     context: ReferenceContext,
     *,
@@ -149,6 +154,7 @@ def other(
         return from_text("other", scorer_of(model), own, identity, weights, context, cache)
     if cache == "auto":
         return precompute("other", model, identity, weights, context)
+    scorer_of(model).check(context.groups)
     return LiveReference("other", model, identity, weights)
 
 
@@ -164,14 +170,18 @@ def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Refe
     return PrecomputedReference("prior", digest([identity, "prior", begin]), "", groups, rows, context.work.device)
 
 
-def interpolate(context: ReferenceContext, *, path: str, share: float, cache: Cache = "auto") -> Reference:
+@component(check=_check_revision)
+def interpolate(
+    context: ReferenceContext, *, path: str, share: float, revision: str | None = None, cache: Cache = "auto"
+) -> Reference:
     """A model whose weights lie between the policy's before training (share 0) and those of another checkpoint of the
-    same architecture and tokenizer (share 1); beyond either end is allowed. Raises ValueError for other weights."""
+    same architecture and tokenizer (share 1); beyond either end is allowed. `revision` is a branch, tag or commit on
+    the hub. Raises ValueError for other weights."""
     if not math.isfinite(share):
         raise ValueError(f"reference.share={share} must be finite")
-    if text_identity(context.work.loader.tokenizer(path)) != context.policy.text_identity:
+    if text_identity(context.work.loader.tokenizer(path, revision)) != context.policy.text_identity:
         raise ValueError(f"reference=interpolate: {path} has another tokenizer or template than the policy")
-    model = context.work.loader.fresh(ModelSource(path))
+    model = context.work.loader.fresh(ModelSource(path, revision))
     ours, theirs = context.policy.model.state_dict(), model.state_dict()
     differing = [name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name)]
     if differing:
@@ -181,6 +191,7 @@ def interpolate(context: ReferenceContext, *, path: str, share: float, cache: Ca
     identity = identity_of(model, weights, context.policy.text_identity)
     if cache == "auto":
         return precompute("interpolate", model, identity, weights, context)
+    scorer_of(model).check(context.groups)
     return LiveReference("interpolate", model, identity, weights)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from dpo_ref.data.packing import collate
 from dpo_ref.files.cache import in_use, made_by_one
 from dpo_ref.files.digests import bytes_digest
 from dpo_ref.files.writing import needing_room, replacing
+from dpo_ref.models.folders import positions_of
 from dpo_ref.models.logps import response_logps, sum_by_response
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.tracking.terminal import say
@@ -49,14 +51,28 @@ def digest_of_arrays(arrays: Iterable[np.ndarray]) -> str:
 class Scorer:
     """What fills a table: gives per-token log-probs of the responses of some groups.
 
-    `tolerance`, in nats on a token, is how far they may differ when the same groups are asked for again.
+    `tolerance`, in nats on a token, is how far they may differ when the same groups are asked for again; `positions`
+    is how many tokens its model takes, where that is known.
     """
 
     score: Callable[[Sequence[TokenGroup]], Rows]
     tolerance: float
+    positions: int | None = None
 
     def __call__(self, groups: Sequence[TokenGroup]) -> Rows:
         return self.score(groups)
+
+    def check(self, groups: Sequence[TokenGroup]) -> None:
+        """Raise ValueError for groups that are longer than the model's positions, before any of them is scored."""
+        if self.positions is None:
+            return
+        longest = max((len(group.prompt_ids) + max(map(len, group.response_ids)) for group in groups), default=0)
+        if longest > self.positions:
+            raise ValueError(
+                f"reference.path: its model has {self.positions:,} positions (max_position_embeddings), and the data "
+                f"has groups of {longest:,} of its tokens; data.max_length={self.positions} or less leaves those out, "
+                "or cuts them as data.over_length says"
+            )
 
 
 def row_key(group: TokenGroup) -> bytes:
@@ -108,13 +124,14 @@ def score(model: nn.Module, groups: Sequence[TokenGroup], device: torch.device) 
     return dict(zip(map(row_key, groups), np.split(values, bounds), strict=True))
 
 
-def scorer_of(model: nn.Module) -> Scorer:
+def scorer_of(model: Any) -> Scorer:
     """A model, wherever it is, as what fills a table."""
     device = next(model.parameters()).device
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return Scorer(partial(score, model, device=device), PROBE_TOLERANCE.get(dtype, PROBE_TOLERANCE_HALF))
+    tolerance = PROBE_TOLERANCE.get(dtype, PROBE_TOLERANCE_HALF)
+    return Scorer(partial(score, model, device=device), tolerance, positions_of(model.config))
 
 
 class _Shards:
@@ -210,6 +227,7 @@ class PrecomputedReference(Reference):
 
 def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context: ReferenceContext) -> Rows:
     """Rows for all groups: stored ones reused after a probe, the rest computed and stored."""
+    scorer.check(groups)
     folder = context.work.cache / "reference" / identity
     with needing_room(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -86,6 +86,10 @@ def _facts(about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         ("KL measured to", f"the initial policy ({initial})"),
         ("data", in_markdown(f"{about['choices']['data']}: {counts}")),
         ("optimiser steps", in_markdown(about["steps"])),
+        *(
+            (f"{key} on the hub", in_markdown(f"{source['path']} at commit {source['commit']}"))
+            for key, source in about.get("sources", {}).items()
+        ),
         ("seed", in_markdown(about["seed"])),
         ("dpo_ref", in_markdown(f"commit {commit}{changed}" if commit else "commit unknown")),
         ("versions", in_markdown(versions)),

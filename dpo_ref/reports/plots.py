@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ref.evaluation.results import KL, SCORE, Evaluated, Evaluation
+from dpo_ref.evaluation.results import KL, LENGTH, SCORE, Evaluated, Evaluation
 from dpo_ref.files.writing import replacing
 from dpo_ref.reports.tables import leading_key, titles
 from dpo_ref.tracking.terminal import OF_SCRIPTS, visible
@@ -154,27 +154,30 @@ def _dot(axes: Any, x: float, y: float, low: float, high: float, evaluation: Eva
     axes.plot([x], [y], markersize=8, linestyle="none", **marker)
 
 
-def score_panel(evaluations: Sequence[Evaluation]) -> Panel:
-    """Mean score of each policy with its 95 % interval."""
+def _means_panel(evaluations: Sequence[Evaluation], key: str, title: str, what: str) -> Panel:
+    """A mean of each policy with its 95 % interval."""
 
     def draw(axes: Any) -> None:
-        scorer = evaluations[0].scorer
-        reward = SCORE.of(scorer=scorer)
-        _rows(axes, evaluations, f"{scorer.capitalize()} reward")
+        _rows(axes, evaluations, title)
         for row, (evaluation, colour) in enumerate(zip(evaluations, colours(evaluations), strict=True)):
-            mean, half = evaluation.get(reward), _half_width(evaluation, reward)
+            mean, half = evaluation.get(key), _half_width(evaluation, key)
             _dot(axes, mean, float(row), mean - half, mean + half, evaluation, colour)
 
-    return Panel("Mean reward of the sampled answers; bars are 95 % intervals, clustered by prompt.", draw)
+    return Panel(f"Mean {what} of the sampled answers; bars are 95 % intervals, clustered by prompt.", draw)
+
+
+def mean_length_panel(evaluations: Sequence[Evaluation]) -> Panel:
+    """How long each policy's answers are."""
+    return _means_panel(evaluations, LENGTH.key, "Answer length, tokens", "length")
+
+
+def _is_compared(evaluation: Evaluation) -> bool:
+    return bool(evaluation.baseline) and not math.isnan(evaluation.get(leading_key(evaluation)))
 
 
 def win_panel(evaluations: Sequence[Evaluation]) -> Panel:
-    """Win rate of each trained policy with its bootstrap interval, against an even score."""
-    shown = [
-        (e, c)
-        for e, c in zip(evaluations, colours(evaluations), strict=True)
-        if e.baseline and not math.isnan(e.get(leading_key(e)))
-    ]
+    """Win rate of each trained policy with its bootstrap interval, against an even score. One has been compared."""
+    shown = [(e, c) for e, c in zip(evaluations, colours(evaluations), strict=True) if _is_compared(e)]
 
     def draw(axes: Any) -> None:
         _rows(axes, [e for e, _ in shown], f"Win rate against {shown[0][0].baseline}")
@@ -238,13 +241,26 @@ def length_panel(evaluated: Sequence[Evaluated]) -> Panel:
     return Panel("Share of answers not yet ended after so many tokens; what is left at the limit was cut.", draw)
 
 
+def is_scored(evaluation: Evaluation) -> bool:
+    """Whether a scorer has looked at the answers."""
+    return not math.isnan(evaluation.get(evaluation.key(SCORE)))
+
+
+def reward_panels(evaluations: Sequence[Evaluation]) -> list[Panel]:
+    """What answers are worth, policy beside policy, as far as anybody has said so."""
+    panels = []
+    if any(map(is_scored, evaluations)):
+        scorer = evaluations[0].scorer
+        title = f"{scorer.capitalize()} reward"
+        panels.append(_means_panel(evaluations, SCORE.of(scorer=scorer), title, "reward"))
+    return [*panels, *([win_panel(evaluations)] if any(map(_is_compared, evaluations)) else [])]
+
+
 def comparison_panels(evaluated: Sequence[Evaluated]) -> list[Panel]:
     """The pictures of a report on a few policies, the baseline first."""
     evaluations = [policy.evaluation for policy in evaluated]
-    panels = [score_panel(evaluations)]
-    if any(e.baseline and not math.isnan(e.get(leading_key(e))) for e in evaluations):
-        panels.append(win_panel(evaluations))
-    if any(e.key(KL) in e.metrics for e in evaluations):
+    panels = reward_panels(evaluations)
+    if any(is_scored(e) and e.key(KL) in e.metrics for e in evaluations):
         panels.append(frontier_panel(evaluations))
     return [*panels, length_panel(evaluated)]
 

@@ -40,8 +40,9 @@ from dpo_ref.reports.plots import (
     INK,
     SERIES,
     Panel,
-    score_panel,
-    win_panel,
+    is_scored,
+    mean_length_panel,
+    reward_panels,
     write_panels,
     write_png,
 )
@@ -110,7 +111,7 @@ def sweep_page(jobs: Sequence[SweptRun], baseline: Evaluated | None) -> str:
     failures = [(job.name, job.state) for job in without_result(jobs)]
     pictures = _pictures(jobs, cells, initial)
     parts = [
-        f'<p class="over">Sweep of {len(jobs)} runs</p>',
+        f'<p class="over">Sweep of {len(jobs)} run{"" if len(jobs) == 1 else "s"}</p>',
         f"<h1>{page.text(title)}</h1>",
         *(f'<p class="lead">{page.text(sentence)}</p>' for sentence in findings(cells, initial)),
         page.alerts([*tables.broken(evaluations), *tables.lacking(evaluations)]),
@@ -284,7 +285,7 @@ def sweep_panels(cells: Sequence[Cell], initial: Evaluation | None) -> list[Pane
         Against(DISTANCE, "KL to the initial policy, nats", "Per answer, from the policy's own samples.", math.nan),
     ]
     available = [a for a in metrics if all(a.key in cell.evaluation.metrics for cell in cells)]
-    return [point_panel(cells, against, with_legend=against is metrics[0]) for against in available]
+    return [point_panel(cells, against, with_legend=against is available[0]) for against in available]
 
 
 def temperature_curves(cells: Sequence[Cell]) -> list[TemperatureCurve]:
@@ -313,16 +314,20 @@ def panels(jobs: Sequence[SweptRun], cells: Sequence[Cell], initial: Evaluation 
     swept = [cell for cell in cells if cell.point]
     if len({cell.point for cell in swept}) < 2:
         evaluations = [*([initial] if initial else []), *(job.evaluation for job in jobs if job.evaluation)]
-        return [score_panel(evaluations), *([win_panel(evaluations)] if initial else [])]
-    has_distance = all(DISTANCE in cell.evaluation.metrics for cell in swept)
+        return [*reward_panels(evaluations), mean_length_panel(evaluations)]
     end = Against(
         swept[0].evaluation.key(END_CHOSEN),
         "End-token shift, nats",
         "Change of log p(end) against the initial policy, after held-out chosen responses.",
         level=0.0,
     )
-    extra = [frontier_panel(swept, initial), point_panel(swept, end, with_legend=False)] if has_distance else []
-    return [*sweep_panels(swept, initial), *extra]
+    found = sweep_panels(swept, initial)
+    if not all(DISTANCE in cell.evaluation.metrics for cell in swept):
+        return found
+    if any(is_scored(cell.evaluation) for cell in swept):
+        found.append(frontier_panel(swept, initial))
+    measured = any(end.key in cell.evaluation.metrics for cell in swept)
+    return [*found, *([point_panel(swept, end, with_legend=False)] if measured else [])]
 
 
 # --- what reward each policy bought with how much KL, over runs, KL strengths and checkpoints

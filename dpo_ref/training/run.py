@@ -132,8 +132,22 @@ class TrainingRun:
         self.reference.load_state_dict(checkpoint.read_reference(saved))
         for name, value in state["running"].items():
             self.objective.running[name] = torch.tensor(value, dtype=torch.float64, device=self.policy.device)
-        say(f"going on after step {step:,}")
+        say(f"going on after step {step:,}", *self._stretched(state))
         return step
+
+    def _stretched(self, state: Mapping[str, Any]) -> list[str]:
+        """What is said where the run has become longer or shorter than it was planned, and with it its schedule."""
+        step, planned, total = state["step"], state.get("num_steps"), self.rounds.num_steps
+        if planned in (None, total) or not 0 < step < total:  # a checkpoint may be older than what it says of the plan
+            return []
+        before, after = state["lr"], self.optim.lr_at(step)
+        if before == after:  # a constant one
+            return []
+        how = "stretched" if total > planned else "shortened"
+        return [
+            f"the schedule is {how} from {planned:,} to {total:,} steps: the learning rate was {before:.1e} at step "
+            f"{step:,} and is {after:.1e} at step {step + 1:,}"
+        ]
 
     def _newest_whole(self) -> Path | None:
         damages = []
@@ -176,6 +190,7 @@ class TrainingRun:
         running = {name: float(value) for name, value in self.objective.running.items()}
         state = {"step": step, "running": running, "record": self.record.seal._asdict()}
         state["degenerate"] = self.evaluation.degenerate if self.evaluation else []
+        state |= {"num_steps": self.rounds.num_steps, "lr": self.optim.lr_at(max(0, step - 1))}  # as planned, and last
         state |= {"configuration": self.folder.configuration, **self.fingerprint(step)}
         model, optimizer, moved = self.policy.model, self.optim.optimizer, self.reference.state_dict()
         return checkpoint.save(self.checkpoints, model, optimizer, moved, state, keep=keep)

@@ -42,7 +42,6 @@ ANYTHING = {
     "a preset and more": ["+experiment=demo", "objective=ipo_sum", "trainer.max_steps=3"],
     "one inside another": INSIDE["scorer=judge"],
     "more than the schema": [
-        "~evaluation",
         "+model.template_options={a: 1}",
         "data.sources=[{path: a}]",
         "data=mixture",

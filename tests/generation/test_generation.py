@@ -216,7 +216,7 @@ def test_mode_and_attention_are_restored_even_after_an_error():
         ({"max_new_tokens": 0}, "generation.max_new_tokens=0"),
         ({"batch_size": 0}, "generation.batch_size=0"),
         ({"temperature": 0.0, "samples_per_prompt": 2}, "samples_per_prompt=1"),
-        ({"max_new_tokens": 250}, "prompt 0 has .* leave 6 beside"),
+        ({"max_new_tokens": 250}, "prompt 1 has 28 tokens .* 228 and less fit"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -237,7 +237,7 @@ class LocalModel(NamedTuple):
         """Every request, batch by batch, with log p(label | prompt, lead) of each label in nats. One that is longer
         than the model's positions is refused."""
         groups = self._groups(requests)
-        room = getattr(self.loaded.model.config, "max_position_embeddings", None)
+        room = self.loaded.positions
         too_long = [group for group in groups if room is not None and _longest(group) > room]
         for group in too_long:
             store(
