@@ -37,6 +37,7 @@ from dpo_ref.reports.data import Looked, data_page
 from dpo_ref.tracking.run_record import RunRecord
 from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
 from dpo_ref.tracking.tracker import Tracker
+from dpo_ref.training.optim import optimisation
 from dpo_ref.training.rounds import Rounds, RoundsContext, groups_for, objective_groups, offline
 from dpo_ref.training.run import SampleEvaluation, TrainingRun
 from dpo_ref.types import Asked, PreferenceData
@@ -68,7 +69,7 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     groups, held_out, counts = prepare_groups(config, data, policy.tokenizer, tracker)
     rounds = rounds_of(config, work, policy, data, groups)
     fitting = (config.data.hooks.held_out or objective_groups)(config.objective, held_out)
-    optim = config.optim(policy.model, rounds.num_steps)
+    optim = config.optim.bound(optimisation)(config.optim, policy.model, rounds.num_steps)
     reference = reference_of(config, work, policy, rounds, fitting)
     record = RunRecord(directory / "metrics.jsonl", tracker)
     training = TrainingRun(work, policy, reference, config.objective, optim, rounds, fitting, record)
