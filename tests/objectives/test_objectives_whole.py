@@ -187,7 +187,8 @@ def test_a_resumed_run_has_the_running_statistic_it_had(tmp_path):
 
 
 def test_what_nothing_declares_is_not_computed(monkeypatch):
-    """One forward pass of the policy for each pack, unless an objective asks for more."""
+    """One forward pass of the policy for each pack, unless an objective asks for more. Responses of other prompts are
+    longer than a pack for one of the four here, and take two passes."""
     counts = {}
     for name, objective in {"dpo": bind(dpo), **{name: WRITTEN_OUT[name][0] for name in WRITTEN_OUT}}.items():
         policy, passes = model(0), []
@@ -195,4 +196,4 @@ def test_what_nothing_declares_is_not_computed(monkeypatch):
         packs = PACKINGS["several packs"](list(groups_for(objective, GROUPS)))
         backward(policy_of(policy), reference(), objective, packs)
         counts[name] = len(passes) / len(packs)
-    assert counts == {"dpo": 1, "aot": 2, "beta_dpo": 2, "kto": 2, "bco": 2, "ld_dpo": 1, "wpo": 2}
+    assert counts == {"dpo": 1, "aot": 2, "beta_dpo": 2, "kto": 2.25, "bco": 2, "ld_dpo": 1, "wpo": 2}
