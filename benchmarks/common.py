@@ -67,7 +67,7 @@ class Stepper:
         keep_memory()
         self.policy, self.objective = Policy(lambda: model, None), bind(dpo, beta=0.1)
         make = getattr(optimisers, optimiser)
-        self.optim = make(model, 1000, lr=1e-5, schedule="constant", warmup_ratio=0.0)
+        self.optim = optimisers.optimisation(make, model, 1000, lr=1e-5, schedule="constant", warmup_ratio=0.0)
         self.pack = partial(packing.pack, tokens_per_batch=tokens_per_batch)
         rows = {row_key(g): torch.zeros(sum(map(len, g.response_ids))).numpy() for g in groups}
         self.reference = PrecomputedReference("initial", "", "", groups, rows, self.policy.device)

@@ -55,7 +55,7 @@ def ours(args):
     from dpo_ref.objectives.pairwise import dpo
     from dpo_ref.references.policies import LiveReference
     from dpo_ref.references.table import PrecomputedReference, score
-    from dpo_ref.training.optim import adamw
+    from dpo_ref.training.optim import adamw, optimisation
     from dpo_ref.training.trainer import backward, update
 
     if args.allocator != "plain":
@@ -70,7 +70,7 @@ def ours(args):
     else:
         rows = {key: row for batch in steps for key, row in score(model, batch, device).items()}
         reference = PrecomputedReference("initial", "", "", groups, rows, device)
-    optim = adamw(model, len(steps), lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=1.0)
+    optim = optimisation(adamw, model, len(steps), lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=1.0)
     pack = partial(packing.pack, tokens_per_batch=8192)
     before, seconds, losses = peak_mib(), [], []
     for step, batch in enumerate(steps):

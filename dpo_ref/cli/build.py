@@ -45,6 +45,8 @@ from dpo_ref.reports.data import Looked, data_page
 from dpo_ref.tracking.run_record import RunRecord
 from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
 from dpo_ref.tracking.tracker import Tracker
+from dpo_ref.training.model_selection import ModelSelection
+from dpo_ref.training.optim import optimisation
 from dpo_ref.training.rounds import Rounds, RoundsContext, groups_for, objective_groups, offline
 from dpo_ref.training.run import SampleEvaluation, TrainingRun
 from dpo_ref.types import Asked, PreferenceData
@@ -76,11 +78,13 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     groups, held_out, counts = prepare_groups(config, data, policy, tracker)
     rounds = rounds_of(config, work, policy, data, groups)
     fitting = (config.data.hooks.held_out or objective_groups)(config.objective, held_out)
-    optim = config.optim(policy.model, rounds.num_steps)
+    optim = config.optim.bound(optimisation)(config.optim, policy.model, rounds.num_steps)
+    check_selection(config, rounds.num_steps, len(fitting))
     reference = reference_of(config, work, policy, rounds, fitting)
     record = RunRecord(directory / "metrics.jsonl", tracker)
     training = TrainingRun(work, policy, reference, config.objective, optim, rounds, fitting, record)
     training.evaluation = evaluation_of(config, training, data, held_out)
+    training.selection = config.selection and ModelSelection(config.selection)
     record_uses(directory)
     return Built(config, training, data.test_prompts[: NUM_SAMPLES if policy.writes else 0], counts)
 
@@ -255,6 +259,31 @@ def cache_reference(config: RunConfig, directory: Path) -> None:
 
 
 # --- evaluation while training
+
+
+def check_selection(config: RunConfig, num_steps: int, num_held_out: int) -> None:
+    """Raise ValueError where the run has too few evaluations to choose a policy by, or to end before its last step."""
+    if config.selection is None:
+        return
+    key, patience = config.selection.key, config.selection.patience
+    option, every = "trainer.eval_every", config.trainer.eval_every
+    if key.startswith("evaluation/") and config.evaluation is not None:
+        option, every = "evaluation.every", config.evaluation.options["every"]
+    elif not num_held_out:
+        raise ValueError(
+            f"trainer.keep_best={key}: nothing is held out; add data.eval_fraction=0.1 or data.eval_path=<file>"
+        )
+    evaluations = (num_steps - 1) // (every or num_steps)
+    if not evaluations:
+        raise ValueError(
+            f"trainer.keep_best={key} has no effect: the run has {num_steps} steps, and {option}={every}; use a "
+            "smaller one"
+        )
+    if patience is not None and patience >= evaluations:
+        raise ValueError(
+            f"trainer.patience={patience} has no effect: the run has {evaluations} evaluations before its end; use a "
+            f"smaller {option}, or leave it out"
+        )
 
 
 def evaluation_of(

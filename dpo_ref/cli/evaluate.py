@@ -478,13 +478,18 @@ def subject_of(path: str, output_dir: str | None, trust: Any) -> tuple[PolicyToE
 
 def _at_checkpoint(run: TrainedRun, saved: Path, output_dir: str | None) -> PolicyToEvaluate:
     """The policy as a checkpoint of its run has it."""
-    summary = {**run.summary, "steps": checkpoint.read_state(saved)["step"]}
+    summary = {**run.summary, "steps": checkpoint.read_state(saved)["step"], "best": None}
     results = Path(output_dir or results_of_checkpoint(saved))
     at_hand = replace(run, summary=summary, checkpoint=saved)
     return PolicyToEvaluate(f"{run.folder.name} {saved.name}", results, ModelPath(str(saved)), at_hand)
 
 
 def _trained_run(folder: Path, config: DictConfig, summary: Mapping[str, Any]) -> TrainedRun:
+    """A run as its policy has it, which may be an earlier one than the last."""
+    best, saved = summary.get("best") or {}, checkpoint.complete_in(folder / "checkpoints")
+    if isinstance(best.get("step"), int):
+        summary = {**summary, "steps": best["step"]}
+        saved = [path for path in saved if path.name == checkpoint.name_of(best["step"])]
     return TrainedRun(
         folder,
         summary,
@@ -495,7 +500,7 @@ def _trained_run(folder: Path, config: DictConfig, summary: Mapping[str, Any]) -
             revision=config.model.get("revision"),
         ),
         component("reference", config.reference, summary["choices"]["reference"]),
-        next(iter(checkpoint.complete_in(folder / "checkpoints")[::-1]), None),
+        saved[-1] if saved else None,
     )
 
 

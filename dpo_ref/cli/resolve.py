@@ -7,9 +7,10 @@ composes those added with `+`), a wrong value, a combination in which an option 
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,9 +29,10 @@ from dpo_ref.component import (
     member_group,
     one_or_several,
 )
-from dpo_ref.evaluation.results import Thresholds
+from dpo_ref.evaluation.results import BEST_BY, Thresholds, direction
 from dpo_ref.models.reward_model import check_reward_run
 from dpo_ref.objectives.interface import STRENGTH, Objective, bind
+from dpo_ref.training.model_selection import Criterion, near
 from dpo_ref.training.rounds import TrainerConfig
 
 
@@ -157,6 +159,7 @@ class RunConfig:
     seed: int
     stage: str
     evaluation: Component | None = None  # while training
+    selection: Criterion | None = None  # of the policy that is kept
     degeneration: Thresholds = field(default_factory=Thresholds)
     bandit: Component | None = None  # trained instead of the model
 
@@ -234,6 +237,42 @@ def _while_training(
     return None
 
 
+def _selection(trainer: TrainerConfig, evaluation: Component | None) -> Criterion | None:
+    """What the best policy is chosen by. Raises ValueError for a metric that cannot be, or is not measured in the
+    middle of the run, and for options without effect."""
+    key, patience = trainer.keep_best, trainer.patience
+    if key is None:
+        if patience is not None:
+            raise ValueError(
+                f"trainer.patience={patience} has no effect without a metric: add trainer.keep_best=eval/loss, or "
+                "leave it out"
+            )
+        return None
+    better, prefix = _direction(key), key.partition("/")[0]
+    every = {"eval": trainer.eval_every, "evaluation": evaluation and evaluation.options["every"]}[prefix]
+    if every is None:
+        raise ValueError(
+            f"trainer.keep_best={key} has no effect: it is not measured between the first step and the last; add "
+            f"{CADENCES[prefix]}=<optimiser steps>"
+        )
+    return Criterion(key, better, patience)
+
+
+CADENCES = {"eval": "trainer.eval_every", "evaluation": "evaluation.every"}  # of what is measured under these names
+
+
+def _direction(key: str) -> Literal["higher", "lower"]:
+    """Which way a metric of `metrics.jsonl` is better. Raises ValueError where it is none of held-out data, or has no
+    better direction."""
+    better = direction(key)
+    if better is None or better == "none":
+        names = [f"{prefix}/{row.key}" for prefix, rows in BEST_BY.items() for row in rows]
+        shown = near(key, [re.sub(r"{(\w+)}", r"<\1>", name) for name in names])
+        what = "is none that training measures of held-out data" if better is None else "has no better direction"
+        raise ValueError(f"trainer.keep_best={key} {what}; near it are {shown} (docs/training.md has all)")
+    return better
+
+
 def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str] = ()) -> RunConfig:
     """The composed tree of `train.py` as plain dataclasses.
 
@@ -271,6 +310,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
         seed=cfg.seed,
         stage=cfg.stage,
         evaluation=evaluation,
+        selection=_selection(trainer, evaluation),
         degeneration=Thresholds(**OmegaConf.to_container(cfg.get("degeneration") or OmegaConf.create())),  # pyright: ignore
         bandit=parts.get("bandit"),
     )

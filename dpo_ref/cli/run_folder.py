@@ -34,13 +34,15 @@ from dpo_ref.files.writing import write_json, write_text
 from dpo_ref.models import checkpoint
 from dpo_ref.tracking.redaction import without_keys
 from dpo_ref.tracking.terminal import say, visible
+from dpo_ref.training.run import PATIENCE
 
 CONFIG, ERROR = "config.yaml", "error.txt"
 TRAINED = ("metrics.jsonl", "checkpoints", "policy")  # what a run leaves once it trains
 SAME_RUN = ("output_dir", "resume", "tracking")  # what may differ when a sweep's command is typed again
 MAY_CHANGE = (
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",
-    "trainer.stop_when_degenerate", "evaluation.every", "tracking", "resume", "trust",
+    "trainer.stop_when_degenerate", "trainer.keep_best", "trainer.patience", "evaluation.every", "tracking", "resume",
+    "trust",
 )  # fmt: skip
 
 
@@ -88,13 +90,26 @@ def restore(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
         if option in job.choices:
             summary["choices"][option] = job.choices[option]
     saved.resume, saved.trust = cfg.resume, cfg.trust
-    if summary["status"] == "stopped" and saved.trainer.get("stop_when_degenerate"):
-        raise ValueError(
-            f"{key}: the run ended at step {summary.get('steps')} because its policy was degenerate "
-            f"({'; '.join(map(str, summary.get('degenerate') or []))}); trainer.stop_when_degenerate=false goes on "
-            "all the same"
-        )
+    if summary["status"] == "stopped":
+        _refuse_stopped(key, saved, summary)
     return saved, Job(directory, summary["overrides"], summary["choices"], summary.get("sweep", job.sweep))
+
+
+def _refuse_stopped(key: str, saved: DictConfig, summary: Mapping[str, Any]) -> None:
+    """Raise ValueError for a run that ended before its last step by an option that would end it again."""
+    ended = f"{key}: the run ended at step {summary.get('steps')} because"
+    if summary.get("stopped_by") == PATIENCE:
+        best = summary.get("best") or {}
+        if saved.trainer.get("patience") is not None:
+            raise ValueError(
+                f"{ended} {best.get('metric')} was no better than at step {best.get('step')} for "
+                f"trainer.patience={saved.trainer.patience} evaluations; trainer.patience=null goes on all the same"
+            )
+    elif saved.trainer.get("stop_when_degenerate"):
+        raise ValueError(
+            f"{ended} its policy was degenerate ({'; '.join(map(str, summary.get('degenerate') or []))}); "
+            "trainer.stop_when_degenerate=false goes on all the same"
+        )
 
 
 def _says_the_same(

@@ -38,6 +38,7 @@ from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.lab.bandits.study import StudyOptions
 from dpo_ref.objectives.interface import likelihood_term
+from dpo_ref.training.optim import optimisation
 from dpo_ref.training.rounds import TrainerConfig
 from dpo_ref.types import digest
 
@@ -106,6 +107,7 @@ SHARED = {  # options every member takes besides its own
     "bandit": (StudyOptions,),
     "data": (tokenise, pack),
     "objective": (likelihood_term,),
+    "optim": (optimisation,),
 }
 
 

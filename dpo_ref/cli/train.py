@@ -77,6 +77,8 @@ def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
         },
         "steps": steps,
         "degenerate": training.evaluation.degenerate if training.evaluation else [],
+        "stopped_by": training.stopped_by,
+        "best": _best(training),
         "data": built.counts,
         "sources": sources_of(built.config),
         "metrics": {name: value for name, value in training.record.last.items() if math.isfinite(value)},
@@ -99,6 +101,15 @@ def sources_of(config: RunConfig) -> dict[str, dict[str, str | None]]:
         for key, (path, revision) in asked.items()
         if path is not None and commit_of(path, revision) is not None
     }
+
+
+def _best(training: TrainingRun) -> dict[str, Any] | None:
+    """The policy that is kept, by which metric, where that need not be the last."""
+    best = training.selection and training.selection.best
+    if training.selection is None or best is None:
+        return None
+    criterion = training.selection.criterion
+    return {"metric": criterion.key, "better": criterion.better, "value": best.value, "step": best.step}
 
 
 def _reference_title(kind: str, options: Mapping[str, Any]) -> str:
@@ -149,7 +160,8 @@ def conclude(cfg: DictConfig, job: Job, built: Built, steps: int) -> None:
     status = "completed" if training.stopped_at is None else "stopped"
     summary = record(cfg, job, status, **run_summary_fields(built, steps))
     broken = {"degenerate": "; ".join(summary["degenerate"])} if training.evaluation else {}
-    tracker.summary({"status": status, **broken, **summary["identities"]})
+    chosen = {f"best/{name}": value for name, value in (summary["best"] or {}).items()}
+    tracker.summary({"status": status, **broken, **chosen, **summary["identities"]})
     write_card(job.directory, summary, OmegaConf.to_container(cfg, resolve=True), None)  # pyright: ignore
     name = known_id(job.directory, "train") or job.directory.name
     tracker.artifact(policy_artifact(name, job.directory / "policy", summary))
@@ -292,6 +304,7 @@ def summary_rows(training: TrainingRun) -> dict[str, str]:
             rows[name] = f"{record.first[name]:.4f} -> {record.last[name]:.4f}"
     if training.evaluation is not None:
         rows |= _evaluation_told(training, training.evaluation.degenerate)
+    rows |= _end_told(training)
     if record.tracker.location:
         rows["W&B"] = record.tracker.location
     return rows
@@ -301,6 +314,17 @@ def _evaluation_told(training: TrainingRun, degenerate: Sequence[str]) -> dict[s
     rows = training_curve.evaluations(training.record.path)
     curves = str(training.work.directory / training_curve.PICTURE)
     words = {"evaluation": training_curve.in_words(rows), "curves": curves}
-    if training.stopped_at is not None:
-        words["stopped"] = f"at step {training.stopped_at} of {training.rounds.num_steps}"
     return words | ({"degenerate": "; ".join(degenerate)} if degenerate else {})
+
+
+def _end_told(training: TrainingRun) -> dict[str, str]:
+    """Where the run ended, if before its last step, and which policy is kept, if that need not be the last."""
+    words, selection = {}, training.selection
+    if training.stopped_at is not None:
+        words["stopped"] = f"at step {training.stopped_at} of {training.rounds.num_steps} ({training.stopped_by})"
+    if selection is not None and selection.best is not None:
+        key, initial = selection.criterion.key, training.record.first.get(selection.criterion.key)
+        words["best"] = f"{key} {selection.best.value:.4f} at step {selection.best.step}: this is the policy"
+        if initial is not None and selection.criterion.improves(initial, selection.best.value):
+            words["best"] += f"; before training it was better, {initial:.4f}"
+    return words

@@ -1,6 +1,7 @@
 """Optimiser batches of groups, and packs of at most `tokens_per_batch` tokens inside each of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, compress
 from typing import Annotated, Literal
 
@@ -74,6 +75,22 @@ def pack(
     if tokens_per_batch < 1:
         raise ValueError(f"data.tokens_per_batch={tokens_per_batch} must be at least 1 token")
     return PACKINGS[packing](groups, tokens_per_batch)
+
+
+WINDOW = 256  # groups
+
+
+@dataclass(frozen=True, slots=True)
+class WindowedPacks:
+    """The packs of any number of groups, made of `WINDOW` of them at a time whenever they are gone through: however
+    many groups there are, no more stand in memory."""
+
+    groups: Sequence[TokenGroup]
+    pack: Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
+
+    def __iter__(self) -> Iterator[list[TokenGroup]]:
+        for start in range(0, len(self.groups), WINDOW):
+            yield from self.pack(self.groups[start : start + WINDOW])
 
 
 def collate(groups: Sequence[TokenGroup]) -> PackedBatch:

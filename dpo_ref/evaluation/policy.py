@@ -17,7 +17,7 @@ SUMMARY = "summary.json"  # what a run was, what it was made with, how it stands
 FINISHED = (
     "completed",
     "stopped",
-)  # the statuses of runs that left a policy: at their end, or where it was degenerate
+)  # the statuses of runs that left a policy: at their end, or where one of their options ended them
 FORM: dict[str, type | tuple[type, ...]] = {
     "status": str,
     "error": (str, type(None)),
@@ -30,6 +30,8 @@ FORM: dict[str, type | tuple[type, ...]] = {
     "reference": str,
     "identities": dict,
     "steps": int,
+    "best": (dict, type(None)),
+    "stopped_by": (str, type(None)),
     "git": dict,
     "versions": dict,
     "data": dict,

@@ -6,6 +6,7 @@ are null. Which metrics there are says the table below: what shows, draws or exp
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -192,10 +193,27 @@ AT_TEMPERATURE = Metric(
     "temperature/{temperature}/{key}", "a metric by temperature", "the metric's", "none",
     "at each of several temperatures, written 0, 0.7, 1: what depends on answers alone",
 )  # fmt: skip
+LOSS = Metric("loss", "loss of the objective", "the objective's", "lower", "held-out items; while training only")
 DEGENERATE = Metric("degenerate", "degenerate", "0 or 1", "lower", "beyond a threshold; while training only")
 SECONDS = Metric("seconds", "duration of the evaluation", "seconds", "lower", "while training only")
 
 METRICS = tuple(row for row in list(vars().values()) if isinstance(row, Metric))  # all of the above, in their order
+
+
+BEST_BY = {  # what a run measures of held-out data while it trains, by the name before it, where one way is better
+    "eval": (LOSS, ACCURACY, MARGIN, TIES),
+    "evaluation": (SCORE, WIN_RATE, ENDED, REPETITION, DEGENERATE),
+}
+
+
+def direction(key: str) -> Literal["higher", "lower", "none"] | None:
+    """Which way a metric of `metrics.jsonl` is better; None where it is none that training measures of held-out
+    data."""
+    prefix, _, name = key.partition("/")
+    rows = [row for row in METRICS if re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(row.key)), name)]
+    if prefix not in BEST_BY or not rows:
+        return None
+    return rows[0].better if rows[0] in BEST_BY[prefix] or rows[0].better == "none" else None
 
 
 # --- an evaluation, and its files

@@ -31,7 +31,7 @@ from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.unpaired import sft
 from dpo_ref.references.policies import NoReference
 from dpo_ref.tracking.terminal import TrainingProgress
-from dpo_ref.training.optim import adamw
+from dpo_ref.training.optim import adamw, optimisation
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import train
 from dpo_ref.types import digest, words_of
@@ -248,7 +248,8 @@ def _fit(model: Any, tokenizer: Any, stage: Stage, seed: int, title: str) -> Non
         styles=stage.styles,  # pyright: ignore[reportArgumentType]
     )
     groups = tokenise(data.train, tokenizer).groups
-    optim = adamw(model, stage.num_steps, lr=stage.lr, schedule="cosine", warmup_ratio=0.03, weight_decay=0.01)
+    optimiser = partial(adamw, weight_decay=0.01)
+    optim = optimisation(optimiser, model, stage.num_steps, lr=stage.lr, schedule="cosine", warmup_ratio=0.03)
     config = TrainerConfig(batch_size=stage.batch_size, epochs=1.0)
     rounds = OfflineRounds(groups, config, partial(pack, tokens_per_batch=16384), seed)
     policy, bar = Policy(lambda: model, tokenizer), TrainingProgress(title)

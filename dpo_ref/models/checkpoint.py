@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -91,16 +91,17 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int | None = 1,
+    spare: Sequence[int] = (),
 ) -> "Future[Path]":
     """Write `folder/step-<n>` from `state["step"]`, then delete all earlier ones but the newest; `keep` stay, or all
-    for None.
+    for None, and those after the steps in `spare`.
 
     `reference` are the weights of a reference that moves. `state` is JSON: the position in the run and what must be
     equal on resume. When this returns everything is written as it is now; training goes on while the files' digests
     are taken, and the future gives the checkpoint once it stands in its place. A full disk raises OSError, here or
     from the future, and loses nothing: the previous checkpoint is deleted only when the new one is in place.
     """
-    target = folder / _name(state["step"])
+    target = folder / name_of(state["step"])
     remove_abandoned(target)
     with ExitStack() as stack:
         partial = stack.enter_context(replacing_folder(target))
@@ -111,10 +112,11 @@ def save(
             with as_writing_fails():
                 save_file(content, partial / name)
         write_json(partial / STATE, dict(state))
-        return _in_background(_put_in_place, stack.pop_all(), partial, target, keep)
+        return _in_background(_put_in_place, stack.pop_all(), partial, target, keep, spare)
 
 
-def _name(step: int) -> str:
+def name_of(step: int) -> str:
+    """The name of the checkpoint after so many steps."""
     return f"{PREFIX}{step:08d}"
 
 
@@ -135,20 +137,20 @@ def _in_background(call: Callable[..., Path], *arguments: Any) -> "Future[Path]"
     return future
 
 
-def _put_in_place(moving: ExitStack, partial: Path, target: Path, keep: int | None) -> Path:
+def _put_in_place(moving: ExitStack, partial: Path, target: Path, keep: int | None, spare: Sequence[int]) -> Path:
     with moving:
         write_json(partial / DIGESTS, {name: file_digest(partial / name) for name in FILES})
-    _delete_before(target, keep)
+    _delete_before(target, keep, {name_of(step) for step in spare})
     return target
 
 
-def _delete_before(newest: Path, keep: int | None) -> None:
-    """Delete the earlier checkpoints, complete or not, that `keep` leaves no place for."""
+def _delete_before(newest: Path, keep: int | None, spared: Set[str]) -> None:
+    """Delete the earlier checkpoints, complete or not, that `keep` leaves no place for and `spared` does not name."""
     if keep is None:
         return
     kept = [path for path in complete_in(newest.parent) if path.name <= newest.name][-keep:]
     for path in saved_in(newest.parent):
-        if path.name < newest.name and path not in kept:
+        if path.name < newest.name and path not in kept and path.name not in spared:
             delete_folder(path)
 
 
@@ -224,7 +226,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = _read_json(checkpoint / STATE)
     if not isinstance(state.get("step"), int):
         raise DamagedCheckpoint(f"{checkpoint / STATE} does not say its step")
-    if checkpoint.name != _name(state["step"]):
+    if checkpoint.name != name_of(state["step"]):
         raise DamagedCheckpoint(f"{checkpoint / STATE} is of step {state['step']}, which is not what its folder says")
     return state
 

@@ -33,9 +33,9 @@ class Columns(PrecomputedSums):
         super().__init__("columns", digest(["columns", provenance]), "", sums, device)
         self.provenance = provenance
 
-    def digest_of(self, indices: Sequence[int]) -> str | None:
+    def digest_of(self, indices: Sequence[int]) -> str:
         """Of all log-probs of the data: one that was changed is another reference, whether or not it was used yet."""
-        return self.values_digest
+        return super().digest_of(list(self._sums))
 
 
 def _check_run(objective: Objective, plan: RunPlan) -> None:

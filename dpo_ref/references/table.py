@@ -19,7 +19,7 @@ import torch
 from safetensors.numpy import load, save
 from torch import nn
 
-from dpo_ref.data.packing import collate
+from dpo_ref.data.packing import WINDOW, collate
 from dpo_ref.files.cache import in_use, made_by_one
 from dpo_ref.files.digests import bytes_digest
 from dpo_ref.files.writing import needing_room, replacing
@@ -31,7 +31,6 @@ from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup, digest
 
 SHARD_TOKENS = 2**20
 SHARD_SECONDS = 120.0  # a slow pass writes smaller shards
-WINDOW = 256  # groups packed together in the pass
 PROBES = 4  # rows scored again whenever a table is reused
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # nats on a token
 PROBE_TOLERANCE_HALF = 1.0  # as for a server's: what rounds anew, as a compiled model does, differs by 0.3 and more

@@ -71,6 +71,14 @@ def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ("", "")) -> str
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
+def _steps(about: Mapping[str, Any]) -> str:
+    """How far the policy was trained, and by what it was chosen among those of its run if it was."""
+    best = about.get("best")
+    if best is None:
+        return str(about["steps"])
+    return f"{best['step']}, where {best['metric']} was best in the run ({best['value']:.4g})"
+
+
 def _facts(about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     identities, commit = about["identities"], about["git"]["commit"]
     changed = ", with changes" if about["git"]["dirty"] else ""
@@ -85,7 +93,7 @@ def _facts(about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         ("reference in the loss", f"{in_markdown(about['reference'])} ({reference})"),
         ("KL measured to", f"the initial policy ({initial})"),
         ("data", in_markdown(f"{about['choices']['data']}: {counts}")),
-        ("optimiser steps", in_markdown(about["steps"])),
+        ("optimiser steps", in_markdown(_steps(about))),
         *(
             (f"{key} on the hub", in_markdown(f"{source['path']} at commit {source['commit']}"))
             for key, source in about.get("sources", {}).items()

@@ -450,9 +450,14 @@ def numbers_of(metrics: Mapping[str, float]) -> str:
     if "rewards/accuracies" in metrics:
         parts.append(f"accuracy {metrics['rewards/accuracies']:.2f}")
     if "throughput/pairs_per_second" in metrics:
-        unit = "pairs" if "rewards/accuracies" in metrics else "rows"
-        parts.append(f"{metrics['throughput/pairs_per_second']:.1f} {unit}/s")
+        unit = "pair" if "rewards/accuracies" in metrics else "row"
+        parts.append(_speed(metrics["throughput/pairs_per_second"], unit))
     return "  ".join(parts)
+
+
+def _speed(per_second: float, unit: str) -> str:
+    """Units per second, or seconds per unit where fewer than one in ten seconds are done."""
+    return f"{per_second:.1f} {unit}s/s" if per_second >= 0.1 else f"{1 / per_second:.0f} s/{unit}"
 
 
 class TrainingProgress:

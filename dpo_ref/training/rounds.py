@@ -34,12 +34,15 @@ class TrainerConfig:
     save_minutes: float | None = 30.0  # after the first step that ends so long after the last checkpoint
     keep_checkpoints: int | None = 1  # the newest; None: all
     stop_when_degenerate: bool = False  # end the run once an evaluation in training says so
+    keep_best: str | None = None  # a metric of eval/ or evaluation/: the policy best by it is kept, and is `policy/`
+    patience: int | None = None  # end the run after so many evaluations in a row that are no better than the best
 
     def __post_init__(self) -> None:
         lengths = {"batch_size": self.batch_size, "epochs": self.epochs, "max_steps": self.max_steps}
         cadences = {"eval_every": self.eval_every, "save_every": self.save_every}
         cadences |= {"save_minutes": self.save_minutes}
-        for name, value in (lengths | cadences | {"keep_checkpoints": self.keep_checkpoints}).items():
+        counts = {"keep_checkpoints": self.keep_checkpoints, "patience": self.patience}
+        for name, value in (lengths | cadences | counts).items():
             if value is not None and value <= 0:
                 raise ValueError(f"trainer.{name}={value} must be positive; null leaves it out")
 

@@ -22,11 +22,13 @@ from dpo_ref.references.interface import Reference
 from dpo_ref.tracking.run_record import RunRecord, Seal
 from dpo_ref.tracking.terminal import TrainingProgress, say
 from dpo_ref.training.metrics import mean_of
+from dpo_ref.training.model_selection import ModelSelection, near
 from dpo_ref.training.optim import Optimisation
 from dpo_ref.training.rounds import Rounds
 from dpo_ref.training.trainer import Step, evaluate, train
 
 HISTOGRAM_EVERY = 50  # optimiser steps
+DEGENERATE, PATIENCE = "trainer.stop_when_degenerate", "trainer.patience"  # what ends a run before its last step
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -71,7 +73,9 @@ class TrainingRun:
     held_out: Groups
     record: RunRecord
     evaluation: SampleEvaluation | None = None  # while training
-    stopped_at: int | None = field(default=None, init=False)  # where a degenerate policy ended the run
+    selection: ModelSelection | None = None  # of the policy that is kept, where that need not be the last
+    stopped_at: int | None = field(default=None, init=False)  # where the run ended before its last step
+    stopped_by: str | None = field(default=None, init=False)  # the option that says so
     initial_weights: str = field(init=False)  # digest of the policy before training
     folder: RunFolder = field(init=False)
     _saved_at: float = field(default=0.0, init=False)  # time.monotonic() of the last checkpoint, or of the beginning
@@ -128,6 +132,8 @@ class TrainingRun:
         self.record.go_on_from(Seal(**state["record"]))
         if self.evaluation is not None:
             self.evaluation.degenerate = state.get("degenerate", [])  # runs from before it was saved
+        if self.selection is not None:
+            self.selection.load_state(state.get("selection"))
         checkpoint.load(saved, self.policy.model, self.optim.optimizer)
         self.reference.load_state_dict(checkpoint.read_reference(saved))
         for name, value in state["running"].items():
@@ -169,7 +175,7 @@ class TrainingRun:
     def save(self, step: int) -> None:
         """Write a checkpoint; those to be deleted are only after it, and one more is kept where the policy is
         degenerate. Training goes on while it is put in its place."""
-        self._save(step, keep_more=int(self.stopped_at is not None))
+        self._save(step, keep_more=int(self.stopped_by == DEGENERATE))
 
     def _save(self, step: int, keep_more: int) -> None:
         self.settle()
@@ -189,11 +195,13 @@ class TrainingRun:
         keep = None if keep is None else keep + keep_more
         running = {name: float(value) for name, value in self.objective.running.items()}
         state = {"step": step, "running": running, "record": self.record.seal._asdict()}
-        state["degenerate"] = self.evaluation.degenerate if self.evaluation else []
+        state["degenerate"] = self._degenerate
+        state["selection"] = self.selection.state if self.selection else None
         state |= {"num_steps": self.rounds.num_steps, "lr": self.optim.lr_at(max(0, step - 1))}  # as planned, and last
         state |= {"configuration": self.folder.configuration, **self.fingerprint(step)}
         model, optimizer, moved = self.policy.model, self.optim.optimizer, self.reference.state_dict()
-        return checkpoint.save(self.checkpoints, model, optimizer, moved, state, keep=keep)
+        spare = [self.selection.best.step] if self.selection and self.selection.best else []
+        return checkpoint.save(self.checkpoints, model, optimizer, moved, state, keep=keep, spare=spare)
 
     def settle(self) -> None:
         """Wait until the last checkpoint is in its place. Raises OSError if it could not be put there, unless the
@@ -231,13 +239,16 @@ class TrainingRun:
         say(f"{self.work.directory} was removed while training, and is made again; what it held until now is lost")
 
     def train(self, first_step: int = 0) -> int:
-        """Train from `first_step` to the end, or until the policy is degenerate; returns the number of steps done.
-        Raises Interrupted or NonFinite."""
+        """Train from `first_step` to the end, or until the policy is degenerate or has long been no better; returns
+        the number of steps done. Raises Interrupted or NonFinite."""
         total, self._saved_at = self.rounds.num_steps, time.monotonic()
         with self._settled(), stop_requests() as stop, self.policy.precision(), self._bar.shown(total, first_step):
             if first_step == 0:
                 self._evaluate(0)
                 self._evaluate_samples(0)
+            self._check_selection()
+            if first_step < total and self._exhausted(first_step):  # killed between its last checkpoint and its end
+                return first_step
             pending: tuple[Step, float] | None = None
             self._bar.advance(0)
             self._started = time.perf_counter()
@@ -269,9 +280,11 @@ class TrainingRun:
             self.settle()
 
     def finish(self, steps: int) -> None:
-        """Save the last checkpoint and the policy's folder. Raises OSError saying what is left."""
+        """Save the last checkpoint and the folder of the policy, which from here on is the best one where the run
+        keeps it. Raises OSError saying what is left."""
         self.save(steps)
         self.settle()
+        self._take_best(steps)
         folder = self.work.directory / "policy"
         try:
             self.policy.save(folder)
@@ -280,6 +293,25 @@ class TrainingRun:
                 f"the policy was not written to {folder} ({error.strerror or error}), but the checkpoint of step "
                 f"{steps} was. Free space, then python train.py resume={self.work.directory}"
             ) from error
+
+    def _take_best(self, steps: int) -> None:
+        best = self.selection and self.selection.best
+        if best is None or best.step == steps:
+            return
+        try:
+            checkpoint.load_policy(self.checkpoints / checkpoint.name_of(best.step), self.policy.model)
+        except checkpoint.DamagedCheckpoint as damage:
+            raise ValueError(
+                f"trainer.keep_best: the policy of step {best.step}, which is the best, cannot be read: {damage}. The "
+                f"last one can: python train.py resume={self.work.directory} trainer.keep_best=null "
+                "trainer.patience=null saves it"
+            ) from damage
+        if self.evaluation is not None:
+            self.evaluation.degenerate = best.degenerate
+
+    @property
+    def _degenerate(self) -> list[str]:
+        return self.evaluation.degenerate if self.evaluation else []
 
     def _seconds(self, step: Step) -> float:
         """Since the step before was done; making a round counts as no step's time."""
@@ -299,27 +331,60 @@ class TrainingRun:
 
     def _pause(self, step: int, total: int, stop: bool) -> None:
         """Evaluate and save as is due, and stop if that was asked for: by an exception where a signal did, by setting
-        `stopped_at` where a degenerate policy ends the run."""
+        `stopped_at` where the policy ends the run."""
         config = self.rounds.config
         if step < total and self.evaluation is not None and self.evaluation.due(step):
             self._evaluate_samples(step)
             if config.stop_when_degenerate and self.evaluation.degenerate:
-                self.stopped_at = step
-                self._evaluate(step)
+                self._end(step, DEGENERATE)
                 return
         if config.eval_every and step % config.eval_every == 0 and step < total:
             self._evaluate(step)
-        if stop or self._save_due(step):
+        if self._exhausted(step):
+            return
+        if stop or self._save_due(step) or self._is_best(step):
             self.save(step)
         if stop:
             raise Interrupted(f"stopped at step {step} of {total}")
+
+    def _end(self, step: int, option: str) -> None:
+        """Measure the policy as at the run's end, which is here."""
+        self.stopped_at, self.stopped_by = step, option
+        self._evaluate(step)
+        self._evaluate_samples(step)
+
+    def _exhausted(self, step: int) -> bool:
+        """Whether the policy has been no better for so long that the run ends."""
+        if self.selection is None or not self.selection.exhausted:
+            return False
+        self._end(step, PATIENCE)
+        return True
+
+    def _is_best(self, step: int) -> bool:
+        return self.selection is not None and self.selection.best is not None and self.selection.best.step == step
+
+    def _check_selection(self) -> None:
+        """Raise ValueError where the metric that the best policy is chosen by is none of this run's."""
+        measured = [name for name in self.record.last if name.startswith(("eval/", "evaluation/"))]
+        if self.selection is not None and measured and self.selection.criterion.key not in measured:
+            key = self.selection.criterion.key
+            raise ValueError(
+                f"trainer.keep_best={key} is not measured in this run, whose objective is {self.objective.name}; near "
+                f"it are {near(key, measured)}"
+            )
+
+    def _consider(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.selection is not None:
+            self.selection.consider(step, metrics, self._degenerate)
 
     def _evaluate(self, step: int) -> None:
         if not len(self.held_out) or self.record.holds("eval", step):
             return
         values = evaluate(self.policy, self.reference, self.objective, self.held_out, self.rounds.pack)
-        self.record.add({f"eval/{name}": float(value) for name, value in mean_of(values).items()}, step)
+        metrics = {f"eval/{name}": float(value) for name, value in mean_of(values).items()}
+        self.record.add(metrics, step)
         self.record.add_distributions("eval", values, step)
+        self._consider(step, metrics)
 
     def _evaluate_samples(self, step: int) -> None:
         """Let the policy answer held-out prompts, where that is asked for. Raises ValueError where the initial policy
@@ -328,7 +393,9 @@ class TrainingRun:
             return
         if not self.record.holds("evaluation", step):
             metrics, self.evaluation.degenerate = self.evaluation.measure(step)
-            self.record.add({f"evaluation/{name}": value for name, value in metrics.items()}, step)
+            named = {f"evaluation/{name}": value for name, value in metrics.items()}
+            self.record.add(named, step)
+            self._consider(step, named)
             self._bar.tell(self.evaluation.in_brief(metrics))
         if step == 0 and self.rounds.config.stop_when_degenerate and self.evaluation.degenerate:
             raise ValueError(

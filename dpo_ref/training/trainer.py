@@ -5,7 +5,7 @@ Hydra nor W&B. Metrics are tensors on the device; a caller that reads them one s
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dpo_ref.data.packing import collate
+from dpo_ref.data.packing import WindowedPacks, collate
 from dpo_ref.models.checkpoint import random_states
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.models.logps import response_collisions
@@ -29,7 +29,7 @@ from dpo_ref.types import PackedBatch, PairLogps, ResponseLogps, TokenGroup
 # all of its packs, without gradient. Others cost nothing.
 
 
-Packs = list[list[TokenGroup]]
+Packs = Iterable[list[TokenGroup]]  # gone through more than once
 
 
 @dataclass
@@ -85,15 +85,28 @@ def _concat(parts: list[Any]) -> Any:
 
 
 def _mismatched_logps(policy: TrainedModel, reference: Reference, packs: Packs) -> Mismatched:
-    ours, theirs = [], []
+    ours, theirs, largest = [], [], 0
     for groups in packs:
+        largest = max(largest, sum(group.num_tokens for group in groups))
         others = [group.mismatched for group in groups if group.mismatched is not None]
         if len(others) < len(groups):
             raise ValueError("the objective measures a KL on responses of other prompts; see training/rounds.py")
-        batch = collate(others).to(policy.device)
-        ours.append(policy.outputs(batch).sums)
-        theirs.append(reference.logps(batch).sums)
+        for part in _no_larger(others, largest):
+            batch = collate(part).to(policy.device)
+            ours.append(policy.outputs(batch).sums)
+            theirs.append(reference.logps(batch).sums)
     return Mismatched(torch.cat(ours), torch.cat(theirs))
+
+
+def _no_larger(groups: Sequence[TokenGroup], num_tokens: int) -> Iterator[list[TokenGroup]]:
+    """The groups in their order, in packs of at most so many tokens; a longer group alone."""
+    part: list[TokenGroup] = []
+    for group in groups:
+        if part and sum(each.num_tokens for each in part) + group.num_tokens > num_tokens:
+            yield part
+            part = []
+        part.append(group)
+    yield part
 
 
 # --- the loop
@@ -252,9 +265,10 @@ def evaluate(
     policy: TrainedModel, reference: Reference, objective: Objective, groups: Sequence[TokenGroup], pack: Pack
 ) -> Values:
     """Values of every item of held-out groups; their means are the training metrics on them. To objectives that look
-    at the whole batch they are one batch; the running statistic is read, not advanced."""
+    at the whole batch they are one batch; the running statistic is read, not advanced. Besides the items' values no
+    more is in memory than one pack and the groups of a window."""
     policy.model.eval()
-    parts, packs = [], pack(groups)
+    parts, packs = [], WindowedPacks(groups, pack)
     statistics = batch_statistics(policy, reference, objective, packs)
     for pack_groups in packs:
         batch = collate(pack_groups).to(policy.device)

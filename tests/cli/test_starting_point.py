@@ -31,7 +31,7 @@ def test_the_rate_follows_the_size_what_is_trained_and_the_objective(objective, 
 
 
 def completed(*words, monkeypatch, weights):
-    monkeypatch.setattr(starting_point, "num_weights", lambda path, key: weights)
+    monkeypatch.setattr(starting_point, "num_weights", lambda path, key, revision=None: weights)
     cfg, _ = composed(*words)
     return complete_run(cfg, resolved(*words), CPU)
 
@@ -73,7 +73,7 @@ def test_the_lab_is_a_toy(capsys):
 def test_an_evaluation_takes_the_length_of_its_policy(monkeypatch):
     cfg, _ = composed(kind="evaluate")
     assert complete_evaluation(cfg, "lab:tiny", CPU).generation.max_new_tokens == 128
-    monkeypatch.setattr(starting_point, "num_weights", lambda path, key: SMALL)
+    monkeypatch.setattr(starting_point, "num_weights", lambda path, key, revision=None: SMALL)
     assert complete_evaluation(cfg, "some/model", CPU).generation.max_new_tokens == 512
 
 

@@ -13,7 +13,7 @@ from dpo_ref.models import checkpoint
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import dpo
 from dpo_ref.references.policies import NoReference
-from dpo_ref.training.optim import adamw
+from dpo_ref.training.optim import adamw, muon, optimisation, rmsprop
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import train
 from tests.support.tiny import policy_of, random_groups, tiny_model
@@ -28,19 +28,20 @@ def steps(policy, optim, first_step=0):
     )
 
 
-def test_resume_is_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("optimiser", [adamw, muon, rmsprop])
+def test_resume_is_bit_for_bit(optimiser, tmp_path):
     policy = tiny_model(seed=0)
-    optim = adamw(policy, 6, lr=1e-2)
+    optim = optimisation(optimiser, policy, 6, lr=1e-2)
     whole = [{k: v.item() for k, v in step.metrics.items()} for step in steps(policy, optim)]
 
     first = tiny_model(seed=0)
-    first_optim = adamw(first, 6, lr=1e-2)
+    first_optim = optimisation(optimiser, first, 6, lr=1e-2)
     for step in steps(first, first_optim):
         if step.step == 4:
             checkpoint.save(tmp_path, first, first_optim.optimizer, {}, {"step": 4}).result()
             break
     second = tiny_model(seed=5)
-    second_optim = adamw(second, 6, lr=1e-2)
+    second_optim = optimisation(optimiser, second, 6, lr=1e-2)
     (saved,) = checkpoint.complete_in(tmp_path)
     checkpoint.load(saved, second, second_optim.optimizer)
     rest = [{k: v.item() for k, v in step.metrics.items()} for step in steps(second, second_optim, first_step=4)]
@@ -50,7 +51,7 @@ def test_resume_is_bit_for_bit(tmp_path):
 
 def test_only_the_newest_is_kept_and_a_full_disk_keeps_the_previous(tmp_path, monkeypatch):
     policy = tiny_model()
-    optim = adamw(policy, 6).optimizer
+    optim = optimisation(adamw, policy, 6).optimizer
     for step in (2, 4):
         checkpoint.save(tmp_path, policy, optim, {}, {"step": step}).result()
     assert [path.name for path in checkpoint.complete_in(tmp_path)] == ["step-00000004"]
@@ -67,7 +68,7 @@ def test_only_the_newest_is_kept_and_a_full_disk_keeps_the_previous(tmp_path, mo
 def test_a_checkpoint_that_was_killed_leaves_nothing_when_it_is_written_again(tmp_path):
     policy = tiny_model()
     (tmp_path / ".step-00000002.1").mkdir()
-    checkpoint.save(tmp_path, policy, adamw(policy, 6).optimizer, {}, {"step": 2}).result()
+    checkpoint.save(tmp_path, policy, optimisation(adamw, policy, 6).optimizer, {}, {"step": 2}).result()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
@@ -86,7 +87,7 @@ def test_the_policy_folder_is_plain_hugging_face(tmp_path):
 
 def test_weights_of_another_model_are_refused(tmp_path):
     policy = tiny_model()
-    saved = checkpoint.save(tmp_path, policy, adamw(policy, 6).optimizer, {}, {"step": 1}).result()
+    saved = checkpoint.save(tmp_path, policy, optimisation(adamw, policy, 6).optimizer, {}, {"step": 1}).result()
     other = tiny_model("gpt_neox")
     with pytest.raises(ValueError, match="not those of the configured model"):
-        checkpoint.load(saved, other, adamw(other, 6).optimizer)
+        checkpoint.load(saved, other, optimisation(adamw, other, 6).optimizer)

@@ -89,6 +89,15 @@ def test_a_log_gets_a_line_now_and_then_and_not_one_per_step(capsys, monkeypatch
     assert "took 0:01" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("per_second", "accuracy", "words"),
+    [(12.34, {"rewards/accuracies": 0.5}, "12.3 pairs/s"), (0.1, {}, "0.1 rows/s"), (0.04, {}, "25 s/row")],
+)
+def test_what_takes_long_is_said_in_seconds(per_second, accuracy, words):
+    numbers = {"loss": 0.5, "throughput/pairs_per_second": per_second} | accuracy
+    assert terminal.numbers_of(numbers).endswith(f"  {words}")
+
+
 def test_time_left_counts_only_the_steps_of_this_process(capsys, monkeypatch):
     """Resumed at 90 of 100; two steps took 4 s, so the eight that are left take 16 s."""
     now = iter([100.0, 104.0])

@@ -20,7 +20,7 @@ from dpo_ref.models.loading import load_model, load_tokenizer
 from dpo_ref.objectives import pairwise, unpaired
 from dpo_ref.objectives.interface import bind
 from dpo_ref.references import policies
-from dpo_ref.training.optim import adamw
+from dpo_ref.training.optim import adamw, optimisation
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
 from dpo_ref.training.trainer import train
 from tests.support import command, microdpo
@@ -123,7 +123,7 @@ def of_the_library(folder: Path, objective: str, reference: str, cache: Path) ->
         "prior": policies.prior,
         "none": policies.none,
     }[reference](context)
-    optim = adamw(policy, STEPS, lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=None)
+    optim = optimisation(adamw, policy, STEPS, lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=None)
     config = TrainerConfig(batch_size=BATCH, epochs=EPOCHS, max_steps=STEPS)
     rounds = OfflineRounds(groups, config, packing, SEED)
     steps = list(train(context.policy, loss_reference, OBJECTIVES[objective], optim, rounds))

@@ -1,12 +1,13 @@
 """Stochastic rounding is unbiased, keeps tiny updates, and its optimiser is AdamW."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from dpo_ref.training.optim import RoundedAdamW, adamw, adamw_bf16, stochastic_round_
+from dpo_ref.training.optim import RoundedAdamW, adamw, adamw_bf16, optimisation, stochastic_round_
 
 
 def test_rounds_to_neighbours_and_is_unbiased():
@@ -43,7 +44,7 @@ def test_an_update_of_5e_7_is_not_lost():
     torch.manual_seed(0)
     start = torch.full((300, 300), 1.0)
     layer = linear(start)
-    optim = adamw_bf16(layer, 20, lr=5e-7, schedule="constant", warmup_ratio=0.0)
+    optim = optimisation(adamw_bf16, layer, 20, lr=5e-7, schedule="constant", warmup_ratio=0.0)
     nearest = start.bfloat16()
     for _ in range(20):
         layer.weight.grad = torch.ones_like(layer.weight)
@@ -59,8 +60,11 @@ def test_follows_adamw_on_average():
     torch.manual_seed(0)
     start, gradients = torch.randn(40, 30), torch.randn(25, 40, 30)
     exact, rounded = linear(start), linear(start)
-    options = {"lr": 0.05, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.1}
-    pair = [(exact, adamw(exact, 25, **options)), (rounded, adamw_bf16(rounded, 25, **options))]
+    options = {"lr": 0.05, "schedule": "constant", "warmup_ratio": 0.0}
+    pair = [
+        (layer, optimisation(partial(optimiser, weight_decay=0.1), layer, 25, **options))
+        for layer, optimiser in ((exact, adamw), (rounded, adamw_bf16))
+    ]
     for gradient in gradients:
         for layer, optim in pair:
             layer.weight.grad = gradient.to(layer.weight.dtype)

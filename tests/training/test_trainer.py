@@ -18,7 +18,7 @@ from dpo_ref.objectives.interface import BatchLogps, Preference, Running, bind
 from dpo_ref.objectives.pairwise import dpo
 from dpo_ref.objectives.unpaired import sft
 from dpo_ref.references.policies import LiveReference, MovingReference, NoReference
-from dpo_ref.training.optim import SCHEDULES, adamw, adamw_bf16
+from dpo_ref.training.optim import SCHEDULES, adamw, adamw_bf16, muon, optimisation, rmsprop
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import backward, check_step_zero, evaluate, train
 from dpo_ref.types import PairLogps
@@ -32,7 +32,7 @@ PLAIN = {"lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
 def run(packing=None, steps=3, objective=None, **options):
     policy = policy_of(tiny_model(seed=0))
     reference = LiveReference("other", tiny_model(seed=1), "id", "weights")
-    optim = adamw(policy.model, steps, **(PLAIN | options))
+    optim = optimisation(adamw, policy.model, steps, **(PLAIN | options))
     config = TrainerConfig(batch_size=4, max_steps=steps)
     rounds = OfflineRounds(from_groups(random_groups(LAYOUT)), config, packing or PACKING, 2)
     return policy.model, list(train(policy, reference, objective or bind(dpo, beta=0.3), optim, rounds))
@@ -96,7 +96,7 @@ def test_half_precision_sees_every_update():
         policy = Policy(lambda: model, None, torch.bfloat16)
         config = TrainerConfig(batch_size=len(groups), epochs=4.0)
         rounds = OfflineRounds(groups, config, PACKING, 2)
-        steps = train(policy, NoReference(), bind(dpo, beta=0.3), adamw(model, 4, **PLAIN), rounds)
+        steps = train(policy, NoReference(), bind(dpo, beta=0.3), optimisation(adamw, model, 4, **PLAIN), rounds)
         values = []
         for _ in range(contexts):
             with policy.precision():
@@ -186,8 +186,8 @@ def breaking(steps, fault, value, packs, optimiser=adamw_bf16):
     BROKEN.zero_()
     torch.manual_seed(0)
     policy, objective = tiny_model(seed=0), bind(breakable)
-    reference = MovingReference(tiny_model(seed=1, dtype=torch.bfloat16), "id", "weights", 0.5, 1)
-    optim = optimiser(policy, 6, **PLAIN)
+    optim = optimisation(optimiser, policy, 6, **PLAIN)
+    reference = MovingReference(tiny_model(seed=1, dtype=policy.dtype), "id", "weights", 0.5, 1)
     packing = partial(pack, tokens_per_batch=packs)
     rounds = OfflineRounds(from_groups(random_groups(LAYOUT)), TrainerConfig(batch_size=4, epochs=2.0), packing, 2)
     states, late = [], None
@@ -206,19 +206,28 @@ def breaking(steps, fault, value, packs, optimiser=adamw_bf16):
     return states, (policy, optim, reference, objective, rounds)
 
 
+def check_nothing_is_left(fault, value, packs, optimiser):
+    whole, _ = breaking(6, None, value, packs, optimiser)
+    _, (policy, optim, reference, objective, rounds) = breaking(6, FAULTS[fault], value, packs, optimiser)
+    assert same(state_of(policy, optim, reference, objective), whole[1])
+    BROKEN.zero_()
+    steps = train(policy_of(policy), reference, objective, optim, rounds, first_step=2)
+    assert [step.step for step in steps] == [3, 4, 5, 6]
+    assert same(state_of(policy, optim, reference, objective), whole[5])
+
+
 @pytest.mark.parametrize("packs", [1000, 23], ids=["one pack", "several packs"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_nothing_of_a_step_that_is_not_finite_is_left(fault, value, packs):
     """Though the step after it was begun when its numbers were read: weights, moments, a moving reference, the
     objective's statistic and random states are those after the step before, and going on is as if nothing had been."""
-    whole, _ = breaking(6, None, value, packs)
-    _, (policy, optim, reference, objective, rounds) = breaking(6, FAULTS[fault], value, packs)
-    assert same(state_of(policy, optim, reference, objective), whole[1])
-    BROKEN.zero_()
-    steps = train(policy_of(policy), reference, objective, optim, rounds, first_step=2)
-    assert [step.step for step in steps] == [3, 4, 5, 6]
-    assert same(state_of(policy, optim, reference, objective), whole[5])
+    check_nothing_is_left(fault, value, packs, adamw_bf16)
+
+
+@pytest.mark.parametrize("optimiser", [adamw, muon, rmsprop])
+def test_no_optimiser_leaves_anything_of_a_step_that_is_not_finite(optimiser):
+    check_nothing_is_left("only the gradient", math.nan, 1000, optimiser)
 
 
 def test_no_round_is_made_after_a_step_that_is_not_finite():
@@ -234,7 +243,8 @@ def test_no_round_is_made_after_a_step_that_is_not_finite():
             raise AssertionError("a second round was asked for")
 
     rounds = Two(groups, TrainerConfig(batch_size=4, max_steps=2), PACKING, 0)
-    steps = list(train(policy_of(policy), NoReference(), bind(dpo, beta=0.3), adamw(policy, 2, **PLAIN), rounds))
+    optim = optimisation(adamw, policy, 2, **PLAIN)
+    steps = list(train(policy_of(policy), NoReference(), bind(dpo, beta=0.3), optim, rounds))
     assert [bool(step.made) for step in steps] == [False, False]
     assert not steps[0].metrics["grad_norm"].isfinite()
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
@@ -243,7 +253,7 @@ def test_no_round_is_made_after_a_step_that_is_not_finite():
 def test_overfits_one_batch():
     policy = tiny_model(seed=0)
     config, groups = TrainerConfig(batch_size=4, epochs=25.0), from_groups(random_groups(LAYOUT[:4]))
-    optim = adamw(policy, 25, lr=1e-2, schedule="constant")
+    optim = optimisation(adamw, policy, 25, lr=1e-2, schedule="constant")
     rounds = OfflineRounds(groups, config, PACKING, 0)
     history = list(train(policy_of(policy), NoReference(), bind(dpo, beta=0.1), optim, rounds))
     assert history[-1].metrics["loss"] < 0.05 < history[0].metrics["loss"]
@@ -252,24 +262,61 @@ def test_overfits_one_batch():
 
 
 def test_schedules():
-    """20 steps of which 4 are warm-up."""
+    """20 steps of which 4 are warm-up, and 5 the decay where there is one."""
     expected = {
         "constant": (0.25, 1.0, 1.0, 1.0),
         "linear": (0.25, 1.0, 0.5, 1 / 16),
-        "cosine": (0.25, 1.0, 0.5, None),
+        "cosine": (0.25, 1.0, 0.5, 0.5 * (1 + math.cos(math.pi * 15 / 16))),
+        "wsd": (0.25, 1.0, 1.0, 1 / 5),
     }
-    for name, (start, peak, middle, end) in expected.items():
-        factor = partial(SCHEDULES[name], num_steps=20, warmup_steps=4)
-        assert [factor(0), factor(3), factor(12)] == pytest.approx(
-            [start, peak, middle if name != "constant" else 1.0]
-        )
-        assert end is None or factor(19) == pytest.approx(end)
-    assert SCHEDULES["cosine"](19, 20, 4) == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
+    for name, values in expected.items():
+        options = {"decay_ratio": 0.25} if name == "wsd" else {}
+        factor = partial(SCHEDULES[name], num_steps=20, warmup_steps=4, **options)
+        assert [factor(step) for step in (0, 3, 12, 19)] == pytest.approx(values), name
+    stable = [SCHEDULES["wsd"](step, 20, 4, decay_ratio=0.25) for step in range(3, 16)]
+    assert stable == [1.0] * 13
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
+def test_a_smallest_learning_rate_is_what_the_step_after_the_last_reaches(name):
+    """f(t) = m + (1 - m) f0(t), and the warm-up is as it is without."""
+    plain, floored = SCHEDULES[name], partial(SCHEDULES[name], min_lr_ratio=0.1)
+    assert (floored(20, 20, 4), floored(1, 20, 4)) == pytest.approx((0.1, 0.5))
+    for step in range(4, 20):
+        assert floored(step, 20, 4) == pytest.approx(0.1 + 0.9 * plain(step, 20, 4))
+
+
+def test_a_warm_up_in_steps():
+    """150 steps to 1e-6, then constant: what DPO was published with."""
+    optim = optimisation(rmsprop, tiny_model(), 1000, lr=1e-6, schedule="constant", warmup_steps=150)
+    assert [optim.lr_at(step) for step in (0, 74, 149, 999)] == pytest.approx([1e-6 / 150, 5e-7, 1e-6, 1e-6])
+
+
+WITHOUT_EFFECT = {
+    "decay_ratio": (
+        {"decay_ratio": 0.2},
+        "optim.decay_ratio=0.2 has no effect: optim.schedule=linear has none; .*=wsd",
+    ),
+    "min_lr_ratio": (
+        {"min_lr_ratio": 0.0, "schedule": "constant"},
+        "optim.min_lr_ratio=0.0 has no effect: optim.schedule=constant has none; .*=linear, cosine, wsd",
+    ),
+    "two warm-ups": ({"warmup_steps": 3, "warmup_ratio": 0.2}, "say the same thing; give one of them"),
+    "overlap": ({"schedule": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6}, "more than the whole run together"),
+    "longer than the run": ({"warmup_steps": 10}, "optim.warmup_steps=10, and the run has 10 steps"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_schedule_options_without_effect_are_refused(name):
+    options, words = WITHOUT_EFFECT[name]
+    with pytest.raises(ValueError, match=words):
+        optimisation(adamw, tiny_model(), 10, **options)
 
 
 def test_decay_is_for_matrices_only_and_lr_follows_the_schedule():
     policy = tiny_model("gpt_neox")
-    optim = adamw(policy, 10, lr=1.0, weight_decay=0.1, schedule="linear", warmup_ratio=0.2)
+    optim = optimisation(partial(adamw, weight_decay=0.1), policy, 10, lr=1.0, schedule="linear", warmup_ratio=0.2)
     decayed, plain = optim.optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim >= 2 for p in decayed["params"])
@@ -280,7 +327,7 @@ def test_decay_is_for_matrices_only_and_lr_follows_the_schedule():
 @pytest.mark.parametrize("options", [{"lr": -1.0}, {"warmup_ratio": 1.5}, {"max_grad_norm": 0.0}])
 def test_optimiser_options_out_of_range(options):
     with pytest.raises(ValueError, match=f"optim.{next(iter(options))}"):
-        adamw(tiny_model(), 10, **options)
+        optimisation(adamw, tiny_model(), 10, **options)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "epochs", "max_steps", "eval_every", "save_every", "save_minutes"])

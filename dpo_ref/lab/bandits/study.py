@@ -26,7 +26,7 @@ from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
 from dpo_ref.references.policies import LiveReference, NoReference
 from dpo_ref.training.on_policy import grouping_of, takes_advantages
-from dpo_ref.training.optim import Optimisation, adamw
+from dpo_ref.training.optim import Optimisation, adamw, optimisation
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
 from dpo_ref.training.trainer import Step, train
 from dpo_ref.types import TokenGroup
@@ -185,7 +185,7 @@ def _rate(draws: Draws, method: Method, noise: torch.Generator, first_number: in
 
 def _optimiser(policy: nn.Module, options: StudyOptions) -> Optimisation:
     flat: Any = {"schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": None}
-    return adamw(policy, options.num_steps, lr=options.lr, **flat)
+    return optimisation(adamw, policy, options.num_steps, lr=options.lr, **flat)
 
 
 def one_run(
