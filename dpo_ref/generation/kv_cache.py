@@ -38,9 +38,9 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :end] for room in self._room)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Int[Tensor, " M"]) -> None:
+    def reorder_cache(self, beam_idx: Int[Tensor, " M"]) -> None:
         """Keep these rows of the batch."""
-        super().batch_select_indices(indices)
+        super().reorder_cache(beam_idx)
         assert self.keys is not None
         assert self.values is not None
         self._room = self.keys, self.values

@@ -224,8 +224,8 @@ def stored_positions(folder: str, key: str = "model.path", revision: str | None 
 
 
 def _without_dropout(config: Any) -> Any:
-    """Dropout off: policy and reference must be the same function."""
-    names = [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]
+    """Dropout and noise off: policy and reference must be the same function."""
+    names = [name for name in vars(config) if any(part in name for part in ("dropout", "pdrop", "jitter"))]
     for name in names:
         if isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)

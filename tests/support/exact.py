@@ -1,4 +1,6 @@
-"""Everything in float64: transformers rounds norms, rotations and routers to float32 in models of any dtype."""
+"""Models in float64 throughout: transformers rounds norms, rotations and routers to float32 in models of any dtype."""
+
+from typing import Any
 
 from torch import Tensor, float32, float64
 from torch.overrides import TorchFunctionMode
@@ -15,6 +17,18 @@ class _Doubles(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def in_float64() -> TorchFunctionMode:
-    """The context in which a float64 model computes nothing in float32, so that only an error is left to be seen."""
-    return _Doubles()
+def in_float64(model: Any) -> Any:
+    """A float64 model of which no forward pass computes anything in float32: what then differs is an error."""
+    for module in (model, model.base_model):
+        entered: list[_Doubles] = []
+
+        def enter(*_: Any, entered: list[_Doubles] = entered) -> None:
+            entered.append(_Doubles())
+            entered[-1].__enter__()
+
+        def leave(*_: Any, entered: list[_Doubles] = entered) -> None:
+            entered.pop().__exit__(None, None, None)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
+    return model

@@ -99,7 +99,8 @@ FAMILIES = {
                {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}),
         Family("Falcon Mamba", "falcon_mamba", "tiiuae/falcon-mamba-7b-instruct", {"state_size": 8}),
         Family("Jamba", "jamba", "ai21labs/AI21-Jamba-Mini-1.7",
-               {**MAMBA, "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
+               {**MAMBA, "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+                "use_mamba_kernels": False}),
         Family("Bamba", "bamba", "ibm-ai-platform/Bamba-9B-v2", {**MAMBA2, "attn_layer_indices": [1]}),
         Family("Nemotron-H", "nemotron_h", "nvidia/Nemotron-H-8B-Base-8K",
                {**HEADS, "layers_block_type": ["mamba", "attention", "mlp", "moe"], "ssm_state_size": 8,
@@ -140,6 +141,5 @@ FAMILIES = {
         Family("Helium", "helium", "kyutai/helium-1-2b", HEADS),
         Family("nanochat", "nanochat", "karpathy/nanochat-d32", {}),
         Family("Persimmon", "persimmon", "adept/persimmon-8b-chat", {}),
-        Family("RWKV", "rwkv", "RWKV/rwkv-4-169m-pile", {"attention_hidden_size": 32}),
     )
 }  # fmt: skip
