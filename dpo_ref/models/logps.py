@@ -19,7 +19,6 @@ from dpo_ref.models.attention import KERNEL_DTYPES, REGISTERED, PackedLayout, la
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores, Span
 
 CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # where configs have it: Gemma's, RecurrentGemma's
 ON_CUDA = 8  # times as many on CUDA: the gradient of the head, as large as its weights, is added to once a chunk
 
 
@@ -55,8 +54,9 @@ def head_of(model: nn.Module) -> Head:
         scale = float(config.logit_scale)
     elif getattr(config, "logits_scaling", None) is not None:  # Granite
         scale = 1.0 / float(config.logits_scaling)
-    caps = (getattr(config, name, None) for name in SOFTCAPS)
-    return Head(output.weight, output.bias, scale, next((cap for cap in caps if cap is not None), None))
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma; RecurrentGemma below
+    softcap = getattr(config, "logits_soft_cap", None) if softcap is None else softcap
+    return Head(output.weight, output.bias, scale, softcap)
 
 
 def chunk_rows(weight: Float[Tensor, "V H"]) -> int:
