@@ -48,7 +48,7 @@ class Head:
 def head_of(model: nn.Module) -> Head:
     """The head of a transformers causal language model, with its architecture's post-processing of the logits."""
     causal_lm: Any = model
-    output, config = causal_lm.get_output_embeddings(), causal_lm.config
+    output, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:  # Cohere
         scale = float(config.logit_scale)
@@ -182,7 +182,10 @@ def _hidden_at(
 def _within_reach(model: Any, batch: PackedBatch) -> bool:
     """Whether positions in this pack are what they are in each of its sequences alone (`reach`). Raises ValueError
     where they are not even that of one sequence: they would depend on those that the model saw before."""
-    longest, limit = max(prompt + max(responses) for prompt, responses in batch.layout), reach(model.config)
+    longest, limit = (
+        max(prompt + max(responses) for prompt, responses in batch.layout),
+        reach(model.config.get_text_config()),
+    )
     if limit is not None and longest > limit.tokens and limit.kind == "dynamic":
         raise ValueError(
             f"{type(model).__name__} has dynamic positions: beyond {limit.tokens} tokens what it says depends on what "
@@ -201,9 +204,10 @@ class Reach(NamedTuple):
 def reach(config: Any) -> Reach | None:
     """Of an architecture whose rotary positions depend on lengths; None for all others."""
     rope = getattr(config, "rope_parameters", None) or {}
-    limits = {"dynamic": config.max_position_embeddings, "longrope": rope.get("original_max_position_embeddings")}
     kind = rope.get("rope_type")
-    return Reach(kind, limits[kind]) if kind in limits else None
+    if kind == "dynamic":
+        return Reach(kind, config.max_position_embeddings)
+    return Reach(kind, rope["original_max_position_embeddings"]) if kind == "longrope" else None
 
 
 # An evaluation asks the same models about the same answers and pairs for several of its numbers.

@@ -79,7 +79,7 @@ def _run_probe(model: Any, device: torch.device) -> _Probe:
 
 def _layers(model: Any, device: torch.device) -> str | None:
     probe = _run_probe(model, device)
-    expected = model.config.num_hidden_layers
+    expected = model.config.get_text_config().num_hidden_layers
     if len(probe.layers) != expected:
         return f"{len(probe.layers)} of its {expected} layers are attention"
     return _mask_rule(probe)
@@ -91,7 +91,7 @@ def _gap(ours: Tensor, theirs: Tensor) -> float:
 
 def _leaks(model: Any, groups: list[TokenGroup], batch: PackedBatch, hidden: Tensor) -> bool:
     """Whether another token in the first response changes what any other response is predicted from."""
-    response = [(token + 1) % model.config.vocab_size for token in groups[0].response_ids[0]]
+    response = [(token + 1) % model.config.get_text_config().vocab_size for token in groups[0].response_ids[0]]
     first = TokenGroup(0, "", groups[0].prompt_ids, (response, groups[0].response_ids[1]), (1, 1), ((0, 1),))
     hidden_after = packed_hidden(model, collate([first, groups[1]]).to(batch.input_ids.device))
     other_responses = batch.response_index != 0
@@ -100,9 +100,9 @@ def _leaks(model: Any, groups: list[TokenGroup], batch: PackedBatch, hidden: Ten
 
 def _refusal(model: Any, native: str, name: str) -> str | None:
     device = next(model.parameters()).device
-    if (reason := _chooses(model.config) or _layers(model, device)) is not None:
+    if (reason := _chooses(model.config.get_text_config()) or _layers(model, device)) is not None:
         return reason
-    groups = _groups(model.config.vocab_size)
+    groups = _groups(model.config.get_text_config().vocab_size)
     batch = collate(groups).to(device)
     hidden = packed_hidden(model, batch)
     if _leaks(model, groups, batch, hidden):
@@ -167,7 +167,7 @@ def kernel_refuses(model: Any, backend: str) -> str | None:
     if unsupported:
         sizes = " and ".join(map(str, unsupported))
         return f"its heads have {sizes} dimensions, and FlashAttention takes multiples of 8 up to {KERNEL_HEADS[-1]}"
-    batch = collate(_groups(model.config.vocab_size)).to(device)
+    batch = collate(_groups(model.config.get_text_config().vocab_size)).to(device)
     with torch.autocast(device.type, torch.bfloat16):
         ours = packed_hidden(model, batch)
         model.set_attn_implementation(register("sdpa"))

@@ -59,9 +59,8 @@ def test_template_options_are_what_the_template_looks_at():
     written = {path.stem: OmegaConf.load(path).get("template_options") for path in PRESETS}
     thinkers = [name for name in written if name.startswith(("qwen3", "smollm3")) and "2507" not in name]
     dated = [name for name in written if name.startswith(("llama3_1", "llama3_2"))]
-    expected = dict.fromkeys(thinkers, {"enable_thinking": False}) | dict.fromkeys(
-        dated, {"date_string": "26 Jul 2024"}
-    )
+    expected = {name: {"enable_thinking": False} for name in thinkers}
+    expected |= {name: {"date_string": "26 Jul 2024"} for name in dated}
     assert {name: options for name, options in written.items() if options} == expected
     for name, options in expected.items():
         assert resolved(f"model={name}").model.options["template_options"] == options

@@ -8,6 +8,7 @@ on one page (`microdpo`). A stop that is refused leaves its sentence.
 """
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -20,12 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.data.sources import preferences
 from dpo_ref.data.tokenise import end_of_turn_ids, tokenise
 from dpo_ref.generation.sampling import generate, never_sampled
 from dpo_ref.models.attention import REGISTERED
+from dpo_ref.models.experts import routers_of
 from dpo_ref.models.loading import load_model, load_tokenizer, pretrained
 from dpo_ref.models.logps import response_logps
 from dpo_ref.objectives import pairwise
@@ -39,13 +42,14 @@ from tests.support.exact import in_float64
 from tests.support.reference_contexts import context_for
 from tests.support.tiny import random_groups
 from tests.support.tokenizers_here import byte_bpe
-from tests.support.zoo_families import FAMILIES, Family
+from tests.support.zoo_families import AWAY, FAMILIES, Family
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "zoo.json", ROOT / "docs" / "models.md"
 DPO, BETA, LR, CPU = bind(pairwise.dpo, beta=0.1), 0.1, 3e-3, torch.device("cpu")
 LAYOUT = ((20, (13, 11)), (1, (5, 8)), (30, (9, 30)), (7, (1, 2, 3)))  # longer than windows, some than longrope's 48
-LORA = ["model.lora_rank=2"]  # how an adapter is asked for
+ADAPTER = {"lora_rank": 2}  # how one is asked for
+SENTENCE = re.compile(r"(?<=[a-z0-9)'}])\.(?= |$)")
 ROWS = [
     {"prompt": "what is it?", "chosen": "a cat.", "rejected": "the dog ran and ran"},
     {"prompt": "1 2 3", "chosen": "4 5", "rejected": "no"},
@@ -55,15 +59,14 @@ ROWS = [
 
 
 class Seen(NamedTuple):
-    """What became of a family: a row of the page. Of what a stop refused, the sentence."""
+    """What became of a family: a row of the page."""
 
     model_type: str
     example: str
-    parameters: int
     packed: str  # "packed", or why one response at a time
-    lora: str  # what an adapter is put into, of all matrices inside the decoder layers
-    generation: str
-    router: str
+    lora: str  # the layers that an adapter is put into, or the sentence with which it is refused
+    experts: str  # of a mixture: how many, and its load-balancing loss
+    generation: str  # "greedy", or the sentence with which it is refused
 
 
 # --- a family's folder
@@ -74,7 +77,10 @@ def make_folder(family: Family, folder: Path) -> Path:
     tokenizer = byte_bpe()
     torch.manual_seed(0)
     special = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(family.model_type, **family.options, **special, pad_token_id=None)
+    options = {**family.options, **special, "pad_token_id": None}
+    if "text_config" in options:
+        options["text_config"] = {**options["text_config"], "vocab_size": len(tokenizer)}
+    config = AutoConfig.for_model(family.model_type, **options)
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and not name.endswith(("A_log", "conv1d.weight")):
@@ -163,16 +169,14 @@ def said_by(done: command.Done) -> str:
     return done.stdout
 
 
-def check_runs(folder: Path, work: Path) -> str:
-    """A run that was stopped and goes on is the run that was not; how it is packed."""
-    text = run(folder, work / "whole", "trainer.max_steps=2")
+def check_runs(folder: Path, work: Path) -> None:
+    """A run that was stopped and goes on is the run that was not."""
+    run(folder, work / "whole", "trainer.max_steps=2")
     run(folder, work / "parts", "trainer.max_steps=1")
     resumed = command.train(f"resume={work / 'parts'}", "trainer.max_steps=2", "tracking=none")
     assert "going on after step 1" in said_by(resumed)
     whole, parts = (plain(work / name / "policy", torch.float32).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
-    reasons = re.findall(r"one response at a time, unpacked: (.*)", " ".join(text.split("\n")))
-    return reasons[0].split("  ")[0].strip() if reasons else "packed"
 
 
 def packed(folder: Path) -> str:
@@ -185,7 +189,7 @@ def packed(folder: Path) -> str:
 
 def check_lora(folder: Path, work: Path) -> str:
     """A step of an adapter; the merged folder gives transformers the policy's log-probs. What was adapted."""
-    policy = pretrained(CPU, path=str(folder), attention="sdpa", lora_rank=2)
+    policy = pretrained(CPU, path=str(folder), attention="sdpa", **ADAPTER)
     before = alone(plain(folder, torch.float32), random_groups(LAYOUT, vocab=300))
     list(library_steps(policy.model, folder, 1, torch.float32))
     groups = random_groups(LAYOUT, vocab=300)
@@ -219,49 +223,108 @@ def check_generation(folder: Path) -> str:
     return "greedy"
 
 
-def refused(stop: Callable[[], str]) -> str:
+def described_experts(folder: Path) -> str:
+    """How many experts a token is sent to, and the coefficient of their load-balancing loss."""
+    model = plain(folder)
+    if not routers_of(model):
+        return "-"
+    coefficient = getattr(model.config, "router_aux_loss_coef", None)
+    return "no loss of theirs" if coefficient is None else f"router loss {coefficient:g}"
+
+
+def sentence_of(stop: Callable[[], str]) -> str:
     """What a stop gives, or the sentence with which it is refused."""
     try:
         return stop()
     except ValueError as error:
-        return f"refused: {error}"
+        return f"refused: {SENTENCE.split(str(error))[0]}"
 
 
 def visit(family: Family, work: Path) -> Seen:
     """All stops. Raises AssertionError where an oracle says something else."""
     folder = make_folder(family, work / "model")
-    parameters = sum(parameter.numel() for parameter in plain(folder).parameters())
     check_logps(folder)
     check_steps(folder)
     check_runs(folder, work)
     return Seen(
-        family.model_type, family.example, parameters, packed(folder), refused(lambda: check_lora(folder, work)),
-        refused(lambda: check_generation(folder)), "",
-    )  # fmt: skip
+        family.model_type,
+        family.example,
+        packed(folder),
+        sentence_of(lambda: check_lora(folder, work)),
+        described_experts(folder),
+        sentence_of(lambda: check_generation(folder)),
+    )
+
+
+def turn_away(family: Family, work: Path) -> str:
+    """The sentence with which a training run refuses a model. Raises AssertionError where it does not."""
+    folder = make_folder(family, work / "model")
+    try:
+        run(folder, work / "run", "trainer.max_steps=1")
+    except ValueError as error:
+        return SENTENCE.split(str(error).replace(str(folder), "..."))[0]
+    raise AssertionError(f"{family.title} is not refused")
+
+
+# --- the page
+
+PREAMBLE = """\
+# Models
+
+Written by `make zoo` from `benchmarks/results/zoo.json`: of every family a tiny random model goes through the real
+loader, log-probs of packs, two optimiser steps, a run that is stopped and goes on, an adapter, and answers. The
+log-probs equal those of single sequences in transformers to 1e-11 in float64, the losses those of
+[the method on one page](../tests/support/microdpo.py) to 1e-9; a run that goes on is the whole one bit for bit, a
+merged adapter gives transformers the policy's log-probs, and greedy answers are those of `generate`.
+
+**packed**: responses share one copy of their prompt, and nothing is padded. Where an architecture does not allow it,
+responses run one at a time, which is said when it is loaded, and costs time alone. **adapter**: the layers that
+`model.lora_rank` reaches. **experts**: `model.router_loss=config` adds the model's own load-balancing loss
+([metrics.md](metrics.md) has the loads that are written).
+
+| family | `model_type` | such as | packed | adapter | experts | answers |
+|---|---|---|---|---|---|---|
+"""
+REFUSED = """
+## Refused
+
+What cannot be trained is refused before any data is read:
+
+| family | `model_type` | what is said |
+|---|---|---|
+"""
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/models.md."""
+    seen = {title: Seen(**row) for title, row in results["families"].items()}
+    rows = []
+    for title, row in seen.items():
+        adapter = row.lora if row.lora.startswith("refused") else ", ".join(f"`{name}`" for name in row.lora.split())
+        cells = (title, f"`{row.model_type}`", row.example, row.packed, adapter, row.experts, row.generation)
+        rows.append(f"| {' | '.join(cells)} |\n")
+    away = [f"| {title} | `{AWAY[title].model_type}` | {said} |\n" for title, said in results["refused"].items()]
+    return PREAMBLE + "".join(rows) + REFUSED + "".join(away)
+
+
+def main(titles: list[str]) -> None:
+    """Visit the families named, or all, and write what was seen of all."""
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    results: dict[str, Any] = {"families": {}, "refused": {}}
+    for kind, families, stop in (("families", FAMILIES, visit), ("refused", AWAY, turn_away)):
+        for title, family in families.items():
+            if titles and title not in titles:
+                continue
+            with tempfile.TemporaryDirectory() as name:
+                os.environ["DPO_REF_CACHE"] = f"{name}/cache"
+                seen = stop(family, Path(name))
+            results[kind][title] = seen._asdict() if isinstance(seen, Seen) else seen
+            print(f"{title:24}", *(seen if isinstance(seen, Seen) else [seen]), flush=True)
+    if not titles:
+        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        PAGE.write_text(page(results))
 
 
 if __name__ == "__main__":
-    import time
-    import traceback
-
-    warnings.simplefilter("ignore")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for family in FAMILIES.values():
-        if sys.argv[1:] and family.title not in sys.argv[1:]:
-            continue
-        started = time.time()
-        with tempfile.TemporaryDirectory() as name:
-            try:
-                print(f"{family.title:22}", *visit(family, Path(name)), f"{time.time() - started:.1f}", flush=True)
-            except Exception as error:
-                tb = traceback.extract_tb(error.__traceback__)
-                where = [f.name for f in tb if f.filename.endswith("zoo.py")][-1]
-                print(
-                    f"{family.title:22} FAIL in {where}: {type(error).__name__} {str(error)[:300]!r} [{tb[-1].filename.split('/')[-1]}:{tb[-1].lineno}] {time.time() - started:.1f}",
-                    flush=True,
-                )
-                if len(sys.argv) > 1:
-                    traceback.print_exc()
+    main(sys.argv[1:])

@@ -38,6 +38,12 @@ LONGROPE = {  # the texts are partly longer than 48 tokens
 }  # fmt: skip
 
 
+GEMMA3 = {**SHAPE, **HEADS, **HALF, "query_pre_attn_scalar": 8, "bos_token_id": None, "pad_token_id": None}
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+}  # fmt: skip
+
+
 class Family(NamedTuple):
     """An architecture of transformers: its name, a checkpoint of it, and what its tiny model's config says."""
 
@@ -71,6 +77,8 @@ FAMILIES = {
         Family("Gemma 2", "gemma2", "google/gemma-2-2b-it",
                {**HEADS, **HALF, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
         Family("Gemma 3", "gemma3_text", "google/gemma-3-1b-it", {**HEADS, **HALF, "query_pre_attn_scalar": 8}),
+        Family("Gemma 3 with images", "gemma3", "google/gemma-3-4b-it",
+               {"text_config": GEMMA3, "vision_config": VISION}),
         Family("OLMo", "olmo", "allenai/OLMo-7B-Instruct-hf", {}),
         Family("OLMo 2", "olmo2", "allenai/OLMo-2-1124-7B-SFT", {}),
         Family("OLMo 3", "olmo3", "allenai/Olmo-3-7B-Instruct-SFT", HALF),
@@ -143,3 +151,11 @@ FAMILIES = {
         Family("Persimmon", "persimmon", "adept/persimmon-8b-chat", {}),
     )
 }  # fmt: skip
+AWAY = {  # architectures that are refused
+    family.title: family
+    for family in (
+        Family("BERT", "bert", "google-bert/bert-base-uncased", {"is_decoder": True}),
+        Family("ELECTRA", "electra", "google/electra-base-generator", {"is_decoder": True, "embedding_size": 32}),
+        Family("RoFormer", "roformer", "junnyu/roformer_chinese_base", {"is_decoder": True, "embedding_size": 32}),
+    )
+}
