@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from dpo_ref.data.packing import collate
 from dpo_ref.models import experts
 from dpo_ref.models.experts import Routing, load_balancing_loss, routers_of
-from dpo_ref.models.loading import CHECKPOINTING, pretrained
+from dpo_ref.models.loading import CHECKPOINTING
 from dpo_ref.objectives import pairwise
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.unpaired import sft
@@ -163,9 +163,10 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED, ids="-".join)
 def test_refused_of_a_model(case, folders):
     name, option = case
-    options = {"router_loss": "config"} if option == "router_loss" else {"freeze_router": True}
+    value = {"router_loss": "config", "freeze_router": "true"}[option]
+    config = resolved("model=pretrained", f"model.path={folders[name]}", f"model.{option}={value}")
     with pytest.raises(ValueError, match=REFUSED[case]):
-        pretrained(torch.device("cpu"), path=str(folders[name]), attention="sdpa", **options)
+        config.model(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from dpo_ref.cli.build import trained_model
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.data.sources import preferences
 from dpo_ref.data.tokenise import end_of_turn_ids, tokenise
 from dpo_ref.generation.sampling import generate, never_sampled
 from dpo_ref.models.attention import REGISTERED
 from dpo_ref.models.experts import routers_of
-from dpo_ref.models.loading import load_model, load_tokenizer, pretrained
+from dpo_ref.models.loading import load_model, load_tokenizer
 from dpo_ref.models.logps import response_logps
 from dpo_ref.objectives import pairwise
 from dpo_ref.objectives.interface import bind
@@ -48,7 +49,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "zoo.json", ROOT / "docs" / "models.md"
 DPO, BETA, LR, CPU = bind(pairwise.dpo, beta=0.1), 0.1, 3e-3, torch.device("cpu")
 LAYOUT = ((20, (13, 11)), (1, (5, 8)), (30, (9, 30)), (7, (1, 2, 3)))  # longer than windows, some than longrope's 48
-ADAPTER = {"lora_rank": 2}  # how one is asked for
+ADAPTER = ["model.lora_rank=2"]  # how one is asked for
 SENTENCE = re.compile(r"(?<=[a-z0-9)'}])\.(?= |$)")
 ROWS = [
     {"prompt": "what is it?", "chosen": "a cat.", "rejected": "the dog ran and ran"},
@@ -189,7 +190,8 @@ def packed(folder: Path) -> str:
 
 def check_lora(folder: Path, work: Path) -> str:
     """A step of an adapter; the merged folder gives transformers the policy's log-probs. What was adapted."""
-    policy = pretrained(CPU, path=str(folder), attention="sdpa", **ADAPTER)
+    config = command.resolved("model=pretrained", f"model.path={folder}", "model.attention=sdpa", *ADAPTER)
+    policy = trained_model(config, CPU)
     before = alone(plain(folder, torch.float32), random_groups(LAYOUT, vocab=300))
     list(library_steps(policy.model, folder, 1, torch.float32))
     groups = random_groups(LAYOUT, vocab=300)
