@@ -31,10 +31,12 @@ METRICS = {  # of a training step, and what they are
 
 
 class Router(NamedTuple):
-    """A layer's router: where in its output the logits are, and the block of its experts."""
+    """A layer's router: what is called, where in its output the logits are, all of it with an adapter around it, and
+    the block that it shares with its experts."""
 
     module: nn.Module
     index: int
+    whole: nn.Module
     block: nn.Module
 
 
@@ -47,7 +49,9 @@ def routers_of(model: Any) -> tuple[Router, ...]:
     for recorder in recorders if isinstance(recorders, list | tuple) else (recorders,):
         for name, module in model.named_modules():
             if isinstance(module, recorder.target_class) and (recorder.layer_name or "") in name:
-                found.append(Router(module, recorder.index or 0, model.get_submodule(name.rpartition(".")[0])))
+                plain = name.replace(".base_layer", "")  # which peft puts below an adapter
+                whole, block = model.get_submodule(plain), model.get_submodule(plain.rpartition(".")[0])
+                found.append(Router(module, recorder.index or 0, whole, block))
     return tuple(found)
 
 
@@ -64,7 +68,7 @@ def freeze(model: nn.Module, routers: Sequence[Router]) -> None:
     router is no module of its own."""
     if any(router.index for router in routers):
         raise ValueError(f"model.freeze_router: the router of {type(model).__name__} is no module of its own")
-    weights = [weight for router in routers for weight in router.module.parameters() if weight.requires_grad]
+    weights = [weight for router in routers for weight in router.whole.parameters() if weight.requires_grad]
     if not weights:
         why = "it has no experts" if not routers else "an adapter leaves it as it is"
         raise ValueError(f"model.freeze_router=true has no effect on {type(model).__name__}: {why}; leave it out")

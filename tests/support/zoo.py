@@ -202,7 +202,7 @@ def check_lora(folder: Path, work: Path) -> str:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
     assert (theirs - before).abs().max() > 1e-3
     names = [name for name, _ in policy.model.named_parameters() if name.endswith("lora_B.default.weight")]
-    inside = {name.split(".lora_B")[0].rsplit(".", 1)[1] for name in names}
+    inside = {name.split(".lora_B")[0].replace(".base_layer", "").rsplit(".", 1)[1] for name in names}
     return " ".join(sorted(inside))
 
 
