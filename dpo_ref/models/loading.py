@@ -249,8 +249,8 @@ def stored_positions(folder: str, key: str = "model.path", revision: str | None 
 
 
 def _without_dropout(config: Any) -> Any:
-    """Dropout and noise off: policy and reference must be the same function."""
-    names = [name for name in vars(config) if any(part in name for part in ("dropout", "pdrop", "jitter"))]
+    """Dropout off: policy and reference must be the same function. For the noise of experts see `training_mode`."""
+    names = [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]
     for name in names:
         if isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)
@@ -289,7 +289,8 @@ def load_model(
     if device is not None:
         model.to(device)
     check_finite(model, f"{key}={path}")
-    return LoadedModel(model, _install_packing(model, attention, f"{key}={path}"))
+    with _quietly():  # some architectures say that they keep their own attention
+        return LoadedModel(model, _install_packing(model, attention, f"{key}={path}"))
 
 
 def pretrained_model(

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -115,6 +116,21 @@ def test_a_dense_model_has_no_routing():
     _, routing = backward(policy_of(tiny_model()), NoReference(), DPO, [random_groups(LAYOUT)])
     assert routing.metrics() == {}
     assert routers_of(tiny_model()) == ()
+
+
+def test_a_router_with_an_adapter():
+    """peft puts itself around the router's weight: the router is found with it, and frozen with it."""
+    model = mixtral()
+    get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["mlp.gate.weight"]))
+    routers = routers_of(model)
+    assert [type(router.module).__name__ for router in routers] == ["MixtralTopKRouter"] * 2
+    assert [type(router.block).__name__ for router in routers] == ["MixtralSparseMoeBlock"] * 2
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    experts.freeze(model, routers)
+    assert len(trained) == 4
+    assert not any(weight.requires_grad for weight in trained)
+    with pytest.raises(ValueError, match="has no effect on MixtralForCausalLM: an adapter leaves it as it is"):
+        experts.freeze(model, routers)
 
 
 def test_a_router_that_draws_while_it_is_trained_does_not_here():
