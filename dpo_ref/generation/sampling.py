@@ -264,16 +264,18 @@ class _Rows:
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
         """Take all others out."""
+        from dpo_ref.generation.kv_cache import keep_rows
+
         kept = (x.index_select(0, rows) for x in (self.index, self.streams, self.mask, self.positions, self.ended))
         self.index, self.streams, self.mask, self.positions, self.ended = kept
-        self.cache.reorder_cache(rows)  # batch_select_indices leaves out recurrent states
+        keep_rows(self.cache, rows)
 
 
 def _read_prompts(
     backbone: Any, prompts: Sequence[Sequence[int]], streams: Int[Tensor, " S"], max_new_tokens: int
 ) -> tuple[Float[Tensor, "S H"], _Rows]:
     """Hidden states from which the first token of each row is drawn. Prompts that are alike are read once."""
-    from dpo_ref.generation.kv_cache import with_room
+    from dpo_ref.generation.kv_cache import keep_rows, with_room
 
     device = next(backbone.parameters()).device
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -284,7 +286,7 @@ def _read_prompts(
     whose = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     name = next(name for name in CACHES if name in output)
     cache = with_room(output[name])
-    cache.reorder_cache(whose)
+    keep_rows(cache, whose)
     index = torch.arange(len(prompts), device=device)
     none = torch.zeros_like(index).bool()
     rows = _Rows(index, streams.to(device), mask[whose], positions[whose, -1:], none, name, cache)

@@ -76,6 +76,17 @@ def freeze(model: nn.Module, routers: Sequence[Router]) -> None:
         weight.requires_grad_(False)
 
 
+def check_adapted(model: nn.Module, routers: Sequence[Router]) -> None:
+    """Raise ValueError for an adapter on a router whose output is more than a linear layer's."""
+    for router in routers:
+        adapted = router.whole is not router.module and type(router.whole).__name__ == "Linear"  # peft's
+        if adapted and type(router.module) is not nn.Linear:
+            raise ValueError(
+                f"no adapter can lie on the {type(router.module).__name__} of {type(model).__name__}, which returns "
+                "more than a linear layer; name other layers for the adapter, or train without one"
+            )
+
+
 def check_router_loss(router_loss: int | float | str | None, compile: bool) -> None:
     """Raise ValueError for a `model.router_loss` that means nothing, whatever the model."""
     if router_loss is None:

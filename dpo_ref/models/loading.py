@@ -24,6 +24,7 @@ from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_
 from dpo_ref.models.experts import (
     Router,
     Routing,
+    check_adapted,
     check_router_loss,
     freeze,
     router_coefficient,
@@ -412,6 +413,7 @@ def pretrained(
     notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
     trained = _adapter(model, adapter, lora_rank, lora_alpha)
     routers = routers_of(model)
+    check_adapted(model, routers)
     balancing = router_coefficient(model, routers, router_loss)
     notes += routing_note(model, routers, balancing)
     if freeze_router:

@@ -96,8 +96,8 @@ def test_a_layer_with_room_holds_what_one_that_is_copied_holds():
     for position in range(5, len(states)):
         new = states[position, :, :, :, None]
         if position == ROOM:
-            plain.reorder_cache(torch.tensor([2, 0]))
-            roomy.reorder_cache(torch.tensor([2, 0]))
+            plain.batch_select_indices(torch.tensor([2, 0]))
+            roomy.batch_select_indices(torch.tensor([2, 0]))
         new = new[:, [2, 0]] if position >= ROOM else new
         for ours, theirs in zip(roomy.update(*new, 0), plain.update(*new, 0), strict=True):
             assert torch.equal(ours, theirs)
