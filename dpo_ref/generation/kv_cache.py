@@ -69,5 +69,14 @@ def with_room(cache: Any) -> Any:
 def keep_rows(cache: Any, rows: Int[Tensor, " M"]) -> None:
     """Keep these rows of the batch, of recurrent states too, which `batch_select_indices` leaves out."""
     cache.reorder_cache(rows)
-    if type(cache).__name__ == "MiniMaxCache":  # it has its own apart from its layers
+    if type(cache).__name__ == MINIMAX:  # it has its states apart from its layers
         cache.linear_cache = [state[rows] if isinstance(state, Tensor) else state for state in cache.linear_cache]
+
+
+def check_padding(cache: Any, mask: Int[Tensor, "S L"]) -> None:
+    """Raise ValueError for padded prompts of an architecture that reads padding in transformers (5.23), too."""
+    if type(cache).__name__ == MINIMAX and not mask.all():
+        raise ValueError("MiniMax reads the padding before shorter prompts; use generation.batch_size=1")
+
+
+MINIMAX = "MiniMaxCache"

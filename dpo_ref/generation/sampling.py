@@ -275,7 +275,7 @@ def _read_prompts(
     backbone: Any, prompts: Sequence[Sequence[int]], streams: Int[Tensor, " S"], max_new_tokens: int
 ) -> tuple[Float[Tensor, "S H"], _Rows]:
     """Hidden states from which the first token of each row is drawn. Prompts that are alike are read once."""
-    from dpo_ref.generation.kv_cache import keep_rows, with_room
+    from dpo_ref.generation.kv_cache import check_padding, keep_rows, with_room
 
     device = next(backbone.parameters()).device
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -285,6 +285,7 @@ def _read_prompts(
     mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], dim=1)
     whose = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     name = next(name for name in CACHES if name in output)
+    check_padding(output[name], mask)
     cache = with_room(output[name])
     keep_rows(cache, whose)
     index = torch.arange(len(prompts), device=device)
