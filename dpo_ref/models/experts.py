@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +30,8 @@ METRICS = {  # of a training step, and what they are
 }
 
 
-class Router(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Router:
     """A layer's router: what is called, where in its output the logits are, all of it with an adapter around it, and
     the block that it shares with its experts."""
 
