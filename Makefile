@@ -11,7 +11,7 @@ PYTHONS := 3.11 3.12 3.13
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install install-locked install-dev demo test test-fast test-matrix faults guards
-.PHONY: lab-models reliability lint format flash lock licences audit clean
+.PHONY: lab-models reliability zoo lint format flash lock licences audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ lab-models: install ## train the lab's models by their recipes and compare with 
 
 reliability: install-dev ## the same, and write docs/reliability.md of what was seen
 	$(PYTEST) -m "slow or not slow" --reliability tests/faults
+
+zoo: install-dev ## every family of models through all that is done with one; writes docs/models.md
+	$(BIN)/python -m tests.support.zoo
+	$(PYTEST) -m "slow or not slow" tests/zoo
 
 guards: install-dev ## take out, one after the other, the lines that keep the promises, and see their tests fail
 	$(BIN)/python -m tests.faults.guards

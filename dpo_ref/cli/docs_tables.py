@@ -26,6 +26,7 @@ from dpo_ref.cli.resolve import resolve, strength
 from dpo_ref.cli.schemas import CONF, groups, locate, look_in, register
 from dpo_ref.component import configuration
 from dpo_ref.evaluation.results import METRICS, Metric
+from dpo_ref.models import experts
 from dpo_ref.objectives.interface import OF_TOKENS, Objective, bind, probe_inputs
 
 # --- docs/objectives.md
@@ -241,9 +242,19 @@ def _metric_row(metric: Metric) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
+EXPERTS_PREAMBLE = """
+## Of a training step of a mixture of experts
+
+The loads are those of all tokens of the optimiser step's packs, of which a prompt counts once, in the layers that have
+experts. They are written as `train/<name>`, not with `model.compile=true`.
+
+"""
+
+
 def metrics_page() -> str:
     """The whole of docs/metrics.md."""
-    return METRICS_PREAMBLE + "".join(map(_metric_row, METRICS))
+    of_experts = "".join(f"- `{name}`: {meaning}\n" for name, meaning in experts.METRICS.items())
+    return METRICS_PREAMBLE + "".join(map(_metric_row, METRICS)) + EXPERTS_PREAMBLE + of_experts
 
 
 if __name__ == "__main__":

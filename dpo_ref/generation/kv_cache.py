@@ -45,6 +45,10 @@ class RoomyLayer(DynamicLayer):
         assert self.values is not None
         self._room = self.keys, self.values
 
+    def reorder_cache(self, beam_idx: Int[Tensor, " M"]) -> None:
+        """The same by the name that all layers have."""
+        self.batch_select_indices(beam_idx)
+
 
 def _with_room(states: Float[Tensor, "S H T D"], more: int) -> Float[Tensor, "S H U D"]:
     room = states.new_empty(*states.shape[:2], states.shape[2] + more, states.shape[3])
@@ -55,5 +59,24 @@ def _with_room(states: Float[Tensor, "S H T D"], more: int) -> Float[Tensor, "S 
 def with_room(cache: Any) -> Any:
     """The cache that a model made, its plain layers with room ahead; layers of other kinds (sliding windows,
     recurrent states) stay as they are."""
-    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    plain = (type(layer) is DynamicLayer and layer.keys is not None for layer in cache.layers)
+    cache.layers = [
+        RoomyLayer(layer) if is_plain else layer for layer, is_plain in zip(cache.layers, plain, strict=True)
+    ]
     return cache
+
+
+def keep_rows(cache: Any, rows: Int[Tensor, " M"]) -> None:
+    """Keep these rows of the batch, of recurrent states too, which `batch_select_indices` leaves out."""
+    cache.reorder_cache(rows)
+    if type(cache).__name__ == MINIMAX:  # it has its states apart from its layers
+        cache.linear_cache = [state[rows] if isinstance(state, Tensor) else state for state in cache.linear_cache]
+
+
+def check_padding(cache: Any, mask: Int[Tensor, "S L"]) -> None:
+    """Raise ValueError for padded prompts of an architecture that reads padding in transformers (5.23), too."""
+    if type(cache).__name__ == MINIMAX and not mask.all():
+        raise ValueError("MiniMax reads the padding before shorter prompts; use generation.batch_size=1")
+
+
+MINIMAX = "MiniMaxCache"

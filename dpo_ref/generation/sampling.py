@@ -246,6 +246,9 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+CACHES = ("past_key_values", "cache_params")  # what models call what they keep of the tokens before; Mamba the latter
+
+
 @dataclass
 class _Rows:
     """The rows of a batch that are being decoded, M of S. Those that have ended stay for a while, as taking them out
@@ -256,20 +259,23 @@ class _Rows:
     mask: Int[Tensor, "M L"]  # of prompts and all tokens there can be
     positions: Int[Tensor, "M 1"]  # of the token before
     ended: Bool[Tensor, " M"]
+    cache_name: str  # one of CACHES
     cache: Any
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
         """Take all others out."""
+        from dpo_ref.generation.kv_cache import keep_rows
+
         kept = (x.index_select(0, rows) for x in (self.index, self.streams, self.mask, self.positions, self.ended))
         self.index, self.streams, self.mask, self.positions, self.ended = kept
-        self.cache.batch_select_indices(rows)
+        keep_rows(self.cache, rows)
 
 
 def _read_prompts(
     backbone: Any, prompts: Sequence[Sequence[int]], streams: Int[Tensor, " S"], max_new_tokens: int
 ) -> tuple[Float[Tensor, "S H"], _Rows]:
     """Hidden states from which the first token of each row is drawn. Prompts that are alike are read once."""
-    from dpo_ref.generation.kv_cache import with_room
+    from dpo_ref.generation.kv_cache import check_padding, keep_rows, with_room
 
     device = next(backbone.parameters()).device
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -278,10 +284,13 @@ def _read_prompts(
     output = backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
     mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], dim=1)
     whose = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
-    cache = with_room(output.past_key_values)
-    cache.batch_select_indices(whose)
+    name = next(name for name in CACHES if name in output)
+    check_padding(output[name], mask)
+    cache = with_room(output[name])
+    keep_rows(cache, whose)
     index = torch.arange(len(prompts), device=device)
-    rows = _Rows(index, streams.to(device), mask[whose], positions[whose, -1:], torch.zeros_like(index).bool(), cache)
+    none = torch.zeros_like(index).bool()
+    rows = _Rows(index, streams.to(device), mask[whose], positions[whose, -1:], none, name, cache)
     return output[0][whose, -1], rows
 
 
@@ -322,8 +331,8 @@ def decode(
             input_ids=tokens[:, None],
             attention_mask=rows.mask[:, : length + step + 1],
             position_ids=rows.positions,
-            past_key_values=rows.cache,
             use_cache=True,
+            **{rows.cache_name: rows.cache},
         )
         hidden = output[0][:, -1]
     ended(before)

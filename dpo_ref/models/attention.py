@@ -11,15 +11,18 @@ Every backend computes exactly that and differs only in how:
 `flash_attn`  the same layout on the flash-attn package.
 `eager`       the formula written out in matmuls, for architectures with soft-capping or sinks, and for tests.
 
-They reach the model through transformers' attention interface: the model is called with `packed=PackedLayout(...)`.
+They reach the model through transformers' attention interface. The layout takes the place of the mask (`laid_out`),
+which every architecture hands to its attention layers, whatever else it leaves out.
 """
 
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, islice
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,7 +63,7 @@ class PackedLayout:
         self.pieces = [size for group in layout for size in _pieces_of(group)]
         self._masks: dict[tuple[Any, ...], Tensor] = {}
 
-    def note(self, attention_mask: Any, window: int | None, head_sizes: tuple[int, int]) -> None:
+    def note(self, attention_mask: "PackedMask", window: int | None, head_sizes: tuple[int, int]) -> None:
         """Called once per layer; `packable` listens here."""
 
     def is_short(self, group: Group) -> bool:
@@ -232,15 +235,14 @@ def _interface(backend: str) -> Callable[..., tuple[Tensor, None]]:
         attention_mask: object,
         scaling: float,
         dropout: float = 0.0,
-        packed: PackedLayout | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        if packed is None or dropout != 0.0:
+        if not isinstance(attention_mask, PackedMask) or dropout != 0.0:
             raise ValueError(f"{type(module).__name__} lost the pack's layout or uses attention dropout: not packable")
-        head_sizes = query.shape[-1], value.shape[-1]
+        packed, head_sizes = attention_mask.packed, (query.shape[-1], value.shape[-1])
         packed.note(attention_mask, sliding_window, head_sizes)
         special = softcap is not None or s_aux is not None
         if kernel is not None and not special and value.dtype in KERNEL_DTYPES and kernels_take(head_sizes):
@@ -291,10 +293,32 @@ def register(backend: str) -> str:
     # Lengths of pieces are Python numbers: compiled, attention would specialise on every pack.
     attention: Any = torch.compiler.disable(_interface(backend))
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, _mask_rule)
+    AttentionMaskInterface.register(name, _packed_mask)
     return name
 
 
-def _mask_rule(*args: Any, mask_function: Callable[..., Any] | None = None, **kwargs: Any) -> SimpleNamespace:
-    """No mask is made, the layout is the mask; the rule travels along for `packable` to ask."""
-    return SimpleNamespace(mask_function=mask_function)
+@dataclass(frozen=True)
+class PackedMask:
+    """What attention layers are handed as their mask: the layout is the mask; the rule by which transformers would
+    have made one travels along for `packable` to ask."""
+
+    packed: PackedLayout
+    rule: Callable[..., Any] | None
+
+
+_LAYOUT: ContextVar[PackedLayout] = ContextVar("the layout of the pack under way")
+
+
+@contextmanager
+def laid_out(packed: PackedLayout) -> Iterator[None]:
+    """Within, a model with packed attention is called on a pack of this layout."""
+    token = _LAYOUT.set(packed)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+def _packed_mask(*args: Any, mask_function: Callable[..., Any] | None = None, **kwargs: Any) -> PackedMask:
+    """Called once per forward pass and kind of layer, where transformers makes its masks."""
+    return PackedMask(_LAYOUT.get(), mask_function)

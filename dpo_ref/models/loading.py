@@ -21,6 +21,17 @@ from dpo_ref.files.digests import DIGESTS, file_digest
 from dpo_ref.models.adapters import add_lora, load_adapter
 from dpo_ref.models.attention import KERNELS, resolve_backend
 from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_digest
+from dpo_ref.models.experts import (
+    Router,
+    Routing,
+    check_adapted,
+    check_router_loss,
+    freeze,
+    router_coefficient,
+    routers_of,
+    routing_note,
+    training_mode,
+)
 from dpo_ref.models.folders import (
     MODEL_FILES,
     TEXT_FILES,
@@ -60,6 +71,7 @@ class TrainedModel(ABC):
     compiled: bool = False
     adapter: Any = None  # peft's view of the model, where an adapter is trained instead of its weights
     notes: tuple[str, ...] = ()  # what the user is told of how it runs
+    router_loss: float = 0.0  # coefficient of a mixture's load-balancing loss
     writes: ClassVar[bool]  # whether it can be asked for answers
 
     @cached_property
@@ -96,6 +108,20 @@ class TrainedModel(ABC):
         if self.compute_dtype is torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=False)
+
+    @cached_property
+    def routers(self) -> tuple[Router, ...]:
+        """Those of a mixture of experts."""
+        return routers_of(self.model)
+
+    def routing(self, num_tokens: int) -> Routing:
+        """What observes them in an optimiser step whose packs have so many tokens; compiled layers hide theirs."""
+        top_k = getattr(self.model.config, "num_experts_per_tok", 1)
+        return Routing(() if self.compiled else self.routers, top_k, self.router_loss, num_tokens)
+
+    def train(self) -> None:
+        """Training mode."""
+        training_mode(self.model, self.routers)
 
     @abstractmethod
     def outputs(self, batch: PackedBatch) -> Any:
@@ -224,7 +250,7 @@ def stored_positions(folder: str, key: str = "model.path", revision: str | None 
 
 
 def _without_dropout(config: Any) -> Any:
-    """Dropout off: policy and reference must be the same function."""
+    """Dropout off: policy and reference must be the same function. For the noise of experts see `training_mode`."""
     names = [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]
     for name in names:
         if isinstance(getattr(config, name), float):
@@ -264,7 +290,8 @@ def load_model(
     if device is not None:
         model.to(device)
     check_finite(model, f"{key}={path}")
-    return LoadedModel(model, _install_packing(model, attention, f"{key}={path}"))
+    with _quietly():  # some architectures say that they keep their own attention
+        return LoadedModel(model, _install_packing(model, attention, f"{key}={path}"))
 
 
 def pretrained_model(
@@ -324,10 +351,13 @@ def _check_options(
     adapter: str | None,
     lora_rank: int | None,
     lora_alpha: float | None,
+    router_loss: int | float | str | None,
+    compile: bool,
     **rest: Any,
 ) -> None:
     """Raise ValueError for options that would have no effect."""
     check_revision(path, revision, "model")
+    check_router_loss(router_loss, compile)
     if attention in KERNELS and dtype == "float32":
         raise ValueError(
             f"model.attention={attention} computes in half precision and has no effect with model.dtype=float32; use "
@@ -355,6 +385,8 @@ def pretrained(
     adapter: str | None = None,
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
+    router_loss: int | float | str | None = None,
+    freeze_router: bool = False,
 ) -> Policy:
     """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`). `revision` is a branch,
     tag or commit of the hub's; the run's summary.json says which commit it was.
@@ -368,6 +400,10 @@ def pretrained(
     template looks at, such as enable_thinking. `max_length` is what the model is meant for, in tokens;
     data.max_length goes before it. `lora_rank` trains a LoRA adapter on all linear layers instead of the weights
     (`lora_alpha`: twice the rank unless given), `adapter` goes on training a saved one, a folder or hub name.
+
+    Of a mixture of experts, `router_loss` is the coefficient of its load-balancing loss, which is added to any
+    objective's once an optimiser step: a number, `config` for the one in the model's config, or null for none;
+    `freeze_router` leaves its routers as they are.
     """
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)
@@ -376,10 +412,19 @@ def pretrained(
     check_vocabulary(tokenizer, model, f"model.path={path}")
     notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
     trained = _adapter(model, adapter, lora_rank, lora_alpha)
+    routers = routers_of(model)
+    check_adapted(model, routers)
+    balancing = router_coefficient(model, routers, router_loss)
+    notes += routing_note(model, routers, balancing)
+    if freeze_router:
+        freeze(model, routers)
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:
         compile_layers(model)
-    return Policy(lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes)
+    return Policy(
+        lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes,
+        router_loss=balancing,
+    )  # fmt: skip
 
 
 def _adapter(model: Any, adapter: str | None, rank: int | None, alpha: float | None) -> Any:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_ref.models.attention import KERNEL_DTYPES, REGISTERED, PackedLayout
+from dpo_ref.models.attention import KERNEL_DTYPES, REGISTERED, PackedLayout, laid_out
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores, Span
 
 CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32
@@ -48,13 +48,15 @@ class Head:
 def head_of(model: nn.Module) -> Head:
     """The head of a transformers causal language model, with its architecture's post-processing of the logits."""
     causal_lm: Any = model
-    output, config = causal_lm.get_output_embeddings(), causal_lm.config
+    output, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:  # Cohere
         scale = float(config.logit_scale)
     elif getattr(config, "logits_scaling", None) is not None:  # Granite
         scale = 1.0 / float(config.logits_scaling)
-    return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma; RecurrentGemma below
+    softcap = getattr(config, "logits_soft_cap", None) if softcap is None else softcap
+    return Head(output.weight, output.bias, scale, softcap)
 
 
 def chunk_rows(weight: Float[Tensor, "V H"]) -> int:
@@ -150,23 +152,62 @@ def token_collisions(hidden: Float[Tensor, "R H"], head: Head) -> Float[Tensor, 
 
 def response_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
     """Hidden states from which the pack's response tokens are predicted: of the whole pack at once where packed
-    attention is installed (see `packable`), else of one response after the other."""
-    return hidden_at(model, batch, batch.head_index)
+    attention is installed (see `packable`) and positions allow it (`reach`), else of one response after the other."""
+    return hidden_at(model, batch, batch.head_index, batch.response_index)
 
 
-def hidden_at(model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
-    """Last hidden states at these positions of the pack, computed as `response_hidden` says."""
+def hidden_at(
+    model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " P"], owners: Int[Tensor, " P"]
+) -> Float[Tensor, "P H"]:
+    """Last hidden states at these positions of the pack, in its prompts as the responses `owners` see them; computed
+    as `response_hidden` says."""
     kept = _KEPT.get()
-    return _hidden_at(model, batch, positions) if kept is None else kept.hidden_at(model, batch, positions)
+    return (_hidden_at if kept is None else kept.hidden_at)(model, batch, positions, owners)
 
 
-def _hidden_at(model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
+def _hidden_at(
+    model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " P"], owners: Int[Tensor, " P"]
+) -> Float[Tensor, "P H"]:
     causal_lm: Any = model
-    packed = causal_lm.config._attn_implementation in REGISTERED.values()
-    hidden = (_packed_states if packed else _separate_states)(model, batch).index_select(0, positions)
+    packed = causal_lm.config._attn_implementation in REGISTERED.values() and _within_reach(causal_lm, batch)
+    if packed:
+        hidden = _packed_states(model, batch).index_select(0, positions)
+    else:
+        hidden = _separate_states(model, batch).index_select(0, _rows_alone(batch, positions, owners))
     device = hidden.device.type
     # Autocast leaves the residual stream in float32, and does not reach the head's in-place products.
     return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+def _within_reach(model: Any, batch: PackedBatch) -> bool:
+    """Whether positions in this pack are what they are in each of its sequences alone (`reach`). Raises ValueError
+    where they are not even that of one sequence: they would depend on those that the model saw before."""
+    longest, limit = (
+        max(prompt + max(responses) for prompt, responses in batch.layout),
+        reach(model.config.get_text_config()),
+    )
+    if limit is not None and longest > limit.tokens and limit.kind == "dynamic":
+        raise ValueError(
+            f"{type(model).__name__} has dynamic positions: beyond {limit.tokens} tokens what it says depends on what "
+            f"it was asked before, and a sequence has {longest}; use data.max_length={limit.tokens}"
+        )
+    return limit is None or longest <= limit.tokens
+
+
+class Reach(NamedTuple):
+    """Up to how many tokens a sequence's rotary positions do not depend on the longest of its batch."""
+
+    kind: str
+    tokens: int
+
+
+def reach(config: Any) -> Reach | None:
+    """Of an architecture whose rotary positions depend on lengths; None for all others."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind == "dynamic":
+        return Reach(kind, config.max_position_embeddings)
+    return Reach(kind, rope["original_max_position_embeddings"]) if kind == "longrope" else None
 
 
 # An evaluation asks the same models about the same answers and pairs for several of its numbers.
@@ -181,12 +222,14 @@ class _Kept:
         self._states: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
         self._room = KEPT_BYTES
 
-    def hidden_at(self, model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
+    def hidden_at(
+        self, model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " P"], owners: Int[Tensor, " P"]
+    ) -> Float[Tensor, "P H"]:
         known = self._states.setdefault(model, {})
         asked = (batch.layout, *(x.cpu().numpy().tobytes() for x in (batch.input_ids, positions)))
         if asked in known:
             return known[asked]
-        hidden = _hidden_at(model, batch, positions)
+        hidden = _hidden_at(model, batch, positions, owners)
         if hidden.nbytes <= self._room:
             self._room -= hidden.nbytes
             known[asked] = hidden
@@ -207,21 +250,40 @@ def hidden_states_kept() -> Iterator[None]:
 
 
 def separate_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
-    """The same hidden states with every response forwarded alone behind its prompt, in the model's own attention."""
-    return _separate_states(model, batch).index_select(0, batch.head_index)
+    """The same hidden states with every response forwarded alone behind its prompt, in the attention that the model
+    has."""
+    rows = _rows_alone(batch, batch.head_index, batch.response_index)
+    return _separate_states(model, batch).index_select(0, rows)
 
 
-def _separate_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "T H"]:
+def _separate_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "S H"]:
+    """Of every response's own copy of its prompt and of itself, one after the other."""
     backbone: Any = model.base_model
-    states, start = [], 0  # hidden states of the whole pack; the prompt's come from its first response
+    states, start = [], 0
     for prompt, responses in batch.layout:
         prompt_ids, start = batch.input_ids[start : start + prompt], start + prompt
-        for index, size in enumerate(responses):
+        for size in responses:
             ids = torch.cat([prompt_ids, batch.input_ids[start : start + size]])
-            hidden = backbone(input_ids=ids[None], use_cache=False)[0][0]
-            states.append(hidden if index == 0 else hidden[prompt:])
+            with laid_out(PackedLayout(((prompt, (size,)),), ids.device)):  # where packed attention is installed
+                states.append(backbone(input_ids=ids[None], use_cache=False)[0][0])
             start += size
     return torch.cat(states)
+
+
+def _rows_alone(batch: PackedBatch, positions: Int[Tensor, " P"], owners: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
+    """Where positions of the pack lie when every response stands behind a prompt of its own."""
+    shifts, start, row = (
+        [],
+        0,
+        0,
+    )  # per response: the prompt's end, and what is added to positions before and behind it
+    for prompt, responses in batch.layout:
+        begin, start = start, start + prompt
+        for size in responses:
+            shifts.append((begin + prompt, row - begin, row + prompt - start))
+            start, row = start + size, row + prompt + size
+    ends, before, behind = torch.tensor(shifts, device=positions.device)[owners].unbind(1)
+    return positions + torch.where(positions < ends, before, behind)
 
 
 def packed_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
@@ -230,11 +292,9 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "R H"]:
 
 
 def _packed_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "T H"]:
-    packed = PackedLayout(batch.layout, batch.input_ids.device)
     backbone: Any = model.base_model
-    output = backbone(
-        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, packed=packed
-    )
+    with laid_out(PackedLayout(batch.layout, batch.input_ids.device)):
+        output = backbone(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False)
     return output[0][0]
 
 
@@ -265,7 +325,7 @@ def response_scores(model: nn.Module, batch: PackedBatch) -> ResponseScores:
     """What a model with a scalar head (`model.score`, see `reward_model`) says about the responses of a pack: the
     head's product with the hidden state of each response's own last token, in at least float32."""
     reward_model: Any = model
-    hidden = hidden_at(model, batch, last_places(batch))
+    hidden = hidden_at(model, batch, last_places(batch), torch.arange(len(batch.lengths), device=batch.lengths.device))
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     return ResponseScores((hidden * reward_model.score.weight.to(hidden.dtype)).sum(dim=-1).double())
 

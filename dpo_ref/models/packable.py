@@ -1,8 +1,8 @@
 """Whether an architecture can be packed exactly: asked of the model itself, on a few tokens, before it is used.
 
 No flag of transformers says so. Some architectures keep their own attention, mix tokens outside of attention
-(state-space layers, convolutions), hide a window in the mask alone, or derive positions from the longest sequence of a
-batch. Six conditions catch all of those that were tried; each failure is a sentence for the user.
+(state-space layers, convolutions), or hide a window in the mask alone. Five conditions catch all of those that were
+tried (docs/models.md); each failure is a sentence for the user. What depends on lengths, `logps.reach` knows.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ref.data.packing import collate
-from dpo_ref.models.attention import KERNEL_HEADS, PackedLayout, kernels_take, register
+from dpo_ref.models.attention import KERNEL_HEADS, PackedLayout, PackedMask, kernels_take, laid_out, register
 from dpo_ref.models.logps import head_of, packed_hidden, separate_hidden
 from dpo_ref.types import PackedBatch, TokenGroup
 
@@ -29,10 +29,10 @@ class _Probe(PackedLayout):
 
     def __init__(self, layout: Any, device: torch.device) -> None:
         super().__init__(layout, device)
-        self.layers: list[tuple[Any, int | None]] = []
+        self.layers: list[tuple[PackedMask, int | None]] = []
         self.head_sizes: set[tuple[int, int]] = set()
 
-    def note(self, attention_mask: Any, window: int | None, head_sizes: tuple[int, int]) -> None:
+    def note(self, attention_mask: PackedMask, window: int | None, head_sizes: tuple[int, int]) -> None:
         self.layers.append((attention_mask, window))
         self.head_sizes.add(head_sizes)
 
@@ -46,17 +46,10 @@ def _groups(vocab: int) -> list[TokenGroup]:
     return [first, second]
 
 
-def _rope(config: Any) -> str | None:
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if kind in ("dynamic", "longrope"):
-        return f"its {kind} positions depend on the longest sequence of a batch"
-    return None
-
-
 def _mask_rule(probe: _Probe) -> str | None:
     """On a plain sequence the mask must say causal, plus the window that the layer is told about."""
     for mask, window in probe.layers:
-        rule = getattr(mask, "mask_function", None)
+        rule = mask.rule
         if rule is None:
             continue
         distances = (*DISTANCES, *((window - 1, window) if window else ()))
@@ -69,17 +62,24 @@ def _mask_rule(probe: _Probe) -> str | None:
     return None
 
 
+def _chooses(config: Any) -> str | None:
+    if any(name.startswith("index_topk") for name in vars(config)):
+        return "its attention chooses the tokens that it looks at, by an index over the whole sequence"
+    return None
+
+
 def _run_probe(model: Any, device: torch.device) -> _Probe:
     size = 6
     probe = _Probe(((3, (3,)),), device)
     ids = torch.arange(1, size + 1, device=device)[None]
-    model.base_model(input_ids=ids, use_cache=False, packed=probe)
+    with laid_out(probe):
+        model.base_model(input_ids=ids, use_cache=False)
     return probe
 
 
 def _layers(model: Any, device: torch.device) -> str | None:
     probe = _run_probe(model, device)
-    expected = model.config.num_hidden_layers
+    expected = model.config.get_text_config().num_hidden_layers
     if len(probe.layers) != expected:
         return f"{len(probe.layers)} of its {expected} layers are attention"
     return _mask_rule(probe)
@@ -91,7 +91,7 @@ def _gap(ours: Tensor, theirs: Tensor) -> float:
 
 def _leaks(model: Any, groups: list[TokenGroup], batch: PackedBatch, hidden: Tensor) -> bool:
     """Whether another token in the first response changes what any other response is predicted from."""
-    response = [(token + 1) % model.config.vocab_size for token in groups[0].response_ids[0]]
+    response = [(token + 1) % model.config.get_text_config().vocab_size for token in groups[0].response_ids[0]]
     first = TokenGroup(0, "", groups[0].prompt_ids, (response, groups[0].response_ids[1]), (1, 1), ((0, 1),))
     hidden_after = packed_hidden(model, collate([first, groups[1]]).to(batch.input_ids.device))
     other_responses = batch.response_index != 0
@@ -100,9 +100,9 @@ def _leaks(model: Any, groups: list[TokenGroup], batch: PackedBatch, hidden: Ten
 
 def _refusal(model: Any, native: str, name: str) -> str | None:
     device = next(model.parameters()).device
-    if (reason := _rope(model.config) or _layers(model, device)) is not None:
+    if (reason := _chooses(model.config.get_text_config()) or _layers(model, device)) is not None:
         return reason
-    groups = _groups(model.config.vocab_size)
+    groups = _groups(model.config.get_text_config().vocab_size)
     batch = collate(groups).to(device)
     hidden = packed_hidden(model, batch)
     if _leaks(model, groups, batch, hidden):
@@ -144,6 +144,8 @@ def install(model: nn.Module, backend: str) -> str | None:
         causal_lm.set_attn_implementation(name)
         switched = causal_lm.config._attn_implementation == name
         reason = _refusal(causal_lm, native, name) if switched else "it keeps its own attention"
+    except AttributeError:
+        reason = "it computes with the mask itself"
     except (TypeError, ValueError) as error:
         reason = str(error)
     if reason is not None:
@@ -165,7 +167,7 @@ def kernel_refuses(model: Any, backend: str) -> str | None:
     if unsupported:
         sizes = " and ".join(map(str, unsupported))
         return f"its heads have {sizes} dimensions, and FlashAttention takes multiples of 8 up to {KERNEL_HEADS[-1]}"
-    batch = collate(_groups(model.config.vocab_size)).to(device)
+    batch = collate(_groups(model.config.get_text_config().vocab_size)).to(device)
     with torch.autocast(device.type, torch.bfloat16):
         ours = packed_hidden(model, batch)
         model.set_attn_implementation(register("sdpa"))

@@ -131,8 +131,9 @@ def with_score_head(policy: Policy, seed: int) -> RewardModel:
     if model.get_output_embeddings().weight is not embedding:
         model.get_output_embeddings().requires_grad_(False)
     return RewardModel(
-        lambda: model, policy.tokenizer, policy.compute_dtype, policy.path, policy.folder, compiled=policy.compiled
-    )
+        lambda: model, policy.tokenizer, policy.compute_dtype, policy.path, policy.folder, compiled=policy.compiled,
+        router_loss=policy.router_loss,
+    )  # fmt: skip
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpo_ref.data.packing import WindowedPacks, collate
 from dpo_ref.models.checkpoint import random_states
+from dpo_ref.models.experts import Routing
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.models.logps import response_collisions
 from dpo_ref.objectives.interface import BatchLogps, Mismatched, Objective, ObjectiveInputs, Running
@@ -180,25 +181,27 @@ def num_items(objective: Objective, groups: Sequence[TokenGroup]) -> int:
 
 def backward(
     policy: TrainedModel, reference: Reference, objective: Objective, packs: Packs, old: Reference | None = None
-) -> tuple[Values, int]:
-    """Accumulate the gradient of the mean loss over all items of the packs; the items' values, and packed tokens.
+) -> tuple[Values, Routing]:
+    """Accumulate the gradient of the mean loss over all items of the packs, and of a mixture's load-balancing loss
+    where it is asked for; the items' values, and what the experts did.
 
     Every item weighs the same, however the packer distributed them. `old` gives the log-probs of the policy that drew
     the responses. The objective's running statistic takes the batch in before its loss is computed.
     """
     total = num_items(objective, [group for groups in packs for group in groups])
+    routing = policy.routing(sum(group.num_tokens for groups in packs for group in groups))
     statistics = batch_statistics(policy, reference, objective, packs)
     if statistics.whole is not None:
         objective.step(statistics.whole)
-    parts, num_tokens = [], 0
+    parts = []
     for groups in packs:
         batch = collate(groups).to(policy.device)
         inputs = objective_inputs(policy, reference, objective, batch, statistics, old)
-        loss, values = loss_and_metrics(policy, objective, inputs)
-        (loss / total).backward()
+        with routing.observed(batch) as added:
+            loss, values = loss_and_metrics(policy, objective, inputs)
+        sum(added, start=loss / total).backward()
         parts.append(values)
-        num_tokens += len(batch.input_ids)
-    return concat(parts), num_tokens
+    return concat(parts), routing
 
 
 def update(
@@ -244,16 +247,17 @@ def train(
         of_round = current.metrics if first_step <= current.begin else {}  # told once, whoever resumes in the middle
         preparing = time.perf_counter() - started
         for step, groups in current.batches(first_step):
-            policy.model.train()
+            policy.train()
             before = Before(random_states(), dict(objective.running))
             packs = rounds.pack(groups)
-            values, num_tokens = backward(policy, reference, objective, packs, current.old)
+            values, routing = backward(policy, reference, objective, packs, current.old)
             metrics = mean_of(values) | {f"objective/{name}": value for name, value in objective.running.items()}
+            metrics |= routing.metrics()
             metrics["grad_norm"], made = update(policy, optim, step, made & metrics["loss"].isfinite())
             metrics["lr"] = torch.tensor(optim.lr_at(step))
             reference.update(policy.model, step + 1, made)
-            epoch, size = current.epochs(step + 1), len(packs)
-            yield Step(step + 1, before, made, epoch, metrics, values, groups, num_tokens, size, of_round, preparing)
+            epoch, tokens, size = current.epochs(step + 1), routing.num_tokens, len(packs)
+            yield Step(step + 1, before, made, epoch, metrics, values, groups, tokens, size, of_round, preparing)
             of_round, preparing = {}, 0.0
         if not made:
             return

@@ -128,7 +128,9 @@ def test_hidden_states_are_kept_where_that_is_said_and_there_is_room(monkeypatch
     with logps.hidden_states_kept():
         kept = num_passes((model, batch), (model, batch), (other, batch))
         assert num_passes((model, longer), (model, batch), (model, longer))[0] == 1
-        assert not torch.equal(logps.hidden_at(model, batch, batch.head_index[:3]), kept[1][2][:3])
+        assert not torch.equal(
+            logps.hidden_at(model, batch, batch.head_index[:3], batch.response_index[:3]), kept[1][2][:3]
+        )
     assert (plain[0], kept[0]) == (3, 2)
     assert all(map(torch.equal, plain[1], kept[1]))
     assert num_passes((model, batch))[0] == 1
