@@ -49,6 +49,7 @@ class Metric:
     beside: tuple[str, ...] = ()
     column: Heading | None = None  # of the tables on pages
     brief: Heading | None = None  # of those in a terminal
+    unscored: Heading | None = None  # of those, where nobody scored the answers
     decimals: int = 2
     signed: bool = False
     otherwise: str | None = None  # the key that stands in where this metric was not measured
@@ -128,6 +129,7 @@ ACCURACY = Metric(
     "rewards/accuracies", "pair accuracy", "share of pairs", "higher",
     "held-out pairs that the implicit reward ranks as labelled", ERROR,
     column=Heading("Pair accuracy", "beside_length", " (in brackets: preferring the longer response)"),
+    unscored=Heading("pairs (longer)", "beside_length"),
 )  # fmt: skip
 TIES = Metric("rewards/ties", "pairs of equal rewards", "share of pairs", "lower", "they count as wrong")
 MARGIN = Metric(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_ref.evaluation.results import (
+    ACCURACY,
     END_CHOSEN,
     ENDED,
     JUDGE_WIN_RATE,
@@ -112,6 +113,11 @@ def brief_columns(scorer: str) -> list[Column]:
     return [_column(metric, heading, scorer=scorer, judge="a judge") for metric, heading in headings if heading]
 
 
+def unscored_columns() -> list[Column]:
+    """What stands in a terminal besides, where nobody scored the answers."""
+    return [_column(metric, metric.unscored) for metric in METRICS if metric.unscored]
+
+
 def judge_columns(evaluations: Sequence[Evaluation]) -> list[Column]:
     """What a judge says of the policies, if it was asked about any."""
     judges = dict.fromkeys(str(evaluation.judge["model"]) for evaluation in evaluations if evaluation.judge)
@@ -191,6 +197,8 @@ def results_table(evaluations: Sequence[Evaluation], failures: Sequence[tuple[st
     from rich.table import Table
 
     every = brief_columns(evaluations[0].scorer if evaluations else "gold")
+    if all(math.isnan(_interval(e)[0]) for e in evaluations):
+        every += unscored_columns()
     visible = [c for c in every if any(c.text(e) != MISSING for e in evaluations)] or every
     alike = _seeds_of_all(evaluations)
     below = words(f"means over {alike} seeds\n" if alike > 1 else "")
@@ -261,10 +269,26 @@ def headline(evaluations: Sequence[Evaluation]) -> str:
     """The main finding of an evaluation; the first of `evaluations` may be the baseline."""
     champion = best(evaluations)
     if champion is None:
-        return f"{len(evaluations)} policies, no baseline to compare with."
+        return _without_win_rates(evaluations)
     sentence = verdict_on(champion, titles(evaluations)[list(evaluations).index(champion)])
     compared = sum(not math.isnan(_interval(e)[0]) for e in evaluations)
     return sentence if compared == 1 else f"Best of {compared}: {sentence}"
+
+
+def _without_win_rates(evaluations: Sequence[Evaluation]) -> str:
+    """What can be said where nobody scored the answers: how the policies rank held-out pairs."""
+    names = titles(evaluations)
+    ranking = [(e.value(ACCURACY), index) for index, e in enumerate(evaluations) if not math.isnan(e.value(ACCURACY))]
+    if not ranking:
+        return f"{len(evaluations)} policies, and nobody scored their answers: scorer=reward_model or judge=... does."
+    share, index = max(ranking)
+    policy = evaluations[index]
+    longer = percent(policy.value(LENGTH_BASELINE))
+    kl = "" if math.isnan(policy.value(KL)) else f", at {number(policy.value(KL), 2)} nats from the initial policy"
+    return (
+        f"{names[index]} ranks {percent(share)} of held-out pairs as they are labelled (choosing the longer answer: "
+        f"{longer}){kl}. Nobody scored the answers, so there is no win rate: scorer=reward_model or judge=... does."
+    )
 
 
 def drift(initial: Evaluation, evaluations: Sequence[Evaluation]) -> str | None:

@@ -234,3 +234,23 @@ def test_the_last_point_of_the_length_curve_is_the_share_that_was_cut(evaluated)
     for policy, line in zip(evaluated, axes.lines, strict=True):
         assert line.get_ydata()[0] == 100
         assert line.get_ydata()[-1] == pytest.approx(100 * (1 - policy.evaluation.metrics["ended/share"]))
+
+
+def test_policies_that_nobody_scored_are_told_by_the_pairs_they_rank():
+    ranked = {
+        "rewards/accuracies": 0.83,
+        "rewards/length_baseline": 0.79,
+        "kl/initial": 0.25,
+        "lengths/response": 30.0,
+    }
+    plain = Evaluation("initial", "none", {"lengths/response": 28.0}, None)
+    policy = Evaluation("run", "none", ranked, "initial", objective="dpo", beta=0.1)
+    said = tables.headline([plain, policy])
+    assert said.startswith("DPO (β = 0.1) ranks 83.0\u00a0% of held-out pairs as they are labelled")
+    assert "79.0\u00a0%" in said
+    assert "0.25 nats" in said
+    titles_ = [str(column.header) for column in tables.results_table([plain, policy]).columns]
+    assert "pairs (longer)" in titles_
+    won = {"winrate/initial": 0.6, "winrate/initial_low": 0.55, "winrate/initial_high": 0.7}
+    scored = replace(policy, metrics=ranked | won)
+    assert "pairs (longer)" not in [str(column.header) for column in tables.results_table([plain, scored]).columns]
