@@ -20,6 +20,7 @@ from dpo_ref.evaluation.results import (
     METRICS,
     NUM_JUDGE_PAIRS,
     NUM_JUDGED,
+    SCORE,
     WIN_RATE,
     Evaluation,
     Heading,
@@ -197,7 +198,7 @@ def results_table(evaluations: Sequence[Evaluation], failures: Sequence[tuple[st
     from rich.table import Table
 
     every = brief_columns(evaluations[0].scorer if evaluations else "gold")
-    if all(math.isnan(_interval(e)[0]) for e in evaluations):
+    if all(map(_unscored, evaluations)):
         every += unscored_columns()
     visible = [c for c in every if any(c.text(e) != MISSING for e in evaluations)] or every
     alike = _seeds_of_all(evaluations)
@@ -269,25 +270,28 @@ def headline(evaluations: Sequence[Evaluation]) -> str:
     """The main finding of an evaluation; the first of `evaluations` may be the baseline."""
     champion = best(evaluations)
     if champion is None:
-        return _without_win_rates(evaluations)
+        ranked = [e for e in evaluations if _unscored(e) and not math.isnan(e.value(ACCURACY))]
+        return (
+            _ranking(ranked, evaluations) if ranked else f"{len(evaluations)} policies, no baseline to compare with."
+        )
     sentence = verdict_on(champion, titles(evaluations)[list(evaluations).index(champion)])
     compared = sum(not math.isnan(_interval(e)[0]) for e in evaluations)
     return sentence if compared == 1 else f"Best of {compared}: {sentence}"
 
 
-def _without_win_rates(evaluations: Sequence[Evaluation]) -> str:
-    """What can be said where nobody scored the answers: how the policies rank held-out pairs."""
-    names = titles(evaluations)
-    ranking = [(e.value(ACCURACY), index) for index, e in enumerate(evaluations) if not math.isnan(e.value(ACCURACY))]
-    if not ranking:
-        return f"{len(evaluations)} policies, and nobody scored their answers: scorer=reward_model or judge=... does."
-    share, index = max(ranking)
-    policy = evaluations[index]
-    longer = percent(policy.value(LENGTH_BASELINE))
+def _unscored(evaluation: Evaluation) -> bool:
+    return math.isnan(evaluation.value(SCORE)) and math.isnan(_interval(evaluation)[0])
+
+
+def _ranking(ranked: Sequence[Evaluation], evaluations: Sequence[Evaluation]) -> str:
+    """What can be said where nobody scored the answers: how the best of `ranked` ranks held-out pairs."""
+    policy = max(ranked, key=lambda evaluation: evaluation.value(ACCURACY))
+    name = titles(evaluations)[list(evaluations).index(policy)]
     kl = "" if math.isnan(policy.value(KL)) else f", at {number(policy.value(KL), 2)} nats from the initial policy"
     return (
-        f"{names[index]} ranks {percent(share)} of held-out pairs as they are labelled (choosing the longer answer: "
-        f"{longer}){kl}. Nobody scored the answers, so there is no win rate: scorer=reward_model or judge=... does."
+        f"{name} ranks {percent(policy.value(ACCURACY))} of held-out pairs as they are labelled (choosing the longer "
+        f"answer: {percent(policy.value(LENGTH_BASELINE))}){kl}. Nobody scored the answers, so there is no win rate: "
+        "scorer=reward_model or judge=... does."
     )
 
 
