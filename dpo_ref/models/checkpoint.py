@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dpo_ref.files.digests import DIGESTS, file_digest, seal_folder
 from dpo_ref.files.writing import delete_folder, remove_abandoned, remove_deleted, replacing_folder, write_json
-from dpo_ref.models.adapters import effective, merge
+from dpo_ref.models.adapters import effective, merge, save_adapter
 from dpo_ref.models.folders import CARD
 
 PREFIX = "step-"
@@ -43,8 +43,7 @@ def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None, 
         if (folder / CARD).is_file():
             shutil.copy2(folder / CARD, partial)
         if adapter is not None:
-            # Asked for "auto", peft would look for the model that the adapter names as its own, on the hub too.
-            adapter.save_pretrained(partial / "adapter", save_embedding_layers=False)
+            save_adapter(adapter, partial / "adapter")
             seal_folder(partial / "adapter")
         seal_folder(partial, besides=[CARD])
 
@@ -284,7 +283,7 @@ def load(checkpoint: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) 
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over every weight's name, dtype, shape and bytes, as 32 hexadecimal digits; an adapter counts once it
-    changes something."""
+    changes something, with its scaling."""
     return state_digest(effective(model))
 
 

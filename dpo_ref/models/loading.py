@@ -18,7 +18,7 @@ from dpo_ref.component import component
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.files.digests import DIGESTS, file_digest
-from dpo_ref.models.adapters import add_lora, load_adapter
+from dpo_ref.models.adapters import load_adapter, other_base
 from dpo_ref.models.attention import KERNELS, resolve_backend
 from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_digest
 from dpo_ref.models.folders import (
@@ -35,6 +35,7 @@ from dpo_ref.models.folders import (
     stored_shapes,
 )
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
+from dpo_ref.models.lora import add_lora
 from dpo_ref.models.packable import install, kernel_refuses
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import PackedBatch, Progress, ResponseLogps, Span
@@ -379,6 +380,8 @@ def pretrained(
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:
         compile_layers(model)
+    if adapter is not None:
+        notes += other_base(adapter, "model.adapter", model)
     return Policy(lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes)
 
 
@@ -514,6 +517,8 @@ def load_reference(source: ModelSource, folder: str, policy_device: torch.device
         )
         if source.adapter is not None:
             load_adapter(loaded.model, source.adapter, "reference.adapter", trainable=False)
+            notes = loaded.notes + other_base(source.adapter, "reference.adapter", loaded.model)
+            return LoadedModel(loaded.model, notes)
         return loaded
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):

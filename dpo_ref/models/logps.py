@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dpo_ref.models.adapters import effective_bias, effective_weight
 from dpo_ref.models.attention import KERNEL_DTYPES, REGISTERED, PackedLayout
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores, Span
 
@@ -46,7 +47,8 @@ class Head:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a transformers causal language model, with its architecture's post-processing of the logits."""
+    """The head of a transformers causal language model, with its architecture's post-processing of the logits. Where
+    an adapter lies on it, its weight is formed once for all tokens, and gradients reach the adapter through it."""
     causal_lm: Any = model
     output, config = causal_lm.get_output_embeddings(), causal_lm.config
     scale = 1.0
@@ -54,7 +56,8 @@ def head_of(model: nn.Module) -> Head:
         scale = float(config.logit_scale)
     elif getattr(config, "logits_scaling", None) is not None:  # Granite
         scale = 1.0 / float(config.logits_scaling)
-    return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(effective_weight(output), effective_bias(output), scale, softcap)
 
 
 def chunk_rows(weight: Float[Tensor, "V H"]) -> int:

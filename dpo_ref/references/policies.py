@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dpo_ref.component import RunPlan, component
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.groups import MappedGroups
-from dpo_ref.models.adapters import adapter_off, base_weights, effective
+from dpo_ref.models.adapters import adapter_off, base_weights
 from dpo_ref.models.checkpoint import state_digest, weights_digest
 from dpo_ref.models.folders import check_vocabulary
 from dpo_ref.models.loading import ModelSource, check_revision
@@ -250,7 +250,7 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
     (`model.adapter`) it is the model below it, where `initial` is the model with that adapter.
     """
     policy = context.policy.model
-    weights = state_digest(base_weights(effective(policy)))
+    weights = state_digest(base_weights(policy))
     identity = identity_of(policy, weights, context.policy.text_identity)
     if cache == "off":
         return AdapterBase(policy, identity, weights)

@@ -14,9 +14,9 @@ from dpo_ref.evaluation.kl import sample_kl
 from dpo_ref.generation.records import read_generations
 from dpo_ref.generation.sampling import never_sampled
 from dpo_ref.lab.models import locate
-from dpo_ref.models.adapters import add_lora
 from dpo_ref.models.loading import load_model, load_tokenizer
 from dpo_ref.models.logps import response_logps
+from dpo_ref.models.lora import add_lora
 from dpo_ref.types import Message
 from tests.support.command import train
 from tests.support.reference_contexts import LAYOUT

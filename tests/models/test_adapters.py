@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 from dpo_ref.cli import resolve
 from dpo_ref.data.packing import collate
 from dpo_ref.lab.models import locate
-from dpo_ref.models.adapters import add_lora, merge
+from dpo_ref.models.adapters import merge
 from dpo_ref.models.attention import register
 from dpo_ref.models.checkpoint import weights_digest
 from dpo_ref.models.logps import response_logps
+from dpo_ref.models.lora import add_lora
 from dpo_ref.references.policies import adapter_base, initial
 from tests.support.command import composed, train
 from tests.support.evaluate_command import measure

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_ref.data.packing import collate
-from dpo_ref.models.adapters import add_lora
+from dpo_ref.models.lora import add_lora
 from dpo_ref.references import policies
 from dpo_ref.references.mixture import mixture
 from dpo_ref.references.policies import adapter_base

@@ -10,7 +10,7 @@ import torch
 
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate
-from dpo_ref.models.adapters import add_lora
+from dpo_ref.models.lora import add_lora
 from dpo_ref.references import policies
 from dpo_ref.references.mixture import mixture
 from dpo_ref.references.policies import adapter_base, moving
