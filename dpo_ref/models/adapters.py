@@ -181,6 +181,21 @@ def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in _wrapped(model) if _is_lora(layer)]
 
 
+def whole_modules(model: nn.Module) -> list[str]:
+    """The modules that are trained whole, by their names."""
+    return [plain_name(name) for name, layer in _wrapped(model) if _is_whole(layer)]
+
+
+def changes_something(model: nn.Module) -> bool:
+    """Whether the model has an adapter that computes something else than the model below it."""
+    return any(is_kind(layer) and changes(layer) for _, layer in _wrapped(model) for is_kind, changes, _ in KINDS)
+
+
+def copy_of_trained(model: nn.Module) -> Any:
+    """A copy of the model that has weights of its own where they are trained, and shares those that stay."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters() if not weight.requires_grad})
+
+
 def plain_name(name: str) -> str:
     """The name that a module or weight has without adapters."""
     return AROUND.sub("", name)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo_ref.component import component
+from dpo_ref.component import component, configuration
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.files.digests import DIGESTS, file_digest
@@ -35,7 +35,7 @@ from dpo_ref.models.folders import (
     stored_shapes,
 )
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
-from dpo_ref.models.lora import add_lora
+from dpo_ref.models.lora import AdapterOptions, check_adapter_options, trained_summary
 from dpo_ref.models.packable import install, kernel_refuses
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import PackedBatch, Progress, ResponseLogps, Span
@@ -317,16 +317,7 @@ def _install_packing(model: nn.Module, attention: str, title: str) -> tuple[str,
     return (f"{title} attends piece by piece, as with sdpa: {refusal}",)
 
 
-def _check_options(
-    path: str,
-    revision: str | None,
-    dtype: str,
-    attention: str,
-    adapter: str | None,
-    lora_rank: int | None,
-    lora_alpha: float | None,
-    **rest: Any,
-) -> None:
+def _check_options(path: str, revision: str | None, dtype: str, attention: str, **rest: Any) -> None:
     """Raise ValueError for options that would have no effect."""
     check_revision(path, revision, "model")
     if attention in KERNELS and dtype == "float32":
@@ -334,15 +325,13 @@ def _check_options(
             f"model.attention={attention} computes in half precision and has no effect with model.dtype=float32; use "
             "model.attention=sdpa"
         )
-    if adapter is not None and (lora_rank, lora_alpha) != (None, None):
-        raise ValueError("model.adapter has a rank and an alpha of its own; leave model.lora_rank and lora_alpha out")
-    if lora_alpha is not None and lora_rank is None:
-        raise ValueError(f"model.lora_alpha={lora_alpha:g} has no effect without model.lora_rank")
+    check_adapter_options(AdapterOptions(**{name: rest[name] for name in configuration(AdapterOptions)}))
 
 
 @component(check=_check_options)
 def pretrained(
     device: torch.device,
+    adapter: AdapterOptions,
     *,
     path: str,
     revision: str | None = None,
@@ -353,12 +342,10 @@ def pretrained(
     template: str = "auto",
     template_options: dict[str, Any] | None = None,
     max_length: int | None = None,
-    adapter: str | None = None,
-    lora_rank: int | None = None,
-    lora_alpha: float | None = None,
 ) -> Policy:
-    """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`). `revision` is a branch,
-    tag or commit of the hub's; the run's summary.json says which commit it was.
+    """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`), all of its weights or an
+    adapter (`AdapterOptions`). `revision` is a branch, tag or commit of the hub's; the run's summary.json says which
+    commit it was.
 
     `dtype` is the compute dtype: auto is bfloat16 on CUDA, float32 on a CPU. `gradient_checkpointing` recomputes
     activations in the backward pass: `full` keeps the layers' inputs alone and costs a third more time, `selective`
@@ -367,8 +354,7 @@ def pretrained(
     template: the tokenizer's own (auto), or zephyr, tulu, llama3, llama31, chatml, hermes, alpaca or plain, of which
     llama31 and hermes write tools and calls, hermes thoughts as well; `template_options` are settings that the
     template looks at, such as enable_thinking. `max_length` is what the model is meant for, in tokens;
-    data.max_length goes before it. `lora_rank` trains a LoRA adapter on all linear layers instead of the weights
-    (`lora_alpha`: twice the rank unless given), `adapter` goes on training a saved one, a folder or hub name.
+    data.max_length goes before it.
     """
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)
@@ -376,21 +362,15 @@ def pretrained(
     model, notes = load_model(folder, device, attention, revision=revision)
     check_vocabulary(tokenizer, model, f"model.path={path}")
     notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
-    trained = _adapter(model, adapter, lora_rank, lora_alpha)
+    trained = adapter.put_on(model)
+    if trained is not None:
+        notes += trained_summary(model)
+    if adapter.adapter is not None:
+        notes += other_base(adapter.adapter, "model.adapter", model)
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:
         compile_layers(model)
-    if adapter is not None:
-        notes += other_base(adapter, "model.adapter", model)
     return Policy(lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes)
-
-
-def _adapter(model: Any, adapter: str | None, rank: int | None, alpha: float | None) -> Any:
-    if adapter is not None:
-        return load_adapter(model, adapter, "model.adapter", trainable=True)
-    if rank is not None:
-        return add_lora(model, rank, alpha)
-    return None
 
 
 def compile_layers(model: Any) -> None:

@@ -299,7 +299,8 @@ class FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=accumulate)
+        # A head that is not trained, as below an adapter, needs none: a third of its work, and its size in memory.
+        d_weight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device)
         weight_h = weight.to(hidden.dtype)
         softmax = _softmax_in_kernels if _kernels_take(hidden, head) else _softmax
@@ -314,18 +315,20 @@ class FusedLoss(torch.autograd.Function):
                 (coefficients,) = torch.autograd.grad(loss, outputs.tokens())
             d_product = gradient(coefficients)
             torch.mm(d_product, weight_h, out=d_hidden[rows])
-            _add_product(d_weight, d_product, hidden_c)
+            if d_weight is not None:
+                _add_product(d_weight, d_product, hidden_c)
             if bias is not None:
                 d_bias += d_product.sum(dim=0)
             losses.append(loss.detach())
             parts.append(values)
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype))
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        ctx.save_for_backward(d_hidden, d_weight, None if bias is None else d_bias.to(bias.dtype))
         values = torch.cat(parts)
         ctx.mark_non_differentiable(values)
         return torch.stack(losses).sum(), values
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         factor = grads[0]
         scaled = [None if d is None else d.mul_(factor.to(d.dtype)) for d in (d_hidden, d_weight, d_bias)]

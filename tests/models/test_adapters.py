@@ -15,7 +15,7 @@ from dpo_ref.models.adapters import merge
 from dpo_ref.models.attention import register
 from dpo_ref.models.checkpoint import weights_digest
 from dpo_ref.models.logps import response_logps
-from dpo_ref.models.lora import add_lora
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references.policies import adapter_base, initial
 from tests.support.command import composed, train
 from tests.support.evaluate_command import measure
@@ -31,7 +31,7 @@ SMALL += ["trainer.batch_size=16", "tracking=none", "beta=0.1", "optim.lr=0.02"]
 def test_adapter_base_is_the_model_below(cache, tmp_path):
     plain = response_logps(tiny_model(seed=0), BATCH).sums
     context = context_for(tmp_path)
-    add_lora(context.policy.model, 3, None)
+    AdapterOptions(lora_rank=3).put_on(context.policy.model)
     assert weights_digest(context.policy.model) == weights_digest(
         tiny_model(seed=0)
     )  # a fresh adapter changes nothing
@@ -47,7 +47,7 @@ def test_adapter_base_is_the_model_below(cache, tmp_path):
 
 def test_merged_weights_compute_the_same(tmp_path):
     model = tiny_model(seed=0)
-    add_lora(model, 3, 12.0)
+    AdapterOptions(lora_rank=3, lora_alpha=12.0).put_on(model)
     expected = response_logps(disturbed(model), BATCH).sums
     plain = merge(model)
     assert plain.state_dict().keys() == tiny_model(seed=0).state_dict().keys()
