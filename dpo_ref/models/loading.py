@@ -34,6 +34,7 @@ from dpo_ref.models.folders import (
     positions_of,
     stored_shapes,
 )
+from dpo_ref.models.frozen import hold_in_bfloat16
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
 from dpo_ref.models.lora import AdapterOptions, check_adapter_options, trained_summary
 from dpo_ref.models.packable import install, kernel_refuses
@@ -253,15 +254,19 @@ def load_model(
     attention: str,
     key: str = "model.path",
     revision: str | None = None,
+    hold: Callable[[nn.Module], None] | None = None,
     **how: Any,
 ) -> LoadedModel:
     """A causal language model in float32, packed where its architecture allows; safetensors only, no code from the
-    folder. `how` is handed to transformers: another dtype, a quantisation; with `device=None` it also says where the
-    weights go. Raises ValueError naming `key` for what is no model."""
+    folder. `hold` changes what holds its weights before they go to the device. `how` is handed to transformers:
+    another dtype, a quantisation; with `device=None` it also says where the weights go. Raises ValueError naming
+    `key` for what is no model."""
     from transformers import AutoModelForCausalLM
 
     check_folder(path, key)
     model = pretrained_model(AutoModelForCausalLM, _check_writes, path, key, revision, **how)
+    if hold is not None:
+        hold(model)
     if device is not None:
         model.to(device)
     check_finite(model, f"{key}={path}")
@@ -359,7 +364,11 @@ def pretrained(
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)
     tokenizer = prepared_tokenizer(folder, template, template_options, max_length, revision)
-    model, notes = load_model(folder, device, attention, revision=revision)
+    held_in = adapter.held_in(device)
+    hold = hold_in_bfloat16 if held_in == "bfloat16" else None
+    how = _quantisation_options(held_in, f"model.weights={held_in}")
+    where, placing = _placement("auto", bool(how), device)
+    model, notes = load_model(folder, where, attention, revision=revision, hold=hold, **how, **placing)
     check_vocabulary(tokenizer, model, f"model.path={path}")
     notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
     trained = adapter.put_on(model)
@@ -451,22 +460,26 @@ SMALLER = (
 )
 
 
-def _quantisation_options(quantisation: str) -> dict[str, Any]:
-    """What transformers is told. Raises ValueError without bitsandbytes."""
-    if quantisation == "none":
+IN_4_BITS = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+QUANTISED = {
+    "8bit": {"load_in_8bit": True},
+    "4bit": IN_4_BITS,
+    "int8": {"load_in_8bit": True},  # as model.weights has it, and nf4
+    "nf4": IN_4_BITS | {"bnb_4bit_quant_type": "nf4"},
+}
+
+
+def _quantisation_options(quantisation: str, title: str) -> dict[str, Any]:
+    """What transformers is told. Raises ValueError, beginning with the `title`, without bitsandbytes."""
+    if quantisation not in QUANTISED:
         return {}
     try:
         import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(
-            f"reference.quantisation={quantisation} needs bitsandbytes: pip install -r requirements-reference.txt"
-        ) from error
+        raise ValueError(f"{title} needs bitsandbytes: pip install -r requirements-reference.txt") from error
     from transformers import BitsAndBytesConfig
 
-    bits = BitsAndBytesConfig(
-        load_in_8bit=quantisation == "8bit", load_in_4bit=quantisation == "4bit", bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    return {"quantization_config": bits}
+    return {"quantization_config": BitsAndBytesConfig(**QUANTISED[quantisation])}
 
 
 def _placement(device: str, quantised: bool, policy: torch.device) -> tuple[torch.device | None, dict[str, Any]]:
@@ -489,7 +502,7 @@ def load_reference(source: ModelSource, folder: str, policy_device: torch.device
     Raises ValueError for what is no model, for packages that are missing, and for a second model that does not fit
     into memory, with the options that avoid it.
     """
-    how = _quantisation_options(source.quantisation)
+    how = _quantisation_options(source.quantisation, f"reference.quantisation={source.quantisation}")
     device, placing = _placement(source.device, bool(how), policy_device)
     try:
         loaded = load_model(

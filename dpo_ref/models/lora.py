@@ -26,6 +26,7 @@ from dpo_ref.models.adapters import (
 )
 
 ALL_LINEAR = "all-linear"
+QUANTISED = ("int8", "nf4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,8 @@ class AdapterOptions:
     `lora_init` is what A and B begin with: zeros in B with A uniform (default) or normal (gaussian), or the principal
     part of the weights (pissa, arXiv:2404.02948; olora, arXiv:2406.01775), which is subtracted again, so that the
     policy begins as the model in any case. `lora_modules_to_save` are modules trained whole. `lora_dropout` can only
-    be 0.
+    be 0. `weights` is what holds the linear layers and embeddings below the adapter: float32, bfloat16, or int8 and
+    nf4 by bitsandbytes on CUDA; auto is bfloat16 on CUDA.
     """
 
     adapter: str | None = None
@@ -56,24 +58,45 @@ class AdapterOptions:
     lora_dora: bool = False
     lora_init: Literal["default", "gaussian", "pissa", "olora"] = "default"
     lora_modules_to_save: list[str] | None = None
+    weights: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
 
     @property
     def trained(self) -> bool:
         """Whether an adapter is trained."""
         return self.adapter is not None or self.lora_rank is not None
 
+    def held_in(self, device: torch.device) -> str:
+        """What holds the weights below the adapter; without one all are trained, in float32: an update of lr 5e-7
+        would vanish in less. Raises ValueError for what needs another device."""
+        if self.weights in QUANTISED and device.type != "cuda":
+            raise ValueError(
+                f"model.weights={self.weights} needs a CUDA device; here float32 and bfloat16 are to be had"
+            )
+        on_cuda = self.trained and device.type == "cuda"
+        return ("bfloat16" if on_cuda else "float32") if self.weights == "auto" else self.weights
+
     def put_on(self, model: nn.Module) -> Any:
         """Put the adapter into the model's layers, in place; it alone is trained. Returns peft's view of the model,
         None where no adapter is asked for. Raises ValueError naming the option."""
-        if self.adapter is not None:
-            return load_adapter(model, self.adapter, "model.adapter", trainable=True)
-        return None if self.lora_rank is None else _fresh(model, self)
+        if not self.trained:
+            return None
+        saved = self.adapter
+        layers = _fresh(model, self) if saved is None else load_adapter(model, saved, "model.adapter", trainable=True)
+        for _, weight in _trainable(model):
+            weight.data = weight.data.float()
+        return layers
 
 
 def check_adapter_options(options: AdapterOptions) -> None:
     """Raise ValueError for options that would have no effect, and for combinations that are not defined."""
     values = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
-    given = [name for name in values if name != "adapter"]
+    given = [name for name in values if name not in ("adapter", "weights")]
+    if options.weights != "auto" and not options.trained:
+        raise ValueError(
+            f"model.weights={options.weights} is for weights that are not trained, below an adapter (model.lora_rank, "
+            "model.adapter): trained ones are float32, as small updates vanish in less; optim=adamw_bf16 rounds them "
+            "so that they do not"
+        )
     if options.adapter is not None and given:
         raise ValueError(
             f"model.adapter has a rank and an alpha of its own, and settings for the rest; leave model.{given[0]} out"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dpo_ref.component import RunPlan, component
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.groups import MappedGroups
-from dpo_ref.models.adapters import adapter_off, base_weights, changes_something, copy_of_trained
-from dpo_ref.models.checkpoint import state_digest, weights_digest
+from dpo_ref.models.adapters import adapter_off, changes_something, copy_of_trained
+from dpo_ref.models.checkpoint import base_digest, weights_digest
 from dpo_ref.models.folders import check_vocabulary
 from dpo_ref.models.loading import ModelSource, TrainedModel, check_revision
 from dpo_ref.models.logps import response_logps
@@ -263,7 +263,7 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
     (`model.adapter`) it is the model below it, where `initial` is the model with that adapter.
     """
     policy = context.policy.model
-    weights = state_digest(base_weights(policy))
+    weights = base_digest(policy)
     identity = identity_of(policy, weights, context.policy.text_identity)
     if cache == "off":
         return AdapterBase(policy, identity, weights)

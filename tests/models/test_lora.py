@@ -7,13 +7,14 @@ from torch import nn
 from dpo_ref.cli import resolve
 from dpo_ref.data.packing import collate
 from dpo_ref.models.adapters import STARTS, adapter_off, copy_of_trained, merge, save_adapter
-from dpo_ref.models.checkpoint import weights_digest
+from dpo_ref.models.checkpoint import base_digest, weights_digest
+from dpo_ref.models.frozen import hold_in_bfloat16
 from dpo_ref.models.loading import load_model
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.lora import AdapterOptions, trained_summary
 from tests.support.adapters import EXPERTS, GPT2, load_base, load_with_peft, save_base
 from tests.support.command import composed
-from tests.support.tiny import naive_logps, random_groups, tiny_model
+from tests.support.tiny import naive_logps, policy_of, random_groups, tiny_model
 
 GROUPS = random_groups([(4, (3, 5)), (2, (1, 4))])
 BATCH = collate(GROUPS)
@@ -132,6 +133,10 @@ AT_COMPOSE_TIME = {
     "PiSSA with DoRA": (["model.lora_rank=2", "model.lora_dora=true", "model.lora_init=pissa"], "lora_init=pissa out"),
     "an unknown start": (["model.lora_rank=2", "model.lora_init=eva"], "model.lora_init=eva is none of default, "),
     "rank of nothing": (["model.lora_rank=0"], "model.lora_rank=0 must be at least 1; null trains all weights"),
+    "weights that are trained": (
+        ["model.weights=bfloat16"],
+        "model.weights=bfloat16 is for weights that are not trained",
+    ),
     "half a rank": (["model.lora_rank=2", "model.lora_rank_pattern={q_proj: 1.5}"], "lora_rank_pattern.q_proj=1.5 is"),
 }
 
@@ -142,3 +147,46 @@ def test_refused_at_compose_time(case):
     cfg, choices = composed(*overrides)
     with pytest.raises(ValueError, match=message):
         resolve.resolve(cfg, choices)
+
+
+# --- the weights below in less memory
+
+
+def test_quantised_weights_need_cuda():
+    with pytest.raises(ValueError, match="model.weights=nf4 needs a CUDA device; write float32 or bfloat16"):
+        AdapterOptions(lora_rank=2, weights="nf4").held_in(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("case", ["rank alone", "head and embedding", "DoRA", "PiSSA", "whole modules", "experts"])
+def test_weights_below_in_bfloat16_compute_in_float32(case, tmp_path):
+    """As float32 weights of the same values do, with their identity; the adapter learns in float32."""
+    base_options, options = OPTIONS[case]
+    base = save_base(tmp_path / "base", **base_options)
+    rounded = load_base(base)
+    for layer in rounded.modules():
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            layer.weight.data = layer.weight.data.bfloat16().float()
+    rounded.save_pretrained(tmp_path / "rounded")
+    held, plain = ours(tmp_path / "rounded"), ours(tmp_path / "rounded")
+    hold_in_bfloat16(held)
+    sizes = [sum(weight.nbytes for weight in model.parameters()) for model in (held, plain)]
+    assert sizes[0] < (0.95 if case == "experts" else 0.6) * sizes[1]
+    assert weights_digest(held) == weights_digest(plain)
+    gradients = []
+    for model in (held, plain):
+        torch.manual_seed(0)
+        AdapterOptions(lora_rank=4, **options).put_on(model)
+        assert all(weight.dtype == torch.float32 for weight in model.parameters() if weight.requires_grad)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data = torch.sin(torch.arange(weight.numel()).float()).reshape(weight.shape) / 10
+        loss, _ = policy_of(model).loss(BATCH, lambda outputs, span: -outputs.sums.sum())
+        loss.backward()
+        gradients.append({name: w.grad for name, w in model.named_parameters() if w.requires_grad})
+    assert base_digest(held) == base_digest(plain)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-3, rtol=1e-3)
+    with torch.no_grad():
+        trained = response_logps(held, BATCH).sums
+        torch.testing.assert_close(trained, response_logps(plain, BATCH).sums, atol=1e-4, rtol=0)
+        merge(held).save_pretrained(tmp_path / "policy")
+        torch.testing.assert_close(sums(load_base(tmp_path / "policy")), trained, atol=1e-4, rtol=0)
