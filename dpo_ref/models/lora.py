@@ -69,9 +69,7 @@ class AdapterOptions:
         """What holds the weights below the adapter; without one all are trained, in float32: an update of lr 5e-7
         would vanish in less. Raises ValueError for what needs another device."""
         if self.weights in QUANTISED and device.type != "cuda":
-            raise ValueError(
-                f"model.weights={self.weights} needs a CUDA device; here float32 and bfloat16 are to be had"
-            )
+            raise ValueError(f"model.weights={self.weights} needs a CUDA device; write float32 or bfloat16")
         on_cuda = self.trained and device.type == "cuda"
         return ("bfloat16" if on_cuda else "float32") if self.weights == "auto" else self.weights
 

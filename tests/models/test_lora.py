@@ -153,7 +153,7 @@ def test_refused_at_compose_time(case):
 
 
 def test_quantised_weights_need_cuda():
-    with pytest.raises(ValueError, match="model.weights=nf4 needs a CUDA device; write float32 or bfloat16"):
+    with pytest.raises(ValueError, match=r"model.weights=nf4 needs a CUDA device; write float32 or bfloat16"):
         AdapterOptions(lora_rank=2, weights="nf4").held_in(torch.device("cpu"))
 
 
