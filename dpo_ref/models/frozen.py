@@ -38,8 +38,10 @@ class FrozenLinear(nn.Linear):
 
 
 def hold_in_bfloat16(model: nn.Module) -> None:
-    """Hold linear layers and embeddings in bfloat16; what flows between the layers stays float32, as do norms, biases
-    and experts. Under autocast to bfloat16 products are those of float32 weights, which it casts."""
+    """Freeze a model, and hold its linear layers and embeddings in bfloat16; what flows between layers stays float32,
+    as do norms, biases and experts. Under autocast to bfloat16 products are those of float32 weights, which it
+    casts."""
+    model.requires_grad_(False)
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = FrozenLinear

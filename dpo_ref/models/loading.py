@@ -36,7 +36,7 @@ from dpo_ref.models.folders import (
 )
 from dpo_ref.models.frozen import hold_in_bfloat16
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
-from dpo_ref.models.lora import AdapterOptions, check_adapter_options, trained_summary
+from dpo_ref.models.lora import AdapterOptions, check_adapter_options, held_in, trained_summary
 from dpo_ref.models.packable import install, kernel_refuses
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import PackedBatch, Progress, ResponseLogps, Span
@@ -364,11 +364,9 @@ def pretrained(
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)
     tokenizer = prepared_tokenizer(folder, template, template_options, max_length, revision)
-    held_in = adapter.held_in(device)
-    hold = hold_in_bfloat16 if held_in == "bfloat16" else None
-    how = _quantisation_options(held_in, f"model.weights={held_in}")
-    where, placing = _placement("auto", bool(how), device)
-    model, notes = load_model(folder, where, attention, revision=revision, hold=hold, **how, **placing)
+    model, notes = _load_below(
+        ModelPath(path, weights=adapter.below, key="model.path", revision=revision), folder, device, attention
+    )
     check_vocabulary(tokenizer, model, f"model.path={path}")
     notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
     trained = adapter.put_on(model)
@@ -380,6 +378,15 @@ def pretrained(
     if compile:
         compile_layers(model)
     return Policy(lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes)
+
+
+def _load_below(model: "ModelPath", folder: str, device: torch.device, attention: str) -> LoadedModel:
+    """A model without its adapter, its own weights held as `model.weights` says."""
+    held = held_in(model.weights, device)
+    how = _quantisation_options(held, f"model.weights={held}")
+    where, placing = _placement("auto", bool(how), device)
+    hold = hold_in_bfloat16 if held == "bfloat16" else None
+    return load_model(folder, where, attention, model.key, model.revision, hold=hold, **how, **placing)
 
 
 def compile_layers(model: Any) -> None:
@@ -525,6 +532,7 @@ class ModelPath(NamedTuple):
     path: str
     text: str | None = None  # the folder of its tokenizer and template; None: its own
     adapter: str | None = None  # on top of its weights
+    weights: str = "float32"  # what holds those, as model.weights says
     key: str = "policy"  # the option that names it
     revision: str | None = None  # on the hub
 
@@ -577,7 +585,7 @@ class ModelLoader:
         )
 
     def _weights(self, source: ModelPath, folder: str, checkpoint: Path | None, tokenizer: Any) -> nn.Module:
-        model = self._announce(load_model(folder, self.device, self._attention, source.key, source.revision))
+        model = self._announce(_load_below(source, folder, self.device, self._attention))
         check_vocabulary(tokenizer, model, f"{source.key}={source.path}")
         if checkpoint is not None:
             load_policy(checkpoint, model)

@@ -65,13 +65,11 @@ class AdapterOptions:
         """Whether an adapter is trained."""
         return self.adapter is not None or self.lora_rank is not None
 
-    def held_in(self, device: torch.device) -> str:
-        """What holds the weights below the adapter; without one all are trained, in float32: an update of lr 5e-7
-        would vanish in less. Raises ValueError for what needs another device."""
-        if self.weights in QUANTISED and device.type != "cuda":
-            raise ValueError(f"model.weights={self.weights} needs a CUDA device; write float32 or bfloat16")
-        on_cuda = self.trained and device.type == "cuda"
-        return ("bfloat16" if on_cuda else "float32") if self.weights == "auto" else self.weights
+    @property
+    def below(self) -> str:
+        """What holds the weights below the adapter, for `held_in`; without one all are trained, in float32: an update
+        of lr 5e-7 would vanish in less."""
+        return self.weights if self.trained else "float32"
 
     def put_on(self, model: nn.Module) -> Any:
         """Put the adapter into the model's layers, in place; it alone is trained. Returns peft's view of the model,
@@ -83,6 +81,16 @@ class AdapterOptions:
         for _, weight in _trainable(model):
             weight.data = weight.data.float()
         return layers
+
+
+def held_in(weights: str, device: torch.device) -> str:
+    """What holds the weights below an adapter on a device, of `model.weights`. Raises ValueError for what needs
+    another."""
+    if weights in QUANTISED and device.type != "cuda":
+        raise ValueError(f"model.weights={weights} needs a CUDA device; write float32 or bfloat16")
+    if weights != "auto":
+        return weights
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def check_adapter_options(options: AdapterOptions) -> None:

@@ -11,7 +11,7 @@ from dpo_ref.models.checkpoint import base_digest, weights_digest
 from dpo_ref.models.frozen import hold_in_bfloat16
 from dpo_ref.models.loading import load_model
 from dpo_ref.models.logps import response_logps
-from dpo_ref.models.lora import AdapterOptions, trained_summary
+from dpo_ref.models.lora import AdapterOptions, held_in, trained_summary
 from tests.support.adapters import EXPERTS, GPT2, load_base, load_with_peft, save_base
 from tests.support.command import composed
 from tests.support.tiny import naive_logps, policy_of, random_groups, tiny_model
@@ -154,7 +154,7 @@ def test_refused_at_compose_time(case):
 
 def test_quantised_weights_need_cuda():
     with pytest.raises(ValueError, match=r"model.weights=nf4 needs a CUDA device; write float32 or bfloat16"):
-        AdapterOptions(lora_rank=2, weights="nf4").held_in(torch.device("cpu"))
+        held_in("nf4", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("case", ["rank alone", "head and embedding", "DoRA", "PiSSA", "whole modules", "experts"])
