@@ -22,6 +22,7 @@ from dpo_ref.models.adapters import load_adapter, other_base
 from dpo_ref.models.attention import KERNELS, resolve_backend
 from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_digest
 from dpo_ref.models.folders import (
+    ADAPTER_SETTINGS,
     MODEL_FILES,
     TEXT_FILES,
     check_complete,
@@ -157,6 +158,9 @@ def locate(path: str) -> str:
     return LOCATORS[scheme](path) if scheme in LOCATORS else path
 
 
+ADAPTED = {"reference.path": "reference"}  # the group whose option puts an adapter on the model that a key names
+
+
 def check_folder(path: str, key: str, needed: str = "config.json") -> None:
     """Raise ValueError if `path` is a local folder without the file `needed`, or looks local and does not exist."""
     if path[: path.find(":") + 1] in LOCATORS:
@@ -165,6 +169,8 @@ def check_folder(path: str, key: str, needed: str = "config.json") -> None:
     if folder.is_dir() and not (folder / needed).is_file():
         inner = folder / "policy" / "config.json"
         hint = f"; the run's policy is in {folder / 'policy'}" if inner.is_file() else ""
+        if needed == "config.json" and (folder / ADAPTER_SETTINGS).is_file():
+            hint = f"; it is an adapter: name its base here and it with {ADAPTED.get(key, 'model')}.adapter"
         raise ValueError(f"{key}={path} is not a model folder: it has no {needed}{hint}")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not folder.exists() and looks_local and "/" in path:
