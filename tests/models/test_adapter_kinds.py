@@ -111,6 +111,17 @@ def test_scaling_is_part_of_the_identity(made):
     assert len(digests) == 4
 
 
+@pytest.mark.parametrize("start", ["gaussian", "eva", "mica", False])
+def test_what_it_began_with_is_of_no_matter_where_that_left_the_weights_alone(start, made):
+    base, adapter = made("plain")
+    expected = sums(load_with_peft(base, adapter)).detach()
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | {"init_lora_weights": start}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    model = ours(base)
+    load_adapter(model, str(adapter), KEY, trainable=True)
+    close(response_logps(model, BATCH).sums.detach(), expected)
+
+
 def test_embeddings_that_were_saved_with_it_are_its_own(made, tmp_path):
     """peft saves the embedding where an adapter targets it; where that is another than the model's, the model below
     keeps its own."""

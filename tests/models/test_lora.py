@@ -1,10 +1,13 @@
 """Fresh adapters: with every option the policy begins as the model, and what is saved computes what was trained."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from dpo_ref.cli import resolve
+from dpo_ref.component import configuration
 from dpo_ref.data.packing import collate
 from dpo_ref.models.adapters import STARTS, adapter_off, copy_of_trained, merge, save_adapter
 from dpo_ref.models.checkpoint import base_digest, weights_digest
@@ -13,7 +16,7 @@ from dpo_ref.models.loading import load_model
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.lora import AdapterOptions, held_in, trained_summary
 from tests.support.adapters import EXPERTS, GPT2, load_base, load_with_peft, save_base
-from tests.support.command import composed
+from tests.support.command import ROOT, composed
 from tests.support.tiny import naive_logps, policy_of, random_groups, tiny_model
 
 GROUPS = random_groups([(4, (3, 5)), (2, (1, 4))])
@@ -190,3 +193,11 @@ def test_weights_below_in_bfloat16_compute_in_float32(case, tmp_path):
         torch.testing.assert_close(trained, response_logps(plain, BATCH).sums, atol=1e-4, rtol=0)
         merge(held).save_pretrained(tmp_path / "policy")
         torch.testing.assert_close(sums(load_base(tmp_path / "policy")), trained, atol=1e-4, rtol=0)
+
+
+def test_the_page_lists_every_option_with_its_default():
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    rows = re.findall(r"^\| `model\.(\w+)` \| `([\w.-]+)` \|", page, re.MULTILINE)
+    words = {"None": "null", "False": "false"}
+    defaults = {name: option.default for name, option in configuration(AdapterOptions).items()}
+    assert dict(rows) == {name: words.get(str(value), str(value)) for name, value in defaults.items()}
