@@ -37,6 +37,7 @@ from dpo_ref.models.loading import (
     prepared_tokenizer,
     stored_positions,
 )
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.reward_model import with_score_head
 from dpo_ref.references import interface as references
 from dpo_ref.references.interface import Reference, ReferenceContext
@@ -97,7 +98,7 @@ def workspace(config: RunConfig, directory: Path) -> Workspace:
 
 def trained_model(config: RunConfig, device: torch.device) -> TrainedModel:
     """The policy, or the reward model made of it."""
-    policy = config.model(device)
+    policy = config.model(device, config.model.bound(AdapterOptions)())
     say(*policy.notes)
     return with_score_head(policy, config.seed) if config.objective.of_scores else policy
 

@@ -44,6 +44,7 @@ from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import run_of
 from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace, stored_positions
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.reports.findings import findings
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.reports.policy import DIAGNOSTICS, track_evaluation, write_report
@@ -490,6 +491,8 @@ def _trained_run(folder: Path, config: DictConfig, summary: Mapping[str, Any]) -
     if isinstance(best.get("step"), int):
         summary = {**summary, "steps": best["step"]}
         saved = [path for path in saved if path.name == checkpoint.name_of(best["step"])]
+    given = {name: config.model[name] for name in ("adapter", "lora_rank", "weights") if name in config.model}
+    below = AdapterOptions(**given).below
     return TrainedRun(
         folder,
         summary,
@@ -497,6 +500,7 @@ def _trained_run(folder: Path, config: DictConfig, summary: Mapping[str, Any]) -
             config.model.path,
             _text_of(folder, config),
             config.model.get("adapter"),
+            below,
             revision=config.model.get("revision"),
         ),
         component("reference", config.reference, summary["choices"]["reference"]),

@@ -73,12 +73,14 @@ def _value(key: str, value: Any, hint: Any) -> Any:
     return plain if plain is None or mapped_to(hint) is None else _mapping(key, plain, mapped_to(hint))
 
 
-READ = {float: (int, float), str: (str,)}  # what may be written for an option that takes one or several
+READ = {float: (int, float), int: (int,), str: (str,)}  # what may be written for an option that takes one or several
+
+NAMED = {float: "number", int: "whole number", str: "text"}
 
 
 def _single(key: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, READ[kind]) or isinstance(value, bool):
-        raise ValueError(f"{key}={value} is no {'number' if kind is float else 'text'}")
+        raise ValueError(f"{key}={value} is no {NAMED[kind]}")
     return kind(value)
 
 

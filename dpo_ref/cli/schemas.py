@@ -37,6 +37,7 @@ from dpo_ref.data.tokenise import tokenise
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.lab.bandits.study import StudyOptions
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.objectives.interface import likelihood_term
 from dpo_ref.training.optim import optimisation
 from dpo_ref.training.rounds import TrainerConfig
@@ -106,6 +107,7 @@ CONF = Path(__file__).parents[2] / "conf"
 SHARED = {  # options every member takes besides its own
     "bandit": (StudyOptions,),
     "data": (tokenise, pack),
+    "model": (AdapterOptions,),
     "objective": (likelihood_term,),
     "optim": (optimisation,),
 }

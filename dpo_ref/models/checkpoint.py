@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from dpo_ref.files.digests import DIGESTS, file_digest, seal_folder
 from dpo_ref.files.writing import delete_folder, remove_abandoned, remove_deleted, replacing_folder, write_json
-from dpo_ref.models.adapters import effective, merge
+from dpo_ref.models.adapters import base_weights, effective, merge, save_adapter
 from dpo_ref.models.folders import CARD
+from dpo_ref.models.frozen import held_in_bfloat16
 
 PREFIX = "step-"
 WEIGHTS, MOMENTS = "policy.safetensors", "optimizer.safetensors"
@@ -43,8 +44,7 @@ def save_policy(folder: Path, policy: Any, tokenizer: Any, adapter: Any = None, 
         if (folder / CARD).is_file():
             shutil.copy2(folder / CARD, partial)
         if adapter is not None:
-            # Asked for "auto", peft would look for the model that the adapter names as its own, on the hub too.
-            adapter.save_pretrained(partial / "adapter", save_embedding_layers=False)
+            save_adapter(adapter, partial / "adapter")
             seal_folder(partial / "adapter")
         seal_folder(partial, besides=[CARD])
 
@@ -286,14 +286,21 @@ def load(checkpoint: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) 
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over every weight's name, dtype, shape and bytes, as 32 hexadecimal digits; an adapter counts once it
-    changes something."""
-    return state_digest(effective(model))
+    changes something, with its scaling."""
+    return state_digest(effective(model), held_in_bfloat16(model))
 
 
-def state_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes, as 32 hexadecimal digits."""
+def base_digest(model: nn.Module) -> str:
+    """The digest of the weights of the model below its adapter."""
+    return state_digest(base_weights(model), held_in_bfloat16(model))
+
+
+def state_digest(state: Mapping[str, torch.Tensor], as_float32: Set[str] = frozenset()) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, as 32 hexadecimal digits; those named in `as_float32`
+    count as what they are in float32."""
     hasher = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, value in sorted(state.items()):
+        tensor = value.float() if name in as_float32 else value
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return hasher.hexdigest()[:32]

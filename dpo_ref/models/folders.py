@@ -24,10 +24,15 @@ from dpo_ref.files.hub import note_commit
 
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")  # of a tokenizer, on the hub
 MODEL_FILES = (*TEXT_FILES, "model*.safetensors")
-ADAPTER_FILES = (DIGESTS, "adapter_config.json", "adapter_model.safetensors")
+ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = (DIGESTS, ADAPTER_SETTINGS, ADAPTER_WEIGHTS)
 SETTINGS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
     "processor_config.json", "preprocessor_config.json", "adapter_config.json",
+)  # fmt: skip
+UNKNOWN_LORA = (  # settings of a LoRA adapter under which it computes something else than W + s B A
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora",
+    "use_qalora", "velora_config",
 )  # fmt: skip
 WEIGHTS, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
@@ -212,15 +217,27 @@ def shapes_in(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise ValueError for what is no LoRA adapter, for weights that are no safetensors, and for damaged ones."""
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError("it is no adapter: it has no adapter_config.json")
-    kind = read_settings(folder / "adapter_config.json").get("peft_type")
+    """Raise ValueError for what is no LoRA adapter of a causal language model, for one with settings that are not
+    known here, for weights that are no safetensors, and for damaged ones."""
+    if not (folder / ADAPTER_SETTINGS).is_file():
+        inner = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_SETTINGS}"))
+        hint = f"; one is in {inner[0]}" if inner else ""
+        raise ValueError(f"it is no adapter: it has no {ADAPTER_SETTINGS}{hint}")
+    settings = read_settings(folder / ADAPTER_SETTINGS)
+    kind, task = settings.get("peft_type"), settings.get("task_type")
     if kind != "LORA":
-        raise ValueError(f"adapter_config.json says peft_type: {kind}, and adapters here are LORA")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(_no_weights(folder, "adapter_model.safetensors"))
-    shapes_in([folder / "adapter_model.safetensors"])
+        raise ValueError(f"{ADAPTER_SETTINGS} says peft_type: {kind}, and adapters here are LORA")
+    if task not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{ADAPTER_SETTINGS} says task_type: {task}, and adapters here are of causal language models")
+    unknown = next((key for key in UNKNOWN_LORA if settings.get(key)), None)
+    if unknown is not None:
+        raise ValueError(
+            f"{ADAPTER_SETTINGS} says {unknown}: {_shortened(settings[unknown])}, which changes how the adapter "
+            "computes and is not known here; merge it with peft (merge_and_unload) and give the merged folder"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(_no_weights(folder, ADAPTER_WEIGHTS))
+    shapes_in([folder / ADAPTER_WEIGHTS])
 
 
 def check_sizes(config: Any, family: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo_ref.component import component
+from dpo_ref.component import component, configuration
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.files.digests import DIGESTS, file_digest
-from dpo_ref.models.adapters import add_lora, load_adapter
+from dpo_ref.models.adapters import load_adapter, other_base
 from dpo_ref.models.attention import KERNELS, resolve_backend
 from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_digest
 from dpo_ref.models.experts import (
@@ -33,6 +33,7 @@ from dpo_ref.models.experts import (
     training_mode,
 )
 from dpo_ref.models.folders import (
+    ADAPTER_SETTINGS,
     MODEL_FILES,
     TEXT_FILES,
     check_complete,
@@ -45,7 +46,9 @@ from dpo_ref.models.folders import (
     positions_of,
     stored_shapes,
 )
+from dpo_ref.models.frozen import hold_in_bfloat16
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
+from dpo_ref.models.lora import AdapterOptions, check_adapter_options, held_in, trained_summary
 from dpo_ref.models.packable import install, kernel_refuses
 from dpo_ref.tracking.terminal import say
 from dpo_ref.types import PackedBatch, Progress, ResponseLogps, Span
@@ -181,6 +184,9 @@ def locate(path: str) -> str:
     return LOCATORS[scheme](path) if scheme in LOCATORS else path
 
 
+ADAPTED = {"reference.path": "reference"}  # the group whose option puts an adapter on the model that a key names
+
+
 def check_folder(path: str, key: str, needed: str = "config.json") -> None:
     """Raise ValueError if `path` is a local folder without the file `needed`, or looks local and does not exist."""
     if path[: path.find(":") + 1] in LOCATORS:
@@ -189,6 +195,8 @@ def check_folder(path: str, key: str, needed: str = "config.json") -> None:
     if folder.is_dir() and not (folder / needed).is_file():
         inner = folder / "policy" / "config.json"
         hint = f"; the run's policy is in {folder / 'policy'}" if inner.is_file() else ""
+        if needed == "config.json" and (folder / ADAPTER_SETTINGS).is_file():
+            hint = f"; it is an adapter: name its base here and it with {ADAPTED.get(key, 'model')}.adapter"
         raise ValueError(f"{key}={path} is not a model folder: it has no {needed}{hint}")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not folder.exists() and looks_local and "/" in path:
@@ -278,15 +286,19 @@ def load_model(
     attention: str,
     key: str = "model.path",
     revision: str | None = None,
+    hold: Callable[[nn.Module], None] | None = None,
     **how: Any,
 ) -> LoadedModel:
     """A causal language model in float32, packed where its architecture allows; safetensors only, no code from the
-    folder. `how` is handed to transformers: another dtype, a quantisation; with `device=None` it also says where the
-    weights go. Raises ValueError naming `key` for what is no model."""
+    folder. `hold` changes what holds its weights before they go to the device. `how` is handed to transformers:
+    another dtype, a quantisation; with `device=None` it also says where the weights go. Raises ValueError naming
+    `key` for what is no model."""
     from transformers import AutoModelForCausalLM
 
     check_folder(path, key)
     model = pretrained_model(AutoModelForCausalLM, _check_writes, path, key, revision, **how)
+    if hold is not None:
+        hold(model)
     if device is not None:
         model.to(device)
     check_finite(model, f"{key}={path}")
@@ -348,9 +360,6 @@ def _check_options(
     revision: str | None,
     dtype: str,
     attention: str,
-    adapter: str | None,
-    lora_rank: int | None,
-    lora_alpha: float | None,
     router_loss: int | float | str | None,
     compile: bool,
     **rest: Any,
@@ -363,15 +372,13 @@ def _check_options(
             f"model.attention={attention} computes in half precision and has no effect with model.dtype=float32; use "
             "model.attention=sdpa"
         )
-    if adapter is not None and (lora_rank, lora_alpha) != (None, None):
-        raise ValueError("model.adapter has a rank and an alpha of its own; leave model.lora_rank and lora_alpha out")
-    if lora_alpha is not None and lora_rank is None:
-        raise ValueError(f"model.lora_alpha={lora_alpha:g} has no effect without model.lora_rank")
+    check_adapter_options(AdapterOptions(**{name: rest[name] for name in configuration(AdapterOptions)}))
 
 
 @component(check=_check_options)
 def pretrained(
     device: torch.device,
+    adapter: AdapterOptions,
     *,
     path: str,
     revision: str | None = None,
@@ -382,14 +389,12 @@ def pretrained(
     template: str = "auto",
     template_options: dict[str, Any] | None = None,
     max_length: int | None = None,
-    adapter: str | None = None,
-    lora_rank: int | None = None,
-    lora_alpha: float | None = None,
     router_loss: int | float | str | None = None,
     freeze_router: bool = False,
 ) -> Policy:
-    """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`). `revision` is a branch,
-    tag or commit of the hub's; the run's summary.json says which commit it was.
+    """The policy to train: a local folder, a hub name, or a model of the lab (`lab:initial`), all of its weights or an
+    adapter (`AdapterOptions`). `revision` is a branch, tag or commit of the hub's; the run's summary.json says which
+    commit it was.
 
     `dtype` is the compute dtype: auto is bfloat16 on CUDA, float32 on a CPU. `gradient_checkpointing` recomputes
     activations in the backward pass: `full` keeps the layers' inputs alone and costs a third more time, `selective`
@@ -398,8 +403,7 @@ def pretrained(
     template: the tokenizer's own (auto), or zephyr, tulu, llama3, llama31, chatml, hermes, alpaca or plain, of which
     llama31 and hermes write tools and calls, hermes thoughts as well; `template_options` are settings that the
     template looks at, such as enable_thinking. `max_length` is what the model is meant for, in tokens;
-    data.max_length goes before it. `lora_rank` trains a LoRA adapter on all linear layers instead of the weights
-    (`lora_alpha`: twice the rank unless given), `adapter` goes on training a saved one, a folder or hub name.
+    data.max_length goes before it.
 
     Of a mixture of experts, `router_loss` is the coefficient of its load-balancing loss, which is added to any
     objective's once an optimiser step: a number, `config` for the one in the model's config, or null for none;
@@ -408,16 +412,22 @@ def pretrained(
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)
     tokenizer = prepared_tokenizer(folder, template, template_options, max_length, revision)
-    model, notes = load_model(folder, device, attention, revision=revision)
+    model, notes = _load_below(
+        ModelPath(path, weights=adapter.below, key="model.path", revision=revision), folder, device, attention
+    )
     check_vocabulary(tokenizer, model, f"model.path={path}")
     notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
-    trained = _adapter(model, adapter, lora_rank, lora_alpha)
+    trained = adapter.put_on(model)
     routers = routers_of(model)
     check_adapted(model, routers)
     balancing = router_coefficient(model, routers, router_loss)
     notes += routing_note(model, routers, balancing)
     if freeze_router:
         freeze(model, routers)
+    if trained is not None:
+        notes += trained_summary(model)
+    if adapter.adapter is not None:
+        notes += other_base(adapter.adapter, "model.adapter", model)
     CHECKPOINTING[gradient_checkpointing](model)
     if compile:
         compile_layers(model)
@@ -427,12 +437,13 @@ def pretrained(
     )  # fmt: skip
 
 
-def _adapter(model: Any, adapter: str | None, rank: int | None, alpha: float | None) -> Any:
-    if adapter is not None:
-        return load_adapter(model, adapter, "model.adapter", trainable=True)
-    if rank is not None:
-        return add_lora(model, rank, alpha)
-    return None
+def _load_below(model: "ModelPath", folder: str, device: torch.device, attention: str) -> LoadedModel:
+    """A model without its adapter, its own weights held as `model.weights` says."""
+    held = held_in(model.weights, device)
+    how = _quantisation_options(held, f"model.weights={held}")
+    where, placing = _placement("auto", bool(how), device)
+    hold = hold_in_bfloat16 if held == "bfloat16" else None
+    return load_model(folder, where, attention, model.key, model.revision, hold=hold, **how, **placing)
 
 
 def compile_layers(model: Any) -> None:
@@ -513,22 +524,26 @@ SMALLER = (
 )
 
 
-def _quantisation_options(quantisation: str) -> dict[str, Any]:
-    """What transformers is told. Raises ValueError without bitsandbytes."""
-    if quantisation == "none":
+IN_4_BITS = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+QUANTISED = {
+    "8bit": {"load_in_8bit": True},
+    "4bit": IN_4_BITS,
+    "int8": {"load_in_8bit": True},  # as model.weights has it, and nf4
+    "nf4": IN_4_BITS | {"bnb_4bit_quant_type": "nf4"},
+}
+
+
+def _quantisation_options(quantisation: str, title: str) -> dict[str, Any]:
+    """What transformers is told. Raises ValueError, beginning with the `title`, without bitsandbytes."""
+    if quantisation not in QUANTISED:
         return {}
     try:
         import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(
-            f"reference.quantisation={quantisation} needs bitsandbytes: pip install -r requirements-reference.txt"
-        ) from error
+        raise ValueError(f"{title} needs bitsandbytes: pip install -r requirements-reference.txt") from error
     from transformers import BitsAndBytesConfig
 
-    bits = BitsAndBytesConfig(
-        load_in_8bit=quantisation == "8bit", load_in_4bit=quantisation == "4bit", bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    return {"quantization_config": bits}
+    return {"quantization_config": BitsAndBytesConfig(**QUANTISED[quantisation])}
 
 
 def _placement(device: str, quantised: bool, policy: torch.device) -> tuple[torch.device | None, dict[str, Any]]:
@@ -551,7 +566,7 @@ def load_reference(source: ModelSource, folder: str, policy_device: torch.device
     Raises ValueError for what is no model, for packages that are missing, and for a second model that does not fit
     into memory, with the options that avoid it.
     """
-    how = _quantisation_options(source.quantisation)
+    how = _quantisation_options(source.quantisation, f"reference.quantisation={source.quantisation}")
     device, placing = _placement(source.device, bool(how), policy_device)
     try:
         loaded = load_model(
@@ -559,6 +574,8 @@ def load_reference(source: ModelSource, folder: str, policy_device: torch.device
         )
         if source.adapter is not None:
             load_adapter(loaded.model, source.adapter, "reference.adapter", trainable=False)
+            notes = loaded.notes + other_base(source.adapter, "reference.adapter", loaded.model)
+            return LoadedModel(loaded.model, notes)
         return loaded
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -572,6 +589,7 @@ class ModelPath(NamedTuple):
     path: str
     text: str | None = None  # the folder of its tokenizer and template; None: its own
     adapter: str | None = None  # on top of its weights
+    weights: str = "float32"  # what holds those, as model.weights says
     key: str = "policy"  # the option that names it
     revision: str | None = None  # on the hub
 
@@ -624,7 +642,7 @@ class ModelLoader:
         )
 
     def _weights(self, source: ModelPath, folder: str, checkpoint: Path | None, tokenizer: Any) -> nn.Module:
-        model = self._announce(load_model(folder, self.device, self._attention, source.key, source.revision))
+        model = self._announce(_load_below(source, folder, self.device, self._attention))
         check_vocabulary(tokenizer, model, f"{source.key}={source.path}")
         if checkpoint is not None:
             load_policy(checkpoint, model)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dpo_ref.models.adapters import effective_bias, effective_weight
 from dpo_ref.models.attention import KERNEL_DTYPES, REGISTERED, PackedLayout, laid_out
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores, Span
 
@@ -46,7 +47,8 @@ class Head:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a transformers causal language model, with its architecture's post-processing of the logits."""
+    """The head of a transformers causal language model, with its architecture's post-processing of the logits. Where
+    an adapter lies on it, its weight is formed once for all tokens, and gradients reach the adapter through it."""
     causal_lm: Any = model
     output, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
     scale = 1.0
@@ -56,7 +58,7 @@ def head_of(model: nn.Module) -> Head:
         scale = 1.0 / float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma; RecurrentGemma below
     softcap = getattr(config, "logits_soft_cap", None) if softcap is None else softcap
-    return Head(output.weight, output.bias, scale, softcap)
+    return Head(effective_weight(output), effective_bias(output), scale, softcap)
 
 
 def chunk_rows(weight: Float[Tensor, "V H"]) -> int:
@@ -356,7 +358,8 @@ class FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=accumulate)
+        # A head that is not trained, as below an adapter, needs none: a third of its work, and its size in memory.
+        d_weight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device)
         weight_h = weight.to(hidden.dtype)
         softmax = _softmax_in_kernels if _kernels_take(hidden, head) else _softmax
@@ -371,18 +374,20 @@ class FusedLoss(torch.autograd.Function):
                 (coefficients,) = torch.autograd.grad(loss, outputs.tokens())
             d_product = gradient(coefficients)
             torch.mm(d_product, weight_h, out=d_hidden[rows])
-            _add_product(d_weight, d_product, hidden_c)
+            if d_weight is not None:
+                _add_product(d_weight, d_product, hidden_c)
             if bias is not None:
                 d_bias += d_product.sum(dim=0)
             losses.append(loss.detach())
             parts.append(values)
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype))
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        ctx.save_for_backward(d_hidden, d_weight, None if bias is None else d_bias.to(bias.dtype))
         values = torch.cat(parts)
         ctx.mark_non_differentiable(values)
         return torch.stack(losses).sum(), values
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         factor = grads[0]
         scaled = [None if d is None else d.mul_(factor.to(d.dtype)) for d in (d_hidden, d_weight, d_bias)]

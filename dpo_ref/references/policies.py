@@ -2,7 +2,6 @@
 an adapter, one that follows the policy.
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from dpo_ref.component import RunPlan, component
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.groups import MappedGroups
-from dpo_ref.models.adapters import adapter_off, base_weights, effective
-from dpo_ref.models.checkpoint import state_digest, weights_digest
+from dpo_ref.models.adapters import adapter_off, changes_something, copy_of_trained
+from dpo_ref.models.checkpoint import base_digest, weights_digest
 from dpo_ref.models.folders import check_vocabulary
-from dpo_ref.models.loading import ModelSource, check_revision
+from dpo_ref.models.loading import ModelSource, TrainedModel, check_revision
 from dpo_ref.models.logps import response_logps
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext
@@ -101,13 +100,27 @@ def initial(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
     """The policy as it is before training (standard DPO).
 
     With `cache=auto` its log-probabilities are computed by the policy itself before the first step and no second copy
-    exists; with `off` a copy is asked at every step.
+    exists; with `off` a copy is asked at every step, which shares with the policy what is not trained. A policy that
+    goes on from an adapter (`model.adapter`) is the model with that adapter.
     """
     weights = context.policy.weights
     identity = identity_of(context.policy.model, weights, context.policy.text_identity)
     if cache == "auto":
-        return precompute("initial", context.policy.model, identity, weights, context)
-    return LiveReference("initial", copy.deepcopy(context.policy.model), identity, weights)
+        reference = precompute("initial", context.policy.model, identity, weights, context)
+    else:
+        reference = LiveReference("initial", copy_of_trained(context.policy.model), identity, weights)
+    reference.notes = (*reference.notes, *_goes_on(context.policy))
+    return reference
+
+
+def _goes_on(policy: TrainedModel) -> tuple[str, ...]:
+    """What the reference is where the policy goes on from a saved adapter."""
+    if policy.adapter is None or not changes_something(policy.model):
+        return ()
+    return (
+        "reference: the model with its adapter, as both are before training; reference=adapter_base is the model "
+        "below the adapter",
+    )
 
 
 def _check_revision(*, path: str, revision: str | None, **rest: Any) -> None:
@@ -250,7 +263,7 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
     (`model.adapter`) it is the model below it, where `initial` is the model with that adapter.
     """
     policy = context.policy.model
-    weights = state_digest(base_weights(effective(policy)))
+    weights = base_digest(policy)
     identity = identity_of(policy, weights, context.policy.text_identity)
     if cache == "off":
         return AdapterBase(policy, identity, weights)
@@ -268,13 +281,15 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
 
 
 class MovingReference(Reference):
-    """A copy of the policy that takes a step of `share` towards it every `every` optimiser steps."""
+    """A copy of the policy that takes a step of `share` towards it every `every` optimiser steps. It has weights of
+    its own where they are trained: of an adapter's policy the adapter's, on the policy's base."""
 
     name = "moving"
     notes = ("reference: it moves, so it is asked at every step and nothing is cached",)
 
     def __init__(self, model: nn.Module, identity: str, weights: str, share: float, every: int) -> None:
         self.identity, self.weights, self.share, self.every = identity, weights, share, every
+        self._own = {name for name, weight in model.named_parameters() if weight.requires_grad}
         self._model = model.eval().requires_grad_(False)
 
     @property
@@ -294,17 +309,17 @@ class MovingReference(Reference):
         if step % self.every:
             return
         ours = dict(policy.named_parameters())
-        for name, weight in self._model.named_parameters():
+        for name, weight in self.state_dict().items():
             weight.copy_(torch.where(made, weight.lerp(ours[name], self.share), weight))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The copy's weights."""
-        return {name: weight.detach() for name, weight in self._model.named_parameters()}
+        """The weights that the copy does not share with the policy."""
+        return {name: weight.detach() for name, weight in self._model.named_parameters() if name in self._own}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take the copy's weights from a checkpoint. Raises ValueError if they are another model's."""
-        weights = dict(self._model.named_parameters())
+        weights = self.state_dict()
         if state.keys() != weights.keys():
             raise ValueError("the checkpoint's reference has other weights than this one, or none")
         for name, weight in weights.items():
@@ -335,4 +350,4 @@ def moving(context: ReferenceContext, *, share: float = 0.6, every: int = 512, c
     identity = digest(
         [identity_of(context.policy.model, weights, context.policy.text_identity), "moving", share, every]
     )
-    return MovingReference(copy.deepcopy(context.policy.model), identity, weights, share, every)
+    return MovingReference(copy_of_trained(context.policy.model), identity, weights, share, every)

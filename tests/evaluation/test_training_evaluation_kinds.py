@@ -14,9 +14,9 @@ from dpo_ref.evaluation.kl import sample_kl
 from dpo_ref.generation.records import read_generations
 from dpo_ref.generation.sampling import never_sampled
 from dpo_ref.lab.models import locate
-from dpo_ref.models.adapters import add_lora
 from dpo_ref.models.loading import load_model, load_tokenizer
 from dpo_ref.models.logps import response_logps
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.types import Message
 from tests.support.command import train
 from tests.support.reference_contexts import LAYOUT
@@ -91,7 +91,7 @@ def test_held_out_prompts_without_room_are_left_out_and_counted(monkeypatch, cap
 def test_the_initial_policy_stays_and_shares_what_is_not_trained():
     """Under an adapter only its factors exist twice; whatever training does to the policy, the initial one answers as
     the same model loaded anew."""
-    for make in (lambda model: model, lambda model: add_lora(model, 3, None) and model):
+    for make in (lambda model: model, lambda model: AdapterOptions(lora_rank=3).put_on(model) and model):
         policy, batch = make(tiny_model(seed=0)), collate(random_groups(LAYOUT))
         trained = [p for p in policy.parameters() if p.requires_grad]
         initial = InitialPolicy(policy, None, "weights")

@@ -6,16 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpo_ref.cli import resolve
 from dpo_ref.data.packing import collate
 from dpo_ref.lab.models import locate
-from dpo_ref.models.adapters import add_lora, merge
+from dpo_ref.models.adapters import merge
 from dpo_ref.models.attention import register
 from dpo_ref.models.checkpoint import weights_digest
 from dpo_ref.models.logps import response_logps
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references.policies import adapter_base, initial
+from tests.support.adapters import load_base, load_with_peft, save_adapter
 from tests.support.command import composed, train
 from tests.support.evaluate_command import measure
 from tests.support.reference_contexts import LAYOUT, context_for
@@ -30,7 +33,7 @@ SMALL += ["trainer.batch_size=16", "tracking=none", "beta=0.1", "optim.lr=0.02"]
 def test_adapter_base_is_the_model_below(cache, tmp_path):
     plain = response_logps(tiny_model(seed=0), BATCH).sums
     context = context_for(tmp_path)
-    add_lora(context.policy.model, 3, None)
+    AdapterOptions(lora_rank=3).put_on(context.policy.model)
     assert weights_digest(context.policy.model) == weights_digest(
         tiny_model(seed=0)
     )  # a fresh adapter changes nothing
@@ -46,7 +49,7 @@ def test_adapter_base_is_the_model_below(cache, tmp_path):
 
 def test_merged_weights_compute_the_same(tmp_path):
     model = tiny_model(seed=0)
-    add_lora(model, 3, 12.0)
+    AdapterOptions(lora_rank=3, lora_alpha=12.0).put_on(model)
     expected = response_logps(disturbed(model), BATCH).sums
     plain = merge(model)
     assert plain.state_dict().keys() == tiny_model(seed=0).state_dict().keys()
@@ -99,6 +102,33 @@ def test_going_on_from_a_saved_adapter(tmp_path):
     assert train(*below[:-2], f"output_dir={whole}", "trainer.max_steps=2").returncode == 0
     losses = [[row["train/loss"] for row in metrics(folder) if "train/loss" in row] for folder in (parts, whole)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_an_adapter_on_the_head_is_used_and_trained_without_its_dropout(cache, tmp_path):
+    run, saved, base = tmp_path / "run", tmp_path / "adapter", locate("lab:tiny")
+    save_adapter(saved, base, target_modules=["q_proj", "lm_head"], lora_dropout=0.3)
+    options = [*SMALL, f"model.adapter={saved}", f"reference.cache={cache}", "trainer.max_steps=2"]
+    done = train(*options, f"output_dir={run}")
+    assert done.returncode == 0, done.stderr
+    assert "trained: rank 4 on q_proj (2), lm_head: " in done.stdout
+    assert "reference: the model with its adapter, as both are before training" in done.stdout
+    assert metrics(run)[1]["train/loss"] == pytest.approx(0.693147, abs=1e-5)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (saved, run / "policy" / "adapter"))
+    head = "base_model.model.lm_head.lora_B.weight"
+    assert (after[head] - before[head]).abs().max() > 1e-3
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        merged, apart = load_base(run / "policy"), load_with_peft(base, run / "policy" / "adapter")
+        torch.testing.assert_close(merged(ids).logits, apart(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_that_is_given_as_a_model_is_told(tmp_path):
+    save_adapter(tmp_path / "adapter", locate("lab:tiny"))
+    done = train(*SMALL, f"model.path={tmp_path}/adapter")
+    assert "it is an adapter: name its base here and it with model.adapter" in done.stderr
+    done = train(*SMALL, "reference=other", f"reference.path={tmp_path}/adapter")
+    assert "it is an adapter: name its base here and it with reference.adapter" in done.stderr
 
 
 REFUSED = {

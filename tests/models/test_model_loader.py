@@ -48,7 +48,7 @@ def test_a_policy_is_loaded_when_its_weights_are_needed(folders, monkeypatch):
     monkeypatch.setattr(
         loading,
         "load_model",
-        lambda *arguments: loads.append(arguments) or LoadedModel(tiny_model(seed=0, **SHAPE), ()),
+        lambda *arguments, **how: loads.append(arguments) or LoadedModel(tiny_model(seed=0, **SHAPE), ()),
     )
     policy = ModelLoader(CPU).policy(ModelPath(folders[0]))
     assert len(policy.text_identity) == 32

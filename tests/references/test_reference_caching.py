@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_ref.data.packing import collate
-from dpo_ref.models.adapters import add_lora
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references import policies
 from dpo_ref.references.mixture import mixture
 from dpo_ref.references.policies import adapter_base
@@ -47,7 +47,7 @@ def filled(kind, folder, texts=TEXTS, policy=None, tokenizer=None, options=None,
     counted = Counted(data(texts), folder, tokenizer or default_tokenizer, **(limits or {}))
     context = counted.context if policy is None else replace(counted.context, policy=policy_of(policy, POLICY))
     if kind == "adapter_base":
-        add_lora(context.policy.model, 2, None)
+        AdapterOptions(lora_rank=2).put_on(context.policy.model)
         disturbed(context.policy.model)
     reference = make(context, **(options or {}))
     return counted.passes, reference.logps(collate(list(context.groups)[:1])).sums

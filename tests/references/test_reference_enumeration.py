@@ -10,7 +10,7 @@ import torch
 
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate
-from dpo_ref.models.adapters import add_lora
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references import policies
 from dpo_ref.references.mixture import mixture
 from dpo_ref.references.policies import adapter_base, moving
@@ -77,7 +77,7 @@ def moved(context):
 
 
 def with_adapter(context, **options):
-    add_lora(context.policy.model, 2, None)
+    AdapterOptions(lora_rank=2).put_on(context.policy.model)
     disturbed(context.policy.model)
     return adapter_base(context, **options)
 
