@@ -14,13 +14,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.resolve import RunConfig
-from dpo_ref.models.folders import opened, stored_shapes
+from dpo_ref.models.folders import opened, read_settings, stored_shapes
 from dpo_ref.models.loading import check_folder, locate
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.tracking.terminal import say
 
 TOY = 50e6  # weights: below is the lab, or somebody's own toy
 LARGE = 3.5e9
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # what configs call them
 
 
 class Rate(NamedTuple):
@@ -46,7 +47,7 @@ RATES = {  # by (what is fitted, whether an adapter is trained, whether the mode
     ("scores", True, True): Rate(1e-4, "ten times that of the whole model, as usual for LoRA"),
 }
 LENGTHS = {  # by option: for a toy, for another model on a CPU, and on an accelerator
-    "generation.max_new_tokens": (128, 512, 512),
+    "generation.max_new_tokens": (128, 1024, 1024),  # the three of answers: at most half of the model's positions
     "evaluation.max_new_tokens": (128, 512, 512),
     "data.max_new_tokens": (128, 512, 512),
     "data.tokens_per_batch": (8192, 2048, 8192),  # more is no faster on a CPU, and takes memory
@@ -54,12 +55,32 @@ LENGTHS = {  # by option: for a toy, for another model on a CPU, and on an accel
 }
 
 
-def num_weights(path: str, key: str, revision: str | None = None) -> int:
-    """Weights in the folder or hub name at `path`, by the headers of its files. Raises ValueError naming `key`."""
+class Size(NamedTuple):
+    """Weights of a model, and the tokens that it has positions for, where its config says."""
+
+    weights: int
+    positions: int | None
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether it is no language model that anybody would use."""
+        return self.weights < TOY
+
+    def __str__(self) -> str:
+        return f"{self.weights / 1e9:.1f} B" if self.weights >= 1e9 else f"{self.weights / 1e6:.3g} M"
+
+
+def size_of(path: str, key: str, revision: str | None = None) -> Size:
+    """The size of the model in the folder or hub name at `path`, by its config and the headers of its weights. Raises
+    ValueError naming `key`."""
     check_folder(path, key)
     files = ("config.json", "model*.safetensors*")
     with opened(locate(path), key, revision, files, "no model could be loaded") as folder:
-        return sum(math.prod(shape) for shape in stored_shapes(folder).values())
+        settings = read_settings(folder / "config.json")
+        settings = settings.get("text_config") or settings
+        said = [settings[name] for name in POSITIONS if isinstance(settings.get(name), int)]
+        weights = sum(math.prod(shape) for shape in stored_shapes(folder).values())
+        return Size(weights, said[0] if said else None)
 
 
 def fitted(objective: Objective) -> str:
@@ -70,9 +91,9 @@ def fitted(objective: Objective) -> str:
     return "preferences" if of_preferences else "demonstrations"
 
 
-def rate_of(objective: Objective, weights: int, adapter: bool) -> Rate:
+def rate_of(objective: Objective, size: Size, adapter: bool) -> Rate:
     """The learning rate to start with, and whose it is."""
-    return TOY_RATE if weights < TOY else RATES[fitted(objective), adapter, weights > LARGE]
+    return TOY_RATE if size.is_toy else RATES[fitted(objective), adapter, size.weights > LARGE]
 
 
 def complete_run(cfg: DictConfig, run: RunConfig, device: torch.device) -> DictConfig:
@@ -80,20 +101,20 @@ def complete_run(cfg: DictConfig, run: RunConfig, device: torch.device) -> DictC
     options, lr_is_open = run.model.options, cfg.optim.lr is None
     if not lr_is_open and not _left_open(cfg):
         return cfg
-    weights, adapter = num_weights(options["path"], "model.path", options["revision"]), trains_adapter(options)
-    cfg = _with_lengths(cfg, weights, device)
+    size, adapter = size_of(options["path"], "model.path", options["revision"]), trains_adapter(options)
+    cfg = _with_lengths(cfg, size, device)
     if lr_is_open:
-        rate = rate_of(run.objective, weights, adapter)
+        rate = rate_of(run.objective, size, adapter)
         cfg.optim.lr = rate.lr
-        if rate is not TOY_RATE:
+        if not size.is_toy:
             trained = "an adapter on" if adapter else "all of"
-            say(f"optim.lr={rate.lr:g}, to start with, for {trained} {_in_words(weights)} weights: {rate.of}")
+            say(f"optim.lr={rate.lr:g}, to start with, for {trained} {size} weights: {rate.of}")
     return cfg
 
 
 def complete_evaluation(cfg: DictConfig, path: str, device: torch.device) -> DictConfig:
     """The tree of an evaluation of the model at `path` with what its null options mean."""
-    return _with_lengths(cfg, num_weights(path, "policy"), device) if _left_open(cfg) else cfg
+    return _with_lengths(cfg, size_of(path, "policy"), device) if _left_open(cfg) else cfg
 
 
 def trains_adapter(options: Mapping[str, Any]) -> bool:
@@ -107,12 +128,10 @@ def _left_open(cfg: DictConfig) -> list[str]:
     return [key for key in LENGTHS if OmegaConf.select(cfg, key, default=missing) is None]
 
 
-def _with_lengths(cfg: DictConfig, weights: int, device: torch.device) -> DictConfig:
-    cfg, column = cfg.copy(), 0 if weights < TOY else 1 if device.type == "cpu" else 2
+def _with_lengths(cfg: DictConfig, size: Size, device: torch.device) -> DictConfig:
+    cfg, column = cfg.copy(), 0 if size.is_toy else 1 if device.type == "cpu" else 2
     for key in _left_open(cfg):
-        OmegaConf.update(cfg, key, LENGTHS[key][column])
+        of_answers = key.endswith("max_new_tokens") and size.positions is not None
+        room = max(1, size.positions // 2) if of_answers else math.inf
+        OmegaConf.update(cfg, key, min(LENGTHS[key][column], room))
     return cfg
-
-
-def _in_words(weights: int) -> str:
-    return f"{weights / 1e9:.1f} B" if weights >= 1e9 else f"{weights / 1e6:.3g} M"
