@@ -28,6 +28,7 @@ from dpo_ref.evaluation.in_training import EvaluationContext, InitialPolicy, in_
 from dpo_ref.files.cache import cache_folder
 from dpo_ref.files.writing import write_text
 from dpo_ref.models.attention import resolve_backend
+from dpo_ref.models.folders import stored_positions
 from dpo_ref.models.loading import (
     ModelLoader,
     TrainedModel,
@@ -35,7 +36,6 @@ from dpo_ref.models.loading import (
     check_folder,
     locate,
     prepared_tokenizer,
-    stored_positions,
 )
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.reward_model import with_score_head

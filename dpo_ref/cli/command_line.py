@@ -168,7 +168,8 @@ def config_folders(arguments: Sequence[str]) -> list[Path]:
     given = {flag: words[index + 1] for index, flag in enumerate(words[:-1]) if flag in DIRECTORY}
     joined = [word.partition("=")[2] for word in words if word.startswith(tuple(f"{flag}=" for flag in DIRECTORY))]
     searched = [override.value() for word in words if word.startswith("hydra.") and (override := _parsed(word))]
-    places = [*given.values(), *joined, *(str(place) for places in searched for place in places or ())]
+    listed = [str(place) for value in searched for place in (value if isinstance(value, list) else [value])]
+    places = [*given.values(), *joined, *listed]
     folders = {place: _folder(place) for place in places}
     if missing := [place for place, folder in folders.items() if folder is None or not folder.is_dir()]:
         raise ValueError(

@@ -43,7 +43,8 @@ from dpo_ref.files.holding import held
 from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import run_of
-from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace, stored_positions
+from dpo_ref.models.folders import stored_positions
+from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.reports.findings import findings
 from dpo_ref.reports.model_card import write_card

@@ -321,8 +321,10 @@ def _with_schema(load: Callable[..., Any]) -> Callable[..., Any]:
     asked for: a user's file need not name it, nor can two functions of one name be mistaken for each other."""
 
     def load_config(repository: ConfigRepository, config_path: str) -> Any:
-        result = load(repository, config_path)
-        target = None if result is None else result.config.get("_target_")
+        result: Any = load(repository, config_path)
+        if result is None:
+            return None
+        target: Any = result.config.get("_target_")
         group = config_path.partition("/")[0]
         if target is None or result.provider in OURS or group not in groups():
             return result

@@ -332,6 +332,14 @@ def positions_of(config: Any) -> int | None:
     return max(positions, int(before * (rotary.get("factor") or 1)))
 
 
+def stored_positions(folder: str, key: str = "model.path", revision: str | None = None) -> int | None:
+    """How many tokens the model in a folder has positions for; its weights are not read."""
+    from transformers import AutoConfig
+
+    with opened(folder, key, revision, ("config.json",), "no model could be loaded") as found:
+        return positions_of(AutoConfig.from_pretrained(found, trust_remote_code=False))
+
+
 def rows_of(model: Any) -> int:
     """How many tokens a model has a row for, in its embedding and in its head."""
     heads = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -249,14 +249,6 @@ def prepared_tokenizer(
     return tokenizer
 
 
-def stored_positions(folder: str, key: str = "model.path", revision: str | None = None) -> int | None:
-    """How many tokens the model in a folder has positions for; its weights are not read."""
-    from transformers import AutoConfig
-
-    with opened(folder, key, revision, ("config.json",), "no model could be loaded") as found:
-        return positions_of(AutoConfig.from_pretrained(found, trust_remote_code=False))
-
-
 def _without_dropout(config: Any) -> Any:
     """Dropout off: policy and reference must be the same function. For the noise of experts see `training_mode`."""
     names = [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]

@@ -141,16 +141,17 @@ def test_the_hub_through_a_local_folder(tmp_path, monkeypatch, streaming):
     }
     real = datasets.load_dataset
 
-    def local(path, name, *, data_dir, split, streaming):
-        asked.append((path, name, data_dir, split, streaming))
+    def local(path, name, *, data_dir, split, streaming, revision):
+        asked.append((path, name, data_dir, split, streaming, revision))
         return real(
             "json", data_files={split: files[split]}, split=split, streaming=streaming, cache_dir=str(tmp_path)
         )
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     hub = {"path": "someone/pairs", "split": "train_prefs", "eval_split": "test_prefs"}
-    data = sources.preferences(0, hub=hub, folder="harmless", streaming=streaming, limit=4)
-    assert asked == [("someone/pairs", None, "harmless", split, streaming) for split in ("train_prefs", "test_prefs")]
+    data = sources.preferences(0, hub=hub, folder="harmless", streaming=streaming, limit=4, revision="v2")
+    splits = ("train_prefs", "test_prefs")
+    assert asked == [("someone/pairs", None, "harmless", split, streaming, "v2") for split in splits]
     assert [group.prompt[0]["content"] for group in data.train] == [f"train_prefs {i}" for i in range(4)]
     assert [group.origin for group in data.eval] == [f"someone/pairs test_prefs row {i}" for i in (1, 2)]
     fewer = sources.preferences(0, hub=hub, eval_fraction=0.5, streaming=streaming)
