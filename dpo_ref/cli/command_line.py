@@ -259,6 +259,8 @@ def _texts(kind: str) -> set[str]:
 
 def _as_meant(word: str, sweeps: bool, texts: Collection[str]) -> str:
     key, _, value = word.partition("=")
+    if "${" in value and _is_file(value):
+        raise ValueError(f"{word}: ${{...}} in a value reads another option; give the file a name without it")
     override = _parsed(word)
     if override is None:
         return f"{key}={_quoted_values(key, value, sweeps)}"

@@ -191,7 +191,8 @@ def locate(target: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a user's module raises
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ImportError | AttributeError) else error
-        raise ValueError(f"_target_: {target} cannot be imported: {reason}") from error
+        hint = "; PYTHONPATH names the folder of a module" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"_target_: {target} cannot be imported: {reason}{hint}") from error
     if untyped := [name for name in configuration(found) if name not in annotations(found)]:
         raise ValueError(
             f"_target_: {target} does not say the type of its option {untyped[0]}: write {untyped[0]}: float"

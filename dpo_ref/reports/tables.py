@@ -103,8 +103,9 @@ def _column(metric: Metric, heading: Heading, **names: str) -> Column:
 
 
 def columns(scorer: str) -> list[Column]:
-    """The columns of a table of policies scored by `scorer`."""
-    headings = [(metric, metric.column) for metric in METRICS if not metric.by_judge]
+    """The columns of a table of policies scored by `scorer`; no reward where nobody gives one."""
+    unscored = scorer == "none"
+    headings = [(m, m.column) for m in METRICS if not m.by_judge and not (unscored and m is SCORE)]
     return [_column(metric, heading, scorer=scorer.capitalize()) for metric, heading in headings if heading]
 
 

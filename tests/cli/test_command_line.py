@@ -57,6 +57,11 @@ def test_texts_that_are_no_files_are_read_too_and_numbers_stay_numbers():
     assert checked(["beta=1,2", "-m"], "train") == ["-m", "beta=1,2"]  # flags may stand anywhere
 
 
+def test_a_file_whose_name_reads_another_option_is_refused(tmp_path):
+    (tmp_path / "a${beta}.jsonl").write_text("")
+    assert "give the file a name without it" in refusal(f"data.path={tmp_path}/a${{beta}}.jsonl")
+
+
 def test_what_cannot_be_told_is_refused_with_the_quoted_form():
     assert "\"data.ignore=['a=b']\"" in refusal("data.ignore=[a=b")
     assert "with -m each is a run" in refusal("beta=0.1,0.3")

@@ -50,6 +50,7 @@ def test_every_panel_of_a_sweep_has_something_in_it(tmp_path, evaluated, jobs, k
     assert (tmp_path / "sweep.png").is_file()
     names = [path.stem.partition("_")[2] for path in (tmp_path / "panels").glob("*.png")]
     assert any(name.startswith("answer_length") for name in names)
+    assert ("None reward" in page, "Gold reward" in page) == (False, kind == 0)
     assert any("reward" in name for name in names) == (kind == 0)
     assert any("win_rate" in name for name in names) == (kind == 0)
     assert parsed(page).tags.count("figure") == len(names)
