@@ -262,6 +262,12 @@ class _Rows:
     cache_name: str  # one of CACHES
     cache: Any
 
+    def before(self, length: int) -> dict[str, Any]:
+        """What a model is handed of the tokens before: those without attention take a mask for one of the new."""
+        if self.cache_name == "cache_params":
+            return {"cache_params": self.cache}
+        return {"past_key_values": self.cache, "attention_mask": self.mask[:, :length]}
+
     def keep(self, rows: Int[Tensor, " K"]) -> None:
         """Take all others out."""
         from dpo_ref.generation.kv_cache import keep_rows
@@ -329,10 +335,9 @@ def decode(
         rows.positions = rows.positions + 1
         output = backbone(
             input_ids=tokens[:, None],
-            attention_mask=rows.mask[:, : length + step + 1],
             position_ids=rows.positions,
             use_cache=True,
-            **{rows.cache_name: rows.cache},
+            **rows.before(length + step + 1),
         )
         hidden = output[0][:, -1]
     ended(before)

@@ -86,6 +86,29 @@ def test_prompts_read_once_and_a_cache_with_room_change_no_answer(model_type):
     assert max(answer.num_tokens for answer in answers) > ROOM
 
 
+MAMBA2 = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+RECURRENT = {
+    "falcon_h1": {"mamba_d_state": 8, **MAMBA2},  # attention and states in one layer
+    "qwen3_5_text": {**DELTA, "layer_types": ["linear_attention", "full_attention"]},
+    "mamba": {"state_size": 8},  # a cache by another name
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_recurrent_states_are_those_of_their_rows(model_type):
+    """Prompts that are alike are read once, and answers that have ended leave the batch."""
+    model = model_for(TOKENIZER, model_type, backend="eager", head_dim=8, **RECURRENT[model_type])
+    model.set_attn_implementation("eager")
+    options = {"samples_per_prompt": 3, "max_new_tokens": 24, "temperature": 1.5}
+    answers = generate(model, TOKENIZER, PROMPTS[:3], 3, batch_size=9, **options)
+    assert len({answer.num_tokens for answer in answers}) > 1  # some leave before others
+    with torch.no_grad():
+        for answer in answers:
+            assert answer.token_ids == step_by_step(model, TOKENIZER, answer)
+
+
 def test_a_layer_with_room_holds_what_one_that_is_copied_holds():
     plain, roomy = DynamicCache(), DynamicCache()
     states = torch.randn(2 * ROOM + 10, 2, 4, 3, 8)  # positions, keys and values, rows, heads, dimensions

@@ -210,7 +210,7 @@ def check_generation(folder: Path) -> str:
     """Greedy answers, in one batch, are those of transformers' `generate`, prompt by prompt."""
     model, tokenizer = load_model(str(folder), CPU, "auto").model, load_tokenizer(str(folder))
     prompts = [({"role": "user", "content": text},) for text in ("1 2", "what is it?", "1 2", "the cat sat on the")]
-    answers = generate(model, tokenizer, prompts, 0, temperature=0.0, max_new_tokens=9)
+    answers = generate(model, tokenizer, prompts, 0, temperature=0.0, max_new_tokens=20)
     theirs = plain(folder, torch.float32)
     ends, never = sorted(end_of_turn_ids(tokenizer)), never_sampled(tokenizer, len(tokenizer)).tolist()
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -218,7 +218,7 @@ def check_generation(folder: Path) -> str:
         ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
         options = {"eos_token_id": ends, "pad_token_id": ends[0], "suppress_tokens": never or None}
         expected = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9, **options
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, **options
         )
         written = expected[0, ids.shape[1] :].tolist()
         assert list(answer.token_ids) == written, f"{answer.token_ids} is not {written}"
