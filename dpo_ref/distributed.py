@@ -2,8 +2,12 @@
 
 import ctypes
 import platform
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 # --- the C library's allocator
 # By default glibc returns large blocks to the kernel whenever they are freed, and every training step then pays for
@@ -27,3 +31,68 @@ def keep_memory() -> None:
 def best_device() -> torch.device:
     """CUDA if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- memory that runs out
+
+
+class OutOfMemory(ValueError):
+    """Memory ran out; says in which work, with the numbers at hand."""
+
+
+NO_ROOM = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left: CUDA's, Python's, or that of torch's allocator on a CPU."""
+    words = str(error)
+    told = isinstance(error, RuntimeError) and any(part in words for part in NO_ROOM)
+    return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+@contextmanager
+def memory_for(work: str, num_tokens: int | None = None) -> Iterator[None]:
+    """Around work on a pack of so many tokens. Raises OutOfMemory naming it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        size = "" if num_tokens is None else f" a pack of {num_tokens:,} tokens"
+        raise OutOfMemory(f"memory ran out in {work}{size}") from error
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: the device's if it is CUDA, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def memory_explained(model: nn.Module, optimizer: torch.optim.Optimizer, remedy: str) -> Iterator[None]:
+    """Around a run's work. Raises OutOfMemory with what takes memory, what helps most and `remedy`: how to go on."""
+    try:
+        yield
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, OutOfMemory) and not ran_out(error):
+            raise
+        work = error if isinstance(error, OutOfMemory) else "memory ran out"
+        raise OutOfMemory(f"{work}, with {_taken(model, optimizer)}. {HELPS}. {remedy}") from error
+
+
+HELPS = (
+    "What helps most: a smaller data.tokens_per_batch (or data.max_length, where one pair fills a pack), "
+    "model.gradient_checkpointing=full, and fewer or smaller weights to train: model.lora_rank=16, optim=adamw_bf16"
+)
+
+
+def _taken(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """The peak so far, and what of it stays from step to step."""
+    parameters = list(model.parameters())
+    gradients = sum(p.nbytes for p in parameters if p.requires_grad)
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    sizes = {"weights": sum(p.nbytes for p in parameters), "gradients": gradients, "moments": moments}
+    peak = peak_memory_gib(parameters[0].device)
+    listed = ", ".join(f"{size / 2**30:.2f} GiB of {name}" for name, size in sizes.items())
+    return f"a peak of {peak:.2f} GiB so far, of it {listed}"

@@ -23,7 +23,7 @@ from dpo_ref.data.inspection import (
 from dpo_ref.data.packing import pack
 from dpo_ref.data.scoring import scoring
 from dpo_ref.data.tokenise import Tokenised, length_limit, tokenise, tokenised_once, within
-from dpo_ref.distributed import best_device, keep_memory
+from dpo_ref.distributed import best_device, keep_memory, memory_explained
 from dpo_ref.evaluation.in_training import EvaluationContext, InitialPolicy, in_memory
 from dpo_ref.files.cache import cache_folder
 from dpo_ref.files.writing import write_text
@@ -54,6 +54,7 @@ from dpo_ref.types import Asked, PreferenceData
 
 NUM_EXAMPLES = 8  # on the data page
 NUM_SAMPLED = 200  # groups whose tokens are counted by role there
+SCORED = "What the reference has scored is kept: the same command with a smaller pack goes on from there"
 NUM_SAMPLES = 8  # answers shown in the tracker at the end of a run
 
 
@@ -81,7 +82,8 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     fitting = (config.data.hooks.held_out or objective_groups)(config.objective, held_out)
     optim = config.optim.bound(optimisation)(config.optim, policy.model, rounds.num_steps)
     check_selection(config, rounds.num_steps, len(fitting))
-    reference = reference_of(config, work, policy, rounds, fitting)
+    with memory_explained(policy.model, optim.optimizer, SCORED):
+        reference = reference_of(config, work, policy, rounds, fitting)
     record = RunRecord(directory / "metrics.jsonl", tracker)
     training = TrainingRun(work, policy, reference, config.objective, optim, rounds, fitting, record)
     training.evaluation = evaluation_of(config, training, data, held_out)

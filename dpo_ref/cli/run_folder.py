@@ -41,8 +41,8 @@ TRAINED = ("metrics.jsonl", "checkpoints", "policy")  # what a run leaves once i
 SAME_RUN = ("output_dir", "resume", "tracking")  # what may differ when a sweep's command is typed again
 MAY_CHANGE = (
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",
-    "trainer.stop_when_degenerate", "trainer.keep_best", "trainer.patience", "evaluation.every", "tracking", "resume",
-    "trust",
+    "trainer.stop_when_degenerate", "trainer.keep_best", "trainer.patience", "evaluation.every",
+    "data.tokens_per_batch", "model.gradient_checkpointing", "tracking", "resume", "trust",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from dpo_ref.cli.run_folder import (
 )
 from dpo_ref.cli.starting_point import complete_run
 from dpo_ref.data.tokenise import encode_prompts
-from dpo_ref.distributed import best_device
+from dpo_ref.distributed import HELPS, OutOfMemory, best_device, ran_out
 from dpo_ref.files.cache import releasing
 from dpo_ref.files.hub import commit_of
 from dpo_ref.files.writing import with_remedy
@@ -266,6 +266,8 @@ def _run_recorded(cfg: DictConfig, job: Job, run: RunConfig) -> Ended:
         return _failed(error)
     except Exception as error:
         record_end(cfg, job, "failed", error)
+        if ran_out(error):
+            return _failed(OutOfMemory(f"memory ran out before the first step: {HELPS}"))
         print(without_keys(traceback.format_exc()), file=sys.stderr)
         return Ended(1, in_words(error))
     return Ended(0)

@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 from torch import nn
 
 from dpo_ref.data.packing import WINDOW, collate
+from dpo_ref.distributed import memory_for
 from dpo_ref.files.cache import in_use, made_by_one
 from dpo_ref.files.digests import bytes_digest
 from dpo_ref.files.writing import needing_room, replacing
@@ -117,8 +118,9 @@ def write_shard(folder: Path, rows: Rows) -> None:
 @torch.no_grad()
 def score(model: nn.Module, groups: Sequence[TokenGroup], device: torch.device) -> Rows:
     """Per-token log-probs of the groups' responses in one pack."""
-    batch = collate(groups).to(device)
-    values = response_logps(model, batch).tokens().float().cpu().numpy()
+    with memory_for("the reference's pass over", sum(group.num_tokens for group in groups)):
+        batch = collate(groups).to(device)
+        values = response_logps(model, batch).tokens().float().cpu().numpy()
     bounds = np.cumsum([group.num_scored for group in groups])[:-1]
     return dict(zip(map(row_key, groups), np.split(values, bounds), strict=True))
 

@@ -1,6 +1,5 @@
 """A training run around its loop: logging, held-out evaluation, checkpoints, interruption, the final policy."""
 
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from dpo_ref.data.groups import Groups
+from dpo_ref.distributed import memory_explained, memory_for, peak_memory_gib
 from dpo_ref.files.writing import remove_half_written, write_json
 from dpo_ref.models import checkpoint
 from dpo_ref.models.loading import TrainedModel, Workspace, graphs_compiled
@@ -29,13 +29,6 @@ from dpo_ref.training.trainer import Step, evaluate, train
 
 HISTOGRAM_EVERY = 50  # optimiser steps
 DEGENERATE, PATIENCE = "trainer.stop_when_degenerate", "trainer.patience"  # what ends a run before its last step
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: the device's if it is CUDA, else the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @dataclass
@@ -240,9 +233,11 @@ class TrainingRun:
 
     def train(self, first_step: int = 0) -> int:
         """Train from `first_step` to the end, or until the policy is degenerate or has long been no better; returns
-        the number of steps done. Raises Interrupted or NonFinite."""
+        the number of steps done. Raises Interrupted, NonFinite or OutOfMemory."""
         total, self._saved_at = self.rounds.num_steps, time.monotonic()
-        with self._settled(), stop_requests() as stop, self.policy.precision(), self._bar.shown(total, first_step):
+        explained = memory_explained(self.policy.model, self.optim.optimizer, self._remedy)
+        bar = self._bar.shown(total, first_step)
+        with explained, self._settled(), stop_requests() as stop, self.policy.precision(), bar:
             if first_step == 0:
                 self._evaluate(0)
                 self._evaluate_samples(0)
@@ -270,6 +265,13 @@ class TrainingRun:
             self._evaluate(total)
             self._evaluate_samples(total)
         return total
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            f"The last checkpoint is whole: go on with python train.py resume={self.work.directory} and a smaller "
+            "data.tokens_per_batch, or model.gradient_checkpointing=full; where there is none yet, start a new run"
+        )
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
@@ -392,7 +394,8 @@ class TrainingRun:
         if self.evaluation is None:
             return
         if not self.record.holds("evaluation", step):
-            metrics, self.evaluation.degenerate = self.evaluation.measure(step)
+            with memory_for("an evaluation of answers (evaluation.batch_size of them at once)"):
+                metrics, self.evaluation.degenerate = self.evaluation.measure(step)
             named = {f"evaluation/{name}": value for name, value in metrics.items()}
             self.record.add(named, step)
             self._consider(step, named)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dpo_ref.data.packing import WindowedPacks, collate
+from dpo_ref.distributed import memory_for
 from dpo_ref.models.checkpoint import random_states
 from dpo_ref.models.experts import Routing
 from dpo_ref.models.loading import TrainedModel
@@ -195,11 +196,12 @@ def backward(
         objective.step(statistics.whole)
     parts = []
     for groups in packs:
-        batch = collate(groups).to(policy.device)
-        inputs = objective_inputs(policy, reference, objective, batch, statistics, old)
-        with routing.observed(batch) as added:
-            loss, values = loss_and_metrics(policy, objective, inputs)
-        sum(added, start=loss / total).backward()
+        with memory_for("the forward and backward pass of", sum(group.num_tokens for group in groups)):
+            batch = collate(groups).to(policy.device)
+            inputs = objective_inputs(policy, reference, objective, batch, statistics, old)
+            with routing.observed(batch) as added:
+                loss, values = loss_and_metrics(policy, objective, inputs)
+            sum(added, start=loss / total).backward()
         parts.append(values)
     return concat(parts), routing
 
@@ -216,7 +218,8 @@ def update(
         group["lr"] = optim.lr_at(step)
     optim.optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
     optim.optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
-    optim.optimizer.step()
+    with memory_for("the optimiser's step"):
+        optim.optimizer.step()
     optim.optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
@@ -275,9 +278,10 @@ def evaluate(
     parts, packs = [], WindowedPacks(groups, pack)
     statistics = batch_statistics(policy, reference, objective, packs)
     for pack_groups in packs:
-        batch = collate(pack_groups).to(policy.device)
-        outputs, inputs = policy.outputs(batch), objective_inputs(policy, reference, objective, batch, statistics)
-        parts.append(item_values(objective(outputs, inputs), outputs, inputs))
+        with memory_for("the evaluation of", sum(group.num_tokens for group in pack_groups)):
+            batch = collate(pack_groups).to(policy.device)
+            outputs, inputs = policy.outputs(batch), objective_inputs(policy, reference, objective, batch, statistics)
+            parts.append(item_values(objective(outputs, inputs), outputs, inputs))
     return concat(parts)
 
 
