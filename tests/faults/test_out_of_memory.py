@@ -8,34 +8,40 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_ref.data import packing
 from dpo_ref.distributed import OutOfMemory, memory_for, ran_out
 from dpo_ref.references import table
+from dpo_ref.training import trainer
 from tests.support.command import forked, train, typed_here
 from tests.support.faults import summary
 
 QUIET = ["tracking=none"]
-ROOM = 3 * 2**28  # bytes above what the process has when it begins
-LARGE = "data.tokens_per_batch=10000000"
-MANY = {
-    "training": ["data.num_pairs=6000", "data.num_eval_pairs=8", "trainer.batch_size=6000", LARGE],
-    "the reference's pass": ["data.num_pairs=6000", "data.num_eval_pairs=8", LARGE],
-}
-SAYS = {
-    "training": r"memory ran out in the forward and backward pass of a pack of [\d,]{6,} tokens",
-    "the reference's pass": r"memory ran out in the reference's pass over a pack of [\d,]{6,} tokens",
+ROOM = 2**25  # bytes above what the process has when it lays out its first pack of this kind
+PAIRS = ["data.num_pairs=1200", "trainer.batch_size=1200", "data.tokens_per_batch=10000000"]
+MANY = {  # whose packs, how much is held out
+    "the forward and backward pass of": (trainer, "data.num_eval_pairs=0"),
+    "the evaluation of": (trainer, "data.num_eval_pairs=1200"),
+    "the reference's pass over": (table, "data.num_eval_pairs=0"),
 }
 
 
-def with_little_room(window, *arguments):
-    table.WINDOW = window
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
+def with_little_room(module, *arguments):
+    collate = module.collate
+    table.WINDOW = packing.WINDOW = 1200
+
+    def limited(groups):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
+        module.collate = collate
+        return collate(groups)
+
+    module.collate = limited
     typed_here(*arguments)
 
 
-def ended_with(folder, window, *arguments):
+def ended_with(folder, module, *arguments):
     folder.mkdir()
-    process = forked(folder, with_little_room, window, "train.py", *arguments)
+    process = forked(folder, with_little_room, module, "train.py", *arguments)
     process.join(timeout=200)
     assert process.exitcode == 1, (folder / "err").read_text()[-2000:]
     return (folder / "err").read_text()
@@ -43,11 +49,11 @@ def ended_with(folder, window, *arguments):
 
 @pytest.mark.parametrize("work", MANY)
 def test_memory_that_runs_out_is_one_sentence(work, tmp_path, tell):
-    window = 256 if work == "training" else 6000
-    options = [*QUIET, *MANY[work], "data.num_test_prompts=4", "model.path=lab:tiny", f"output_dir={tmp_path / 'run'}"]
-    said = ended_with(tmp_path / "said", window, *options)
+    module, held_out = MANY[work]
+    options = [*QUIET, *PAIRS, held_out, "data.num_test_prompts=4", "model.path=lab:tiny"]
+    said = ended_with(tmp_path / "said", module, *options, f"output_dir={tmp_path / 'run'}")
     (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert re.search(SAYS[work], sentence)
+    assert re.search(rf"memory ran out in {work} a pack of [\d,]{{6,}} tokens", sentence)
     assert re.search(
         r"a peak of \d+\.\d\d GiB so far, of it 0\.\d\d GiB of weights, 0\.\d\d GiB of gradients", sentence
     )
@@ -55,7 +61,12 @@ def test_memory_that_runs_out_is_one_sentence(work, tmp_path, tell):
         assert option in sentence
     assert "Traceback" not in said
     assert summary(tmp_path / "run")["status"] == "failed"
-    tell("untidy", f"no memory left in {work}", seen=sentence, survived="checkpoints, and what the reference scored")
+    tell(
+        "untidy",
+        f"no memory left in {work} a pack",
+        seen=sentence,
+        survived="checkpoints, and what the reference scored",
+    )
 
 
 def test_a_run_goes_on_with_smaller_packs(tmp_path):
