@@ -21,7 +21,7 @@ PAIRS = ["data.num_pairs=1200", "trainer.batch_size=1200", "data.tokens_per_batc
 MANY = {  # whose packs, how much is held out
     "the forward and backward pass of": (trainer, "data.num_eval_pairs=0"),
     "the evaluation of": (trainer, "data.num_eval_pairs=1200"),
-    "the reference's pass over": (table, "data.num_eval_pairs=0"),
+    "the reference's pass over": (table, "seed=7"),  # whose table no other test has filled
 }
 
 
@@ -47,7 +47,10 @@ def ended_with(folder, module, *arguments):
     return (folder / "err").read_text()
 
 
-@pytest.mark.parametrize("work", MANY)
+WORKS = [pytest.param(work, marks=[pytest.mark.slow] if index else []) for index, work in enumerate(MANY)]
+
+
+@pytest.mark.parametrize("work", WORKS)
 def test_memory_that_runs_out_is_one_sentence(work, tmp_path, tell):
     module, held_out = MANY[work]
     options = [*QUIET, *PAIRS, held_out, "data.num_test_prompts=4", "model.path=lab:tiny"]
@@ -61,12 +64,8 @@ def test_memory_that_runs_out_is_one_sentence(work, tmp_path, tell):
         assert option in sentence
     assert "Traceback" not in said
     assert summary(tmp_path / "run")["status"] == "failed"
-    tell(
-        "untidy",
-        f"no memory left in {work} a pack",
-        seen=sentence,
-        survived="checkpoints, and what the reference scored",
-    )
+    left = "checkpoints, and what the reference scored"
+    tell("untidy", f"no memory left in {work} a pack", seen=sentence, survived=left)
 
 
 def test_a_run_goes_on_with_smaller_packs(tmp_path):
