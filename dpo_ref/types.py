@@ -366,3 +366,16 @@ Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 def silent(items: Iterable[Any], description: str, total: int | None) -> Iterable[Any]:
     """No progress bar."""
     return items
+
+
+class ProgressIn:
+    """Progress in items that are done several at a time, shown before the first of them is."""
+
+    def __init__(self, progress: Progress, description: str, total: int) -> None:
+        self._rest = iter(progress(range(total), description, total))
+        next(self._rest, None)
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        for _ in range(count):
+            next(self._rest, None)

@@ -30,7 +30,7 @@ from dpo_ref.generation.records import Generation
 from dpo_ref.models.folders import positions_of
 from dpo_ref.models.loading import Policy
 from dpo_ref.models.logps import head_of
-from dpo_ref.types import Asked, Progress, silent
+from dpo_ref.types import Asked, Progress, ProgressIn, silent
 
 
 def never_sampled(tokenizer: Any, vocab_size: int) -> Int[Tensor, " B"]:
@@ -83,19 +83,6 @@ def answer_of(tokenizer: Any, token_ids: Sequence[int], ends: Collection[int]) -
     return Answer(tuple(token_ids), output, "stop" if finished else "length")
 
 
-class Shown:
-    """Progress in answers, also within a batch: one of a large model takes minutes."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._rest = iter(progress(range(total), "generating", total))
-        next(self._rest)  # shown before the first answer ends
-
-    def ended(self, count: int) -> None:
-        """So many more have come to their end."""
-        for _ in range(count):
-            next(self._rest, None)
-
-
 @dataclass(frozen=True, slots=True)
 class Local:
     """A model on this machine, with a KV cache, in batches of prompts of about one length.
@@ -129,13 +116,13 @@ class Local:
         _check_room(requests, model, self.sampling.max_new_tokens)
         never = never_sampled(self.tokenizer, model.get_output_embeddings().weight.shape[0]).to(device)
         end_ids = torch.tensor(sorted(ends), device=device)
-        shown = Shown(progress, sum(map(len, batches)))
+        shown = ProgressIn(progress, "generating", sum(map(len, batches)))  # a batch of a large model takes minutes
         with self.precision(), decoding_mode(model):
             for batch in batches:
                 members = [requests[index] for index in batch]
                 streams = torch.tensor([member.stream for member in members], dtype=torch.int64)
                 rule = Rule(members[0].temperature, self.sampling.top_p, self.sampling.max_new_tokens, end_ids, never)
-                outputs = decode(model, [member.prompt_ids for member in members], streams, rule, shown.ended)
+                outputs = decode(model, [member.prompt_ids for member in members], streams, rule, shown.advance)
                 yield {index: answer_of(self.tokenizer, ids, ends) for index, ids in zip(batch, outputs, strict=True)}
 
 

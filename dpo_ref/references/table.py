@@ -28,7 +28,7 @@ from dpo_ref.models.folders import positions_of
 from dpo_ref.models.logps import response_logps, sum_by_response
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.tracking.terminal import say
-from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup, digest
+from dpo_ref.types import PackedBatch, ProgressIn, ResponseLogps, TokenGroup, digest
 
 SHARD_TOKENS = 2**20
 SHARD_SECONDS = 120.0  # a slow pass writes smaller shards
@@ -165,13 +165,11 @@ class _Shards:
 def _packs(
     groups: Sequence[TokenGroup], missing: Sequence[int], context: ReferenceContext
 ) -> Iterator[list[TokenGroup]]:
-    scored = iter(context.work.progress(range(len(missing)), "reference log-probs", len(missing)))
-    next(scored)  # shown before the first pack, which may take long
+    scored = ProgressIn(context.work.progress, "reference log-probs", len(missing))
     for start in range(0, len(missing), WINDOW):
         for pack in context.pack([groups[index] for index in missing[start : start + WINDOW]]):
             yield pack
-            for _ in pack:
-                next(scored, None)
+            scored.advance(len(pack))
 
 
 def _fill(

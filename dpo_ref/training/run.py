@@ -26,6 +26,7 @@ from dpo_ref.training.model_selection import ModelSelection, near
 from dpo_ref.training.optim import Optimisation
 from dpo_ref.training.rounds import Rounds
 from dpo_ref.training.trainer import Step, evaluate, train
+from dpo_ref.types import PackedBatch, ResponseLogps
 
 HISTOGRAM_EVERY = 50  # optimiser steps
 DEGENERATE, PATIENCE = "trainer.stop_when_degenerate", "trainer.patience"  # what ends a run before its last step
@@ -382,11 +383,19 @@ class TrainingRun:
     def _evaluate(self, step: int) -> None:
         if not len(self.held_out) or self.record.holds("eval", step):
             return
-        values = evaluate(self.policy, self.reference, self.objective, self.held_out, self.rounds.pack)
+        values = evaluate(
+            self.policy, self.reference, self.objective, self.held_out, self.rounds.pack,
+            self._known_outputs(step), self.work.progress,
+        )  # fmt: skip
         metrics = {f"eval/{name}": float(value) for name, value in mean_of(values).items()}
         self.record.add(metrics, step)
         self.record.add_distributions("eval", values, step)
         self._consider(step, metrics)
+
+    def _known_outputs(self, step: int) -> Callable[[PackedBatch], ResponseLogps] | None:
+        """What the policy says before its first step, where the table of its own log-probs has it."""
+        is_known = step == 0 and not self.reference.live and self.reference.equals(self.policy)
+        return self.reference.logps if is_known else None
 
     def _evaluate_samples(self, step: int) -> None:
         """Let the policy answer held-out prompts, where that is asked for. Raises ValueError where the initial policy

@@ -5,7 +5,7 @@ Hydra nor W&B. Metrics are tensors on the device; a caller that reads them one s
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from dpo_ref.references.interface import Reference
 from dpo_ref.training.metrics import Values, concat, item_values, mean_of
 from dpo_ref.training.optim import Optimisation
 from dpo_ref.training.rounds import Pack, Rounds
-from dpo_ref.types import PackedBatch, PairLogps, ResponseLogps, TokenGroup
+from dpo_ref.types import PackedBatch, PairLogps, Progress, ProgressIn, ResponseLogps, TokenGroup, silent
 
 # --- statistics of an optimiser batch
 # What objectives that couple the items of an optimiser batch must know before the first gradient: a forward pass over
@@ -269,19 +269,28 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    policy: TrainedModel, reference: Reference, objective: Objective, groups: Sequence[TokenGroup], pack: Pack
+    policy: TrainedModel,
+    reference: Reference,
+    objective: Objective,
+    groups: Sequence[TokenGroup],
+    pack: Pack,
+    outputs_of: Callable[[PackedBatch], Any] | None = None,
+    progress: Progress = silent,
 ) -> Values:
     """Values of every item of held-out groups; their means are the training metrics on them. To objectives that look
     at the whole batch they are one batch; the running statistic is read, not advanced. Besides the items' values no
-    more is in memory than one pack and the groups of a window."""
+    more is in memory than one pack and the groups of a window. `outputs_of` gives what the policy says of a pack where
+    that is known already."""
     policy.model.eval()
     parts, packs = [], WindowedPacks(groups, pack)
+    outputs_of, shown = outputs_of or policy.outputs, ProgressIn(progress, "held-out pairs", len(groups))
     statistics = batch_statistics(policy, reference, objective, packs)
     for pack_groups in packs:
         with memory_for("the evaluation of", sum(group.num_tokens for group in pack_groups)):
             batch = collate(pack_groups).to(policy.device)
-            outputs, inputs = policy.outputs(batch), objective_inputs(policy, reference, objective, batch, statistics)
+            outputs, inputs = outputs_of(batch), objective_inputs(policy, reference, objective, batch, statistics)
             parts.append(item_values(objective(outputs, inputs), outputs, inputs))
+        shown.advance(len(pack_groups))
     return concat(parts)
 
 
