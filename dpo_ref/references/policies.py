@@ -318,11 +318,17 @@ class MovingReference(Reference):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take the copy's weights from a checkpoint. Raises ValueError if they are another model's."""
-        weights = self.state_dict()
-        if state.keys() != weights.keys():
+        """Take the copy's weights from a checkpoint; what it shared until then it has for itself afterwards. Raises
+        ValueError if they are another model's."""
+        weights = dict(self._model.named_parameters())
+        if not self._own <= state.keys() <= weights.keys() or not state:
             raise ValueError("the checkpoint's reference has other weights than this one, or none")
-        for name, weight in weights.items():
+        for name in state.keys() - self._own:
+            module, _, last = name.rpartition(".")
+            own = nn.Parameter(weights[name].detach().clone(), requires_grad=False)
+            self._model.get_submodule(module).register_parameter(last, own)
+        self._own = set(state)
+        for name, weight in self.state_dict().items():
             weight.copy_(state[name])
 
 
