@@ -227,7 +227,7 @@ def _check_names(key: str, names: Iterable[str], known: list[str]) -> None:
 def _check_ranks(model: nn.Module) -> None:
     for name, layer in lora_layers(model):
         smallest = min(layer.in_features, layer.out_features)
-        if layer.r[TRAINED] > smallest:
+        if layer.r[TRAINED] > smallest > 1:  # one output has rank 1 whatever is asked: a gate
             raise ValueError(
                 f"model.lora_rank: {layer.r[TRAINED]} is larger than the smaller side of {plain_name(name)}, "
                 f"{layer.in_features} x {layer.out_features}; give it {smallest} at most, alone with "

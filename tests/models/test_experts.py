@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from dpo_ref.cli.build import trained_model
 from dpo_ref.data.packing import collate
 from dpo_ref.models import experts
 from dpo_ref.models.experts import Routing, load_balancing_loss, routers_of
@@ -182,7 +183,7 @@ def test_refused_of_a_model(case, folders):
     value = {"router_loss": "config", "freeze_router": "true"}[option]
     config = resolved("model=pretrained", f"model.path={folders[name]}", f"model.{option}={value}")
     with pytest.raises(ValueError, match=REFUSED[case]):
-        config.model(torch.device("cpu"))
+        trained_model(config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from dpo_ref.models.logps import response_logps
 from dpo_ref.objectives import pairwise
 from dpo_ref.objectives.interface import bind
 from dpo_ref.references import policies
-from dpo_ref.training.optim import adamw
+from dpo_ref.training.optim import adamw, optimisation
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
 from dpo_ref.training.trainer import train
 from tests.support import command, microdpo
@@ -150,7 +150,7 @@ def library_steps(model: Any, folder: Path, steps: int, dtype: torch.dtype, adap
 
     context = context_for(folder / "cache", model, tokenizer, other, groups=groups, pack=packing)
     reference = policies.other(context, path=str(folder), cache="off")  # a table keeps float32
-    optim = adamw(model, steps, lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=None)
+    optim = optimisation(adamw, model, steps, lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=None)
     rounds = OfflineRounds(groups, TrainerConfig(batch_size=len(ROWS), epochs=float(steps)), packing, 0)
     return train(context.policy, reference, DPO, optim, rounds)
 
