@@ -19,7 +19,7 @@ from dpo_ref.models.averages import (
     OpenedPolicy,
     PolicyFiles,
     check_weights,
-    opened_policies,
+    open_policies,
     read_average,
     write_average,
 )
@@ -139,9 +139,9 @@ def run_merge(request: MergeRequest) -> None:
     initial = _initial_of([run for run in runs if run is not None]) if INITIAL in names else None
     policies = [_files_of(name, subject, initial) for name, subject in zip(names, subjects, strict=True)]
     places = {share: folder if share is None else folder / f"share-{share:g}" for share in averages}
-    with opened_policies(policies) as whole:
-        for share, place in places.items():
-            _write_at(place, whole, averages[share], share, _common_run(runs))
+    whole = open_policies(policies)
+    for share, place in places.items():
+        _write_at(place, whole, averages[share], share, _common_run(runs))
     option = f"sweep={folder}" if request.shares else f"policy={folder}"
     title = (
         f"{len(places)} averages of {len(names)} policies" if request.shares else f"average of {len(names)} policies"

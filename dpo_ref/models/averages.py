@@ -8,7 +8,6 @@ are interpolation (WiSE-FT, arXiv:2109.01903; towards the initial policy: WARP, 
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import as_writing_fails, state_digest
-from dpo_ref.models.folders import MODEL_FILES, WEIGHTS, WITHOUT_EFFECT, opened, read_settings, weight_files
+from dpo_ref.models.folders import MODEL_FILES, WEIGHTS, WITHOUT_EFFECT, opened, read_settings, shapes_in, weight_files
 from dpo_ref.models.loading import check_folder, load_tokenizer
 
 # --- the weights of a folder, read when they are asked for
@@ -83,33 +82,31 @@ class OpenedPolicy:
     digest: str  # of the stored weights
 
 
-@contextmanager
-def opened_policies(policies: Sequence[PolicyFiles], key: str = "policies") -> Iterator[list[OpenedPolicy]]:
+def open_policies(policies: Sequence[PolicyFiles], key: str = "policies") -> list[OpenedPolicy]:
     """The policies with their files at hand, in this order. Raises ValueError naming `key` for what is no model, for a
     damaged checkpoint, and for policies that are not alike, with the first difference."""
-    with ExitStack() as stack:
-        whole = [_opened(policy, key, stack) for policy in policies]
-        for other in whole[1:]:
-            check_alike(whole[0], other, key)
-        yield whole
+    whole = [_open(policy, key) for policy in policies]
+    for other in whole[1:]:
+        check_alike(whole[0], other, key)
+    return whole
 
 
-def _opened(policy: PolicyFiles, key: str, stack: ExitStack) -> OpenedPolicy:
+def _open(policy: PolicyFiles, key: str) -> OpenedPolicy:
     from transformers import AutoConfig
 
     check_folder(policy.folder, key)
-    failure = "no model could be read"
-    folder = stack.enter_context(opened(policy.folder, key, None, MODEL_FILES, failure))
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{key}: the weights of {policy.name} are quantised, and such are not averaged")
-    files = weight_files(folder)
-    if policy.checkpoint is not None:
-        files = [*files, _checkpoint_weights(policy, StoredWeights(files), key)]
-    tied = bool(config.get_text_config().tie_word_embeddings)
-    weights = StoredWeights(files, _without_effect(StoredWeights(files), tied))
-    tokenizer = load_tokenizer(policy.text, key)
-    return OpenedPolicy(policy.name, folder, config, tokenizer, weights, state_digest(weights))
+    with opened(policy.folder, key, None, MODEL_FILES, "no model could be read") as folder:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantised, and such have no average; name the policy in full precision")
+        files = weight_files(folder)
+        shapes_in(files)
+        if policy.checkpoint is not None:
+            files = [*files, _checkpoint_weights(policy.checkpoint, StoredWeights(files))]
+        tied = bool(config.get_text_config().tie_word_embeddings)
+        weights = StoredWeights(files, _without_effect(StoredWeights(files), tied))
+        digest = state_digest(weights)
+    return OpenedPolicy(policy.name, folder, config, load_tokenizer(policy.text, key), weights, digest)
 
 
 def _without_effect(names: Iterable[str], tied: bool) -> set[str]:
@@ -118,16 +115,15 @@ def _without_effect(names: Iterable[str], tied: bool) -> set[str]:
     return without if tied else {name for name in without if not name.endswith("lm_head.weight")}
 
 
-def _checkpoint_weights(policy: PolicyFiles, base: StoredWeights, key: str) -> Path:
+def _checkpoint_weights(saved: Path, base: StoredWeights) -> Path:
     """The file with a checkpoint's weights, whole. Raises ValueError for those of an adapter."""
-    assert policy.checkpoint is not None
-    checkpoint.check_files(policy.checkpoint, [checkpoint.WEIGHTS])
-    file = policy.checkpoint / checkpoint.WEIGHTS
+    checkpoint.check_files(saved, [checkpoint.WEIGHTS])
+    file = saved / checkpoint.WEIGHTS
     if surplus := sorted(StoredWeights([file]).keys() - base.keys()):
         kind = "the weights of an adapter" if ".lora_" in surplus[0] else "weights under the names of another version"
         raise ValueError(
-            f"{key}: {policy.checkpoint} holds {kind}, such as {surplus[0]}, and no whole policy; the run's last "
-            "policy can be averaged: name the run"
+            f"{saved} holds {kind}, such as {surplus[0]}, and no whole policy; the run's last one can be averaged: "
+            f"name {checkpoint.run_of(saved)}"
         )
     return file
 

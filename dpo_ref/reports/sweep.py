@@ -65,10 +65,12 @@ def _rows(cells: Sequence[Cell], initial: Evaluation | None) -> list[page.Row]:
 
 
 def _examples(cells: Sequence[Cell], baseline: Evaluated) -> list[Evaluated]:
-    """The baseline, the best cell and the one with the smallest beta, each by its first seed's answers."""
+    """The baseline, the best cell and the one with the smallest beta or farthest on a path, each by its first seed's answers."""
     champion = tables.best([cell.evaluation for cell in cells])
     picked = [cell for cell in cells if cell.evaluation is champion]
-    loosest = min((cell for cell in cells if cell.beta), key=lambda cell: cell.beta or 0, default=None)
+    loosest = min(
+        (cell for cell in cells if cell.beta), key=lambda cell: (cell.beta, -(cell.share or 0)), default=None
+    )
     picked += [loosest] if loosest is not None and loosest not in picked else []
     return [baseline, *(answers for cell in picked if (answers := _answers(cell.jobs[0].results)))]
 
