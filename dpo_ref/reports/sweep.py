@@ -65,7 +65,8 @@ def _rows(cells: Sequence[Cell], initial: Evaluation | None) -> list[page.Row]:
 
 
 def _examples(cells: Sequence[Cell], baseline: Evaluated) -> list[Evaluated]:
-    """The baseline, the best cell and the one with the smallest beta or farthest on a path, each by its first seed's answers."""
+    """The baseline, the best cell and the one with the smallest beta or farthest on a path, each by its first seed's
+    answers."""
     champion = tables.best([cell.evaluation for cell in cells])
     picked = [cell for cell in cells if cell.evaluation is champion]
     loosest = min(
