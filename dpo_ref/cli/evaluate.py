@@ -11,6 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from dpo_ref.cli.averages import STAGE as MERGE
+from dpo_ref.cli.averages import MergeRequest, run_merge
+from dpo_ref.cli.averages import check_words as check_merge_words
 from dpo_ref.cli.cache import look_after_cache
 from dpo_ref.cli.command_line import python, typed_words
 from dpo_ref.cli.compatibility import CompatibilityRequest, run_compatibility, title_of
@@ -42,7 +45,7 @@ from dpo_ref.files.cache import cache_folder
 from dpo_ref.files.holding import held
 from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
-from dpo_ref.models.checkpoint import run_of
+from dpo_ref.models.averages import Average, read_average, run_averaged_in
 from dpo_ref.models.folders import stored_positions
 from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace
 from dpo_ref.models.lora import AdapterOptions
@@ -99,9 +102,9 @@ class Evaluator:
         cfg, choices = self.cfg.copy(), dict(self.choices)
         if run is not None and not self.own_data:
             cfg.data = run.data
-            folder = run_of(Path(path)) or Path(path)
+            folder = _run_at(path) or Path(path)
             choices["data"] = read_summary(folder, f"policy={path}")["choices"]["data"]
-        saved = path if run is None else str((run_of(Path(path)) or Path(path)) / "policy")
+        saved = path if run is None else str((_run_at(path) or Path(path)) / "policy")
         return complete_evaluation(cfg, saved, best_device()), choices
 
     def parts(self, run: DictConfig | None, path: str) -> dict[str, Component]:
@@ -282,7 +285,7 @@ def _at_the_same_time(evaluator: Evaluator, jobs: Sequence[SweptRun], n_jobs: in
 
 def _job_names(jobs: Sequence[SweptRun]) -> list[str]:
     """What tells each from the others; their folders' names where that is not enough."""
-    numbers = [{"beta": job.beta, "seed": job.seed, "step": job.step} for job in jobs]
+    numbers = [{"beta": job.beta, "seed": job.seed, "step": job.step, "share": job.share} for job in jobs]
     varied = [[f"{key}={value:g}" for key, value in row.items() if value is not None] for row in numbers]
     names = swept_names([[*job.options, *words] for job, words in zip(jobs, varied, strict=True)])
     return names if len(set(names)) == len(names) else [job.name for job in jobs]
@@ -329,7 +332,7 @@ def _request(evaluator: Evaluator, cfg: DictConfig, overrides: Sequence[str]) ->
     """The run that would be trained with each reference: a run's policy brings its data and model options."""
     subject, run = subject_of(cfg.policy, None, cfg.trust)
     parts = evaluator.parts(run, cfg.policy)
-    folder = run_of(Path(cfg.policy)) or Path(cfg.policy)
+    folder = _run_at(cfg.policy) or Path(cfg.policy)
     own = run is None or evaluator.own_data
     typed = overrides if own else read_summary(folder, f"policy={cfg.policy}")["overrides"]
     path = subject.model.path
@@ -367,6 +370,13 @@ def _win_rates(cfg: DictConfig, choices: dict[str, str]) -> WinRateRequest:
     return WinRateRequest(annotations, cfg.df_gamed, tracking, cfg.seed, cfg.output_dir, config)
 
 
+def _merge(cfg: DictConfig) -> MergeRequest:
+    """Which policies are averaged, and how."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    asked = (config[key] for key in ("policies", "weights", "shares", "output_dir"))
+    return MergeRequest(*asked, find=lambda path: subject_of(path, None, cfg.trust)[0])
+
+
 def run_evaluation(cfg: DictConfig, choices: dict[str, str], overrides: Sequence[str]) -> None:
     """Evaluate `policy=` or `sweep=`, or look at `references=` or at `annotations=`. Raises ValueError for what does
     not go together."""
@@ -381,6 +391,9 @@ def run_evaluation(cfg: DictConfig, choices: dict[str, str], overrides: Sequence
         return
     if cfg.stage == WINRATE:
         run_winrates(_win_rates(cfg, choices))
+        return
+    if cfg.stage == MERGE:
+        run_merge(_merge(cfg))
         return
     if (cfg.policy is None) == (cfg.sweep is None) and cfg.stage != EXPORT:
         raise ValueError("give policy=<run or model folder> or sweep=<multirun folder, runs, patterns>, one of them")
@@ -405,6 +418,9 @@ STAGES_OF = {  # where options that belong to single stages have an effect
     "diagnostic": ("all", "diagnose"),
     "annotations": (WINRATE,),
     "df_gamed": (WINRATE,),
+    "policies": (MERGE,),
+    "weights": (MERGE,),
+    "shares": (MERGE,),
     "hub": (PUSH,),
     "export": (EXPORT,),
     "prompts": ("all", "generate", "score", "judge"),  # the baseline answers the same
@@ -426,6 +442,8 @@ def check_stage(cfg: Any, overrides: Sequence[str]) -> None:
         raise ValueError("stage=judge needs judge=<who compares the answers>, such as judge=alpaca_eval")
     if cfg.stage == WINRATE:
         check_words(given)
+    if cfg.stage == MERGE:
+        check_merge_words(given)
     if cfg.stage == PUSH and (others := given - {"policy", "stage", "hub"}):
         raise ValueError(f"{min(others)} has no effect on stage=push; leave it out")
     if cfg.stage == EXPORT and cfg.export is None:
@@ -459,7 +477,12 @@ def subject_of(path: str, output_dir: str | None, trust: Any) -> tuple[PolicyToE
     """What `policy=` names, and the configuration of its run if it is one or a checkpoint of one; `trust` are the
     servers that it may ask. ValueError for a run without a policy."""
     named = Path(path).expanduser()
-    folder = checkpoint.run_of(named) or named
+    folder = _run_at(path) or named
+    average = read_average(named)
+    if average is not None and folder == named:
+        if average.run is not None:
+            say(f"policy={path}: its run {average.run} is not there, so nothing is compared with the initial policy")
+        return _average_alone(named, average, output_dir), None
     if not (folder / SUMMARY).is_file():
         name = path.removeprefix(SCHEME).rstrip("/").rpartition("/")[2]
         return PolicyToEvaluate(name, Path(output_dir or f"outputs/evaluations/{name}"), ModelPath(path)), None
@@ -472,10 +495,24 @@ def subject_of(path: str, output_dir: str | None, trust: Any) -> tuple[PolicyToE
     check_unchanged(folder, option)
     check_servers(config, trust, option)
     run = _trained_run(folder, config, summary)
+    if average is not None:
+        return replace(_average_alone(named, average, output_dir), run=run), config
     if folder != named:
         return _at_checkpoint(run, named, output_dir), config
     results, model = Path(output_dir or folder / RESULTS), ModelPath(str(folder / "policy"))
     return PolicyToEvaluate(folder.name, results, model, run), config
+
+
+def _run_at(path: str) -> Path | None:
+    """The run that a checkpoint belongs to, or as whose policy an average is evaluated."""
+    named = Path(path).expanduser()
+    return checkpoint.run_of(named) or run_averaged_in(named)
+
+
+def _average_alone(folder: Path, average: Average, output_dir: str | None) -> PolicyToEvaluate:
+    """An average, its results beside its weights; named by its folder, of a path by that of the path too."""
+    names = folder.resolve().parts[-1 if average.share is None else -2 :]
+    return PolicyToEvaluate(" ".join(names), Path(output_dir or folder / RESULTS), ModelPath(str(folder)))
 
 
 def _at_checkpoint(run: TrainedRun, saved: Path, output_dir: str | None) -> PolicyToEvaluate:

@@ -146,6 +146,7 @@ STAGES = {
         "report",
         "compatibility",
         "winrate",
+        "merge",
         "push",
         "export",
     ),
@@ -176,6 +177,9 @@ class EvaluateSchema:
     references: list[Any] | None = None
     annotations: Any = None  # a path or a list of paths
     df_gamed: str | None = None
+    policies: Annotated[Any, "a run, a model, a pattern or a list of these"] = None
+    weights: list[float] | None = None
+    shares: list[float] | None = None
     compatibility: CompatibilityOptions = field(default_factory=CompatibilityOptions)
     hub: HubOptions = field(default_factory=HubOptions)
     degeneration: Thresholds = field(default_factory=Thresholds)

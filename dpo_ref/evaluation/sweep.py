@@ -1,5 +1,5 @@
 """Many runs as one result: which folders `sweep=` names, what each of them left behind, joined over seeds, against the
-KL strength or the step.
+KL strength, the step, or the share on a path between two policies.
 """
 
 import glob
@@ -9,13 +9,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY, read_summary
 from dpo_ref.evaluation.results import RESULTS, Evaluation, read_evaluation
 from dpo_ref.files.writing import as_csv
+from dpo_ref.models.averages import AVERAGE, Average, read_average, run_averaged_in
 
 # --- the runs that a sweep joins
 
@@ -26,7 +27,8 @@ CHECKPOINT = re.compile(r"step-(\d+)$")
 
 @dataclass(frozen=True, slots=True)
 class SweptRun:
-    """One run of a sweep, or one checkpoint of a run. `evaluation` is None where it failed or was not evaluated."""
+    """One run of a sweep, one checkpoint of a run, or one average of policies. `evaluation` is None where it failed or
+    was not evaluated."""
 
     name: str
     folder: Path
@@ -39,6 +41,8 @@ class SweptRun:
     options: tuple[str, ...]  # the other overrides, beside beta and seed
     evaluation: Evaluation | None
     step: int | None = None  # of a checkpoint
+    share: float | None = None  # of the second of `ends`, on the path between two policies
+    ends: tuple[str, ...] = ()
 
     @property
     def results(self) -> Path:
@@ -72,10 +76,21 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if CHECKPOINT.match(path.name) and path.is_dir())
 
 
+def averages_in(folder: Path) -> list[Path]:
+    """The averages of policies in a folder, those of a path by their shares."""
+    averages = {path.parent: read_average(path.parent) for path in folder.glob(f"*/{AVERAGE}")}
+    return sorted(averages, key=lambda path: (_share(averages[path]) or 0.0, path.name))
+
+
+def _share(average: Average | None) -> float | None:
+    return None if average is None else average.share
+
+
 def _jobs_in(folder: Path) -> list[Path]:
-    """The jobs a folder stands for: those of a multirun, the checkpoints of a run, or the run that it is."""
-    run = [folder] if (folder / SUMMARY).is_file() or CHECKPOINT.match(folder.name) else []
-    return numbered_folders(folder) or _checkpoints(folder) or run
+    """The jobs a folder stands for: those of a multirun, the checkpoints of a run, averages of policies, or the run,
+    checkpoint or average that it is."""
+    alone = CHECKPOINT.match(folder.name) or any((folder / name).is_file() for name in (SUMMARY, AVERAGE))
+    return numbered_folders(folder) or _checkpoints(folder) or averages_in(folder) or ([folder] if alone else [])
 
 
 def _job_folders(source: str) -> list[Path]:
@@ -112,15 +127,16 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 def _job(folder: Path, name: str) -> SweptRun:
     """One job, whatever state its files are in: the table of a sweep must come out whatever failed."""
-    checkpoint = CHECKPOINT.match(folder.name)
-    summary = _summary(folder.parents[1] if checkpoint else folder)
+    checkpoint, average = CHECKPOINT.match(folder.name), read_average(folder)
+    run = folder.parents[1] if checkpoint else folder if average is None else run_averaged_in(folder)
+    summary = {} if run is None else _summary(run)
+    is_whole = bool(checkpoint) or average is not None  # whatever became of its run
     options = [str(override).removeprefix("++") for override in summary.get("overrides") or []]
     job = SweptRun(
         name=name,
         folder=folder,
-        # a checkpoint is whole whatever became of its run
-        status="completed" if checkpoint else summary["status"],
-        error=None if checkpoint else summary.get("error"),
+        status="completed" if is_whole else summary["status"],
+        error=None if is_whole else summary.get("error"),
         objective=summary.get("objective"),
         reference=summary.get("reference"),
         beta=None if summary.get("beta") is None else float(summary["beta"]),
@@ -128,6 +144,8 @@ def _job(folder: Path, name: str) -> SweptRun:
         options=tuple(o for o in options if o.lstrip("+").partition("=")[0] not in VARIED_WITHIN_A_SERIES),
         evaluation=None,
         step=int(checkpoint[1]) if checkpoint else None,
+        share=_share(average),
+        ends=() if average is None else average.policies,
     )
     return _with_evaluation(job)
 
@@ -156,7 +174,7 @@ def results_folder(sources: Sequence[str]) -> Path:
     """Where the results of a sweep go unless told: into the multirun's folder, beside the evaluation of the run whose
     checkpoints they are of, or into a folder named after the first of several sources."""
     first = Path(sources[0]).expanduser()
-    if len(sources) == 1 and first.is_dir() and numbered_folders(first):
+    if len(sources) == 1 and first.is_dir() and (numbered_folders(first) or averages_in(first)):
         return first
     if len(sources) == 1 and _checkpoints(first):
         return first.parent / RESULTS / first.name
@@ -170,6 +188,25 @@ def results_folder(sources: Sequence[str]) -> Path:
 NAMED_BY_ITSELF = ("objective", "reference", "reference.path", "reference.model", "reference.parts")
 
 
+class PointAxis(NamedTuple):
+    """What the points of a series differ in: its sign, its title on an axis, its values in a sentence, and whether it
+    is a strength, which is positive and drawn on a logarithmic scale."""
+
+    sign: str
+    title: str
+    values: str
+    is_strength: bool = False
+
+
+BETA = PointAxis("β", "β (larger: closer to the reference)", "values of β", is_strength=True)
+STEP = PointAxis("step", "optimiser step", "values of β")
+
+
+def _share_axis(ends: Sequence[str]) -> PointAxis:
+    first, second = ("the initial policy" if end == "initial" else Path(end).name for end in ends)
+    return PointAxis("share", f"share of {second} (0: {first})", "shares")
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """The jobs of one series that differ in their seed only, and their metrics joined."""
@@ -179,11 +216,27 @@ class Cell:
     jobs: list[SweptRun]
     evaluation: Evaluation
     step: int | None = None  # of checkpoints
+    share: float | None = None  # of averages on a path
+
+    @property
+    def axis(self) -> PointAxis:
+        """What its point is a value of."""
+        if self.share is not None:
+            return _share_axis(self.jobs[0].ends)
+        return BETA if self.step is None else STEP
 
     @property
     def point(self) -> float | None:
-        """Where on its series' axis it stands: at its step if it joins checkpoints, else at its KL strength."""
+        """Where on its axis it stands: at its share of a path, at its step if it joins checkpoints, else at its KL
+        strength."""
+        if self.share is not None:
+            return self.share
         return self.beta if self.step is None else float(self.step)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its axis has its point: a logarithmic one has no 0."""
+        return self.point is not None and (self.point > 0 or not self.axis.is_strength)
 
     def values(self, key: str) -> list[float]:
         """The metric of every seed."""
@@ -207,6 +260,11 @@ class Cell:
         return 0.0 if math.isnan(alone) else alone
 
 
+def axis_of(cells: Sequence[Cell]) -> PointAxis:
+    """What the points of some cells are values of; where runs stand among checkpoints or averages, what those are."""
+    return next((cell.axis for cell in cells if not cell.axis.is_strength), BETA)
+
+
 def short_names(cells: Sequence[Cell]) -> dict[str, str]:
     """What tells each series from the others: its name without the parts that all of them share."""
     parts = {cell.series: cell.series.split(", ") for cell in cells}
@@ -224,8 +282,8 @@ def _series(jobs: Sequence[SweptRun]) -> list[str]:
     def name(job: SweptRun) -> str:
         reference = [f"reference {job.reference}"] if several_references else []
         extra = [o for o in job.options if o not in common and o.partition("=")[0] not in NAMED_BY_ITSELF]
-        beta = [] if job.step is None or job.beta is None else [f"beta {job.beta:g}"]
-        return ", ".join([str(job.objective), *reference, *extra, *beta])
+        beta = [] if (job.step is None and job.share is None) or job.beta is None else [f"beta {job.beta:g}"]
+        return ", ".join([job.objective or "average", *reference, *extra, *beta])
 
     def sweep(job: SweptRun) -> Path:
         return (job.folder if job.step is None else job.folder.parents[1]).parent
@@ -233,7 +291,7 @@ def _series(jobs: Sequence[SweptRun]) -> list[str]:
     names = [name(job) for job in jobs]
     sweeps: dict[tuple[object, ...], set[Path]] = defaultdict(set)
     for job, series in zip(jobs, names, strict=True):
-        sweeps[series, job.beta, job.step, job.seed].add(sweep(job))
+        sweeps[series, job.beta, job.step, job.share, job.seed].add(sweep(job))
     unclear = {key[0] for key, folders in sweeps.items() if len(folders) > 1}
     return [
         f"{series}, in {sweep(job).name}" if series in unclear else series
@@ -269,15 +327,16 @@ def mean_over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 def cells(jobs: Sequence[SweptRun]) -> list[Cell]:
     """Evaluated jobs joined over seeds, ordered by series, then by step or beta."""
-    grouped: dict[tuple[str, float | None, int | None], list[SweptRun]] = defaultdict(list)
+    grouped: dict[tuple[str, float | None, int | None, float | None], list[SweptRun]] = defaultdict(list)
     for job, series in zip(jobs, _series(jobs), strict=True):
         if job.evaluation is not None:
-            grouped[series, job.beta, job.step].append(job)
+            grouped[series, job.beta, job.step, job.share].append(job)
     unsorted = []
-    for (series, beta, step), members in grouped.items():
+    for (series, beta, step, share), members in grouped.items():
         whole = mean_over_seeds([job.evaluation for job in members if job.evaluation])
-        point = [f"step {step}"] if step is not None else [] if beta is None else [f"beta {beta:g}"]
-        unsorted.append(Cell(series, beta, members, replace(whole, name=", ".join([series, *point])), step))
+        cell = Cell(series, beta, members, whole, step, share)
+        point = [] if cell.point is None else [f"{cell.axis.sign.replace('β', 'beta')} {cell.point:g}"]
+        unsorted.append(replace(cell, evaluation=replace(whole, name=", ".join([series, *point]))))
     return sorted(unsorted, key=lambda cell: (cell.series, cell.point is None, cell.point or 0.0))
 
 
@@ -298,6 +357,7 @@ def csv_text(jobs: Sequence[SweptRun]) -> str:
         "reference",
         "beta",
         "step",
+        "share",
         "seed",
         "degenerate",
         "missing",
@@ -306,7 +366,7 @@ def csv_text(jobs: Sequence[SweptRun]) -> str:
     for job, series in zip(jobs, _series(jobs), strict=True):
         metrics = job.evaluation.metrics if job.evaluation else {}
         broken = "; ".join(job.evaluation.degenerate) if job.evaluation else ""
-        kind = (job.objective, job.reference, job.beta, job.step, job.seed)
+        kind = (job.objective, job.reference, job.beta, job.step, job.share, job.seed)
         missing = "; ".join(job.evaluation.missing) if job.evaluation else ""
         facts = (job.name, job.status, job.error, series, *kind, broken, missing)
         rows.append([*facts, *(metrics.get(key) for key in keys)])

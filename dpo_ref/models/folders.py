@@ -158,10 +158,11 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     Raises ValueError for weights that are no safetensors, that are cut short, or not all there.
     """
-    return shapes_in(_weight_files(folder))
+    return shapes_in(weight_files(folder))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files with a model folder's weights. Raises ValueError where there are none, or not all."""
     chosen = read_settings(folder / "config.json").get("transformers_weights")
     if chosen is not None:
         raise ValueError(f"config.json names other weights (transformers_weights: {chosen}); call them {WEIGHTS}")

@@ -21,7 +21,7 @@ from dpo_ref.evaluation.results import (
     Measure,
     measure_of,
 )
-from dpo_ref.evaluation.sweep import Cell, short_names
+from dpo_ref.evaluation.sweep import Cell, axis_of, short_names
 from dpo_ref.reports.tables import MISSING, number, percent
 
 # --- the best strength of every series, how sure that is, and which are as good
@@ -119,7 +119,7 @@ def _entries(strength: BestBeta, name: str, measure: Measure) -> list[str]:
 def strength_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """The best strength of every series: titles, and a row of texts each."""
     measure, short = measure_of([cell.evaluation for cell in cells]), short_names(cells)
-    point = "step" if any(cell.step is not None for cell in cells) else "β"
+    point = axis_of(cells).sign
     title = measure.title[0].upper() + measure.title[1:]
     names = ["Series", f"Best {point}", title, "Tokens", "KL to initial", f"As good: {point}", f"Degenerate: {point}"]
     return names, [_entries(strength, short[strength.series], measure) for strength in best_strengths(cells)]
@@ -186,7 +186,8 @@ def _label(cell: Cell, cells: Sequence[Cell]) -> str:
     """What tells a cell from the others of its sweep."""
     short = short_names(cells)
     series = [short[cell.series]] if len(short) > 1 or cell.point is None else []
-    point = [] if cell.point is None else [f"{'β =' if cell.step is None else 'step'} {cell.point:g}"]
+    sign = f"{cell.axis.sign} =" if cell.axis.is_strength else cell.axis.sign
+    point = [] if cell.point is None else [f"{sign} {cell.point:g}"]
     return ", ".join([*series, *point])
 
 
@@ -209,7 +210,7 @@ def _rank(best: Cell, sound: Sequence[Cell], cells: Sequence[Cell], key: str) ->
 def _ends_of_the_grid(cells: Sequence[Cell], initial: Evaluation) -> list[str]:
     """What the smallest and the largest strength did, where several of one objective were tried: those of different
     objectives are in different units."""
-    swept = [cell for cell in cells if cell.beta is not None and cell.step is None]
+    swept = [cell for cell in cells if cell.beta is not None and cell.axis.is_strength]
     if len({cell.beta for cell in swept}) < 2 or len({cell.evaluation.objective for cell in swept}) > 1:
         return []
     loosest, tightest = (pick(swept, key=lambda cell: cell.beta or 0.0) for pick in (min, max))
@@ -266,5 +267,5 @@ def _does_not_follow(cells: Sequence[Cell]) -> str:
     world = ", found in a toy world whose judge is known," if cells[0].evaluation.scorer == "gold" else ""
     claims = [f"that {again} would give the same (intervals cover {cover})", "that what is not told apart is ranked"]
     if cells[0].beta is not None:
-        claims.append(f"that these values of β{world} suit another model or other data")
+        claims.append(f"that these {axis_of(cells).values}{world} suit another model or other data")
     return f"What does not follow: {', '.join(claims[:-1])}, or {claims[-1]}."

@@ -116,6 +116,17 @@ def _results(evaluation: Evaluation | None, run: str) -> str:
     return "\n".join([*broken, _table(rows, ("metric", "value", "what it is")), "", f"Compared {against}; {options}."])
 
 
+USE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # or the repository's name on the hub
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+```
+"""
+
+
 def card(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], evaluation: Evaluation | None) -> str:
     """The model card of a run's policy: its configuration, what it was trained against, what was measured."""
     import yaml
@@ -140,15 +151,7 @@ def card(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any], evalu
 
 {_results(evaluation, name)}
 
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # or the repository's name on the hub
-model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-```
-{adapter}
+{USE}{adapter}
 ## Configuration
 
 {block("bash", shlex.join(["python", "train.py", *words]))}
@@ -161,6 +164,46 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.f
 
 """
     return body + f"<!-- dpo_ref {_digest(body)} -->\n"
+
+
+def average_card(name: str, record: Mapping[str, Any]) -> str:
+    """The model card of an average of policies, from its `average.json`."""
+    from huggingface_hub import ModelCardData
+
+    members = record["policies"]
+    bases = [base for member in members for base in on_hub(member["name"])]
+    data = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo_ref", "preference-optimisation", "merge"],
+        base_model=bases or None,
+    )
+    rows = [
+        (in_markdown(_place(member["name"])), f"{member['weight']:g}", code(member["weights_digest"]))
+        for member in members
+    ]
+    commit, versions = record["git"]["commit"], ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+    body = f"""---
+{data.to_yaml()}
+---
+
+# {in_markdown(name)}
+
+The weighted average of the weights of {len(members)} policies; its own weights are {code(record["weights_digest"])}.
+
+{_table(rows, ("policy", "weight", "digest of its weights"))}
+
+{USE}
+Made by dpo_ref, {in_markdown(f"commit {commit}" if commit else "commit unknown")}; {in_markdown(versions)}.
+
+"""
+    return body + f"<!-- dpo_ref {_digest(body)} -->\n"
+
+
+def _place(name: str) -> str:
+    """A policy without the folders of this machine: a hub name, or the last names of its path."""
+    return name if on_hub(name) else "/".join(Path(name).parts[-3:] if "checkpoints" in name else [Path(name).name])
 
 
 def _digest(body: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_ref.evaluation.results import LENGTH, measure_of
-from dpo_ref.evaluation.sweep import Cell, short_names
+from dpo_ref.evaluation.sweep import Cell, axis_of, short_names
 from dpo_ref.files.writing import as_csv
 from dpo_ref.reports import page
 from dpo_ref.reports.tables import MISSING, in_markdown, number
@@ -84,8 +84,9 @@ def paper_table(cells: Sequence[Cell]) -> PaperTable:
     chance = "standard deviation over seeds" if several else "standard error over prompts"
     broken = f" {BROKEN} degenerate." if any(cell.evaluation.degenerate for cell in cells) else ""
     title = f"{measure.title[0].upper()}{measure.title[1:]}, and mean length"
-    corner = "step" if any(cell.step is not None for cell in cells) else "β"
-    return PaperTable(corner, list(short.values()), [measure.short, "tokens"], rows, f"{title}; ± {chance}.{broken}")
+    return PaperTable(
+        axis_of(cells).sign, list(short.values()), [measure.short, "tokens"], rows, f"{title}; ± {chance}.{broken}"
+    )
 
 
 def html_table(table: PaperTable) -> str:

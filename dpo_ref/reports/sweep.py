@@ -22,7 +22,7 @@ from dpo_ref.evaluation.results import (
     Evaluation,
 )
 from dpo_ref.evaluation.stages import read_evaluated
-from dpo_ref.evaluation.sweep import Cell, SweptRun, csv_text, short_names, without_result
+from dpo_ref.evaluation.sweep import Cell, SweptRun, axis_of, csv_text, short_names, without_result
 from dpo_ref.files.writing import as_csv, write_text
 from dpo_ref.reports import page, tables
 from dpo_ref.reports.findings import NOTE, best_strengths, findings, strength_table
@@ -65,10 +65,13 @@ def _rows(cells: Sequence[Cell], initial: Evaluation | None) -> list[page.Row]:
 
 
 def _examples(cells: Sequence[Cell], baseline: Evaluated) -> list[Evaluated]:
-    """The baseline, the best cell and the one with the smallest beta, each by its first seed's answers."""
+    """The baseline, the best cell and the one with the smallest beta or farthest on a path, each by its first seed's
+    answers."""
     champion = tables.best([cell.evaluation for cell in cells])
     picked = [cell for cell in cells if cell.evaluation is champion]
-    loosest = min((cell for cell in cells if cell.beta), key=lambda cell: cell.beta or 0, default=None)
+    loosest = min(
+        (cell for cell in cells if cell.beta), key=lambda cell: (cell.beta, -(cell.share or 0)), default=None
+    )
     picked += [loosest] if loosest is not None and loosest not in picked else []
     return [baseline, *(answers for cell in picked if (answers := _answers(cell.jobs[0].results)))]
 
@@ -156,7 +159,7 @@ def write_sweep(folder: Path, jobs: Sequence[SweptRun], baseline: Evaluated | No
     write_text(folder / "report.html", sweep_page(jobs, baseline))
 
 
-# --- pictures: reward, win rate, length and KL against beta or the step, one line per series
+# --- pictures: reward, win rate, length and KL against beta, the step or the share, one line per series
 
 
 FEW = 5  # lines of a picture over temperatures
@@ -176,16 +179,16 @@ def series_colours(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def point_axis(axes: Any, cells: Sequence[Cell]) -> None:
-    """The axis of the KL strengths, logarithmic, or of a run's steps."""
-    if any(cell.step is not None for cell in cells):
-        axes.set_xlabel("optimiser step")
+    """The axis of the KL strengths, logarithmic, of a run's steps, or of the shares on a path."""
+    axis = axis_of(cells)
+    axes.set_xlabel(axis.title)
+    if not axis.is_strength:
         return
     betas = sorted({cell.beta for cell in cells if cell.beta})
     axes.set_xscale("log")
     labelled = _apart(betas)
     axes.set_xticks(labelled, [f"{beta:g}" for beta in labelled])
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("β (larger: closer to the reference)")
 
 
 LABEL = 0.09  # of the axis, which the longest label of a strength takes
@@ -217,7 +220,8 @@ def legend(axes: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """A metric to draw against beta or the step: its key, the initial policy's value, and a factor for its unit."""
+    """A metric to draw against beta, the step or the share: its key, the initial policy's value, a factor for its
+    unit."""
 
     key: str
     title: str
@@ -243,7 +247,7 @@ def _line(axes: Any, cells: Sequence[Cell], against: Against, colour: str, label
 
 
 def point_panel(cells: Sequence[Cell], against: Against, with_legend: bool) -> Panel:
-    """One metric against beta or the step, one line per series."""
+    """One metric against beta, the step or the share, one line per series."""
     short = short_names(cells)
 
     def draw(axes: Any) -> None:
@@ -263,7 +267,7 @@ def point_panel(cells: Sequence[Cell], against: Against, with_legend: bool) -> P
 
 
 def sweep_panels(cells: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
-    """The pictures against beta or the step, up to four. Every cell of `cells` has one."""
+    """The pictures against beta, the step or the share, up to four. Every cell of `cells` has one."""
     first = cells[0].evaluation
     scorer, reward = first.scorer, first.key(SCORE)
     before = initial or Evaluation("", scorer, {})
@@ -304,14 +308,13 @@ def temperature_curves(cells: Sequence[Cell]) -> list[TemperatureCurve]:
 
 def _point(cell: Cell) -> str:
     """Where a cell stands in its series."""
-    if cell.step is not None:
-        return f", step {cell.step}"
-    return "" if cell.beta is None else f", β = {cell.beta:g}"
+    equals = " = " if cell.axis.is_strength else " "
+    return "" if cell.point is None else f", {cell.axis.sign}{equals}{cell.point:g}"
 
 
 def panels(jobs: Sequence[SweptRun], cells: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
-    """Pictures against beta or the step where there are several, else of the jobs beside each other."""
-    swept = [cell for cell in cells if cell.point]
+    """Pictures against beta, the step or the share where there are several, else of the jobs beside each other."""
+    swept = [cell for cell in cells if cell.is_drawn]
     if len({cell.point for cell in swept}) < 2:
         evaluations = [*([initial] if initial else []), *(job.evaluation for job in jobs if job.evaluation)]
         return [*reward_panels(evaluations), mean_length_panel(evaluations)]
@@ -393,7 +396,7 @@ def _draw_front(axes: Any, cells: Sequence[Cell], initial: Evaluation | None) ->
 
 def frontier_panel(cells: Sequence[Cell], initial: Evaluation | None) -> Panel:
     """The curve that each series draws between distance and reward, and the Pareto front of all of them."""
-    short = short_names(cells)
+    short, sign = short_names(cells), axis_of(cells).sign
 
     def draw(axes: Any) -> None:
         scorer = cells[0].evaluation.scorer
@@ -410,9 +413,9 @@ def frontier_panel(cells: Sequence[Cell], initial: Evaluation | None) -> Panel:
         axes.margins(x=0.08, y=0.14)
         legend(axes)
 
-    steps = any(cell.step is not None for cell in cells)
+    plural = {"step": "steps", "share": "shares"}
     return Panel(
-        f"Reward bought with distance; the numbers at the points are {'steps' if steps else 'β'}. Rings are on the "
+        f"Reward bought with distance; the numbers at the points are {plural.get(sign, sign)}. Rings are on the "
         "Pareto front: no sound policy had more reward at less KL. Degenerate ones are crossed out.",
         draw,
     )
@@ -425,12 +428,21 @@ def frontier_csv(cells: Sequence[Cell]) -> str:
     reward, win = about.key(SCORE), about.key(WIN_RATE)
     keys = (DISTANCE, f"{DISTANCE}_se", reward, f"{reward}_se", win, f"{win}_low", f"{win}_high", LENGTH.key,
             f"{LENGTH.key}_se")  # fmt: skip
-    rows: list[list[Any]] = [["series", "beta", "step", "seeds", *keys, "degenerate", "pareto"]]
+    rows: list[list[Any]] = [["series", "beta", "step", "share", "seeds", *keys, "degenerate", "pareto"]]
     for cell in cells:
         values = [cell.evaluation.metrics.get(key) for key in keys]
         broken = "; ".join(cell.evaluation.degenerate)
         rows.append(
-            [cell.series, cell.beta, cell.step, cell.evaluation.num_seeds, *values, broken, int(id(cell) in front)]
+            [
+                cell.series,
+                cell.beta,
+                cell.step,
+                cell.share,
+                cell.evaluation.num_seeds,
+                *values,
+                broken,
+                int(id(cell) in front),
+            ]
         )
     return as_csv(rows)
 
