@@ -1,10 +1,12 @@
 """Where a run computes, and with which memory."""
 
 import ctypes
+import os
 import platform
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,6 +33,32 @@ def keep_memory() -> None:
 def best_device() -> torch.device:
     """CUDA if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- how much memory there is
+
+
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")  # of Linux
+
+
+def resident_bytes() -> int:
+    """What this process has in main memory; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that this process can have on a device, what it has already among them: of a container no more than its
+    limit. None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    if not MEMINFO.is_file():
+        return None
+    sizes = dict(line.split()[:2] for line in MEMINFO.read_text().splitlines())
+    there = 1024 * int(sizes["MemAvailable:"]) + resident_bytes()
+    limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
+    return there if limit == "max" else min(there, int(limit))
 
 
 # --- memory that runs out

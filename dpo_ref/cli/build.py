@@ -55,7 +55,8 @@ from dpo_ref.types import Asked, PreferenceData
 NUM_EXAMPLES = 8  # on the data page
 NUM_SAMPLED = 200  # groups whose tokens are counted by role there
 SCORED = "What the reference has scored is kept: the same command with a smaller pack goes on from there"
-NUM_SAMPLES = 8  # answers shown in the tracker at the end of a run
+NUM_SAMPLES, SAMPLE_TOKENS = 8, 96  # answers shown in the tracker at the end of a run, tokens of each
+NOTHING_LEFT = "nothing is left to train on: every row was dropped; see data.max_length, data.over_length"
 
 
 class Built(NamedTuple):
@@ -119,6 +120,13 @@ def check_paths(config: RunConfig) -> None:
 # --- data
 
 
+def tokenizer_of(config: RunConfig) -> Any:
+    """The policy's tokenizer with its template, without the policy."""
+    names = ("template", "template_options", "max_length", "revision")
+    options = {name: config.model.options[name] for name in names}
+    return prepared_tokenizer(locate(config.model.options["path"]), **options)
+
+
 def tokenise_data(
     config: RunConfig, data: PreferenceData, tokenizer: Any, positions: int | None
 ) -> tuple[Tokenised, Tokenised]:
@@ -155,7 +163,7 @@ def prepare_groups(
     say(*short_report(inspect(data, train, held_out)))
     counts = summed_counts(data.reading, train.counts, held_out.counts)
     if not len(train.groups):
-        raise ValueError("nothing is left to train on: every row was dropped; see data.max_length, data.over_length")
+        raise ValueError(NOTHING_LEFT)
     say(*template_notes(tokenizer))
     (example,) = examples_of(tokenizer, train.groups[:1])
     show_example(example.short_rows())
@@ -185,10 +193,8 @@ def rounds_of(
 def report_data(config: RunConfig, directory: Path) -> None:
     """`stage=data`: read and tokenise, and write what the data is like to data.html; no model is loaded."""
     data = config.data(config.seed, progress)
-    names = ("template", "template_options", "max_length", "revision")
-    options = {name: config.model.options[name] for name in names}
-    tokenizer = prepared_tokenizer(locate(config.model.options["path"]), **options)
-    positions = stored_positions(locate(config.model.options["path"]), revision=options["revision"])
+    tokenizer = tokenizer_of(config)
+    positions = stored_positions(locate(config.model.options["path"]), revision=config.model.options["revision"])
     train, held_out = tokenise_data(config, data, tokenizer, positions)
     hygiene, write = inspect(data, train, held_out), within(config.data.bound(tokenise), tokenizer, positions)
     shown, sample = (drawn(train.groups, count, config.seed) for count in (NUM_EXAMPLES, NUM_SAMPLED))

@@ -136,7 +136,7 @@ class TrainSchema:
 
 
 STAGES = {
-    "train": ("train", "cache_reference", "data"),
+    "train": ("train", "cache_reference", "data", "check"),
     "evaluate": (
         "all",
         "generate",

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.bandit import run_bandit
-from dpo_ref.cli.build import Built, build, cache_reference, report_data
+from dpo_ref.cli.build import SAMPLE_TOKENS, Built, build, cache_reference, report_data
+from dpo_ref.cli.check import check_run
 from dpo_ref.cli.command_line import script
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
@@ -44,8 +45,7 @@ from dpo_ref.types import Asked
 
 NEXT = "policy={}"  # what to type after a run, behind evaluate.py
 NEXT_OF_SCORES = "policy=<run or model folder> scorer=reward_model scorer.path={}/policy"
-ASIDE = {"cache_reference": cache_reference, "data": report_data}  # stages that train nothing
-SAMPLE_TOKENS = 96
+ASIDE = {"cache_reference": cache_reference, "data": report_data, "check": check_run}  # stages that train nothing
 
 
 class Ended(NamedTuple):

@@ -98,7 +98,8 @@ class Looked:
     findings: Sequence[Finding]
 
 
-def _example(example: Example) -> str:
+def example_article(example: Example) -> str:
+    """An example whose scored tokens are marked, and how its sides differ."""
     tools = f'<p class="small">Tools on offer: {page.text(", ".join(example.tools))}</p>' if example.tools else ""
     turns = [_turn(turn.role, "", turn) for turn in example.prompt]
     for name, said in example.responses.items():
@@ -237,7 +238,8 @@ _LEGEND = (
 )
 
 
-def _counts(hygiene: Hygiene) -> list[tuple[str, str]]:
+def counts_of(hygiene: Hygiene) -> list[tuple[str, str]]:
+    """What became of the rows, as names and counts."""
     reading = hygiene.reading
     rows = [("rows read", f"{reading.num_rows:,} ({', '.join(reading.formats)})")] if reading.num_rows else []
     rows += [(f"left out: {reason}", f"{count:,}") for reason, count in reading.dropped.items()]
@@ -273,7 +275,7 @@ def data_page(hygiene: Hygiene, margins: np.ndarray, looked: Looked, title: str)
         page.alerts(worrying),
         page.pictures(panels(hygiene, margins)),
         "<h2>What became of the rows</h2>",
-        page.definitions(_counts(hygiene)),
+        page.definitions(counts_of(hygiene)),
         f"<ul>{skipped}</ul>" if skipped else "",
         "<h2>What was read of them</h2>",
         page.definitions([*_columns((*hygiene.reading.columns, *hygiene.reading.notes)), _left_out(hygiene)]),
@@ -284,6 +286,6 @@ def data_page(hygiene: Hygiene, margins: np.ndarray, looked: Looked, title: str)
         _roles(looked),
         "<h2>Examples</h2>",
         f'<p class="scale">{_LEGEND}</p>',
-        *map(_example, looked.examples),
+        *map(example_article, looked.examples),
     ]
     return page.page(title, "\n".join(filter(None, parts)))
