@@ -31,7 +31,7 @@ from dpo_ref.cli.build import (
 )
 from dpo_ref.cli.cache import check_cache
 from dpo_ref.cli.resolve import RunConfig, strength
-from dpo_ref.cli.starting_point import TOY, num_weights, rate_of, trains_adapter
+from dpo_ref.cli.starting_point import Size, rate_of, size_of, trains_adapter
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.data.groups import ConcatGroups, Groups, SelectedGroups
 from dpo_ref.data.inspection import examples_of, inspect
@@ -119,14 +119,17 @@ class Trial:
         return available_bytes(self.work.device)
 
     @cached_property
+    def size(self) -> Size:
+        """Of the model that is trained."""
+        options = self.config.model.options
+        return size_of(options["path"], "model.path", options["revision"])
+
+    @cached_property
     def policy(self) -> TrainedModel:
         """The model that is trained; one without weights where they are far more than there is room for."""
         self.program  # noqa: B018  (before the model is there)
         options, device = self.config.model.options, self.work.device
-        least = (
-            num_weights(options["path"], "model.path", options["revision"])
-            * LEAST_BYTES[device.type, trains_adapter(options)]
-        )
+        least = self.size.weights * LEAST_BYTES[device.type, trains_adapter(options)]
         if self.available is not None and least > self.available:
             return described(self.config, self.tokenizer, device)
         return trained_model(self.config, device)
@@ -135,9 +138,8 @@ class Trial:
     def memory(self) -> StepMemory:
         """Of a step of the run, with what is there besides: on a CPU the program too."""
         memory = counted(self, self.policy, self.work.device)
-        return (
-            replace(memory, parts=memory.parts | {"the program and the data": self.program}) if self.on_cpu else memory
-        )
+        more = {"the program and the data": self.program} if self.on_cpu else {}
+        return replace(memory, parts=memory.parts | more)
 
     @property
     def on_cpu(self) -> bool:
@@ -403,7 +405,7 @@ def peak_here(trial: Trial, measured: Measurements) -> str | None:
 def elsewhere_of(trial: Trial) -> list[Elsewhere]:
     """The run on graphics cards, where there is none here and the model is no toy."""
     shape = ModelShape.of(trial.policy.model)
-    if not trial.on_cpu or shape.body < TOY:
+    if not trial.on_cpu or trial.size.is_toy:
         return []
     cuda = torch.device("cuda")
     half = replace(trial.policy, load=lambda: trial.policy.model, compute_dtype=torch.bfloat16)
@@ -481,12 +483,6 @@ def trained_of(model: Any) -> list[str]:
     return [f"{trained:,} of {total:,} parameters ({trained / total:.1%})"]
 
 
-def in_short(count: int) -> str:
-    """A number of parameters: 135 M."""
-    size, unit = next(((size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= size), (1, ""))
-    return f"{count / size:.3g} {unit}".strip()
-
-
 def frozen_experts(model: Any) -> float:
     """The share of a model's parameters that are experts which nothing trains."""
     total = sum(p.numel() for p in model.parameters())
@@ -503,7 +499,6 @@ def facts_of(trial: Trial, measured: Measurements, seconds: dict[str, float]) ->
     config, model, tokenizer = trial.config, trial.policy.model, trial.tokenizer
     objective, ends = config.objective, end_of_turn_ids(tokenizer)
     responses = [ids for group in trial.sample for ids in group.response_ids]
-    total = sum(p.numel() for p in model.parameters())
     adapter = trial.policy.adapter is not None
     num_groups = max(len(trial.rounds.data), 1)
     options = config.data.options
@@ -517,8 +512,8 @@ def facts_of(trial: Trial, measured: Measurements, seconds: dict[str, float]) ->
         uses_reference=objective.uses_reference,
         reference=measured.reference.name if measured.reference is not None else config.reference.name,
         lr=config.optim.options["lr"],
-        usual_lr=rate_of(objective, total, adapter).lr,
-        whose_lr=f"{'an adapter on' if adapter else ''} a model of {in_short(total)} parameters".strip(),
+        usual_lr=rate_of(objective, trial.size, adapter).lr,
+        whose_lr=f"{'an adapter on ' if adapter else ''}a model of {trial.size} weights",
         unfinished=sum(ids[-1] not in ends for ids in responses) / len(responses),
         longest=max(group.num_tokens for group in trial.sample),
         positions=trial.policy.positions,
