@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from dpo_ref.models import checkpoint
-from dpo_ref.models.adapters import add_lora
 from dpo_ref.training.optim import (
     AdamW8bit,
     Muon,
@@ -136,8 +135,8 @@ def test_muon_is_for_matrices_of_hidden_layers_alone(model_type, tied):
 
 @pytest.mark.parametrize("optimiser", [adamw, muon, rmsprop])
 def test_an_adapter_alone_is_trained(optimiser):
-    policy = tiny_model()
-    add_lora(policy, 2, None)
+    peft, policy = pytest.importorskip("peft"), tiny_model()
+    peft.get_peft_model(policy, peft.LoraConfig(r=2, target_modules="all-linear"))
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     optim = optimisation(optimiser, policy, 10, lr=1e-2)
     for p in policy.parameters():
