@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_ref.data.packing import collate
 from dpo_ref.models import loading
-from dpo_ref.models.adapters import add_lora
 from dpo_ref.models.attention import register
 from dpo_ref.models.loading import Policy
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.training.memory import step_memory, useful_flops
 from dpo_ref.training.optim import adamw, adamw_bf16, optimisation
 from dpo_ref.training.trainer import update
@@ -47,7 +47,7 @@ def built(config, rank=None, checkpointing="off"):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.set_attn_implementation(register("sdpa"))
     if rank is not None:
-        add_lora(model, rank, None)
+        AdapterOptions(lora_rank=rank).put_on(model)
     loading.CHECKPOINTING[checkpointing](model)
     return model
 
