@@ -39,8 +39,9 @@ from dpo_ref.data.packing import collate, epoch_order
 from dpo_ref.data.tokenise import Tokenised, end_of_turn_ids, length_limit
 from dpo_ref.distributed import available_bytes, keep_memory, peak_memory_gib, resident_bytes
 from dpo_ref.evaluation.check import Fit, RunFacts, StepZero, run_warnings, step_zero
-from dpo_ref.models.adapters import add_lora
-from dpo_ref.models.loading import Policy, TrainedModel, Workspace, compute_dtype, locate, stored_positions
+from dpo_ref.models.folders import stored_positions
+from dpo_ref.models.loading import Policy, TrainedModel, Workspace, compute_dtype, locate
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.memory import MOMENTS, WEIGHTS, StepMemory, meta_model, step_memory
 from dpo_ref.references.interface import Reference
 from dpo_ref.references.table import read_shards, row_key
@@ -253,7 +254,7 @@ def described(config: RunConfig, tokenizer: Any, device: torch.device) -> Policy
     model = meta_model(config.model.options["path"], config.model.options["revision"])
     rank = config.model.options["lora_rank"]
     if trains_adapter(config.model.options):
-        add_lora(model, rank or USUAL_RANK, None)
+        AdapterOptions(lora_rank=rank or USUAL_RANK).put_on(model)
     return Policy(lambda: model, tokenizer, compute_dtype(config.model.options["dtype"], device))
 
 
