@@ -24,11 +24,13 @@ schemas.register()
 def main(cfg: DictConfig) -> None:
     """Generate, measure, score and report."""
     from dpo_ref.cli.evaluate import run_evaluation
+    from dpo_ref.distributed import on_device
 
     launched = HydraConfig.get()
     choices = {group: choice for group, choice in launched.runtime.choices.items() if choice is not None}
     try:
-        run_evaluation(cfg, choices, list(launched.overrides.task))
+        with on_device(cfg.device):
+            run_evaluation(cfg, choices, list(launched.overrides.task))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {without_keys(str(with_remedy(error)))}")
     except Exception:

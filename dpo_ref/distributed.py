@@ -30,9 +30,50 @@ def keep_memory() -> None:
         libc.mallopt(parameter, value)
 
 
+# --- devices: nothing else asks for them
+
+
+AUTO, DEVICES = "auto", ("auto", "cuda", "cpu")
+_named = [AUTO]  # the last is what is computed on, in every thread
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError for a `device=` that is none. Whether it is here is asked where it is used: a process that has
+    looked for a GPU cannot hand it to those it forks."""
+    if name == "mps":
+        raise ValueError(
+            "device=mps: log-probs of responses are summed in float64, which Apple's GPUs do not compute in; use "
+            "device=cpu"
+        )
+    if name not in DEVICES:
+        raise ValueError(f"device={name} is none of {', '.join(DEVICES)}")
+
+
+@contextmanager
+def on_device(name: str) -> Iterator[None]:
+    """Within, `best_device` is the one of this name; `auto` is CUDA if there is one, else the CPU. Raises
+    ValueError."""
+    check_device(name)
+    _named.append(name)
+    try:
+        yield
+    finally:
+        _named.pop()
+
+
 def best_device() -> torch.device:
-    """CUDA if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """What is computed on. Raises ValueError for CUDA that was named and is not here."""
+    if _named[-1] == "cpu":
+        return torch.device("cpu")
+    found = torch.cuda.is_available()
+    if _named[-1] == "cuda" and not found:
+        raise ValueError("device=cuda: there is no CUDA device here, or this build of torch cannot use it")
+    return torch.device("cuda" if found else "cpu")
+
+
+def on_cuda() -> bool:
+    """Whether it is a CUDA device."""
+    return best_device().type == "cuda"
 
 
 # --- how much memory there is

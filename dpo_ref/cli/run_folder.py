@@ -27,6 +27,7 @@ from dpo_ref.cli.saved_run import (
     refuse_unused_trust,
     with_digest,
 )
+from dpo_ref.distributed import on_cuda
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY
 from dpo_ref.files.digests import sealed
 from dpo_ref.files.holding import held, new_folder, not_writable
@@ -42,7 +43,7 @@ SAME_RUN = ("output_dir", "resume", "tracking")  # what may differ when a sweep'
 MAY_CHANGE = (
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",
     "trainer.stop_when_degenerate", "trainer.keep_best", "trainer.patience", "evaluation.every",
-    "data.tokens_per_batch", "model.gradient_checkpointing", "tracking", "resume", "trust",
+    "data.tokens_per_batch", "model.gradient_checkpointing", "device", "tracking", "resume", "trust",
 )  # fmt: skip
 
 
@@ -311,7 +312,7 @@ def provenance() -> dict[str, Any]:
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": torch.cuda.get_device_name() if on_cuda() else platform.machine(),
         "threads": torch.get_num_threads(),
         "git": {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)},
     }

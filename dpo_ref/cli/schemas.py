@@ -127,6 +127,7 @@ class TrainSchema:
     bandit: Any = None  # instead of a language model
     beta: float | None = None
     seed: int = 0
+    device: str = "auto"
     output_dir: str | None = None
     resume: str | None = None
     trust: Annotated[Any, "an address, a variable's name, or a list of these"] = None  # no group
@@ -171,6 +172,7 @@ class EvaluateSchema:
     export: Any = None
     tracking: Any = MISSING
     seed: int = 0
+    device: str = "auto"
     output_dir: str | None = None
     n_jobs: int | None = 1
     stage: str = "all"

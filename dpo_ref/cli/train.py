@@ -29,7 +29,7 @@ from dpo_ref.cli.run_folder import (
 )
 from dpo_ref.cli.starting_point import complete_run
 from dpo_ref.data.tokenise import encode_prompts
-from dpo_ref.distributed import HELPS, OutOfMemory, best_device, ran_out
+from dpo_ref.distributed import AUTO, HELPS, OutOfMemory, best_device, on_device, ran_out
 from dpo_ref.files.cache import releasing
 from dpo_ref.files.hub import commit_of
 from dpo_ref.files.writing import with_remedy
@@ -221,13 +221,8 @@ def run_job(cfg: DictConfig, job: Job) -> Ended:
         if left is None:
             return Ended(0)
         cfg, job = restore(cfg, job) if cfg.resume else left
-        run = resolve(cfg, job.choices, job.overrides)
-        refuse_credentials(OmegaConf.to_container(cfg, resolve=True), "")
-        if run.stage in ASIDE:
-            ASIDE[run.stage](run, job.directory)
-            return Ended(0)
-        with opened(cfg, job) as at_hand:
-            return _run_recorded(cfg, at_hand, run)
+        with on_device(cfg.get("device", AUTO)):
+            return _run_here(cfg, job)
     except (ValueError, OSError) as error:
         record_refusal(cfg, job, error)
         return _failed(error)
@@ -236,11 +231,23 @@ def run_job(cfg: DictConfig, job: Job) -> Ended:
         return Ended(1, in_words(error))
 
 
+def _run_here(cfg: DictConfig, job: Job) -> Ended:
+    """Run a job on the device that it names."""
+    run = resolve(cfg, job.choices, job.overrides)
+    refuse_credentials(OmegaConf.to_container(cfg, resolve=True), "")
+    if run.stage in ASIDE:
+        ASIDE[run.stage](run, job.directory)
+        return Ended(0)
+    with opened(cfg, job) as at_hand:
+        return _run_recorded(cfg, at_hand, run)
+
+
 def completed(cfg: DictConfig, job: Job) -> DictConfig:
     """The tree with what its null options mean for the model that is trained."""
     if cfg.get("bandit") is not None or cfg.stage == "data":
         return cfg
-    return complete_run(cfg, resolve(cfg, job.choices, job.overrides), best_device())
+    with on_device(cfg.device):
+        return complete_run(cfg, resolve(cfg, job.choices, job.overrides), best_device())
 
 
 def _failed(error: Exception) -> Ended:

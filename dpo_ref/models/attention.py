@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dpo_ref.distributed import on_cuda
+
 # Our names in transformers' registry. It searches names for "sdpa" and "flash" and then applies rules of its own.
 REGISTERED = {
     "flash_attn": "packed_by_package",
@@ -264,10 +266,10 @@ def kernels_take(head_sizes: tuple[int, int]) -> bool:
 def available(backend: str) -> bool:
     """Whether `backend` can run here: the kernels need CUDA, flash_attn also its package."""
     if backend == "flash_attn":
-        return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+        return on_cuda() and importlib.util.find_spec("flash_attn") is not None
     if backend == "varlen":
         has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-        return has_varlen and torch.cuda.is_available()
+        return has_varlen and on_cuda()
     return True
 
 

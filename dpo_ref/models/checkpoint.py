@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dpo_ref.distributed import on_cuda
 from dpo_ref.files.digests import DIGESTS, file_digest, seal_folder
 from dpo_ref.files.writing import delete_folder, remove_abandoned, remove_deleted, replacing_folder, write_json
 from dpo_ref.models.adapters import base_weights, effective, merge, save_adapter
@@ -71,7 +72,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, policy: nn.Module) -> d
 def random_states() -> dict[str, Tensor]:
     """Of the generators that training draws from."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if on_cuda():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
@@ -79,7 +80,7 @@ def random_states() -> dict[str, Tensor]:
 def restore_random_states(states: Mapping[str, Tensor]) -> None:
     """What `random_states` gave, from here on."""
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and on_cuda():
         torch.cuda.set_rng_state(states["cuda"])
 
 
