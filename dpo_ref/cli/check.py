@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from dpo_ref.cli.build import (
     NOTHING_LEFT,
@@ -43,6 +42,7 @@ from dpo_ref.evaluation.check import Fit, RunFacts, StepZero, run_warnings, step
 from dpo_ref.models.folders import stored_positions
 from dpo_ref.models.loading import Policy, TrainedModel, Workspace, compute_dtype, locate
 from dpo_ref.models.lora import AdapterOptions
+from dpo_ref.models.memory import MOMENTS, WEIGHTS, StepMemory, meta_model, step_memory
 from dpo_ref.references.interface import Reference
 from dpo_ref.references.table import read_shards, row_key
 from dpo_ref.reports.check import Elsewhere, RunCheck, show_check, write_check
@@ -51,7 +51,6 @@ from dpo_ref.training.cost import (
     CARDS,
     NUM_ANSWERS,
     ModelShape,
-    RunMemory,
     Speed,
     Spent,
     StepTime,
@@ -60,14 +59,12 @@ from dpo_ref.training.cost import (
     decoding_seconds,
     estimated_speed,
     forward_speed,
-    run_memory,
     speed_of,
     timed_steps,
     times_due,
     within,
 )
-from dpo_ref.training.memory import meta_model
-from dpo_ref.training.optim import Optimisation, optimisation
+from dpo_ref.training.optim import optimisation
 from dpo_ref.training.rounds import Rounds, objective_groups
 from dpo_ref.training.trainer import evaluate
 from dpo_ref.types import Asked, Message, PreferenceData, TokenGroup
@@ -139,11 +136,11 @@ class Trial:
         return trained_model(self.config, device)
 
     @cached_property
-    def memory(self) -> RunMemory:
+    def memory(self) -> StepMemory:
         """Of a step of the run, with what is there besides: on a CPU the program too."""
         memory = counted(self, self.policy, self.work.device)
         more = {"the program and the data": self.program} if self.on_cpu else {}
-        return replace(memory, parts={**memory.parts, **more})
+        return replace(memory, parts=memory.parts | more)
 
     @property
     def on_cpu(self) -> bool:
@@ -255,30 +252,26 @@ LEAST_BYTES = {  # for each weight, by device and whether an adapter is trained:
 def described(config: RunConfig, tokenizer: Any, device: torch.device) -> Policy:
     """The policy without its weights, which may be more than there is room for."""
     model = meta_model(config.model.options["path"], config.model.options["revision"])
-    adapter = config.model.bound(AdapterOptions)()
-    if adapter.trained:
-        replace(adapter, adapter=None, lora_rank=adapter.lora_rank or USUAL_RANK, lora_init="default").put_on(model)
+    rank = config.model.options["lora_rank"]
+    if trains_adapter(config.model.options):
+        AdapterOptions(lora_rank=rank or USUAL_RANK).put_on(model)
     return Policy(lambda: model, tokenizer, compute_dtype(config.model.options["dtype"], device))
 
 
 USUAL_RANK = 16  # of a saved adapter, which is not looked into
 
 
-def counted(trial: Trial, policy: TrainedModel, device: torch.device) -> RunMemory:
+def counted(trial: Trial, policy: TrainedModel, device: torch.device) -> StepMemory:
     """The memory of a step on the run's fullest pack, with a reference that stays and what an evaluation keeps."""
     num_packs = max(len(trial.rounds.pack(batch)) for batch in trial.batches)
-    config, optimiser = trial.config, trial.config.optim
-
-    def optimise(model: nn.Module) -> Optimisation:
-        return optimiser.bound(optimisation)(optimiser, model, trial.rounds.num_steps)
-
-    memory = run_memory(policy, optimise, trial.fullest_pack, num_packs, device)
+    memory = step_memory(policy, trial.fullest_pack, num_packs, device)
+    weights, config = memory.parts[WEIGHTS], trial.config
     more = {}
     if config.objective.uses_reference and config.reference.options.get("cache") == "off":
-        more["reference"] = 0 if config.reference.name == "adapter_base" else memory.parts["weights"]
+        more["reference"] = 0 if config.reference.name == "adapter_base" else weights
     if config.evaluation is not None and device.type == "cpu":
-        more["the initial policy"] = memory.parts["gradients"]
-    return replace(memory, parts={**memory.parts, **more})
+        more["the initial policy"] = memory.parts[MOMENTS] // 2
+    return replace(memory, parts=memory.parts | more)
 
 
 def measure(trial: Trial) -> Measurements:

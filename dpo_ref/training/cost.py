@@ -1,10 +1,16 @@
 """What a run costs before it is run: the speed of its steps, measured on the first of them or estimated by counting
-operations, seconds by part, and bytes by part.
+operations, and seconds by part.
+
+Useful operations of a step over G groups of prompt length P and response lengths r, with N_body the parameters of the
+layers that a token passes, and a head of H x V, are those that `benchmarks/gpu.py` counts:
+
+    3 sum_g [ 2 N_body (P + sum r) + 2 H V sum r + 4 L H (sum of causal context lengths) ]
+
+that is, the prompt once and nothing for the reference, padding or recomputation. Without a gradient it is a third.
 """
 
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,12 +19,9 @@ from torch import nn
 
 from dpo_ref.data.packing import collate
 from dpo_ref.generation.sampling import generate
-from dpo_ref.models.attention import Layout
 from dpo_ref.models.loading import TrainedModel
-from dpo_ref.models.logps import CHUNK_LOGITS, ON_CUDA
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
-from dpo_ref.training.memory import on_meta, step_memory, useful_flops
 from dpo_ref.training.optim import Optimisation
 from dpo_ref.training.rounds import Pack
 from dpo_ref.training.trainer import backward, update
@@ -160,6 +163,13 @@ class ModelShape:
         )
         return cls(config.hidden_size, config.num_hidden_layers, config.vocab_size, body)
 
+    def forward_flops(self, group: TokenGroup) -> float:
+        """Floating-point operations of a group's forward pass, the head on response tokens."""
+        prompt, sizes = len(group.prompt_ids), list(map(len, group.response_ids))
+        context = prompt * (prompt + 1) / 2 + sum(prompt * r + r * (r + 1) / 2 for r in sizes)
+        head = self.hidden * self.vocabulary * sum(sizes)
+        return 2 * self.body * group.num_tokens + 2 * head + 4 * self.layers * self.hidden * context
+
 
 def _tables(model: Any) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
@@ -193,75 +203,11 @@ UTILISATION = 0.37  # of a card, by a model of 1 B; 0.52 by one of 8 B (benchmar
 def estimated_speed(shape: ModelShape, groups: Sequence[TokenGroup], card: Card) -> Speed:
     """The speed on a card that is not here, by the operations of these groups and the share of its peak that the
     benchmarks reach."""
-    head, tokens = shape.hidden * shape.vocabulary, sum(group.num_tokens for group in groups)
-    flops = useful_flops([layout_of(groups)], shape.body, head, shape.layers, shape.hidden)
+    flops, tokens = 3 * sum(map(shape.forward_flops, groups)), sum(group.num_tokens for group in groups)
     seconds = flops / (UTILISATION * card.tflops * 1e12)
     return Speed(
         tokens / seconds, 0.0, f"estimated: {UTILISATION:.0%} of the {card.tflops:g} TFLOP/s of one {card.name}"
     )
-
-
-def layout_of(groups: Sequence[TokenGroup]) -> Layout:
-    """The lengths of prompts and responses."""
-    return tuple((len(group.prompt_ids), tuple(map(len, group.response_ids))) for group in groups)
-
-
-# --- bytes by part
-
-
-OF_BACKWARD = 0.06  # of what a backward pass asks for, that glibc takes besides; fitted to SmolLM2, whole and by LoRA
-MOST_LOST = 3  # times the activations: where few blocks stay, as with checkpointing, what lies between them is reused
-GROWS = ("activations", "kept by the C library")
-
-
-@dataclass(frozen=True, slots=True)
-class RunMemory:
-    """Bytes at the peak of a run, by part, with packs of so many tokens."""
-
-    parts: Mapping[str, int]
-    num_tokens: int
-
-    @property
-    def peak(self) -> int:
-        """All parts together."""
-        return sum(self.parts.values())
-
-    @property
-    def by_token(self) -> float:
-        """What grows with a pack, for each of its tokens."""
-        return sum(self.parts.get(name, 0) for name in GROWS) / self.num_tokens
-
-    def tokens_within(self, available: int) -> int:
-        """How many tokens a pack may have that fits into so many bytes; 0 where none fits."""
-        fixed = self.peak - self.by_token * self.num_tokens
-        return max(0, int((available - fixed) / self.by_token))
-
-
-def run_memory(
-    policy: TrainedModel,
-    optimise: Callable[[nn.Module], Optimisation],
-    groups: Sequence[TokenGroup],
-    num_packs: int,
-    device: torch.device,
-) -> RunMemory:
-    """Of steps of `num_packs` packs, the fullest like these groups, on a kind of device. On a CPU glibc (seen with
-    2.36) adds what a forward pass frees between blocks that stay, which it does not give to aligned ones of the same
-    size, and a little of the backward pass. On CUDA chunks of logits are larger, and half as wide."""
-    packs = [layout_of(groups)] * min(2, num_packs)
-    memory = step_memory(on_meta(policy.model), optimise, packs, policy.compute_dtype)
-    parts = {
-        "weights": memory.weights, "gradients": memory.gradients, "moments": memory.moments,
-        "activations": memory.activations, "log-prob chunk and the like": memory.temporaries,
-    }  # fmt: skip
-    if device.type == "cuda":
-        logits = sum(group.num_scored for group in groups) * ModelShape.of(policy.model).vocabulary
-        larger = 2 * min(logits, ON_CUDA * CHUNK_LOGITS) - 4 * min(logits, CHUNK_LOGITS)
-        parts["log-prob chunk and the like"] += max(0, larger)
-    elif platform.libc_ver()[0] == "glibc":
-        freed = max(0, memory.asked["forward"] - memory.activations)
-        lost = min(freed, MOST_LOST * memory.activations) + round(OF_BACKWARD * memory.asked["backward"])
-        parts["kept by the C library"] = lost
-    return RunMemory(parts, sum(group.num_tokens for group in groups))
 
 
 # --- seconds by part

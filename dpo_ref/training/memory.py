@@ -8,7 +8,6 @@ block that was freed is too small for an aligned one of the same size: the resid
 SmolLM2-135M was 1.19 times, that of one with an adapter 1.8 times as large.
 """
 
-import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_ref.data.packing import collate
-from dpo_ref.models.attention import Layout, register
-from dpo_ref.models.folders import TEXT_FILES, opened
-from dpo_ref.models.loading import Policy, locate
+from dpo_ref.models.attention import Layout
+from dpo_ref.models.loading import Policy
 from dpo_ref.training.optim import Optimisation
 from dpo_ref.training.trainer import update
 from dpo_ref.types import ResponseLogps, Span, TokenGroup
@@ -46,7 +44,6 @@ class Memory:
     activations: int  # kept for the backward pass
     temporaries: int  # a chunk of logits with its gradient, the head's gradient, results on their way
     phases: Mapping[str, int]
-    asked: Mapping[str, int]  # bytes that a pack's forward and backward passes ask an allocator for, in the mean
 
     @property
     def total(self) -> int:
@@ -80,32 +77,7 @@ def step_memory(
             _reference_pass(policy, packs, counted)
             for step in range(2):
                 _step(policy, optim, packs, step, counted)
-    asked = {name: counted.asked[name] // (2 * len(packs)) for name in ("forward", "backward")}
-    return Memory(**counted.at_peak, phases=counted.phases, asked=asked)
-
-
-def meta_model(path: str, revision: str | None = None) -> Any:
-    """The causal language model at `path` as a policy is loaded, float32 and packed, without its weights. Raises
-    ValueError for what is no model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with opened(locate(path), "model.path", revision, TEXT_FILES, "no model could be loaded") as folder:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    model.set_attn_implementation(register("sdpa"))
-    return model
-
-
-def on_meta(model: nn.Module) -> Any:
-    """A copy of a model, as it is trained, whose weights and buffers are on the meta device."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    empty = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()}
-    memo: dict[int, Any] = {
-        key: nn.Parameter(empty[key], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty[key]
-        for key, tensor in tensors.items()
-    }
-    return copy.deepcopy(model, memo)
+    return Memory(**counted.at_peak, phases=counted.phases)
 
 
 def _without_storage(model: nn.Module) -> dict[Tensor, nn.Parameter]:
@@ -175,7 +147,6 @@ class _Alive(TorchDispatchMode):
         self._alive: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
         self._phase = "reference"
         self.phases: dict[str, int] = {}
-        self.asked: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
 
     @contextmanager
@@ -202,7 +173,6 @@ class _Alive(TorchDispatchMode):
             return
         self._stored[key] = (TEMPORARIES, storage.nbytes())
         self._alive[TEMPORARIES] += storage.nbytes()
-        self.asked[self._phase] += storage.nbytes()
         weakref.finalize(storage, self._forget, key)
         self._look()
 
