@@ -15,7 +15,7 @@ import torch
 
 from dpo_ref.data.packing import collate
 from dpo_ref.models import loading
-from dpo_ref.models.adapters import add_lora
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.memory import (
     ACTIVATIONS,
     GRADIENTS,
@@ -39,7 +39,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 503, "num_hi
 def model_of(rank=None, checkpointing="off"):
     model = tiny_model(**SIZES)
     if rank is not None:
-        add_lora(model, rank, None)
+        AdapterOptions(lora_rank=rank).put_on(model)
     loading.CHECKPOINTING[checkpointing](model)
     return model
 
