@@ -180,7 +180,7 @@ class _Alive(TorchDispatchMode):
         """Say what a storage is for; one that has become a weight's gradient or a moment stays that."""
         key = None if tensor is None else tensor.untyped_storage()._cdata
         known, size = self._stored.get(key, ("", 0)) if key is not None else ("", 0)
-        if key is not None and known in (TEMPORARIES, ACTIVATIONS):
+        if key is not None and known != part and known in (TEMPORARIES, ACTIVATIONS):  # two may keep the same one
             self._stored[key] = (part, size)
             self._alive.update({known: -size, part: size})
 

@@ -1,6 +1,7 @@
 """What a step is said to need: against the kernel's count of a real step, and against numbers by hand."""
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -57,13 +58,7 @@ def on_meta(*how):
         return built(*how)
 
 
-def two_steps(result, config, packs, *how):
-    """Write what two real steps make of this process at most, in bytes, over what it was before the model was made:
-    blocks of memory are given back to the kernel when they are freed, so that it counts what is alive."""
-    for option, value in ((M_MMAP_THRESHOLD, 2**15), (M_MMAP_MAX, 2**20), (M_TRIM_THRESHOLD, 0)):
-        ctypes.CDLL(None).mallopt(option, value)
-    before = resident("VmRSS")
-    model = built(config, *how)
+def two_steps_of(model, packs):
     policy, optim = Policy(lambda: model, None), optim_of(model)
     model.train()
     for step in range(2):
@@ -72,6 +67,18 @@ def two_steps(result, config, packs, *how):
             loss.backward()
             del loss, outputs
         update(policy, optim, step, torch.ones((), dtype=torch.bool))
+
+
+def two_steps(result, config, packs, *how):
+    """Write what two real steps make of this process at most, in bytes, over what it was before the model was made
+    and after a step of a tiny one, for which torch loads what it needs: blocks of memory are given back to the kernel
+    when they are freed, so that it counts what is alive."""
+    for option, value in ((M_MMAP_THRESHOLD, 2**15), (M_MMAP_MAX, 2**20), (M_TRIM_THRESHOLD, 0)):
+        ctypes.CDLL(None).mallopt(option, value)
+    two_steps_of(built(AutoConfig.for_model("llama", **SHAPE)), packs)
+    gc.collect()
+    before = resident("VmRSS")
+    two_steps_of(built(config, *how), packs)
     result.write_text(str(resident("VmHWM") - before))
 
 

@@ -1,7 +1,7 @@
 """What a step takes is what its tensors are: as torch's profiler counts real ones, by hand, and as the system counts a
 process that trains a real model.
 
-    DPO_REF_REAL_MODEL=<folder of SmolLM2-135M-Instruct> python -m pytest -m slow tests/models/test_memory.py
+    DPO_REF_REAL_MODEL=<folder of SmolLM2-135M-Instruct> python -m pytest -m slow tests/models/test_step_memory.py
 """
 
 import json
