@@ -37,15 +37,17 @@ VARIANTS = {
 }
 
 
-def flops_of(groups, shape):
+def useful_flops(groups, shape):
     """Floating-point operations a step needs, by the formula above."""
-    from dpo_ref.training.memory import useful_flops
-
     hidden, inner, layers = (shape[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     head_dim = hidden // shape["num_attention_heads"]
     body = layers * (2 * hidden * hidden + 2 * hidden * KV_HEADS * head_dim + 3 * hidden * inner)
-    layout = tuple((len(group.prompt_ids), tuple(map(len, group.response_ids))) for group in groups)
-    return useful_flops([layout], body, hidden * VOCAB, layers, hidden)
+    total = 0
+    for group in groups:
+        prompt, sizes = len(group.prompt_ids), list(map(len, group.response_ids))
+        context = prompt * (prompt + 1) / 2 + sum(prompt * r + r * (r + 1) / 2 for r in sizes)
+        total += 2 * body * group.num_tokens + 2 * hidden * VOCAB * sum(sizes) + 4 * layers * hidden * context
+    return 3 * total
 
 
 def measure(shape_name, lengths, variant, args):
@@ -84,7 +86,7 @@ def measure(shape_name, lengths, variant, args):
         seconds = [step(batch) for batch in batches[2:]]
         graphs = loading.graphs_compiled() - graphs
     second = statistics.median(seconds)
-    flops = statistics.mean(flops_of(batch, shape) for batch in batches[2:])
+    flops = statistics.mean(useful_flops(batch, shape) for batch in batches[2:])
     tokens = statistics.mean(
         sum(len(g.prompt_ids) * 2 + sum(map(len, g.response_ids)) for g in b) for b in batches[2:]
     )
