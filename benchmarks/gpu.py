@@ -55,7 +55,7 @@ def measure(shape_name, lengths, variant, args):
     import torch
 
     from dpo_ref.data import packing
-    from dpo_ref.models import loading
+    from dpo_ref.models import layers
     from dpo_ref.models.attention import resolve_backend
     from dpo_ref.models.packable import install
 
@@ -69,9 +69,9 @@ def measure(shape_name, lengths, variant, args):
     finally:
         torch.set_default_dtype(torch.float32)
     reason = install(policy, resolve_backend(options.get("attention", "auto")))
-    loading.CHECKPOINTING[options.get("gradient_checkpointing", "off")](policy)
+    layers.CHECKPOINTING[options.get("gradient_checkpointing", "off")](policy)
     if options.get("compile"):
-        loading.compile_layers(policy)
+        layers.compile_layers(policy)
     policy.train()
     groups = pairs(lengths, args.pairs * (args.steps + 2), VOCAB)
     step = Stepper(policy, groups, args.tokens, args.optimiser)
@@ -81,10 +81,10 @@ def measure(shape_name, lengths, variant, args):
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         for batch in batches[:2]:
             step(batch)
-        graphs = loading.graphs_compiled()
+        graphs = layers.graphs_compiled()
         torch.cuda.reset_peak_memory_stats()
         seconds = [step(batch) for batch in batches[2:]]
-        graphs = loading.graphs_compiled() - graphs
+        graphs = layers.graphs_compiled() - graphs
     second = statistics.median(seconds)
     flops = statistics.mean(useful_flops(batch, shape) for batch in batches[2:])
     tokens = statistics.mean(

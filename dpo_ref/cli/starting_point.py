@@ -50,8 +50,8 @@ LENGTHS = {  # by option: for a toy, for another model on a CPU, and on an accel
     "generation.max_new_tokens": (128, 1024, 1024),  # the three of answers: at most half of the model's positions
     "evaluation.max_new_tokens": (128, 512, 512),
     "data.max_new_tokens": (128, 512, 512),
-    "data.tokens_per_batch": (8192, 2048, 8192),  # more is no faster on a CPU, and takes memory
-    "data.prompts.tokens_per_batch": (8192, 2048, 8192),
+    "data.tokens_per_batch": (8192, 1024, 8192),  # more is no faster on a CPU, and takes memory
+    "data.prompts.tokens_per_batch": (8192, 1024, 8192),
 }
 
 

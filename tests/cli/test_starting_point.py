@@ -39,7 +39,7 @@ def completed(*words, monkeypatch, size):
 def test_a_real_model_gets_its_rate_and_long_answers_and_says_so(monkeypatch, capsys):
     cfg = completed("model=smollm2_135m", monkeypatch=monkeypatch, size=SMALL)
     assert (cfg.optim.lr, cfg.evaluation.max_new_tokens) == (1e-6, 512)
-    assert cfg.data.tokens_per_batch == 2048
+    assert cfg.data.tokens_per_batch == 1024
     assert "optim.lr=1e-06" in capsys.readouterr().out
 
 
@@ -51,7 +51,7 @@ def test_an_accelerator_takes_larger_packs():
 
 def test_prompts_inside_on_policy_data_have_packs_too(monkeypatch):
     cfg = completed("data=on_policy", "model=smollm2_135m", monkeypatch=monkeypatch, size=SMALL)
-    assert (cfg.data.prompts.tokens_per_batch, cfg.data.max_new_tokens) == (2048, 512)
+    assert (cfg.data.prompts.tokens_per_batch, cfg.data.max_new_tokens) == (1024, 512)
 
 
 def test_what_is_given_stays(monkeypatch, capsys):

@@ -14,7 +14,7 @@ from dpo_ref.cli.build import trained_model
 from dpo_ref.data.packing import collate
 from dpo_ref.models import experts
 from dpo_ref.models.experts import Routing, load_balancing_loss, routers_of
-from dpo_ref.models.loading import CHECKPOINTING
+from dpo_ref.models.layers import CHECKPOINTING
 from dpo_ref.objectives import pairwise
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.unpaired import sft

@@ -7,7 +7,7 @@ import torch
 
 from dpo_ref.data.packing import collate
 from dpo_ref.generation.sampling import decoding_mode
-from dpo_ref.models import loading
+from dpo_ref.models import layers
 from dpo_ref.models.logps import response_logps
 from tests.support.tiny import random_groups, tiny_model
 
@@ -26,7 +26,7 @@ def result(model, layout):
 def test_checkpointing_changes_nothing(how):
     plain = tiny_model()
     saving = copy.deepcopy(plain)
-    loading.CHECKPOINTING[how](saving)
+    layers.CHECKPOINTING[how](saving)
     assert saving.is_gradient_checkpointing
     for layout in LAYOUTS:
         for ours, theirs in zip(result(saving, layout), result(plain, layout), strict=True):
@@ -49,7 +49,7 @@ def test_selective_keeps_products_and_recomputes_the_rest():
     counts = {}
     for how in ("off", "selective", "full"):
         model = tiny_model()
-        loading.CHECKPOINTING[how](model)
+        layers.CHECKPOINTING[how](model)
         model.train()
         loss = response_logps(model, collate(random_groups(LAYOUTS[0]))).sums.sum()
         with Count() as count:
@@ -64,16 +64,16 @@ def test_selective_keeps_products_and_recomputes_the_rest():
 def test_compiled_layers_change_nothing_and_compile_no_more_after_warm_up():
     plain = tiny_model()
     compiled = copy.deepcopy(plain)
-    for layer in loading.decoder_layers(compiled):
+    for layer in layers.decoder_layers(compiled):
         layer.compile(dynamic=True)
     for layout in LAYOUTS[:2]:
         result(compiled, layout)
-    graphs = loading.graphs_compiled()
+    graphs = layers.graphs_compiled()
     assert graphs > 0
     for layout in LAYOUTS:
         for ours, theirs in zip(result(compiled, layout), result(plain, layout), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-    assert loading.graphs_compiled() == graphs
+    assert layers.graphs_compiled() == graphs
     with decoding_mode(compiled):
         assert not any(module._compiled_call_impl for module in compiled.modules())
     assert any(module._compiled_call_impl for module in compiled.modules())

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dpo_ref.data.packing import collate
-from dpo_ref.models import loading
+from dpo_ref.models import layers, loading
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.memory import (
     ACTIVATIONS,
@@ -40,7 +40,7 @@ def model_of(rank=None, checkpointing="off"):
     model = tiny_model(**SIZES)
     if rank is not None:
         AdapterOptions(lora_rank=rank).put_on(model)
-    loading.CHECKPOINTING[checkpointing](model)
+    layers.CHECKPOINTING[checkpointing](model)
     return model
 
 
