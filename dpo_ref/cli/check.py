@@ -39,6 +39,7 @@ from dpo_ref.data.packing import collate, epoch_order
 from dpo_ref.data.tokenise import Tokenised, end_of_turn_ids, length_limit
 from dpo_ref.distributed import available_bytes, keep_memory, peak_memory_gib, resident_bytes
 from dpo_ref.evaluation.check import Fit, RunFacts, StepZero, run_warnings, step_zero
+from dpo_ref.evaluation.results import MARGIN
 from dpo_ref.models.folders import stored_positions
 from dpo_ref.models.loading import Policy, TrainedModel, Workspace, compute_dtype, locate
 from dpo_ref.models.lora import AdapterOptions
@@ -316,7 +317,7 @@ def first_look(trial: Trial, reference: Reference, groups: Groups) -> StepZero |
     if objective.pairwise and not reference.equals(trial.policy):
         values = evaluate(trial.policy, reference, objective, groups[:], trial.pack)
         theirs = (values["ref_logps/chosen"] - values["ref_logps/rejected"]).cpu().numpy()
-        ours = theirs + values["rewards/margins"].double().cpu().numpy() / (beta or 1.0)
+        ours = theirs + values[MARGIN.key].double().cpu().numpy() / (beta or 1.0)
     return step_zero(ours, theirs, beta, range(len(theirs)))
 
 

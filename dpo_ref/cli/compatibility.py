@@ -45,6 +45,7 @@ from dpo_ref.generation.sampling import generate
 from dpo_ref.models.checkpoint import weights_digest
 from dpo_ref.models.folders import positions_of
 from dpo_ref.models.loading import ModelSource, Policy, Workspace
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references.interface import Reference
 from dpo_ref.reports.compatibility import cells, entries, headline, terminal_table, verdict, write_page
 from dpo_ref.tracking.terminal import progress, run_summary, say, show
@@ -281,7 +282,7 @@ def _bench(request: CompatibilityRequest) -> Bench:
     run = replace(resolve(cfg, choices), data=request.data)
     work = replace(workspace(run, Path(request.output_dir or ".")), seed=request.seed)
     data = run.data(run.seed, progress)
-    policy: Policy = run.model(work.device)
+    policy: Policy = run.model(work.device, run.model.bound(AdapterOptions)())
     say(*policy.notes)
     groups = draw(
         tokenise_data(run, data, policy.tokenizer, policy.positions)[0].groups, request.options.num_pairs, request.seed

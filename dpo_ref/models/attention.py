@@ -321,6 +321,11 @@ def laid_out(packed: PackedLayout) -> Iterator[None]:
         _LAYOUT.reset(token)
 
 
+def layout_under_way() -> PackedLayout:
+    """The layout of the pack that a model is being called on."""
+    return _LAYOUT.get()
+
+
 def _packed_mask(*args: Any, mask_function: Callable[..., Any] | None = None, **kwargs: Any) -> PackedMask:
     """Called once per forward pass and kind of layer, where transformers makes its masks."""
-    return PackedMask(_LAYOUT.get(), mask_function)
+    return PackedMask(layout_under_way(), mask_function)

@@ -43,7 +43,7 @@ def test_what_is_measured(run):
     assert all(metrics[key] is not None for key in (*expected, "eos/chosen_logratio"))
     assert metrics["kl/initial"] > 0
     assert unlisted(metrics) == set()
-    elsewhere = {results.PAIR_FILE, results.AT_TEMPERATURE, results.DEGENERATE, results.SECONDS}
+    elsewhere = {results.PAIR_FILE, results.AT_TEMPERATURE, results.DEGENERATE, results.SECONDS, results.LOSS}
     missing = set(results.METRICS) - {ROWS[key] for key in metrics} - elsewhere
     assert not [metric.key for metric in missing if not metric.by_judge]
 

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from dpo_ref.cli.run_folder import Job
-from dpo_ref.cli.train import run_job
+from dpo_ref.cli.train import completed, run_job
 from tests.support.checkpoints import lines
 from tests.support.command import composed, forked, started, train
 from tests.support.given_columns import given, written
@@ -440,10 +440,12 @@ def test_an_output_folder_removed_while_training(longer, tmp_path, tell):
 
 
 def _as_nobody(folder, *words):
-    """Nobody may read what is imported here, so the configuration is composed before."""
+    """Nobody may read what is imported and which models are here, so the configuration is completed before."""
     cfg, choices = composed(*words)
+    job = Job(folder, list(words), choices, sweep=None)
+    cfg = completed(cfg, job)
     os.setuid(65534)
-    sys.exit(run_job(cfg, Job(folder, list(words), choices, sweep=None)).code)
+    sys.exit(run_job(cfg, job).code)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")

@@ -84,7 +84,7 @@ def test_samples_at_the_end_are_as_long_as_fits_and_evaluation_goes_on_with_its_
     measure(f"policy={run}", "tracking=none", "generation.max_new_tokens=8", "diagnostic=none")
     assert (run / "evaluation" / "evaluation.json").is_file()
     with pytest.raises(ValueError, match=r"generation.max_new_tokens=128; [0-9]+ and less fit"):
-        measure(f"policy={run}", "tracking=none", f"output_dir={tmp_path / 'other'}")
+        measure(f"policy={run}", "tracking=none", "generation.max_new_tokens=128", f"output_dir={tmp_path / 'other'}")
 
 
 def test_prompts_without_room_for_an_answer_are_left_out_at_the_end_and_in_evaluation(folder, tmp_path, capsys):

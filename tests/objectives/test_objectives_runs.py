@@ -96,8 +96,10 @@ def test_needs_are_found_by_asking(name):
     assert docs_tables.needs(schemas.locate(target)) == NEEDS[name]
 
 
-def test_a_header_without_its_parts_is_refused(tmp_path):
-    path = tmp_path / "new.yaml"
+def test_a_header_without_its_parts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs_tables, "CONF", tmp_path)  # a file of ours; of a user's own nothing is asked
+    path = tmp_path / "objective" / "new.yaml"
+    path.parent.mkdir()
     path.write_text("# A loss of some sort, which says nothing.\n#   python train.py objective=new\ndefaults: []\n")
     with pytest.raises(ValueError, match=r"new.yaml: its comment must be a title, a command, then loss, reward"):
         docs_tables.header(path)

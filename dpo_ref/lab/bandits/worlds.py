@@ -8,7 +8,6 @@ trainer are those of any run.
 
 import copy
 import math
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -16,13 +15,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_ref.models.attention import REGISTERED, PackedLayout
+from dpo_ref.models.attention import REGISTERED, layout_under_way
 from dpo_ref.types import TokenGroup
 
 # --- policies
 
 
-PACKED = SimpleNamespace(_attn_implementation=REGISTERED["sdpa"])  # says that `base_model` takes whole packs
+class Packed:
+    """The part of a model's config that says that `base_model` takes whole packs."""
+
+    _attn_implementation = REGISTERED["sdpa"]
+
+    def get_text_config(self) -> "Packed":
+        """What is said of the text, as of models that also see."""
+        return self
+
+
+PACKED = Packed()
 
 
 class Categorical(nn.Module):
@@ -41,7 +50,7 @@ class Categorical(nn.Module):
         return self.head
 
     def base_model(
-        self, input_ids: Int[Tensor, "1 T"], position_ids: Int[Tensor, "1 T"], use_cache: bool, packed: PackedLayout
+        self, input_ids: Int[Tensor, "1 T"], position_ids: Int[Tensor, "1 T"], use_cache: bool
     ) -> tuple[Float[Tensor, "1 T 1"]]:
         """The hidden unit of every token of a pack."""
         return (torch.ones(*input_ids.shape, 1, dtype=torch.float64),)
@@ -70,11 +79,12 @@ class EqualLengths(nn.Module):
         return causal_lm.get_output_embeddings()
 
     def base_model(
-        self, input_ids: Int[Tensor, "1 T"], position_ids: Int[Tensor, "1 T"], use_cache: bool, packed: PackedLayout
+        self, input_ids: Int[Tensor, "1 T"], position_ids: Int[Tensor, "1 T"], use_cache: bool
     ) -> tuple[Float[Tensor, "1 T H"]]:
         """Hidden states of every token of a pack, a prompt's from the row of its first response."""
-        sizes = packed.layout[0][1]
-        groups = input_ids.view(len(packed.layout), 1 + sum(sizes))
+        layout = layout_under_way().layout
+        sizes = layout[0][1]
+        groups = input_ids.view(len(layout), 1 + sum(sizes))
         responses = groups[:, 1:].unflatten(1, (len(sizes), sizes[0]))
         prompts = groups[:, None, :1].expand(-1, len(sizes), -1)
         rows = torch.cat([prompts, responses], dim=2)
