@@ -167,7 +167,9 @@ def config_folders(arguments: Sequence[str]) -> list[Path]:
     words = directory_words(arguments)
     given = {flag: words[index + 1] for index, flag in enumerate(words[:-1]) if flag in DIRECTORY}
     joined = [word.partition("=")[2] for word in words if word.startswith(tuple(f"{flag}=" for flag in DIRECTORY))]
-    searched = [override.value() for word in words if word.startswith("hydra.") and (override := _parsed(word))]
+    searched: list[Any] = [
+        override.value() for word in words if word.startswith("hydra.") and (override := _parsed(word))
+    ]
     listed = [str(place) for value in searched for place in (value if isinstance(value, list) else [value])]
     places = [*given.values(), *joined, *listed]
     folders = {place: _folder(place) for place in places}
