@@ -66,6 +66,11 @@ class Size(NamedTuple):
         """Whether it is no language model that anybody would use."""
         return self.weights < TOY
 
+    @property
+    def room(self) -> int | float:
+        """The longest answer that is asked for unless it is said how long: half of the positions."""
+        return math.inf if self.positions is None else max(1, self.positions // 2)
+
     def __str__(self) -> str:
         return f"{self.weights / 1e9:.1f} B" if self.weights >= 1e9 else f"{self.weights / 1e6:.3g} M"
 
@@ -131,7 +136,6 @@ def _left_open(cfg: DictConfig) -> list[str]:
 def _with_lengths(cfg: DictConfig, size: Size, device: torch.device) -> DictConfig:
     cfg, column = cfg.copy(), 0 if size.is_toy else 1 if device.type == "cpu" else 2
     for key in _left_open(cfg):
-        of_answers = key.endswith("max_new_tokens") and size.positions is not None
-        room = max(1, size.positions // 2) if of_answers else math.inf
+        room = size.room if key.endswith("max_new_tokens") else math.inf
         OmegaConf.update(cfg, key, min(LENGTHS[key][column], room))
     return cfg

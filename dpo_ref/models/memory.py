@@ -85,7 +85,7 @@ class _LiveBytes(TorchDispatchMode):
     def mark(self, tensor: Tensor, kind: str) -> None:
         """A tensor that was there turns out to be of a kind."""
         key = tensor.untyped_storage()._cdata
-        before = self._kinds.get(key)
+        before = self._kinds.get(key, kind)
         if before == REST or (before, kind) == (ACTIVATIONS, GRADIENTS):  # a head's gradient waits in its node
             self.live[before] -= self._sizes[key]
             self.live[kind] += self._sizes[key]
