@@ -355,37 +355,6 @@ def real_runs_table(result):
     return "\n".join(lines)
 
 
-def real_evaluations_table(result):
-    """What evaluate.py measured of them."""
-    head = "| policy | minutes | accuracy | the longer answer | KL, nats | tokens | ended | end Δ |"
-    lines = [head, "|---" * 8 + "|"]
-    for name, row in result["rows"].items():
-        if "kl/initial" not in row:
-            continue
-        accuracy = f"{row['rewards/accuracies']:.3f} ± {row['rewards/accuracies_se']:.3f}"
-        kl = f"{row['kl/initial']:.2f} ± {row['kl/initial_se']:.2f}"
-        cells = (name.removeprefix("evaluate "), f"{row['seconds'] / 60:.1f}", accuracy)
-        cells += (f"{row['rewards/length_baseline']:.3f}", kl, f"{row['lengths/response']:.0f}")
-        cells += (f"{row['ended/share']:.1%}", f"{row['eos/chosen_logratio']:+.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def real_answers(result):
-    """Answers to our own questions before and after."""
-    asked = {name.removeprefix("ask "): row["answers"] for name, row in result["rows"].items() if "answers" in row}
-    parts = []
-    for index, question in enumerate(result["questions"]):
-        parts.append(f"**{question}**\n")
-        parts += [f"*{name}*\n\n{quoted(answers[index])}\n" for name, answers in asked.items()]
-    return "\n".join(parts)
-
-
-def quoted(text):
-    """A text as a block quotation."""
-    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
-
-
 def real_commands(result):
     """The commands as they were typed."""
     return "```bash\n" + "\n".join(row["command"] for row in result["rows"].values()) + "\n```"
@@ -404,8 +373,6 @@ REAL_MODEL = {  # what stands on docs/real_model.md, by its marker: the result f
     "real_model": ("real_model", real_model_table),
     "commands": ("real_model_runs", real_commands),
     "runs": ("real_model_runs", real_runs_table),
-    "evaluations": ("real_model_runs", real_evaluations_table),
-    "answers": ("real_model_runs", real_answers),
 }
 
 

@@ -1,7 +1,7 @@
 """A pretrained model and real pairs from end to end, by the commands of docs/real_model.md, on this machine.
 
     python benchmarks/real_model_runs.py --model SmolLM2-135M-Instruct --train pairs_train.jsonl.gz \\
-        --test pairs_test.jsonl.gz --hh test.jsonl.gz --pairs 64 --folder outputs/real_model
+        --test pairs_test.jsonl.gz --hh test.jsonl.gz --pairs 32 --folder outputs/real_model
 
 Every command is a process of its own, with the settings that the program takes by itself; its seconds and the peak of
 its memory are noted, and what it measured. What is done already in the folder is kept. No text of the data is written
@@ -128,7 +128,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--model", "--train", "--test", "--hh"):
         parser.add_argument(name, required=True)
-    parser.add_argument("--pairs", type=int, default=64, help="to train on, and as many to hold out")
+    parser.add_argument("--pairs", type=int, default=32, help="to train on, and as many to hold out")
     parser.add_argument("--folder", type=Path, default=Path("outputs/real_model"))
     parser.add_argument("--only", nargs="*", help="names of commands")
     parser.add_argument("--out", type=Path, default=RESULTS / "real_model_runs.json")
