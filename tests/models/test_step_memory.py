@@ -145,7 +145,7 @@ def test_a_check_says_what_a_run_of_a_real_model_takes(more, tmp_path):
     """Within a tenth."""
     long = "The river runs past the mill, and the miller counts the sacks that he has not yet ground. "
     rows = [
-        {"prompt": f"Tell me of mill {index}.", "chosen": long * (6 + index % 5), "rejected": long * (4 + index % 3)}
+        {"prompt": f"Tell me of mill {index}.", "chosen": long * (7 + index % 5), "rejected": long * (4 + index % 3)}
         for index in range(24)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
