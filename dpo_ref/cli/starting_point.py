@@ -14,14 +14,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.resolve import RunConfig
-from dpo_ref.models.folders import opened, read_settings, stored_shapes
+from dpo_ref.models.folders import opened, stored_positions, stored_shapes
 from dpo_ref.models.loading import check_folder, locate
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.tracking.terminal import say
 
 TOY = 50e6  # weights: below is the lab, or somebody's own toy
 LARGE = 3.5e9
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # what configs call them
 
 
 class Rate(NamedTuple):
@@ -50,7 +49,7 @@ LENGTHS = {  # by option: for a toy, for another model on a CPU, and on an accel
     "generation.max_new_tokens": (128, 1024, 1024),  # the three of answers: at most half of the model's positions
     "evaluation.max_new_tokens": (128, 512, 512),
     "data.max_new_tokens": (128, 512, 512),
-    "data.tokens_per_batch": (8192, 1024, 8192),  # more is no faster on a CPU, and takes memory
+    "data.tokens_per_batch": (8192, 1024, 8192),  # a token of SmolLM2 keeps 1.4 MiB of activations in float32
     "data.prompts.tokens_per_batch": (8192, 1024, 8192),
 }
 
@@ -81,11 +80,8 @@ def size_of(path: str, key: str, revision: str | None = None) -> Size:
     check_folder(path, key)
     files = ("config.json", "model*.safetensors*")
     with opened(locate(path), key, revision, files, "no model could be loaded") as folder:
-        settings = read_settings(folder / "config.json")
-        settings = settings.get("text_config") or settings
-        said = [settings[name] for name in POSITIONS if isinstance(settings.get(name), int)]
         weights = sum(math.prod(shape) for shape in stored_shapes(folder).values())
-        return Size(weights, said[0] if said else None)
+    return Size(weights, stored_positions(locate(path), key, revision))
 
 
 def fitted(objective: Objective) -> str:
