@@ -114,12 +114,7 @@ def _no_larger(groups: Sequence[TokenGroup], num_tokens: int) -> Iterator[list[T
 # --- the loop
 
 
-NUM_CHECKED = 4  # groups of the first step, its shortest: a large model's first step should not wait for the check
-STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # nats on any token
-# Half precision: (mean, largest). bfloat16 is 0.02 nats in the mean and 0.3 at most from float32
-# (docs/performance_notes.md), and kernels that a compiler chooses by length round anew.
-STEP_ZERO_TOLERANCE_HALF = (0.05, 1.0)
-
+Look = Callable[[Any, Any], None]  # at what policy and reference say of a pack
 
 class Before(NamedTuple):
     """What a step began from, besides weights and moments."""
@@ -149,9 +144,16 @@ class Step:
     preparing: float  # seconds that making this round took
 
 
-def loss_and_metrics(policy: TrainedModel, objective: Objective, inputs: ObjectiveInputs) -> tuple[Tensor, Values]:
+def unseen(ours: Any, theirs: Any) -> None:
+    """A look at nothing."""
+
+
+def loss_and_metrics(
+    policy: TrainedModel, objective: Objective, inputs: ObjectiveInputs, look: Look = unseen
+) -> tuple[Tensor, Values]:
     """The method: the policy's outputs, the reference's (in `inputs`), the objective, its gradient."""
     loss, outputs = policy.loss(inputs.batch, lambda part, span: objective(part, inputs.part(span)).losses.sum())
+    look(outputs, inputs.reference)
     outcome = objective(outputs, inputs)
     return loss, item_values(outcome, outputs, inputs)
 
@@ -182,13 +184,19 @@ def num_items(objective: Objective, groups: Sequence[TokenGroup]) -> int:
 
 
 def backward(
-    policy: TrainedModel, reference: Reference, objective: Objective, packs: Packs, old: Reference | None = None
+    policy: TrainedModel,
+    reference: Reference,
+    objective: Objective,
+    packs: Packs,
+    old: Reference | None = None,
+    look: Look = unseen,
 ) -> tuple[Values, Routing]:
     """Accumulate the gradient of the mean loss over all items of the packs, and of a mixture's load-balancing loss
     where it is asked for; the items' values, and what the experts did.
 
     Every item weighs the same, however the packer distributed them. `old` gives the log-probs of the policy that drew
-    the responses. The objective's running statistic takes the batch in before its loss is computed.
+    the responses. The objective's running statistic takes the batch in before its loss is computed. `look` sees what
+    policy and reference say of every pack.
     """
     total = num_items(objective, [group for groups in packs for group in groups])
     routing = policy.routing(sum(group.num_tokens for groups in packs for group in groups))
@@ -201,7 +209,7 @@ def backward(
             batch = collate(groups).to(policy.device)
             inputs = objective_inputs(policy, reference, objective, batch, statistics, old)
             with routing.observed(batch) as added:
-                loss, values = loss_and_metrics(policy, objective, inputs)
+                loss, values = loss_and_metrics(policy, objective, inputs, look)
             sum(added, start=loss / total).backward()
         parts.append(values)
     return concat(parts), routing
@@ -240,22 +248,20 @@ def train(
     (`Step.before`) and has the state before it, though the next step was begun. No other round is made after it.
 
     The data's order is a function of seed and step alone, so a resumed run sees what the uninterrupted one saw. Raises
-    ValueError where policy and reference are the same weights and yet give other log-probs (`check_step_zero`).
+    ValueError where policy and reference are the same weights and yet give other log-probs (`step_zero`).
     """
     if first_step == 0:
         objective.running.clear()
     started, made = time.perf_counter(), torch.ones((), dtype=torch.bool, device=policy.device)
     for current in rounds.after(first_step):
-        if first_step == current.begin == 0:
-            shortest = sorted(next(current.batches(0))[1], key=lambda group: group.num_tokens)[:NUM_CHECKED]
-            check_step_zero(policy, reference, rounds.pack(shortest)[0])
         of_round = current.metrics if first_step <= current.begin else {}  # told once, whoever resumes in the middle
         preparing = time.perf_counter() - started
         for step, groups in current.batches(first_step):
             policy.train()
             before = Before(random_states(), dict(objective.running))
             packs = rounds.pack(groups)
-            values, routing = backward(policy, reference, objective, packs, current.old)
+            look = step_zero(policy, reference) if step == 0 else unseen
+            values, routing = backward(policy, reference, objective, packs, current.old, look)
             metrics = mean_of(values) | {f"objective/{name}": value for name, value in objective.running.items()}
             metrics |= routing.metrics()
             metrics["grad_norm"], made = update(policy, optim, step, made & metrics["loss"].isfinite())
@@ -296,25 +302,35 @@ def evaluate(
     return concat(parts)
 
 
-@torch.no_grad()
-def check_step_zero(policy: TrainedModel, reference: Reference, groups: Sequence[TokenGroup]) -> None:
-    """Before the first step: where policy and reference are the same weights that read the same text, their token
-    log-probs must be the same too.
+# --- before the first update
 
-    Raises ValueError if a log-ratio exceeds 1e-5 nats in float32 (in half precision 1 nat, or 0.05 in the mean): then
-    the two are not the same function of the text, and every margin of the run would carry the difference.
+
+STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # nats on any token
+# Half precision: (mean, largest). bfloat16 is 0.02 nats in the mean and 0.3 at most from float32
+# (docs/performance_notes.md), and kernels that a compiler chooses by length round anew.
+STEP_ZERO_TOLERANCE_HALF = (0.05, 1.0)
+
+
+def step_zero(policy: TrainedModel, reference: Reference) -> Look:
+    """The look at the first step's packs, before its update: where policy and reference are the same weights that read
+    the same text, their token log-probs must be the same too.
+
+    It raises ValueError if a log-ratio exceeds 1e-5 nats in float32 (in half precision 1 nat, or 0.05 in the mean):
+    then the two are not the same function of the text, and every margin of the run would carry the difference.
     """
     if not reference.weights or reference.own_text or reference.weights != policy.weights:
-        return
-    policy.model.eval()
-    batch = collate(groups).to(policy.device)
-    ours, theirs = policy.outputs(batch).tokens(), reference.logps(batch).tokens()
-    exact = None if torch.is_autocast_enabled(policy.device.type) else STEP_ZERO_TOLERANCE.get(ours.dtype)
-    mean_bound, bound = STEP_ZERO_TOLERANCE_HALF if exact is None else (exact, exact)
-    gaps = (ours - theirs).abs().double()
-    if not (gaps.max() <= bound and gaps.mean() <= mean_bound):
-        raise ValueError(
-            f"step 0: policy and reference have the same weights, yet log-ratios of tokens are {gaps.max():.2g} nats "
-            f"at most (bound {bound:g}) and {gaps.mean():.2g} in the mean (bound {mean_bound:g}): they do not score "
-            "the same text in the same way"
-        )
+        return unseen
+    half = torch.is_autocast_enabled(policy.device.type)
+
+    def look(ours: ResponseLogps, theirs: ResponseLogps) -> None:
+        gaps = (ours.tokens() - theirs.tokens()).abs().double()
+        exact = None if half else STEP_ZERO_TOLERANCE.get(ours.tokens().dtype)
+        mean_bound, bound = STEP_ZERO_TOLERANCE_HALF if exact is None else (exact, exact)
+        if not (gaps.max() <= bound and gaps.mean() <= mean_bound):
+            raise ValueError(
+                f"step 0: policy and reference have the same weights, yet log-ratios of tokens are {gaps.max():.2g} "
+                f"nats at most (bound {bound:g}) and {gaps.mean():.2g} in the mean (bound {mean_bound:g}): they do "
+                "not score the same text in the same way"
+            )
+
+    return look
