@@ -6,6 +6,7 @@ import re
 import statistics
 
 from common import RESULTS, ROOT
+from real_model_page import REAL_MODEL, real_curves
 
 DATA_PAGE, CONVERSATIONS_PAGE = ROOT / "docs" / "data.md", ROOT / "docs" / "conversations.md"
 README = ROOT / "README.md"
@@ -317,49 +318,6 @@ def references_table(result):
     return "\n".join(lines)
 
 
-def real_model_table(result):
-    """A whole process on a real model beside TRL's."""
-    names = {"ours": "dpo_ref", "trl-default": "TRL as shipped", "trl-best": "TRL at its best"}
-    lines = [
-        "| | start-up, s | s a pair | with the reference's pass | × dpo_ref's time | peak GiB |",
-        "|---" * 6 + "|",
-    ]
-    for tool, row in result["tools"].items():
-        whole = row["seconds_per_pair"] + row["reference_pass_s_per_pair"]
-        cells = (names[tool], f"{row['start_up_s']:.1f}", f"{row['seconds_per_pair']:.2f}", f"{whole:.2f}")
-        cells += (f"{row['ours_is_faster']:.1f}", f"{row['peak_gib']:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    machine = result["machine"]
-    return "\n".join([
-        *lines, "",
-        f"{result['model']}, {result['batch']} pairs a step, {result['steps']} steps, medians of {result['repeats']} "
-        f"turn{'s' if result['repeats'] > 1 else ''}; {machine['gpu'] or machine['processor']}, "
-        f"{result['threads']} threads; torch {result['versions']['torch']}, TRL {result['trl']}. Losses of equal "
-        f"steps differ by {result['largest_loss_difference']:.0e} at most. The machine's own matrix products make "
-        f"{result['gemm_gflops']:.0f} GFLOP/s, at which a pair would take {result['bound_s_per_pair']:.2f} s: a step "
-        f"takes {result['over_bound']:.2f} times that.",
-    ])  # fmt: skip
-
-
-def real_runs_table(result):
-    """What the commands of the page took, and what training came to."""
-    lines = ["| run | lr | minutes | peak GiB | loss | held-out accuracy | margin |", "|---" * 7 + "|"]
-    for name, row in result["rows"].items():
-        if "train/loss" not in row:
-            continue
-        loss = " → ".join(f"{value:.4f}" for value in row["train/loss"])
-        accuracy, margin = (row.get(f"eval/rewards/{key}", ["", ""])[-1] for key in ("accuracies", "margins"))
-        cells = (name, row["lr"], f"{row['seconds'] / 60:.1f}", f"{row['peak_gib']:.1f}", loss)
-        cells += tuple(f"{value:.3f}" if value != "" else "" for value in (accuracy, margin))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def real_commands(result):
-    """The commands as they were typed."""
-    return "```bash\n" + "\n".join(row["command"] for row in result["rows"].values()) + "\n```"
-
-
 def spread(rows, key, factor, digits):
     """Mean ± standard deviation of a column, a dash where it was not measured."""
     values = [factor * float(row[key]) for row in rows if row.get(key) not in (None, "")]
@@ -367,13 +325,6 @@ def spread(rows, key, factor, digits):
         return "–"
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
-
-
-REAL_MODEL = {  # what stands on docs/real_model.md, by its marker: the result file, and what makes the text
-    "real_model": ("real_model", real_model_table),
-    "commands": ("real_model_runs", real_commands),
-    "runs": ("real_model_runs", real_runs_table),
-}
 
 
 def fill(text, name, content):
@@ -396,7 +347,7 @@ def main():
         text = fill(text, "machine", about + f"transformers {versions['transformers']}, TRL {steps['trl']}.")
         picture(steps)
     PAGE.write_text(text)
-    for name, draw in {"soak": soak_picture, "soak_sweep": soak_sweep_picture}.items():
+    for name, draw in {"soak": soak_picture, "soak_sweep": soak_sweep_picture, "real_model_runs": real_curves}.items():
         if (result := read(name)) is not None:
             draw(result)
     if (data := read("data")) is not None:

@@ -1,7 +1,7 @@
 """A pretrained model and real pairs from end to end, by the commands of docs/real_model.md, on this machine.
 
     python benchmarks/real_model_runs.py --model SmolLM2-135M-Instruct --train pairs_train.jsonl.gz \\
-        --test pairs_test.jsonl.gz --hh test.jsonl.gz --pairs 32 --folder outputs/real_model
+        --test pairs_test.jsonl.gz --hh test.jsonl.gz --folder outputs/real_model
 
 Every command is a process of its own, with the settings that the program takes by itself; its seconds and the peak of
 its memory are noted, and what it measured. What is done already in the folder is kept. No text of the data is written
@@ -25,6 +25,8 @@ QUESTIONS = [
     "Explain to a ten-year-old why the moon changes its shape.",
     "Write a short, polite email asking a neighbour to turn the music down.",
 ]
+LONGER = ["trainer.batch_size=8", "optim.lr=5e-6", "trainer.eval_every=16"]  # enough steps to see a policy move
+CURVES = ("train/loss", "train/rewards/margins", "eval/loss", "eval/rewards/accuracies")
 METRICS = (
     "rewards/accuracies", "rewards/accuracies_se", "rewards/length_baseline", "kl/initial", "kl/initial_se",
     "lengths/response", "ended/share", "eos/chosen_logratio", "repetition/seq_rep_4",
@@ -35,6 +37,7 @@ def commands(args):
     """The commands by name, in their order."""
     model = ["model=smollm2_135m", f"model.path={args.model}", "tracking=none"]
     pairs = ["data=jsonl", f"data.path={args.train}", f"data.eval_path={args.test}", f"data.limit={args.pairs}"]
+    longer = [*pairs[:-1], f"data.limit={args.longer}"]
     hh = ["data=hh", f"data.path={args.hh}", "data.eval_fraction=0.1", f"data.limit={args.pairs}"]
     runs = {
         "sft": [*pairs, "objective=sft"],
@@ -44,13 +47,15 @@ def commands(args):
         "dpo_prior": [*pairs, "reference=prior"],
         "dpo_none": [*pairs, "reference=none"],
         "dpo_hh": [*hh, "reference=initial"],
+        "dpo_longer": [*longer, "reference=initial", *LONGER],
     }
     made = {name: ["train.py", *model, *words, f"output_dir={args.folder / name}"] for name, words in runs.items()}
     asked = [f"prompts.path={args.folder / 'questions.jsonl'}", "prompts=jsonl", "generation=greedy", "stage=generate"]
-    for name in ("sft", "dpo", "dpo_lora"):
-        policy, plain = f"policy={args.folder / name}", ["tracking=none", "generation.samples_per_prompt=1"]
-        made[f"evaluate {name}"] = ["evaluate.py", policy, *plain]
-    for name in ("sft", "dpo"):
+    few = ["prompts=data", "data@prompts.data=jsonl", f"prompts.data.path={args.train}"]
+    few += [f"prompts.data.eval_path={args.test}", f"prompts.limit={args.prompts}", "generation.samples_per_prompt=2"]
+    for name in ("sft", "dpo", "dpo_longer"):
+        made[f"evaluate {name}"] = ["evaluate.py", f"policy={args.folder / name}", "tracking=none", *few]
+    for name in ("sft", "dpo_longer"):
         words = [f"policy={args.folder / name}", *asked, "tracking=none", f"output_dir={args.folder / name / 'asked'}"]
         made[f"ask {name}"] = ["evaluate.py", *words]
     made["ask initial"] = ["evaluate.py", f"policy={args.model}", *asked, "tracking=none"]
@@ -60,12 +65,8 @@ def commands(args):
         f"references=[initial, prior, none, {args.folder / 'sft' / 'policy'}]", "compatibility.num_pairs=64",
         "compatibility.num_prompts=16", f"output_dir={args.folder / 'compatibility'}",
     ]  # fmt: skip
-    made["push"] = [
-        "evaluate.py",
-        f"policy={args.folder / 'dpo'}",
-        "stage=push",
-        f"hub.folder={args.folder / 'pushed'}",
-    ]
+    push = [f"policy={args.folder / 'dpo_longer'}", "stage=push", f"hub.folder={args.folder / 'pushed'}"]
+    made["push"] = ["evaluate.py", *push]
     return made
 
 
@@ -87,6 +88,8 @@ def trained(folder):
     for name in ("train/loss", "eval/loss", "eval/rewards/accuracies", "eval/rewards/margins"):
         values = [line[name] for line in lines if name in line]
         measured |= {name: [values[0], values[-1]]} if values else {}
+    curves = {name: [[line["step"], line[name]] for line in lines if name in line] for name in CURVES}
+    measured["curves"] = {name: curve for name, curve in curves.items() if len(curve) > 2}
     config = (folder / "config.yaml").read_text().splitlines()
     measured["lr"] = next(line.split(":")[1].strip() for line in config if line.strip().startswith("lr:"))
     return measured
@@ -128,7 +131,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--model", "--train", "--test", "--hh"):
         parser.add_argument(name, required=True)
-    parser.add_argument("--pairs", type=int, default=32, help="to train on, and as many to hold out")
+    parser.add_argument("--pairs", type=int, default=64, help="to train on, and as many to hold out")
+    parser.add_argument("--longer", type=int, default=256, help="pairs of the longer run")
+    parser.add_argument("--prompts", type=int, default=24, help="held-out prompts that are answered")
     parser.add_argument("--folder", type=Path, default=Path("outputs/real_model"))
     parser.add_argument("--only", nargs="*", help="names of commands")
     parser.add_argument("--out", type=Path, default=RESULTS / "real_model_runs.json")
@@ -143,7 +148,8 @@ def main():
             continue
         print(f"\n== {name}\n{shlex.join(words)}", flush=True)
         done[name] = {"command": as_typed(words, args), **run(words), **results(name, args)}
-        write("real_model_runs", {"pairs": args.pairs, "questions": QUESTIONS, "rows": done}, args.out)
+        sizes = {name: getattr(args, name) for name in ("pairs", "longer", "prompts")}
+        write("real_model_runs", sizes | {"questions": QUESTIONS, "rows": done}, args.out)
 
 
 if __name__ == "__main__":

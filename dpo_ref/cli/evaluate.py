@@ -26,7 +26,7 @@ from dpo_ref.cli.side_by_side import SideJob, at_a_time, run_side_by_side, swept
 from dpo_ref.cli.starting_point import complete_evaluation
 from dpo_ref.cli.winrates import STAGE as WINRATE
 from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, run_winrates
-from dpo_ref.component import Component
+from dpo_ref.component import Component, configuration
 from dpo_ref.distributed import best_device, keep_memory
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.evaluate import at_each, at_other, baseline_of, check_temperature, evaluate_policy, prompts_of
@@ -529,20 +529,22 @@ def _trained_run(folder: Path, config: DictConfig, summary: Mapping[str, Any]) -
     if isinstance(best.get("step"), int):
         summary = {**summary, "steps": best["step"]}
         saved = [path for path in saved if path.name == checkpoint.name_of(best["step"])]
-    given = {name: config.model[name] for name in ("adapter", "lora_rank", "weights") if name in config.model}
-    below = AdapterOptions(**given).below
+    given = OmegaConf.to_container(config.model)
+    assert isinstance(given, dict)
+    adapter = AdapterOptions(**{name: given[name] for name in configuration(AdapterOptions) if name in given})
     return TrainedRun(
         folder,
         summary,
         ModelPath(
             config.model.path,
             _text_of(folder, config),
-            config.model.get("adapter"),
-            below,
+            adapter.adapter,
+            adapter.below,
             revision=config.model.get("revision"),
         ),
         component("reference", config.reference, summary["choices"]["reference"]),
         saved[-1] if saved else None,
+        adapter,
     )
 
 

@@ -237,9 +237,10 @@ def loss_reference(subject: PolicyToEvaluate, settings: EvaluationSettings, grou
     the run was trained against."""
     run = subject.run
     assert run is not None
+    state = checkpoint.read_reference(run.checkpoint) if run.checkpoint else {}
     context = ReferenceContext(
         settings.work,
-        settings.initial(subject),
+        settings.initial_as_trained(subject) if state else settings.initial(subject),
         groups,
         settings.parts["data"].bound(pack),
         uses_reference=run.summary["reference"] != "none",
@@ -247,7 +248,7 @@ def loss_reference(subject: PolicyToEvaluate, settings: EvaluationSettings, grou
     )
     reference = build(run.loss_reference, context)
     say(*reference.notes)
-    reference.load_state_dict(checkpoint.read_reference(run.checkpoint) if run.checkpoint else {})
+    reference.load_state_dict(state)
     subject.check_reference(reference)
     return reference
 

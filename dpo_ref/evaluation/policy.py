@@ -1,5 +1,6 @@
 """Whom an evaluation is about, the models it needs, and how it is done."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.files.digests import unsealed
 from dpo_ref.generation.engine import PromptSet
 from dpo_ref.models.loading import ModelPath, Policy, Workspace
+from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references.interface import Reference
 from dpo_ref.types import PreferenceData
 
@@ -74,6 +76,7 @@ class TrainedRun:
     initial: ModelPath
     loss_reference: Component  # as the run configured it
     checkpoint: Path | None  # the one at hand, else the run's last
+    adapter: AdapterOptions = AdapterOptions()  # what it trained instead of the weights
 
     @property
     def group(self) -> str:
@@ -151,6 +154,16 @@ class EvaluationSettings:
         """The policy as it was before training."""
         assert subject.run is not None
         return self.work.loader.policy(subject.run.initial)
+
+    def initial_as_trained(self, subject: PolicyToEvaluate) -> Policy:
+        """The same with the layers of a fresh adapter, which a reference that moves has weights for."""
+        assert subject.run is not None
+        initial, adapter = self.initial(subject), subject.run.adapter
+        if adapter.lora_rank is None:
+            return initial
+        model = copy.deepcopy(initial.model)
+        adapter.put_on(model)
+        return replace(initial, load=lambda: model)
 
     def measures(self, subject: PolicyToEvaluate) -> bool:
         """Whether a subject is compared with the models of its run."""

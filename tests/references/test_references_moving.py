@@ -72,6 +72,18 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(tmp_path):
     assert metrics["kl/loss_reference"] < metrics["kl/initial"]  # it followed the policy
 
 
+@pytest.mark.parametrize("begins", ["default", "pissa"])
+def test_the_adapter_that_a_reference_moved_to_is_measured_against(begins, tmp_path):
+    """Replaced by the policy in the last step it is the policy, and what was measured while training is measured."""
+    options = [*SMALL, "reference.every=4", "reference.share=1", "model.lora_rank=4", f"model.lora_init={begins}"]
+    done = train(*options, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    measure(f"policy={tmp_path / 'run'}", "tracking=none", "generation.max_new_tokens=8")
+    metrics = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())["metrics"]
+    assert abs(metrics["kl/loss_reference"]) < 1e-5 < metrics["kl/initial"]
+    assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
