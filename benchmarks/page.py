@@ -1,17 +1,17 @@
-"""Fill docs/performance.md, data.md, conversations.md, lab.md, references.md, real_model.md, the README and pictures
-in docs/images from benchmarks/results."""
+"""Fill docs/performance.md, data.md, conversations.md, lab.md, references.md, real_model.md, adapters.md, the README and
+pictures in docs/images from benchmarks/results."""
 
 import json
 import re
 import statistics
 
 from common import RESULTS, ROOT
-from real_model_page import REAL_MODEL, real_curves
+from real_model_page import REAL_MODEL, adapter_memory_table, real_curves
 
 DATA_PAGE, CONVERSATIONS_PAGE = ROOT / "docs" / "data.md", ROOT / "docs" / "conversations.md"
 README = ROOT / "README.md"
 LAB_PAGE, REFERENCES_PAGE = ROOT / "docs" / "lab.md", ROOT / "docs" / "references.md"
-REAL_PAGE = ROOT / "docs" / "real_model.md"
+REAL_PAGE, ADAPTERS_PAGE = ROOT / "docs" / "real_model.md", ROOT / "docs" / "adapters.md"
 PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "images" / "performance.png"
 OURS, OTHERS = "#2563eb", ("#94a3b8", "#475569")
 
@@ -361,6 +361,8 @@ def main():
         README.write_text(fill(README.read_text(), "demo", f"```text\n{effects['told']}\n```"))
     if (references := read("references")) is not None:
         REFERENCES_PAGE.write_text(fill(REFERENCES_PAGE.read_text(), "references", references_table(references)))
+    if (memory := read("adapter_memory")) is not None:
+        ADAPTERS_PAGE.write_text(fill(ADAPTERS_PAGE.read_text(), "adapter_memory", adapter_memory_table(memory)))
     real = REAL_PAGE.read_text()
     for name, (source, make) in REAL_MODEL.items():
         if (result := read(source)) is not None:

@@ -24,11 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import ROOT, peak_mib, write
+from common import RESULTS, ROOT, peak_mib, write
 
 BETA, LR, LENGTH = 0.1, 1e-5, 1024
 MICRO = {"trl-default": 8, "trl-best": 4}  # pairs of a forward pass; without checkpointing 8 long ones take 22 GiB
@@ -60,6 +61,27 @@ class Clock:
     def save(self):
         self.content |= {"peak_mib": peak_mib()}
         self.path.write_text(json.dumps(self.content))
+
+
+PARTS = {  # of a step, by how torch's operators begin
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_"),
+    "attention": ("aten::_scaled_dot_product",),
+    "optimiser": ("aten::_fused_adamw",),
+}
+
+
+@contextmanager
+def profiled(clock):
+    """Shares of the time of all operators that the training steps call, the reference's pass included."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        yield
+    times = {event.key: event.self_cpu_time_total for event in seen.key_averages() if event.key.startswith("aten::")}
+    shares = {part: sum(t for key, t in times.items() if key.startswith(names)) for part, names in PARTS.items()}
+    whole = sum(times.values())
+    clock.content["profile"] = {part: share / whole for part, share in shares.items()}
+    clock.save()
 
 
 # --- the two tools
@@ -107,7 +129,8 @@ def ours(args, clock):
         f"output_dir={folder / 'run'}", *args.extra,
     ]  # fmt: skip
     clock.content["imported_mib"] = peak_mib()
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    with profiled(clock) if args.profile else nullcontext():
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 def trl(args, clock):
@@ -223,17 +246,24 @@ def child(args):
     (ours if args.tool == "ours" else trl)(args, Clock(args.clock, args.born))
 
 
-def measured(tool, args):
-    """What one process came to."""
-    path = Path(tempfile.mkdtemp()) / "clock.json"
+def clock_of(tool, args, folder):
+    """What a process that ran one tool has noted down; whatever it writes lies in `folder`."""
+    path = folder / "clock.json"
     words = [f"--{name}={getattr(args, name)}" for name in ("model", "rows", "batch", "steps", "threads")]
     command = [sys.executable, __file__, *words, "--tool", tool, "--clock", str(path), "--born", str(time.time())]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"OMP_NUM_THREADS": str(args.threads), "HF_DATASETS_CACHE": str(path.parent / "datasets")}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(folder)}
+    environment |= {"OMP_NUM_THREADS": str(args.threads), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    command += ["--profile"] if args.profile else []
     done = subprocess.run([*command, "--extra", *args.extra], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{tool} failed:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}")
-    clock = json.loads(path.read_text())
+    return path.read_text()
+
+
+def measured(tool, args):
+    """What one process came to."""
+    with tempfile.TemporaryDirectory() as folder:
+        clock = json.loads(clock_of(tool, args, Path(folder)))
     seconds = [end - begin for begin, end in zip(clock["begins"], clock["ends"], strict=True)]
     timed = seconds[1:] or seconds
     return {
@@ -301,12 +331,20 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/real_model.json")
     parser.add_argument("--extra", nargs="*", default=[], help="more words for train.py")
+    parser.add_argument("--profile", action="store_true", help="instead: what the time of ours goes to, into the same file")
     parser.add_argument("--tool", help=argparse.SUPPRESS)
     parser.add_argument("--clock", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tool:
         child(args)
+        return
+    if args.profile:
+        with tempfile.TemporaryDirectory() as folder:
+            shares = json.loads(clock_of("ours", args, Path(folder)))["profile"]
+        before = json.loads((args.out or RESULTS / "real_model.json").read_text())
+        write("real_model", before | {"profile": shares}, args.out)
+        print(shares)
         return
     turns = []
     for _ in range(args.repeats):

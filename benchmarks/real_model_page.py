@@ -1,4 +1,4 @@
-"""What docs/real_model.md shows of benchmarks/results: tables, answers and a picture."""
+"""What docs/real_model.md and adapters.md show of benchmarks/results: tables, answers and a picture."""
 
 from common import ROOT
 
@@ -25,8 +25,14 @@ def real_model_table(result):
         f"{result['threads']} threads; torch {result['versions']['torch']}, TRL {result['trl']}. Losses of equal "
         f"steps differ by {result['largest_loss_difference']:.0e} at most. The machine's own matrix products make "
         f"{result['gemm_gflops']:.0f} GFLOP/s, at which a pair would take {result['bound_s_per_pair']:.2f} s: a step "
-        f"takes {result['over_bound']:.2f} times that.",
+        f"takes {result['over_bound']:.2f} times that. What its time goes to: {shares(result['profile'])}.",
     ])  # fmt: skip
+
+
+def shares(profile):
+    """A profile in words."""
+    rest = 1 - sum(profile.values())
+    return ", ".join(f"{part} {share:.1%}" for part, share in (profile | {"all else": rest}).items())
 
 
 def real_runs_table(result):
@@ -77,6 +83,14 @@ def quoted(text):
 def real_commands(result):
     """The commands as they were typed."""
     return "```bash\n" + "\n".join(row["command"] for row in result["rows"].values()) + "\n```"
+
+
+def adapter_memory_table(result):
+    """The peak of a run of all weights, and of those that train an adapter."""
+    arms = {name: row["peak_mib"] for name, row in result["arms"].items()}
+    whole = arms["all weights"]
+    rows = [f"| {name} | {peak:,.0f} | {peak / whole:.2f} |" for name, peak in arms.items()]
+    return "\n".join(["| trained | peak, MiB | of that of all weights |", "|---" * 3 + "|", *rows])
 
 
 def real_curves(result):

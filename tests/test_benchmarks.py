@@ -170,9 +170,10 @@ def pages(program):
         ("lab_effects", "docs/lab.md", lambda pages: pages.lab_effects_text),
         ("lab_models", "docs/lab.md", lambda pages: pages.lab_models_table),
         ("references", "docs/references.md", lambda pages: pages.references_table),
+        ("adapter_memory", "docs/adapters.md", lambda pages: pages.adapter_memory_table),
     ],
 )
-def test_tables_of_the_lab_are_what_was_measured(pages, name, page, table):
+def test_tables_of_results_are_what_was_measured(pages, name, page, table):
     assert f"{table(pages)(pages.read(name))}\n" in (ROOT / page).read_text()
 
 

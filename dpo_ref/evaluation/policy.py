@@ -76,7 +76,7 @@ class TrainedRun:
     initial: ModelPath
     loss_reference: Component  # as the run configured it
     checkpoint: Path | None  # the one at hand, else the run's last
-    adapter: AdapterOptions = AdapterOptions()  # what it trained instead of the weights
+    adapter: AdapterOptions  # what it trained instead of the weights
 
     @property
     def group(self) -> str:

@@ -24,6 +24,7 @@ from dpo_ref.models.adapters import (
     subtract_start,
     whole_modules,
 )
+from dpo_ref.models.low_rank import in_one_product
 
 ALL_LINEAR = "all-linear"
 QUANTISED = ("int8", "nf4")
@@ -80,6 +81,7 @@ class AdapterOptions:
         layers = _fresh(model, self) if saved is None else load_adapter(model, saved, "model.adapter", trainable=True)
         for _, weight in _trainable(model):
             weight.data = weight.data.float()
+        in_one_product(model)
         return layers
 
 

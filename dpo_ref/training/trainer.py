@@ -116,6 +116,7 @@ def _no_larger(groups: Sequence[TokenGroup], num_tokens: int) -> Iterator[list[T
 
 Look = Callable[[Any, Any], None]  # at what policy and reference say of a pack
 
+
 class Before(NamedTuple):
     """What a step began from, besides weights and moments."""
 
