@@ -47,7 +47,7 @@ def _selective_checkpointing(model: Any) -> None:
 
     def policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
         name = str(operator)
-        keep = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "attention", "attn"))
+        keep = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "attention", "attn", "low_rank"))
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = partial(create_selective_checkpoint_contexts, policy)

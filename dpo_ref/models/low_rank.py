@@ -12,8 +12,25 @@ from torch import Tensor, nn
 from dpo_ref.models.adapters import TRAINED, lora_layers
 
 
+@torch.library.custom_op("dpo_ref::low_rank_product", mutates_args=())
+def _product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """x W^T + b + s (x A^T) B^T, and x A^T. An operator of its own, so that checkpointing keeps or makes it again as a
+    whole: what is added in place is nobody else's yet."""
+    out, inner = nn.functional.linear(rows, weight, bias), rows @ a.T
+    return out.addmm_(inner, b.T, alpha=scaling), inner
+
+
+@_product.register_fake
+def _(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape[0], weight.shape[0]), rows.new_empty(rows.shape[0], a.shape[0])
+
+
 class _LowRankProduct(torch.autograd.Function):
-    """x W^T + b + s (x A^T) B^T in the dtype that x, or autocast, has; only x, A and B get gradients."""
+    """The product in the dtype that x, or autocast, has; only x, A and B get gradients."""
 
     @staticmethod
     def forward(
@@ -21,11 +38,9 @@ class _LowRankProduct(torch.autograd.Function):
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        rows, below = x.to(dtype).flatten(0, -2), None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            rows = x.to(dtype).flatten(0, -2)
-            out = nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-            inner = rows @ a.to(dtype).T
-            out.addmm_(inner, b.to(dtype).T, alpha=scaling)
+            out, inner = _product(rows, weight.to(dtype), below, a.to(dtype), b.to(dtype), scaling)
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scaling, ctx.shape, ctx.given = scaling, x.shape, x.dtype
         return out.view(*x.shape[:-1], out.shape[-1])

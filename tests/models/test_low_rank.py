@@ -6,11 +6,17 @@ import pytest
 import torch
 from peft.tuners.lora.layer import Linear
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dpo_ref.models.adapters import adapter_off, lora_layers
 from dpo_ref.models.frozen import hold_in_bfloat16
+from dpo_ref.models.layers import CHECKPOINTING
 from dpo_ref.models.lora import AdapterOptions
-from tests.support.tiny import tiny_model
+from dpo_ref.objectives.interface import bind
+from dpo_ref.objectives.pairwise import dpo
+from dpo_ref.references.policies import NoReference
+from dpo_ref.training.trainer import backward
+from tests.support.tiny import policy_of, random_groups, tiny_model
 
 OPTIONS = AdapterOptions(lora_rank=4, lora_alpha=12.0)
 SHAPES = [(3, 5), (7,), (0,), (2, 3, 2)]
@@ -62,6 +68,19 @@ def test_weights_below_held_in_bfloat16_and_autocast():
             assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_gradients_under_checkpointing_are_those_without(kind):
+    found = []
+    for checkpointing in ("off", kind):
+        model = adapted(torch.float32)
+        CHECKPOINTING[checkpointing](model)
+        policy = policy_of(model)
+        policy.train()
+        backward(policy, NoReference(), bind(dpo, beta=0.1), [random_groups([(3, (4, 2)), (2, (5, 3))])])
+        found.append([weight.grad for weight in model.parameters() if weight.requires_grad])
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
+
+
 def test_switched_off_it_is_the_layer_below():
     model = adapted()
     with adapter_off(model):
@@ -86,8 +105,8 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func.is_view and all(out is not a for a in args):
-            self.made.append(out.numel())
+        made = [each for each in tree_leaves(out) if isinstance(each, torch.Tensor) and not func.is_view]
+        self.made += [each.numel() for each in made if all(each is not a for a in args)]
         return out
 
 
