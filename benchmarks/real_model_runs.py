@@ -25,7 +25,7 @@ QUESTIONS = [
     "Explain to a ten-year-old why the moon changes its shape.",
     "Write a short, polite email asking a neighbour to turn the music down.",
 ]
-LONGER = ["trainer.batch_size=8", "optim.lr=5e-6", "trainer.eval_every=16"]  # enough steps to see a policy move
+LONGER = ["trainer.batch_size=8", "optim.lr=5e-6", "trainer.eval_every=4"]  # enough steps to see a policy move
 CURVES = ("train/loss", "train/rewards/margins", "eval/loss", "eval/rewards/accuracies")
 METRICS = (
     "rewards/accuracies", "rewards/accuracies_se", "rewards/length_baseline", "kl/initial", "kl/initial_se",
@@ -132,7 +132,7 @@ def main():
     for name in ("--model", "--train", "--test", "--hh"):
         parser.add_argument(name, required=True)
     parser.add_argument("--pairs", type=int, default=64, help="to train on, and as many to hold out")
-    parser.add_argument("--longer", type=int, default=256, help="pairs of the longer run")
+    parser.add_argument("--longer", type=int, default=128, help="pairs of the longer run")
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts that are answered")
     parser.add_argument("--folder", type=Path, default=Path("outputs/real_model"))
     parser.add_argument("--only", nargs="*", help="names of commands")

@@ -156,6 +156,22 @@ HELPS = (
 )
 
 
+@contextmanager
+def evaluation_memory() -> Iterator[None]:
+    """Around an evaluation. Raises OutOfMemory with the peak, what helps most, and how to go on."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise OutOfMemory(
+            f"memory ran out in the evaluation, with a peak of {peak_memory_gib(best_device()):.2f} GiB so far. What "
+            "helps most: a smaller generation.batch_size, a smaller generation.max_new_tokens (or data.max_length, "
+            "where a held-out pair is too long), and nothing else on the device. Answers that were written are kept: "
+            "the same command goes on from there"
+        ) from error
+
+
 def _taken(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """The peak so far, and what of it stays from step to step."""
     parameters = list(model.parameters())

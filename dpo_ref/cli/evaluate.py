@@ -27,7 +27,7 @@ from dpo_ref.cli.starting_point import complete_evaluation
 from dpo_ref.cli.winrates import STAGE as WINRATE
 from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, run_winrates
 from dpo_ref.component import Component, configuration
-from dpo_ref.distributed import best_device, keep_memory
+from dpo_ref.distributed import best_device, evaluation_memory, keep_memory
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.evaluate import at_each, at_other, baseline_of, check_temperature, evaluate_policy, prompts_of
 from dpo_ref.evaluation.judging.judge import JudgeLost
@@ -134,7 +134,7 @@ class Evaluator:
         subject, run = subject_of(path, output_dir, self.cfg.trust)
         if self.cfg.sweep is None:
             refuse_unused_trust(run, self.cfg.trust)
-        with held(subject.folder, say, self.work()):
+        with held(subject.folder, say, self.work()), evaluation_memory():
             try:
                 outcome = self._one(path, subject, run)
             except JudgeLost as lost:

@@ -1,19 +1,19 @@
 """What models say about held-out preference pairs: the policy as a reward model, and the shift of the end token."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_ref.data.packing import collate, pack
 from dpo_ref.evaluation import results
 from dpo_ref.evaluation.statistics.estimates import clustered_mean
 from dpo_ref.models.logps import response_logps
 from dpo_ref.references.interface import Reference
-from dpo_ref.types import Progress, TokenGroup, silent
+from dpo_ref.types import PackedBatch, Progress, TokenGroup, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,36 +40,58 @@ def score_pairs(
 ) -> PairEvaluation:
     """Log-probs of every pair in `groups`, in order, under a model with packed attention; `end_ids` end a turn."""
     device, ends = next(model.parameters()).device, torch.tensor(sorted(end_ids))
-    packs = pack([group for group in groups if group.pairs], tokens_per_batch=tokens_per_batch)
-    tables: list[np.ndarray] = [np.empty((8, 0))]
-    members: list[TokenGroup] = []
-    for pairs_of in progress(packs, "held-out pairs", len(packs)):
-        batch = collate(pairs_of).to(device)
+
+    def measure(batch: PackedBatch) -> Float[Tensor, "4 N"]:
         scored, last = response_logps(model, batch), batch.lengths.cumsum(0) - 1
         ended = torch.isin(batch.target_ids[last], ends.to(device))
         per_response = (scored.sums, scored.token_logps[last], ended, batch.lengths)  # pyright: ignore
-        table = torch.stack([values.double() for values in per_response])
-        tables.append(torch.cat([table[:, batch.chosen], table[:, batch.rejected]]).cpu().numpy())
-        members += [group for group in pairs_of for _ in group.pairs]
-    order = np.argsort([group.group_index for group in members], kind="stable")  # packs have an order of their own
-    chosen, end, ended, length, rejected, _, _, rejected_length = np.concatenate(tables, axis=1)[:, order]
-    prompts = tuple(tuple(members[index].prompt_ids) for index in order)
+        return torch.stack([values.double() for values in per_response])
+
+    table, members = _per_pair(groups, 4, measure, device, progress, tokens_per_batch)
+    chosen, end, ended, length, rejected, _, _, rejected_length = table
+    prompts = tuple(tuple(group.prompt_ids) for group in members)
     lengths = length.astype(np.int64), rejected_length.astype(np.int64)
     return PairEvaluation(chosen, rejected, end, ended.astype(bool), *lengths, prompts)
 
 
 def reference_pairs(
-    reference: Reference, groups: Sequence[TokenGroup], pairs: PairEvaluation, device: torch.device
+    reference: Reference,
+    groups: Sequence[TokenGroup],
+    pairs: PairEvaluation,
+    device: torch.device,
+    *,
+    tokens_per_batch: int = 8192,
 ) -> PairEvaluation:
     """The same pairs as scored by a reference of any kind; it need not know what the end token costs."""
-    tables: list[np.ndarray] = [np.empty((2, 0))]
-    for group in groups:
-        if group.pairs:
-            batch = collate([group]).to(device)
-            sums, chosen, rejected = reference.logps(batch).sums.cpu(), batch.chosen.cpu(), batch.rejected.cpu()
-            tables.append(torch.stack([sums[chosen], sums[rejected]]).numpy())
-    chosen, rejected = np.concatenate(tables, axis=1)
+
+    def measure(batch: PackedBatch) -> Float[Tensor, "1 N"]:
+        return reference.logps(batch).sums.double()[None]
+
+    (chosen, rejected), _ = _per_pair(groups, 1, measure, device, silent, tokens_per_batch)
     return replace(pairs, chosen=chosen, rejected=rejected, chosen_end=np.full_like(chosen, np.nan))
+
+
+def _per_pair(
+    groups: Sequence[TokenGroup],
+    count: int,
+    measure: Callable[[PackedBatch], Float[Tensor, "K N"]],
+    device: torch.device,
+    progress: Progress,
+    tokens_per_batch: int,
+) -> tuple[Float[np.ndarray, "_ B"], list[TokenGroup]]:
+    """`count` values of the chosen and as many of the rejected response of every pair, and the group of each, in the
+    groups' order whatever the packs."""
+    packs = pack([group for group in groups if group.pairs], tokens_per_batch=tokens_per_batch)
+    tables: list[np.ndarray] = [np.empty((2 * count, 0))]
+    members: list[TokenGroup] = []
+    for pairs_of in progress(packs, "held-out pairs", len(packs)):
+        batch = collate(pairs_of).to(device)
+        table = measure(batch).cpu()
+        chosen, rejected = batch.chosen.cpu(), batch.rejected.cpu()
+        tables.append(torch.cat([table[:, chosen], table[:, rejected]]).numpy())
+        members += [group for group in pairs_of for _ in group.pairs]
+    order = np.argsort([group.group_index for group in members], kind="stable")
+    return np.concatenate(tables, axis=1)[:, order], [members[index] for index in order]
 
 
 def displacement(policy: PairEvaluation, initial: PairEvaluation) -> dict[str, float]:

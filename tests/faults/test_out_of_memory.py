@@ -29,14 +29,14 @@ MANY = {  # whose packs, how much is held out
 }
 
 
-def with_little_room(name, *arguments):
+def with_little_room(name, *arguments, room=ROOM):
     module = importlib.import_module(name)
     collate = module.collate
     table.WINDOW = packing.WINDOW = 1200
 
     def limited(groups):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
         module.collate = collate
         return collate(groups)
 
@@ -84,6 +84,22 @@ def test_a_run_goes_on_with_smaller_packs(tmp_path):
     done = train(f"resume={folder}", *QUIET, *smaller)
     assert done.returncode == 0, done.stderr
     assert summary(folder)["steps"] == 4
+
+
+def test_an_evaluation_that_runs_out_says_what_helps(tmp_path, tell):
+    options = [*QUIET, "data.num_pairs=8", "data.num_eval_pairs=1200", "data.num_test_prompts=4"]
+    run = tmp_path / "run"
+    assert train(*options, "model.path=lab:tiny", "trainer.max_steps=1", f"output_dir={run}").returncode == 0
+    words = ["dpo_ref.evaluation.heldout", "evaluate.py", *QUIET, f"policy={run}", "generation.max_new_tokens=8"]
+    program = f"from tests.faults.test_out_of_memory import with_little_room; with_little_room(*{words!r}, room=2**20)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1
+    assert "memory ran out in the evaluation, with a peak of 0." in sentence
+    assert "generation.batch_size" in sentence
+    assert "Traceback" not in done.stderr
+    assert (run / "evaluation" / "generations.jsonl").is_file()  # what was answered is kept
+    tell("untidy", "no memory left in an evaluation", seen=sentence, survived="the answers")
 
 
 ERRORS = {
