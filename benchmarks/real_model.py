@@ -331,7 +331,9 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/real_model.json")
     parser.add_argument("--extra", nargs="*", default=[], help="more words for train.py")
-    parser.add_argument("--profile", action="store_true", help="instead: what the time of ours goes to, into the same file")
+    parser.add_argument(
+        "--profile", action="store_true", help="instead: what the time of ours goes to, into the same file"
+    )
     parser.add_argument("--tool", help=argparse.SUPPRESS)
     parser.add_argument("--clock", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
