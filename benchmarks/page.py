@@ -1,5 +1,5 @@
-"""Fill docs/performance.md, data.md, conversations.md, lab.md, references.md, real_model.md, adapters.md, the README and
-pictures in docs/images from benchmarks/results."""
+"""Fill docs/performance.md, data.md, conversations.md, lab.md, references.md, real_model.md, adapters.md, the README
+and pictures in docs/images from benchmarks/results."""
 
 import json
 import re
