@@ -1,6 +1,7 @@
 """One step equals the formula by brute force; packing and micro-batching change nothing; bad numbers do no harm."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -21,7 +22,7 @@ from dpo_ref.references.policies import LiveReference, MovingReference, NoRefere
 from dpo_ref.training.optim import SCHEDULES, adamw, adamw_bf16, muon, optimisation, rmsprop
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import backward, evaluate, step_zero, train
-from dpo_ref.types import PairLogps
+from dpo_ref.types import PairLogps, ResponseLogps
 from tests.support.tiny import naive_logps, policy_of, random_groups, tiny_model
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + i % 4)) for i in range(10)]
@@ -146,6 +147,18 @@ def test_step_zero_in_half_precision_allows_rounding_and_nothing_else():
         reference.model.lm_head.weight.mul_(1.5)
         with pytest.raises(ValueError, match="in the mean"):
             first_step(policy, reference, groups)
+
+
+@pytest.mark.parametrize(("wrong", "refused"), [(1, False), (2, False), (3, True)])
+def test_step_zero_allows_rounding_s_tails_and_no_response_that_is_wrong_in_one_token(wrong, refused):
+    """Two of 2,400 tokens may lie further apart; three, as the ends of three responses are, may not."""
+    policy = policy_of(tiny_model(seed=0))
+    look = step_zero(policy, LiveReference("initial", tiny_model(seed=0), "id", policy.weights))
+    one, apart = torch.ones(1, dtype=torch.long), torch.zeros(2400)
+    apart[:wrong] = 1e-3
+    ours, theirs = (ResponseLogps(one.double(), one, one, values) for values in (0 * apart, apart))
+    with pytest.raises(ValueError, match="step 0") if refused else nullcontext():
+        look(ours, theirs)
 
 
 @component(advance=lambda running, whole: {"seen": running.get("seen", 0 * BROKEN) + 1.0})
