@@ -25,7 +25,7 @@ QUESTIONS = [
     "Explain to a ten-year-old why the moon changes its shape.",
     "Write a short, polite email asking a neighbour to turn the music down.",
 ]
-LONGER = ["trainer.batch_size=8", "optim.lr=5e-6", "trainer.eval_every=8"]  # enough steps to see a policy move
+LONGER = ["trainer.batch_size=8", "optim.lr=5e-6", "trainer.eval_every=6"]  # enough steps to see a policy move
 CURVES = ("train/loss", "train/rewards/margins", "eval/loss", "eval/rewards/accuracies")
 METRICS = (
     "rewards/accuracies", "rewards/accuracies_se", "rewards/length_baseline", "kl/initial", "kl/initial_se",
@@ -53,18 +53,17 @@ def commands(args):
     asked = [f"prompts.path={args.folder / 'questions.jsonl'}", "prompts=jsonl", "generation=greedy", "stage=generate"]
     few = ["prompts=data", "data@prompts.data=jsonl", f"prompts.data.path={args.train}"]
     few += [f"prompts.data.eval_path={args.test}", f"prompts.limit={args.prompts}", "generation.samples_per_prompt=2"]
-    for name in ("dpo", "dpo_longer"):
-        made[f"evaluate {name}"] = ["evaluate.py", f"policy={args.folder / name}", "tracking=none", *few]
+    made["evaluate dpo_longer"] = ["evaluate.py", f"policy={args.folder / 'dpo_longer'}", "tracking=none", *few]
     for name, policy in (("initial", args.model), ("dpo_longer", args.folder / "dpo_longer")):
         words = [f"policy={policy}", *asked, "tracking=none", f"output_dir={args.folder / 'asked' / name}"]
         made[f"ask {name}"] = ["evaluate.py", *words]
+    push = [f"policy={args.folder / 'dpo_longer'}", "stage=push", f"hub.folder={args.folder / 'pushed'}"]
+    made["push"] = ["evaluate.py", *push]
     made["compatibility"] = [
         "evaluate.py", "stage=compatibility", f"policy={args.model}", *pairs, "tracking=none",
         f"references=[initial, prior, none, {args.folder / 'sft' / 'policy'}]", "compatibility.num_pairs=64",
         "compatibility.num_prompts=16", f"output_dir={args.folder / 'compatibility'}",
     ]  # fmt: skip
-    push = [f"policy={args.folder / 'dpo_longer'}", "stage=push", f"hub.folder={args.folder / 'pushed'}"]
-    made["push"] = ["evaluate.py", *push]
     return made
 
 
@@ -130,7 +129,7 @@ def main():
     for name in ("--model", "--train", "--test", "--hh"):
         parser.add_argument(name, required=True)
     parser.add_argument("--pairs", type=int, default=64, help="to train on, and as many to hold out")
-    parser.add_argument("--longer", type=int, default=128, help="pairs of the longer run")
+    parser.add_argument("--longer", type=int, default=96, help="pairs of the longer run")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts that are answered")
     parser.add_argument("--folder", type=Path, default=Path("outputs/real_model"))
     parser.add_argument("--only", nargs="*", help="names of commands")

@@ -13,20 +13,23 @@ from torch import nn
 
 # --- the C library's allocator
 # By default glibc returns large blocks to the kernel whenever they are freed, and every training step then pays for
-# the page faults of getting them back: up to half of a step on a CPU (benchmarks/step_vs_trl.py reports both).
+# the page faults of getting them back: up to half of a step on a CPU (benchmarks/step_vs_trl.py reports both). The
+# largest blocks, a chunk of logits or a head's gradient, are better returned: glibc 2.36 gives a freed block to no
+# aligned one of its size, and the heap would grow by them.
 
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 NEVER_TRIM = 2**31 - 1
 PAD_BYTES = 64 * 2**20
+LARGEST_KEPT = 32 * 2**20  # the most that glibc takes
 
 
 def keep_memory() -> None:
-    """Stop trimming and stop serving large blocks by mmap; does nothing where the C library is not glibc."""
+    """Stop trimming, and serve none but the largest blocks by mmap; does nothing where the C library is not glibc."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER_TRIM), (M_TOP_PAD, PAD_BYTES)):
+    for parameter, value in ((M_MMAP_THRESHOLD, LARGEST_KEPT), (M_TRIM_THRESHOLD, NEVER_TRIM), (M_TOP_PAD, PAD_BYTES)):
         libc.mallopt(parameter, value)
 
 

@@ -95,7 +95,7 @@ def test_an_evaluation_that_runs_out_says_what_helps(tmp_path, tell):
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1
-    assert "memory ran out in the evaluation, with a peak of 0." in sentence
+    assert re.search(r"memory ran out in the evaluation, with a peak of \d+\.\d\d GiB so far", sentence)
     assert "generation.batch_size" in sentence
     assert "Traceback" not in done.stderr
     assert (run / "evaluation" / "generations.jsonl").is_file()  # what was answered is kept
