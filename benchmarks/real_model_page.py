@@ -75,9 +75,14 @@ def real_answers(result):
     return "\n".join(parts)
 
 
+SHOWN = 500  # characters of an answer
+
+
 def quoted(text):
-    """A text as a block quotation."""
-    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+    """The beginning of a text as a block quotation."""
+    rest = len(text) - SHOWN
+    shown = text if rest <= 0 else f"{text[:SHOWN]} […] *and {rest:,} characters more*"
+    return "\n".join(f"> {line}".rstrip() for line in shown.splitlines())
 
 
 def real_commands(result):
