@@ -164,12 +164,13 @@ def evaluation_memory() -> Iterator[None]:
     """Around an evaluation. Raises OutOfMemory with the peak, what helps most, and how to go on."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
+    except (OutOfMemory, RuntimeError, MemoryError) as error:
+        if not isinstance(error, OutOfMemory) and not ran_out(error):
             raise
+        work = error if isinstance(error, OutOfMemory) else "memory ran out in the evaluation"
         raise OutOfMemory(
-            f"memory ran out in the evaluation, with a peak of {peak_memory_gib(best_device()):.2f} GiB so far. What "
-            "helps most: a smaller generation.batch_size, a smaller generation.max_new_tokens (or data.max_length, "
+            f"{work}, with a peak of {peak_memory_gib(best_device()):.2f} GiB so far. What helps "
+            "most: a smaller generation.batch_size, a smaller generation.max_new_tokens (or data.max_length, "
             "where a held-out pair is too long), and nothing else on the device. Answers that were written are kept: "
             "the same command goes on from there"
         ) from error

@@ -156,12 +156,13 @@ class EvaluationSettings:
         return self.work.loader.policy(subject.run.initial)
 
     def initial_as_trained(self, subject: PolicyToEvaluate) -> Policy:
-        """The same with the layers of a fresh adapter, which a reference that moves has weights for."""
+        """The same with the layers of a fresh adapter, which a reference that moves has weights for; the weights below
+        are the initial policy's own."""
         assert subject.run is not None
         initial, adapter = self.initial(subject), subject.run.adapter
         if adapter.lora_rank is None:
             return initial
-        model = copy.deepcopy(initial.model)
+        model = copy.deepcopy(initial.model, {id(weight): weight for weight in initial.model.parameters()})
         adapter.put_on(model)
         return replace(initial, load=lambda: model)
 
