@@ -160,20 +160,17 @@ HELPS = (
 
 
 @contextmanager
-def evaluation_memory() -> Iterator[None]:
-    """Around an evaluation. Raises OutOfMemory with the peak, what helps most, and how to go on."""
+def evaluation_memory(work: str, remedies: str) -> Iterator[None]:
+    """Around `work` that takes no step. Raises OutOfMemory with the peak and what helps most, where the work that ran
+    out has not said so yet."""
     try:
         yield
     except (OutOfMemory, RuntimeError, MemoryError) as error:
         if not isinstance(error, OutOfMemory) and not ran_out(error):
             raise
-        work = error if isinstance(error, OutOfMemory) else "memory ran out in the evaluation"
-        raise OutOfMemory(
-            f"{work}, with a peak of {peak_memory_gib(best_device()):.2f} GiB so far. What helps "
-            "most: a smaller generation.batch_size, a smaller generation.max_new_tokens (or data.max_length, "
-            "where a held-out pair is too long), and nothing else on the device. Answers that were written are kept: "
-            "the same command goes on from there"
-        ) from error
+        said = error if isinstance(error, OutOfMemory) else f"memory ran out in {work}"
+        peak = peak_memory_gib(best_device())
+        raise OutOfMemory(f"{said}, with a peak of {peak:.2f} GiB so far. What helps most: {remedies}") from error
 
 
 def _taken(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:

@@ -14,6 +14,7 @@ from dpo_ref.evaluation.policy import PolicyToEvaluate, TrainedRun
 from dpo_ref.files.digests import seal_folder
 from dpo_ref.files.writing import remove_abandoned, replacing_folder, write_json, write_text
 from dpo_ref.models import checkpoint
+from dpo_ref.models.asked import ModelPath
 from dpo_ref.models.averages import (
     AVERAGE,
     OpenedPolicy,
@@ -24,7 +25,7 @@ from dpo_ref.models.averages import (
     write_average,
 )
 from dpo_ref.models.folders import CARD
-from dpo_ref.models.loading import ModelPath, locate
+from dpo_ref.models.loading import locate
 from dpo_ref.reports.model_card import average_card
 from dpo_ref.tracking.terminal import run_summary, say
 

@@ -27,16 +27,10 @@ from dpo_ref.distributed import best_device, keep_memory, memory_explained
 from dpo_ref.evaluation.in_training import EvaluationContext, InitialPolicy, in_memory
 from dpo_ref.files.cache import cache_folder
 from dpo_ref.files.writing import write_text
+from dpo_ref.models.asked import ModelLoader, Workspace
 from dpo_ref.models.attention import resolve_backend
 from dpo_ref.models.folders import stored_positions
-from dpo_ref.models.loading import (
-    ModelLoader,
-    TrainedModel,
-    Workspace,
-    check_folder,
-    locate,
-    prepared_tokenizer,
-)
+from dpo_ref.models.loading import TrainedModel, check_folder, locate, prepared_tokenizer
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.reward_model import with_score_head
 from dpo_ref.references import interface as references

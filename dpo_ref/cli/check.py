@@ -40,8 +40,9 @@ from dpo_ref.data.tokenise import Tokenised, end_of_turn_ids, length_limit
 from dpo_ref.distributed import available_bytes, keep_memory, peak_memory_gib, resident_bytes
 from dpo_ref.evaluation.check import Fit, RunFacts, StepZero, run_warnings, step_zero
 from dpo_ref.evaluation.results import MARGIN
+from dpo_ref.models.asked import Workspace
 from dpo_ref.models.folders import stored_positions
-from dpo_ref.models.loading import Policy, TrainedModel, Workspace, compute_dtype, locate
+from dpo_ref.models.loading import Policy, TrainedModel, compute_dtype, locate
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.memory import MOMENTS, WEIGHTS, StepMemory, meta_model, step_memory
 from dpo_ref.references.interface import Reference

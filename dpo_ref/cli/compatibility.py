@@ -7,7 +7,7 @@ reason, and the others go on.
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,8 +25,9 @@ from dpo_ref.component import Component
 from dpo_ref.data.chat_templates import install_template
 from dpo_ref.data.encoding import Encoder
 from dpo_ref.data.groups import Groups, TokenGroups
-from dpo_ref.data.packing import collate
+from dpo_ref.data.packing import collate, pack
 from dpo_ref.data.tokenise import encode_prompts, tokenise, within
+from dpo_ref.distributed import evaluation_memory
 from dpo_ref.evaluation import compatibility as numbers
 from dpo_ref.evaluation.compatibility import (
     Candidate,
@@ -42,9 +43,10 @@ from dpo_ref.files.holding import held
 from dpo_ref.files.writing import plain, write_json
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import generate
+from dpo_ref.models.asked import ModelSource, Workspace
 from dpo_ref.models.checkpoint import weights_digest
 from dpo_ref.models.folders import positions_of
-from dpo_ref.models.loading import ModelSource, Policy, Workspace
+from dpo_ref.models.loading import Policy
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references.interface import Reference
 from dpo_ref.reports.compatibility import cells, entries, headline, terminal_table, verdict, write_page
@@ -53,9 +55,6 @@ from dpo_ref.tracking.tracker import RunInfo
 from dpo_ref.types import Asked, Message, PromptGroup, ResponseLogps, TokenGroup, asked, silent
 
 # --- a candidate: built, and asked about pairs and samples
-
-
-CHUNK = 64  # groups looked up at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +119,23 @@ def pairs_of(groups: Sequence[TokenGroup]) -> Pairs:
     return Pairs(np.array(chosen), np.array(rejected), np.array(num_bytes), np.array(prompts))
 
 
+def _in_order(groups: Sequence[TokenGroup], tokens_per_batch: int) -> Iterator[Sequence[TokenGroup]]:
+    """Runs of groups of at most so many tokens (a longer group alone)."""
+    start, tokens = 0, 0
+    for at, group in enumerate(groups):
+        if at > start and tokens + group.num_tokens > tokens_per_batch:
+            yield groups[start:at]
+            start, tokens = at, 0
+        tokens += group.num_tokens
+    yield groups[start:]
+
+
 @torch.no_grad()
 def responses(reference: Reference, groups: Sequence[TokenGroup], bench: Bench) -> list[ResponseLogps]:
-    """What a reference says about groups, a chunk of them at a time."""
-    starts = range(0, len(groups), CHUNK)
+    """What a reference says about groups, in their order and in packs as training's are large."""
+    packs = _in_order(groups, bench.run.data.bound(pack).keywords["tokens_per_batch"])
     with bench.policy.precision():
-        return [reference.logps(collate(groups[at : at + CHUNK]).to(bench.work.device)) for at in starts]
+        return [reference.logps(collate(members).to(bench.work.device)) for members in packs]
 
 
 def sums_of(outputs: Sequence[ResponseLogps]) -> Float[np.ndarray, " N"]:
@@ -292,6 +302,13 @@ def _bench(request: CompatibilityRequest) -> Bench:
     return Bench(run, work, policy, groups, prompts[: request.options.num_prompts], request.options.max_new_tokens)
 
 
+MEMORY = (
+    "a smaller data.tokens_per_batch, a smaller data.max_length or compatibility.max_new_tokens, a reference in "
+    "bfloat16 or elsewhere (references=[{reference: other, path: ..., dtype: bfloat16, device: cpu}]), and nothing "
+    "else on the device. Log-probs that a table keeps are not computed again"
+)
+
+
 def _report(request: CompatibilityRequest, runs: Mapping[str, tuple[list[str], RunConfig]]) -> CompatibilityReport:
     bench = _bench(request)
     pairs = pairs_of(bench.groups)
@@ -323,7 +340,8 @@ def _report(request: CompatibilityRequest, runs: Mapping[str, tuple[list[str], R
     for title, (words, run) in runs.items():
         say(f"{title}:")
         try:
-            candidates.append(candidate(title, words, run.reference))
+            with evaluation_memory("measuring this reference", MEMORY):
+                candidates.append(candidate(title, words, run.reference))
         except ValueError as error:
             refused.append(RefusedCandidate(title, str(error)))
     if not candidates:
@@ -368,7 +386,8 @@ def run_compatibility(request: CompatibilityRequest) -> None:
     references can be built, and where another process writes into the folder."""
     folder = Path(request.output_dir or f"outputs/compatibility/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
     with held(folder, say):
-        report = _report(request, _runs(request))
+        with evaluation_memory("measuring the policy", MEMORY):
+            report = _report(request, _runs(request))
         _write(folder, report)
         _track(request, folder, report)
     run_summary(

@@ -45,9 +45,9 @@ from dpo_ref.files.cache import cache_folder
 from dpo_ref.files.holding import held
 from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
+from dpo_ref.models.asked import ModelLoader, ModelPath, Workspace
 from dpo_ref.models.averages import Average, read_average, run_averaged_in
 from dpo_ref.models.folders import stored_positions
-from dpo_ref.models.loading import ModelLoader, ModelPath, Workspace
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.reports.findings import findings
 from dpo_ref.reports.model_card import write_card
@@ -65,6 +65,11 @@ from dpo_ref.types import PreferenceData, digest
 # What does not change a policy's results
 SAME_RESULTS = ("policy", "sweep", "output_dir", "stage", "tracking", "trust", "n_jobs")
 NOT_ASKED = "the judge was lost before it was asked about this policy, so there is no win rate"
+MEMORY = (
+    "a smaller generation.batch_size, a smaller generation.max_new_tokens (or data.max_length, where a held-out pair "
+    "is too long), and nothing else on the device. Answers that were written are kept: the same command goes on from "
+    "there"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,7 @@ class Evaluator:
         subject, run = subject_of(path, output_dir, self.cfg.trust)
         if self.cfg.sweep is None:
             refuse_unused_trust(run, self.cfg.trust)
-        with held(subject.folder, say, self.work()), evaluation_memory():
+        with held(subject.folder, say, self.work()), evaluation_memory("the evaluation", MEMORY):
             try:
                 outcome = self._one(path, subject, run)
             except JudgeLost as lost:

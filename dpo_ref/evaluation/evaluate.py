@@ -52,7 +52,7 @@ from dpo_ref.generation.engine import PromptSet, answer, held_out
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import never_sampled
 from dpo_ref.models import checkpoint
-from dpo_ref.models.loading import ModelPath
+from dpo_ref.models.asked import ModelPath
 from dpo_ref.models.logps import hidden_states_kept
 from dpo_ref.references.interface import Reference, ReferenceContext, build
 from dpo_ref.tracking.terminal import say

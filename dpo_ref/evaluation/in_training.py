@@ -26,7 +26,8 @@ from dpo_ref.evaluation.stages import BASELINE_SEED, compare_metrics, generate_s
 from dpo_ref.generation.engine import held_out
 from dpo_ref.generation.records import Generation, Scores, write_generations
 from dpo_ref.generation.sampling import generate, never_sampled
-from dpo_ref.models.loading import TrainedModel, Workspace
+from dpo_ref.models.asked import Workspace
+from dpo_ref.models.loading import TrainedModel
 from dpo_ref.references.interface import Reference
 from dpo_ref.types import Asked, TokenGroup
 

@@ -10,7 +10,8 @@ from dpo_ref.component import Component
 from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.files.digests import unsealed
 from dpo_ref.generation.engine import PromptSet
-from dpo_ref.models.loading import ModelPath, Policy, Workspace
+from dpo_ref.models.asked import ModelPath, Workspace
+from dpo_ref.models.loading import Policy
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references.interface import Reference
 from dpo_ref.types import PreferenceData

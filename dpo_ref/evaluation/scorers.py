@@ -18,9 +18,10 @@ from dpo_ref.evaluation.judging.judge import Judge, judge_pairs, pair_of
 from dpo_ref.evaluation.judging.judges import JudgeContext
 from dpo_ref.files.cache import cache_folder
 from dpo_ref.generation.records import Generation, Scores
+from dpo_ref.models.asked import ModelLoader
 from dpo_ref.models.checkpoint import state_digest
 from dpo_ref.models.folders import check_finite, check_vocabulary, positions_of
-from dpo_ref.models.loading import ModelLoader, check_folder, compute_dtype, load_tokenizer, pretrained_model
+from dpo_ref.models.loading import check_folder, compute_dtype, load_tokenizer, pretrained_model
 from dpo_ref.types import digest, silent
 
 

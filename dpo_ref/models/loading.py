@@ -1,12 +1,10 @@
-"""Load causal language models and their tokenizers through transformers: the policy, and models that are asked, not
-trained, in another precision, quantised, elsewhere than the policy, with an adapter.
-"""
+"""Load causal language models and their tokenizers through transformers, and the policy that a run trains."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -18,9 +16,9 @@ from dpo_ref.component import component, configuration
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.files.digests import DIGESTS, file_digest
-from dpo_ref.models.adapters import load_adapter, other_base
+from dpo_ref.models.adapters import other_base
 from dpo_ref.models.attention import KERNELS, resolve_backend
-from dpo_ref.models.checkpoint import load_policy, run_of, save_policy, weights_digest
+from dpo_ref.models.checkpoint import save_policy, weights_digest
 from dpo_ref.models.experts import (
     Router,
     Routing,
@@ -51,8 +49,7 @@ from dpo_ref.models.layers import CHECKPOINTING, compile_layers
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
 from dpo_ref.models.lora import AdapterOptions, check_adapter_options, held_in, trained_summary
 from dpo_ref.models.packable import install, kernel_refuses
-from dpo_ref.tracking.terminal import say
-from dpo_ref.types import PackedBatch, Progress, ResponseLogps, Span
+from dpo_ref.types import PackedBatch, ResponseLogps, Span
 
 # --- a model and what determines what it says
 
@@ -348,6 +345,53 @@ def _install_packing(model: nn.Module, attention: str, title: str) -> tuple[str,
     return (f"{title} attends piece by piece, as with sdpa: {refusal}",)
 
 
+IN_4_BITS = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+QUANTISED = {
+    "8bit": {"load_in_8bit": True},
+    "4bit": IN_4_BITS,
+    "int8": {"load_in_8bit": True},  # as model.weights has it, and nf4
+    "nf4": IN_4_BITS | {"bnb_4bit_quant_type": "nf4"},
+}
+
+
+def quantisation_options(quantisation: str, title: str) -> dict[str, Any]:
+    """What transformers is told. Raises ValueError, beginning with the `title`, without bitsandbytes."""
+    if quantisation not in QUANTISED:
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"{title} needs bitsandbytes: pip install -r requirements-reference.txt") from error
+    from transformers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig(**QUANTISED[quantisation])}
+
+
+def placement(device: str, quantised: bool, policy: torch.device) -> tuple[torch.device | None, dict[str, Any]]:
+    """Where the model is moved after loading, or how transformers spreads it while loading."""
+    if device == "spread":
+        try:
+            import accelerate  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                "reference.device=spread needs accelerate: pip install -r requirements-reference.txt"
+            ) from error
+        return None, {"device_map": "auto"}
+    target = policy if device == "auto" else torch.device(device)
+    return (None, {"device_map": {"": target}}) if quantised else (target, {})
+
+
+def load_below(
+    folder: str, weights: str, device: torch.device, attention: str, key: str, revision: str | None
+) -> LoadedModel:
+    """A model without its adapter, its own weights held as `model.weights` says."""
+    held = held_in(weights, device)
+    how = quantisation_options(held, f"model.weights={held}")
+    where, placing = placement("auto", bool(how), device)
+    hold = hold_in_bfloat16 if held == "bfloat16" else None
+    return load_model(folder, where, attention, key, revision, hold=hold, **how, **placing)
+
+
 def _check_options(
     path: str,
     revision: str | None,
@@ -405,9 +449,7 @@ def pretrained(
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)
     tokenizer = prepared_tokenizer(folder, template, template_options, max_length, revision)
-    model, notes = _load_below(
-        ModelPath(path, weights=adapter.below, key="model.path", revision=revision), folder, device, attention
-    )
+    model, notes = load_below(folder, adapter.below, device, attention, "model.path", revision)
     check_vocabulary(tokenizer, model, f"model.path={path}")
     notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
     trained = adapter.put_on(model)
@@ -428,179 +470,3 @@ def pretrained(
         lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes,
         router_loss=balancing,
     )  # fmt: skip
-
-
-def _load_below(model: "ModelPath", folder: str, device: torch.device, attention: str) -> LoadedModel:
-    """A model without its adapter, its own weights held as `model.weights` says."""
-    held = held_in(model.weights, device)
-    how = _quantisation_options(held, f"model.weights={held}")
-    where, placing = _placement("auto", bool(how), device)
-    hold = hold_in_bfloat16 if held == "bfloat16" else None
-    return load_model(folder, where, attention, model.key, model.revision, hold=hold, **how, **placing)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """A model, and how it is to be loaded; what is left out is as for the policy."""
-
-    path: str
-    revision: str | None = None
-    adapter: str | None = None
-    dtype: str = "auto"
-    quantisation: str = "none"
-    device: str = "auto"
-
-
-# --- models that are asked, not trained
-
-
-KEY = "reference.path"
-DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
-SMALLER = (
-    "reference.device=cpu, reference.dtype=bfloat16 or reference.quantisation=4bit take less of it; "
-    "stage=cache_reference computes the table alone, before a run that then loads no second model; reference=served "
-    "asks a server"
-)
-
-
-IN_4_BITS = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
-QUANTISED = {
-    "8bit": {"load_in_8bit": True},
-    "4bit": IN_4_BITS,
-    "int8": {"load_in_8bit": True},  # as model.weights has it, and nf4
-    "nf4": IN_4_BITS | {"bnb_4bit_quant_type": "nf4"},
-}
-
-
-def _quantisation_options(quantisation: str, title: str) -> dict[str, Any]:
-    """What transformers is told. Raises ValueError, beginning with the `title`, without bitsandbytes."""
-    if quantisation not in QUANTISED:
-        return {}
-    try:
-        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(f"{title} needs bitsandbytes: pip install -r requirements-reference.txt") from error
-    from transformers import BitsAndBytesConfig
-
-    return {"quantization_config": BitsAndBytesConfig(**QUANTISED[quantisation])}
-
-
-def _placement(device: str, quantised: bool, policy: torch.device) -> tuple[torch.device | None, dict[str, Any]]:
-    """Where the model is moved after loading, or how transformers spreads it while loading."""
-    if device == "spread":
-        try:
-            import accelerate  # noqa: F401
-        except ImportError as error:
-            raise ValueError(
-                "reference.device=spread needs accelerate: pip install -r requirements-reference.txt"
-            ) from error
-        return None, {"device_map": "auto"}
-    target = policy if device == "auto" else torch.device(device)
-    return (None, {"device_map": {"": target}}) if quantised else (target, {})
-
-
-def load_reference(source: ModelSource, folder: str, policy_device: torch.device, attention: str) -> LoadedModel:
-    """The model of `source`, which lies at `folder`, ready to be asked for log-probs.
-
-    Raises ValueError for what is no model, for packages that are missing, and for a second model that does not fit
-    into memory, with the options that avoid it.
-    """
-    how = _quantisation_options(source.quantisation, f"reference.quantisation={source.quantisation}")
-    device, placing = _placement(source.device, bool(how), policy_device)
-    try:
-        loaded = load_model(
-            folder, device, attention, KEY, source.revision, dtype=DTYPES[source.dtype], **how, **placing
-        )
-        if source.adapter is not None:
-            load_adapter(loaded.model, source.adapter, "reference.adapter", trainable=False)
-            notes = loaded.notes + other_base(source.adapter, "reference.adapter", loaded.model)
-            return LoadedModel(loaded.model, notes)
-        return loaded
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise ValueError(f"{KEY}={source.path} does not fit into memory beside the policy: {SMALLER}") from error
-
-
-class ModelPath(NamedTuple):
-    """A folder, a hub name or a checkpoint of a run, as the user wrote it, and what the model in it is used with."""
-
-    path: str
-    text: str | None = None  # the folder of its tokenizer and template; None: its own
-    adapter: str | None = None  # on top of its weights
-    weights: str = "float32"  # what holds those, as model.weights says
-    key: str = "policy"  # the option that names it
-    revision: str | None = None  # on the hub
-
-
-class ModelLoader:
-    """Gives models by the paths that users write, on one device; the last `keep` asked for are loaded once."""
-
-    def __init__(self, device: torch.device, attention: str = "auto", keep: int = 0) -> None:
-        self.device, self.keep, self._attention = device, keep, attention
-        self._policies = lru_cache(maxsize=keep)(self._policy)
-        self._notes: set[str] = set()
-
-    def policy(self, model: ModelPath) -> Policy:
-        """A model that is asked, not trained."""
-        return self._policies(model)
-
-    def reference(self, source: ModelSource) -> nn.Module:
-        """The model of `source`, which nobody may change: that of a policy where nothing tells them apart."""
-        plain = source == ModelSource(source.path)
-        return self.policy(ModelPath(source.path)).model if self.keep and plain else self.fresh(source)
-
-    def fresh(self, source: ModelSource) -> nn.Module:
-        """The model of `source`, of which nobody else knows."""
-        return self._announce(load_reference(source, locate(source.path), self.device, self._attention))
-
-    def tokenizer(self, path: str, revision: str | None = None, key: str = KEY) -> Any:
-        """The tokenizer of a model that the option `key` names."""
-        return load_tokenizer(locate(path), key, revision)
-
-    def _announce(self, loaded: LoadedModel) -> Any:
-        """The model; what there is to tell of it is said at the first time, as it may be loaded again."""
-        say(*(note for note in loaded.notes if note not in self._notes))
-        self._notes.update(loaded.notes)
-        return loaded.model
-
-    def _policy(self, model: ModelPath) -> Policy:
-        located = locate(model.path)
-        run = run_of(Path(located))
-        folder = located if run is None else str(run / "policy")
-        check_folder(folder, model.key)
-        on_top = None if model.adapter is None else f"the adapter {model.adapter}"
-        tokenizer = load_tokenizer(model.text or folder, model.key, model.revision)
-        return Policy(
-            partial(self._weights, model, folder, None if run is None else Path(located), tokenizer),
-            tokenizer,
-            compute_dtype("auto", self.device),
-            model.path,
-            folder,
-            on_top if run is None else f"the weights of {located}",
-        )
-
-    def _weights(self, source: ModelPath, folder: str, checkpoint: Path | None, tokenizer: Any) -> nn.Module:
-        model = self._announce(_load_below(source, folder, self.device, self._attention))
-        check_vocabulary(tokenizer, model, f"{source.key}={source.path}")
-        if checkpoint is not None:
-            load_policy(checkpoint, model)
-        if source.adapter is not None:
-            load_adapter(model, source.adapter, "model.adapter", trainable=False)
-        return model
-
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """Where and with what a run works, an evaluation too."""
-
-    directory: Path  # its results
-    cache: Path  # what is shared by all runs
-    seed: int
-    progress: Progress
-    loader: ModelLoader
-
-    @property
-    def device(self) -> torch.device:
-        """Where models are."""
-        return self.loader.device

@@ -32,15 +32,18 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def product(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
-        """h W^T + b in the dtype of the hidden states."""
+    def product(self, hidden: Float[Tensor, "R H"], room: Float[Tensor, "C V"] | None = None) -> Float[Tensor, "R V"]:
+        """h W^T + b in the dtype of the hidden states; written into the first rows of `room`, where it is given."""
         weight = self.weight.to(hidden.dtype)
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return nn.functional.linear(hidden, weight, bias)
+        if room is None:
+            return nn.functional.linear(hidden, weight, bias)
+        product = torch.mm(hidden, weight.T, out=room[: len(hidden)])
+        return product if bias is None else product.add_(bias)
 
-    def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
+    def logits(self, hidden: Float[Tensor, "R H"], room: Float[Tensor, "C V"] | None = None) -> Float[Tensor, "R V"]:
         """Logits in at least float32, whatever the dtype of the product."""
-        logits = self.product(hidden)
+        logits = self.product(hidden, room)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -364,10 +367,13 @@ class FusedLoss(torch.autograd.Function):
         weight_h = weight.to(hidden.dtype)
         softmax = _softmax_in_kernels if _kernels_take(hidden, head) else _softmax
         losses, parts = [], []
-        for span in batch.spans(chunk_rows(weight)):
+        spans = list(batch.spans(chunk_rows(weight)))
+        # One for all chunks: the C library would map each anew, page by page.
+        room = hidden.new_empty(max(span["R"].stop - span["R"].start for span in spans), len(weight))
+        for span in spans:
             rows = span["R"]
             hidden_c, targets = hidden[rows], batch.target_ids[rows]
-            values, gradient = softmax(head, hidden_c, targets)
+            values, gradient = softmax(head, hidden_c, targets, room)
             with torch.enable_grad():
                 outputs = _outputs(values, batch, span)
                 loss = loss_of(outputs, span)
@@ -397,9 +403,12 @@ class FusedLoss(torch.autograd.Function):
 Softmax = tuple[Float[Tensor, " R"], Callable[[Float[Tensor, " R"]], Float[Tensor, "R V"]]]
 
 
-def _softmax(head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"]) -> Softmax:
-    """The targets' log-probs; and, of their coefficients in the loss, the gradient of the head's product."""
-    logits = head.logits(hidden)
+def _softmax(
+    head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"], room: Float[Tensor, "C V"]
+) -> Softmax:
+    """The targets' log-probs; and, of their coefficients in the loss, the gradient of the head's product. What either
+    takes of `room` is free again when the gradient has been used."""
+    logits = head.logits(hidden, room)
     slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     target_logits = logits.gather(1, targets[:, None])
@@ -420,11 +429,13 @@ def _kernels_take(hidden: Tensor, head: Head) -> bool:
     return hidden.is_cuda and hidden.dtype in KERNEL_DTYPES and head.softcap is None
 
 
-def _softmax_in_kernels(head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"]) -> Softmax:
+def _softmax_in_kernels(
+    head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"], room: Float[Tensor, "C V"]
+) -> Softmax:
     """The same in two kernels, on half-precision logits that become their gradient."""
     from dpo_ref.models.kernels import become_gradient, target_logps
 
-    logits = head.product(hidden)
+    logits = head.product(hidden, room)
     values, normalisers = target_logps(logits, targets, head.scale)
 
     def gradient(coefficients: Float[Tensor, " R"]) -> Float[Tensor, "R V"]:

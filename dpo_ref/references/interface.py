@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dpo_ref.component import Component
 from dpo_ref.data.groups import ConcatGroups, Groups
 from dpo_ref.data.scoring import Scoring
-from dpo_ref.models.loading import TrainedModel, Workspace
+from dpo_ref.models.asked import Workspace
+from dpo_ref.models.loading import TrainedModel
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
 
 

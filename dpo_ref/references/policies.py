@@ -15,9 +15,10 @@ from dpo_ref.component import RunPlan, component
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.groups import MappedGroups
 from dpo_ref.models.adapters import adapter_off, changes_something, copy_of_trained
+from dpo_ref.models.asked import ModelSource
 from dpo_ref.models.checkpoint import base_digest, weights_digest
 from dpo_ref.models.folders import check_vocabulary
-from dpo_ref.models.loading import ModelSource, TrainedModel, check_revision
+from dpo_ref.models.loading import TrainedModel, check_revision
 from dpo_ref.models.logps import response_logps
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext

@@ -13,7 +13,8 @@ from typing import overload
 
 from dpo_ref.data.groups import Groups, MappedGroups, SelectedGroups, TokenGroups
 from dpo_ref.data.packing import epoch_order, optimiser_batches, steps_per_epoch
-from dpo_ref.models.loading import TrainedModel, Workspace
+from dpo_ref.models.asked import Workspace
+from dpo_ref.models.loading import TrainedModel
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
 from dpo_ref.types import PromptGroup, TokenGroup, digest

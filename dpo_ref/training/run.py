@@ -16,8 +16,9 @@ from dpo_ref.data.groups import Groups
 from dpo_ref.distributed import memory_explained, memory_for, peak_memory_gib
 from dpo_ref.files.writing import remove_half_written, write_json
 from dpo_ref.models import checkpoint
+from dpo_ref.models.asked import Workspace
 from dpo_ref.models.layers import graphs_compiled
-from dpo_ref.models.loading import TrainedModel, Workspace
+from dpo_ref.models.loading import TrainedModel
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
 from dpo_ref.tracking.run_record import RunRecord, Seal

@@ -9,7 +9,7 @@ from dpo_ref.evaluation.judging.judge import Pair, judge_pairs
 from dpo_ref.evaluation.judging.judges import JudgeContext, local
 from dpo_ref.evaluation.judging.templates import load_template
 from dpo_ref.lab import models as lab_models
-from dpo_ref.models.loading import ModelLoader
+from dpo_ref.models.asked import ModelLoader
 from dpo_ref.types import Message, silent
 
 PAIRS = [

@@ -13,7 +13,7 @@ from dpo_ref.evaluation.judging.answers import FILE, AnswerCache, JudgeAnswer, J
 from dpo_ref.evaluation.judging.judge import Pair, first_wins, judge_pairs
 from dpo_ref.evaluation.judging.judges import JudgeContext, served
 from dpo_ref.models import server as model_server
-from dpo_ref.models.loading import ModelLoader
+from dpo_ref.models.asked import ModelLoader
 from dpo_ref.types import Message, silent
 from tests.support.judge_server import JudgeServer, longer_wins
 

@@ -14,11 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpo_ref.models import loading
 from dpo_ref.models.adapters import load_adapter
+from dpo_ref.models.asked import ModelLoader, ModelPath
 from dpo_ref.models.checkpoint import save_policy, weights_digest
 from dpo_ref.models.folders import check_finite, opened
-from dpo_ref.models.loading import ModelLoader, ModelPath, load_model, load_tokenizer
+from dpo_ref.models.loading import load_model, load_tokenizer
 from tests.support.command import resolved, train
 from tests.support.tiny import tiny_model
 from tests.support.tokenizers_here import byte_bpe
@@ -600,7 +600,6 @@ def test_a_policy_to_evaluate_is_named_by_its_option(folder):
     weights(folder, without(NORM))
     with pytest.raises(ValueError, match=f"^judge.model={folder}: .*lacks weights"):
         _ = ModelLoader(CPU).policy(ModelPath(str(folder), key="judge.model")).model
-    assert loading.KEY == "reference.path"
 
 
 # --- options that are not finite

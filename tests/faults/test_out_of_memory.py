@@ -102,6 +102,21 @@ def test_an_evaluation_that_runs_out_says_what_helps(tmp_path, tell):
     tell("untidy", "no memory left in an evaluation", seen=sentence, survived="the answers")
 
 
+def test_a_look_at_references_that_runs_out_says_what_helps(tmp_path, tell):
+    data = ["data.num_pairs=1200", "data.num_eval_pairs=8", "data.tokens_per_batch=10000000", "seed=8"]
+    look = ["evaluate.py", *QUIET, "stage=compatibility", "policy=lab:tiny", "references=[none]", *data]
+    words = ["dpo_ref.references.table", *look, "compatibility.num_pairs=1200", f"output_dir={tmp_path}"]
+    program = f"from tests.faults.test_out_of_memory import with_little_room; with_little_room(*{words!r})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1
+    assert re.search(r"memory ran out in the reference's pass over a pack of [\d,]{6,} tokens, with a peak", sentence)
+    assert "data.tokens_per_batch" in sentence
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*.json"))
+    tell("untidy", "no memory left in a look at references", seen=sentence, survived="tables that were full")
+
+
 ERRORS = {
     "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),

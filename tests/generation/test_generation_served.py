@@ -9,7 +9,8 @@ from dpo_ref.generation.records import read_generations
 from dpo_ref.generation.sampling import Local
 from dpo_ref.generation.served import folder_digest, served
 from dpo_ref.models import server as model_server
-from dpo_ref.models.loading import ModelLoader, ModelPath, Policy
+from dpo_ref.models.asked import ModelLoader, ModelPath
+from dpo_ref.models.loading import Policy
 from dpo_ref.types import Message, silent
 from tests.support.evaluate_command import evaluate
 from tests.support.generation_server import GenerationServer

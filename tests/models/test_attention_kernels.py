@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_ref.data.packing import collate
 from dpo_ref.evaluation import evaluate
-from dpo_ref.models import attention, loading
+from dpo_ref.models import asked, attention, loading
 from dpo_ref.models.logps import response_logps
 from tests.support.command import resolved, train
 from tests.support.evaluate_command import measure
@@ -106,15 +106,15 @@ def test_heads_that_the_kernel_does_not_know_go_piece_by_piece(on_cuda, folders,
 
 def test_a_model_that_is_loaded_when_asked_for_says_once_how_it_runs(on_cuda, folders, capsys, monkeypatch):
     on_cuda()
-    monkeypatch.setattr(loading, "load_tokenizer", lambda *arguments: None)
-    monkeypatch.setattr(loading, "check_vocabulary", lambda *arguments: None)
-    loader = loading.ModelLoader(CPU)
-    path = loading.ModelPath(folders[12])
+    monkeypatch.setattr(asked, "load_tokenizer", lambda *arguments: None)
+    monkeypatch.setattr(asked, "check_vocabulary", lambda *arguments: None)
+    loader = asked.ModelLoader(CPU)
+    path = asked.ModelPath(folders[12])
     policy = loader.policy(path)
     assert capsys.readouterr().out == ""
     for model in (policy, loader.policy(path)):
         assert model.model is not None
-    loader.fresh(loading.ModelSource(folders[12]))
+    loader.fresh(asked.ModelSource(folders[12]))
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("=")[0] for line in lines] == ["policy", "reference.path"]
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dpo_ref.models import loading
+from dpo_ref.models.asked import ModelLoader, ModelPath, ModelSource, Workspace
 from dpo_ref.models.checkpoint import weights_digest
-from dpo_ref.models.loading import LoadedModel, ModelLoader, ModelPath, ModelSource, Workspace
+from dpo_ref.models.loading import LoadedModel
 from dpo_ref.references.policies import interpolate
 from dpo_ref.types import silent
 from tests.support.reference_contexts import TOKENIZER, context_for

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_ref.data.packing import collate
-from dpo_ref.models.loading import ModelSource, load_reference
+from dpo_ref.models.asked import ModelSource, load_reference
 from dpo_ref.references import policies
 from tests.support.command import forked
 from tests.support.reference_contexts import LAYOUT, TOKENIZER, context_for

@@ -11,7 +11,8 @@ import torch
 
 from dpo_ref.data.packing import collate
 from dpo_ref.models.adapters import adapter_off, load_adapter
-from dpo_ref.models.loading import ModelLoader, Policy
+from dpo_ref.models.asked import ModelLoader
+from dpo_ref.models.loading import Policy
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references.policies import adapter_base, auto, initial, moving, other

@@ -6,7 +6,7 @@ import torch
 from dpo_ref.evaluation.judging.judge import Judgment, Opinion, Pair
 from dpo_ref.evaluation.judging.judges import JudgeContext, served
 from dpo_ref.evaluation.stages import judge_stage
-from dpo_ref.models.loading import ModelLoader
+from dpo_ref.models.asked import ModelLoader
 from dpo_ref.reports import tables
 from dpo_ref.reports.judge import judge_section, outcome
 from dpo_ref.reports.policy import report, write_report

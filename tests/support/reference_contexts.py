@@ -6,7 +6,7 @@ import torch
 
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
-from dpo_ref.models.loading import ModelLoader, Workspace
+from dpo_ref.models.asked import ModelLoader, Workspace
 from dpo_ref.references.interface import ReferenceContext
 from dpo_ref.types import silent
 from tests.support.tiny import policy_of, random_groups, tiny_model

@@ -19,7 +19,8 @@ from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.evaluation.statistics.estimates import Estimate, clustered_mean
 from dpo_ref.generation.records import Generation
 from dpo_ref.generation.sampling import never_sampled
-from dpo_ref.models.loading import Policy, Workspace
+from dpo_ref.models.asked import Workspace
+from dpo_ref.models.loading import Policy
 from dpo_ref.models.logps import CHUNK_LOGITS, Head, head_of, response_hidden, token_logps
 from dpo_ref.references.interface import Reference
 from dpo_ref.types import PackedBatch, Progress, PromptGroup, TokenGroup, silent

@@ -22,7 +22,8 @@ from dpo_ref.distributed import best_device
 from dpo_ref.evaluation.judging.answers import JudgeAnswer, JudgeRefused, JudgeRequest, Store
 from dpo_ref.evaluation.judging.judge import Judge, Shown
 from dpo_ref.evaluation.judging.templates import load_template
-from dpo_ref.models.loading import ModelLoader, ModelPath, check_folder, compute_dtype
+from dpo_ref.models.asked import ModelLoader, ModelPath
+from dpo_ref.models.loading import check_folder, compute_dtype
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.server import Server, ServerRefused, check_url
 from dpo_ref.types import Progress, PromptGroup, TokenGroup
