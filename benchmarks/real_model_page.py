@@ -65,6 +65,18 @@ def real_evaluations_table(result):
     return "\n".join(lines)
 
 
+def real_references(result):
+    """What a look at candidate references said before any training."""
+    head = "| reference | pairs ranked as labelled | s.d. of margins, nats | start near beta | KL(policy ‖ reference), nats |"
+    lines = [head, "|---" * 5 + "|"]
+    for name, row in result["rows"]["compatibility"]["references"].items():
+        accuracy = f"{row['accuracy']['mean']:.0%} ± {row['accuracy']['se']:.0%}"
+        beta = f"{row['beta']:.3g}" if row["sd"] else "any"
+        kl = f"{row['kl']['mean']:.2f} ± {row['kl']['se']:.2f}" if row["kl"] else ""
+        lines.append(f"| {name} | {accuracy} | {row['sd']:.3g} | {beta} | {kl} |")
+    return "\n".join(lines)
+
+
 def real_answers(result):
     """Answers to our own questions before and after."""
     asked = {name.removeprefix("ask "): row["answers"] for name, row in result["rows"].items() if "answers" in row}
@@ -126,5 +138,6 @@ REAL_MODEL = {  # what stands on docs/real_model.md, by its marker: the result f
     "commands": ("real_model_runs", real_commands),
     "runs": ("real_model_runs", real_runs_table),
     "evaluations": ("real_model_runs", real_evaluations_table),
+    "references": ("real_model_runs", real_references),
     "answers": ("real_model_runs", real_answers),
 }

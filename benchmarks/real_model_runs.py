@@ -98,6 +98,18 @@ def evaluated(folder):
     return {name: metrics[name] for name in METRICS if name in metrics}
 
 
+def looked_at(folder):
+    """What a look at references came to, by reference."""
+    report = json.loads((folder / "compatibility.json").read_text())
+    return {
+        candidate["title"]: {
+            "accuracy": candidate["alone"]["accuracy"], "sd": candidate["start"]["sd"],
+            "beta": candidate["start"]["listed"], "kl": candidate["forward"]["per_answer"],
+        }
+        for candidate in report["candidates"]
+    }  # fmt: skip
+
+
 def answers(folder):
     """The answers to our own questions."""
     lines = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
@@ -109,6 +121,8 @@ def results(name, args):
     kind, _, which = name.partition(" ")
     if kind == "evaluate":
         return evaluated(args.folder / which)
+    if kind == "compatibility":
+        return {"references": looked_at(args.folder / "compatibility")}
     if kind == "ask":
         return {"answers": answers(args.folder / "asked" / which)}
     return trained(args.folder / name) if (args.folder / name / "metrics.jsonl").is_file() else {}

@@ -154,7 +154,7 @@ def divergences(
     policy, tokenizer = bench.policy.model, bench.policy.tokenizer
     with bench.policy.precision():
         if model is not None and _outputs(model) == _outputs(policy):
-            theirs = bench.samples(model, tokenizer, bench.prompts)
+            theirs = ours if reference.equals(bench.policy) else bench.samples(model, tokenizer, bench.prompts)
             return by_tokens(policy, model, tokenizer, ours), by_tokens(model, policy, tokenizer, theirs)
         theirs_by_text = _drawn_by(bench, component, reference)
     return both_by_text(ours, theirs_by_text, bench.prompts, lambda texts: _score_texts(bench, component, texts))
