@@ -67,7 +67,7 @@ def real_evaluations_table(result):
 
 def real_references(result):
     """What a look at candidate references said before any training."""
-    head = "| reference | pairs ranked as labelled | s.d. of margins, nats | start near beta | KL(policy ‖ reference), nats |"
+    head = "| reference | pairs ranked as labelled | s.d. of margins | start near beta | KL(policy ‖ reference) |"
     lines = [head, "|---" * 5 + "|"]
     for name, row in result["rows"]["compatibility"]["references"].items():
         accuracy = f"{row['accuracy']['mean']:.0%} ± {row['accuracy']['se']:.0%}"
