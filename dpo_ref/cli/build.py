@@ -58,7 +58,7 @@ class Built(NamedTuple):
 
     config: RunConfig
     training: TrainingRun
-    sample_prompts: Sequence[Asked]
+    prompts: Sequence[Asked]  # held out, to be answered
     counts: dict[str, int]
 
 
@@ -84,7 +84,7 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     training.evaluation = evaluation_of(config, training, data, held_out)
     training.selection = config.selection and ModelSelection(config.selection)
     record_uses(directory)
-    return Built(config, training, data.test_prompts[: NUM_SAMPLES if policy.writes else 0], counts)
+    return Built(config, training, data.test_prompts, counts)
 
 
 def workspace(config: RunConfig, directory: Path) -> Workspace:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from dpo_ref.cli import side_by_side
 from dpo_ref.cli.command_line import directory_words, python
 from dpo_ref.cli.run_folder import record_death
-from dpo_ref.cli.saved_run import addresses_in, trust_words
+from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
 from dpo_ref.cli.schemas import note_swept_keys
 from dpo_ref.cli.stopping import advise
 from dpo_ref.files.holding import held
@@ -73,7 +73,7 @@ class SweepReport(Callback):
         where their evaluation did."""
         code = 0
         folder = Path(config.hydra.sweep.dir)
-        if config.stage == "train" and not _print_bandits(folder):
+        if config.stage == "train" and not _print_bandits(folder) and _has_prompts(folder):
             tracking = config.hydra.runtime.choices["tracking"]
             command = [sys.executable, str(ENTRY_POINT), *directory_words(sys.argv[1:])]
             command += [f"sweep={folder}", f"tracking={tracking}"]
@@ -128,6 +128,23 @@ def _in_words(failed: dict[str, str], again: str) -> list[str]:
     head = f"error: {len(failed)} job{'s' if len(failed) > 1 else ''} of the sweep failed:"
     jobs = [f"  {name}: {error}" for name, error in failed.items()]
     return [head, *jobs, "once that is mended, go on with (finished jobs are kept)", f"  {again}"]
+
+
+def _has_prompts(folder: Path) -> bool:
+    """Whether a job has held-out prompts to be evaluated on; where none has, says what to type."""
+    from dpo_ref.evaluation.sweep import collect
+
+    counts = [
+        read_summary(job.folder, f"sweep={folder}").get("held_out_prompts") for job in collect(folder) if job.finished
+    ]
+    if not counts or any(count != 0 for count in counts):
+        return True
+    sweep = shlex.join([*shlex.split(python()), "evaluate.py", f"sweep={folder}", "prompts=jsonl"])
+    say(
+        "not evaluated, as no prompts are held out (data.eval_fraction and data.eval_path hold some out); on others:",
+        f"  {sweep} prompts.path=<rows of {{prompt: ...}}>",
+    )
+    return False
 
 
 def _print_bandits(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.bandit import run_bandit
-from dpo_ref.cli.build import SAMPLE_TOKENS, Built, build, cache_reference, report_data
+from dpo_ref.cli.build import NUM_SAMPLES, SAMPLE_TOKENS, Built, build, cache_reference, report_data
 from dpo_ref.cli.check import check_run
 from dpo_ref.cli.command_line import script
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
@@ -44,6 +44,7 @@ from dpo_ref.training.run import Interrupted, RunFolder, TrainingRun
 from dpo_ref.types import Asked
 
 NEXT = "policy={}"  # what to type after a run, behind evaluate.py
+NEXT_WITH_QUESTIONS = "policy={} prompts=jsonl prompts.path=<rows of {{prompt: ...}}>"  # none are held out
 NEXT_OF_SCORES = "policy=<run or model folder> scorer=reward_model scorer.path={}/policy"
 ASIDE = {"cache_reference": cache_reference, "data": report_data, "check": check_run}  # stages that train nothing
 
@@ -80,6 +81,7 @@ def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
         "stopped_by": training.stopped_by,
         "best": _best(training),
         "data": built.counts,
+        "held_out_prompts": len(built.prompts),
         "sources": sources_of(built.config),
         "metrics": {name: value for name, value in training.record.last.items() if math.isfinite(value)},
         "wandb": training.record.tracker.location,
@@ -155,7 +157,7 @@ def conclude(cfg: DictConfig, job: Job, built: Built, steps: int) -> None:
     training.finish(steps)
     if training.evaluation is not None:
         tracker.image("evaluation/curves", training_curve.write_picture(job.directory))
-    if built.sample_prompts:
+    if built.prompts and training.policy.writes:
         _show_samples(built, steps)
     status = "completed" if training.stopped_at is None else "stopped"
     summary = record(cfg, job, status, **run_summary_fields(built, steps))
@@ -189,7 +191,7 @@ def _track_samples(built: Built, steps: int) -> None:
 
 def _by_room(built: Built) -> dict[int, list[Asked]]:
     """The prompts by how many tokens their answers may have; says how many leave none."""
-    policy, prompts = built.training.policy, built.sample_prompts
+    policy, prompts = built.training.policy, built.prompts[:NUM_SAMPLES]
     positions = math.inf if policy.positions is None else policy.positions
     sizes = map(len, encode_prompts(policy.tokenizer, prompts))
     rooms = [int(min(SAMPLE_TOKENS, positions - size)) for size in sizes]
@@ -293,7 +295,8 @@ def _train(cfg: DictConfig, job: Job, run: RunConfig) -> None:
             record(cfg, job, "interrupted", **run_summary_fields(built, first_step))
             raise
         conclude(cfg, job, built, steps)
-    policy = (NEXT_OF_SCORES if run.objective.of_scores else NEXT).format(job.directory)
+    of_policy = NEXT if built.prompts else NEXT_WITH_QUESTIONS
+    policy = (NEXT_OF_SCORES if run.objective.of_scores else of_policy).format(job.directory)
     title = f"{run.objective.name} on {cfg.model.path}"
     run_summary(title, summary_rows(built.training), [f"{script('evaluate.py')} {policy}"])
 

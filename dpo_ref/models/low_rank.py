@@ -30,7 +30,8 @@ def _(
 
 
 class _LowRankProduct(torch.autograd.Function):
-    """The product in the dtype that x, or autocast, has; only x, A and B get gradients."""
+    """The product in the dtype that x, or autocast, has; only x, A and B get gradients. Its output is no view: an
+    architecture may add to it in place (Falcon)."""
 
     @staticmethod
     def forward(
@@ -38,23 +39,22 @@ class _LowRankProduct(torch.autograd.Function):
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        rows, below = x.to(dtype).flatten(0, -2), None if bias is None else bias.to(dtype)
+        rows, below = x.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
             out, inner = _product(rows, weight.to(dtype), below, a.to(dtype), b.to(dtype), scaling)
         ctx.save_for_backward(rows, inner, weight, a, b)
-        ctx.scaling, ctx.shape, ctx.given = scaling, x.shape, x.dtype
-        return out.view(*x.shape[:-1], out.shape[-1])
+        ctx.scaling, ctx.given = scaling, x.dtype
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         rows, inner, weight, a, b = ctx.saved_tensors
-        d_out = grads[0].flatten(0, -2)
+        d_out = grads[0]
         d_inner = (d_out @ b.to(d_out.dtype)).mul_(ctx.scaling)
         d_a, d_b = d_inner.T @ rows, (d_out.T @ inner).mul_(ctx.scaling)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_rows = (d_out @ weight.to(d_out.dtype)).addmm_(d_inner, a.to(d_out.dtype))
-            d_x = d_rows.view(ctx.shape).to(ctx.given)
+            d_x = (d_out @ weight.to(d_out.dtype)).addmm_(d_inner, a.to(d_out.dtype)).to(ctx.given)
         return d_x, None, None, d_a.to(a.dtype), d_b.to(b.dtype), None
 
 
@@ -66,8 +66,9 @@ class _InOneProduct:
         if args or kwargs or self.disable_adapters or self.merged or self.active_adapters != [TRAINED]:
             return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         a, b = self.lora_A[TRAINED].weight, self.lora_B[TRAINED].weight
-        base = self.base_layer
-        return _LowRankProduct.apply(x, base.weight, base.bias, a, b, self.scaling[TRAINED])  # pyright: ignore
+        base, rows = self.base_layer, x.flatten(0, -2)
+        out: Any = _LowRankProduct.apply(rows, base.weight, base.bias, a, b, self.scaling[TRAINED])
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
 @cache

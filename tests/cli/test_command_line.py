@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dpo_ref.cli.command_line import checked, quoted
 from tests.support.checkpoints import lines
 from tests.support.command import typed
+from tests.support.faults import summary
 from tests.support.model_folders import model_folder, pairs_file, words_for
 from tests.support.sweeps import short_evaluation  # noqa: F401 (a fixture)
 
@@ -116,6 +117,18 @@ def test_a_run_in_such_a_folder_trains_goes_on_and_is_evaluated(folder, tmp_path
     again = typed("train.py", f"resume={run}", "trainer.max_steps=3", "tracking=none")
     assert again.returncode == 0, again.stderr
     assert max(row["step"] for row in lines(run)) == 3
+
+
+def test_a_sweep_that_holds_nothing_out_is_trained_and_says_how_to_evaluate_it(folder, tmp_path):
+    words = [*words_for(folder / "model", folder / "pairs.jsonl", tmp_path / "sweep"), *SWEPT, "beta=0.1"]
+    done = typed("train.py", *(word for word in words if not word.startswith("data.eval_fraction")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout
+    (job,) = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
+    assert summary(job)["held_out_prompts"] == 0
+    assert f"policy={job} prompts=jsonl prompts.path=" in said
+    assert f"sweep={tmp_path / 'sweep'} prompts=jsonl prompts.path=" in said
+    assert "not evaluated" in said
 
 
 @pytest.mark.slow

@@ -54,6 +54,19 @@ def test_output_and_gradients_are_those_of_peft(shape):
             torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (7,)])
+def test_an_architecture_may_add_to_it_in_place(shape):
+    """As Falcon adds attention to the MLP's output."""
+    for _, layer in lora_layers(adapted()):
+        x = torch.randn(*shape, layer.in_features, dtype=torch.float64)
+        found = (
+            results(lambda x, forward=forward: forward(x).add_(1).mul_(2), layer, x)
+            for forward in (layer, peft_of(layer))
+        )
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
 def test_weights_below_held_in_bfloat16_and_autocast():
     """Held in bfloat16 the product is float32's; under autocast it differs from peft's by rounding."""
     for _, layer in lora_layers(adapted(hold=True)):
