@@ -24,9 +24,9 @@ class RoomyLayer(DynamicLayer):
         self._room = self.keys, self.values
 
     def update(
-        self, key_states: Float[Tensor, "S H N D"], value_states: Float[Tensor, "S H N D"], *args: Any, **kwargs: Any
-    ) -> tuple[Float[Tensor, "S H T D"], Float[Tensor, "S H T D"]]:
-        """Write the states of N more positions; those of all T."""
+        self, key_states: Float[Tensor, "S H N D"], value_states: Float[Tensor, "S H N E"], *args: Any, **kwargs: Any
+    ) -> tuple[Float[Tensor, "S H T D"], Float[Tensor, "S H T E"]]:
+        """Write the states of N more positions; those of all T. Values may be narrower than keys (DeepSeek's are)."""
         assert self.keys is not None
         assert self.values is not None
         begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
