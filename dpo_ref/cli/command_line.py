@@ -373,6 +373,9 @@ def _words_of_text(entry: str, kinds: Sequence[str]) -> list[str]:
     return ["reference=other", *typed_words({"reference.path": entry})]
 
 
+ON_QUESTIONS = "prompts=jsonl prompts.path=questions.jsonl"  # behind evaluate.py, where no prompts are held out
+
+
 def python() -> str:
     """What one types for this interpreter: `python` where the shell finds it under that name, else its path."""
     running = Path(sys.executable)

@@ -17,7 +17,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from dpo_ref.cli import side_by_side
-from dpo_ref.cli.command_line import directory_words, python
+from dpo_ref.cli.command_line import ON_QUESTIONS, directory_words, python
 from dpo_ref.cli.run_folder import record_death
 from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
 from dpo_ref.cli.schemas import note_swept_keys
@@ -134,15 +134,14 @@ def _has_prompts(folder: Path) -> bool:
     """Whether a job has held-out prompts to be evaluated on; where none has, says what to type."""
     from dpo_ref.evaluation.sweep import collect
 
-    counts = [
-        read_summary(job.folder, f"sweep={folder}").get("held_out_prompts") for job in collect(folder) if job.finished
-    ]
-    if not counts or any(count != 0 for count in counts):
+    finished = [job.folder for job in collect(folder) if job.finished]
+    counts = {read_summary(job, f"sweep={folder}").get("held_out_prompts") for job in finished}
+    if counts != {0}:
         return True
-    sweep = shlex.join([*shlex.split(python()), "evaluate.py", f"sweep={folder}", "prompts=jsonl"])
+    words = [*directory_words(sys.argv[1:]), f"sweep={folder}", *ON_QUESTIONS.split()]
     say(
         "not evaluated, as no prompts are held out (data.eval_fraction and data.eval_path hold some out); on others:",
-        f"  {sweep} prompts.path=<rows of {{prompt: ...}}>",
+        f"  {python()} evaluate.py {shlex.join(words)}",
     )
     return False
 

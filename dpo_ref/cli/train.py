@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_ref.cli.bandit import run_bandit
 from dpo_ref.cli.build import NUM_SAMPLES, SAMPLE_TOKENS, Built, build, cache_reference, report_data
 from dpo_ref.cli.check import check_run
-from dpo_ref.cli.command_line import script
+from dpo_ref.cli.command_line import ON_QUESTIONS, script
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
     Job,
@@ -44,7 +44,6 @@ from dpo_ref.training.run import Interrupted, RunFolder, TrainingRun
 from dpo_ref.types import Asked
 
 NEXT = "policy={}"  # what to type after a run, behind evaluate.py
-NEXT_WITH_QUESTIONS = "policy={} prompts=jsonl prompts.path=<rows of {{prompt: ...}}>"  # none are held out
 NEXT_OF_SCORES = "policy=<run or model folder> scorer=reward_model scorer.path={}/policy"
 ASIDE = {"cache_reference": cache_reference, "data": report_data, "check": check_run}  # stages that train nothing
 
@@ -295,7 +294,7 @@ def _train(cfg: DictConfig, job: Job, run: RunConfig) -> None:
             record(cfg, job, "interrupted", **run_summary_fields(built, first_step))
             raise
         conclude(cfg, job, built, steps)
-    of_policy = NEXT if built.prompts else NEXT_WITH_QUESTIONS
+    of_policy = NEXT if built.prompts else f"{NEXT} {ON_QUESTIONS}"
     policy = (NEXT_OF_SCORES if run.objective.of_scores else of_policy).format(job.directory)
     title = f"{run.objective.name} on {cfg.model.path}"
     run_summary(title, summary_rows(built.training), [f"{script('evaluate.py')} {policy}"])

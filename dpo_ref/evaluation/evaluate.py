@@ -62,7 +62,10 @@ from dpo_ref.types import PreferenceData, Progress, digest
 def _answers(subject: PolicyToEvaluate, settings: EvaluationSettings, folder: Path) -> list[Generation]:
     model = settings.policy(subject)
     if not settings.prompts.questions:
-        raise ValueError("the data has no prompts to answer: hold some out with data.eval_fraction or data.eval_path")
+        raise ValueError(
+            "the data holds out no prompts to answer: prompts=jsonl prompts.path=questions.jsonl asks others, and "
+            "training with data.eval_fraction or data.eval_path holds some out"
+        )
     engine, seed = settings.generation(model), settings.work.seed
     options = settings.generation_identity()
     key = generation_key(engine.weights(), model.text_identity, settings.prompts, seed, options)

@@ -126,8 +126,8 @@ def test_a_sweep_that_holds_nothing_out_is_trained_and_says_how_to_evaluate_it(f
     said = done.stdout
     (job,) = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
     assert summary(job)["held_out_prompts"] == 0
-    assert f"policy={job} prompts=jsonl prompts.path=" in said
-    assert f"sweep={tmp_path / 'sweep'} prompts=jsonl prompts.path=" in said
+    for subject in (f"policy={job}", f"sweep={tmp_path / 'sweep'}"):
+        assert f"evaluate.py {subject} prompts=jsonl prompts.path=questions.jsonl" in said
     assert "not evaluated" in said
 
 

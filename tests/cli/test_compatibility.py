@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dpo_ref.cli import command_line, resolve
-from dpo_ref.cli.compatibility import title_of
+from dpo_ref.cli.compatibility import _in_order, title_of
+from dpo_ref.data.packing import collate
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.kl import BY_TEXT, BY_TOKEN, both_by_text
@@ -19,6 +20,7 @@ from dpo_ref.generation.sampling import generate
 from dpo_ref.lab import models as lab_models
 from dpo_ref.lab.preferences import lab
 from dpo_ref.models.loading import load_model, load_tokenizer, locate
+from dpo_ref.references import table
 from dpo_ref.references.table import read_shards, row_key
 from dpo_ref.types import Message, PromptGroup
 from tests.support.command import train
@@ -26,6 +28,7 @@ from tests.support.evaluate_command import evaluate, evaluate_drawn
 from tests.support.evaluations import answers
 from tests.support.foreign import foreign  # noqa: F401  (a fixture)
 from tests.support.pages import parsed
+from tests.support.tiny import random_groups
 from tests.support.wandb_runs import Offline
 
 DATA = ["data.num_pairs=40", "data.num_eval_pairs=4", "data.num_test_prompts=4"]
@@ -200,6 +203,38 @@ def test_what_to_type_next_composes_and_wandb_gets_everything(foreign, tmp_path,
         run = resolve.resolve(*command_line.compose_command(words), words)
         assert run.data.options["num_pairs"] == 40
     assert run.reference.options["weights"] == [1.0, 3.0]
+
+
+def test_packs_of_any_size_give_the_same_margins(report, tmp_path):
+    evaluate("policy=lab:tiny", "references=[initial]", *SMALL, "data.tokens_per_batch=60", f"output_dir={tmp_path}")
+    found = json.loads((tmp_path / "compatibility.json").read_text())
+    assert found["policy_margins"] == pytest.approx(report["policy_margins"], abs=1e-5)
+    assert found["candidates"][0]["margins"] == pytest.approx(report["by"]["initial"]["margins"], abs=1e-5)
+
+
+def test_runs_of_groups_are_all_of_them_in_their_order():
+    groups = random_groups([(5, (3, 2)), (40, (9, 1)), (2, (1, 1)), (3, (2, 2)), (4, (1, 4))])
+    runs = list(_in_order(groups, 20))
+    assert [len(run) for run in runs] == [1, 1, 3]  # of 10, 50, and 4 + 7 + 9 tokens
+    assert [group for run in runs for group in run] == groups
+
+
+def test_a_candidate_that_takes_all_memory_is_a_finding(tmp_path, monkeypatch):
+    evaluate("policy=lab:tiny", "references=[none]", *SMALL, f"output_dir={tmp_path}")  # the policy's own table
+
+    def little_room(groups):
+        if len(groups) > 12:  # a whole table; a look at whether one is stale asks for few
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return collate(groups)
+
+    monkeypatch.setattr(table, "collate", little_room)
+    another = "{reference: other, path: lab:initial}"
+    evaluate("policy=lab:tiny", f"references=[{another}, none]", *SMALL, f"output_dir={tmp_path}")
+    found = json.loads((tmp_path / "compatibility.json").read_text())
+    assert [candidate["kind"] for candidate in found["candidates"]] == ["none"]
+    (refused,) = found["refused"]
+    assert "memory ran out in the reference's pass over a pack of" in refused["reason"]
+    assert "data.tokens_per_batch" in refused["reason"]
 
 
 def test_a_candidate_that_cannot_be_built_is_a_finding(foreign, tmp_path, capsys):  # noqa: F811

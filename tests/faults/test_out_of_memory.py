@@ -13,6 +13,7 @@ import torch
 
 from dpo_ref.data import packing
 from dpo_ref.distributed import OutOfMemory, memory_for, ran_out
+from dpo_ref.evaluation import heldout
 from dpo_ref.references import table
 from dpo_ref.training import trainer
 from tests.support.command import ROOT, train, typed_here
@@ -44,13 +45,17 @@ def with_little_room(name, *arguments, room=ROOM):
     typed_here(*arguments)
 
 
-def ended_with(module, *arguments):
-    """What a process says that is none of pytest's: the room that other tests left in its heap is much."""
-    words = [module.__name__, "train.py", *arguments]
-    program = f"from tests.faults.test_out_of_memory import with_little_room; with_little_room(*{words!r})"
+def sentence_of(module, *words, room=ROOM):
+    """The error that a process ends with that is none of pytest's: the room that other tests left in its heap is
+    much. `module` lays out the packs."""
+    arguments = [module.__name__, *words]
+    call = f"with_little_room(*{arguments!r}, room={room})"
+    program = f"from tests.faults.test_out_of_memory import with_little_room; {call}"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stdout[-1000:] + done.stderr[-1000:]
-    return done.stderr
+    assert "Traceback" not in done.stderr
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return sentence
 
 
 WORKS = [pytest.param(work, marks=[pytest.mark.slow] if index else []) for index, work in enumerate(MANY)]
@@ -60,15 +65,13 @@ WORKS = [pytest.param(work, marks=[pytest.mark.slow] if index else []) for index
 def test_memory_that_runs_out_is_one_sentence(work, tmp_path, tell):
     module, words = MANY[work]
     options = [*QUIET, *PAIRS, *words, "data.num_test_prompts=4", "model.path=lab:tiny"]
-    said = ended_with(module, *options, f"output_dir={tmp_path / 'run'}")
-    (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    sentence = sentence_of(module, "train.py", *options, f"output_dir={tmp_path / 'run'}")
     assert re.search(rf"memory ran out in {work} a pack of [\d,]{{6,}} tokens", sentence)
     assert re.search(
         r"a peak of \d+\.\d\d GiB so far, of it 0\.\d\d GiB of weights, 0\.\d\d GiB of gradients", sentence
     )
     for option in ("data.tokens_per_batch", "model.gradient_checkpointing=full", "model.lora_rank=16"):
         assert option in sentence
-    assert "Traceback" not in said
     assert summary(tmp_path / "run")["status"] == "failed"
     left = "checkpoints, and what the reference scored"
     tell("untidy", f"no memory left in {work} a pack", seen=sentence, survived=left)
@@ -90,14 +93,10 @@ def test_an_evaluation_that_runs_out_says_what_helps(tmp_path, tell):
     options = [*QUIET, "data.num_pairs=8", "data.num_eval_pairs=1200", "data.num_test_prompts=4"]
     run = tmp_path / "run"
     assert train(*options, "model.path=lab:tiny", "trainer.max_steps=1", f"output_dir={run}").returncode == 0
-    words = ["dpo_ref.evaluation.heldout", "evaluate.py", *QUIET, f"policy={run}", "generation.max_new_tokens=8"]
-    program = f"from tests.faults.test_out_of_memory import with_little_room; with_little_room(*{words!r}, room=2**20)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1
+    words = ["evaluate.py", *QUIET, f"policy={run}", "generation.max_new_tokens=8"]
+    sentence = sentence_of(heldout, *words, room=2**20)
     assert re.search(r"memory ran out in the evaluation, with a peak of \d+\.\d\d GiB so far", sentence)
     assert "generation.batch_size" in sentence
-    assert "Traceback" not in done.stderr
     assert (run / "evaluation" / "generations.jsonl").is_file()  # what was answered is kept
     tell("untidy", "no memory left in an evaluation", seen=sentence, survived="the answers")
 
@@ -105,14 +104,9 @@ def test_an_evaluation_that_runs_out_says_what_helps(tmp_path, tell):
 def test_a_look_at_references_that_runs_out_says_what_helps(tmp_path, tell):
     data = ["data.num_pairs=1200", "data.num_eval_pairs=8", "data.tokens_per_batch=10000000", "seed=8"]
     look = ["evaluate.py", *QUIET, "stage=compatibility", "policy=lab:tiny", "references=[none]", *data]
-    words = ["dpo_ref.references.table", *look, "compatibility.num_pairs=1200", f"output_dir={tmp_path}"]
-    program = f"from tests.faults.test_out_of_memory import with_little_room; with_little_room(*{words!r})"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1
+    sentence = sentence_of(table, *look, "compatibility.num_pairs=1200", f"output_dir={tmp_path}")
     assert re.search(r"memory ran out in the reference's pass over a pack of [\d,]{6,} tokens, with a peak", sentence)
     assert "data.tokens_per_batch" in sentence
-    assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("*.json"))
     tell("untidy", "no memory left in a look at references", seen=sentence, survived="tables that were full")
 
