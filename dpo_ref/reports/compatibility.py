@@ -158,6 +158,7 @@ def _cloud(candidate: Candidate, colour: str, report: CompatibilityReport) -> Pa
         axes.axline((0, 0), slope=1, color=INITIAL, linewidth=1, linestyle=(0, (4, 3)))
         axes.axhline(0, color=INITIAL, linewidth=0.6)
         axes.axvline(0, color=INITIAL, linewidth=0.6)
+        axes.locator_params(axis="x", nbins=6)  # thousands stay apart
         axes.set_xlabel("margin of the policy (nats)")
         axes.set_ylabel("margin of the reference")
 

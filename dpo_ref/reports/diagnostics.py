@@ -288,6 +288,7 @@ def end_panel(diagnosis: Diagnosis) -> Panel:
         axes.set_ylim(len(ends) - 0.4, -0.6)
         axes.set_yticks(range(len(ends)), [NAMES[name] for name in ends])
         axes.grid(axis="y", visible=False)
+        axes.locator_params(axis="x", nbins=5)  # thousandths stay apart
         axes.set(title="Shift of the end token", xlabel="log π(end) − log initial(end) (nats)")
 
     return Panel(
