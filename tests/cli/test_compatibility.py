@@ -220,6 +220,7 @@ def test_runs_of_groups_are_all_of_them_in_their_order():
 
 
 def test_a_candidate_that_takes_all_memory_is_a_finding(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_REF_CACHE", str(tmp_path / "cache"))  # no other test's table of the candidate
     evaluate("policy=lab:tiny", "references=[none]", *SMALL, f"output_dir={tmp_path}")  # the policy's own table
 
     def little_room(groups):
