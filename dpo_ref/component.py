@@ -140,6 +140,7 @@ class Hooks:
     identity: Callable[..., str] | None = None  # scorer: digest of what its numbers mean, from some of its options
     relative: bool = False  # scorer: it ranks answers to one prompt among themselves
     advance: Callable[..., Any] | None = None  # objective: its running statistic, a step on
+    bind: Callable[..., Any] | None = None  # objective: makes it of the objectives that are its option `parts`
     fits_chosen: bool = False  # objective: it has a likelihood term of the chosen response of its own
     advantage: str | None = None  # objective: the advantage it was published with
 

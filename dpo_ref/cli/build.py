@@ -257,7 +257,7 @@ def cache_reference(config: RunConfig, directory: Path) -> None:
     )
     reference = build_reference(config, work, policy, ConcatGroups(train, held_out))
     say_which(reference)
-    folder = work.cache / "reference" / reference.identity
+    folder = work.cache / "reference" / str(reference.table)
     say(f"cached {len(train) + len(held_out):,} groups in {folder}")
 
 

@@ -429,7 +429,7 @@ def table_rows(trial: Trial, measured: Measurements) -> tuple[int, int]:
         return 0, 0
     rounds = trial.rounds
     groups = ConcatGroups(rounds.known_by(rounds.num_steps), trial.held_out)
-    folder = trial.work.cache / "reference" / reference.identity
+    folder = trial.work.cache / "reference" / str(reference.table)
     if not folder.is_dir():
         return 0, len(groups)
     keys = {row_key(group) for group in progress(groups, "looking for the table", len(groups))}

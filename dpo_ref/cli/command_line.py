@@ -25,12 +25,22 @@ from dpo_ref.cli import schemas
 from dpo_ref.cli.schemas import CONF, SCHEMAS, groups, option_names, option_types
 from dpo_ref.tracking.redaction import refuse_typed_credentials
 
+RENAMED_OPTIONS = {"eps": "label_smoothing"}  # words of before, and what is written instead
+RENAMED_MEMBERS = {
+    (
+        "objective",
+        "alpha_dpo",
+    ): "objective=alpha_divergence_dpo is what this was; objective=alphadpo is arXiv:2410.10148"
+}
+
 
 def refuse_unknown(prefix: str, keys: Iterable[str], options: Iterable[str]) -> None:
-    """Raise ValueError for a given key that is not known, with the nearest that is."""
+    """Raise ValueError for a given key that is not known, with its new name or the nearest that is."""
     names = sorted(options)
     for key in keys:
         if key not in names:
+            if RENAMED_OPTIONS.get(key) in names:
+                raise ValueError(f"{prefix}{key} is called {prefix}{RENAMED_OPTIONS[key]} now")
             close = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(prefix + n for n in names)}"
             raise ValueError(f"{prefix}{key} is not an option; {hint}")
@@ -75,6 +85,8 @@ def _refuse_nothing(argument: str, kind: str) -> None:
     """Raise ValueError where a group is to have no member, with what says that here, and where a key is deleted."""
     key, _, value = argument.lstrip("+~").partition("=")
     group, deleted = key.partition("@")[0], argument.startswith("~")
+    if renamed := next((now for name in value.split(",") if (now := RENAMED_MEMBERS.get((group, name)))), None):
+        raise ValueError(f"{argument}: {renamed}")
     if group not in groups():
         if deleted:
             raise ValueError(f"{argument}: nothing is deleted here; leave {key} out, or write {key}=null")

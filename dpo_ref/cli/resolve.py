@@ -5,6 +5,7 @@ configures.
 composes those added with `+`), a wrong value, a combination in which an option would be ignored.
 """
 
+import difflib
 import inspect
 import math
 import re
@@ -12,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import dpo_ref.lab.models  # noqa: F401  (it makes paths such as lab:initial known)
-from dpo_ref.cli.command_line import refuse_unknown
+from dpo_ref.cli.command_line import compose_command, refuse_unknown, typed_words
 from dpo_ref.cli.schemas import SCHEMAS, SHARED, STAGES, groups, locate, parts_of
 from dpo_ref.component import (
     Component,
@@ -32,6 +34,7 @@ from dpo_ref.component import (
 from dpo_ref.evaluation.results import BEST_BY, Thresholds, direction
 from dpo_ref.models.reward_model import check_reward_run
 from dpo_ref.objectives.interface import STRENGTH, Objective, bind
+from dpo_ref.references.interface import check_strength
 from dpo_ref.training.model_selection import Criterion, near
 from dpo_ref.training.rounds import TrainerConfig
 
@@ -181,6 +184,8 @@ def strength_of(cfg: DictConfig) -> float | None:
 def _objective(component: Component, beta: float | None, overrides: Sequence[str]) -> Objective:
     """Bind the objective; a top-level beta goes to the parameter it marks as its strength."""
     options, name = dict(component.options), strength(component.function)
+    if component.hooks.bind is not None:
+        return _mixture(component, beta)
     if beta is not None and name is None:
         raise ValueError(f"beta={beta} has no effect: objective={component.name} has no KL strength; leave beta out")
     if beta is not None:
@@ -194,6 +199,46 @@ def _objective(component: Component, beta: float | None, overrides: Sequence[str
         raise ValueError(f"objective={component.name}: {error}") from error
     objective.check()
     return objective
+
+
+def _mixture(mixture: Component, beta: float | None) -> Objective:
+    """Bind an objective made of others; a top-level beta goes to those that have a strength and do not say it."""
+    parts, taken = [], False
+    for index, entry in enumerate(mixture.options["parts"]):
+        name, options = _part(index, entry)
+        part = _composed_part(index, name, options)
+        key = strength(part.function)
+        own = None if key is None or key in options else beta
+        taken |= own is not None
+        parts.append(_objective(part, own, ()))
+    if beta is not None and not taken:
+        raise ValueError(f"beta={beta} has no effect: the objective.parts say their own strengths, or have none")
+    options: dict[str, Any] = mixture.options | {"parts": parts}
+    objective = replace(bind(mixture.function, **options), name=mixture.name)
+    objective.check()
+    return objective
+
+
+def _composed_part(index: int, name: str, options: Mapping[str, Any]) -> Component:
+    """A part as its own command line would have it. Raises ValueError."""
+    words = [f"objective={name}", *typed_words({f"objective.{key}": value for key, value in options.items()})]
+    try:
+        cfg, _ = compose_command(words)
+    except (ValueError, HydraException) as error:
+        raise ValueError(f"objective.parts[{index}]: {error}") from error
+    return component("objective", cfg.objective, name, f"objective.parts[{index}]")
+
+
+def _part(index: int, entry: Any) -> tuple[str, dict[str, Any]]:
+    """The name of an objective that is a part of another, and its options. Raises ValueError for what names none."""
+    options = {"objective": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
+    name, known = options.pop("objective", None), sorted(path.stem for path in groups()["objective"])
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "docs/objectives.md has all"
+        kinds = "a name, or {objective: <name>, and its options}"
+        raise ValueError(f"objective.parts[{index}]={entry} is no objective: {kinds}; {hint}")
+    return name, {str(key): value for key, value in options.items()}
 
 
 def _keys(overrides: Sequence[str]) -> set[str]:
@@ -294,6 +339,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
             f"reference={reference.name} has no effect: objective={objective.name} uses no reference; "
             "leave it out or write reference=none"
         )
+    check_strength(reference.name if objective.uses_reference else "none", reference.options["strength"])
     if objective.of_scores:
         check_reward_run(objective.name, parts)
     reference.hooks.check_run(objective, plan)

@@ -39,6 +39,7 @@ from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.lab.bandits.study import StudyOptions
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.objectives.interface import likelihood_term
+from dpo_ref.references.interface import tempered
 from dpo_ref.training.optim import optimisation
 from dpo_ref.training.rounds import TrainerConfig
 from dpo_ref.types import digest
@@ -110,6 +111,7 @@ SHARED = {  # options every member takes besides its own
     "model": (AdapterOptions,),
     "objective": (likelihood_term,),
     "optim": (optimisation,),
+    "reference": (tempered,),
 }
 
 

@@ -181,6 +181,16 @@ class Preference(NamedTuple):
     rejected_rewards: Float[Tensor, " B"]
 
 
+class Mixed(NamedTuple):
+    """B pairs under several objectives: losses, the detached implicit rewards of the first, and
+    the losses of each by its name."""
+
+    losses: Float[Tensor, " B"]
+    chosen_rewards: Float[Tensor, " B"]
+    rejected_rewards: Float[Tensor, " B"]
+    parts: Mapping[str, Float[Tensor, " B"]]
+
+
 class Compared(NamedTuple):
     """B pairs of scored responses: losses, and the detached scores whose difference they are a function of."""
 
@@ -209,7 +219,7 @@ class Sampled(NamedTuple):
     losses: Float[Tensor, " N"]
 
 
-Outcome = Preference | Compared | Likelihood | Labelled | Sampled
+Outcome = Preference | Mixed | Compared | Likelihood | Labelled | Sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +231,7 @@ class Objective:
     """
 
     name: str
-    function: "partial[Outcome]"
+    function: "partial[Any]"
     inputs: Mapping[str, Any]
     hooks: Hooks
     nll_weight: float = 0.0
@@ -248,15 +258,21 @@ class Objective:
         """Whether it looks at single tokens of the reference."""
         return self.inputs.get("reference") in OF_TOKENS
 
-    def __call__(self, policy: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Outcome:
-        """Losses and rewards of one pack, or of a run of its groups. ValueError for what it needs and is not there."""
-        pairs = self.inputs["policy"].of(policy, inputs.batch)
-        rest = {name: _argument(inputs, name, kind) for name, kind in self.inputs.items() if name != "policy"}
-        outcome = self.function(policy=pairs, **rest)
+    def __call__(self, policy: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Any:
+        """An `Outcome`: losses and rewards of one pack, or of a run of its groups. ValueError for what it needs and is
+        not there."""
+        outcome = self.outcome(policy, inputs)
         if self.nll_weight:
+            pairs = self.inputs["policy"].of(policy, inputs.batch)
             nll = -pairs.chosen / pairs.chosen_lengths
             outcome = outcome._replace(losses=outcome.losses + self.nll_weight * nll)
         return outcome
+
+    def outcome(self, policy: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Any:
+        """What its function says, before any term that objectives share."""
+        items = self.inputs["policy"].of(policy, inputs.batch)
+        rest = {name: _argument(inputs, name, kind) for name, kind in self.inputs.items() if name != "policy"}
+        return self.function(policy=items, **rest)
 
     def step(self, whole: BatchLogps[Any]) -> None:
         """Take an optimiser batch into the running statistic, before the batch's loss is computed."""
@@ -297,6 +313,8 @@ def bind(function: Callable[..., Outcome], *, nll_weight: float = 0.0, **options
     with the options it shares. Raises TypeError for an argument that nothing can be made of.
     """
     hints, hooks = get_type_hints(function), hooks_of(function)
+    if hooks.bind is not None:
+        return hooks.bind(nll_weight=nll_weight, **options)
     handed_over = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     unknown = set(handed_over) - {"policy", *ARGUMENTS}
     if unknown or ("running" in handed_over) != (hooks.advance is not None):

@@ -6,6 +6,7 @@ margin (anchored), at other pairs (coupled), or at no reference.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -43,32 +44,51 @@ def dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1) -> P
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
-def cdpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, eps: float = 0.1) -> Preference:
-    """-(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin): DPO with smoothed labels (Mitchell 2023).
+def cdpo(
+    policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, label_smoothing: float = 0.1
+) -> Preference:
+    """-(1 - s) log sigmoid(margin) - s log sigmoid(-margin): DPO with smoothed labels (Mitchell 2023).
 
-    Least where sigmoid(margin) = 1 - eps, so margins stay bounded. Rewards are dpo's, sums over the response. `eps` in
-    (0, 0.5) is the share of labels taken to be flipped. TRL's loss_type="sigmoid" ignores label_smoothing; HALOs: cdpo
-    with epsilon.
+    Least where sigmoid(margin) = 1 - s, so margins stay bounded. Rewards are dpo's, sums over the response.
+    `label_smoothing`, s in (0, 0.5), is the share of labels taken to be flipped. TRL's loss_type="sigmoid" ignores
+    its label_smoothing; HALOs: cdpo with epsilon.
     """
     positive(beta=beta)
-    between(0.0, 0.5, "eps=0 is objective=dpo", eps=eps)
+    between(0.0, 0.5, "label_smoothing=0 is objective=dpo", label_smoothing=label_smoothing)
     rewards = log_ratio_rewards(policy, reference, beta)
-    margins = rewards.margins
-    return rewards.with_losses(-(1 - eps) * F.logsigmoid(margins) - eps * F.logsigmoid(-margins))
+    right, wrong = F.logsigmoid(rewards.margins), F.logsigmoid(-rewards.margins)
+    return rewards.with_losses(-(1 - label_smoothing) * right - label_smoothing * wrong)
 
 
-def robust_dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.01, eps: float = 0.1) -> Preference:
-    """[-(1 - eps) log sigmoid(margin) + eps log sigmoid(-margin)] / (1 - 2 eps) (rDPO, arXiv:2403.00409, section 3.1).
+def robust_dpo(
+    policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.01, label_smoothing: float = 0.1
+) -> Preference:
+    """[-(1 - s) log sigmoid(margin) + s log sigmoid(-margin)] / (1 - 2 s) (rDPO, arXiv:2403.00409, section 3.1).
 
-    Its mean over labels flipped with probability `eps` in (0, 0.5) is DPO's loss on clean labels. Unbounded below for
-    large margins. Rewards are dpo's, sums over the response. TRL: loss_type="robust", label_smoothing=eps.
+    Its mean over labels flipped with probability `label_smoothing`, s in (0, 0.5), is DPO's loss on clean labels.
+    Unbounded below for large margins. Rewards are dpo's, sums over the response. TRL: loss_type="robust", with the
+    same label_smoothing.
     """
     positive(beta=beta)
-    between(0.0, 0.5, "eps=0 is objective=dpo", eps=eps)
+    between(0.0, 0.5, "label_smoothing=0 is objective=dpo", label_smoothing=label_smoothing)
     rewards = log_ratio_rewards(policy, reference, beta)
-    margins = rewards.margins
-    losses = (eps * F.logsigmoid(-margins) - (1 - eps) * F.logsigmoid(margins)) / (1 - 2 * eps)
-    return rewards.with_losses(losses)
+    right, wrong = F.logsigmoid(rewards.margins), F.logsigmoid(-rewards.margins)
+    return rewards.with_losses((label_smoothing * wrong - (1 - label_smoothing) * right) / (1 - 2 * label_smoothing))
+
+
+def hypo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, threshold: float = 0.0) -> Preference:
+    """-log sigmoid(beta (D - max(D_ref, threshold))), D = log pi(chosen) - log pi(rejected), summed over the responses
+    (HyPO, arXiv:2602.11902 v1, eq. 11, whose gamma is `threshold`, in nats).
+
+    DPO where the reference prefers the chosen response; where it prefers the rejected one (a pessimistic pair) its
+    margin counts as 0, so that a policy that is merely no worse than the reference is not taken to be right. Rewards
+    are dpo's with the chosen response's reference log-prob raised to the rejected one's where it is below. Without the
+    constant margin of the paper's experiments.
+    """
+    positive(beta=beta)
+    chosen = torch.maximum(reference.chosen, reference.rejected + threshold)
+    rewards = log_ratio_rewards(policy, replace(reference, chosen=chosen), beta)
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
 def hinge(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1) -> Preference:
@@ -83,18 +103,20 @@ def hinge(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1) ->
     return rewards.with_losses(F.relu(1 - rewards.margins))
 
 
-def exo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, eps: float = 1e-3) -> Preference:
-    """KL(q || p) of q = (sigmoid(margin), sigmoid(-margin)) from p = (1 - eps, eps) (EXO, arXiv:2402.00856, eq. 16).
+def exo(
+    policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, label_smoothing: float = 1e-3
+) -> Preference:
+    """KL(q || p) of q = (sigmoid(margin), sigmoid(-margin)) from p = (1 - s, s) (EXO, arXiv:2402.00856, eq. 16).
 
-    The reverse of the KL that cdpo minimises up to a constant; zero where sigmoid(margin) = 1 - eps. Rewards are
-    dpo's, sums over the response. TRL: loss_type="exo_pair", label_smoothing=eps.
+    The reverse of the KL that cdpo minimises up to a constant; zero where sigmoid(margin) = 1 - s. Rewards are dpo's,
+    sums over the response. s is `label_smoothing`, as in TRL: loss_type="exo_pair".
     """
     positive(beta=beta)
-    between(0.0, 0.5, "the paper takes 0.001", eps=eps)
+    between(0.0, 0.5, "the paper takes 0.001", label_smoothing=label_smoothing)
     rewards = log_ratio_rewards(policy, reference, beta)
     margins = rewards.margins
-    first = margins.sigmoid() * (F.logsigmoid(margins) - math.log1p(-eps))
-    second = (-margins).sigmoid() * (F.logsigmoid(-margins) - math.log(eps))
+    first = margins.sigmoid() * (F.logsigmoid(margins) - math.log1p(-label_smoothing))
+    second = (-margins).sigmoid() * (F.logsigmoid(-margins) - math.log(label_smoothing))
     return rewards.with_losses(first + second)
 
 
@@ -196,7 +218,9 @@ def js_dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1) -
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
-def alpha_dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, alpha: float = 0.5) -> Preference:
+def alpha_divergence_dpo(
+    policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, alpha: float = 0.5
+) -> Preference:
     """-log sigmoid(margin), rewards beta (1 - u^-alpha) / alpha: DPO under an alpha-divergence (arXiv:2309.16240).
 
     f(u) = (u^(1 - alpha) - (1 - alpha) u - alpha) / (alpha (alpha - 1)), u = pi/pi_ref of whole responses, alpha in

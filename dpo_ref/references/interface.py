@@ -14,7 +14,7 @@ from dpo_ref.data.groups import ConcatGroups, Groups
 from dpo_ref.data.scoring import Scoring
 from dpo_ref.models.asked import Workspace
 from dpo_ref.models.loading import TrainedModel
-from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup
+from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup, digest
 
 
 class Reference(ABC):
@@ -34,6 +34,8 @@ class Reference(ABC):
     live: bool = True  # it can be asked about responses that were not known when it was built
     values_digest: str | None = None  # of its log-probs, where they were computed or given beforehand
     provenance: str | None = None  # whose log-probs it has, as the user declared
+    strength: float = 1.0  # what a model's log-probs are multiplied with; other than 1 it is not that model
+    table: str | None = None  # name of the folder of its log-probs, where they were computed beforehand
     audit: "Audit | None" = None  # what became of the responses in its own tokenizer and template
     notes: tuple[str, ...] = ()  # what the user is told of how it came about
 
@@ -53,7 +55,8 @@ class Reference(ABC):
 
     def equals(self, policy: TrainedModel) -> bool:
         """Whether it is this model, reading the same text, and stays it."""
-        return self.weights == policy.weights and not self.own_text and not self.state_dict()
+        same = self.weights == policy.weights and self.strength == 1
+        return same and not self.own_text and not self.state_dict()
 
     def update(self, policy: nn.Module, step: int, made: Bool[Tensor, ""]) -> None:  # noqa: B027
         """Move towards the policy after optimiser step `step`, unless its update was not made."""
@@ -66,6 +69,69 @@ class Reference(ABC):
         """Take over what `state_dict` gave. Raises ValueError for a state of another reference."""
         if state:
             raise ValueError("the checkpoint holds the weights of a reference that moves, and this one does not")
+
+
+class Tempered(Reference):
+    """A reference whose log-probs are multiplied with `strength`: pi_ref^strength, not normalised. Its table, weights
+    and audit are those of the reference as it is."""
+
+    normalised = False
+
+    def __init__(self, whole: Reference, strength: float) -> None:
+        self._whole, self.strength = whole, strength
+        self.name, self.weights, self.table = whole.name, whole.weights, whole.table
+        self.identity = digest([whole.identity, "strength", strength])
+        self.own_text, self.live, self.provenance = whole.own_text, whole.live, whole.provenance
+        self.values_digest, self.audit, self.notes = whole.values_digest, whole.audit, whole.notes
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that gives the log-probs before they are multiplied."""
+        return self._whole.model
+
+    def logps(self, batch: PackedBatch) -> ResponseLogps:
+        """Those of the whole reference, times the strength."""
+        whole = self._whole.logps(batch)
+        tokens, aligned = (
+            None if values is None else self.strength * values for values in (whole.token_logps, whole.aligned)
+        )
+        return ResponseLogps(self.strength * whole.sums, whole.lengths, whole.num_bytes, tokens, aligned)
+
+    def digest_of(self, indices: Sequence[int]) -> str | None:
+        """That of the whole reference."""
+        return self._whole.digest_of(indices)
+
+    def update(self, policy: nn.Module, step: int, made: Bool[Tensor, ""]) -> None:
+        """Move the whole reference."""
+        self._whole.update(policy, step, made)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """That of the whole reference."""
+        return self._whole.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Into the whole reference."""
+        self._whole.load_state_dict(state)
+
+
+def tempered(reference: Reference, *, strength: float = 1.0) -> Reference:
+    """The reference with its log-probs times `strength`, in (0, infinity): below 1 it counts less, and 0 would be
+    reference=none (RainbowPO, arXiv:2410.04203). With dpo the margin is beta (D - strength D_ref), where
+    D = log pi(chosen) - log pi(rejected)."""
+    check_strength(reference.name, strength)
+    return reference if strength == 1 else Tempered(reference, strength)
+
+
+def check_strength(name: str, strength: float) -> None:
+    """Raise ValueError for a strength that leaves no reference, or none to act on."""
+    if strength == 1:
+        return
+    if name == "none":
+        raise ValueError(f"reference.strength={strength} has no effect without a reference; leave it out")
+    if strength == 0:
+        raise ValueError("reference.strength=0 leaves no reference: write reference=none")
+    if not 0 < strength < float("inf"):
+        raise ValueError(f"reference.strength={strength} must be positive and finite: 1 is the reference as it is")
 
 
 class Audit(Protocol):
@@ -93,4 +159,4 @@ def build(reference: Component, context: ReferenceContext) -> Reference:
     """A configured reference for the context's groups and the others that an objective looks at beside them."""
     groups = ConcatGroups(context.groups, *context.groups.others)
     with context.policy.precision():
-        return reference(replace(context, groups=groups))
+        return reference.bound(tempered)(reference(replace(context, groups=groups)))

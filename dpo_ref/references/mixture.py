@@ -9,7 +9,7 @@ import torch
 
 from dpo_ref.component import RunPlan, component
 from dpo_ref.objectives.interface import Objective
-from dpo_ref.references.interface import Reference, ReferenceContext
+from dpo_ref.references.interface import Reference, ReferenceContext, tempered
 from dpo_ref.references.policies import adapter_base, initial, interpolate, other, prior, uniform_token
 from dpo_ref.references.served import served
 from dpo_ref.types import PackedBatch, ResponseLogps, digest
@@ -97,11 +97,12 @@ def mixture(
 
 def _part(entry: Any, context: ReferenceContext) -> Reference:
     options = dict(entry) if isinstance(entry, Mapping) else {}
-    kind = options.pop("reference", None)
+    kind, strength = options.pop("reference", None), options.pop("strength", 1.0)
     if kind not in KINDS:
         raise ValueError(f"reference.parts: {entry} is not {{reference: {'|'.join(KINDS)}, and its options}}")
     names = {n for n, p in inspect.signature(KINDS[kind]).parameters.items() if p.kind is p.KEYWORD_ONLY}
     if set(options) - names:
         unknown = ", ".join(sorted(set(options) - names))
-        raise ValueError(f"reference.parts: {unknown} is not an option of {kind}; known: {', '.join(sorted(names))}")
-    return KINDS[kind](context, **options)
+        known = ", ".join(sorted({*names, "strength"}))
+        raise ValueError(f"reference.parts: {unknown} is not an option of {kind}; known: {known}")
+    return tempered(KINDS[kind](context, **options), strength=strength)

@@ -283,14 +283,18 @@ def from_text(
         say(writer.audit.note)
         raise ValueError(refusal)
     scorer.check(groups)
-    rows = ROWS[cache](scorer, groups, identity, context)
+    rows, table = ROWS[cache](scorer, groups, identity, context), identity
     identity = digest([identity, own.terminator, own.system_prompt])
     if same:
-        table = PrecomputedReference(name, identity, weights, groups, rows, context.work.device)
-        table.own_text, table.notes = True, (writer.audit.note,)
-        return table
+        reference = PrecomputedReference(name, identity, weights, groups, rows, context.work.device)
+        reference.own_text, reference.notes, reference.table = True, (writer.audit.note,), table
+        return reference
     aligned = None if any(group.scored for group in groups) else _Aligner(writer, own.tokenizer).carry(groups, rows)
-    return PrecomputedSums(name, identity, weights, _sums(groups, rows), context.work.device, aligned, writer.audit)
+    reference = PrecomputedSums(
+        name, identity, weights, _sums(groups, rows), context.work.device, aligned, writer.audit
+    )
+    reference.table = table
+    return reference
 
 
 def _compute(scorer: Scorer, groups: TokenGroups, identity: str, context: ReferenceContext) -> Rows:

@@ -181,7 +181,10 @@ def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Refe
     weights = context.policy.weights
     identity = identity_of(context.policy.model, weights, context.policy.text_identity)
     rows = rows_of(scorer_of(context.policy.model), groups, identity, context)
-    return PrecomputedReference("prior", digest([identity, "prior", begin]), "", groups, rows, context.work.device)
+    name, device = digest([identity, "prior", begin]), context.work.device
+    reference = PrecomputedReference("prior", name, "", groups, rows, device)
+    reference.table = identity  # rows are named by what is scored, the prompt included
+    return reference
 
 
 @component(check=_check_revision)
@@ -333,7 +336,7 @@ class MovingReference(Reference):
             weight.copy_(state[name])
 
 
-def _check(share: float, every: int, cache: str) -> None:
+def _check(share: float, every: int, cache: str, **_: Any) -> None:
     if cache != "off":
         raise ValueError(
             f"reference.cache={cache}: reference=moving changes while the policy is trained, so its log-probs cannot "

@@ -200,7 +200,7 @@ class PrecomputedReference(Reference):
     def __init__(
         self, name: str, identity: str, weights: str, groups: Sequence[TokenGroup], rows: Rows, device: torch.device
     ) -> None:
-        self.name, self.identity, self.weights = name, identity, weights
+        self.name, self.identity, self.weights, self.table = name, identity, weights, identity
         keys = [(group.group_index, row_key(group)) for group in groups]
         holes = [index for index, key in keys if key not in rows]
         if holes:

@@ -8,7 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_ref.objectives.interface import Compared, Labelled, Likelihood, ObjectiveInputs, Outcome, Preference, Sampled
+from dpo_ref.objectives.interface import (
+    Compared,
+    Labelled,
+    Likelihood,
+    Mixed,
+    ObjectiveInputs,
+    Outcome,
+    Preference,
+    Sampled,
+)
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores
 
 Values = dict[str, Float[Tensor, "..."]]
@@ -70,6 +79,15 @@ def pair_values(outcome: Preference, policy: ResponseLogps, reference: ResponseL
     if ours is not None and theirs is not None:
         values["eos/chosen_logratio"] = (ours - theirs)[chosen].double()
     return values
+
+
+@values_of.register(Mixed)
+def mixed_values(outcome: Mixed, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch) -> Values:
+    """Per-pair values of a mixture, and every part's losses before they are weighted."""
+    pairs = Preference(outcome.losses, outcome.chosen_rewards, outcome.rejected_rewards)
+    return pair_values(pairs, policy, reference, batch) | {
+        f"loss/{name}": part for name, part in outcome.parts.items()
+    }
 
 
 @values_of.register(Likelihood)

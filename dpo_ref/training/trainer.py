@@ -320,7 +320,8 @@ def step_zero(policy: TrainedModel, reference: Reference) -> Look:
     It raises ValueError if a log-ratio exceeds 1e-5 nats in float32 (in half precision 1 nat, or 0.05 in the mean):
     then the two are not the same function of the text, and every margin of the run would carry the difference.
     """
-    if not reference.weights or reference.own_text or reference.weights != policy.weights:
+    same = reference.weights and reference.weights == policy.weights
+    if not same or reference.own_text or reference.strength != 1:
         return unseen
     half = torch.is_autocast_enabled(policy.device.type)
 

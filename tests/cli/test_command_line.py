@@ -94,11 +94,11 @@ def test_options_are_not_deleted():
 
 
 def test_options_of_swept_members_reach_those_that_take_them():
-    words = ["-m", "objective=cdpo,robust_dpo", "objective.eps=0.2"]
-    assert checked(words, "train") == [*words[:2], "++objective.eps=0.2"]
-    sentence = refusal("-m", "objective=cdpo,dpo,ipo_sum", "objective.eps=0.2")
-    assert "objective.eps=0.2 is no option of objective=dpo, objective=ipo_sum" in sentence
-    alone = ["objective=cdpo", "objective.eps=0.2"]
+    words = ["-m", "objective=cdpo,robust_dpo", "objective.label_smoothing=0.2"]
+    assert checked(words, "train") == [*words[:2], "++objective.label_smoothing=0.2"]
+    sentence = refusal("-m", "objective=cdpo,dpo,ipo_sum", "objective.label_smoothing=0.2")
+    assert "objective.label_smoothing=0.2 is no option of objective=dpo, objective=ipo_sum" in sentence
+    alone = ["objective=cdpo", "objective.label_smoothing=0.2"]
     assert checked(alone, "train") == alone
 
 

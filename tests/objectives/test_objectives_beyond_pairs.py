@@ -149,7 +149,7 @@ def test_refusals(function, options, message):
 
 
 TAKE_THE_TERM = [
-    n for n, f in EVERY.items() if issubclass(bind(f).inputs["policy"], PairLogps) and f not in (cpo, orpo)
+    n for n, f in EVERY.items() if issubclass(bind(f).inputs["policy"], PairLogps) and not bind(f).hooks.fits_chosen
 ]
 
 

@@ -35,11 +35,12 @@ ODDS = [math.exp(-a) / (1 - math.exp(-a)) for a in (3 / 4, 6 / 7)]
 Q = sigmoid(1.5)
 BY_HAND = {  # options; loss; rewards
     pairwise.dpo: ({"beta": 0.5}, up(1.5), 1, -0.5),
-    pairwise.cdpo: ({"beta": 0.5, "eps": 0.2}, 0.8 * up(1.5) + 0.2 * up(-1.5), 1, -0.5),
-    pairwise.robust_dpo: ({"beta": 0.5, "eps": 0.2}, (0.8 * up(1.5) - 0.2 * up(-1.5)) / 0.6, 1, -0.5),
+    pairwise.cdpo: ({"beta": 0.5, "label_smoothing": 0.2}, 0.8 * up(1.5) + 0.2 * up(-1.5), 1, -0.5),
+    pairwise.robust_dpo: ({"beta": 0.5, "label_smoothing": 0.2}, (0.8 * up(1.5) - 0.2 * up(-1.5)) / 0.6, 1, -0.5),
+    pairwise.hypo: ({"beta": 0.5, "threshold": 0.0}, up(1.5), 1, -0.5),
     pairwise.hinge: ({"beta": 0.2}, 1 - 0.6, 0.4, -0.2),
     pairwise.exo: (
-        {"beta": 0.5, "eps": 0.2},
+        {"beta": 0.5, "label_smoothing": 0.2},
         Q * math.log(Q / 0.8) + (1 - Q) * math.log((1 - Q) / 0.2),
         1,
         -0.5,
@@ -63,7 +64,7 @@ BY_HAND = {  # options; loss; rewards
         0.5 * math.log(2 * E**2 / (1 + E**2)),
         0.5 * math.log(2 / E / (1 + 1 / E)),
     ),
-    pairwise.alpha_dpo: ({"beta": 0.5, "alpha": 0.5}, up(E**0.5 - 1 / E), 1 - 1 / E, 1 - E**0.5),
+    pairwise.alpha_divergence_dpo: ({"beta": 0.5, "alpha": 0.5}, up(E**0.5 - 1 / E), 1 - 1 / E, 1 - E**0.5),
     pairwise.dpo_positive: ({"beta": 0.5, "penalty": 2.0}, up(1.5), 1, -0.5),
     pairwise.nca: ({"beta": 0.5}, up(1) + up(-1) / 2 + up(0.5) / 2, 1, -0.5),
     pairwise.apo_zero: ({"beta": 0.5}, sigmoid(-1) + sigmoid(-0.5), 1, -0.5),
@@ -93,6 +94,14 @@ def test_every_pairwise_objective_on_sums_alone_is_here():
     every = {schemas.locate(target) for target in schemas.groups()["objective"].values()}
     sums_alone = {f for f in every if bind(f).pairwise and set(bind(f).inputs.values()) == {PairLogps}}
     assert sums_alone - {wpo} == set(BY_HAND)
+
+
+def test_hypo_leaves_the_reference_out_where_it_prefers_the_rejected_response():
+    """D is 3 and D_ref -2 in the first pair: the margin is 0.5 * 3, where dpo's is 0.5 * 5; D_ref 1 in the second."""
+    models = [pair(-3.0, -6.0), pair(-5.0, -3.0)], [pair(-3.0, -6.0), pair(-5.0, -6.0)]
+    losses = [float(pairwise.hypo(*both, beta=0.5).losses) for both in models]
+    assert losses == pytest.approx([up(1.5), up(1.0)])
+    assert float(pairwise.hypo(*models[1], beta=0.5, threshold=2.0).losses) == pytest.approx(up(0.5))
 
 
 def test_dpo_positive_charges_what_the_chosen_response_loses():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dpo_ref.cli import schemas
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import (
-    alpha_dpo,
+    alpha_divergence_dpo,
     cdpo,
     cpo,
     discopop,
@@ -22,6 +22,7 @@ from dpo_ref.objectives.pairwise import (
     exo,
     forward_kl_dpo,
     hinge,
+    hypo,
     ipo_mean,
     ipo_sum,
     js_dpo,
@@ -49,11 +50,12 @@ def logistic(margin):
 
 MARGIN_LOSSES = {  # loss as a function of the margin alone
     dpo: ({"beta": 0.3}, logistic),
-    cdpo: ({"beta": 0.3, "eps": 0.2}, lambda m: 0.8 * logistic(m) + 0.2 * logistic(-m)),
-    robust_dpo: ({"beta": 0.3, "eps": 0.2}, lambda m: (0.8 * logistic(m) - 0.2 * logistic(-m)) / 0.6),
+    cdpo: ({"beta": 0.3, "label_smoothing": 0.2}, lambda m: 0.8 * logistic(m) + 0.2 * logistic(-m)),
+    robust_dpo: ({"beta": 0.3, "label_smoothing": 0.2}, lambda m: (0.8 * logistic(m) - 0.2 * logistic(-m)) / 0.6),
+    hypo: ({"beta": 0.3}, logistic),
     hinge: ({"beta": 0.3}, lambda m: torch.maximum(torch.zeros_like(m), 1 - m)),
     exo: (
-        {"beta": 0.3, "eps": 0.2},
+        {"beta": 0.3, "label_smoothing": 0.2},
         lambda m: F.kl_div(
             torch.tensor([0.8, 0.2], dtype=torch.float64).log().expand(len(m), 2),
             torch.stack([m.sigmoid(), (-m).sigmoid()], 1),
@@ -71,13 +73,24 @@ MARGIN_LOSSES = {  # loss as a function of the margin alone
     r_dpo: ({"alpha": 0.2}, logistic),
     forward_kl_dpo: ({}, logistic),
     js_dpo: ({}, logistic),
-    alpha_dpo: ({"alpha": 0.3}, logistic),
+    alpha_divergence_dpo: ({"alpha": 0.3}, logistic),
     dpo_positive: ({"penalty": 3.0}, logistic),
     simpo: ({"gamma": 0.7}, lambda m: logistic(m - 0.7)),
 }
-SHIFT_INVARIANT = [dpo, cdpo, robust_dpo, hinge, exo, discopop, ipo_sum, r_dpo]
-SHIFT_SENSITIVE = [ipo_mean, dpo_norm, dpo_per_byte, forward_kl_dpo, js_dpo, alpha_dpo, dpo_positive, simpo, nca, sppo]
-ANTISYMMETRIC = [f for f in MARGIN_LOSSES if f is not dpo_positive]
+SHIFT_INVARIANT = [dpo, hypo, cdpo, robust_dpo, hinge, exo, discopop, ipo_sum, r_dpo]
+SHIFT_SENSITIVE = [
+    ipo_mean,
+    dpo_norm,
+    dpo_per_byte,
+    forward_kl_dpo,
+    js_dpo,
+    alpha_divergence_dpo,
+    dpo_positive,
+    simpo,
+    nca,
+    sppo,
+]
+ANTISYMMETRIC = [f for f in MARGIN_LOSSES if f not in (dpo_positive, hypo)]
 
 
 def drawn(seed, num_pairs=50, spread=3.0):
@@ -116,7 +129,7 @@ def test_a_constant_of_the_prompt_cancels_only_where_log_ratios_are_summed(funct
     assert torch.allclose(usual, moved, rtol=1e-9) == (function in SHIFT_INVARIANT)
 
 
-@pytest.mark.parametrize("name", [n for n, f in PAIRWISE.items() if bind(f).uses_reference])
+@pytest.mark.parametrize("name", [n for n, f in PAIRWISE.items() if bind(f).uses_reference and f is not hypo])
 def test_only_log_ratios_count_under_a_reference(name):
     policy, reference = drawn(0), drawn(1)
     both = [replace(x, chosen=x.chosen - 7, rejected=x.rejected + 2) for x in (policy, reference)]
@@ -133,7 +146,7 @@ def test_swapping_the_responses_negates_the_margin(function):
     torch.testing.assert_close(usual, -margins_of(called(function, swapped(policy), swapped(reference))))
 
 
-LN2 = [dpo, cdpo, robust_dpo, dpo_norm, dpo_per_byte, forward_kl_dpo, js_dpo, alpha_dpo, dpo_positive]
+LN2 = [dpo, cdpo, robust_dpo, dpo_norm, dpo_per_byte, forward_kl_dpo, js_dpo, alpha_divergence_dpo, dpo_positive]
 
 
 @pytest.mark.parametrize("function", LN2, ids=lambda f: f.__name__)
@@ -162,8 +175,8 @@ def minimiser(loss, start=0.1):
     [
         (ipo_sum, {"tau": 0.4}, lambda w, r: w - r, 1 / 0.8),
         (ipo_mean, {"tau": 0.4}, lambda w, r: w / 5 - r / 8, 1 / 0.8),
-        (cdpo, {"beta": 0.3, "eps": 0.2}, lambda w, r: w - r, math.log(0.8 / 0.2) / 0.3),
-        (exo, {"beta": 0.3, "eps": 0.2}, lambda w, r: w - r, math.log(0.8 / 0.2) / 0.3),
+        (cdpo, {"beta": 0.3, "label_smoothing": 0.2}, lambda w, r: w - r, math.log(0.8 / 0.2) / 0.3),
+        (exo, {"beta": 0.3, "label_smoothing": 0.2}, lambda w, r: w - r, math.log(0.8 / 0.2) / 0.3),
         (sppo, {"beta": 0.4}, lambda w, r: w, 1 / 0.8),
         (sppo, {"beta": 0.4}, lambda w, r: -r, 1 / 0.8),
         (nca, {"beta": 0.5}, lambda w, r: w, math.log(2) / 0.5),
@@ -180,7 +193,7 @@ def test_minimisers(function, options, quantity, expected):
 def test_robust_dpo_is_dpo_in_the_mean_over_flipped_labels():
     policy, reference = drawn(0), drawn(1)
     flipped = [replace(x, chosen=x.rejected, rejected=x.chosen) for x in (policy, reference)]
-    robust, wrong = (robust_dpo(*x, beta=0.3, eps=0.2).losses for x in ((policy, reference), flipped))
+    robust, wrong = (robust_dpo(*x, beta=0.3, label_smoothing=0.2).losses for x in ((policy, reference), flipped))
     torch.testing.assert_close(0.8 * robust + 0.2 * wrong, dpo(policy, reference, beta=0.3).losses)
 
 
@@ -189,7 +202,7 @@ def test_robust_dpo_is_dpo_in_the_mean_over_flipped_labels():
     [
         (forward_kl_dpo, {}, lambda u: -u.log()),
         (js_dpo, {}, lambda u: u * u.log() - (u + 1) * ((u + 1) / 2).log()),
-        (alpha_dpo, {"alpha": 0.3}, lambda u: (u**0.7 - 0.7 * u - 0.3) / (0.3 * -0.7)),
+        (alpha_divergence_dpo, {"alpha": 0.3}, lambda u: (u**0.7 - 0.7 * u - 0.3) / (0.3 * -0.7)),
     ],
     ids=["forward_kl", "js", "alpha"],
 )
@@ -204,10 +217,10 @@ def test_rewards_are_the_derivative_of_the_divergence(function, options, f):
     torch.testing.assert_close(rewards, 0.4 * (slope - at_one))
 
 
-def test_alpha_dpo_lies_between_dpo_and_forward_kl_dpo():
+def test_alpha_divergence_dpo_lies_between_dpo_and_forward_kl_dpo():
     models = drawn(0), drawn(1)
-    torch.testing.assert_close(alpha_dpo(*models, alpha=1e-9).losses, dpo(*models).losses)
-    torch.testing.assert_close(alpha_dpo(*models, alpha=1 - 1e-9).losses, forward_kl_dpo(*models).losses)
+    torch.testing.assert_close(alpha_divergence_dpo(*models, alpha=1e-9).losses, dpo(*models).losses)
+    torch.testing.assert_close(alpha_divergence_dpo(*models, alpha=1 - 1e-9).losses, forward_kl_dpo(*models).losses)
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
@@ -232,11 +245,15 @@ def test_a_response_that_the_policy_excludes_still_pulls():
 
 
 REFUSED = [
-    (cdpo, {"eps": 0.0}, "eps=0.0 must lie strictly between 0 and 0.5; eps=0 is objective=dpo"),
-    (robust_dpo, {"eps": 0.5}, "eps=0.5 must lie strictly between 0 and 0.5"),
-    (exo, {"eps": 0.0}, "eps=0.0 must lie strictly between 0 and 0.5"),
+    (
+        cdpo,
+        {"label_smoothing": 0.0},
+        "label_smoothing=0.0 must lie strictly between 0 and 0.5; label_smoothing=0 is objective=dpo",
+    ),
+    (robust_dpo, {"label_smoothing": 0.5}, "label_smoothing=0.5 must lie strictly between 0 and 0.5"),
+    (exo, {"label_smoothing": 0.0}, "label_smoothing=0.0 must lie strictly between 0 and 0.5"),
     (discopop, {"tau": 1.5}, "tau=1.5 must be at most 1"),
-    (alpha_dpo, {"alpha": 1.0}, "1 is objective=forward_kl_dpo"),
+    (alpha_divergence_dpo, {"alpha": 1.0}, "1 is objective=forward_kl_dpo"),
     (r_dpo, {"alpha": 0.0}, "alpha=0 is objective=dpo"),
     (dpo_positive, {"penalty": 0.0}, "penalty=0 is objective=dpo"),
     (simpo, {"gamma": 0.0}, "0 is objective=dpo_norm reference=none"),

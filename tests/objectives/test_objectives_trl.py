@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dpo_ref.objectives.interface import bind
+from dpo_ref.objectives.mix import mix
 from dpo_ref.objectives.pairwise import (
-    alpha_dpo,
+    alpha_divergence_dpo,
     apo_down,
     apo_zero,
     cdpo,
@@ -55,8 +57,8 @@ EQUAL = {
     dpo: ({"beta": 0.3}, {"loss_type": "sigmoid", "beta": 0.3}),
     hinge: ({"beta": 0.3}, {"loss_type": "hinge", "beta": 0.3}),
     ipo_mean: ({"tau": 0.3}, {"loss_type": "ipo", "beta": 0.3}),
-    robust_dpo: ({"beta": 0.3, "eps": 0.2}, {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2}),
-    exo: ({"beta": 0.3, "eps": 0.01}, {"loss_type": "exo_pair", "beta": 0.3, "label_smoothing": 0.01}),
+    robust_dpo: ({"beta": 0.3, "label_smoothing": 0.2}, {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2}),
+    exo: ({"beta": 0.3, "label_smoothing": 0.01}, {"loss_type": "exo_pair", "beta": 0.3, "label_smoothing": 0.01}),
     nca: ({"beta": 0.3}, {"loss_type": "nca_pair", "beta": 0.3}),
     sppo: ({"beta": 0.3}, {"loss_type": "sppo_hard", "beta": 0.3}),
     apo_zero: ({"beta": 0.3}, {"loss_type": "apo_zero", "beta": 0.3}),
@@ -75,10 +77,22 @@ def test_value_and_gradient_equal_dpo_trainers(function):
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_alpha_dpo_is_trls_with_one_minus_alpha():
+def test_a_mixture_is_trls_list_of_losses():
+    """Its "sft" is a mean over all chosen tokens, ours over pairs: equal where it is left out, or of one pair."""
+    leaf, ref_chosen, ref_rejected = token_logps(torch.float64)
+    parts = [bind(dpo, beta=0.3), bind(robust_dpo, beta=0.3, label_smoothing=0.2), bind(apo_zero, beta=0.3)]
+    models = pairs(*leaf.sum(1).chunk(2)), pairs(ref_chosen, ref_rejected)
+    losses = [part.function(*models).losses for part in parts]
+    ours = mix(losses, weights=[0.8, 0.2, 1.3]).mean()
+    trls = {"beta": 0.3, "label_smoothing": 0.2, "loss_weights": (0.8, 0.2, 1.3)}
+    theirs = dpo_loss(leaf, LENGTHS, ref_chosen, ref_rejected, loss_type=["sigmoid", "robust", "apo_zero"], **trls)
+    torch.testing.assert_close(value_and_gradient(ours, leaf), value_and_gradient(theirs, leaf))
+
+
+def test_alpha_divergence_dpo_is_trls_with_one_minus_alpha():
     """TRL's (u^(a - 1) - 1) / (a - 1) is our (1 - u^-alpha) / alpha at a = 1 - alpha; it knows no float64 there."""
     trls = f_divergence("alpha_divergence", f_alpha_divergence_coef=0.7)
-    ours, theirs = ours_and_trls(alpha_dpo, {"beta": 0.3, "alpha": 0.3}, trls, dtype=torch.float32)
+    ours, theirs = ours_and_trls(alpha_divergence_dpo, {"beta": 0.3, "alpha": 0.3}, trls, dtype=torch.float32)
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
 
 
@@ -86,14 +100,14 @@ def test_sigmoid_ignores_label_smoothing_where_cdpo_does_not():
     trls = {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": 0.2}
     ours, theirs = ours_and_trls(dpo, {"beta": 0.3}, trls)
     torch.testing.assert_close(ours, theirs)
-    smoothed, theirs = ours_and_trls(cdpo, {"beta": 0.3, "eps": 0.2}, trls)
+    smoothed, theirs = ours_and_trls(cdpo, {"beta": 0.3, "label_smoothing": 0.2}, trls)
     assert not torch.allclose(smoothed[0], theirs[0], rtol=1e-3)
 
 
 def test_cdpo_is_the_smoothed_aot_of_a_single_pair():
     """AOT sorts log-ratios over the batch; of one pair there is nothing to sort, and its smoothing is cDPO's."""
     leaf, ref_chosen, ref_rejected = token_logps(torch.float64)
-    ours = cdpo(pairs(*leaf.sum(1).chunk(2)), pairs(ref_chosen, ref_rejected), beta=0.3, eps=0.2).losses
+    ours = cdpo(pairs(*leaf.sum(1).chunk(2)), pairs(ref_chosen, ref_rejected), beta=0.3, label_smoothing=0.2).losses
     for i in range(NUM_PAIRS):
         both = [i, i + NUM_PAIRS]
         single = (leaf[both], LENGTHS.new_tensor([9, 9]), ref_chosen[i : i + 1], ref_rejected[i : i + 1])

@@ -11,8 +11,9 @@ from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
 from dpo_ref.models import checkpoint, logps
 from dpo_ref.objectives.interface import bind
+from dpo_ref.objectives.mix import mix
 from dpo_ref.objectives.pairwise import aot, beta_dpo, dpo, ld_dpo, wpo
-from dpo_ref.objectives.unpaired import bco, kto
+from dpo_ref.objectives.unpaired import bco, kto, sft
 from dpo_ref.references.policies import LiveReference
 from dpo_ref.training.optim import adamw, optimisation
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
@@ -106,7 +107,21 @@ def wpo_loss(ours, theirs, policy, groups):
     return (torch.stack(weights) * F.softplus(-BETA * (chosen - rejected))).mean()
 
 
+def mix_loss(ours, theirs, policy, groups):
+    """Of the responses' losses a pair has two; the likelihood is the chosen response's mean over its tokens."""
+    both = aot_loss(ours, theirs, policy, groups), bco_loss(ours, theirs, policy, groups)
+    likelihood = torch.stack([-chosen.mean() for chosen, _ in ours]).mean()
+    return 0.7 * both[0] + 0.2 * 2 * both[1] + 0.4 * 2 * kto_loss(ours, theirs, policy, groups) + 1.5 * likelihood
+
+
+MIXED = [
+    bind(aot, beta=BETA),
+    bind(bco, beta=BETA),
+    bind(kto, beta=BETA, desirable_weight=1.5, undesirable_weight=0.5),
+    bind(sft),
+]
 WRITTEN_OUT = {
+    "mix": (bind(mix, parts=MIXED, weights=[0.7, 0.2, 0.4, 1.5]), mix_loss),
     "aot": (bind(aot, beta=BETA), aot_loss),
     "beta_dpo": (bind(beta_dpo, beta=BETA, alpha=0.6, momentum=0.9), beta_dpo_loss),
     "kto": (bind(kto, beta=BETA, desirable_weight=1.5, undesirable_weight=0.5), kto_loss),
@@ -142,7 +157,7 @@ def test_loss_and_gradient_of_the_whole_batch(case, packing, tokens_per_chunk, m
         torch.testing.assert_close(ours.grad, theirs, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["aot", "kto", "bco", "beta_dpo"])
+@pytest.mark.parametrize("name", ["aot", "kto", "bco", "beta_dpo", "mix"])
 def test_held_out_data_is_one_batch_and_leaves_the_running_statistic(name):
     objective = WRITTEN_OUT[name][0]
     objective.running.update(mean_margin=torch.tensor(M0, dtype=torch.float64))
@@ -196,4 +211,4 @@ def test_what_nothing_declares_is_not_computed(monkeypatch):
         packs = PACKINGS["several packs"](list(groups_for(objective, GROUPS)))
         backward(policy_of(policy), reference(), objective, packs)
         counts[name] = len(passes) / len(packs)
-    assert counts == {"dpo": 1, "aot": 2, "beta_dpo": 2, "kto": 2.25, "bco": 2, "ld_dpo": 1, "wpo": 2}
+    assert counts == {"mix": 3.25, "dpo": 1, "aot": 2, "beta_dpo": 2, "kto": 2.25, "bco": 2, "ld_dpo": 1, "wpo": 2}

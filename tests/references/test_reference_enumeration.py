@@ -12,6 +12,7 @@ from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references import policies
+from dpo_ref.references.interface import tempered
 from dpo_ref.references.mixture import mixture
 from dpo_ref.references.policies import adapter_base, moving
 from dpo_ref.types import TokenGroup, digest
@@ -106,6 +107,14 @@ KINDS = {
     "geometric mixture": (
         lambda c: mixture(c, parts=PARTS, weights=WEIGHTS, mean="geometric"),
         lambda: (SHARES * parts()).sum(0),
+    ),
+    "initial, tempered": (
+        lambda c: tempered(policies.initial(c), strength=0.4),
+        lambda: 0.4 * tree(model(0), PROMPT),
+    ),
+    "mixture of a tempered part": (
+        lambda c: mixture(c, parts=[PARTS[0] | {"strength": 2.0}, PARTS[2]], mean="geometric"),
+        lambda: tree(model(0), PROMPT) + tree(model(0), [BEGIN]) / 2,
     ),
     "uniform_token": (
         policies.uniform_token,

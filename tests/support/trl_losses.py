@@ -23,9 +23,10 @@ def completion_mask(lengths):
     return ((positions >= PROMPT) & (positions < PROMPT + lengths[:, None])).long()
 
 
-def dpo_trainer(loss_type, discopop_tau=0.05, **options):
+def dpo_trainer(loss_type, discopop_tau=0.05, loss_weights=(1.0,), **options):
     trainer = object.__new__(DPOTrainer)
-    state = DEFAULTS | options | {"loss_types": [loss_type], "loss_weights": [1.0]}
+    loss_types = [loss_type] if isinstance(loss_type, str) else loss_type
+    state = DEFAULTS | options | {"loss_types": loss_types, "loss_weights": list(loss_weights)}
     state |= {"precompute_ref_logps": True, "aux_loss_enabled": False}
     state |= {"args": SimpleNamespace(discopop_tau=discopop_tau), "model": SimpleNamespace(training=True)}
     state |= {"accelerator": ACCELERATOR, "_total_train_tokens": 0, "_tp_size": 1}
