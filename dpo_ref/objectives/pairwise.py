@@ -1,8 +1,8 @@
 """Objectives on pairs: a chosen response and a rejected one.
 
 Most are functions of implicit rewards, beta (log pi - log pi_ref) of each response, and a loss of their margin. They
-differ in the function, in what the reward is of (divergence, length, tokens), in whether it looks at more than the
-margin (anchored), at other pairs (coupled), or at no reference.
+differ in the function, in what the reward is of (divergence, length, tokens), and in whether it looks at more than the
+margin (anchored). Those that look at other pairs are in `coupled.py`, those at no reference in `reference_free.py`.
 """
 
 import math
@@ -11,16 +11,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from dpo_ref.component import component
 from dpo_ref.objectives.interface import (
-    BatchLogps,
     Compared,
     KLStrength,
     Preference,
-    Running,
     TokenPairLogps,
     positive,
 )
@@ -374,130 +371,6 @@ def apo_down(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1)
     positive(beta=beta)
     rewards = log_ratio_rewards(policy, reference, beta)
     return rewards.with_losses(rewards.chosen.sigmoid() + (-rewards.margins).sigmoid())
-
-
-# --- coupled
-# The loss of a pair depends on the other pairs of the optimiser batch, which are held fixed.
-
-
-def aot(
-    policy: PairLogps, reference: PairLogps, whole: BatchLogps[PairLogps], *, beta: KLStrength = 0.1
-) -> Preference:
-    """-log sigmoid(beta (h - h_ref)), h = log pi(chosen) - log pi(rejected) of the policy and h_ref that of the
-    reference for the pair of the same rank (paired AOT, arXiv:2406.05882).
-
-    Ranks are over the optimiser batch: sorted policy margins are compared with sorted reference margins, so that the
-    one distribution comes to dominate the other. Sorting is a permutation, so the gradient is that of the sorted loss.
-    Rewards are dpo's, sums over the response; not a function of their margin. TRL: loss_type="aot".
-    """
-    positive(beta=beta)
-    ranks = (whole.policy.chosen - whole.policy.rejected).argsort(stable=True).argsort()
-    theirs = (whole.reference.chosen - whole.reference.rejected).sort().values
-    gap = policy.chosen - policy.rejected - theirs[ranks[whole.here]]
-    return log_ratio_rewards(policy, reference, beta).with_losses(-F.logsigmoid(beta * gap))
-
-
-def _mean_margin(whole: BatchLogps[PairLogps], beta: float) -> Float[Tensor, ""]:
-    return log_ratio_rewards(whole.policy, whole.reference, beta).margins.mean()
-
-
-def _advance(running: Running, whole: BatchLogps[PairLogps], *, beta: float = 0.1, momentum: float = 0.9) -> Running:
-    mean = _mean_margin(whole, beta)
-    return {"mean_margin": momentum * running.get("mean_margin", 0 * mean) + (1 - momentum) * mean}
-
-
-@component(advance=_advance)
-def beta_dpo(
-    policy: PairLogps,
-    reference: PairLogps,
-    whole: BatchLogps[PairLogps],
-    running: Running,
-    *,
-    beta: KLStrength = 0.1,
-    alpha: float = 0.6,
-    momentum: float = 0.9,
-    min_beta: float = 0.001,
-) -> Preference:
-    """-log sigmoid(margin), rewards b log(pi/pi_ref) with b = max(min_beta, beta (1 + alpha (M - M0))) (beta-DPO,
-    arXiv:2407.08639, section 4.1).
-
-    M is the mean margin of the optimiser batch at strength `beta`, M0 its moving average over steps: M0 <- momentum M0
-    + (1 - momentum) M, from 0, before it is used, as in the authors' code, whose M lacks the factor `beta` (its a is
-    alpha beta here). Batches with larger margins than usual get a larger b; b is held fixed. Without the paper's
-    random filter of pairs. On held-out data the batch is all of it, and M0 stays.
-    """
-    positive(beta=beta, alpha=alpha, min_beta=min_beta)
-    between(0.0, 1.0, momentum=momentum)
-    gap = _mean_margin(whole, beta) - running.get("mean_margin", 0.0)
-    strength = (beta * (1 + alpha * gap)).clamp(min=min_beta)
-    rewards = Rewards(*(strength * ratio for ratio in log_ratios(policy, reference)))
-    return rewards.with_losses(-F.logsigmoid(rewards.margins))
-
-
-# --- without a reference: on the policy's own log-probabilities
-
-
-def simpo(policy: PairLogps, *, beta: KLStrength = 2.0, gamma: float = 1.0) -> Preference:
-    """-log sigmoid(margin - gamma), rewards beta log pi per token of the response (SimPO, arXiv:2405.14734).
-
-    `gamma` is the margin that the rewards should reach, in units of reward; authors and HALOs configure gamma / beta.
-    TRL: CPOTrainer with loss_type="simpo", simpo_gamma=gamma, cpo_alpha=0; HALOs: simpo.
-    """
-    positive(beta=beta)
-    if not 0 < gamma < float("inf"):
-        raise ValueError(f"gamma={gamma} must be positive and finite; 0 is objective=dpo_norm reference=none")
-    rewards = Rewards(beta * policy.chosen / policy.chosen_lengths, beta * policy.rejected / policy.rejected_lengths)
-    return rewards.with_losses(-F.logsigmoid(rewards.margins - gamma))
-
-
-@component(fits_chosen=True)
-def cpo(policy: PairLogps, *, beta: KLStrength = 0.1, alpha: float = 1.0) -> Preference:
-    """-log sigmoid(beta (log pi_w - log pi_l)) - alpha log pi_w / length (CPO, arXiv:2401.08417, eq. 3).
-
-    Rewards are beta log pi, summed over the response; the second term is the chosen response's mean token negative
-    log-likelihood, of weight `alpha`, so the loss is not a function of the margin alone. TRL: CPOTrainer with
-    loss_type="sigmoid", cpo_alpha=alpha, whose likelihood term is a mean over all chosen tokens of the micro-batch
-    instead of one per pair.
-    """
-    positive(beta=beta)
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha={alpha} must be positive and finite; alpha=0 is objective=dpo reference=none")
-    rewards = Rewards(beta * policy.chosen, beta * policy.rejected)
-    return rewards.with_losses(-F.logsigmoid(rewards.margins) - alpha * policy.chosen / policy.chosen_lengths)
-
-
-def _log_odds(sums: Float[Tensor, " B"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """log(p / (1 - p)) of p = exp(mean token log-prob), bounded where p rounds to 1."""
-    surprisal = (-sums / lengths).clamp(min=torch.finfo(sums.dtype).eps)
-    return -surprisal - torch.log(-torch.expm1(-surprisal))
-
-
-@component(fits_chosen=True)
-def orpo(policy: PairLogps, *, weight: float = 0.1) -> Preference:
-    """-log pi_w / length - weight log sigmoid(log odds_w - log odds_l) (ORPO, arXiv:2403.07691, eq. 4 and 7).
-
-    odds = p / (1 - p) with p = exp(mean token log-prob). Rewards are the log odds; the likelihood term keeps the loss
-    from being a function of their margin alone. `weight` is lambda of the paper and `beta` of TRL's ORPOTrainer; it
-    binds the policy to nothing, so it is no strength of a KL constraint. The likelihood is of the response, a mean per
-    pair; TRL's is of prompt and response, over all tokens of the micro-batch.
-    """
-    positive(weight=weight)
-    rewards = Rewards(
-        _log_odds(policy.chosen, policy.chosen_lengths), _log_odds(policy.rejected, policy.rejected_lengths)
-    )
-    likelihood = policy.chosen / policy.chosen_lengths
-    return rewards.with_losses(-likelihood - weight * F.logsigmoid(rewards.margins))
-
-
-def unlikelihood(policy: PairLogps, *, alpha: float = 0.1) -> Preference:
-    """-log pi_w + alpha log pi_l, summed over each response: the DPO paper's unlikelihood baseline (arXiv:2305.18290).
-
-    Rewards are log pi, summed over the response; with alpha below 1 the loss is not a function of their margin. It has
-    no lower bound. `alpha` in (0, 1].
-    """
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha={alpha} must lie in (0, 1]; alpha=0 only fits the chosen response: objective=sft")
-    return Rewards(policy.chosen, policy.rejected).with_losses(alpha * policy.rejected - policy.chosen)
 
 
 # --- reward models: a scalar head on the model, fitted to which response of a pair is the better one

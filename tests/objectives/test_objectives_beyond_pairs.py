@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from dpo_ref.cli import schemas
 from dpo_ref.models.logps import Head, token_collisions
 from dpo_ref.objectives import interface
+from dpo_ref.objectives.coupled import aot, beta_dpo
 from dpo_ref.objectives.interface import BatchLogps, Mismatched, Preference, TokenPairLogps, bind, probe_inputs
-from dpo_ref.objectives.pairwise import aot, beta_dpo, cpo, dpo, ld_dpo, orpo, simpo, wpo
+from dpo_ref.objectives.pairwise import dpo, ld_dpo, wpo
 from dpo_ref.objectives.policy_gradient import rwr
+from dpo_ref.objectives.reference_free import cpo, orpo, simpo
 from dpo_ref.objectives.unpaired import bco, kto, sft
 from dpo_ref.types import PairLogps, ResponseLogps
 

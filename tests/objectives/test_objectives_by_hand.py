@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_ref.cli import schemas
-from dpo_ref.objectives import pairwise
+from dpo_ref.objectives import pairwise, reference_free
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import dpo_per_byte, dpo_positive, wpo
 from dpo_ref.types import PairLogps
@@ -69,15 +69,15 @@ BY_HAND = {  # options; loss; rewards
     pairwise.nca: ({"beta": 0.5}, up(1) + up(-1) / 2 + up(0.5) / 2, 1, -0.5),
     pairwise.apo_zero: ({"beta": 0.5}, sigmoid(-1) + sigmoid(-0.5), 1, -0.5),
     pairwise.apo_down: ({"beta": 0.5}, sigmoid(1) + sigmoid(-1.5), 1, -0.5),
-    pairwise.simpo: ({"beta": 28.0, "gamma": 1.0}, up(3 - 1), -21, -24),
-    pairwise.cpo: ({"beta": 0.5, "alpha": 2.0}, up(1.5) + 2 * 3 / 4, -1.5, -3),
-    pairwise.orpo: (
+    reference_free.simpo: ({"beta": 28.0, "gamma": 1.0}, up(3 - 1), -21, -24),
+    reference_free.cpo: ({"beta": 0.5, "alpha": 2.0}, up(1.5) + 2 * 3 / 4, -1.5, -3),
+    reference_free.orpo: (
         {"weight": 0.3},
         3 / 4 + 0.3 * math.log(1 + ODDS[1] / ODDS[0]),
         math.log(ODDS[0]),
         math.log(ODDS[1]),
     ),
-    pairwise.unlikelihood: ({"alpha": 0.25}, 3 - 0.25 * 6, -3, -6),
+    reference_free.unlikelihood: ({"alpha": 0.25}, 3 - 0.25 * 6, -3, -6),
 }
 
 

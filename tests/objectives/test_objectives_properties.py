@@ -13,7 +13,6 @@ from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import (
     alpha_divergence_dpo,
     cdpo,
-    cpo,
     discopop,
     dpo,
     dpo_norm,
@@ -27,13 +26,11 @@ from dpo_ref.objectives.pairwise import (
     ipo_sum,
     js_dpo,
     nca,
-    orpo,
     r_dpo,
     robust_dpo,
-    simpo,
     sppo,
-    unlikelihood,
 )
+from dpo_ref.objectives.reference_free import cpo, orpo, simpo, unlikelihood
 from dpo_ref.types import PairLogps
 
 EVERY = {path.stem: schemas.locate(target) for path, target in schemas.groups()["objective"].items()}

@@ -11,7 +11,6 @@ from dpo_ref.objectives.pairwise import (
     apo_down,
     apo_zero,
     cdpo,
-    cpo,
     discopop,
     dpo,
     dpo_norm,
@@ -22,11 +21,10 @@ from dpo_ref.objectives.pairwise import (
     ipo_sum,
     js_dpo,
     nca,
-    orpo,
     robust_dpo,
-    simpo,
     sppo,
 )
+from dpo_ref.objectives.reference_free import cpo, orpo, simpo
 from tests.support.trl_losses import (
     LENGTHS,
     NUM_PAIRS,

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from dpo_ref.objectives.coupled import aot, beta_dpo
 from dpo_ref.objectives.interface import BatchLogps, Mismatched, TokenPairLogps
-from dpo_ref.objectives.pairwise import aot, beta_dpo, dpo, ld_dpo, wpo
+from dpo_ref.objectives.pairwise import dpo, ld_dpo, wpo
 from dpo_ref.objectives.unpaired import bco, kto
 from dpo_ref.types import ResponseLogps
 from tests.support.trl_losses import (

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
 from dpo_ref.models import checkpoint, logps
+from dpo_ref.objectives.coupled import aot, beta_dpo
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.mix import mix
-from dpo_ref.objectives.pairwise import aot, beta_dpo, dpo, ld_dpo, wpo
+from dpo_ref.objectives.pairwise import dpo, ld_dpo, wpo
 from dpo_ref.objectives.unpaired import bco, kto, sft
 from dpo_ref.references.policies import LiveReference
 from dpo_ref.training.optim import adamw, optimisation

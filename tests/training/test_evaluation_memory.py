@@ -9,8 +9,9 @@ from dpo_ref.data import packing
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import WindowedPacks, pack
 from dpo_ref.models.loading import Policy
+from dpo_ref.objectives.coupled import aot, beta_dpo
 from dpo_ref.objectives.interface import bind
-from dpo_ref.objectives.pairwise import aot, beta_dpo, dpo
+from dpo_ref.objectives.pairwise import dpo
 from dpo_ref.objectives.unpaired import bco, kto
 from dpo_ref.references.policies import LiveReference
 from dpo_ref.training.rounds import groups_for

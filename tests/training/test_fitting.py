@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from dpo_ref.data.groups import TokenGroups, from_groups
 from dpo_ref.data.packing import collate
+from dpo_ref.objectives.coupled import aot
 from dpo_ref.objectives.interface import bind
-from dpo_ref.objectives.pairwise import aot, dpo
+from dpo_ref.objectives.pairwise import dpo
 from dpo_ref.objectives.policy_gradient import rwr
 from dpo_ref.objectives.unpaired import bco, kto, sft
 from dpo_ref.training.rounds import WithMismatched, groups_for

@@ -17,7 +17,7 @@ from dpo_ref.data.sources import preferences
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.models.attention import REGISTERED
 from dpo_ref.models.loading import load_model, load_tokenizer
-from dpo_ref.objectives import pairwise, unpaired
+from dpo_ref.objectives import pairwise, reference_free, unpaired
 from dpo_ref.objectives.interface import bind
 from dpo_ref.references import policies
 from dpo_ref.training.optim import adamw, optimisation
@@ -35,7 +35,7 @@ OBJECTIVES = {
     "dpo": bind(pairwise.dpo, beta=BETA["dpo"]),
     "ipo_sum": bind(pairwise.ipo_sum, tau=BETA["ipo_sum"]),
     "hinge": bind(pairwise.hinge, beta=BETA["hinge"]),
-    "simpo": bind(pairwise.simpo, beta=BETA["simpo"]),
+    "simpo": bind(reference_free.simpo, beta=BETA["simpo"]),
     "sft": bind(unpaired.sft),
 }
 
