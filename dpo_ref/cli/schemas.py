@@ -127,6 +127,7 @@ class TrainSchema:
     tracking: Any = MISSING
     evaluation: Any = None  # while training
     bandit: Any = None  # instead of a language model
+    recipe: Any = None  # a chain of runs instead of one
     beta: float | None = None
     seed: int = 0
     device: str = "auto"
@@ -134,6 +135,7 @@ class TrainSchema:
     resume: str | None = None
     trust: Annotated[Any, "an address, a variable's name, or a list of these"] = None  # no group
     stage: str = "train"
+    export_to: str | None = None  # of stage=cache_reference
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     degeneration: Thresholds = field(default_factory=Thresholds)
 

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +15,7 @@ from dpo_ref.cli.bandit import run_bandit
 from dpo_ref.cli.build import NUM_SAMPLES, SAMPLE_TOKENS, Built, build, cache_reference, report_data
 from dpo_ref.cli.check import check_run
 from dpo_ref.cli.command_line import ON_QUESTIONS, script
+from dpo_ref.cli.recipes import RECORD, Recipe, recipe_in, recipe_of, run_recipe
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
     Job,
@@ -217,6 +219,8 @@ def _bandit(cfg: DictConfig, job: Job, run: RunConfig) -> None:
 def run_job(cfg: DictConfig, job: Job) -> Ended:
     """Run one job and say how it ended. Never raises for what a user can put right."""
     try:
+        if recipe := _recipe(cfg, job):
+            return Ended(run_recipe(recipe, job.choices["tracking"]))
         cfg = cfg if cfg.resume else completed(cfg, job)
         left = left_by_sweep(cfg, job)
         if left is None:
@@ -230,6 +234,20 @@ def run_job(cfg: DictConfig, job: Job) -> Ended:
     except Exception as error:
         print(without_keys(traceback.format_exc()), file=sys.stderr)
         return Ended(1, in_words(error))
+
+
+def _recipe(cfg: DictConfig, job: Job) -> Recipe | None:
+    """The chain of runs that is asked for, or gone on with, if it is one."""
+    folder = Path(cfg.resume or "").expanduser()
+    if cfg.resume and (folder / RECORD).is_file():
+        return recipe_in(folder, job.overrides)
+    if cfg.get("recipe") is None:
+        return None
+    if job.sweep is not None:
+        raise ValueError("a recipe is a chain of runs, and no job of a multirun: type one command for each value")
+    if cfg.stage != "train":
+        raise ValueError(f"stage={cfg.stage} has no place in a recipe; leave recipe out, or stage")
+    return recipe_of(cfg, job.choices["recipe"], job.directory, job.overrides)
 
 
 def _run_here(cfg: DictConfig, job: Job) -> Ended:
