@@ -141,6 +141,7 @@ BEGIN, END = (
     "<!-- written by python -m dpo_ref.cli.docs_tables references -->",
     "<!-- end of what is written by it -->",
 )
+SAMPLED = "data=on_policy"
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -188,6 +189,8 @@ def table() -> str:
     rows = []
     for path in sorted(CONF.glob("reference/*.yaml")):
         for words in commands(path):
+            if SAMPLED in words:
+                continue  # which objectives go with such data is not the reference's matter
             overrides = [word for word in words if not word.startswith(("beta=", "data", "stage", "optim"))]
             command = " ".join(word for word in overrides if word.startswith(("reference=", "reference.mean")))
             rows.append(_row(command, compose_command(overrides)[0], path.stem, objectives, with_one))

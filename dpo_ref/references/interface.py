@@ -61,6 +61,9 @@ class Reference(ABC):
     def update(self, policy: nn.Module, step: int, made: Bool[Tensor, ""]) -> None:  # noqa: B027
         """Move towards the policy after optimiser step `step`, unless its update was not made."""
 
+    def begin_round(self, policy: nn.Module) -> None:  # noqa: B027
+        """Look at the policy as a round of training begins, before its first step."""
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold for the run to go on; empty unless the reference moves."""
         return {}
@@ -104,6 +107,10 @@ class Tempered(Reference):
     def update(self, policy: nn.Module, step: int, made: Bool[Tensor, ""]) -> None:
         """Move the whole reference."""
         self._whole.update(policy, step, made)
+
+    def begin_round(self, policy: nn.Module) -> None:
+        """Let the whole reference look at the policy."""
+        self._whole.begin_round(policy)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """That of the whole reference."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from dpo_ref.component import RunPlan, component
+from dpo_ref.component import RunPlan, component, configuration
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.groups import MappedGroups
 from dpo_ref.models.adapters import adapter_off, changes_something, copy_of_trained
@@ -284,15 +284,14 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
 # --- references that follow the policy: the trust-region methods of TR-DPO (arXiv:2404.09656)
 
 
-class MovingReference(Reference):
-    """A copy of the policy that takes a step of `share` towards it every `every` optimiser steps. It has weights of
-    its own where they are trained: of an adapter's policy the adapter's, on the policy's base."""
+class FollowingReference(Reference):
+    """A copy of the policy that goes after it. It has weights of its own where they are trained: of an adapter's
+    policy the adapter's, on the policy's base."""
 
-    name = "moving"
     notes = ("reference: it moves, so it is asked at every step and nothing is cached",)
 
-    def __init__(self, model: nn.Module, identity: str, weights: str, share: float, every: int) -> None:
-        self.identity, self.weights, self.share, self.every = identity, weights, share, every
+    def __init__(self, name: str, model: nn.Module, identity: str, weights: str) -> None:
+        self.name, self.identity, self.weights = name, identity, weights
         self._own = {name for name, weight in model.named_parameters() if weight.requires_grad}
         self._model = model.eval().requires_grad_(False)
 
@@ -306,22 +305,16 @@ class MovingReference(Reference):
         """A forward pass of the copy as it is now."""
         return response_logps(self._model, batch)
 
-    @torch.no_grad()
-    def update(self, policy: nn.Module, step: int, made: Bool[Tensor, ""]) -> None:
-        """reference <- share policy + (1 - share) reference, where the step is due and was made; that is decided on
-        the device."""
-        if step % self.every:
-            return
-        ours = dict(policy.named_parameters())
-        for name, weight in self.state_dict().items():
-            weight.copy_(torch.where(made, weight.lerp(ours[name], self.share), weight))
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def own_weights(self) -> dict[str, Tensor]:
         """The weights that the copy does not share with the policy."""
         return {name: weight.detach() for name, weight in self._model.named_parameters() if name in self._own}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The copy's own weights."""
+        return self.own_weights()
+
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the copy's weights from a checkpoint; what it shared until then it has for itself afterwards. Raises
         ValueError if they are another model's."""
         weights = dict(self._model.named_parameters())
@@ -332,32 +325,104 @@ class MovingReference(Reference):
             own = nn.Parameter(weights[name].detach().clone(), requires_grad=False)
             self._model.get_submodule(module).register_parameter(last, own)
         self._own = set(state)
-        for name, weight in self.state_dict().items():
+        for name, weight in self.own_weights().items():
             weight.copy_(state[name])
 
 
-def _check(share: float, every: int, cache: str, **_: Any) -> None:
+def due(step: int, every: int, burn_in: int) -> bool:
+    """Whether a reference that moves every `every` optimiser steps once `burn_in` are done moves after step `step`."""
+    return step > burn_in and (step - burn_in) % every == 0
+
+
+class MovingReference(FollowingReference):
+    """A copy of the policy that takes a step of `share` towards it every `every` optimiser steps after `burn_in`."""
+
+    def __init__(
+        self, model: nn.Module, identity: str, weights: str, share: float, every: int, burn_in: int = 0
+    ) -> None:
+        super().__init__("moving", model, identity, weights)
+        self.share, self.every, self.burn_in = share, every, burn_in
+
+    @torch.no_grad()
+    def update(self, policy: nn.Module, step: int, made: Bool[Tensor, ""]) -> None:
+        """reference <- share policy + (1 - share) reference, where the step is due and was made; that is decided on
+        the device."""
+        if not due(step, self.every, self.burn_in):
+            return
+        ours = dict(policy.named_parameters())
+        for name, weight in self.own_weights().items():
+            weight.copy_(torch.where(made, weight.lerp(ours[name], self.share), weight))
+
+
+class RoundReference(FollowingReference):
+    """The policy as it was when the round of training began."""
+
+    notes = ("reference: the policy at the beginning of each round, asked at every step; nothing is cached",)
+
+    @torch.no_grad()
+    def begin_round(self, policy: nn.Module) -> None:
+        """reference <- policy."""
+        ours = dict(policy.named_parameters())
+        for name, weight in self.own_weights().items():
+            weight.copy_(ours[name])
+
+
+def check_moving(kind: str, every: int, burn_in: int, cache: str) -> None:
+    """Raise ValueError for a reference that moves with a table, or at no steps."""
     if cache != "off":
         raise ValueError(
-            f"reference.cache={cache}: reference=moving changes while the policy is trained, so its log-probs cannot "
+            f"reference.cache={cache}: reference={kind} changes while the policy is trained, so its log-probs cannot "
             "be cached; leave reference.cache out"
         )
-    if not 0 < share <= 1:
-        raise ValueError(f"reference.share={share} must lie in (0, 1]: 1 replaces the reference by the policy")
     if every < 1:
         raise ValueError(f"reference.every={every} must be at least 1 optimiser step")
+    if burn_in < 0:
+        raise ValueError(f"reference.burn_in={burn_in} must be at least 0 optimiser steps")
 
 
-@component(check=_check)
-def moving(context: ReferenceContext, *, share: float = 0.6, every: int = 512, cache: str = "off") -> Reference:
+def _check_moving(share: float, every: int, burn_in: int, reset: str | None, cache: str, **_: Any) -> None:
+    check_moving("moving", every, burn_in, cache)
+    if not 0 < share <= 1:
+        raise ValueError(f"reference.share={share} must lie in (0, 1]: 1 replaces the reference by the policy")
+    for name, value in {"share": share, "every": every, "burn_in": burn_in}.items():
+        if reset is not None and value != configuration(moving)[name].default:
+            raise ValueError(
+                f"reference.{name}={value} has no effect with reference.reset={reset}, which replaces the reference "
+                "at the beginning of each round and leaves it as it is until the next; leave one of them out"
+            )
+
+
+def _check_rounds(objective: Objective, plan: RunPlan) -> None:
+    """Refuse a reference that is replaced each round where there is one round."""
+    reset, data = plan.components["reference"].options["reset"], plan.components["data"]
+    if reset is not None and data.hooks.rounds is None:
+        raise ValueError(
+            f"reference.reset={reset} replaces the reference at the beginning of each round, and data={data.name} has "
+            "one; use data=on_policy, or leave it out: reference.share and reference.every say how it moves"
+        )
+
+
+@component(check=_check_moving, check_run=_check_rounds)
+def moving(
+    context: ReferenceContext,
+    *,
+    share: float = 0.6,
+    every: int = 512,
+    burn_in: int = 0,
+    reset: Literal["round"] | None = None,
+    cache: str = "off",
+) -> Reference:
     """The policy as it was, following it as it is trained (arXiv:2404.09656).
 
-    Every `every` optimiser steps reference <- share policy + (1 - share) reference: `share=1` is the paper's hard
-    update, a share between its soft one; `every=1` with a small share is an exponential moving average. Its
-    log-probs are computed at every step: `cache` can only be off.
+    Once `burn_in` optimiser steps are done, every `every` further ones reference <- share policy + (1 - share)
+    reference: `share=1` is the paper's hard update, a share between its soft one; `every=1` with a small share is an
+    exponential moving average. `reset=round` makes it the policy at the beginning of each round of data=on_policy
+    instead, as in iterative DPO (SPPO, arXiv:2405.00675). Its log-probs are computed at every step: `cache` can only
+    be off.
     """
-    weights = context.policy.weights
-    identity = digest(
-        [identity_of(context.policy.model, weights, context.policy.text_identity), "moving", share, every]
-    )
-    return MovingReference(copy_of_trained(context.policy.model), identity, weights, share, every)
+    weights, model = context.policy.weights, copy_of_trained(context.policy.model)
+    initially = identity_of(context.policy.model, weights, context.policy.text_identity)
+    if reset is not None:
+        return RoundReference("moving", model, digest([initially, "moving", reset]), weights)
+    later = [burn_in] if burn_in else []  # without one the identity is that of runs from before it could be said
+    return MovingReference(model, digest([initially, "moving", share, every, *later]), weights, share, every, burn_in)

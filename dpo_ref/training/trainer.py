@@ -249,14 +249,18 @@ def train(
     moments nor a reference that moves. Whoever reads that its update was not made restores what it began from
     (`Step.before`) and has the state before it, though the next step was begun. No other round is made after it.
 
-    The data's order is a function of seed and step alone, so a resumed run sees what the uninterrupted one saw. Raises
-    ValueError where policy and reference are the same weights and yet give other log-probs (`step_zero`).
+    The data's order is a function of seed and step alone, so a resumed run sees what the uninterrupted one saw; the
+    reference looks at the policy before the first step of each round. Raises ValueError where policy and reference are
+    the same weights and yet give other log-probs (`step_zero`).
     """
     if first_step == 0:
         objective.running.clear()
     started, made = time.perf_counter(), torch.ones((), dtype=torch.bool, device=policy.device)
     for current in rounds.after(first_step):
-        of_round = current.metrics if first_step <= current.begin else {}  # told once, whoever resumes in the middle
+        begins = first_step <= current.begin  # else a run goes on in the middle of it
+        if begins:
+            reference.begin_round(policy.model)
+        of_round = current.metrics if begins else {}
         preparing = time.perf_counter() - started
         for step, groups in current.batches(first_step):
             policy.train()

@@ -12,6 +12,7 @@ from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references import policies
+from dpo_ref.references.bema import bema
 from dpo_ref.references.interface import tempered
 from dpo_ref.references.mixture import mixture
 from dpo_ref.references.policies import adapter_base, moving
@@ -77,6 +78,25 @@ def moved(context):
     return reference
 
 
+def averaged(context):
+    """beta = (1 + 3)^-1/2 and alpha = (1 + 3)^-1: three quarters of the way to the policy."""
+    reference = bema(context, bias_power=1.0, lag=1, multiplier=3.0, every=1)
+    reference.update(model(3), 1, torch.tensor(True))
+    return reference
+
+
+def reset(context):
+    reference = moving(context, reset="round")
+    reference.begin_round(model(3))
+    return reference
+
+
+def burning_in(context):
+    reference = moving(context, share=1.0, every=1, burn_in=1)
+    reference.update(model(3), 1, torch.tensor(True))
+    return reference
+
+
 def with_adapter(context, **options):
     AdapterOptions(lora_rank=2).put_on(context.policy.model)
     disturbed(context.policy.model)
@@ -98,6 +118,9 @@ KINDS = {
     "interpolate": (lambda c: policies.interpolate(c, path="3", share=0.3), lambda: tree(between(0.3), PROMPT)),
     "prior": (policies.prior, lambda: tree(model(0), [BEGIN])),
     "moving": (moved, lambda: tree(between(0.25), PROMPT)),
+    "moving, at a round's beginning": (reset, lambda: tree(model(3), PROMPT)),
+    "moving, in its burn-in": (burning_in, lambda: tree(model(0), PROMPT)),
+    "bema": (averaged, lambda: tree(between(0.75), PROMPT)),
     "adapter_base": (with_adapter, lambda: tree(model(0), PROMPT)),
     "adapter_base, live": (lambda c: with_adapter(c, cache="off"), lambda: tree(model(0), PROMPT)),
     "arithmetic mixture": (

@@ -28,7 +28,7 @@ def test_every_kind_is_described_and_has_its_command():
         ["reference=served", "reference.url=http://host:8000/v1", "reference.model=Qwen/Qwen3-32B",
          "reference.tokenizer=Qwen/Qwen3-32B"],
     ]  # fmt: skip
-    assert len(commands(CONF / "reference" / "moving.yaml")) == 3
+    assert len(commands(CONF / "reference" / "moving.yaml")) == 5
 
 
 def test_refusals_are_those_of_a_run():
