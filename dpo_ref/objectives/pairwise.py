@@ -2,7 +2,8 @@
 
 Most are functions of implicit rewards, beta (log pi - log pi_ref) of each response, and a loss of their margin. They
 differ in the function, in what the reward is of (divergence, length, tokens), and in whether it looks at more than the
-margin (anchored). Those that look at other pairs are in `coupled.py`, those at no reference in `reference_free.py`.
+margin (anchored). Those that look at other pairs are in `coupled.py`, those that look at rows' scores in `scored.py`,
+those without a reference in `reference_free.py`.
 """
 
 import math
@@ -58,13 +59,13 @@ def cdpo(
 
 
 def robust_dpo(
-    policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.01, label_smoothing: float = 0.1
+    policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, label_smoothing: float = 0.1
 ) -> Preference:
-    """[-(1 - s) log sigmoid(margin) + s log sigmoid(-margin)] / (1 - 2 s) (rDPO, arXiv:2403.00409, section 3.1).
+    """[-(1 - s) log sigmoid(margin) + s log sigmoid(-margin)] / (1 - 2 s) (rDPO, arXiv:2403.00409).
 
     Its mean over labels flipped with probability `label_smoothing`, s in (0, 0.5), is DPO's loss on clean labels.
-    Unbounded below for large margins. Rewards are dpo's, sums over the response. TRL: loss_type="robust", with the
-    same label_smoothing.
+    Unbounded below for large margins. Rewards are dpo's, sums over the response. Defaults are the paper's (section B
+    and 6) by TRL's account. TRL: loss_type="robust", with the same label_smoothing.
     """
     positive(beta=beta)
     between(0.0, 0.5, "label_smoothing=0 is objective=dpo", label_smoothing=label_smoothing)
@@ -106,7 +107,8 @@ def exo(
     """KL(q || p) of q = (sigmoid(margin), sigmoid(-margin)) from p = (1 - s, s) (EXO, arXiv:2402.00856, eq. 16).
 
     The reverse of the KL that cdpo minimises up to a constant; zero where sigmoid(margin) = 1 - s. Rewards are dpo's,
-    sums over the response. s is `label_smoothing`, as in TRL: loss_type="exo_pair".
+    sums over the response. s is `label_smoothing`, as in TRL: loss_type="exo_pair"; 0.001 is the paper's by TRL's
+    account, where the authors' code has log s = -10.
     """
     positive(beta=beta)
     between(0.0, 0.5, "the paper takes 0.001", label_smoothing=label_smoothing)
@@ -136,7 +138,7 @@ def discopop(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.05
 
 
 # --- log-ratios regressed onto targets
-# IPO and SPPO. No logistic function, so pairs already in order still pull.
+# IPO, SPPO and Cal-DPO: pairs already in order still pull.
 
 
 def ipo_sum(policy: PairLogps, reference: PairLogps, *, tau: KLStrength = 0.1) -> Preference:
@@ -158,8 +160,7 @@ def ipo_mean(policy: PairLogps, reference: PairLogps, *, tau: KLStrength = 0.1) 
     a given `tau` pulls far harder than in `ipo_sum`. TRL: loss_type="ipo", beta=tau; HALOs: ipo.
     """
     positive(tau=tau)
-    ratios = log_ratios(policy, reference)
-    rewards = Rewards(tau * ratios.chosen / policy.chosen_lengths, tau * ratios.rejected / policy.rejected_lengths)
+    rewards = Rewards(*(tau * ratio for ratio in per_token(log_ratios(policy, reference), policy)))
     return rewards.with_losses((rewards.margins / tau - 1 / (2 * tau)) ** 2)
 
 
@@ -167,12 +168,37 @@ def sppo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.001) -
     """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, r summed log-ratios (SPPO, arXiv:2405.00675, eq. 4.7).
 
     Hard labels: the chosen response wins with probability 1. `beta` is 1/eta of the paper, whose eta is 1000. Not a
-    function of the margin; rewards are beta r, with targets +1/2 and -1/2. TRL: loss_type="sppo_hard".
+    function of the margin; rewards are beta r, with targets +1/2 and -1/2. The authors' code takes half of it, with
+    win probabilities that a judge estimates for 1 and 0. TRL: loss_type="sppo_hard".
     """
     positive(beta=beta)
     rewards = log_ratio_rewards(policy, reference, beta)
-    losses = ((rewards.chosen - 0.5) / beta) ** 2 + ((rewards.rejected + 0.5) / beta) ** 2
-    return rewards.with_losses(losses)
+    return rewards.with_losses(_off_halves(rewards, beta))
+
+
+def _off_halves(rewards: "Rewards", beta: float) -> Float[Tensor, " B"]:
+    """Squared distances of log-ratios to where their rewards are +1/2 and -1/2, added up, in nats squared."""
+    return ((rewards.chosen - 0.5) / beta) ** 2 + ((rewards.rejected + 0.5) / beta) ** 2
+
+
+def cal_dpo(
+    policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.001, calibration_weight: float = 0.5
+) -> Preference:
+    """-log sigmoid(r_w - r_l) + weight [(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2], r summed log-ratios
+    (Cal-DPO, arXiv:2412.14516; the authors' code, loss_type "Cal-DPO").
+
+    DPO with sppo's targets: the second term says how large the rewards should be, where the first only says in which
+    order. No `beta` in the sigmoid, as there. `calibration_weight` 0.5 is their code's, and whether the paper has it
+    could not be confirmed. Rewards are beta r; not a function of their margin alone.
+    """
+    positive(beta=beta)
+    if not 0 < calibration_weight < float("inf"):
+        raise ValueError(
+            f"calibration_weight={calibration_weight} must be positive and finite; 0 is objective=dpo beta=1"
+        )
+    rewards = log_ratio_rewards(policy, reference, beta)
+    order = -F.logsigmoid(rewards.margins / beta)
+    return rewards.with_losses(order + calibration_weight * _off_halves(rewards, beta))
 
 
 # --- other divergences
@@ -231,6 +257,21 @@ def alpha_divergence_dpo(
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
+def chi_po(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.05) -> Preference:
+    """-log sigmoid(margin), rewards beta (u + log u - 1): DPO under KL and chi-squared together (chi-PO,
+    arXiv:2407.13399).
+
+    f(u) = u^2 / 2 + u log u, u = pi/pi_ref of whole responses: an ever larger ratio costs more than its logarithm,
+    against overoptimisation. exp is of log u clipped to [-88, 20], as published for experiments, so that beyond only
+    log u moves the policy; without the bound of margins at 2 R_max that the paper's theorems have. `beta` 0.05 is the
+    larger of the paper's two; both of these are second-hand.
+    """
+    positive(beta=beta)
+    ratios = log_ratios(policy, reference)
+    rewards = Rewards(*(beta * (torch.expm1(ratio.clamp(-88, 20)) + ratio) for ratio in ratios))
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
 # --- rewards that know how long a response is
 
 
@@ -242,8 +283,7 @@ def dpo_norm(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 5.0)
     loss.length_normalization, with rewards per 100 tokens.
     """
     positive(beta=beta)
-    ratios = log_ratios(policy, reference)
-    rewards = Rewards(beta * ratios.chosen / policy.chosen_lengths, beta * ratios.rejected / policy.rejected_lengths)
+    rewards = Rewards(*(beta * ratio for ratio in per_token(log_ratios(policy, reference), policy)))
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
@@ -268,6 +308,7 @@ def r_dpo(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.1, al
 
     The reward that DPO fits when the policy pays `alpha` for every token: a longer chosen response explains part of
     the preference by its length, and raises the policy less. Sums over the response, lengths in the policy's tokens.
+    The sign follows from that; the authors' code was not found, and some programs have the opposite one.
     """
     positive(beta=beta)
     if not 0 < alpha < float("inf"):
@@ -287,7 +328,7 @@ def ld_dpo(
     policy: TokenPairLogps, reference: TokenPairLogps, *, beta: KLStrength = 0.1, alpha: float = 0.5
 ) -> Preference:
     """-log sigmoid(margin), rewards beta log(pi/pi_ref) in which tokens beyond the shorter response's length count
-    `alpha` times (LD-DPO, arXiv:2409.06411, eq. 9).
+    `alpha` times (LD-DPO, arXiv:2409.06411).
 
     Policy and reference alike, as in TRL (ld_alpha=alpha); LLaMA-Factory's version leaves the reference whole.
     `alpha` in [0, 1): what of a response's extra length still counts. Sums over the response, end of turn included.
@@ -307,8 +348,8 @@ def wpo(policy: PairLogps, reference: PairLogps, collision: PairLogps, *, beta: 
     (WPO, arXiv:2406.11827, eq. 2, with its sampled alignment).
 
     The weights are the policy's of now, held fixed: a pair counts as much as it is like what the policy would write;
-    p_v is its distribution at the token. They can exceed 1, as in TRL (use_weighting=True). Rewards are dpo's, sums
-    over the response; not a function of their margin alone.
+    p_v is its distribution at the token. The product can exceed 1, as in TRL (use_weighting=True); the authors' code
+    caps it at 1. Rewards are dpo's, sums over the response; not a function of their margin alone.
     """
     positive(beta=beta)
     rewards = log_ratio_rewards(policy, reference, beta)
@@ -328,13 +369,30 @@ def dpo_positive(
     """-log sigmoid(margin) with chosen reward beta (r_w - penalty max(0, -r_w)) (DPOP of Smaug, arXiv:2402.13228).
 
     r are summed log-ratios; the rejected reward is beta r_l. `penalty` (lambda of the paper) makes every nat that the
-    chosen response loses against the reference count 1 + penalty times.
+    chosen response loses against the reference count 1 + penalty times. The paper's first version prints the brackets
+    otherwise, and its authors published no code: that the penalty is multiplied by beta, and both defaults, are
+    second-hand.
     """
     positive(beta=beta)
     if not 0 < penalty < float("inf"):
         raise ValueError(f"penalty={penalty} must be positive and finite; penalty=0 is objective=dpo")
     ratios = log_ratios(policy, reference)
     rewards = Rewards(beta * (ratios.chosen - penalty * F.relu(-ratios.chosen)), beta * ratios.rejected)
+    return rewards.with_losses(-F.logsigmoid(rewards.margins))
+
+
+def dpo_shift(policy: PairLogps, reference: PairLogps, *, beta: KLStrength = 0.01, shift: float = 0.95) -> Preference:
+    """-log sigmoid(margin) with rejected reward shift beta r_l (DPO-Shift, arXiv:2502.07599 v1; the authors' code,
+    dpo_lambda_strategy "fixed").
+
+    r are summed log-ratios; the chosen reward is beta r_w. With `shift`, f(lambda) of the paper, in (0, 1) a nat less
+    on the rejected response earns less than a nat more on the chosen one, so that chosen responses lose less. Their
+    linear schedules of it are not here. Defaults are those of a released model and its recipe.
+    """
+    positive(beta=beta)
+    between(0.0, 1.0, "shift=1 is objective=dpo", shift=shift)
+    ratios = log_ratios(policy, reference)
+    rewards = Rewards(beta * ratios.chosen, shift * beta * ratios.rejected)
     return rewards.with_losses(-F.logsigmoid(rewards.margins))
 
 
@@ -419,6 +477,11 @@ class Rewards(NamedTuple):
 def log_ratios(policy: PairLogps, reference: PairLogps) -> Rewards:
     """log pi - log pi_ref summed over each response, in nats: the rewards at beta 1."""
     return Rewards(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
+
+
+def per_token(sums: Rewards, policy: PairLogps) -> Rewards:
+    """Sums over each response as means over its tokens, of which it has as many as the policy counts."""
+    return Rewards(sums.chosen / policy.chosen_lengths, sums.rejected / policy.rejected_lengths)
 
 
 def log_ratio_rewards(policy: PairLogps, reference: PairLogps, beta: float) -> Rewards:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dpo_ref.component import component
 from dpo_ref.objectives.interface import KLStrength, Preference, positive
-from dpo_ref.objectives.pairwise import Rewards
+from dpo_ref.objectives.pairwise import Rewards, per_token
 from dpo_ref.types import PairLogps
 
 
@@ -20,18 +20,30 @@ def simpo(policy: PairLogps, *, beta: KLStrength = 2.0, gamma: float = 1.0) -> P
     positive(beta=beta)
     if not 0 < gamma < float("inf"):
         raise ValueError(f"gamma={gamma} must be positive and finite; 0 is objective=dpo_norm reference=none")
-    rewards = Rewards(beta * policy.chosen / policy.chosen_lengths, beta * policy.rejected / policy.rejected_lengths)
+    rewards = Rewards(*(beta * mean for mean in per_token(Rewards(policy.chosen, policy.rejected), policy)))
     return rewards.with_losses(-F.logsigmoid(rewards.margins - gamma))
+
+
+def simper(policy: PairLogps) -> Preference:
+    """-margin, rewards exp(log pi per token of the response), which is 1 / perplexity (SimPER, arXiv:2502.00883 v4;
+    the authors' loss_type "SimPER").
+
+    Without reference, temperature or any other constant. Each response is pushed by its own inverse perplexity: where
+    the policy finds it unlikely hardly at all. The loss lies in (-1, 1).
+    """
+    rewards = Rewards(*(mean.exp() for mean in per_token(Rewards(policy.chosen, policy.rejected), policy)))
+    return rewards.with_losses(-rewards.margins)
 
 
 @component(fits_chosen=True)
 def cpo(policy: PairLogps, *, beta: KLStrength = 0.1, alpha: float = 1.0) -> Preference:
-    """-log sigmoid(beta (log pi_w - log pi_l)) - alpha log pi_w / length (CPO, arXiv:2401.08417, eq. 3).
+    """-log sigmoid(beta (log pi_w - log pi_l)) - alpha log pi_w / length (CPO, arXiv:2401.08417; eq. 3 is its first
+    term by TRL's account).
 
     Rewards are beta log pi, summed over the response; the second term is the chosen response's mean token negative
     log-likelihood, of weight `alpha`, so the loss is not a function of the margin alone. TRL: CPOTrainer with
-    loss_type="sigmoid", cpo_alpha=alpha, whose likelihood term is a mean over all chosen tokens of the micro-batch
-    instead of one per pair.
+    loss_type="sigmoid", cpo_alpha=alpha, whose likelihood term is, like the authors', a mean over all chosen tokens of
+    the micro-batch instead of one per pair.
     """
     positive(beta=beta)
     if not 0 < alpha < float("inf"):
@@ -53,7 +65,7 @@ def orpo(policy: PairLogps, *, weight: float = 0.1) -> Preference:
     odds = p / (1 - p) with p = exp(mean token log-prob). Rewards are the log odds; the likelihood term keeps the loss
     from being a function of their margin alone. `weight` is lambda of the paper and `beta` of TRL's ORPOTrainer; it
     binds the policy to nothing, so it is no strength of a KL constraint. The likelihood is of the response, a mean per
-    pair; TRL's is of prompt and response, over all tokens of the micro-batch.
+    pair; TRL's, and the authors' by default, is of prompt and response, over all tokens of the micro-batch.
     """
     positive(weight=weight)
     rewards = Rewards(

@@ -24,12 +24,13 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Labelled:
-    """w_d sigmoid(z - R) of wanted and w_u sigmoid(R - z) of unwanted responses (KTO, arXiv:2402.01306, eq. 8).
+    """w_d sigmoid(z - R) of wanted and w_u sigmoid(R - z) of unwanted responses (KTO, arXiv:2402.01306).
 
     R = beta log(pi/pi_ref), summed over the response, is the reward. z = beta max(0, KL) held fixed, KL the mean of
     log(pi/pi_ref) over the optimiser batch's mismatched responses: for each prompt all responses of the next prompt in
     the data's order, cyclic. TRL (KTOTrainer) and HALOs take the neighbour in the micro-batch, which may answer the
-    same prompt. The weights should make up for unequal numbers of wanted and unwanted responses.
+    same prompt. The weights should make up for unequal numbers of wanted and unwanted responses: eq. 8, by TRL's
+    account, has w_d n_d / (w_u n_u) between 1 and 4/3.
     """
     positive(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     rewards = beta * (policy.sums - reference.sums)
@@ -49,9 +50,9 @@ def bco(
     """-log sigmoid(R - delta) of wanted and -log sigmoid(delta - R) of unwanted responses (BCO, arXiv:2404.04656).
 
     R = beta log(pi/pi_ref), summed over the response, is the reward. delta, held fixed, is the mean of the wanted and
-    of the unwanted responses' mean reward: theirs of the optimiser batch, which needs no state, where the authors and
-    TRL's former BCOTrainer keep a moving average. No density-ratio weights. TRL: loss_type="bco_pair" is the paired
-    form with delta 0.
+    of the unwanted responses' mean reward: theirs of the optimiser batch, which needs no state, where TRL's former
+    BCOTrainer keeps a running mean over all responses. No density-ratio weights. `beta` is TRL's; the paper's is 0.01
+    by TRL's account. TRL: loss_type="bco_pair" is the paired form with delta 0.
     """
     positive(beta=beta)
     rewards = beta * (policy.sums - reference.sums)

@@ -54,6 +54,12 @@ BY_HAND = {  # options; loss; rewards
     pairwise.ipo_sum: ({"tau": 0.5}, (3 - 1) ** 2, 1, -0.5),
     pairwise.ipo_mean: ({"tau": 1.0}, (2 / 4 + 1 / 7 - 1 / 2) ** 2, 2 / 4, -1 / 7),
     pairwise.sppo: ({"beta": 0.5}, (2 - 1) ** 2 + (-1 + 1) ** 2, 1, -0.5),
+    pairwise.cal_dpo: (
+        {"beta": 0.25, "calibration_weight": 0.3},
+        up(3) + 0.3 * ((2 - 2) ** 2 + (-1 + 2) ** 2),
+        0.5,
+        -0.25,
+    ),
     pairwise.dpo_norm: ({"beta": 2.8}, up(1.4 + 0.4), 1.4, -0.4),
     pairwise.dpo_per_byte: ({"beta": 28.6}, up(4.4 + 1.3), 4.4, -1.3),
     pairwise.r_dpo: ({"beta": 0.5, "alpha": 0.25}, up(1 + 1 - (-0.5 + 1.75)), 2, 1.25),
@@ -65,11 +71,14 @@ BY_HAND = {  # options; loss; rewards
         0.5 * math.log(2 / E / (1 + 1 / E)),
     ),
     pairwise.alpha_divergence_dpo: ({"beta": 0.5, "alpha": 0.5}, up(E**0.5 - 1 / E), 1 - 1 / E, 1 - E**0.5),
+    pairwise.chi_po: ({"beta": 0.5}, up(0.5 * (E**2 + 2 - 1 / E + 1)), 0.5 * (E**2 + 1), 0.5 * (1 / E - 2)),
+    pairwise.dpo_shift: ({"beta": 0.5, "shift": 0.4}, up(1 + 0.4 * 0.5), 1, -0.2),
     pairwise.dpo_positive: ({"beta": 0.5, "penalty": 2.0}, up(1.5), 1, -0.5),
     pairwise.nca: ({"beta": 0.5}, up(1) + up(-1) / 2 + up(0.5) / 2, 1, -0.5),
     pairwise.apo_zero: ({"beta": 0.5}, sigmoid(-1) + sigmoid(-0.5), 1, -0.5),
     pairwise.apo_down: ({"beta": 0.5}, sigmoid(1) + sigmoid(-1.5), 1, -0.5),
     reference_free.simpo: ({"beta": 28.0, "gamma": 1.0}, up(3 - 1), -21, -24),
+    reference_free.simper: ({}, math.exp(-6 / 7) - math.exp(-3 / 4), math.exp(-3 / 4), math.exp(-6 / 7)),
     reference_free.cpo: ({"beta": 0.5, "alpha": 2.0}, up(1.5) + 2 * 3 / 4, -1.5, -3),
     reference_free.orpo: (
         {"weight": 0.3},
@@ -108,6 +117,16 @@ def test_dpo_positive_charges_what_the_chosen_response_loses():
     """Log-ratios -1 and 1, penalty 2, beta 0.5: rewards 0.5 (-1 - 2) and 0.5, so the margin is -2 (dpo: -1)."""
     outcome = dpo_positive(pair(-6.0, -4.0), pair(-5.0, -5.0), beta=0.5, penalty=2.0)
     assert [float(x) for x in outcome] == pytest.approx([math.log1p(E**2), -1.5, 0.5])
+
+
+def test_chi_po_clips_the_ratio_and_not_its_logarithm():
+    """Log-ratios 25 and 0: exp(20) + 25 - 1, whose slope is the logarithm's alone."""
+    policy = pair(20.0, -5.0)
+    policy.chosen.requires_grad_()
+    outcome = pairwise.chi_po(policy, pair(-5.0, -5.0), beta=1e-9)
+    assert outcome.chosen_rewards.item() == pytest.approx(1e-9 * (math.exp(20) + 24))
+    outcome.losses.sum().backward()
+    assert policy.chosen.grad.item() == pytest.approx(-1e-9 * sigmoid(-1e-9 * (math.exp(20) + 24)))
 
 
 def test_discopop_starts_downhill_in_the_wrong_direction():

@@ -12,12 +12,15 @@ from dpo_ref.cli import schemas
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import (
     alpha_divergence_dpo,
+    cal_dpo,
     cdpo,
+    chi_po,
     discopop,
     dpo,
     dpo_norm,
     dpo_per_byte,
     dpo_positive,
+    dpo_shift,
     exo,
     forward_kl_dpo,
     hinge,
@@ -30,7 +33,7 @@ from dpo_ref.objectives.pairwise import (
     robust_dpo,
     sppo,
 )
-from dpo_ref.objectives.reference_free import cpo, orpo, simpo, unlikelihood
+from dpo_ref.objectives.reference_free import cpo, orpo, simper, simpo, unlikelihood
 from dpo_ref.types import PairLogps
 
 EVERY = {path.stem: schemas.locate(target) for path, target in schemas.groups()["objective"].items()}
@@ -71,8 +74,11 @@ MARGIN_LOSSES = {  # loss as a function of the margin alone
     forward_kl_dpo: ({}, logistic),
     js_dpo: ({}, logistic),
     alpha_divergence_dpo: ({"alpha": 0.3}, logistic),
+    chi_po: ({"beta": 0.3}, logistic),
     dpo_positive: ({"penalty": 3.0}, logistic),
+    dpo_shift: ({"beta": 0.3, "shift": 0.6}, logistic),
     simpo: ({"gamma": 0.7}, lambda m: logistic(m - 0.7)),
+    simper: ({}, lambda m: -m),
 }
 SHIFT_INVARIANT = [dpo, hypo, cdpo, robust_dpo, hinge, exo, discopop, ipo_sum, r_dpo]
 SHIFT_SENSITIVE = [
@@ -82,12 +88,16 @@ SHIFT_SENSITIVE = [
     forward_kl_dpo,
     js_dpo,
     alpha_divergence_dpo,
+    chi_po,
     dpo_positive,
+    dpo_shift,
     simpo,
+    simper,
     nca,
     sppo,
+    cal_dpo,
 ]
-ANTISYMMETRIC = [f for f in MARGIN_LOSSES if f not in (dpo_positive, hypo)]
+ANTISYMMETRIC = [f for f in MARGIN_LOSSES if f not in (dpo_positive, dpo_shift, hypo)]
 
 
 def drawn(seed, num_pairs=50, spread=3.0):
@@ -113,7 +123,7 @@ def test_loss_is_a_function_of_the_margin_of_the_rewards(function):
 
 def test_every_other_pairwise_objective_says_that_it_is_none_of_the_margin():
     others = {name for name, function in PAIRWISE.items() if function not in MARGIN_LOSSES}
-    assert others == {"sppo", "nca", "apo_zero", "apo_down", "cpo", "orpo", "unlikelihood"}
+    assert others == {"sppo", "cal_dpo", "nca", "apo_zero", "apo_down", "cpo", "orpo", "unlikelihood"}
     for name in others:
         assert "function of the" in EVERY[name].__doc__ or "function of their" in EVERY[name].__doc__
 
@@ -143,7 +153,8 @@ def test_swapping_the_responses_negates_the_margin(function):
     torch.testing.assert_close(usual, -margins_of(called(function, swapped(policy), swapped(reference))))
 
 
-LN2 = [dpo, cdpo, robust_dpo, dpo_norm, dpo_per_byte, forward_kl_dpo, js_dpo, alpha_divergence_dpo, dpo_positive]
+LN2 = [dpo, cdpo, robust_dpo, dpo_norm, dpo_per_byte, forward_kl_dpo, js_dpo, alpha_divergence_dpo, chi_po]
+LN2 += [dpo_positive, dpo_shift]
 
 
 @pytest.mark.parametrize("function", LN2, ids=lambda f: f.__name__)
@@ -177,10 +188,23 @@ def minimiser(loss, start=0.1):
         (sppo, {"beta": 0.4}, lambda w, r: w, 1 / 0.8),
         (sppo, {"beta": 0.4}, lambda w, r: -r, 1 / 0.8),
         (nca, {"beta": 0.5}, lambda w, r: w, math.log(2) / 0.5),
+        (cal_dpo, {"beta": 0.5, "calibration_weight": 0.5}, lambda w, r: w - 1 - 1 / (1 + math.exp(2 * w)), 0.0),
+        (cal_dpo, {"beta": 0.5, "calibration_weight": 0.5}, lambda w, r: w + r, 0.0),
     ],
-    ids=["ipo_sum", "ipo_mean", "cdpo", "exo", "sppo chosen", "sppo rejected", "nca"],
+    ids=[
+        "ipo_sum",
+        "ipo_mean",
+        "cdpo",
+        "exo",
+        "sppo chosen",
+        "sppo rejected",
+        "nca",
+        "cal_dpo chosen",
+        "cal_dpo both",
+    ],
 )
 def test_minimisers(function, options, quantity, expected):
+    """Cal-DPO: by symmetry -r is w, and there 2 weight (w - 1 / (2 beta)) is sigmoid(-2 w), the logistic's slope."""
     sizes = [torch.tensor([n]) for n in (5, 8, 20, 30)]
     zeros = PairLogps(torch.zeros(1).double(), torch.zeros(1).double(), *sizes)
     point = minimiser(lambda w, r: function(PairLogps(w[None], r[None], *sizes), zeros, **options).losses.sum())
@@ -200,8 +224,9 @@ def test_robust_dpo_is_dpo_in_the_mean_over_flipped_labels():
         (forward_kl_dpo, {}, lambda u: -u.log()),
         (js_dpo, {}, lambda u: u * u.log() - (u + 1) * ((u + 1) / 2).log()),
         (alpha_divergence_dpo, {"alpha": 0.3}, lambda u: (u**0.7 - 0.7 * u - 0.3) / (0.3 * -0.7)),
+        (chi_po, {}, lambda u: u**2 / 2 + u * u.log()),
     ],
-    ids=["forward_kl", "js", "alpha"],
+    ids=["forward_kl", "js", "alpha", "chi"],
 )
 def test_rewards_are_the_derivative_of_the_divergence(function, options, f):
     """beta (f'(u) - f'(1)), f' by differentiation."""
@@ -214,6 +239,25 @@ def test_rewards_are_the_derivative_of_the_divergence(function, options, f):
     torch.testing.assert_close(rewards, 0.4 * (slope - at_one))
 
 
+def test_limits_of_cal_dpo_and_dpo_shift():
+    """Cal-DPO's weight to 0 leaves dpo at beta 1, its weight alone is sppo; a shift to 1 leaves dpo."""
+    models = drawn(0), drawn(1)
+    plain = dpo(*models, beta=1.0).losses
+    torch.testing.assert_close(cal_dpo(*models, beta=0.3, calibration_weight=1e-12).losses, plain)
+    calibrated = cal_dpo(*models, beta=0.3, calibration_weight=0.7).losses
+    torch.testing.assert_close(calibrated - plain, 0.7 * sppo(*models, beta=0.3).losses)
+    torch.testing.assert_close(dpo_shift(*models, beta=0.3, shift=1 - 1e-12).losses, dpo(*models, beta=0.3).losses)
+
+
+def test_simper_is_the_difference_of_inverse_perplexities_and_each_its_own_slope():
+    policy = replace(drawn(0), chosen=drawn(0).chosen.requires_grad_())
+    losses = simper(policy).losses
+    losses.sum().backward()
+    perplexities = (-policy.chosen.detach() / policy.chosen_lengths).exp()
+    torch.testing.assert_close(policy.chosen.grad, -1 / perplexities / policy.chosen_lengths)
+    assert (losses.abs() < 1).all()
+
+
 def test_alpha_divergence_dpo_lies_between_dpo_and_forward_kl_dpo():
     models = drawn(0), drawn(1)
     torch.testing.assert_close(alpha_divergence_dpo(*models, alpha=1e-9).losses, dpo(*models).losses)
@@ -222,7 +266,10 @@ def test_alpha_divergence_dpo_lies_between_dpo_and_forward_kl_dpo():
 
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_finite_at_extreme_log_ratios_in_float32(name):
+    """Of a policy without a reference log-probs, which are never positive."""
     values = torch.tensor(list(product([-1e4, -100.0, 0.0, 100.0, 1e4], repeat=2))).T
+    if not bind(PAIRWISE[name]).uses_reference:
+        values = values - 1e4
     policy = PairLogps(*(x.clone().requires_grad_() for x in values), *[torch.ones(25).long()] * 4)
     zeros = PairLogps(torch.zeros(25), torch.zeros(25), *[torch.ones(25).long()] * 4)
     outcome = called(PAIRWISE[name], policy, zeros)
@@ -253,12 +300,17 @@ REFUSED = [
     (alpha_divergence_dpo, {"alpha": 1.0}, "1 is objective=forward_kl_dpo"),
     (r_dpo, {"alpha": 0.0}, "alpha=0 is objective=dpo"),
     (dpo_positive, {"penalty": 0.0}, "penalty=0 is objective=dpo"),
+    (dpo_shift, {"shift": 1.0}, "shift=1.0 must lie strictly between 0 and 1; shift=1 is objective=dpo"),
+    (cal_dpo, {"calibration_weight": 0.0}, "0 is objective=dpo beta=1"),
     (simpo, {"gamma": 0.0}, "0 is objective=dpo_norm reference=none"),
     (cpo, {"alpha": 0.0}, "alpha=0 is objective=dpo reference=none"),
     (orpo, {"weight": 0.0}, "weight=0.0 must be positive"),
     (unlikelihood, {"alpha": 1.5}, r"alpha=1.5 must lie in (0, 1]"),
     *[(f, {"tau": 0.0}, "tau=0.0 must be positive") for f in (ipo_sum, ipo_mean)],
-    *[(f, {"beta": 0.0}, "beta=0.0 must be positive") for f in (sppo, nca, dpo_norm, dpo_per_byte, js_dpo, hinge)],
+    *[
+        (f, {"beta": 0.0}, "beta=0.0 must be positive")
+        for f in (sppo, nca, dpo_norm, dpo_per_byte, js_dpo, hinge, chi_po)
+    ],
 ]
 
 

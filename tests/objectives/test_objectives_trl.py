@@ -4,16 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpo_ref.objectives.interface import bind
+from dpo_ref.objectives.coupled import alphadpo
+from dpo_ref.objectives.interface import BatchLogps, bind
 from dpo_ref.objectives.mix import mix
 from dpo_ref.objectives.pairwise import (
     alpha_divergence_dpo,
     apo_down,
     apo_zero,
+    cal_dpo,
     cdpo,
     discopop,
     dpo,
     dpo_norm,
+    dpo_shift,
     exo,
     forward_kl_dpo,
     hinge,
@@ -24,7 +27,9 @@ from dpo_ref.objectives.pairwise import (
     robust_dpo,
     sppo,
 )
-from dpo_ref.objectives.reference_free import cpo, orpo, simpo
+from dpo_ref.objectives.reference_free import cpo, orpo, simper, simpo
+from dpo_ref.objectives.scored import odpo
+from dpo_ref.types import PairScores
 from tests.support.trl_losses import (
     LENGTHS,
     NUM_PAIRS,
@@ -126,6 +131,32 @@ def test_ipo_sum_is_trls_ipo_at_length_one():
     assert not torch.allclose(averaged, summed, rtol=1e-2)
 
 
+def test_cal_dpo_is_trls_sigmoid_at_beta_1_and_sppo_hard():
+    leaf, ref_chosen, ref_rejected = token_logps(torch.float64)
+    ours = cal_dpo(pairs(*leaf.sum(1).chunk(2)), pairs(ref_chosen, ref_rejected), beta=0.3, calibration_weight=0.7)
+    given = leaf, LENGTHS, ref_chosen, ref_rejected
+    theirs = dpo_loss(*given, loss_type="sigmoid", beta=1.0) + 0.7 * dpo_loss(*given, loss_type="sppo_hard", beta=0.3)
+    torch.testing.assert_close(value_and_gradient(ours.losses.mean(), leaf), value_and_gradient(theirs, leaf))
+
+
+def test_dpo_shift_is_trls_sigmoid_on_rejected_log_probs_that_are_multiplied():
+    leaf, ref_chosen, ref_rejected = token_logps(torch.float64)
+    ours = dpo_shift(pairs(*leaf.sum(1).chunk(2)), pairs(ref_chosen, ref_rejected), beta=0.3, shift=0.6).losses.mean()
+    shares = torch.tensor([1.0, 0.6], dtype=torch.float64).repeat_interleave(NUM_PAIRS)[:, None]
+    theirs = dpo_loss(shares * leaf, LENGTHS, ref_chosen, 0.6 * ref_rejected, loss_type="sigmoid", beta=0.3)
+    torch.testing.assert_close(value_and_gradient(ours, leaf), value_and_gradient(theirs, leaf))
+
+
+def test_odpo_is_trls_sigmoid_under_a_reference_that_is_moved_by_the_offset():
+    leaf, ref_chosen, ref_rejected = token_logps(torch.float64)
+    leads = torch.linspace(0.2, 4, NUM_PAIRS, dtype=torch.float64)
+    models = pairs(*leaf.sum(1).chunk(2)), pairs(ref_chosen, ref_rejected)
+    ours = odpo(*models, PairScores(leads + 1, torch.ones_like(leads)), beta=0.3, alpha=0.7).losses.mean()
+    moved = ref_chosen + 0.7 * leads.log() / 0.3
+    theirs = dpo_loss(leaf, LENGTHS, moved, ref_rejected, loss_type="sigmoid", beta=0.3)
+    torch.testing.assert_close(value_and_gradient(ours, leaf), value_and_gradient(theirs, leaf))
+
+
 def test_discopop_is_finite_where_trls_is_not():
     leaf, ref_chosen, ref_rejected = token_logps(torch.float64)
     far = ref_chosen + 1e4
@@ -150,6 +181,29 @@ def test_simpo_is_cpo_trainers_with_gamma_in_units_of_reward():
     trls = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0}
     theirs = cpo_loss(logits, tokens, LENGTHS, **trls)
     ours = simpo(policy, beta=2.0, gamma=0.7).losses.mean()
+    torch.testing.assert_close(value_and_gradient(ours, logits), value_and_gradient(theirs, logits))
+
+
+def test_alphadpo_is_cpo_trainers_simpo_with_a_gamma_for_each_pair():
+    """Their gamma is a constant, and as well a tensor."""
+    logits, tokens, policy = logits_and_pairs(torch.float64)
+    reference = pairs(*torch.linspace(-20, -1, 2 * NUM_PAIRS, dtype=torch.float64).chunk(2))
+    usual = {name: torch.tensor(value, dtype=torch.float64) for name, value in (("mean_gap", -1.0), ("sd_gap", 2.0))}
+    gaps = (policy.chosen - reference.chosen) / policy.chosen_lengths
+    gaps = (gaps - (policy.rejected - reference.rejected) / policy.rejected_lengths).detach()
+    targets = 0.7 + 2.0 * 0.9 * (gaps + 1) / 2
+    theirs = cpo_loss(logits, tokens, LENGTHS, loss_type="simpo", beta=2.0, simpo_gamma=targets, cpo_alpha=0.0)
+    seen = pairs(policy.chosen.detach(), policy.rejected.detach())
+    whole = BatchLogps(seen, reference, None, slice(0, NUM_PAIRS))
+    ours = alphadpo(policy, reference, whole, usual, beta=2.0, gamma=0.7, alpha=0.9).losses.mean()
+    torch.testing.assert_close(value_and_gradient(ours, logits), value_and_gradient(theirs, logits))
+
+
+def test_simper_is_the_logit_of_cpo_trainers_alpha_po_at_minus_one():
+    """AlphaPO's reward (1 - p^-alpha) / alpha of p = exp(mean log-prob) is p - 1 there; its "ipo" squares logits."""
+    logits, tokens, policy = logits_and_pairs(torch.float64)
+    theirs = cpo_loss(logits, tokens, LENGTHS, loss_type="ipo", beta=0.3, alpha=-1.0, cpo_alpha=0.0)
+    ours = ((-simper(policy).losses - 1 / 0.6) ** 2).mean()
     torch.testing.assert_close(value_and_gradient(ours, logits), value_and_gradient(theirs, logits))
 
 

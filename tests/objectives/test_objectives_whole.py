@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
 from dpo_ref.models import checkpoint, logps
-from dpo_ref.objectives.coupled import aot, beta_dpo
+from dpo_ref.objectives.coupled import alphadpo, aot, beta_dpo, dr_dpo, gamma_po
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.mix import mix
 from dpo_ref.objectives.pairwise import dpo, ld_dpo, wpo
@@ -31,6 +31,7 @@ PACKINGS = {
     "one group each": partial(pack, tokens_per_batch=1, packing="one_group"),
 }
 BETA, M0 = 0.3, 0.7
+USUAL = {"beta_dpo": {"mean_margin": M0}, "alphadpo": {"mean_gap": 0.02, "sd_gap": 0.05}}  # before the batch
 
 
 def model(seed):
@@ -62,6 +63,38 @@ def beta_dpo_loss(ours, theirs, policy, groups):
     strength = BETA * (1 + 0.6 * (mean - (0.9 * M0 + 0.1 * mean)))
     assert strength > 0.001
     return F.softplus(-strength * (chosen - rejected)).mean()
+
+
+def dr_dpo_loss(ours, theirs, policy, groups):
+    """As the paper prints it, gradient through all of it."""
+    chosen, rejected = ratios(ours, theirs)
+    likelihoods = torch.sigmoid(BETA * (chosen - rejected))
+    return -0.4 * (likelihoods ** (1 / 0.4)).mean().log()
+
+
+def gamma_po_loss(ours, theirs, policy, groups):
+    """The authors' loop, which multiplies shares; targets are constants."""
+    chosen, rejected = ratios(ours, theirs)
+    gaps = BETA * (chosen - rejected)
+    shares, gamma, tau = torch.full_like(gaps, 1 / len(gaps)).detach(), 0.5, 1.0
+    for _ in range(21):  # theirs reads the targets before the last of its steps
+        targets = gamma * len(gaps) * shares
+        slope = tau * (1 + torch.log(len(gaps) * shares)) + gamma / (1 + torch.exp(gaps.detach() - targets))
+        shares = shares * torch.exp(-0.5 * slope)
+        shares = shares / shares.sum()
+    assert (targets - gamma).abs().max() > 0.01
+    return F.softplus(targets - gamma - gaps).mean()
+
+
+def alphadpo_loss(ours, theirs, policy, groups):
+    """The authors': a constant target, alpha inside beta, moving averages that take the batch in first."""
+    means = [torch.stack([a[part].mean() for a in ours]) for part in (0, 1)]
+    gaps = (means[0] - means[1] - torch.stack([b[0].mean() - b[1].mean() for b in theirs])).detach()
+    usual = USUAL["alphadpo"]
+    mean, spread = 0.9 * usual["mean_gap"] + 0.1 * gaps.mean(), 0.9 * usual["sd_gap"] + 0.1 * gaps.std()
+    targets = 0.8 + 0.2 * (gaps - mean) / spread
+    assert (targets - 0.8).abs().max() > 0.1
+    return F.softplus(-2.5 * (means[0] - means[1] - targets)).mean()
 
 
 def kto_loss(ours, theirs, policy, groups):
@@ -125,6 +158,9 @@ WRITTEN_OUT = {
     "mix": (bind(mix, parts=MIXED, weights=[0.7, 0.2, 0.4, 1.5]), mix_loss),
     "aot": (bind(aot, beta=BETA), aot_loss),
     "beta_dpo": (bind(beta_dpo, beta=BETA, alpha=0.6, momentum=0.9), beta_dpo_loss),
+    "dr_dpo": (bind(dr_dpo, beta=BETA, mode_weight=0.4), dr_dpo_loss),
+    "gamma_po": (bind(gamma_po, beta=BETA, gamma=0.5, tau=1.0), gamma_po_loss),
+    "alphadpo": (bind(alphadpo, beta=2.5, gamma=2.0, alpha=0.2), alphadpo_loss),
     "kto": (bind(kto, beta=BETA, desirable_weight=1.5, undesirable_weight=0.5), kto_loss),
     "bco": (bind(bco, beta=BETA), bco_loss),
     "ld_dpo": (bind(ld_dpo, beta=BETA, alpha=0.4), ld_dpo_loss),
@@ -132,24 +168,30 @@ WRITTEN_OUT = {
 }
 
 
+def tensors(running):
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in running.items()}
+
+
 @pytest.fixture(scope="module", params=WRITTEN_OUT)
 def case(request):
-    """Objective, loss and gradients of all weights by autograd through the formula, one response at a time."""
+    """Objective, what it knows of earlier batches, and loss and gradients of all weights by autograd through the
+    formula, one response at a time."""
     objective, formula = WRITTEN_OUT[request.param]
     policy, theirs = model(0), model(1)
     plain = list(GROUPS)
     scores = [[naive_logps(m, group) for group in plain] for m in (policy, theirs)]
     loss = formula(scores[0], [[x.detach() for x in pair] for pair in scores[1]], policy, plain)
-    return objective, loss.detach(), torch.autograd.grad(loss, list(policy.parameters()))
+    running = USUAL.get(request.param, {})
+    return objective, running, loss.detach(), torch.autograd.grad(loss, list(policy.parameters()))
 
 
 @pytest.mark.parametrize("tokens_per_chunk", [10, 10_000], ids=["chunks", "one chunk"])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_loss_and_gradient_of_the_whole_batch(case, packing, tokens_per_chunk, monkeypatch):
-    objective, loss, gradients = case
+    objective, running, loss, gradients = case
     monkeypatch.setattr(logps, "CHUNK_LOGITS", tokens_per_chunk * VOCAB)
     policy = model(0)
-    objective.running.update(mean_margin=torch.tensor(M0, dtype=torch.float64))
+    objective.running.update(tensors(running))
     packs = PACKINGS[packing](list(groups_for(objective, GROUPS)))
     assert (len(packs) == 1) == (packing == "one pack")
     values, _ = backward(policy_of(policy), reference(), objective, packs)
@@ -158,16 +200,16 @@ def test_loss_and_gradient_of_the_whole_batch(case, packing, tokens_per_chunk, m
         torch.testing.assert_close(ours.grad, theirs, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["aot", "kto", "bco", "beta_dpo", "mix"])
+@pytest.mark.parametrize("name", ["aot", "kto", "bco", "beta_dpo", "dr_dpo", "gamma_po", "alphadpo", "mix"])
 def test_held_out_data_is_one_batch_and_leaves_the_running_statistic(name):
     objective = WRITTEN_OUT[name][0]
-    objective.running.update(mean_margin=torch.tensor(M0, dtype=torch.float64))
+    objective.running.update(tensors(USUAL.get(name, {})))
     groups = list(groups_for(objective, GROUPS))
     policy = policy_of(model(0))
     evaluations = [evaluate(policy, reference(), objective, groups, packing) for packing in PACKINGS.values()]
     for evaluation in evaluations[1:]:
         torch.testing.assert_close(evaluation["loss"].mean(), evaluations[0]["loss"].mean(), rtol=1e-9, atol=1e-9)
-    assert objective.running == {"mean_margin": M0}
+    assert objective.running == USUAL.get(name, {})
 
 
 def steps(policy, optim, objective, first_step=0):
@@ -176,8 +218,9 @@ def steps(policy, optim, objective, first_step=0):
     return train(policy_of(policy), reference(), objective, optim, rounds, first_step)
 
 
-def test_a_resumed_run_has_the_running_statistic_it_had(tmp_path):
-    whole, objective = model(0), WRITTEN_OUT["beta_dpo"][0]
+@pytest.mark.parametrize("name", USUAL)
+def test_a_resumed_run_has_the_running_statistic_it_had(name, tmp_path):
+    whole, objective = model(0), WRITTEN_OUT[name][0]
     optim = optimisation(adamw, whole, 5, lr=1e-2)
     first = [step.metrics["loss"].item() for step in steps(whole, optim, objective)]
     at_the_end = dict(objective.running)
@@ -193,8 +236,9 @@ def test_a_resumed_run_has_the_running_statistic_it_had(tmp_path):
     again_optim = optimisation(adamw, again, 5, lr=1e-2)
     (saved,) = checkpoint.complete_in(tmp_path)
     checkpoint.load(saved, again, again_optim.optimizer)
-    kept = {n: torch.tensor(v, dtype=torch.float64) for n, v in checkpoint.read_state(saved)["running"].items()}
-    assert float(kept["mean_margin"]) != 0
+    kept = tensors(checkpoint.read_state(saved)["running"])
+    assert kept.keys() == USUAL[name].keys()
+    assert all(float(value) != 0 for value in kept.values())
     objective.running.update(kept)
     rest = [step.metrics["loss"].item() for step in steps(again, again_optim, objective, first_step=3)]
     assert rest == first[3:]
@@ -212,4 +256,5 @@ def test_what_nothing_declares_is_not_computed(monkeypatch):
         packs = PACKINGS["several packs"](list(groups_for(objective, GROUPS)))
         backward(policy_of(policy), reference(), objective, packs)
         counts[name] = len(passes) / len(packs)
-    assert counts == {"mix": 3.25, "dpo": 1, "aot": 2, "beta_dpo": 2, "kto": 2.25, "bco": 2, "ld_dpo": 1, "wpo": 2}
+    coupled = dict.fromkeys(("aot", "beta_dpo", "dr_dpo", "gamma_po", "alphadpo", "bco"), 2)
+    assert counts == coupled | {"mix": 3.25, "dpo": 1, "kto": 2.25, "ld_dpo": 1, "wpo": 2}
