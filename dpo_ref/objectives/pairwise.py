@@ -370,7 +370,7 @@ def dpo_positive(
 
     r are summed log-ratios; the rejected reward is beta r_l. `penalty` (lambda of the paper) makes every nat that the
     chosen response loses against the reference count 1 + penalty times. The paper's first version prints the brackets
-    otherwise, and its authors published no code: that the penalty is multiplied by beta, and both defaults, are
+    otherwise, and no code of its authors was found: that the penalty is multiplied by beta, and both defaults, are
     second-hand.
     """
     positive(beta=beta)
