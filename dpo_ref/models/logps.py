@@ -4,11 +4,12 @@ The language-model head is applied to response positions only, a chunk of tokens
 recomputed in the backward pass: no [tokens, vocabulary] tensor outlives its chunk.
 """
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,6 +49,18 @@ class Head:
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def slope(self, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"] | None:
+        """Of the cap, at these logits; None without one."""
+        return None if self.softcap is None else 1 - (logits / self.softcap).square()
+
+    def gradient_of_product(
+        self, d_logits: Float[Tensor, "R V"], slope: Float[Tensor, "R V"] | None, dtype: torch.dtype
+    ) -> Float[Tensor, "R V"]:
+        """The gradient by the head's product, in its dtype, of that by the logits, which it may overwrite."""
+        if slope is not None:
+            d_logits.mul_(slope)
+        return (d_logits if self.scale == 1.0 else d_logits.mul_(self.scale)).to(dtype)
+
 
 def head_of(model: nn.Module) -> Head:
     """The head of a transformers causal language model, with its architecture's post-processing of the logits. Where
@@ -64,9 +77,9 @@ def head_of(model: nn.Module) -> Head:
     return Head(effective_weight(output), effective_bias(output), scale, softcap)
 
 
-def chunk_rows(weight: Float[Tensor, "V H"]) -> int:
-    """How many tokens' logits are alive at once."""
-    return max(1, CHUNK_LOGITS * (ON_CUDA if weight.is_cuda else 1) // weight.shape[0])
+def chunk_rows(weight: Float[Tensor, "V H"], num_alive: int = 1) -> int:
+    """How many tokens' logits are alive at once, with so many tensors of their size."""
+    return max(1, CHUNK_LOGITS * (ON_CUDA if weight.is_cuda else 1) // (num_alive * weight.shape[0]))
 
 
 class _ChunkedTokenLogps(torch.autograd.Function):
@@ -350,35 +363,55 @@ def response_collisions(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
 
 
 LossOf = Callable[[ResponseLogps, Span], Tensor]
+# Numbers of a chunk's tokens; and, of their coefficients in the loss, the gradient of the head's product. What either
+# takes of the room for logits is free again when the gradient has been used.
+Measured = tuple[list[Float[Tensor, " R"]], Callable[..., Float[Tensor, "R V"]]]
+
+
+class FromLogits(ABC):
+    """What a loss is told of tokens, made while their chunk's logits are alive; log-probs are the first of it."""
+
+    num_alive: ClassVar[int] = 1  # tensors of the size of a chunk's logits
+
+    @abstractmethod
+    def measure(
+        self, head: Head, hidden: Float[Tensor, "C H"], targets: Int[Tensor, " C"], room: Tensor | None, rows: slice
+    ) -> Measured:
+        """Of the tokens that lie at `rows` of the pack's response tokens."""
+
+    @abstractmethod
+    def told(self, values: Sequence[Float[Tensor, " R"]], batch: PackedBatch, span: Span) -> ResponseLogps:
+        """The numbers of a run of groups as a loss is told them."""
 
 
 class FusedLoss(torch.autograd.Function):
-    """Summed loss and detached token log-probs; the gradient is ready when the forward pass ends."""
+    """Summed loss, and detached numbers of every token; the gradient is ready when the forward pass ends."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, batch: PackedBatch, loss_of: LossOf
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, batch: PackedBatch, loss_of: LossOf,
+        made: FromLogits | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        made = made or LogpsAlone()
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden)
         # A head that is not trained, as below an adapter, needs none: a third of its work, and its size in memory.
         d_weight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device)
         weight_h = weight.to(hidden.dtype)
-        softmax = _softmax_in_kernels if _kernels_take(hidden, head) else _softmax
         losses, parts = [], []
-        spans = list(batch.spans(chunk_rows(weight)))
+        spans = list(batch.spans(chunk_rows(weight, made.num_alive)))
         # One for all chunks: the C library would map each anew, page by page.
         room = hidden.new_empty(max(span["R"].stop - span["R"].start for span in spans), len(weight))
         for span in spans:
             rows = span["R"]
-            hidden_c, targets = hidden[rows], batch.target_ids[rows]
-            values, gradient = softmax(head, hidden_c, targets, room)
+            hidden_c = hidden[rows]
+            values, gradient = made.measure(head, hidden_c, batch.target_ids[rows], room, rows)
             with torch.enable_grad():
-                outputs = _outputs(values, batch, span)
-                loss = loss_of(outputs, span)
-                (coefficients,) = torch.autograd.grad(loss, outputs.tokens())
-            d_product = gradient(coefficients)
+                leaves = [value.detach().requires_grad_() for value in values]
+                loss = loss_of(made.told(leaves, batch, span), span)
+                coefficients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            d_product = gradient(*coefficients)
             torch.mm(d_product, weight_h, out=d_hidden[rows])
             if d_weight is not None:
                 _add_product(d_weight, d_product, hidden_c)
@@ -386,30 +419,41 @@ class FusedLoss(torch.autograd.Function):
                 d_bias += d_product.sum(dim=0)
             losses.append(loss.detach())
             parts.append(values)
+            del gradient, d_product  # of the chunk's size
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight, None if bias is None else d_bias.to(bias.dtype))
-        values = torch.cat(parts)
-        ctx.mark_non_differentiable(values)
-        return torch.stack(losses).sum(), values
+        values = [torch.cat(part) for part in zip(*parts, strict=True)]
+        ctx.mark_non_differentiable(*values)
+        return torch.stack(losses).sum(), *values
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         factor = grads[0]
         scaled = [None if d is None else d.mul_(factor.to(d.dtype)) for d in (d_hidden, d_weight, d_bias)]
-        return scaled[0], scaled[1], scaled[2], None, None, None  # pyright: ignore[reportReturnType]
+        return *scaled, None, None, None, None
 
 
-Softmax = tuple[Float[Tensor, " R"], Callable[[Float[Tensor, " R"]], Float[Tensor, "R V"]]]
+class LogpsAlone(FromLogits):
+    """Of every token its log-prob, of every response their sum."""
+
+    def measure(
+        self, head: Head, hidden: Float[Tensor, "C H"], targets: Int[Tensor, " C"], room: Tensor | None, rows: slice
+    ) -> Measured:
+        """In kernels where they know the head."""
+        return (_softmax_in_kernels if _kernels_take(hidden, head) else _softmax)(head, hidden, targets, room)
+
+    def told(self, values: Sequence[Float[Tensor, " R"]], batch: PackedBatch, span: Span) -> ResponseLogps:
+        """Log-probs of which derivatives can be taken."""
+        (token_logps,) = values
+        return ResponseLogps(sums_in(token_logps, batch, span), *sizes_in(batch, span), token_logps)
 
 
 def _softmax(
-    head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"], room: Float[Tensor, "C V"]
-) -> Softmax:
-    """The targets' log-probs; and, of their coefficients in the loss, the gradient of the head's product. What either
-    takes of `room` is free again when the gradient has been used."""
+    head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"], room: Float[Tensor, "C V"] | None
+) -> Measured:
     logits = head.logits(hidden, room)
-    slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
+    slope = head.slope(logits)
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     target_logits = logits.gather(1, targets[:, None])
     weights = logits.exp_()  # in place, and once: the softmax is weights / total
@@ -418,11 +462,9 @@ def _softmax(
     def gradient(coefficients: Float[Tensor, " R"]) -> Float[Tensor, "R V"]:
         d_logits = weights.mul_(-coefficients[:, None] / total)
         d_logits.scatter_add_(1, targets[:, None], coefficients[:, None])
-        if slope is not None:
-            d_logits.mul_(slope)
-        return (d_logits if head.scale == 1.0 else d_logits.mul_(head.scale)).to(hidden.dtype)
+        return head.gradient_of_product(d_logits, slope, hidden.dtype)
 
-    return (target_logits - total.log()).squeeze(1), gradient
+    return [(target_logits - total.log()).squeeze(1)], gradient
 
 
 def _kernels_take(hidden: Tensor, head: Head) -> bool:
@@ -430,8 +472,8 @@ def _kernels_take(hidden: Tensor, head: Head) -> bool:
 
 
 def _softmax_in_kernels(
-    head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"], room: Float[Tensor, "C V"]
-) -> Softmax:
+    head: Head, hidden: Float[Tensor, "R H"], targets: Int[Tensor, " R"], room: Float[Tensor, "C V"] | None
+) -> Measured:
     """The same in two kernels, on half-precision logits that become their gradient."""
     from dpo_ref.models.kernels import become_gradient, target_logps
 
@@ -442,7 +484,7 @@ def _softmax_in_kernels(
         become_gradient(logits, targets, head.scale, normalisers, coefficients)
         return logits
 
-    return values, gradient
+    return [values], gradient
 
 
 def _add_product(total: Tensor, d_product: Tensor, hidden: Tensor) -> None:
@@ -453,10 +495,13 @@ def _add_product(total: Tensor, d_product: Tensor, hidden: Tensor) -> None:
         total += d_product.T @ hidden
 
 
-def _outputs(values: Tensor, batch: PackedBatch, span: Span) -> ResponseLogps:
-    """The log-probs of a run of groups, of which derivatives can be taken."""
-    lengths, num_bytes = batch.lengths[span["N"]], batch.num_bytes[span["N"]]
+def sums_in(values: Float[Tensor, " R"], batch: PackedBatch, span: Span) -> Float[Tensor, " N"]:
+    """Values of the tokens of a run of groups, summed over each of its responses, in float64."""
     owners = batch.response_index[span["R"]] - span["N"].start
-    leaf = values.detach().requires_grad_()
-    sums = leaf.new_zeros(len(lengths), dtype=torch.float64).index_add(0, owners, leaf.double())
-    return ResponseLogps(sums, lengths, num_bytes, leaf)
+    zeros = values.new_zeros(span["N"].stop - span["N"].start, dtype=torch.float64)
+    return zeros.index_add(0, owners, values.double())
+
+
+def sizes_in(batch: PackedBatch, span: Span) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """Scored tokens and bytes of the responses of a run of groups."""
+    return batch.lengths[span["N"]], batch.num_bytes[span["N"]]
