@@ -14,6 +14,7 @@ from dpo_ref.data.groups import ConcatGroups, Groups
 from dpo_ref.data.scoring import Scoring
 from dpo_ref.models.asked import Workspace
 from dpo_ref.models.loading import TrainedModel
+from dpo_ref.models.next_token import NextTokens
 from dpo_ref.types import PackedBatch, ResponseLogps, TokenGroup, digest
 
 
@@ -44,9 +45,19 @@ class Reference(ABC):
         """The model that gives its log-probs, where it is one of the policy's tokens and in memory."""
         return None
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens its next-token distributions are over, where its model is one of the policy's tokens, reads
+        the policy's text and is in memory; else None."""
+        return None
+
     @abstractmethod
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """Log-probabilities of the pack's responses, in nats."""
+
+    def next_tokens(self, batch: PackedBatch) -> NextTokens:
+        """Its next-token distributions at the pack's response tokens. Raises ValueError where it has none."""
+        raise ValueError(f"reference={self.name} has no model in memory whose next-token distributions could be seen")
 
     def digest_of(self, indices: Sequence[int]) -> str | None:
         """Digest of its log-probs of the groups with these `group_index`, where they were computed or given

@@ -20,6 +20,7 @@ from dpo_ref.models.checkpoint import base_digest, weights_digest
 from dpo_ref.models.folders import check_vocabulary
 from dpo_ref.models.loading import TrainedModel, check_revision
 from dpo_ref.models.logps import response_logps
+from dpo_ref.models.next_token import NextTokens, next_tokens, vocabulary_of
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.other_tokenizer import ReferenceText, from_text
@@ -52,9 +53,18 @@ class LiveReference(Reference):
         """The model that is asked."""
         return self._model
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of its head."""
+        return vocabulary_of(self._model)
+
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """A forward pass of the model, wherever it is."""
         return logps_on_device(self._model, batch)
+
+    def next_tokens(self, batch: PackedBatch) -> NextTokens:
+        """A forward pass of its trunk."""
+        return next_tokens(self._model, batch)
 
 
 class UniformReference(Reference):
@@ -248,6 +258,16 @@ class AdapterBase(Reference):
         with adapter_off(self.policy):
             return response_logps(self.policy, batch)
 
+    @property
+    def vocabulary(self) -> int:
+        """The policy's."""
+        return vocabulary_of(self.policy)
+
+    def next_tokens(self, batch: PackedBatch) -> NextTokens:
+        """A forward pass of the trunk without the adapter."""
+        with adapter_off(self.policy):
+            return next_tokens(self.policy, batch)
+
 
 def _check_run(objective: Objective, plan: RunPlan) -> None:
     """Refuse a policy without an adapter."""
@@ -304,6 +324,15 @@ class FollowingReference(Reference):
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """A forward pass of the copy as it is now."""
         return response_logps(self._model, batch)
+
+    @property
+    def vocabulary(self) -> int:
+        """The policy's."""
+        return vocabulary_of(self._model)
+
+    def next_tokens(self, batch: PackedBatch) -> NextTokens:
+        """A forward pass of the copy's trunk as it is now."""
+        return next_tokens(self._model, batch)
 
     def own_weights(self) -> dict[str, Tensor]:
         """The weights that the copy does not share with the policy."""
