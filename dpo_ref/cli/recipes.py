@@ -62,7 +62,7 @@ def replaced(words: Sequence[str], by: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Command:
     """A command of a recipe, which leaves its results in `folder`.
 
     `before` makes what it reads. Of a run: `starts_like` is the step with whose initial policy it must begin, and
@@ -108,16 +108,16 @@ class Chain:
     words: tuple[str, ...]
     seed: int
 
-    def run(self, name: str, *words: str, **expected: Any) -> Step:
+    def run(self, name: str, *words: str, **expected: Any) -> Command:
         """A training run: what was typed, and these words in place of those about the same."""
         folder = self.folder / name
         typed = (*replaced(self.words, words), f"output_dir={folder}")
-        return Step(folder, "train.py", typed, _is_finished, **expected)
+        return Command(folder, "train.py", typed, _is_finished, **expected)
 
-    def evaluation(self, name: str, *words: str, made: Callable[[Path], bool], **more: Any) -> Step:
+    def evaluation(self, name: str, *words: str, made: Callable[[Path], bool], **more: Any) -> Command:
         """A command of `evaluate.py`."""
         folder = self.folder / name
-        return Step(folder, "evaluate.py", (*words, f"output_dir={folder}"), made, **more)
+        return Command(folder, "evaluate.py", (*words, f"output_dir={folder}"), made, **more)
 
     def says(self, key: str) -> bool:
         """Whether a word that was typed is about this."""
@@ -135,7 +135,7 @@ def _is_average(folder: Path) -> bool:
 # --- the recipes
 
 
-def pre_dpo(chain: Chain, *, guide: str = "", policy: str = "") -> list[Step]:
+def pre_dpo(chain: Chain, *, guide: str = "", policy: str = "") -> list[Command]:
     """Pre-DPO (arXiv:2504.15843): train a guide, then start again from the initial policy, on the same pairs, with the
     guide as the reference.
 
@@ -149,7 +149,7 @@ def pre_dpo(chain: Chain, *, guide: str = "", policy: str = "") -> list[Step]:
 
 def iterative(
     chain: Chain, *, rounds: int = 3, prompts_per_round: int = 256, judge: Literal["scorer", "self"] = "scorer"
-) -> list[Step]:
+) -> list[Command]:
     """Rounds that begin with the last round's policy and have it as their reference: samples of that policy, scored,
     and an epoch on their pairs (iterative DPO; SPPO, arXiv:2405.00675, with objective=sppo).
 
@@ -159,7 +159,7 @@ def iterative(
     """
     if rounds < 2:
         raise ValueError(f"recipe.rounds={rounds} must be at least 2: one round is a run without a recipe")
-    steps: list[Step] = []
+    steps: list[Command] = []
     for index in range(rounds):
         words = [f"seed={chain.seed + index}"]
         words += _sampled_once(chain, prompts_per_round)
@@ -181,7 +181,7 @@ def _sampled_once(chain: Chain, prompts_per_round: int) -> list[str]:
     return [word for word in words if not chain.says(key_of(word))]
 
 
-def _judged_by_itself(chain: Chain, steps: Sequence[Step]) -> list[str]:
+def _judged_by_itself(chain: Chain, steps: Sequence[Command]) -> list[str]:
     path = steps[-1].policy if steps else compose_command(chain.words)[0].model.path
     words = {"scorer@data.scorer": "judge", "judge@data.scorer.judge": "local", "data.scorer.judge.model": path}
     return [word for word in typed_words(words) if not chain.says(key_of(word))]
@@ -195,7 +195,7 @@ def delta(
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     samples_per_prompt: int = 1,
-) -> list[Step]:
+) -> list[Command]:
     """Delta learning (arXiv:2507.06187): pairs of a stronger model's answer, chosen, and a weaker one's, rejected, to
     the data's training prompts, without any judge; then dpo_norm on them.
 
@@ -223,7 +223,7 @@ def delta(
     return [*answers, join]
 
 
-def soup(chain: Chain, *, seeds: int = 3, initial_share: float = 0.0) -> list[Step]:
+def soup(chain: Chain, *, seeds: int = 3, initial_share: float = 0.0) -> list[Command]:
     """The same run with several seeds, and the average of their weights (model soups, arXiv:2203.05482);
     `initial_share` of it is the initial policy's, as in the averages of SmolLM3 with what it was before DPO."""
     if seeds < 2:
@@ -242,17 +242,17 @@ def soup(chain: Chain, *, seeds: int = 3, initial_share: float = 0.0) -> list[St
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class PlannedRecipe:
     """A recipe as it was asked for."""
 
     name: str
     options: Mapping[str, Any]
     words: tuple[str, ...]
-    steps: list[Step]
+    steps: list[Command]
     folder: Path
 
 
-def planned(recipe: Component, folder: Path, overrides: Sequence[str]) -> Recipe:
+def planned(recipe: Component, folder: Path, overrides: Sequence[str]) -> PlannedRecipe:
     """The steps of a recipe. Raises ValueError, before anything runs, for what a run of it would be refused for."""
     words = tuple(word for word in overrides if key_of(word).partition(".")[0] not in NOT_OF_A_STEP)
     chain = Chain(folder, words, compose_command(words)[0].seed)
@@ -261,30 +261,30 @@ def planned(recipe: Component, folder: Path, overrides: Sequence[str]) -> Recipe
         if step.is_run:
             with _naming(step):
                 resolve(*compose_command(step.words), step.words)
-    return Recipe(recipe.name, recipe.plain(), words, steps, folder)
+    return PlannedRecipe(recipe.name, recipe.plain(), words, steps, folder)
 
 
 @contextmanager
-def _naming(step: Step) -> Iterator[None]:
+def _naming(step: Command) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{step.name}: {error}") from error
 
 
-def recipe_of(cfg: DictConfig, choice: str, folder: Path, overrides: Sequence[str]) -> Recipe:
+def recipe_of(cfg: DictConfig, choice: str, folder: Path, overrides: Sequence[str]) -> PlannedRecipe:
     """The recipe that a composed tree asks for."""
     return planned(component("recipe", cfg.recipe, choice), folder, overrides)
 
 
-def recipe_in(folder: Path, overrides: Sequence[str]) -> Recipe:
+def recipe_in(folder: Path, overrides: Sequence[str]) -> PlannedRecipe:
     """The recipe of a folder, to be gone on with. Raises ValueError for words beside `resume`."""
     words = asked_in(folder, overrides)
     cfg, choices = compose_command(words)
     return recipe_of(cfg, choices["recipe"], folder, words)
 
 
-def run_recipe(recipe: Recipe, tracking: str) -> int:
+def run_recipe(recipe: PlannedRecipe, tracking: str) -> int:
     """Run what is not finished of a chain; the exit status. Raises ValueError for a folder that holds another one, and
     where a run did not begin with, or was not measured against, the weights that the recipe says."""
     folder = recipe.folder
@@ -308,7 +308,7 @@ def run_recipe(recipe: Recipe, tracking: str) -> int:
         return _concluded(recipe, tracking)
 
 
-def _typed(step: Step) -> int:
+def _typed(step: Command) -> int:
     """Run a step's command; a stop reaches it once, and is waited for, as a run saves itself."""
     if step.before is not None:
         step.before()
@@ -332,7 +332,7 @@ def _waited_for(words: Sequence[str]) -> int:
         return code
 
 
-def _check_weights(step: Step, recipe: Recipe) -> None:
+def _check_weights(step: Command, recipe: PlannedRecipe) -> None:
     if not step.is_run:
         return
     ours = _identities(step)
@@ -344,14 +344,14 @@ def _check_weights(step: Step, recipe: Recipe) -> None:
         raise ValueError(f"{step.name} was measured against other weights than it began with")
 
 
-def _identities(step: Step) -> dict[str, str]:
+def _identities(step: Command) -> dict[str, str]:
     return read_summary(step.folder, str(step.folder))["identities"]
 
 
 # --- its record
 
 
-def _write_record(recipe: Recipe, seconds: Mapping[str, float]) -> None:
+def _write_record(recipe: PlannedRecipe, seconds: Mapping[str, float]) -> None:
     steps = [
         {
             "name": step.name,
@@ -365,7 +365,7 @@ def _write_record(recipe: Recipe, seconds: Mapping[str, float]) -> None:
     write_json(recipe.folder / RECORD, sealed(_request(recipe) | {"steps": steps}))
 
 
-def _request(recipe: Recipe) -> dict[str, Any]:
+def _request(recipe: PlannedRecipe) -> dict[str, Any]:
     return {"recipe": recipe.name, "options": dict(recipe.options), "words": list(recipe.words)}
 
 
@@ -380,7 +380,7 @@ def _seconds_in(folder: Path) -> Iterator[tuple[str, float]]:
         yield from ((step["name"], step["seconds"]) for step in read_record(folder)["steps"])
 
 
-def _check_same(recipe: Recipe) -> None:
+def _check_same(recipe: PlannedRecipe) -> None:
     """Raise ValueError naming what is asked for otherwise than in the folder's record; begin one where there is
     none."""
     folder = recipe.folder
@@ -414,7 +414,7 @@ def asked_in(folder: Path, overrides: Sequence[str]) -> list[str]:
 # --- what it came to
 
 
-def _concluded(recipe: Recipe, tracking: str) -> int:
+def _concluded(recipe: PlannedRecipe, tracking: str) -> int:
     """Compare the policies, and write the page; the exit status of the comparison."""
     folder = recipe.folder
     policies = [step for step in recipe.steps if step.is_run or _is_average(step.folder)]
@@ -434,14 +434,14 @@ def _concluded(recipe: Recipe, tracking: str) -> int:
     return code
 
 
-def _compared(recipe: Recipe, policies: Sequence[Step], tracking: str) -> int:
+def _compared(recipe: PlannedRecipe, policies: Sequence[Command], tracking: str) -> int:
     words = typed_words({"sweep": [str(step.folder) for step in policies]})
     words += [f"output_dir={recipe.folder / COMPARISON}", f"tracking={tracking}", *_one_baseline(recipe)]
     words += trust_words(addresses_in(recipe.words))
     return _waited_for(["evaluate.py", *directory_words(sys.argv[1:]), *words])
 
 
-def _one_baseline(recipe: Recipe) -> list[str]:
+def _one_baseline(recipe: PlannedRecipe) -> list[str]:
     """What all policies are compared with where they did not begin with one: what the first began with."""
     runs = [step for step in recipe.steps if step.is_run]
     if len({_identities(step)["initial_policy"] for step in runs}) == 1:

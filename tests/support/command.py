@@ -176,7 +176,7 @@ def file_composes(choice: str):
         resolved(*inside)
         return
     required = REQUIRED.get(name, [])
-    words = [f"+{choice}" if group == "experiment" else choice]
+    words = [f"+{choice}" if group in ("experiment", "recipe", "search") else choice]
     words += required[group] if isinstance(required, dict) else required
     resolved(*words, kind="evaluate" if group in EVALUATE_ONLY else "train")
 
