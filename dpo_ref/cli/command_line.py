@@ -130,7 +130,8 @@ def checked(arguments: Sequence[str], kind: str) -> list[str]:
     """The words as Hydra gets them, flags first, as it takes none between others. What is refused ends the process
     with one sentence."""
     words = _flags_first(with_trust(arguments))
-    words = [f"+{word}" if word.startswith("recipe=") else word for word in words]  # of no default, as Hydra has it
+    added = ("recipe=", "search=")  # of no default, as Hydra has it
+    words = [f"+{word}" if word.startswith(added) else word for word in words]
     if COMPLETION & set(words):
         words += _folders_to_complete()
     try:

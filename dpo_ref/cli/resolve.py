@@ -167,6 +167,7 @@ class RunConfig:
     selection: Criterion | None = None  # of the policy that is kept
     degeneration: Thresholds = field(default_factory=Thresholds)
     bandit: Component | None = None  # trained instead of the model
+    search: Component | None = None  # which ends it at a rung to compare it with others
 
 
 def strength(function: Callable[..., Any]) -> str | None:
@@ -361,4 +362,5 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
         selection=_selection(trainer, evaluation),
         degeneration=Thresholds(**OmegaConf.to_container(cfg.get("degeneration") or OmegaConf.create())),  # pyright: ignore
         bandit=parts.get("bandit"),
+        search=parts.get("search"),
     )

@@ -29,6 +29,7 @@ from dpo_ref.cli.saved_run import (
 )
 from dpo_ref.distributed import on_cuda
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY
+from dpo_ref.evaluation.sweep import SEARCH, climb_in, stands_at
 from dpo_ref.files.digests import sealed
 from dpo_ref.files.holding import held, new_folder, not_writable
 from dpo_ref.files.writing import write_json, write_text
@@ -39,11 +40,11 @@ from dpo_ref.training.run import PATIENCE
 
 CONFIG, ERROR = "config.yaml", "error.txt"
 TRAINED = ("metrics.jsonl", "checkpoints", "policy")  # what a run leaves once it trains
-SAME_RUN = ("output_dir", "resume", "tracking")  # what may differ when a sweep's command is typed again
+SAME_RUN = ("output_dir", "resume", "tracking", "search")  # what may differ when a sweep's command is typed again
 MAY_CHANGE = (
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",
     "trainer.stop_when_degenerate", "trainer.keep_best", "trainer.patience", "evaluation.every",
-    "data.tokens_per_batch", "model.gradient_checkpointing", "device", "tracking", "resume", "trust",
+    "data.tokens_per_batch", "model.gradient_checkpointing", "device", "tracking", "search", "resume", "trust",
 )  # fmt: skip
 
 
@@ -78,6 +79,7 @@ def restore(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
     saved.setdefault("evaluation", cfg.evaluation)  # runs from before there was one
     if saved.get("bandit") is not None:
         raise ValueError(f"{key} is the run of a bandit, which has no checkpoints; start it anew")
+    _search_as_now(cfg, job, saved, summary)
     for override in job.overrides:
         option = override.lstrip("+").partition("=")[0]
         if _says_the_same(option, cfg, saved, job.choices, summary["choices"]):
@@ -96,9 +98,19 @@ def restore(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
     return saved, Job(directory, summary["overrides"], summary["choices"], summary.get("sweep", job.sweep))
 
 
+def _search_as_now(cfg: DictConfig, job: Job, saved: DictConfig, summary: dict[str, Any]) -> None:
+    """A search has a say for as long as its command runs: without one the run goes on to its end."""
+    saved.search = cfg.get("search")
+    summary["choices"].pop("search", None)
+    if saved.search is not None:
+        summary["choices"]["search"] = job.choices["search"]
+
+
 def _refuse_stopped(key: str, saved: DictConfig, summary: Mapping[str, Any]) -> None:
     """Raise ValueError for a run that ended before its last step by an option that would end it again."""
     ended = f"{key}: the run ended at step {summary.get('steps')} because"
+    if summary.get("stopped_by") == SEARCH:
+        return
     if summary.get("stopped_by") == PATIENCE:
         best = summary.get("best") or {}
         if saved.trainer.get("patience") is not None:
@@ -175,8 +187,9 @@ def left_by_sweep(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job] | None:
         if not option.startswith(SAME_RUN) and saved.get(option) != now.get(option):
             was, wanted = saved.get(option), now.get(option)
             raise ValueError(f"{directory} holds another run, with {option}={was}, not {wanted}: see output_dir")
-    status = read_summary(directory, key)["status"]
-    if status in FINISHED:
+    summary = read_summary(directory, key)
+    status = summary["status"]
+    if status in FINISHED and not _climbs_on(cfg, summary, key):
         print(f"kept: {directory} is {status}")
         return None
     if cfg.get("bandit") is not None:  # it has no checkpoints
@@ -186,6 +199,14 @@ def left_by_sweep(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job] | None:
     cfg = cfg.copy()
     cfg.resume = str(directory)
     return restore(cfg, replace(job, overrides=()))
+
+
+def _climbs_on(cfg: DictConfig, summary: Mapping[str, Any], key: str) -> bool:
+    """Whether a search ended the job of this record at a rung, and lets it go further now, or no search does."""
+    climb = climb_in(summary, key)
+    if climb is None or not stands_at(summary, climb):
+        return False
+    return cfg.get("search") is None or len(climb.rungs) < cfg.search.rung
 
 
 def _options(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

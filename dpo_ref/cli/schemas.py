@@ -127,6 +127,7 @@ class TrainSchema:
     tracking: Any = MISSING
     evaluation: Any = None  # while training
     bandit: Any = None  # instead of a language model
+    search: Any = None  # which jobs of a sweep train to their end
     recipe: Any = None  # a chain of runs instead of one
     beta: float | None = None
     seed: int = 0

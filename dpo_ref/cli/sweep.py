@@ -22,6 +22,7 @@ from dpo_ref.cli.run_folder import record_death
 from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
 from dpo_ref.cli.schemas import note_swept_keys
 from dpo_ref.cli.stopping import advise
+from dpo_ref.evaluation.sweep import SweptRun, collect, key_of
 from dpo_ref.files.holding import held
 from dpo_ref.tracking.terminal import say
 
@@ -91,22 +92,44 @@ class SweepReport(Callback):
 
 def print_next(folder: Path, words: Sequence[str], then: Sequence[str]) -> None:
     """What to type next; `then` as far as the `words` of this sweep say nothing about it."""
-    from dpo_ref.evaluation.sweep import collect
     from dpo_ref.reports.tables import best
 
-    jobs = [job for job in collect(folder) if job.evaluation is not None]
+    everything = collect(folder)
+    jobs = [job for job in everything if job.evaluation is not None and not job.left_behind]
     champion = best([job.evaluation for job in jobs if job.evaluation is not None])
     again = [*shlex.split(python()), "train.py", *(word for word in words if not word.startswith(ANEW))]
-    for job in jobs:
-        if job.evaluation is champion:
-            command = [*shlex.split(python()), "evaluate.py", *directory_words(words), f"policy={job.folder}"]
-            say("the answers of the first, in a report.html of its own:", f"  {shlex.join(command)}")
-    if seeds := [job.seed for job in jobs if job.seed is not None]:
-        more = [f"seed={max(seeds) + 1},{max(seeds) + 2}", f"output_dir={folder}"]
-        say("two seeds more, which join these:", f"  {shlex.join([*again, *more])}")
+    first = next((job for job in jobs if job.evaluation is champion), None)
+    if first is not None:
+        command = [*shlex.split(python()), "evaluate.py", *directory_words(words), f"policy={first.folder}"]
+        say("the answers of the first, in a report.html of its own:", f"  {shlex.join(command)}")
+    seeds = [job.seed for job in jobs if job.seed is not None]
+    more = [f"seed={max(seeds) + 1},{max(seeds) + 2}"] if seeds else []
+    searched = any(job.climb for job in everything)
+    if more and searched and first is not None:
+        say("the first cell with two seeds more:", f"  {shlex.join([*_alone(first, everything, again), *more])}")
+    elif more:
+        say("two seeds more, which join these:", f"  {shlex.join([*again, *more, f'output_dir={folder}'])}")
+    if any(job.left_behind for job in everything):
+        whole = [
+            *_without_search(again),
+            *(word for word in words if word.startswith("seed=")),
+            f"output_dir={folder}",
+        ]
+        say("the cells that the search left behind, to their ends:", f"  {shlex.join(whole)}")
     said = {word.partition("=")[0] for word in words}
     if then := [word for word in then if word.partition("=")[0] not in said]:
         say(f"another sweep, with {' '.join(then)}:", f"  {shlex.join([*again, *then])}")
+
+
+def _without_search(words: Sequence[str]) -> list[str]:
+    return [word for word in words if key_of(word).partition(".")[0] != "search"]
+
+
+def _alone(job: SweptRun, jobs: Sequence[SweptRun], words: Sequence[str]) -> list[str]:
+    """The words of a sweep with one job's in place of those that differ, and without a search."""
+    shared = set.intersection(*(set(other.words) for other in jobs if other.words))
+    own = {key_of(word): word for word in job.words if word not in shared}
+    return [*(word for word in _without_search(words) if key_of(word) not in own), *own.values()]
 
 
 def _evaluated_beside(config: DictConfig) -> list[str]:
@@ -119,9 +142,7 @@ def _evaluated_beside(config: DictConfig) -> list[str]:
 
 def _failed_in(folder: Path) -> dict[str, str]:
     """The jobs that are not finished by their records: a launcher may have run them in other processes."""
-    from dpo_ref.evaluation.sweep import collect
-
-    return {job.name: job.state for job in collect(folder) if not job.finished}
+    return {job.name: job.state for job in collect(folder) if not (job.finished or job.left_behind)}
 
 
 def _in_words(failed: dict[str, str], again: str) -> list[str]:
@@ -132,8 +153,6 @@ def _in_words(failed: dict[str, str], again: str) -> list[str]:
 
 def _has_prompts(folder: Path) -> bool:
     """Whether a job has held-out prompts to be evaluated on; where none has, says what to type."""
-    from dpo_ref.evaluation.sweep import collect
-
     finished = [job.folder for job in collect(folder) if job.finished]
     counts = {read_summary(job, f"sweep={folder}").get("held_out_prompts") for job in finished}
     if counts != {0}:

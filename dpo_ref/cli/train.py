@@ -15,6 +15,7 @@ from dpo_ref.cli.bandit import run_bandit
 from dpo_ref.cli.build import NUM_SAMPLES, SAMPLE_TOKENS, Built, build, cache_reference, report_data
 from dpo_ref.cli.check import check_run
 from dpo_ref.cli.command_line import ON_QUESTIONS, script
+from dpo_ref.cli.halving import check_search, climbed, ladder_of
 from dpo_ref.cli.recipes import RECORD, Recipe, recipe_in, recipe_of, run_recipe
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
@@ -81,6 +82,7 @@ def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
         "degenerate": training.evaluation.degenerate if training.evaluation else [],
         "stopped_by": training.stopped_by,
         "best": _best(training),
+        "search": climbed(built.config, training, steps),
         "data": built.counts,
         "held_out_prompts": len(built.prompts),
         "sources": sources_of(built.config),
@@ -253,6 +255,7 @@ def _recipe(cfg: DictConfig, job: Job) -> Recipe | None:
 def _run_here(cfg: DictConfig, job: Job) -> Ended:
     """Run a job on the device that it names."""
     run = resolve(cfg, job.choices, job.overrides)
+    check_search(run, job.sweep)
     refuse_credentials(OmegaConf.to_container(cfg, resolve=True), "")
     if run.stage in ASIDE:
         ASIDE[run.stage](run, job.directory)
@@ -303,6 +306,8 @@ def _train(cfg: DictConfig, job: Job, run: RunConfig) -> None:
     with tracking_of(cfg, job, run) as tracker:
         built = build(run, job.directory, tracker)
         built.training.folder = RunFolder(OmegaConf.to_yaml(cfg, resolve=True), partial(make_folder, cfg, job))
+        ladder = ladder_of(run, built.training.rounds.num_steps)
+        built.training.rung = ladder and ladder.ends_at
         first_step = built.training.resume() if cfg.resume else 0
         if cfg.resume:
             write_config(cfg, job)

@@ -6,10 +6,10 @@ import glob
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,72 @@ from dpo_ref.models.averages import AVERAGE, Average, read_average, run_averaged
 # --- the runs that a sweep joins
 
 
-VARIED_WITHIN_A_SERIES = ("beta", "objective.beta", "objective.tau", "seed", "output_dir")
+STRENGTHS = ("beta", "objective.beta", "objective.tau")
+NOT_OF_A_POLICY = ("seed", "output_dir", "search")  # sections of keys that say nothing about the policy that is sought
 CHECKPOINT = re.compile(r"step-(\d+)$")
+
+
+SEARCH = "search.rung"  # what a run says that a search has ended for now (`cli/halving.py`)
+
+
+@dataclass(frozen=True, slots=True)
+class Climb:
+    """How far a search let a run go, as the run's record says: the metric that runs are compared by and its better
+    direction; of how many rungs, the last of which is the run's end; the optimiser steps of the whole run; and for
+    each rung that it reached the step and the metric there, nan where it had none."""
+
+    metric: str
+    better: Literal["higher", "lower"]
+    of: int
+    num_steps: int
+    rungs: tuple[tuple[int, float], ...]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps up to the last rung that it reached."""
+        return self.rungs[-1][0] if self.rungs else 0
+
+    def value(self, rung: int) -> float:
+        """The metric at a rung, from 1; of a run that ended by itself before, at its end. nan where it never was."""
+        reached = self.rungs[:rung]
+        return reached[-1][1] if reached else math.nan
+
+    def __str__(self) -> str:
+        step, value = self.rungs[-1]
+        where = f"at step {step:,} of {self.num_steps:,}, rung {len(self.rungs)} of {self.of}"
+        return f"{where}: {self.metric} {value:.4g}"
+
+    def record(self) -> dict[str, Any]:
+        """What the run's record holds."""
+        rungs = [{"step": step, "value": value if math.isfinite(value) else None} for step, value in self.rungs]
+        return {
+            "metric": self.metric,
+            "better": self.better,
+            "of": self.of,
+            "num_steps": self.num_steps,
+            "rungs": rungs,
+        }
+
+
+def climb_in(summary: Mapping[str, Any], origin: str) -> Climb | None:
+    """How far a search let a run go; None for one that no search began. Raises ValueError for what is no such
+    record."""
+    content = summary.get("search")
+    if content is None:
+        return None
+    try:
+        values = [math.nan if rung["value"] is None else float(rung["value"]) for rung in content["rungs"]]
+        steps = [int(rung["step"]) for rung in content["rungs"]]
+        better: Literal["higher", "lower"] = "higher" if content["better"] == "higher" else "lower"
+        rungs = tuple(zip(steps, values, strict=True))
+        return Climb(str(content["metric"]), better, int(content["of"]), int(content["num_steps"]), rungs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{origin}: its search is no record of rungs ({error!r})") from error
+
+
+def stands_at(summary: Mapping[str, Any], climb: Climb | None) -> bool:
+    """Whether a search has ended the run of this record at a rung."""
+    return summary["status"] == "stopped" and summary.get("stopped_by") == SEARCH and bool(climb and climb.rungs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +103,13 @@ class SweptRun:
     beta: float | None
     seed: int | None
     options: tuple[str, ...]  # the other overrides, beside beta and seed
+    words: tuple[str, ...]  # all of them, but for those about the seed, the folder and a search
     evaluation: Evaluation | None
     step: int | None = None  # of a checkpoint
     share: float | None = None  # of the second of `ends`, on the path between two policies
     ends: tuple[str, ...] = ()
+    climb: Climb | None = None  # of a run that a search began
+    left_behind: bool = False  # a search ended it at its last rung
 
     @property
     def results(self) -> Path:
@@ -51,12 +118,15 @@ class SweptRun:
 
     @property
     def finished(self) -> bool:
-        """Whether it left a policy: at its end, or where training was stopped because its policy was degenerate."""
-        return self.status in FINISHED
+        """Whether it left a policy to be compared: at its end, or where training was stopped because its policy was
+        degenerate, but not where a search left it behind, which is sooner than the others."""
+        return self.status in FINISHED and not self.left_behind
 
     @property
     def state(self) -> str:
         """The status in words, with what went wrong."""
+        if self.left_behind and self.climb is not None:
+            return f"stopped {self.climb}"
         words = f"{self.status}, not evaluated" if self.finished and not self.evaluation else self.status
         return f"{words}: {self.error}" if self.error else words
 
@@ -120,9 +190,15 @@ def _summary(folder: Path) -> dict[str, Any]:
     if not (folder / SUMMARY).is_file():
         return {"status": "missing"}
     try:
-        return read_summary(folder, folder.name)
+        summary = read_summary(folder, folder.name)
+        return {**summary, "search": climb_in(summary, f"{folder.name}: {folder / SUMMARY}")}
     except ValueError as error:
         return {"status": "unreadable", "error": str(error)}
+
+
+def key_of(word: str) -> str:
+    """What an override is about."""
+    return word.lstrip("+").partition("=")[0]
 
 
 def _job(folder: Path, name: str) -> SweptRun:
@@ -131,7 +207,9 @@ def _job(folder: Path, name: str) -> SweptRun:
     run = folder.parents[1] if checkpoint else folder if average is None else run_averaged_in(folder)
     summary = {} if run is None else _summary(run)
     is_whole = bool(checkpoint) or average is not None  # whatever became of its run
-    options = [str(override).removeprefix("++") for override in summary.get("overrides") or []]
+    climb = None if is_whole else summary.get("search")
+    words = [str(override).removeprefix("++") for override in summary.get("overrides") or []]
+    words = [word for word in words if key_of(word).partition(".")[0] not in NOT_OF_A_POLICY]
     job = SweptRun(
         name=name,
         folder=folder,
@@ -141,13 +219,24 @@ def _job(folder: Path, name: str) -> SweptRun:
         reference=summary.get("reference"),
         beta=None if summary.get("beta") is None else float(summary["beta"]),
         seed=summary.get("seed"),
-        options=tuple(o for o in options if o.lstrip("+").partition("=")[0] not in VARIED_WITHIN_A_SERIES),
+        options=tuple(word for word in words if key_of(word) not in STRENGTHS),
+        words=tuple(words),
         evaluation=None,
         step=int(checkpoint[1]) if checkpoint else None,
         share=_share(average),
         ends=() if average is None else average.policies,
+        climb=climb,
+        left_behind=not is_whole and stands_at(summary, climb),
     )
-    return _with_evaluation(job)
+    job = _with_evaluation(job)
+    return job if average is None or average.share is not None else _as_average(job)
+
+
+def _as_average(job: SweptRun) -> SweptRun:
+    """An average of runs is named as what it is, and is no seed of theirs."""
+    title = f"{job.objective or 'policies'}, average of {len(job.ends)}"
+    evaluation = job.evaluation and replace(job.evaluation, objective=title, seed=None)
+    return replace(job, objective=title, seed=None, evaluation=evaluation)
 
 
 def _with_evaluation(job: SweptRun) -> SweptRun:
@@ -326,10 +415,11 @@ def mean_over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def cells(jobs: Sequence[SweptRun]) -> list[Cell]:
-    """Evaluated jobs joined over seeds, ordered by series, then by step or beta."""
+    """Evaluated jobs joined over seeds, ordered by series, then by step or beta; without those that a search left
+    behind, whoever evaluated them."""
     grouped: dict[tuple[str, float | None, int | None, float | None], list[SweptRun]] = defaultdict(list)
     for job, series in zip(jobs, _series(jobs), strict=True):
-        if job.evaluation is not None:
+        if job.evaluation is not None and not job.left_behind:
             grouped[series, job.beta, job.step, job.share].append(job)
     unsorted = []
     for (series, beta, step, share), members in grouped.items():
@@ -341,12 +431,13 @@ def cells(jobs: Sequence[SweptRun]) -> list[Cell]:
 
 
 def without_result(jobs: Sequence[SweptRun]) -> list[SweptRun]:
-    """Jobs that have no numbers."""
-    return [job for job in jobs if job.evaluation is None]
+    """Jobs that have no numbers, though no search left them behind."""
+    return [job for job in jobs if job.evaluation is None and not job.left_behind]
 
 
 def csv_text(jobs: Sequence[SweptRun]) -> str:
-    """One line per job, failed ones included, with every metric."""
+    """One line per job, failed ones included, with every metric; where a search began them, with the last rung that
+    each reached, its step and the metric there."""
     keys = sorted({key for job in jobs if job.evaluation for key in job.evaluation.metrics})
     about = (
         "job",
@@ -362,12 +453,20 @@ def csv_text(jobs: Sequence[SweptRun]) -> str:
         "degenerate",
         "missing",
     )
-    rows: list[list[Any]] = [[*about, *keys]]
+    searched = ["rung", "rung_step", "rung_value"] if any(job.climb for job in jobs) else []
+    rows: list[list[Any]] = [[*about, *searched, *keys]]
     for job, series in zip(jobs, _series(jobs), strict=True):
         metrics = job.evaluation.metrics if job.evaluation else {}
         broken = "; ".join(job.evaluation.degenerate) if job.evaluation else ""
         kind = (job.objective, job.reference, job.beta, job.step, job.share, job.seed)
         missing = "; ".join(job.evaluation.missing) if job.evaluation else ""
-        facts = (job.name, job.status, job.error, series, *kind, broken, missing)
+        facts = (job.name, job.status, job.error, series, *kind, broken, missing, *_last_rung(job)[: len(searched)])
         rows.append([*facts, *(metrics.get(key) for key in keys)])
     return as_csv(rows)
+
+
+def _last_rung(job: SweptRun) -> tuple[Any, Any, Any]:
+    if job.climb is None or not job.climb.rungs:
+        return None, None, None
+    step, value = job.climb.rungs[-1]
+    return len(job.climb.rungs), step, value

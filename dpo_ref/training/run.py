@@ -49,6 +49,16 @@ class SampleEvaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class Rung:
+    """Where a search ends a run for now: after which optimiser step, one after which `metric` is measured, and the
+    option that says so. The schedule stays that of the whole run."""
+
+    step: int
+    metric: str
+    option: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunFolder:
     """What a run's folder holds besides what training writes."""
 
@@ -74,6 +84,7 @@ class TrainingRun:
     stopped_by: str | None = field(default=None, init=False)  # the option that says so
     initial_weights: str = field(init=False)  # digest of the policy before training
     folder: RunFolder = field(init=False)
+    rung: Rung | None = field(default=None, init=False)  # of a search
     _saved_at: float = field(default=0.0, init=False)  # time.monotonic() of the last checkpoint, or of the beginning
     _placing: "tuple[int, Future[Path]] | None" = field(default=None, init=False)  # the checkpoint of this step
     _started: float = field(default=0.0, init=False)  # when the step under way began
@@ -244,8 +255,9 @@ class TrainingRun:
             if first_step == 0:
                 self._evaluate(0)
                 self._evaluate_samples(0)
-            self._check_selection()
-            if first_step < total and self._exhausted(first_step):  # killed between its last checkpoint and its end
+            self._check_measured()
+            # killed between its last checkpoint and its end
+            if first_step < total and (self._exhausted(first_step) or self._at_rung(first_step)):
                 return first_step
             pending: tuple[Step, float] | None = None
             self._bar.advance(0)
@@ -347,6 +359,8 @@ class TrainingRun:
             self._evaluate(step)
         if self._exhausted(step):
             return
+        if not stop and self._at_rung(step):
+            return
         if stop or self._save_due(step) or self._is_best(step):
             self.save(step)
         if stop:
@@ -365,18 +379,27 @@ class TrainingRun:
         self._end(step, PATIENCE)
         return True
 
+    def _at_rung(self, step: int) -> bool:
+        """Whether a search ends the run here; it has measured the policy. One that was stopped beyond has been there."""
+        if self.rung is None or step < self.rung.step:
+            return False
+        self.stopped_at, self.stopped_by = step, self.rung.option
+        return True
+
     def _is_best(self, step: int) -> bool:
         return self.selection is not None and self.selection.best is not None and self.selection.best.step == step
 
-    def _check_selection(self) -> None:
-        """Raise ValueError where the metric that the best policy is chosen by is none of this run's."""
+    def _check_measured(self) -> None:
+        """Raise ValueError where a metric that policies or runs are chosen by is none of this run's."""
         measured = [name for name in self.record.last if name.startswith(("eval/", "evaluation/"))]
-        if self.selection is not None and measured and self.selection.criterion.key not in measured:
-            key = self.selection.criterion.key
-            raise ValueError(
-                f"trainer.keep_best={key} is not measured in this run, whose objective is {self.objective.name}; near "
-                f"it are {near(key, measured)}"
-            )
+        chosen_by = {"trainer.keep_best": self.selection and self.selection.criterion.key}
+        chosen_by |= {"search.metric": self.rung and self.rung.metric}
+        for option, key in chosen_by.items():
+            if key is not None and measured and key not in measured:
+                raise ValueError(
+                    f"{option}={key} is not measured in this run, whose objective is {self.objective.name}; near it "
+                    f"are {near(key, measured)}"
+                )
 
     def _consider(self, step: int, metrics: Mapping[str, float]) -> None:
         if self.selection is not None:
