@@ -22,6 +22,14 @@ class MemberOf:
 
 
 @dataclass(frozen=True, slots=True)
+class MembersOf:
+    """Marks a parameter, as in Annotated[list[Any], MembersOf("reference")]: what is handed over are configured
+    members of the group, which a configuration gives by their names, or as {reference: <name>, and its options}."""
+
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeftOpen:
     """Marks a parameter, as in Annotated[float, LEFT_OPEN], that a configuration leaves open (null) unless it is
     given: what that means depends on the model and is written there before a run (`cli/starting_point.py`). Where
@@ -48,6 +56,12 @@ def annotations(component: Callable[..., Any]) -> dict[str, Any]:
 def member_group(hint: Any) -> str | None:
     """The config group that an option is itself a member of, if it is one."""
     marks = (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, MemberOf))
+    return next((mark.group for mark in marks), None)
+
+
+def members_group(hint: Any) -> str | None:
+    """The config group that an option lists members of, if it does."""
+    marks = (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, MembersOf))
     return next((mark.group for mark in marks), None)
 
 
@@ -89,10 +103,22 @@ class Component:
 
     def plain(self) -> dict[str, Any]:
         """The options as JSON values, those of members inside it with the target's name."""
-        return {
-            name: {"name": value.name, **value.plain()} if isinstance(value, Component) else value
+        return {name: _plain(value) for name, value in self.options.items()}
+
+    @property
+    def parts(self) -> "list[Component]":
+        """The components that it is made of (`MembersOf`)."""
+        lists = (value for value in self.options.values() if isinstance(value, list))
+        return [part for values in lists for part in values if isinstance(part, Component)]
+
+    def with_parts(self, change: "Callable[[Component], Component]") -> "Component":
+        """The same with each of its parts changed."""
+        changed = {
+            name: [change(part) if isinstance(part, Component) else part for part in value]
             for name, value in self.options.items()
+            if isinstance(value, list)
         }
+        return replace(self, options=self.options | changed)
 
     def bound(self, function: Callable[..., Any]) -> "partial[Any]":
         """`function`, the component's own or one its group shares, with its part of the options."""
@@ -109,6 +135,12 @@ class Component:
         if "off" not in choices_of(annotations(self.function).get("cache")):
             return None
         return replace(self, options=self.options | {"cache": "off"})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Component):
+        return {"name": value.name, **value.plain()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 # --- what a component declares beside its options

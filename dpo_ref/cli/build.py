@@ -8,6 +8,7 @@ import torch
 
 from dpo_ref.cli.cache import check_cache, look_after_cache, record_uses
 from dpo_ref.cli.resolve import RunConfig
+from dpo_ref.component import Component
 from dpo_ref.data.anomalies import anomalies
 from dpo_ref.data.chat_templates import template_notes, text_identity
 from dpo_ref.data.groups import ConcatGroups, Groups, TokenGroups
@@ -234,15 +235,20 @@ def reference_of(
     """The run's loss reference, for the rows that the run comes to: one shorter than an epoch has no others scored.
 
     Raises ValueError for one that only knows rows from before training, where the run makes others."""
-    known = rounds.known if config.reference.hooks.given else rounds.known_by(rounds.num_steps)
+    known = rounds.known if _is_given(config.reference) else rounds.known_by(rounds.num_steps)
     reference = build_reference(config, work, policy, ConcatGroups(known, held_out))
     say_which(reference)
     if rounds.live and not reference.live:
         raise ValueError(
             f"reference={reference.name} is a table of what is known before training, and data={config.data.name} "
-            "goes on sampling: use a model with the policy's tokenizer, and cache: off in reference.parts"
+            "goes on sampling: use a model with the policy's tokenizer and template"
         )
     return reference
+
+
+def _is_given(reference: Component) -> bool:
+    """Whether the data brings its log-probs, or those of a part of it."""
+    return reference.hooks.given or any(map(_is_given, reference.parts))
 
 
 def cache_reference(config: RunConfig, directory: Path) -> None:

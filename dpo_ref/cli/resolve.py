@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hydra.errors import HydraException
@@ -18,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import dpo_ref.lab.models  # noqa: F401  (it makes paths such as lab:initial known)
 from dpo_ref.cli.command_line import compose_command, refuse_unknown, typed_words
-from dpo_ref.cli.schemas import SCHEMAS, SHARED, STAGES, groups, locate, parts_of
+from dpo_ref.cli.schemas import FOLDERS, SCHEMAS, SHARED, STAGES, groups, locate, parts_of
 from dpo_ref.component import (
     Component,
     RunPlan,
@@ -29,6 +31,7 @@ from dpo_ref.component import (
     mapped_to,
     may_be_left_open,
     member_group,
+    members_group,
     one_or_several,
 )
 from dpo_ref.evaluation.results import BEST_BY, Thresholds, direction
@@ -63,13 +66,16 @@ def component(group: str, node: DictConfig, choice: str, key: str | None = None)
 
 
 def _value(key: str, value: Any, hint: Any) -> Any:
-    """An option as components take it; a member of a group becomes a Component."""
+    """An option as components take it; a member of a group becomes a Component, as each of a list of them does."""
     choices, inner = choices_of(hint), member_group(hint)
     if inner is not None:
         return component(inner, value, value["_target_"].rpartition(".")[2], key)
     if choices and value not in (*choices, *([None] if type(None) in get_args(hint) else [])):
         raise ValueError(f"{key}={value} is none of {', '.join(choices)}")
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    listed = members_group(hint)
+    if listed is not None and isinstance(plain, list):
+        return [_listed_member(listed, f"{key}[{index}]", entry) for index, entry in enumerate(plain)]
     single = one_or_several(hint)
     if single is not None:
         return _one_or_several(key, plain, single)
@@ -206,8 +212,8 @@ def _mixture(mixture: Component, beta: float | None) -> Objective:
     """Bind an objective made of others; a top-level beta goes to those that have a strength and do not say it."""
     parts, taken = [], False
     for index, entry in enumerate(mixture.options["parts"]):
-        name, options = _part(index, entry)
-        part = _composed_part(index, name, options)
+        name, options = _part("objective", f"objective.parts[{index}]", entry)
+        part = _composed_part("objective", f"objective.parts[{index}]", name, options)
         key = strength(part.function)
         own = None if key is None or key in options else beta
         taken |= own is not None
@@ -220,26 +226,42 @@ def _mixture(mixture: Component, beta: float | None) -> Objective:
     return objective
 
 
-def _composed_part(index: int, name: str, options: Mapping[str, Any]) -> Component:
-    """A part as its own command line would have it. Raises ValueError."""
-    words = [f"objective={name}", *typed_words({f"objective.{key}": value for key, value in options.items()})]
+# --- members of a group that stand in a list: parts of what is made of several
+
+
+def _listed_member(group: str, key: str, entry: Any) -> Component:
+    return _composed_part(group, key, *_part(group, key, entry))
+
+
+def _composed_part(group: str, key: str, name: str, options: Mapping[str, Any]) -> Component:
+    """A part, which stands at `key`, as its own command line would have it. Raises ValueError."""
+    target = next(target for path, target in groups()[group].items() if path.stem == name)
+    refuse_unknown(f"{key}.", options, {n for part in parts_of(group, locate(target)) for n in configuration(part)})
+    words = [f"{group}={name}", *typed_words({f"{group}.{option}": value for option, value in options.items()})]
     try:
-        cfg, _ = compose_command(words)
-    except (ValueError, HydraException) as error:
-        raise ValueError(f"objective.parts[{index}]: {error}") from error
-    return component("objective", cfg.objective, name, f"objective.parts[{index}]")
+        return component(group, _composed(tuple(words), tuple(FOLDERS))[group], name, group)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    except HydraException as error:  # which leaves the reason to its cause
+        raise ValueError(f"{key}: {error}: {str(error.__cause__).partition(chr(10))[0]}") from error
 
 
-def _part(index: int, entry: Any) -> tuple[str, dict[str, Any]]:
-    """The name of an objective that is a part of another, and its options. Raises ValueError for what names none."""
-    options = {"objective": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
-    name, known = options.pop("objective", None), sorted(path.stem for path in groups()["objective"])
+@cache
+def _composed(words: tuple[str, ...], folders: tuple[Path, ...]) -> DictConfig:
+    """The tree of a command line; what the same folders give for it is composed once."""
+    return compose_command(words)[0]
+
+
+def _part(group: str, key: str, entry: Any) -> tuple[str, dict[str, Any]]:
+    """The name of a member that is a part of another, and its options. Raises ValueError for what names none."""
+    options = {group: entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
+    name, known = options.pop(group, None), sorted(path.stem for path in groups()[group])
     if name not in known:
         close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "docs/objectives.md has all"
-        kinds = "a name, or {objective: <name>, and its options}"
-        raise ValueError(f"objective.parts[{index}]={entry} is no objective: {kinds}; {hint}")
-    return name, {str(key): value for key, value in options.items()}
+        hint = f"did you mean {close[0]}?" if close else f"docs/{group}s.md has all"
+        kinds = f"a name, or {{{group}: <name>, and its options}}"
+        raise ValueError(f"{key}={entry} is no {group}: {kinds}; {hint}")
+    return name, {str(option): value for option, value in options.items()}
 
 
 def _keys(overrides: Sequence[str]) -> set[str]:
@@ -254,13 +276,15 @@ def _changed_keys(trainer: Mapping[str, Any]) -> set[str]:
 
 def _asked_live(reference: Component) -> Component:
     """The reference where responses come while the run goes on, so that no table can hold them beforehand."""
+    if reference.parts:
+        return reference.with_parts(_asked_live)
     if reference.options.get("cache", "off") == "off":
         return reference
     live = reference.live
     if live is None:
         raise ValueError(
             f"reference={reference.name} scores what is known before training, and the data samples while the run "
-            "goes on: use reference=initial, other, interpolate, moving, uniform_token or none"
+            "goes on: use reference=initial, other, interpolate, trajectory, moving, bema, uniform_token or none"
         )
     return live
 

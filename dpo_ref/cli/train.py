@@ -3,7 +3,7 @@
 import math
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from dpo_ref.cli.run_folder import (
     write_config,
 )
 from dpo_ref.cli.starting_point import complete_run
+from dpo_ref.component import Component
 from dpo_ref.data.tokenise import encode_prompts
 from dpo_ref.distributed import AUTO, HELPS, OutOfMemory, best_device, on_device, ran_out
 from dpo_ref.files.cache import releasing
@@ -69,7 +70,7 @@ def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
     training, reference = built.training, built.training.reference
     return {
         "objective": training.objective.name,
-        "reference": _reference_title(reference.name, built.config.reference.options),
+        "reference": _reference_title(reference.name, built.config.reference),
         "provenance": reference.provenance,
         "identities": {
             "initial_policy": training.initial_weights,
@@ -94,7 +95,7 @@ def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
 def sources_of(config: RunConfig) -> dict[str, dict[str, str | None]]:
     """What a run fetched from the hub, by the option that names it: the name, the revision asked for, the commit."""
     data, model, reference = config.data.options, config.model.options, config.reference.options
-    parts = {"data.sources": data.get("sources"), "reference.parts": reference.get("parts")}
+    parts = {"data.sources": data.get("sources"), "reference.parts": [part.options for part in config.reference.parts]}
     named = [("model.path", model), ("reference.path", reference), ("data.path", data)]
     named += [("data.hub", (data.get("hub") or {}) | {"revision": data.get("revision")})]
     named += [(f"{key}[{index}]", part) for key, list_ in parts.items() for index, part in enumerate(list_ or ())]
@@ -117,10 +118,10 @@ def _best(training: TrainingRun) -> dict[str, Any] | None:
     return {"metric": criterion.key, "better": criterion.better, "value": best.value, "step": best.step}
 
 
-def _reference_title(kind: str, options: Mapping[str, Any]) -> str:
+def _reference_title(kind: str, reference: Component) -> str:
     """A reference as tables show it: its kind, and which model it is where there is a choice."""
-    parts = [_reference_title(part["reference"], part) for part in options.get("parts", ())]
-    which = [str(options[key]) for key in ("path", "model") if options.get(key)]
+    parts = [_reference_title(part.name, part) for part in reference.parts]
+    which = [str(reference.options[key]) for key in ("path", "model") if reference.options.get(key)]
     return " ".join([kind, *which]) + (f" of {', '.join(parts)}" if parts else "")
 
 

@@ -230,7 +230,7 @@ def measure_key(subject: PolicyToEvaluate, settings: EvaluationSettings) -> str:
     assert subject.run is not None
     answers = answers_key(subject.folder)
     reference = subject.run.loss_reference
-    others = [settings.initial(subject).weights, reference.name, reference.options]
+    others = [settings.initial(subject).weights, reference.name, reference.plain()]
     pairs = [(group.group_id, group.logps) for group in settings.data.eval]
     return digest([answers, others, pairs, settings.parts["data"].plain()])
 

@@ -1,34 +1,36 @@
 """Several references as one."""
 
-import inspect
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
 
-from dpo_ref.component import RunPlan, component
+from dpo_ref.component import Component, MembersOf, RunPlan, component
 from dpo_ref.objectives.interface import Objective
-from dpo_ref.references.interface import Reference, ReferenceContext, tempered
-from dpo_ref.references.policies import adapter_base, initial, interpolate, other, prior, uniform_token
-from dpo_ref.references.served import served
+from dpo_ref.references.interface import Reference, ReferenceContext, check_strength, tempered
 from dpo_ref.types import PackedBatch, ResponseLogps, digest
-
-KINDS = {
-    function.__name__: function
-    for function in (initial, other, prior, interpolate, uniform_token, served, adapter_base)
-}
 
 
 class Mixture(Reference):
-    """The weighted mean of references: of log-probs (geometric), or of sequence probabilities (arithmetic)."""
+    """The weighted mean of references: of log-probs (geometric), or of sequence probabilities (arithmetic). Parts that
+    move go on doing so, and those that have a table keep it."""
 
     def __init__(self, parts: Sequence[Reference], weights: Sequence[float], mean: str) -> None:
-        self.name, self.normalised, self.live = "mixture", mean == "arithmetic", all(part.live for part in parts)
         self._parts, self._shares, self._combine = parts, weights, MEANS[mean]
+        self.name, self.live = "mixture", all(part.live for part in parts)
+        self.normalised = mean == "arithmetic" and all(part.normalised for part in parts)
+        self.own_text = any(part.own_text for part in parts)
         self.identity = digest([[part.identity for part in parts], list(weights), mean])
         self.values_digest = digest([part.values_digest or part.identity for part in parts])
-        self.notes = tuple(note for part in parts for note in part.notes)
+        self.notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+        if any(part.weights for part in parts):  # the same on a device that computes in another dtype
+            models = [[part.weights or part.identity, part.strength] for part in parts]
+            self.weights = digest([models, list(weights), mean])
 
     def digest_of(self, indices: Sequence[int]) -> str:
         """Of what the parts say, or which they are."""
@@ -37,6 +39,32 @@ class Mixture(Reference):
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """The combination of what the parts say."""
         return self._combine([part.logps(batch) for part in self._parts], self._shares)
+
+    def update(self, policy: nn.Module, step: int, made: Bool[Tensor, ""]) -> None:
+        """Move those parts that do."""
+        for part in self._parts:
+            part.update(policy, step, made)
+
+    def begin_round(self, policy: nn.Module) -> None:
+        """Let the parts look at the policy."""
+        for part in self._parts:
+            part.begin_round(policy)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Those of the parts, with the part's number before the names."""
+        states = (part.state_dict() for part in self._parts)
+        return {f"{index}/{name}": value for index, state in enumerate(states) for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Give each part its own. Raises ValueError for a state of other parts."""
+        numbered: dict[str, dict[str, Tensor]] = {str(index): {} for index in range(len(self._parts))}
+        for key, value in state.items():
+            index, _, name = key.partition("/")
+            if index not in numbered:
+                raise ValueError(f"the checkpoint holds {key} of another mixture than these {len(self._parts)} parts")
+            numbered[index][name] = value
+        for part, own in zip(self._parts, numbered.values(), strict=True):
+            part.load_state_dict(own)
 
 
 def _geometric(parts: Sequence[ResponseLogps], shares: Sequence[float]) -> ResponseLogps:
@@ -57,9 +85,43 @@ def _arithmetic(parts: Sequence[ResponseLogps], shares: Sequence[float]) -> Resp
 MEANS = {"geometric": _geometric, "arithmetic": _arithmetic}
 
 
+def _check(parts: list[Component], weights: list[float] | None, mean: str, **_: Any) -> None:
+    """Refuse too few parts, weights that are none, and what has no probabilities to take the mean of."""
+    if len(parts) < 2:
+        raise ValueError("reference.parts of a mixture are at least two")
+    shares = [1.0] * len(parts) if weights is None else weights
+    if len(shares) != len(parts) or not all(0 < share < math.inf for share in shares):
+        raise ValueError(f"reference.weights={shares} must be {len(parts)} positive numbers, one for each part")
+    for index, part in enumerate(parts):
+        with _named(index):
+            check_strength(part.name, part.options["strength"])
+            if mean == "arithmetic" and not _is_distribution(part):
+                raise ValueError(
+                    f"reference={part.name} is no distribution here (its probabilities of all responses do not sum to "
+                    "1), and reference.mean=arithmetic is a mean of such; use reference.mean=geometric"
+                )
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """What is refused inside is said of this part."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"reference.parts[{index}]: {error}") from error
+
+
+def _is_distribution(part: Component) -> bool:
+    """Whether its numbers are meant as log-probabilities: not the zeros of no reference, powers, or means of logs."""
+    whole = part.name != "none" and part.options["strength"] == 1
+    return whole and part.options.get("mean", "arithmetic") == "arithmetic"
+
+
 def _check_run(objective: Objective, plan: RunPlan) -> None:
-    """Refuse objectives in which the geometric mean's normaliser does not cancel, or the arithmetic lacks tokens."""
-    mean = plan.components["reference"].options["mean"]
+    """Refuse objectives in which the geometric mean's normaliser does not cancel, or the arithmetic lacks tokens, and
+    what its parts refuse."""
+    reference = plan.components["reference"]
+    mean = reference.options["mean"]
     if mean == "geometric" and not objective.constants_cancel:
         raise ValueError(
             "reference.mean=geometric: the mean of log-probs is not normalised, and a constant per prompt does not "
@@ -70,39 +132,26 @@ def _check_run(objective: Objective, plan: RunPlan) -> None:
             f"reference.mean=arithmetic has log-probs of whole responses, and objective={objective.name} looks at "
             "single tokens of the reference; use reference.mean=geometric, or an objective on sums"
         )
+    for index, part in enumerate(reference.parts):
+        with _named(index):
+            part.hooks.check_run(objective, replace(plan, components={**plan.components, "reference": part}))
 
 
-@component(check_run=_check_run)
+@component(check=_check, check_run=_check_run)
 def mixture(
     context: ReferenceContext,
     *,
-    parts: list[Any],
+    parts: Annotated[list[Any], MembersOf("reference")],
     weights: list[float] | None = None,
     mean: Literal["geometric", "arithmetic"] = "geometric",
 ) -> Reference:
     """Several references with weights that are made to sum to 1 (equal unless given).
 
-    `parts` is a list of {reference: <kind>, and its options}, of a kind in `KINDS`. `geometric` is the mean of
-    log-probs: not normalised, which cancels within a pair; `arithmetic` the log of the mean of sequence probabilities.
-    Raises ValueError for unknown parts or options, and for weights that are not positive or not as many.
+    `parts` are references of any kind: their names, or {reference: <kind>, and its options}. `geometric` is the mean
+    of log-probs: not normalised, which cancels within a pair; `arithmetic` the log of the mean of sequence
+    probabilities. Before anything is loaded ValueError is raised for unknown parts or options, for weights that are
+    not positive or not as many, and for a part that no mean of probabilities can be taken of.
     """
-    if len(parts) < 2:
-        raise ValueError("reference.parts of a mixture are at least two")
     shares = [1.0] * len(parts) if weights is None else weights
-    if len(shares) != len(parts) or not all(0 < share < math.inf for share in shares):
-        raise ValueError(f"reference.weights={shares} must be {len(parts)} positive numbers, one for each part")
-    references = [_part(entry, context) for entry in parts]
+    references = [part.bound(tempered)(part(context)) for part in parts]
     return Mixture(references, [share / sum(shares) for share in shares], mean)
-
-
-def _part(entry: Any, context: ReferenceContext) -> Reference:
-    options = dict(entry) if isinstance(entry, Mapping) else {}
-    kind, strength = options.pop("reference", None), options.pop("strength", 1.0)
-    if kind not in KINDS:
-        raise ValueError(f"reference.parts: {entry} is not {{reference: {'|'.join(KINDS)}, and its options}}")
-    names = {n for n, p in inspect.signature(KINDS[kind]).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    if set(options) - names:
-        unknown = ", ".join(sorted(set(options) - names))
-        known = ", ".join(sorted({*names, "strength"}))
-        raise ValueError(f"reference.parts: {unknown} is not an option of {kind}; known: {known}")
-    return tempered(KINDS[kind](context, **options), strength=strength)

@@ -9,10 +9,10 @@ import torch
 from dpo_ref.data.packing import collate
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references import policies
-from dpo_ref.references.mixture import mixture
 from dpo_ref.references.policies import adapter_base
 from tests.support.cache import empty_cache
 from tests.support.command import train
+from tests.support.reference_contexts import mixed
 from tests.support.reference_texts import OTHERS, POLICY, SIZE, TEXTS, context_of, data
 from tests.support.tiny import disturbed, policy_of, tiny_model
 
@@ -23,7 +23,7 @@ KINDS = {
     "other by text": (FOREIGN, partial(policies.other, path="5")),
     "prior": (POLICY, policies.prior),
     "interpolate": (POLICY, partial(policies.interpolate, path="5", share=0.5)),
-    "mixture": (POLICY, partial(mixture, parts=[{"reference": "initial"}, {"reference": "prior"}])),
+    "mixture": (POLICY, lambda context: mixed(context, "initial", "prior")),
     "adapter_base": (POLICY, adapter_base),
 }
 

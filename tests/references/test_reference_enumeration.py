@@ -14,10 +14,9 @@ from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references import policies
 from dpo_ref.references.bema import bema
 from dpo_ref.references.interface import tempered
-from dpo_ref.references.mixture import mixture
 from dpo_ref.references.policies import adapter_base, moving
 from dpo_ref.types import TokenGroup, digest
-from tests.support.reference_contexts import context_for
+from tests.support.reference_contexts import context_for, mixed
 from tests.support.tiny import disturbed, policy_of, tiny_model
 
 V, END, LONGEST = 6, 2, 3
@@ -124,11 +123,11 @@ KINDS = {
     "adapter_base": (with_adapter, lambda: tree(model(0), PROMPT)),
     "adapter_base, live": (lambda c: with_adapter(c, cache="off"), lambda: tree(model(0), PROMPT)),
     "arithmetic mixture": (
-        lambda c: mixture(c, parts=PARTS, weights=WEIGHTS, mean="arithmetic"),
+        lambda c: mixed(c, *PARTS, weights=WEIGHTS, mean="arithmetic"),
         lambda: (SHARES * parts().exp()).sum(0).log(),
     ),
     "geometric mixture": (
-        lambda c: mixture(c, parts=PARTS, weights=WEIGHTS, mean="geometric"),
+        lambda c: mixed(c, *PARTS, weights=WEIGHTS, mean="geometric"),
         lambda: (SHARES * parts()).sum(0),
     ),
     "initial, tempered": (
@@ -136,7 +135,7 @@ KINDS = {
         lambda: 0.4 * tree(model(0), PROMPT),
     ),
     "mixture of a tempered part": (
-        lambda c: mixture(c, parts=[PARTS[0] | {"strength": 2.0}, PARTS[2]], mean="geometric"),
+        lambda c: mixed(c, PARTS[0] | {"strength": 2.0}, PARTS[2], mean="geometric"),
         lambda: tree(model(0), PROMPT) + tree(model(0), [BEGIN]) / 2,
     ),
     "uniform_token": (

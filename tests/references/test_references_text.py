@@ -1,6 +1,5 @@
 """A reference with its own tokenizer scores the same text: equal to explicit tokenisation and a plain forward pass."""
 
-import re
 from dataclasses import replace
 from functools import partial
 
@@ -11,10 +10,10 @@ import torch
 from dpo_ref.data.packing import collate
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.references import other_tokenizer, policies
-from dpo_ref.references.mixture import mixture
 from dpo_ref.references.other_tokenizer import ReferenceText
 from dpo_ref.references.table import scorer_of
 from dpo_ref.types import Message
+from tests.support.reference_contexts import mixed
 from tests.support.reference_texts import OTHERS, POLICY, SIZE, TEXTS, context_of, data, plain_sum
 from tests.support.tiny import tiny_model
 from tests.support.tokenizer_families import FAMILIES
@@ -153,38 +152,15 @@ def test_mixtures_by_their_formulas(tmp_path):
     initial, other = (
         make(context).logps(batch).sums for make in (policies.initial, partial(policies.other, path="5"))
     )
-    mixed = mixture(context, parts=parts, weights=[3.0, 1.0])
-    assert [note.partition(":")[0] for note in mixed.notes] == ["reference text"]
-    geometric = mixed.logps(batch)
+    reference = mixed(context, *parts, weights=[3.0, 1.0])
+    assert [note.partition(":")[0] for note in reference.notes] == ["reference text"]
+    geometric = reference.logps(batch)
     np.testing.assert_allclose(geometric.sums, 0.75 * initial + 0.25 * other)
     assert geometric.token_logps is None  # the other has none
-    arithmetic = mixture(context, parts=parts, mean="arithmetic").logps(batch)
+    arithmetic = mixed(context, *parts, mean="arithmetic").logps(batch)
     np.testing.assert_allclose(arithmetic.sums, np.log(0.5 * np.exp(initial) + 0.5 * np.exp(other)), rtol=1e-9)
-    both = mixture(context, parts=[{"reference": "initial"}, {"reference": "prior"}]).logps(batch)
+    both = mixed(context, "initial", "prior").logps(batch)
     torch.testing.assert_close(
         both.tokens(),
         (policies.initial(context).logps(batch).tokens() + policies.prior(context).logps(batch).tokens()) / 2,
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"parts": [{"reference": "initial"}]}, "at least two"),
-        (
-            {"parts": [{"reference": "initial"}, {"reference": "none"}]},
-            "is not {reference: initial|other|prior|interpolate|uniform_token|served|adapter_base, and its options}",
-        ),
-        (
-            {"parts": [{"reference": "initial", "path": "5"}, {"reference": "prior"}]},
-            "path is not an option of initial",
-        ),
-        (
-            {"parts": [{"reference": "initial"}, {"reference": "prior"}], "weights": [1.0]},
-            "must be 2 positive numbers",
-        ),
-    ],
-)
-def test_mixtures_refuse_what_is_not_there(options, message, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        mixture(context_of(data(TEXTS[:1]), tmp_path, POLICY), **options)

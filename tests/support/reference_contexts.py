@@ -4,11 +4,14 @@ from functools import partial
 
 import torch
 
+from dpo_ref.cli.command_line import typed_words
+from dpo_ref.cli.resolve import component
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
 from dpo_ref.models.asked import ModelLoader, Workspace
 from dpo_ref.references.interface import ReferenceContext
 from dpo_ref.types import silent
+from tests.support.command import composed
 from tests.support.tiny import policy_of, random_groups, tiny_model
 from tests.support.tokenizers_here import byte_bpe
 
@@ -45,3 +48,9 @@ def context_for(cache, policy=None, tokenizer=TOKENIZER, make=None, progress=sil
         "pack": partial(pack, tokens_per_batch=25),
     }
     return ReferenceContext(**(options | changes))
+
+
+def mixed(context, *parts, **options):
+    """A mixture as it is configured: each part a name, or {reference: <kind>, and its options}."""
+    words = typed_words({f"reference.{name}": value for name, value in (options | {"parts": list(parts)}).items()})
+    return component("reference", composed("reference=mixture", *words)[0].reference, "mixture")(context)

@@ -28,6 +28,7 @@ from dpo_ref.types import Message, PromptGroup
 from tests.support.checkpoints import changed_state
 from tests.support.command import ROOT, resolved, train
 from tests.support.evaluate_command import measure
+from tests.support.foreign import foreign  # noqa: F401
 from tests.support.on_policy import SMALL
 from tests.support.tiny import naive_logps
 
@@ -294,10 +295,11 @@ def test_a_scorer_without_numbers_is_refused(tmp_path):
     assert "scorer none has no finite reward for 48 of 48 samples" in done.stderr
 
 
-def test_a_reference_with_another_tokenizer_is_refused(tmp_path):
-    mixture = "reference.parts=[{reference: initial}, {reference: uniform_token}]"
+def test_a_reference_with_another_tokenizer_is_refused(foreign, tmp_path):  # noqa: F811
+    """Also where it is a part of another; parts that can be asked as they go are."""
+    mixture = f"reference.parts=[initial, {{reference: other, path: '{foreign}'}}]"
     done = train(*SMALL, f"output_dir={tmp_path / 'run'}", "reference=mixture", mixture)
     assert done.returncode == 1
     assert "reference=mixture is a table of what is known before training" in done.stderr
-    live = mixture.replace("initial}", "initial, cache: 'off'}")
+    live = "reference.parts=[initial, uniform_token]"
     run(tmp_path / "live", "reference=mixture", live, "reference.mean=arithmetic", "trainer.max_steps=1")
