@@ -8,6 +8,7 @@ import torch
 
 from dpo_ref.cli.cache import check_cache, look_after_cache, record_uses
 from dpo_ref.cli.resolve import RunConfig
+from dpo_ref.cli.table_export import check_export, export_reference
 from dpo_ref.component import Component
 from dpo_ref.data.anomalies import anomalies
 from dpo_ref.data.chat_templates import template_notes, text_identity
@@ -35,6 +36,7 @@ from dpo_ref.models.loading import TrainedModel, check_folder, locate, prepared_
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.reward_model import with_score_head
 from dpo_ref.references import interface as references
+from dpo_ref.references.columns import check_certificate
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.reports import training_curve
 from dpo_ref.reports.data import Looked, data_page
@@ -102,7 +104,8 @@ def trained_model(config: RunConfig, device: torch.device) -> TrainedModel:
 
 
 def check_paths(config: RunConfig) -> None:
-    """Refuse folders that hold no model and a backend that is not here, before any data is read."""
+    """Refuse folders that hold no model, a certificate that is none and a backend that is not here, before any data is
+    read."""
     resolve_backend(config.model.options["attention"])
     for key, component in (("model.path", config.model), ("reference.path", config.reference)):
         path = component.options.get("path")
@@ -110,6 +113,8 @@ def check_paths(config: RunConfig) -> None:
             check_folder(path, key)
     if adapter := config.reference.options.get("adapter"):
         check_folder(adapter, "reference.adapter", "adapter_config.json")
+    if certificate := config.reference.options.get("certificate"):
+        check_certificate(certificate)
 
 
 # --- data
@@ -215,12 +220,16 @@ def report_data(config: RunConfig, directory: Path) -> None:
 
 def build_reference(config: RunConfig, work: Workspace, policy: TrainedModel, groups: Groups) -> Reference:
     """The loss reference, precomputed unless told otherwise."""
+    return references.build(config.reference, reference_context(config, work, policy, groups))
+
+
+def reference_context(config: RunConfig, work: Workspace, policy: TrainedModel, groups: Groups) -> ReferenceContext:
+    """What the loss reference is built from."""
     objective = config.objective
-    context = ReferenceContext(
+    return ReferenceContext(
         work, policy, groups, config.data.bound(pack), objective.uses_reference, objective.needs_tokens,
         config.data.bound(scoring)(),
     )  # fmt: skip
-    return references.build(config.reference, context)
 
 
 def say_which(reference: Reference) -> None:
@@ -252,19 +261,25 @@ def _is_given(reference: Component) -> bool:
 
 
 def cache_reference(config: RunConfig, directory: Path) -> None:
-    """`stage=cache_reference`: fill the reference's table and stop. ValueError for a run that has none to fill."""
-    if not config.objective.uses_reference or config.reference.options.get("cache") != "auto":
+    """`stage=cache_reference`: fill the reference's table, write its log-probs to the folder `export_to` if there is
+    one, and stop. ValueError for a run that has no table to fill, and for what cannot be exported."""
+    has_table = config.reference.options.get("cache") == "auto"
+    if not config.objective.uses_reference or not (has_table or config.export_to):
         raise ValueError(f"stage=cache_reference: reference={config.reference.name} has no table to fill")
+    check_export(config)
     work = workspace(config, directory)
     data, policy = config.data(config.seed, progress), trained_model(config, work.device)
-    train, held_out = (
-        groups_for(config.objective, part.groups)
-        for part in tokenise_data(config, data, policy.tokenizer, policy.positions)
-    )
-    reference = build_reference(config, work, policy, ConcatGroups(train, held_out))
+    tokenised = tokenise_data(config, data, policy.tokenizer, policy.positions)
+    train, held_out = (groups_for(config.objective, part.groups) for part in tokenised)
+    context = reference_context(config, work, policy, ConcatGroups(train, held_out))
+    reference = references.build(config.reference, context)
     say_which(reference)
-    folder = work.cache / "reference" / str(reference.table)
-    say(f"cached {len(train) + len(held_out):,} groups in {folder}")
+    if has_table:
+        folder = work.cache / "reference" / str(reference.table)
+        say(f"cached {len(train) + len(held_out):,} groups in {folder}")
+    if config.export_to is not None:
+        counts = summed_counts(data.reading, *(part.counts for part in tokenised))
+        export_reference(config, reference, context, (train, held_out), counts)
 
 
 # --- evaluation while training

@@ -37,6 +37,7 @@ from dpo_ref.component import (
 from dpo_ref.evaluation.results import BEST_BY, Thresholds, direction
 from dpo_ref.models.reward_model import check_reward_run
 from dpo_ref.objectives.interface import STRENGTH, Objective, bind
+from dpo_ref.references.columns import beside_rows
 from dpo_ref.references.interface import check_strength
 from dpo_ref.training.model_selection import Criterion, near
 from dpo_ref.training.rounds import TrainerConfig
@@ -173,6 +174,7 @@ class RunConfig:
     selection: Criterion | None = None  # of the policy that is kept
     degeneration: Thresholds = field(default_factory=Thresholds)
     bandit: Component | None = None  # trained instead of the model
+    export_to: str | None = None  # the folder for the reference's log-probs (stage=cache_reference)
     search: Component | None = None  # which ends it at a rung to compare it with others
 
 
@@ -345,6 +347,21 @@ def _direction(key: str) -> Literal["higher", "lower"]:
     return better
 
 
+def _export_to(cfg: DictConfig) -> str | None:
+    """The folder for the reference's log-probs. Raises ValueError where nothing would be written to it."""
+    folder = cfg.get("export_to")  # a run's configuration may be older
+    if folder is not None and cfg.stage != "cache_reference":
+        raise ValueError(f"export_to={folder} has no effect with stage={cfg.stage}; add stage=cache_reference")
+    return folder
+
+
+def _with_certificate(reference: Component, data: Component) -> Component:
+    """The reference with the certificate beside the data's rows, where that is asked for."""
+    if reference.options.get("certificate") != "auto":
+        return reference
+    return replace(reference, options=reference.options | {"certificate": beside_rows(data.options.get("path"))})
+
+
 def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str] = ()) -> RunConfig:
     """The composed tree of `train.py` as plain dataclasses.
 
@@ -368,6 +385,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
     if objective.of_scores:
         check_reward_run(objective.name, parts)
     reference.hooks.check_run(objective, plan)
+    reference = _with_certificate(reference, parts["data"])
     trainer = TrainerConfig(**settings)
     parts["data"].hooks.check_run(objective, plan)
     if parts["data"].hooks.rounds is not None and objective.uses_reference:
@@ -386,5 +404,6 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
         selection=_selection(trainer, evaluation),
         degeneration=Thresholds(**OmegaConf.to_container(cfg.get("degeneration") or OmegaConf.create())),  # pyright: ignore
         bandit=parts.get("bandit"),
+        export_to=_export_to(cfg),
         search=parts.get("search"),
     )

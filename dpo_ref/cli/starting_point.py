@@ -100,6 +100,8 @@ def rate_of(objective: Objective, size: Size, adapter: bool) -> Rate:
 def complete_run(cfg: DictConfig, run: RunConfig, device: torch.device) -> DictConfig:
     """The tree of a training run with what its null options mean; says which learning rate, and why."""
     options, lr_is_open = run.model.options, cfg.optim.lr is None
+    if certificate := run.reference.options.get("certificate"):  # auto is the one beside the data's rows
+        OmegaConf.update(cfg, "reference.certificate", certificate)
     if not lr_is_open and not _left_open(cfg):
         return cfg
     size, adapter = size_of(options["path"], "model.path", options["revision"]), trains_adapter(options)

@@ -95,7 +95,7 @@ def _listed(names: Sequence[str], comma: str = ", ") -> str:
 
 
 SAVED = ("state.json", "dataset_dict.json")  # in folders that `datasets` wrote
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "certificate.json", "rows.digests")
 HARMLESS = re.compile(
     r"(readme|licen[sc]e|copying|notice|citation|changelog|md5sums|sha\d*sums|checksums?)\b.*"
     r"|.*\.(md|py|lock|md5|sha1|sha256|sha512)|_success|_metadata|_common_metadata"

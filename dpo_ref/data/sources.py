@@ -30,7 +30,7 @@ from dpo_ref.types import PreferenceData, Progress, PromptGroup, Reading, digest
 # --- one source read
 
 
-VERSION = 4  # of what is kept; a change of meaning makes it 5
+VERSION = 5  # of what is kept; a change of meaning makes it 6
 EARLIER_THOUGHTS = {"keep": tuple, "drop": without_earlier_thoughts}
 EXAMPLES = 10  # bad rows listed with their reasons
 _SHOWN = 20  # names of columns that are not read

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from safetensors.numpy import load, save
 from torch import nn
 
+from dpo_ref.data.groups import Groups
 from dpo_ref.data.packing import WINDOW, collate
 from dpo_ref.distributed import memory_for
 from dpo_ref.files.cache import in_use, made_by_one
@@ -37,6 +39,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # nats on a token
 PROBE_TOLERANCE_HALF = 1.0  # as for a server's: what rounds anew, as a compiled model does, differs by 0.3 and more
 
 Rows = dict[bytes, np.ndarray]
+Pack = Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
 
 
 def digest_of_arrays(arrays: Iterable[np.ndarray]) -> str:
@@ -244,6 +247,19 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
         stored |= _whole_rows(folder, missing.keys())  # what a run beside this one has made meanwhile
         rest = [index for key, index in missing.items() if key not in stored]
         return stored | _fill(scorer, groups, rest, folder, context) if rest else stored
+
+
+def logps_of_groups(
+    reference: Reference, groups: Groups, pack: Pack, device: torch.device
+) -> Iterator[Float[np.ndarray, " k"]]:
+    """A reference's log-probs of the responses of every group, summed over tokens, in the order of the groups."""
+    for start in range(0, len(groups), WINDOW):
+        window, sums = groups[start : start + WINDOW], {}
+        for some in pack(window):
+            ends = np.cumsum([len(group.response_ids) for group in some])[:-1]
+            values = reference.logps(collate(some).to(device)).sums.cpu().numpy()
+            sums |= zip((group.group_index for group in some), np.split(values, ends), strict=True)
+        yield from (sums[group.group_index] for group in window)
 
 
 def _whole_rows(folder: Path, wanted: Collection[bytes]) -> Rows:

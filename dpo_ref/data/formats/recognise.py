@@ -40,15 +40,16 @@ def named_logps(row: Row, columns: Columns, num_responses: int) -> tuple[float, 
 
 
 def known_logps(row: Row, layouts: Sequence[Columns], num_responses: int) -> tuple[float, ...] | None:
-    """What the first of the well-known columns say that the row has; None where it has none of them.
+    """What the well-known columns say that the row has; None where it has none of them.
 
-    A row with two sets of them gives NaN: which is meant has to be said (`data.logps_columns`).
+    A row with two sets of them that differ gives NaN: which is meant has to be said (`data.logps_columns`).
     """
     beside = (columns for columns in layouts if not row.keys().isdisjoint(columns))
     present = [columns for columns in beside if any(row.get(name) is not None for name in columns)]
-    if not present:
-        return None
-    return named_logps(row, present[0], num_responses) if len(present) == 1 else (math.nan,) * num_responses
+    said = {named_logps(row, columns, num_responses) for columns in present}
+    if len(said) > 1:
+        return (math.nan,) * num_responses
+    return next(iter(said), None)
 
 
 def _value(value: Any) -> float:
