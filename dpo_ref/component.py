@@ -171,8 +171,11 @@ class Hooks:
     given: bool = False  # reference: the data brings its log-probs, those of rows too that the run does not come to
     identity: Callable[..., str] | None = None  # scorer: digest of what its numbers mean, from some of its options
     relative: bool = False  # scorer: it ranks answers to one prompt among themselves
-    advance: Callable[..., Any] | None = None  # objective: its running statistic, a step on
+    advance: Callable[..., Any] | None = None  # objective: its running statistic, a step on, before the step's losses
+    settle: Callable[..., Any] | None = None  # objective: the same after them, by their values
+    between: Callable[..., Any] | None = None  # objective: what its `divergences` are, by its options
     bind: Callable[..., Any] | None = None  # objective: makes it of the objectives that are its option `parts`
+    prepare: Callable[..., Any] | None = None  # objective: makes what it looks at beside log-probs, before training
     fits_chosen: bool = False  # objective: it has a likelihood term of the chosen response of its own
     advantage: str | None = None  # objective: the advantage it was published with
 

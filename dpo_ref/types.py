@@ -301,7 +301,9 @@ class ResponseLogps(HasParts):
 
     `token_logps` holds the R per-token values in the order of the batch's `target_ids`; it is None where the model's
     tokens do not correspond to the policy's (a reference with another tokenizer). `aligned` is then what its tokens
-    say about the same bytes, for looking at, not for objectives; nan where that is not known.
+    say about the same bytes, for looking at, not for objectives; nan where that is not known. `span_ends` says which
+    of the policy's tokens end a span of text at whose ends both have a token's end, and `span_logps` has, at these,
+    the spans' log-probs, which sum to the responses' (0 elsewhere); None where nobody asked for them.
     """
 
     sums: Float[Tensor, " N"]
@@ -309,6 +311,8 @@ class ResponseLogps(HasParts):
     num_bytes: Int[Tensor, " N"]
     token_logps: Float[Tensor, " R"] | None
     aligned: Float[Tensor, " R"] | None = None
+    span_logps: Float[Tensor, " R"] | None = None
+    span_ends: Bool[Tensor, " R"] | None = None
 
     @classmethod
     def of(cls, logps: "ResponseLogps", batch: PackedBatch) -> "ResponseLogps":

@@ -1,6 +1,7 @@
 """From a resolved configuration to a training run: data, policy, rounds, reference, optimiser."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from dpo_ref.cli.table_export import check_export, export_reference
 from dpo_ref.component import Component
 from dpo_ref.data.anomalies import anomalies
 from dpo_ref.data.chat_templates import template_notes, text_identity
-from dpo_ref.data.groups import ConcatGroups, Groups, TokenGroups
+from dpo_ref.data.groups import ConcatGroups, Groups, SelectedGroups, TokenGroups
 from dpo_ref.data.inspection import (
     drawn,
     examples_of,
@@ -34,7 +35,9 @@ from dpo_ref.models.attention import resolve_backend
 from dpo_ref.models.folders import stored_positions
 from dpo_ref.models.loading import TrainedModel, check_folder, locate, prepared_tokenizer
 from dpo_ref.models.lora import AdapterOptions
+from dpo_ref.models.next_token import vocabulary_of
 from dpo_ref.models.reward_model import with_score_head
+from dpo_ref.objectives.interface import Objective
 from dpo_ref.references import interface as references
 from dpo_ref.references.columns import check_certificate
 from dpo_ref.references.interface import Reference, ReferenceContext
@@ -45,6 +48,7 @@ from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
 from dpo_ref.tracking.tracker import Tracker
 from dpo_ref.training.model_selection import ModelSelection
 from dpo_ref.training.optim import optimisation
+from dpo_ref.training.quantiles import QuantileContext
 from dpo_ref.training.rounds import Rounds, RoundsContext, groups_for, objective_groups, offline
 from dpo_ref.training.run import SampleEvaluation, TrainingRun
 from dpo_ref.types import Asked, PreferenceData
@@ -82,8 +86,9 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     check_selection(config, rounds.num_steps, len(fitting))
     with memory_explained(policy.model, optim.optimizer, SCORED):
         reference = reference_of(config, work, policy, rounds, fitting)
+        objective = prepared(config, work, policy, reference, ConcatGroups(rounds.known, fitting))
     record = RunRecord(directory / "metrics.jsonl", tracker)
-    training = TrainingRun(work, policy, reference, config.objective, optim, rounds, fitting, record)
+    training = TrainingRun(work, policy, reference, objective, optim, rounds, fitting, record)
     training.evaluation = evaluation_of(config, training, data, held_out)
     training.selection = config.selection and ModelSelection(config.selection)
     record_uses(directory)
@@ -220,7 +225,30 @@ def report_data(config: RunConfig, directory: Path) -> None:
 
 def build_reference(config: RunConfig, work: Workspace, policy: TrainedModel, groups: Groups) -> Reference:
     """The loss reference, precomputed unless told otherwise."""
-    return references.build(config.reference, reference_context(config, work, policy, groups))
+    reference = references.build(config.reference, reference_context(config, work, policy, groups))
+    if config.objective.divergences:
+        check_next_tokens(reference, policy, config.objective.asking)
+        reference.notes += (
+            f"reference: asked at every step, as {config.objective.asking} looks at its next-token distributions",
+        )
+    return reference
+
+
+def check_next_tokens(reference: Reference, policy: TrainedModel, asking: str) -> None:
+    """Raise ValueError for a reference without next-token distributions over the policy's vocabulary; `asking` is what
+    the user wrote that looks at them."""
+    ours, theirs = vocabulary_of(policy.model), reference.vocabulary
+    if theirs is None:
+        raise ValueError(
+            f"{asking} looks at next-token distributions beside the policy's, and reference={reference.name} reads "
+            "another text or has no model in memory: use one with the policy's tokenizer, template and system prompt, "
+            "such as reference=initial"
+        )
+    if theirs != ours:
+        raise ValueError(
+            f"{asking} compares next-token distributions, and the head of reference={reference.name} has "
+            f"{theirs:,} rows where the policy's has {ours:,}; use a reference with the policy's vocabulary"
+        )
 
 
 def reference_context(config: RunConfig, work: Workspace, policy: TrainedModel, groups: Groups) -> ReferenceContext:
@@ -253,6 +281,27 @@ def reference_of(
             "goes on sampling: use a model with the policy's tokenizer and template"
         )
     return reference
+
+
+def prepared(
+    config: RunConfig, work: Workspace, policy: TrainedModel, reference: Reference, groups: Groups
+) -> Objective:
+    """The objective with what it looks at beside log-probs, where that is made before training, of samples of the
+    reference."""
+    objective = config.objective
+    if objective.prepare is None:
+        return objective
+    model = policy.model
+    if config.reference.name not in ("auto", "initial"):
+        live = config.reference.live or config.reference
+        model = build_reference(replace(config, reference=live), work, policy, SelectedGroups(groups, [])).model
+        if model is None:
+            raise ValueError(
+                f"objective={objective.name} draws samples of the reference, and reference={reference.name} has "
+                "another tokenizer or template than the policy"
+            )
+    with policy.precision():
+        return replace(objective, quantiles=objective.prepare(QuantileContext(work, policy, reference, model, groups)))
 
 
 def _is_given(reference: Component) -> bool:

@@ -45,6 +45,7 @@ WORDS = {
     "collision": "sum of p^2",
     "running": "a running statistic",
     "rewards": "the rows' scores",
+    "divergences": "next-token distributions",
 }
 PREAMBLE = """\
 # Objectives
@@ -64,6 +65,10 @@ Written by `python -m dpo_ref.cli.docs_tables objectives > docs/objectives.md`, 
   gradient. A reference that has no values of **tokens** is refused where they are needed.
 - Every objective on pairs takes `objective.nll_weight`: that many times the chosen response's mean negative token
   log-prob is added to each pair's loss (RPO, arXiv:2404.19733); `cpo` and `orpo` have such a term of their own.
+- Every objective on log-probs of pairs takes `objective.kl_weight`: that many times KL(policy || reference) of the
+  next token, exact over the vocabulary, is added to each pair's loss: summed over the scored tokens of both responses,
+  divided by their number. It and **next-token distributions** need a reference that is a model in memory, which is
+  asked at every step (`reference.cache=off`): `initial`, `adapter_base`, `other`, `interpolate` and `moving` are.
 - The rewards of arXiv:2407.13709 are references, not objectives: `objective=dpo reference=none` has the
   posterior-probability reward beta log pi(y|x), `objective=dpo reference=prior` the likelihood reward
   beta (log pi(y|x) - log p(y)).
@@ -108,7 +113,8 @@ def needs(function: Callable[..., Any]) -> list[str]:
     sizes = [name for name, doubled in candidates.items() if not torch.equal(_losses(objective, doubled), usual)]
     tokens = ["tokens"] if {*objective.inputs.values()} & {*OF_TOKENS} else []
     others = [WORDS.get(name, name) for name in objective.inputs if name != "policy"]
-    return ["pairs" if objective.pairwise else "responses", *others, *tokens, *sizes]
+    items = "pairs" if objective.pairwise else "lists" if objective.listwise else "responses"
+    return [items, *others, *tokens, *sizes]
 
 
 def row(path: Path, target: str) -> dict[str, str]:

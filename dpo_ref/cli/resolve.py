@@ -36,7 +36,7 @@ from dpo_ref.component import (
 )
 from dpo_ref.evaluation.results import BEST_BY, Thresholds, direction
 from dpo_ref.models.reward_model import check_reward_run
-from dpo_ref.objectives.interface import STRENGTH, Objective, bind
+from dpo_ref.objectives.interface import STRENGTH, Objective, bind, likelihood_term
 from dpo_ref.references.columns import beside_rows
 from dpo_ref.references.interface import check_strength
 from dpo_ref.training.model_selection import Criterion, near
@@ -174,8 +174,8 @@ class RunConfig:
     selection: Criterion | None = None  # of the policy that is kept
     degeneration: Thresholds = field(default_factory=Thresholds)
     bandit: Component | None = None  # trained instead of the model
-    export_to: str | None = None  # the folder for the reference's log-probs (stage=cache_reference)
     search: Component | None = None  # which ends it at a rung to compare it with others
+    export_to: str | None = None  # the folder for the reference's log-probs (stage=cache_reference)
 
 
 def strength(function: Callable[..., Any]) -> str | None:
@@ -202,12 +202,14 @@ def _objective(component: Component, beta: float | None, overrides: Sequence[str
         if any(override.split("=")[0].lstrip("+~") == key for override in overrides):
             raise ValueError(f"beta and {key} say the same thing; give one of them")
         options[str(name)] = beta
+    prepare = component.hooks.prepare
+    ours = {*configuration(component.function), *configuration(likelihood_term)} if prepare else options.keys()
     try:
-        objective = replace(bind(component.function, **options), name=component.name)
+        objective = bind(component.function, **{key: options[key] for key in options if key in ours})
     except TypeError as error:  # of a function of the user's
         raise ValueError(f"objective={component.name}: {error}") from error
     objective.check()
-    return objective
+    return replace(objective, name=component.name, prepare=prepare and component.bound(prepare))
 
 
 def _mixture(mixture: Component, beta: float | None) -> Objective:
@@ -287,6 +289,25 @@ def _asked_live(reference: Component) -> Component:
         raise ValueError(
             f"reference={reference.name} scores what is known before training, and the data samples while the run "
             "goes on: use reference=initial, other, interpolate, trajectory, moving, bema, uniform_token or none"
+        )
+    return live
+
+
+def _in_memory(objective: Objective, reference: Component) -> Component:
+    """The reference as a model that is asked at every step, where the objective looks at next-token distributions."""
+    if not objective.divergences:
+        return reference
+    strength, looks = reference.options["strength"], f"{objective.asking} looks at the reference's next-token"
+    if strength != 1:
+        raise ValueError(
+            f"{looks} distributions, and probabilities to the power of reference.strength={strength} are none; leave "
+            "reference.strength out"
+        )
+    live = reference if reference.options.get("cache") == "off" else reference.live
+    if live is None:
+        raise ValueError(
+            f"{looks} distributions, and reference={reference.name} has none that could be asked for; use "
+            "reference=initial, adapter_base, other, interpolate or moving"
         )
     return live
 
@@ -381,10 +402,12 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
             f"reference={reference.name} has no effect: objective={objective.name} uses no reference; "
             "leave it out or write reference=none"
         )
+    reference = _in_memory(objective, reference)
     check_strength(reference.name if objective.uses_reference else "none", reference.options["strength"])
     if objective.of_scores:
         check_reward_run(objective.name, parts)
     reference.hooks.check_run(objective, plan)
+    parts["objective"].hooks.check_run(objective, plan)
     reference = _with_certificate(reference, parts["data"])
     trainer = TrainerConfig(**settings)
     parts["data"].hooks.check_run(objective, plan)
@@ -404,6 +427,6 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
         selection=_selection(trainer, evaluation),
         degeneration=Thresholds(**OmegaConf.to_container(cfg.get("degeneration") or OmegaConf.create())),  # pyright: ignore
         bandit=parts.get("bandit"),
-        export_to=_export_to(cfg),
         search=parts.get("search"),
+        export_to=_export_to(cfg),
     )

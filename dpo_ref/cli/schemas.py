@@ -212,10 +212,10 @@ def locate(target: str) -> Callable[..., Any]:
 
 
 def parts_of(group: str, component: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
-    """Whose options a member of a group takes: its own, those of how its groups come about (`rounds.py`), and those
-    its group shares, unless they are those of a member inside it."""
-    rounds = hooks_of(component).rounds
-    own = (component,) if rounds is None else (component, rounds)
+    """Whose options a member of a group takes: its own, those of how its groups come about (`rounds.py`) or how
+    what it looks at is made (`quantiles.py`), and those its group shares, unless a member inside it brings them."""
+    hooks = hooks_of(component)
+    own = (component, *(part for part in (hooks.rounds, hooks.prepare) if part is not None))
     inside = {member_group(hint) for part in own for hint in annotations(part).values()}
     return own if group in inside else (*own, *SHARED.get(group, ()))
 

@@ -49,6 +49,7 @@ LENGTHS = {  # by option: for a toy, for another model on a CPU, and on an accel
     "generation.max_new_tokens": (128, 1024, 1024),  # the three of answers: at most half of the model's positions
     "evaluation.max_new_tokens": (128, 512, 512),
     "data.max_new_tokens": (128, 512, 512),
+    "objective.max_new_tokens": (128, 512, 512),
     "data.tokens_per_batch": (8192, 1024, 8192),  # a token of SmolLM2 keeps 1.4 MiB of activations in float32
     "data.prompts.tokens_per_batch": (8192, 1024, 8192),
 }
@@ -88,7 +89,8 @@ def fitted(objective: Objective) -> str:
     """What an objective fits a model to: preferences, demonstrations or scores."""
     if objective.of_scores:
         return "scores"
-    of_preferences = objective.pairwise or {"labels", "advantages"} & set(objective.inputs)
+    compares = objective.pairwise or objective.listwise
+    of_preferences = compares or {"labels", "advantages", "quantiles"} & set(objective.inputs)
     return "preferences" if of_preferences else "demonstrations"
 
 

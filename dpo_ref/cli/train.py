@@ -16,7 +16,7 @@ from dpo_ref.cli.build import NUM_SAMPLES, SAMPLE_TOKENS, Built, build, cache_re
 from dpo_ref.cli.check import check_run
 from dpo_ref.cli.command_line import ON_QUESTIONS, script
 from dpo_ref.cli.halving import check_search, climbed, ladder_of
-from dpo_ref.cli.recipes import RECORD, Recipe, recipe_in, recipe_of, run_recipe
+from dpo_ref.cli.recipes import RECORD, PlannedRecipe, recipe_in, recipe_of, run_recipe
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
     Job,
@@ -239,7 +239,7 @@ def run_job(cfg: DictConfig, job: Job) -> Ended:
         return Ended(1, in_words(error))
 
 
-def _recipe(cfg: DictConfig, job: Job) -> Recipe | None:
+def _recipe(cfg: DictConfig, job: Job) -> PlannedRecipe | None:
     """The chain of runs that is asked for, or gone on with, if it is one."""
     folder = Path(cfg.resume or "").expanduser()
     if cfg.resume and (folder / RECORD).is_file():

@@ -5,7 +5,7 @@ refuses and reads is found by asking it, on two pairs that are no one's.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_type_hints
@@ -15,7 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpo_ref.component import Hooks, hooks_of
+from dpo_ref.component import Hooks, configuration, hooks_of
+from dpo_ref.objectives.divergences import (
+    REVERSE_KL,
+    NextTokenLogps,
+    ResponseDivergences,
+    TokenDivergence,
+    kl_per_token,
+)
 from dpo_ref.types import (
     POSITIONS_ON,
     HasParts,
@@ -25,6 +32,7 @@ from dpo_ref.types import (
     ResponseLogps,
     ResponseScores,
     Span,
+    TokenGroup,
 )
 
 # --- what objectives may ask for: the types of the arguments left of their star, and how each is made
@@ -71,6 +79,25 @@ class TokenLogps(ResponseLogps):
         return cls(*sums, logps.tokens(), response_index=batch.response_index)
 
 
+@dataclass(frozen=True, slots=True)
+class RankedLogps(ResponseLogps):
+    """The responses of G prompts and which of them are better than which: of a ranking all its pairs, or some."""
+
+    chosen: Int[Tensor, " B"] = field(kw_only=True, metadata={POSITIONS_ON: "N"})
+    rejected: Int[Tensor, " B"] = field(kw_only=True, metadata={POSITIONS_ON: "N"})
+    prompt_index: Int[Tensor, " N"] = field(kw_only=True, metadata={POSITIONS_ON: "G"})
+    num_prompts: int = field(kw_only=True)
+
+    @classmethod
+    def of(cls, logps: ResponseLogps, batch: PackedBatch) -> "RankedLogps":
+        """The rankings of a pack."""
+        sizes = torch.tensor([len(responses) for _, responses in batch.layout], device=logps.sums.device)
+        prompts = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        pairs = {"chosen": batch.chosen, "rejected": batch.rejected}
+        sums = (logps.sums, logps.lengths, logps.num_bytes, None)
+        return cls(*sums, **pairs, prompt_index=prompts, num_prompts=batch.num_groups)
+
+
 Items = TypeVar("Items", PairLogps, ResponseLogps)
 
 
@@ -90,6 +117,13 @@ class BatchLogps(HasParts, Generic[Items]):
         return replace(self, here=slice(start + items.start, start + items.stop))
 
 
+@dataclass(frozen=True, slots=True)
+class Quantiles(HasParts):
+    """Of each response, the share of the reference's samples to its prompt whose reward is no higher."""
+
+    values: Float[Tensor, " N"]
+
+
 class Mismatched(NamedTuple):
     """Detached log-probs of M responses behind prompts that they do not answer, summed over each response."""
 
@@ -102,7 +136,8 @@ class ObjectiveInputs:
     """All there is to make arguments from, besides the policy's log-probs: of one pack, or a run of its groups.
 
     `old` are log-probs of the policy that drew the responses; `collision` sums of log sum_v p_v^2 over the policy's
-    distributions at the responses' tokens. What an objective does not ask for is None.
+    distributions at the responses' tokens; `divergences` lie between the policy's distributions there and the
+    reference's, and come with the policy's log-probs. What an objective does not ask for is None.
     """
 
     batch: PackedBatch
@@ -112,6 +147,8 @@ class ObjectiveInputs:
     whole: Any = None
     mismatched: Mismatched | None = None
     running: Running | None = None
+    divergences: ResponseDivergences | None = None
+    quantiles: Quantiles | None = None
 
     def part(self, span: Span) -> "ObjectiveInputs":
         """What is known of these groups. What speaks of the whole optimiser batch stays."""
@@ -154,7 +191,10 @@ ARGUMENTS = {
     "whole": Argument(lambda inputs: inputs.whole, "statistics of the optimiser batch"),
     "mismatched": Argument(lambda inputs: inputs.mismatched, "responses of other prompts"),
     "running": Argument(lambda inputs: inputs.running, "its running statistic"),
+    "quantiles": Argument(lambda inputs: inputs.quantiles, "rewards of the reference's samples"),
+    "divergences": Argument(lambda inputs: inputs.divergences, "a reference that is a model in memory"),
 }
+MADE_OF_A_PACK = ResponseLogps | ResponseScores | ResponseDivergences
 
 
 def _argument(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
@@ -162,7 +202,28 @@ def _argument(inputs: ObjectiveInputs, name: str, kind: Any) -> Any:
     value = ARGUMENTS[name].value(inputs)
     if value is None:
         raise ValueError(f"the objective needs {ARGUMENTS[name].remedy}")
-    return kind.of(value, inputs.batch) if isinstance(value, ResponseLogps | ResponseScores) else value
+    return kind.of(value, inputs.batch) if isinstance(value, MADE_OF_A_PACK) else value
+
+
+def on_spans(policy: ResponseLogps, inputs: ObjectiveInputs) -> tuple[ResponseLogps, ObjectiveInputs]:
+    """The same responses in spans of text instead of tokens, where the reference has other tokens than the policy: a
+    span's log-prob is the sum of its tokens', a length the number of spans. Sums are what they were."""
+    batch, ends = inputs.batch, inputs.reference.span_ends
+    assert ends is not None and inputs.reference.span_logps is not None  # noqa: PT018
+    owners, index = batch.response_index[ends], ends.cumsum(0) - ends.long()
+    lengths = torch.zeros_like(batch.lengths).index_add(0, owners, torch.ones_like(owners))
+
+    def summed(logps: ResponseLogps) -> ResponseLogps:
+        tokens = logps.tokens()
+        spans = tokens.new_zeros(len(owners)).index_add(0, index, tokens)
+        return ResponseLogps(logps.sums, lengths, logps.num_bytes, spans)
+
+    theirs = inputs.reference.span_logps[ends]
+    reference = ResponseLogps(inputs.reference.sums, lengths, batch.num_bytes, theirs)
+    last = {"head_index": batch.head_index[ends], "target_ids": batch.target_ids[ends]}  # tokens of the spans
+    seen = replace(batch, response_index=owners, lengths=lengths, **last)
+    old = None if inputs.old is None else summed(inputs.old)
+    return summed(policy), replace(inputs, batch=seen, reference=reference, old=old)
 
 
 # --- what they return, and how they are called
@@ -191,6 +252,16 @@ class Mixed(NamedTuple):
     parts: Mapping[str, Float[Tensor, " B"]]
 
 
+class Stepped(NamedTuple):
+    """B pairs under strengths of their own: losses, detached implicit rewards, and which way each pair's strength
+    went: 1, 0 or -1."""
+
+    losses: Float[Tensor, " B"]
+    chosen_rewards: Float[Tensor, " B"]
+    rejected_rewards: Float[Tensor, " B"]
+    steps: Float[Tensor, " B"]
+
+
 class Compared(NamedTuple):
     """B pairs of scored responses: losses, and the detached scores whose difference they are a function of."""
 
@@ -206,11 +277,27 @@ class Likelihood(NamedTuple):
     rewards: Float[Tensor, " N"]
 
 
+class Ranked(NamedTuple):
+    """G prompts with ranked responses: losses, and the detached implicit rewards of all B pairs."""
+
+    losses: Float[Tensor, " G"]
+    chosen_rewards: Float[Tensor, " B"]
+    rejected_rewards: Float[Tensor, " B"]
+
+
 class Labelled(NamedTuple):
     """N responses that are wanted or not: losses, and detached implicit rewards."""
 
     losses: Float[Tensor, " N"]
     rewards: Float[Tensor, " N"]
+
+
+class Regressed(NamedTuple):
+    """N responses whose implicit reward is fitted to a target: losses, detached rewards, and targets."""
+
+    losses: Float[Tensor, " N"]
+    rewards: Float[Tensor, " N"]
+    targets: Float[Tensor, " N"]
 
 
 class Sampled(NamedTuple):
@@ -219,7 +306,7 @@ class Sampled(NamedTuple):
     losses: Float[Tensor, " N"]
 
 
-Outcome = Preference | Mixed | Compared | Likelihood | Labelled | Sampled
+Outcome = Preference | Mixed | Stepped | Ranked | Regressed | Compared | Likelihood | Labelled | Sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +314,9 @@ class Objective:
     """An objective with its configuration bound, and what its signature says about it.
 
     `inputs` are the arguments left of its star, by name, with their types. `nll_weight` adds that many times the
-    chosen response's mean negative token log-prob to every pair's loss (RPO, arXiv:2404.19733, eq. 2).
+    chosen response's mean negative token log-prob to every pair's loss (RPO, arXiv:2404.19733, eq. 2), `kl_weight`
+    that many times KL(policy || reference) per token of the pair (`kl_per_token`). `between` is what its function asks
+    for of the next-token distributions of policy and reference.
     """
 
     name: str
@@ -235,18 +324,45 @@ class Objective:
     inputs: Mapping[str, Any]
     hooks: Hooks
     nll_weight: float = 0.0
-    advance: Callable[..., Running] | None = None
+    kl_weight: float = 0.0
+    between: tuple[TokenDivergence, ...] = ()
+    advance: Callable[..., Running] | None = None  # before the losses of a batch, by what is known of all of it
+    settle: Callable[..., Running] | None = None  # after them, by their values
+    prepare: Callable[..., Any] | None = None  # makes, before training, what `quantiles` are looked up in
+    quantiles: Callable[[PackedBatch], Quantiles] | None = None
     running: Running = field(default_factory=dict)  # what it carries from one optimiser step to the next
 
     @property
     def uses_reference(self) -> bool:
         """Whether its loss depends on a reference."""
-        return "reference" in self.inputs
+        return "reference" in self.inputs or bool(self.divergences)
+
+    @property
+    def divergences(self) -> tuple[TokenDivergence, ...]:
+        """What is measured between the next-token distributions of policy and reference; empty where they are not
+        looked at."""
+        return tuple(dict.fromkeys([*self.between, *([REVERSE_KL] if self.kl_weight else [])]))
+
+    @property
+    def asking(self) -> str:
+        """What the user wrote that has it look at next-token distributions."""
+        return f"objective={self.name}" if self.between else f"objective.kl_weight={self.kl_weight}"
 
     @property
     def pairwise(self) -> bool:
         """Whether its items are pairs, not responses."""
         return issubclass(self.inputs["policy"], OF_PAIRS)
+
+    @property
+    def listwise(self) -> bool:
+        """Whether its items are prompts with all their responses."""
+        return self.inputs["policy"] is RankedLogps
+
+    def num_items(self, group: TokenGroup) -> int:
+        """What of a group the loss is a mean over: its pairs, its responses, or itself."""
+        if self.listwise:
+            return 1
+        return len(group.pairs) if self.pairwise else len(group.response_ids)
 
     @property
     def of_scores(self) -> bool:
@@ -256,20 +372,27 @@ class Objective:
     @property
     def needs_tokens(self) -> bool:
         """Whether it looks at single tokens of the reference."""
-        return self.inputs.get("reference") in OF_TOKENS
+        return self.inputs.get("reference") in OF_TOKENS or bool(self.divergences)
 
     def __call__(self, policy: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Any:
         """An `Outcome`: losses and rewards of one pack, or of a run of its groups. ValueError for what it needs and is
         not there."""
+        if isinstance(policy, NextTokenLogps):
+            inputs = replace(inputs, divergences=policy.divergences)
         outcome = self.outcome(policy, inputs)
         if self.nll_weight:
             pairs = self.inputs["policy"].of(policy, inputs.batch)
             nll = -pairs.chosen / pairs.chosen_lengths
             outcome = outcome._replace(losses=outcome.losses + self.nll_weight * nll)
+        if self.kl_weight:
+            kl = kl_per_token(_argument(inputs, "divergences", ResponseDivergences), inputs.batch)
+            outcome = outcome._replace(losses=outcome.losses + self.kl_weight * kl)
         return outcome
 
     def outcome(self, policy: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Any:
         """What its function says, before any term that objectives share."""
+        if isinstance(policy, ResponseLogps) and self.needs_tokens and inputs.reference.span_ends is not None:
+            policy, inputs = on_spans(policy, inputs)
         items = self.inputs["policy"].of(policy, inputs.batch)
         rest = {name: _argument(inputs, name, kind) for name, kind in self.inputs.items() if name != "policy"}
         return self.function(policy=items, **rest)
@@ -279,15 +402,22 @@ class Objective:
         if self.advance is not None:
             self.running.update(self.advance(self.running, whole))
 
+    def end_step(self, values: Mapping[str, Tensor]) -> None:
+        """Take the values of an optimiser batch's items (`training/metrics.py`) into the running statistic, for the
+        batches after it."""
+        if self.settle is not None:
+            self.running.update(self.settle(self.running, values))
+
     def check(self) -> None:
         """Raise ValueError for a bad option before anything is loaded: the objective's own, on two made-up pairs, or
-        for an `nll_weight` that has no effect or sense."""
-        if not 0 <= self.nll_weight < float("inf"):
-            raise ValueError(f"objective.nll_weight={self.nll_weight} must be at least 0 and finite")
-        if self.nll_weight and not self.pairwise:
-            raise ValueError(f"objective.nll_weight has no place in objective={self.name}: it has no chosen responses")
-        if self.nll_weight and self.of_scores:
-            raise ValueError(f"objective.nll_weight has no place in objective={self.name}: it has no log-probs")
+        for a term that has no effect or sense."""
+        for name, weight in {"nll_weight": self.nll_weight, "kl_weight": self.kl_weight}.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"objective.{name}={weight} must be at least 0 and finite")
+            if weight and not self.pairwise:
+                raise ValueError(f"objective.{name} has no place in objective={self.name}: it has no chosen responses")
+            if weight and self.of_scores:
+                raise ValueError(f"objective.{name} has no place in objective={self.name}: it has no log-probs")
         if self.nll_weight and self.hooks.fits_chosen:
             raise ValueError(f"objective={self.name} fits the chosen response itself; leave objective.nll_weight out")
         self._probe_losses(NO_PROMPT)
@@ -306,36 +436,48 @@ class Objective:
         return self(policy, replace(inputs, running={})).losses
 
 
-def bind(function: Callable[..., Outcome], *, nll_weight: float = 0.0, **options: object) -> Objective:
+def bind(
+    function: Callable[..., Outcome], *, nll_weight: float = 0.0, kl_weight: float = 0.0, **options: object
+) -> Objective:
     """An objective function with its configuration, described by its annotations.
 
-    What it carries from step to step (`running`) is advanced by the function's hook `advance(running, whole, *, ...)`,
-    with the options it shares. Raises TypeError for an argument that nothing can be made of.
+    Its hooks take the options that they name: `advance(running, whole, *, ...)` and `settle(running, values, *, ...)`
+    give what it carries from step to step (`running`), `between(*, ...)` what its `divergences` are of. Raises
+    TypeError for an argument that nothing can be made of.
     """
     hints, hooks = get_type_hints(function), hooks_of(function)
     if hooks.bind is not None:
-        return hooks.bind(nll_weight=nll_weight, **options)
+        return hooks.bind(nll_weight=nll_weight, kl_weight=kl_weight, **options)
     handed_over = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     unknown = set(handed_over) - {"policy", *ARGUMENTS}
-    if unknown or ("running" in handed_over) != (hooks.advance is not None):
+    made = {"running": hooks.advance or hooks.settle, "divergences": hooks.between}
+    unmade = [name for name, hook in made.items() if (name in handed_over) != (hook is not None)]
+    if unknown or unmade:
         raise TypeError(
-            f"{function.__name__}: {unknown or 'running'} cannot be made; see dpo_ref/objectives/interface.py"
+            f"{function.__name__}: {unknown or unmade[0]} cannot be made; see dpo_ref/objectives/interface.py"
         )
-    advance = hooks.advance
-    if advance is not None:
-        advance = partial(advance, **{n: v for n, v in options.items() if n in inspect.signature(advance).parameters})
+    configured = {name: p.default for name, p in configuration(function).items()} | options
+    advance, settle, between = (_told(hook, configured) for hook in (hooks.advance, hooks.settle, hooks.between))
     return Objective(
         name=function.__name__,
         function=partial(function, **options),
         inputs={name: hints[name] for name in handed_over},
         hooks=hooks,
         nll_weight=nll_weight,
+        kl_weight=kl_weight,
+        between=() if between is None else between(),
         advance=advance,
+        settle=settle,
     )
 
 
-def likelihood_term(*, nll_weight: float = 0.0) -> None:
-    """The option that every objective takes; `Objective` applies it."""
+def _told(hook: Callable[..., Any] | None, configured: Mapping[str, object]) -> "partial[Any] | None":
+    """A hook with those of the objective's options that it takes."""
+    return hook and partial(hook, **{name: configured[name] for name in configuration(hook)})
+
+
+def likelihood_term(*, nll_weight: float = 0.0, kl_weight: float = 0.0) -> None:
+    """The terms that every objective on pairs takes; `Objective` adds them to its losses."""
 
 
 def positive(**values: float) -> None:
@@ -379,6 +521,22 @@ def _logps(batch: PackedBatch, tokens: torch.Tensor) -> ResponseLogps:
     return ResponseLogps(sums, batch.lengths, batch.num_bytes, tokens)
 
 
+class _MadeUp(Mapping[TokenDivergence, Float[Tensor, " N"]]):
+    """Any divergence, of distributions over three words at one token of each response."""
+
+    logp = torch.linspace(-2.0, 1.0, 12, dtype=torch.float64).reshape(4, 3).log_softmax(-1)
+    logq = torch.linspace(0.5, -1.0, 12, dtype=torch.float64).reshape(3, 4).T.log_softmax(-1)
+
+    def __getitem__(self, asked: TokenDivergence) -> Float[Tensor, " N"]:
+        return asked.values(self.logp, self.logq)
+
+    def __iter__(self) -> Iterator[TokenDivergence]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
 def probe_inputs(
     constants: tuple[float, float] = NO_PROMPT, kind: type = PairLogps
 ) -> tuple[ResponseLogps | ResponseScores, ObjectiveInputs]:
@@ -396,7 +554,9 @@ def probe_inputs(
     models: Any = [policy, reference]
     if pairwise:
         models = [model.pairs(batch.chosen, batch.rejected) for model in models]
-    outputs = ResponseScores(policy.sums) if kind is PairScores else policy
+    own = (policy.sums, policy.lengths, policy.num_bytes, policy.token_logps)
+    told = NextTokenLogps(*own, divergences=ResponseDivergences(_MadeUp()))
+    outputs = ResponseScores(policy.sums) if kind is PairScores else told
     return outputs, ObjectiveInputs(
         batch,
         reference,
@@ -404,4 +564,5 @@ def probe_inputs(
         collision=_logps(batch, 0.5 * other),
         whole=BatchLogps(models[0], models[1], batch.labels, slice(0, 2 if pairwise else 4)),
         mismatched=Mismatched(policy.sums, reference.sums - 1),
+        quantiles=Quantiles(torch.tensor([1.0, 0.25, 0.5, 0.0], dtype=torch.float64)),
     )

@@ -87,6 +87,8 @@ def kind_of(part: Objective) -> str:
     one that cannot be put on pairs of text."""
     if isinstance(part, MixedObjective):
         raise ValueError("objective.parts: mix is a mixture itself; name its parts")
+    if part.settle is not None:
+        raise ValueError(f"objective.parts: {part.name} moves its own beta by what came of its pairs; use it alone")
     if part.pairwise and not part.of_scores:
         return "pairs"
     if "labels" in part.inputs:
@@ -114,6 +116,7 @@ def _on_both(part: Objective, policy: ResponseLogps, inputs: ObjectiveInputs) ->
         reference=_at(inputs.reference, both),
         collision=None if inputs.collision is None else _at(inputs.collision, both),
         whole=None if inputs.whole is None else whole_of_responses(inputs.whole),
+        divergences=None,  # a pair's; none of these parts looks at them
     )
     return part(_at(policy, both), seen).losses.unflatten(0, (-1, 2)).sum(1)
 
@@ -155,7 +158,11 @@ def whole_of_responses(whole: BatchLogps[PairLogps]) -> BatchLogps[ResponseLogps
 
 
 def _mixed(
-    *, parts: Sequence[Objective] = (), weights: Sequence[float] = (0.8, 0.2, 1.0), nll_weight: float = 0.0
+    *,
+    parts: Sequence[Objective] = (),
+    weights: Sequence[float] = (0.8, 0.2, 1.0),
+    nll_weight: float = 0.0,
+    kl_weight: float = 0.0,
 ) -> MixedObjective:
     """The objective; MPO where no parts are named. Raises ValueError for what is no part, and for other weights than
     as many positive ones."""
@@ -174,6 +181,8 @@ def _mixed(
         inputs=_inputs(parts),
         hooks=Hooks(fits_chosen=any(part.hooks.fits_chosen or kind_of(part) == "likelihood" for part in parts)),
         nll_weight=nll_weight,
+        kl_weight=kl_weight,
+        between=tuple(dict.fromkeys(divergence for part in parts for divergence in part.divergences)),
         parts=_named(parts),
     )
 

@@ -106,10 +106,10 @@ class Tempered(Reference):
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """Those of the whole reference, times the strength."""
         whole = self._whole.logps(batch)
-        tokens, aligned = (
-            None if values is None else self.strength * values for values in (whole.token_logps, whole.aligned)
-        )
-        return ResponseLogps(self.strength * whole.sums, whole.lengths, whole.num_bytes, tokens, aligned)
+        values = (whole.token_logps, whole.aligned, whole.span_logps)
+        tokens, aligned, spans = (None if each is None else self.strength * each for each in values)
+        sums = self.strength * whole.sums
+        return ResponseLogps(sums, whole.lengths, whole.num_bytes, tokens, aligned, spans, whole.span_ends)
 
     def digest_of(self, indices: Sequence[int]) -> str | None:
         """That of the whole reference."""
@@ -171,6 +171,7 @@ class ReferenceContext:
     uses_reference: bool = True  # whether the objective looks at a reference
     needs_tokens: bool = False  # whether it looks at values of single tokens of the reference
     scoring: Scoring = field(default_factory=Scoring)  # what of the groups' texts their tokens score
+    spans_serve: bool = True  # whether spans of text may stand for tokens where theirs are not the policy's
 
 
 def build(reference: Component, context: ReferenceContext) -> Reference:

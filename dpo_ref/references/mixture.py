@@ -153,5 +153,6 @@ def mixture(
     not positive or not as many, and for a part that no mean of probabilities can be taken of.
     """
     shares = [1.0] * len(parts) if weights is None else weights
+    context = replace(context, spans_serve=False)  # those of two parts need not end together
     references = [part.bound(tempered)(part(context)) for part in parts]
     return Mixture(references, [share / sum(shares) for share in shares], mean)

@@ -205,10 +205,13 @@ class ReferenceEncoder:
 class PrecomputedSums(Reference):
     """A reference whose response log-probs were computed beforehand from text.
 
-    `sums` are log-probs of responses by `group_index`, `aligned` those carried to the policy's tokens, if any.
+    `sums` are log-probs of responses by `group_index`. `aligned` are those carried to the policy's tokens, `spans` the
+    log-probs of spans of text at whose last token of the policy's they stand, nan elsewhere; where there are any.
     """
 
     own_text, live = True, False
+    aligned: dict[int, np.ndarray] | None = None
+    spans: dict[int, np.ndarray] | None = None
 
     def __init__(
         self,
@@ -217,13 +220,11 @@ class PrecomputedSums(Reference):
         weights: str,
         sums: dict[int, np.ndarray],
         device: torch.device,
-        aligned: dict[int, np.ndarray] | None = None,
         audit: TextAudit | None = None,
     ) -> None:
         self.name, self.identity, self.weights, self.audit = name, identity, weights, audit
         self.notes = () if audit is None else (audit.note,)
-        self._sums, self._aligned = sums, aligned
-        self._device = device
+        self._sums, self._device = sums, device
         self.values_digest = digest_of_arrays(sums.values())
 
     def digest_of(self, indices: Sequence[int]) -> str:
@@ -232,12 +233,16 @@ class PrecomputedSums(Reference):
 
     def logps(self, batch: PackedBatch) -> ResponseLogps:
         """Look the pack's responses up; there are no values of tokens."""
-        sums = np.concatenate([self._sums[index] for index in batch.group_index])
-        aligned = None
-        if self._aligned is not None:
-            tokens = np.concatenate([self._aligned[index] for index in batch.group_index])
-            aligned = torch.from_numpy(tokens).to(self._device)
-        return ResponseLogps(torch.from_numpy(sums).to(self._device), batch.lengths, batch.num_bytes, None, aligned)
+        sums, aligned, spans = (self._look_up(values, batch) for values in (self._sums, self.aligned, self.spans))
+        assert sums is not None
+        ends = None if spans is None else ~spans.isnan()
+        values = None if spans is None else spans.nan_to_num(0.0)
+        return ResponseLogps(sums, batch.lengths, batch.num_bytes, None, aligned, span_logps=values, span_ends=ends)
+
+    def _look_up(self, values: dict[int, np.ndarray] | None, batch: PackedBatch) -> torch.Tensor | None:
+        if values is None:
+            return None
+        return torch.from_numpy(np.concatenate([values[index] for index in batch.group_index])).to(self._device)
 
 
 def _sums(groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
@@ -274,10 +279,12 @@ def from_text(
     groups = from_groups(writer.groups())
     same = all(ours.response_ids == theirs.response_ids for ours, theirs in zip(context.groups, groups, strict=True))
     refusal = writer.audit.refusal(own.max_altered)
-    if refusal is None and context.needs_tokens and not same:
+    masked = any(group.scored for group in context.groups)
+    if refusal is None and context.needs_tokens and not same and (masked or not context.spans_serve):
+        where = "as a part of a mixture" if not context.spans_serve else "where only parts of responses are scored"
         refusal = (
             f"the objective looks at single tokens of the reference, and the tokens of reference={name} are not the "
-            "policy's: use a reference with the policy's tokenizer and template, or an objective on sums such as dpo"
+            f"policy's; spans of text stand for them, but not {where}: use an objective on sums such as dpo"
         )
     if refusal is not None:
         say(writer.audit.note)
@@ -289,11 +296,12 @@ def from_text(
         reference = PrecomputedReference(name, identity, weights, groups, rows, context.work.device)
         reference.own_text, reference.notes, reference.table = True, (writer.audit.note,), table
         return reference
-    aligned = None if any(group.scored for group in groups) else _Aligner(writer, own.tokenizer).carry(groups, rows)
-    reference = PrecomputedSums(
-        name, identity, weights, _sums(groups, rows), context.work.device, aligned, writer.audit
-    )
+    reference = PrecomputedSums(name, identity, weights, _sums(groups, rows), context.work.device, writer.audit)
     reference.table = table
+    if not any(group.scored for group in groups):
+        aligner = _Aligner(writer, own.tokenizer)
+        reference.aligned = aligner.aligned(groups, rows)
+        reference.spans = aligner.spans(groups, rows) if context.needs_tokens else None
     return reference
 
 
@@ -307,32 +315,43 @@ ROWS = {"auto": rows_of, "off": _compute}
 
 
 class _Aligner:
-    """Carries a reference's token log-probs to the policy's tokens."""
+    """Carries a reference's token log-probs to the policy's tokens, or to the spans of text that both end together."""
 
     def __init__(self, writer: ReferenceEncoder, tokenizer: Any) -> None:
         self.writer = writer
         self.policy, self.reference = ByteSizes(writer.context.policy.tokenizer), ByteSizes(tokenizer)
 
-    def carry(self, groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
+    def aligned(self, groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
         """For every group the values on the policy's response tokens; nan where a response does not come back."""
+        return self._of_groups(groups, rows, _carried)
+
+    def spans(self, groups: TokenGroups, rows: Rows) -> dict[int, np.ndarray]:
+        """For every group the log-probs of spans, at the policy's tokens that end them, and nan elsewhere; a response
+        that does not come back is one span."""
+        return self._of_groups(groups, rows, spans_at_ends)
+
+    def _of_groups(self, groups: TokenGroups, rows: Rows, values_of: "_OnOurTokens") -> dict[int, np.ndarray]:
         return {
             ours.group_index: np.concatenate(
-                self._group(ours, theirs, list(map(words_of, self.writer.text(index).responses)), rows)
+                [
+                    values_of(here, there, logps, size)
+                    for here, there, logps, size in self._responses(index, ours, theirs, rows)
+                ]
             )
             for index, (ours, theirs) in enumerate(zip(self.writer.context.groups, groups, strict=True))
         }
 
-    def _group(self, ours: TokenGroup, theirs: TokenGroup, texts: Sequence[str], rows: Rows) -> list[np.ndarray]:
+    def _responses(
+        self, index: int, ours: TokenGroup, theirs: TokenGroup, rows: Rows
+    ) -> "Iterator[tuple[Spans | None, Spans | None, np.ndarray, int]]":
         parts = np.split(rows[row_key(theirs)].astype(np.float64), _ends(theirs)[:-1])
-        values_by_response = []
-        for index, (text, logps) in enumerate(zip(texts, parts, strict=True)):
-            here = self.policy.spans(ours.prompt_ids, ours.response_ids[index], text)
-            there = self.reference.spans(theirs.prompt_ids, theirs.response_ids[index], text)
-            values = np.full(len(ours.response_ids[index]), np.nan)
-            if here is not None and there is not None:
-                values = carry(there, logps, here)
-            values_by_response.append(values.astype(np.float32))
-        return values_by_response
+        texts = map(words_of, self.writer.text(index).responses)
+        for text, logps, here, there in zip(texts, parts, ours.response_ids, theirs.response_ids, strict=True):
+            spans = (
+                self.policy.spans(ours.prompt_ids, here, text),
+                self.reference.spans(theirs.prompt_ids, there, text),
+            )
+            yield *spans, logps, len(here)
 
 
 # --- one text in two tokenizers: where every token ends, in bytes, and log-probs carried from one to the other
@@ -417,3 +436,35 @@ def carry(theirs: Spans, logps: Float[np.ndarray, " R"], ours: Spans) -> Float[n
         values[ours.begin >= ours.size] = 0.0  # what stands between the words and the end goes with the end
         values[-1] = per_byte[-1] if theirs.begin[-1] >= theirs.size else np.nan
     return values
+
+
+_OnOurTokens = Callable[[Spans | None, Spans | None, np.ndarray, int], np.ndarray]
+
+
+def _carried(ours: Spans | None, theirs: Spans | None, logps: np.ndarray, size: int) -> np.ndarray:
+    values = np.full(size, np.nan) if ours is None or theirs is None else carry(theirs, logps, ours)
+    return values.astype(np.float32)
+
+
+def spans_at_ends(
+    ours: Spans | None, theirs: Spans | None, logps: Float[np.ndarray, " R"], size: int
+) -> Float[np.ndarray, " S"]:
+    """Log-probs of the smallest spans of a response at whose ends both have a token's end (as in CTPD,
+    arXiv:2601.11865), at the last of our `size` tokens of each, and nan elsewhere. They sum to the tokens'. What only
+    one of both ends the turn with goes with the last span, as does all where a response does not come back."""
+    values = np.full(size, np.nan)
+    if ours is None or theirs is None:
+        values[-1] = logps.sum()
+        return values
+    here, there = _token_ends(ours), _token_ends(theirs)
+    common = np.intersect1d(here, there)
+    last = max(0, len(common) - 1)
+    sums = np.bincount(np.searchsorted(common, there).clip(max=last), weights=logps, minlength=last + 1)
+    index = np.searchsorted(common, here).clip(max=last)
+    values[np.flatnonzero(np.diff(index, append=last + 1))] = sums
+    return values
+
+
+def _token_ends(spans: Spans) -> Int[np.ndarray, " S"]:
+    """Where each token ends, in bytes; what ends the turn does so one behind the response."""
+    return np.where(spans.begin >= spans.size, spans.size + 1, spans.end)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dpo_ref.objectives.divergences import REVERSE_KL, NextTokenLogps, kl_per_token
 from dpo_ref.objectives.interface import (
     Compared,
     Labelled,
@@ -16,7 +17,10 @@ from dpo_ref.objectives.interface import (
     ObjectiveInputs,
     Outcome,
     Preference,
+    Ranked,
+    Regressed,
     Sampled,
+    Stepped,
 )
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores
 
@@ -90,6 +94,31 @@ def mixed_values(outcome: Mixed, policy: ResponseLogps, reference: ResponseLogps
     }
 
 
+@values_of.register(Stepped)
+def stepped_values(outcome: Stepped, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch) -> Values:
+    """Per-pair values under strengths of the pairs' own, and which way each went."""
+    return pair_values(Preference(*outcome[:3]), policy, reference, batch) | {"beta/step": outcome.steps}
+
+
+@values_of.register(Regressed)
+def regressed_values(
+    outcome: Regressed, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch
+) -> Values:
+    """Per-response values of rewards that are fitted to targets, and what pairs have where there are any."""
+    values = {"loss": outcome.losses, "rewards/all": outcome.rewards, "rewards/targets": outcome.targets}
+    if not batch.num_pairs:
+        return values
+    chosen, rejected = outcome.rewards[batch.chosen], outcome.rewards[batch.rejected]
+    return pair_values(Preference(torch.zeros_like(chosen), chosen, rejected), policy, reference, batch) | values
+
+
+@values_of.register(Ranked)
+def ranked_values(outcome: Ranked, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch) -> Values:
+    """Losses of prompts, and everything else of all pairs of their rankings."""
+    unweighed = Preference(torch.zeros_like(outcome.chosen_rewards), *outcome[1:])
+    return pair_values(unweighed, policy, reference, batch) | {"loss": outcome.losses}
+
+
 @values_of.register(Likelihood)
 def likelihood_values(
     outcome: Likelihood, policy: ResponseLogps, reference: ResponseLogps, batch: PackedBatch
@@ -138,9 +167,22 @@ def sampled_values(outcome: Sampled, policy: ResponseLogps, reference: ResponseL
     }
 
 
+def _kl_values(outputs: NextTokenLogps, batch: PackedBatch) -> Values:
+    """Per-pair values of the KLs that were measured between next-token distributions: summed over the tokens of either
+    response, and that from the reference per token of both, in nats."""
+    sums = {divergence: values for divergence, values in outputs.divergences.sums.items() if divergence.metric}
+    sides = {"chosen": batch.chosen, "rejected": batch.rejected}
+    values = {f"kl/{d.metric}/{side}": each[at] for d, each in sums.items() for side, at in sides.items()}
+    if REVERSE_KL in sums:
+        values["kl/reverse/per_token"] = kl_per_token(outputs.divergences, batch)
+    return values
+
+
 def item_values(outcome: Outcome, outputs: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Values:
     """Per-item values of one pack, detached."""
     values = values_of(outcome, outputs, inputs.reference, inputs.batch)
+    if isinstance(outputs, NextTokenLogps):
+        values |= _kl_values(outputs, inputs.batch)
     return {name: value.detach() for name, value in values.items()}
 
 

@@ -224,6 +224,7 @@ KINDS: dict[str, Callable[[Objective, TokenGroups], Groups]] = {
     "pairwise": _pairwise,
     "labels": _with_all_labels,
     "advantages": _scored_samples,
+    "quantiles": lambda objective, groups: groups,
     "likelihood": _likelihood,
 }
 
@@ -231,8 +232,8 @@ KINDS: dict[str, Callable[[Objective, TokenGroups], Groups]] = {
 def groups_for(objective: Objective, groups: TokenGroups) -> Groups:
     """The groups as the objective needs them: a likelihood is fitted to wanted responses alone, pairs are split for
     one that asks for labels. Raises ValueError for data that lacks what the objective needs."""
-    stated = [name for name in ("labels", "advantages") if name in objective.inputs]
-    kind = "pairwise" if objective.pairwise else (stated or ["likelihood"])[0]
+    stated = [name for name in ("labels", "advantages", "quantiles") if name in objective.inputs]
+    kind = "pairwise" if objective.pairwise or objective.listwise else (stated or ["likelihood"])[0]
     fitting = KINDS[kind](objective, groups)
     return WithMismatched(fitting) if "mismatched" in objective.inputs and len(fitting) else fitting
 

@@ -19,6 +19,7 @@ from dpo_ref.models.checkpoint import random_states
 from dpo_ref.models.experts import Routing
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.models.logps import response_collisions
+from dpo_ref.models.next_token import BesideReference
 from dpo_ref.objectives.interface import BatchLogps, Mismatched, Objective, ObjectiveInputs, Running
 from dpo_ref.references.interface import Reference
 from dpo_ref.training.metrics import Values, concat, item_values, mean_of
@@ -150,7 +151,7 @@ def unseen(ours: Any, theirs: Any) -> None:
 
 
 def loss_and_metrics(
-    policy: TrainedModel, objective: Objective, inputs: ObjectiveInputs, look: Look = unseen
+    policy: TrainedModel | BesideReference, objective: Objective, inputs: ObjectiveInputs, look: Look = unseen
 ) -> tuple[Tensor, Values]:
     """The method: the policy's outputs, the reference's (in `inputs`), the objective, its gradient."""
     loss, outputs = policy.loss(inputs.batch, lambda part, span: objective(part, inputs.part(span)).losses.sum())
@@ -159,9 +160,20 @@ def loss_and_metrics(
     return loss, item_values(outcome, outputs, inputs)
 
 
+def asked_of_both(
+    policy: TrainedModel, reference: Reference, objective: Objective, batch: PackedBatch
+) -> tuple[TrainedModel | BesideReference, ResponseLogps]:
+    """The policy as the objective sees it, alone or beside the reference's next-token distributions, and the
+    reference's log-probs."""
+    if not objective.divergences:
+        return policy, reference.logps(batch)
+    theirs = reference.next_tokens(batch)
+    return BesideReference(policy.model, theirs, objective.divergences), theirs.logps(batch)
+
+
 def objective_inputs(
     policy: TrainedModel,
-    reference: Reference,
+    reference: ResponseLogps,
     objective: Objective,
     batch: PackedBatch,
     statistics: BatchStatistics,
@@ -170,18 +182,19 @@ def objective_inputs(
     """Everything the objective asks for besides the policy's log-probs; what it does not is not computed."""
     return ObjectiveInputs(
         batch,
-        reference.logps(batch),
+        reference,
         old=old.logps(batch) if old is not None and "old" in objective.inputs else None,
         collision=response_collisions(policy.model, batch) if "collision" in objective.inputs else None,
         whole=statistics.next_part(objective, batch),
         mismatched=statistics.mismatched,
         running=objective.running,
+        quantiles=objective.quantiles and objective.quantiles(batch),
     )
 
 
 def num_items(objective: Objective, groups: Sequence[TokenGroup]) -> int:
-    """What the loss is a mean over: pairs, or responses."""
-    return sum(len(group.pairs) if objective.pairwise else len(group.response_ids) for group in groups)
+    """What the loss is a mean over: pairs, responses or prompts."""
+    return sum(map(objective.num_items, groups))
 
 
 def backward(
@@ -196,8 +209,8 @@ def backward(
     where it is asked for; the items' values, and what the experts did.
 
     Every item weighs the same, however the packer distributed them. `old` gives the log-probs of the policy that drew
-    the responses. The objective's running statistic takes the batch in before its loss is computed. `look` sees what
-    policy and reference say of the first pack.
+    the responses. The objective's running statistic takes the batch in before its loss is computed, or its items'
+    values after it. `look` sees what policy and reference say of the first pack.
     """
     total = num_items(objective, [group for groups in packs for group in groups])
     routing = policy.routing(sum(group.num_tokens for groups in packs for group in groups))
@@ -208,13 +221,16 @@ def backward(
     for groups in packs:
         with memory_for("the forward and backward pass of", sum(group.num_tokens for group in groups)):
             batch = collate(groups).to(policy.device)
-            inputs = objective_inputs(policy, reference, objective, batch, statistics, old)
+            seen, theirs = asked_of_both(policy, reference, objective, batch)
+            inputs = objective_inputs(policy, theirs, objective, batch, statistics, old)
             with routing.observed(batch) as added:
-                loss, values = loss_and_metrics(policy, objective, inputs, look)
+                loss, values = loss_and_metrics(seen, objective, inputs, look)
             sum(added, start=loss / total).backward()
         look = unseen
         parts.append(values)
-    return concat(parts), routing
+    whole = concat(parts)
+    objective.end_step(whole)
+    return whole, routing
 
 
 def update(
@@ -297,12 +313,14 @@ def evaluate(
     that is known already."""
     policy.model.eval()
     parts, packs = [], WindowedPacks(groups, pack)
-    outputs_of, shown = outputs_of or policy.outputs, ProgressIn(progress, "held-out pairs", len(groups))
+    shown = ProgressIn(progress, "held-out pairs", len(groups))
     statistics = batch_statistics(policy, reference, objective, packs)
     for pack_groups in packs:
         with memory_for("the evaluation of", sum(group.num_tokens for group in pack_groups)):
             batch = collate(pack_groups).to(policy.device)
-            outputs, inputs = outputs_of(batch), objective_inputs(policy, reference, objective, batch, statistics)
+            seen, theirs = asked_of_both(policy, reference, objective, batch)
+            outputs = (outputs_of or seen.outputs)(batch)
+            inputs = objective_inputs(policy, theirs, objective, batch, statistics)
             parts.append(item_values(objective(outputs, inputs), outputs, inputs))
         shown.advance(len(pack_groups))
     return concat(parts)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dpo_ref.cli import resolve
+from dpo_ref.data.groups import MappedGroups
 from dpo_ref.data.packing import collate
 from dpo_ref.data.scoring import Scoring
 from dpo_ref.data.tokenise import tokenise
@@ -121,11 +122,13 @@ def test_words_that_its_tokenizer_does_not_know(tmp_path):
     assert reference.audit.altered == 1
 
 
-def test_the_needed_tokens_are_refused_early(tmp_path):
+def test_spans_stand_for_tokens_unless_only_parts_are_scored(tmp_path):
     tokenizer = OTHERS["olmo: byte-level, tulu"].tokenizer
     context = replace(context_of(data(TEXTS), tmp_path, tokenizer), needs_tokens=True)
+    masked = [replace(g, scored=tuple([True] * len(ids) for ids in g.response_ids)) for g in context.groups]
+    where = MappedGroups(context.groups, lambda group: masked[group.group_index])
     with pytest.raises(ValueError, match="looks at single tokens of the reference, and the tokens of reference=other"):
-        policies.other(context, path="5")
+        policies.other(replace(context, groups=where), path="5")
     assert not list(tmp_path.iterdir())  # nothing was scored
     assert policies.initial(context).logps(collate(list(context.groups))).token_logps is not None
 

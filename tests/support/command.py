@@ -200,6 +200,7 @@ REQUIRED = {
     "mt_bench": {"export": [], "judge": ["judge.model=big"], "prompts": ["prompts.path=question.jsonl"]},
     "arena_hard": {"export": [], "prompts": ["prompts.path=question.jsonl"]},
     "other": ["reference.path=lab:strong"],
+    "delta": ["recipe.stronger=lab:strong", "recipe.weaker=lab:initial"],
     "interpolate": ["reference.path=lab:strong", "reference.share=0.5"],
     "pretrained": ["model.path=lab:tiny"],
     "reward_model": {"objective": [], "scorer": ["scorer.path=some/reward-model"]},
