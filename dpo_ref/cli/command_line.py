@@ -130,8 +130,7 @@ def checked(arguments: Sequence[str], kind: str) -> list[str]:
     """The words as Hydra gets them, flags first, as it takes none between others. What is refused ends the process
     with one sentence."""
     words = _flags_first(with_trust(arguments))
-    added = ("recipe=", "search=")  # of no default, as Hydra has it
-    words = [f"+{word}" if word.startswith(added) else word for word in words]
+    words = [_spelled(word) for word in words] if kind == "train" else words
     if COMPLETION & set(words):
         words += _folders_to_complete()
     try:
@@ -143,6 +142,14 @@ def checked(arguments: Sequence[str], kind: str) -> list[str]:
         return for_swept_members(as_meant(words, kind), kind)
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+def _spelled(word: str) -> str:
+    """A word as Hydra has it: recipes and searches are of groups without a default, and `export`, a folder here, is
+    the name of a group there."""
+    if word.startswith(("recipe=", "search=")):
+        return f"+{word}"
+    return word.replace("export=", "export_to=", 1) if word.startswith("export=") else word
 
 
 # --- words as they are meant: Hydra's grammar reads some texts as something else, or not at all

@@ -28,7 +28,7 @@ LARGEST = 2**26  # bytes of a certificate; one of eight long rows has some hundr
 VERSION = 1  # of its layout
 TOLERANCE = {"float32": 1e-3}  # nats a token, in the mean over a response; as on a single one in references/table.py
 TOLERANCE_HALF = 0.05  # as in the mean of a pack before the first step, where the model computes in half precision
-AGAIN = "write the table again (stage=cache_reference export_to=...), or say whose log-probs they are with provenance"
+AGAIN = "write the table again (stage=cache_reference export=...), or say whose log-probs they are with provenance"
 
 
 def pair_alone(text: PromptGroup, pair: tuple[int, int]) -> PromptGroup:

@@ -91,7 +91,7 @@ def check_certificate(path: str) -> None:
     """Raise ValueError, before any data is read, where there is no certificate."""
     if not Path(path).expanduser().is_file():
         raise ValueError(
-            f"reference.certificate: there is no {path}; stage=cache_reference export_to=<folder> writes one with its "
+            f"reference.certificate: there is no {path}; stage=cache_reference export=<folder> writes one with its "
             "rows, reference.provenance=... does without"
         )
 

@@ -14,10 +14,10 @@ from dpo_ref.data.tokenise import tokenise
 from dpo_ref.objectives.interface import bind, probe_inputs
 from dpo_ref.objectives.pairwise import ld_dpo
 from dpo_ref.references import policies
-from dpo_ref.references.mixture import mixture
 from dpo_ref.references.other_tokenizer import Spans, spans_at_ends
 from dpo_ref.types import ResponseLogps
 from tests.support.command import train
+from tests.support.reference_contexts import mixed
 from tests.support.reference_texts import OTHERS, POLICY, SIZE, TEXTS, context_of, data
 from tests.support.tiny import tiny_model
 
@@ -133,7 +133,7 @@ def test_a_part_of_a_mixture_has_no_spans(tmp_path):
     context = replace(context_of(data(PLAIN), tmp_path, tokenizer), needs_tokens=True)
     parts = [{"reference": "initial"}, {"reference": "other", "path": "5", "max_altered": 1.0}]
     with pytest.raises(ValueError, match="spans of text stand for them, but not as a part of a mixture"):
-        mixture(context, parts=parts)
+        mixed(context, *parts)
 
 
 def test_a_run_against_another_tokenizer(tmp_path):
