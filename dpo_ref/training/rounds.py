@@ -248,7 +248,8 @@ def with_rewards(objective: Objective, groups: Groups) -> Groups:
     if unscored is not None:
         raise ValueError(
             f"objective={objective.name}: {unscored.origin or 'a pair of this data'} has no scores to make a margin "
-            "of (score_chosen and score_rejected, or a score of each response); use objective=reward_model"
+            "of (score_chosen and score_rejected, or a score of each response); use objective="
+            f"{'reward_model' if objective.of_scores else 'dpo'}"
         )
     rewards = {index: row.rewards for index, row in rows.items()}
     return MappedGroups(groups, lambda group: replace(group, rewards=rewards[group.group_index]))

@@ -89,6 +89,27 @@ def test_nothing_for_a_group_is_refused_with_what_says_so(nothing, group, kind, 
     assert remedy in refusal(nothing.format(group), kind=kind)
 
 
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("objective=alpha_dpo", "objective=alpha_divergence_dpo is what this was; objective=alphadpo is arXiv:2410"),
+        ("objective=dpo,alpha_dpo", "objective=alpha_divergence_dpo is what this was"),
+    ],
+)
+def test_words_of_before_are_refused_with_those_of_now(word, sentence):
+    assert sentence in refusal(word)
+
+
+def test_an_option_of_before_is_refused_with_its_name_of_now():
+    for words in (["objective=cdpo"], ["objective=mix"]):
+        assert "objective.eps is called objective.label_smoothing now" in refusal(*words, "objective.eps=0.2")
+
+
+def test_groups_without_a_default_need_no_plus():
+    assert checked(["recipe=soup", "beta=0.1"], "train") == ["+recipe=soup", "beta=0.1"]
+    assert checked(["export=folder"], "train") == ["export_to=folder"]
+
+
 def test_options_are_not_deleted():
     assert "write trainer.max_steps=null" in refusal("~trainer.max_steps")
 
