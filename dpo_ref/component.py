@@ -106,6 +106,12 @@ class Component:
         return {name: _plain(value) for name, value in self.options.items()}
 
     @property
+    def model_path(self) -> str | None:
+        """The one model that its option `path` names; None where it has no such option, or one for several."""
+        several = one_or_several(annotations(self.function).get("path")) is not None
+        return None if several else self.options.get("path")
+
+    @property
     def parts(self) -> "list[Component]":
         """The components that it is made of (`MembersOf`)."""
         lists = (value for value in self.options.values() if isinstance(value, list))

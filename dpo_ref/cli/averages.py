@@ -1,6 +1,5 @@
 """`evaluate.py stage=merge`: averages of policies in weight space, folders that say what they are of."""
 
-import glob
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from dpo_ref.cli.run_folder import provenance
 from dpo_ref.evaluation.policy import PolicyToEvaluate, TrainedRun
 from dpo_ref.files.digests import seal_folder
 from dpo_ref.files.writing import remove_abandoned, replacing_folder, write_json, write_text
-from dpo_ref.models import checkpoint
 from dpo_ref.models.asked import ModelPath
 from dpo_ref.models.averages import (
     AVERAGE,
     OpenedPolicy,
     PolicyFiles,
     check_weights,
+    files_of,
+    names_in,
     open_policies,
     read_average,
     write_average,
@@ -63,19 +63,7 @@ def policy_names(policies: Any) -> list[str]:
             "stage=merge needs policies=<runs, model folders, hub names, `initial`, the checkpoints/ of a run or a "
             "pattern>, one or a list of them: policies='[initial, outputs/default/my_run]'"
         )
-    return [name for entry in listed for name in _expanded(entry)]
-
-
-def _expanded(entry: str) -> list[str]:
-    path = Path(entry).expanduser()
-    if any(mark in entry for mark in "*?[") and not path.exists():
-        matched = [folder for folder in sorted(map(Path, glob.glob(str(path)))) if folder.is_dir()]
-        if not matched:
-            raise ValueError(f"policies={entry} matches no folder")
-        return [name for folder in matched for name in _expanded(str(folder))]
-    if path.is_dir() and checkpoint.saved_in(path):
-        return list(map(str, checkpoint.complete_in(path)))
-    return [entry]
+    return [name for entry in listed for name in names_in(entry, "policies")]
 
 
 def _weights_of(request: MergeRequest, names: Sequence[str]) -> dict[float | None, list[float]]:
@@ -93,22 +81,14 @@ def _weights_of(request: MergeRequest, names: Sequence[str]) -> dict[float | Non
     return {share: [1 - share, share] for share in request.shares}
 
 
-def _files_of(name: str, subject: PolicyToEvaluate | None, initial: ModelPath | None) -> PolicyFiles:
-    if subject is None:
-        assert initial is not None
-        if initial.adapter is not None:
-            raise ValueError(
-                f"policies: the initial policy is {initial.path} with the adapter {initial.adapter} on top; name a "
-                "folder in which that is merged"
-            )
-        folder = locate(initial.path)
-        return PolicyFiles(INITIAL, folder, initial.text or folder)
-    at_checkpoint = checkpoint.run_of(Path(name).expanduser())
-    if at_checkpoint is not None:
-        policy = str(at_checkpoint / "policy")
-        return PolicyFiles(name, policy, policy, Path(name).expanduser())
-    folder = locate(subject.model.path)
-    return PolicyFiles(name, folder, folder)
+def _files_of_initial(initial: ModelPath) -> PolicyFiles:
+    if initial.adapter is not None:
+        raise ValueError(
+            f"policies: the initial policy is {initial.path} with the adapter {initial.adapter} on top; name a "
+            "folder in which that is merged"
+        )
+    folder = locate(initial.path)
+    return PolicyFiles(INITIAL, folder, initial.text or folder)
 
 
 def _common_run(runs: Sequence[TrainedRun | None]) -> TrainedRun | None:
@@ -135,10 +115,12 @@ def run_merge(request: MergeRequest) -> None:
     averages = _weights_of(request, names)
     default = f"outputs/averages/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     folder = Path(request.output_dir or default).expanduser()
-    subjects = [None if name == INITIAL else request.find(name) for name in names]
-    runs = [subject.run for subject in subjects if subject is not None]
-    initial = _initial_of([run for run in runs if run is not None]) if INITIAL in names else None
-    policies = [_files_of(name, subject, initial) for name, subject in zip(names, subjects, strict=True)]
+    found = {name: request.find(name).run for name in names if name != INITIAL}
+    runs = [found[name] for name in names if name != INITIAL]
+    files = {name: files_of(name) for name in found}
+    if INITIAL in names:
+        files[INITIAL] = _files_of_initial(_initial_of([run for run in runs if run is not None]))
+    policies = [files[name] for name in names]
     places = {share: folder if share is None else folder / f"share-{share:g}" for share in averages}
     whole = open_policies(policies)
     for share, place in places.items():

@@ -32,6 +32,7 @@ from dpo_ref.files.cache import cache_folder
 from dpo_ref.files.writing import write_text
 from dpo_ref.models.asked import ModelLoader, Workspace
 from dpo_ref.models.attention import resolve_backend
+from dpo_ref.models.averages import policies_at
 from dpo_ref.models.folders import stored_positions
 from dpo_ref.models.loading import TrainedModel, check_folder, locate, prepared_tokenizer
 from dpo_ref.models.lora import AdapterOptions
@@ -112,13 +113,20 @@ def check_paths(config: RunConfig) -> None:
     """Refuse folders that hold no model, a certificate that is none and a backend that is not here, before any data is
     read."""
     resolve_backend(config.model.options["attention"])
-    for key, component in (("model.path", config.model), ("reference.path", config.reference)):
-        path = component.options.get("path")
-        if path is not None:
-            check_folder(path, key)
-    if adapter := config.reference.options.get("adapter"):
+    check_folder(config.model.options["path"], "model.path")
+    for reference in (config.reference, *config.reference.parts):
+        _check_reference_paths(reference)
+
+
+def _check_reference_paths(reference: Component) -> None:
+    path = reference.options.get("path")
+    if reference.model_path is not None:
+        check_folder(reference.model_path, "reference.path")
+    elif path is not None:
+        policies_at(path, "reference.path")
+    if adapter := reference.options.get("adapter"):
         check_folder(adapter, "reference.adapter", "adapter_config.json")
-    if certificate := config.reference.options.get("certificate"):
+    if certificate := reference.options.get("certificate"):
         check_certificate(certificate)
 
 

@@ -174,7 +174,7 @@ def _own_model(bench: Bench, component: Component, reference: Reference) -> nn.M
 def _drawn_by(bench: Bench, component: Component, reference: Reference) -> list[Generation] | None:
     """Samples of the model that the reference's options name, if its weights are the reference's."""
     options = component.options
-    if not options.get("path") or not reference.weights:
+    if component.model_path is None or not reference.weights:
         return None
     source = ModelSource(**{f.name: options[f.name] for f in fields(ModelSource) if f.name in options})
     model = bench.work.loader.fresh(source)
@@ -218,7 +218,7 @@ def _words(tokenizer: Any) -> set[str]:
 
 def tokenizer_overlap(bench: Bench, component: Component) -> TokenOverlap | None:
     """How a model's tokenizer differs from the policy's; None where it does not, or the reference is no model."""
-    if not component.options.get("path"):
+    if component.model_path is None:
         return None
     ours, theirs = bench.policy.tokenizer, tokenizer_of(bench, component)
     if ours.get_vocab() == theirs.get_vocab():

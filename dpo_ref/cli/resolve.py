@@ -378,6 +378,8 @@ def _export_to(cfg: DictConfig) -> str | None:
 
 def _with_certificate(reference: Component, data: Component) -> Component:
     """The reference with the certificate beside the data's rows, where that is asked for."""
+    if reference.parts:
+        return reference.with_parts(lambda part: _with_certificate(part, data))
     if reference.options.get("certificate") != "auto":
         return reference
     return replace(reference, options=reference.options | {"certificate": beside_rows(data.options.get("path"))})

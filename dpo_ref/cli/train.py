@@ -96,7 +96,9 @@ def sources_of(config: RunConfig) -> dict[str, dict[str, str | None]]:
     """What a run fetched from the hub, by the option that names it: the name, the revision asked for, the commit."""
     data, model, reference = config.data.options, config.model.options, config.reference.options
     parts = {"data.sources": data.get("sources"), "reference.parts": [part.options for part in config.reference.parts]}
-    named = [("model.path", model), ("reference.path", reference), ("data.path", data)]
+    path, one = reference.get("path"), config.reference.model_path
+    parts |= {"reference.path": [{"path": each} for each in (path if isinstance(path, list) else [])]}
+    named = [("model.path", model), ("reference.path", reference | {"path": one}), ("data.path", data)]
     named += [("data.hub", (data.get("hub") or {}) | {"revision": data.get("revision")})]
     named += [(f"{key}[{index}]", part) for key, list_ in parts.items() for index, part in enumerate(list_ or ())]
     adapters = [(f"{group}.adapter", {"path": options.get("adapter")}) for group, options in
@@ -121,8 +123,9 @@ def _best(training: TrainingRun) -> dict[str, Any] | None:
 def _reference_title(kind: str, reference: Component) -> str:
     """A reference as tables show it: its kind, and which model it is where there is a choice."""
     parts = [_reference_title(part.name, part) for part in reference.parts]
-    which = [str(reference.options[key]) for key in ("path", "model") if reference.options.get(key)]
-    return " ".join([kind, *which]) + (f" of {', '.join(parts)}" if parts else "")
+    which = [reference.options[key] for key in ("path", "model", "adapter") if reference.options.get(key)][:1]
+    named = [name for value in which for name in (value if isinstance(value, list) else [value])]
+    return " ".join([kind, *named]) + (f" of {', '.join(parts)}" if parts else "")
 
 
 def _tracker(cfg: DictConfig, job: Job, run: RunConfig) -> Tracker:

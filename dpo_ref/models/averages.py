@@ -5,6 +5,7 @@ are interpolation (WiSE-FT, arXiv:2109.01903; towards the initial policy: WARP, 
 1 extrapolates (ExPO, arXiv:2404.16792).
 """
 
+import glob
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from dpo_ref.data.chat_templates import text_identity
 from dpo_ref.models import checkpoint
 from dpo_ref.models.checkpoint import as_writing_fails, state_digest
 from dpo_ref.models.folders import MODEL_FILES, WEIGHTS, WITHOUT_EFFECT, opened, read_settings, shapes_in, weight_files
-from dpo_ref.models.loading import check_folder, load_tokenizer
+from dpo_ref.models.loading import check_folder, load_tokenizer, locate
 
 # --- the weights of a folder, read when they are asked for
 
@@ -68,6 +69,45 @@ class PolicyFiles:
     folder: str
     text: str
     checkpoint: Path | None = None
+
+
+def names_in(entry: str, key: str) -> list[str]:
+    """What a name that the user wrote at `key` stands for: a folder with checkpoints for each that is complete, the
+    oldest first, a pattern for what it matches, any other for itself. Raises ValueError where a pattern matches
+    nothing."""
+    path = Path(entry).expanduser()
+    if any(mark in entry for mark in "*?[") and not path.exists():
+        matched = [folder for folder in sorted(map(Path, glob.glob(str(path)))) if folder.is_dir()]
+        if not matched:
+            raise ValueError(f"{key}={entry} matches no folder")
+        return [name for folder in matched for name in names_in(str(folder), key)]
+    if path.is_dir() and checkpoint.saved_in(path):
+        return list(map(str, checkpoint.complete_in(path)))
+    return [entry]
+
+
+def files_of(name: str) -> PolicyFiles:
+    """The policy at a name: a checkpoint, a run, which stands for its policy, or a model's folder or hub name."""
+    named = Path(name).expanduser()
+    run = checkpoint.run_of(named)
+    if run is not None:
+        return PolicyFiles(name, str(run / "policy"), str(run / "policy"), named)
+    folder = str(named / "policy") if (named / "summary.json").is_file() else locate(name)
+    return PolicyFiles(name, folder, folder)
+
+
+def policies_at(path: str | list[str], key: str) -> list[PolicyFiles]:
+    """The policies that the user named at `key`: those of a list; of one name, those of a run's checkpoints or of
+    whatever it stands for. Raises ValueError for what is not there."""
+    entries = path if isinstance(path, list) else [str(_checkpoints_of(Path(path).expanduser()) or path)]
+    files = [files_of(name) for entry in entries for name in names_in(entry, key)]
+    for policy in files:
+        check_folder(policy.folder, key)
+    return files
+
+
+def _checkpoints_of(run: Path) -> Path | None:
+    return run / "checkpoints" if (run / "checkpoints").is_dir() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,16 +225,16 @@ def _text_difference(first: OpenedPolicy, other: OpenedPolicy) -> str | None:
 # --- the average
 
 
-def check_weights(weights: Sequence[float], num_policies: int) -> None:
-    """Raise ValueError unless there is a finite weight for every policy and they sum to 1."""
+def check_weights(weights: Sequence[float], num_policies: int, key: str = "weights") -> None:
+    """Raise ValueError, naming `key`, unless there is a finite weight for every policy and they sum to 1."""
     if len(weights) != num_policies:
-        raise ValueError(f"weights are {len(weights)} and policies {num_policies}; give one weight for each policy")
+        raise ValueError(f"{key} are {len(weights)} and policies {num_policies}; give one weight for each policy")
     if not all(map(math.isfinite, weights)):
-        raise ValueError(f"weights={list(weights)} must be finite")
+        raise ValueError(f"{key}={list(weights)} must be finite")
     total = math.fsum(weights)
     if abs(total - 1) > 1e-6:
         scaled = f": [{', '.join(f'{weight / total:g}' for weight in weights)}] do" if total > 0 else ""
-        raise ValueError(f"weights={list(weights)} sum to {total:g} and must sum to 1{scaled}")
+        raise ValueError(f"{key}={list(weights)} sum to {total:g} and must sum to 1{scaled}")
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -182,6 +182,16 @@ def other(
     return LiveReference("other", model, identity, weights)
 
 
+def model_reference(kind: str, model: nn.Module, context: ReferenceContext, cache: Cache) -> Reference:
+    """A model that reads the policy's text: its table, or the model itself where it is asked at every step."""
+    weights = weights_digest(model)
+    identity = identity_of(model, weights, context.policy.text_identity)
+    if cache == "auto":
+        return precompute(kind, model, identity, weights, context)
+    scorer_of(model).check(context.groups)
+    return LiveReference(kind, model, identity, weights)
+
+
 def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Reference:
     """log p(y) of the policy before training, without any prompt: the response behind BOS alone (EOS where there is
     none). With the objective dpo this is the likelihood reward of arXiv:2407.13709."""
@@ -206,20 +216,20 @@ def interpolate(
     the hub. Raises ValueError for other weights."""
     if not math.isfinite(share):
         raise ValueError(f"reference.share={share} must be finite")
-    if text_identity(context.work.loader.tokenizer(path, revision)) != context.policy.text_identity:
-        raise ValueError(f"reference=interpolate: {path} has another tokenizer or template than the policy")
+    check_same_text("interpolate", path, context.work.loader.tokenizer(path, revision), context.policy)
     model = context.work.loader.fresh(ModelSource(path, revision))
     ours, theirs = context.policy.model.state_dict(), model.state_dict()
     differing = [name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name)]
     if differing:
         raise ValueError(f"reference=interpolate: {path} has other weights than the policy, such as {differing[0]}")
     model.load_state_dict({name: torch.lerp(ours[name], theirs[name], share) for name in ours})
-    weights = weights_digest(model)
-    identity = identity_of(model, weights, context.policy.text_identity)
-    if cache == "auto":
-        return precompute("interpolate", model, identity, weights, context)
-    scorer_of(model).check(context.groups)
-    return LiveReference("interpolate", model, identity, weights)
+    return model_reference("interpolate", model, context, cache)
+
+
+def check_same_text(kind: str, name: str, tokenizer: Any, policy: TrainedModel) -> None:
+    """Raise ValueError for a model of the policy's tokens with another tokenizer or template."""
+    if text_identity(tokenizer) != policy.text_identity:
+        raise ValueError(f"reference={kind}: {name} has another tokenizer or template than the policy")
 
 
 def _shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:

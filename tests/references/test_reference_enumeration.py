@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate
@@ -15,8 +16,9 @@ from dpo_ref.references import policies
 from dpo_ref.references.bema import bema
 from dpo_ref.references.interface import tempered
 from dpo_ref.references.policies import adapter_base, moving
+from dpo_ref.references.trajectory import trajectory
 from dpo_ref.types import TokenGroup, digest
-from tests.support.reference_contexts import context_for, mixed
+from tests.support.reference_contexts import TOKENIZER, context_for, mixed, workspace
 from tests.support.tiny import disturbed, policy_of, tiny_model
 
 V, END, LONGEST = 6, 2, 3
@@ -96,6 +98,16 @@ def burning_in(context):
     return reference
 
 
+def came_through(context):
+    """Of folders, whose tokenizer is nobody's: the texts are said to be the same. Our loader wants larger models."""
+    folders = [context.work.cache / str(seed) for seed in (0, 3)]
+    for folder in folders:
+        model(int(folder.name)).save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
+    work = workspace(context.work.cache, lambda source: LlamaForCausalLM.from_pretrained(source.path), TOKENIZER)
+    return trajectory(replace(context, work=work), path=[*map(str, folders)], shares=[0.7, 0.3])
+
+
 def with_adapter(context, **options):
     AdapterOptions(lora_rank=2).put_on(context.policy.model)
     disturbed(context.policy.model)
@@ -115,6 +127,7 @@ KINDS = {
     "initial": (policies.initial, lambda: tree(model(0), PROMPT)),
     "initial, live": (lambda c: policies.initial(c, cache="off"), lambda: tree(model(0), PROMPT)),
     "interpolate": (lambda c: policies.interpolate(c, path="3", share=0.3), lambda: tree(between(0.3), PROMPT)),
+    "trajectory": (came_through, lambda: tree(between(0.3), PROMPT)),
     "prior": (policies.prior, lambda: tree(model(0), [BEGIN])),
     "moving": (moved, lambda: tree(between(0.25), PROMPT)),
     "moving, at a round's beginning": (reset, lambda: tree(model(3), PROMPT)),

@@ -201,6 +201,7 @@ REQUIRED = {
     "arena_hard": {"export": [], "prompts": ["prompts.path=question.jsonl"]},
     "other": ["reference.path=lab:strong"],
     "delta": ["recipe.stronger=lab:strong", "recipe.weaker=lab:initial"],
+    "trajectory": ["reference.path=outputs/default/my_run"],
     "interpolate": ["reference.path=lab:strong", "reference.share=0.5"],
     "pretrained": ["model.path=lab:tiny"],
     "reward_model": {"objective": [], "scorer": ["scorer.path=some/reward-model"]},
