@@ -103,13 +103,13 @@ class SweptRun:
     beta: float | None
     seed: int | None
     options: tuple[str, ...]  # the other overrides, beside beta and seed
-    words: tuple[str, ...]  # all of them, but for those about the seed, the folder and a search
     evaluation: Evaluation | None
     step: int | None = None  # of a checkpoint
     share: float | None = None  # of the second of `ends`, on the path between two policies
     ends: tuple[str, ...] = ()
     climb: Climb | None = None  # of a run that a search began
     left_behind: bool = False  # a search ended it at its last rung
+    words: tuple[str, ...] = ()  # all overrides but those about the seed, the folder and a search
 
     @property
     def results(self) -> Path:
@@ -220,11 +220,11 @@ def _job(folder: Path, name: str) -> SweptRun:
         beta=None if summary.get("beta") is None else float(summary["beta"]),
         seed=summary.get("seed"),
         options=tuple(word for word in words if key_of(word) not in STRENGTHS),
-        words=tuple(words),
         evaluation=None,
         step=int(checkpoint[1]) if checkpoint else None,
         share=_share(average),
         ends=() if average is None else average.policies,
+        words=tuple(words),
         climb=climb,
         left_behind=not is_whole and stands_at(summary, climb),
     )

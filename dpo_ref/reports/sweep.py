@@ -26,6 +26,7 @@ from dpo_ref.evaluation.sweep import Cell, SweptRun, axis_of, csv_text, short_na
 from dpo_ref.files.writing import as_csv, write_text
 from dpo_ref.reports import page, tables
 from dpo_ref.reports.findings import NOTE, best_strengths, findings, strength_table
+from dpo_ref.reports.grid import grid_panel, grid_sentence, ranked_grids
 from dpo_ref.reports.paper_table import (
     csv_table,
     html_table,
@@ -47,11 +48,14 @@ from dpo_ref.reports.plots import (
     write_png,
 )
 from dpo_ref.reports.policy import TemperatureCurve, log_files, sample_sections, temperature_panels
+from dpo_ref.reports.search import search_panels, search_section, search_terminal
 from dpo_ref.reports.tables import columns, judge_columns, results_table, settings, titles
+from dpo_ref.tracking.terminal import words
 from dpo_ref.tracking.tracker import RunInfo
 from dpo_ref.tracking.weights_and_biases import known_id
 
 IN_ONE_PICTURE = 4
+MOST_MAPS = 4  # of a sweep over two keys and something else
 DISTANCE = KL.of(model="initial")
 SEEDS_NOTE = "Where a row joins several seeds, ± is the standard deviation over seeds."
 
@@ -85,11 +89,16 @@ def _answers(folder: Path) -> Evaluated | None:
 
 
 def _pictures(jobs: Sequence[SweptRun], cells: Sequence[Cell], initial: Evaluation | None) -> list[Panel]:
-    """All pictures of a sweep."""
+    """All pictures of a sweep; first its grids, where two keys or more were swept."""
     if not cells:
         return []
     before = [TemperatureCurve(initial, "initial policy", INITIAL)] if initial else []
-    return [*panels(jobs, cells, initial), *temperature_panels([*before, *temperature_curves(cells)])]
+    maps = [*map(grid_panel, ranked_grids(jobs, cells)), *search_panels(jobs)][:MOST_MAPS]
+    return [*maps, *panels(jobs, cells, initial), *temperature_panels([*before, *temperature_curves(cells)])]
+
+
+def _grid_sentences(jobs: Sequence[SweptRun], cells: Sequence[Cell]) -> list[str]:
+    return [grid_sentence(ranked) for ranked in ranked_grids(jobs, cells)][:MOST_MAPS]
 
 
 def _points_section(cells: Sequence[Cell]) -> str:
@@ -116,9 +125,10 @@ def sweep_page(jobs: Sequence[SweptRun], baseline: Evaluated | None) -> str:
     parts = [
         f'<p class="over">Sweep of {len(jobs)} run{"" if len(jobs) == 1 else "s"}</p>',
         f"<h1>{page.text(title)}</h1>",
-        *(f'<p class="lead">{page.text(sentence)}</p>' for sentence in findings(cells, initial)),
+        *(f'<p class="lead">{page.text(s)}</p>' for s in (*findings(cells, initial), *_grid_sentences(jobs, cells))),
         page.alerts([*tables.broken(evaluations), *tables.lacking(evaluations)]),
         page.pictures(pictures) + f'<p class="small">{BARS}</p>' if pictures else "",
+        search_section(jobs),
         _points_section(cells),
         "<h2>Numbers</h2>",
         page.policy_table(_rows(cells, initial), [*columns(scorer), *judge_columns(policies)], failures),
@@ -134,12 +144,13 @@ def sweep_page(jobs: Sequence[SweptRun], baseline: Evaluated | None) -> str:
 
 def sweep_tables(jobs: Sequence[SweptRun], initial: Evaluation | None) -> list[Any]:
     """The sweep for the terminal: the initial policy, a row per cell, a row per job without a result; then the paper's
-    table, where there are several strengths or steps."""
+    table, where there are several strengths or steps, what a search compared, and the best of every grid."""
     cells = sweep.cells(jobs)
     evaluations = [*([initial] if initial else []), *(cell.evaluation for cell in cells)]
     everything = results_table(evaluations, [(job.name, job.state) for job in without_result(jobs)])
     several = len({cell.point for cell in cells}) > 1
-    return [everything, *(terminal_tables(paper_table(cells)) if several else [])]
+    grids = [words(sentence) for sentence in _grid_sentences(jobs, cells)]
+    return [everything, *(terminal_tables(paper_table(cells)) if several else []), *search_terminal(jobs), *grids]
 
 
 def write_sweep(folder: Path, jobs: Sequence[SweptRun], baseline: Evaluated | None) -> None:

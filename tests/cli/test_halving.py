@@ -277,7 +277,14 @@ def test_without_a_metric_the_one_that_tells_most_is_taken():
     unscored = [*LONGER, "scorer@evaluation.scorer=none"]
     assert plan_of(resolved(*unscored, "+search=halving"), ["beta"]).metric == "eval/rewards/accuracies"
     assert plan_of(resolved(*words, "+search=halving"), ["beta"]).metric == "eval/rewards/accuracies"
-    sft = ["objective=sft", "data=lab_sft", "data.num_examples=96", "trainer.eval_every=1", "model.path=lab:tiny"]
+    sft = [
+        "model.path=lab:tiny",
+        "objective=sft",
+        "data=lab_sft",
+        "data.num_examples=96",
+        "trainer.eval_every=1",
+        "trainer.batch_size=8",
+    ]
     assert plan_of(resolved(*sft, "+search=halving"), ["optim.lr"]).metric == "eval/loss"
 
 
