@@ -281,7 +281,9 @@ def from_text(
     refusal = writer.audit.refusal(own.max_altered)
     masked = any(group.scored for group in context.groups)
     if refusal is None and context.needs_tokens and not same and (masked or not context.spans_serve):
-        where = "as a part of a mixture" if not context.spans_serve else "where only parts of responses are scored"
+        where = "where only parts of responses are scored"
+        if not context.spans_serve:
+            where = "as a part of a mixture, nor for next-token distributions"
         refusal = (
             f"the objective looks at single tokens of the reference, and the tokens of reference={name} are not the "
             f"policy's; spans of text stand for them, but not {where}: use an objective on sums such as dpo"

@@ -85,7 +85,7 @@ def test_a_file_with_the_line_of_the_schema_trains(own, tmp_path):
     done = run(own, tmp_path / "run", "objective=with_line", "objective.knee=3", "beta=0.5", "trainer.max_steps=1")
     assert done.returncode == 0, done.stderr
     assert options(tmp_path / "run") == {
-        "_target_": "own_losses.square", "beta": 0.1, "knee": 3.0, "nll_weight": 0.0,
+        "_target_": "own_losses.square", "beta": 0.1, "knee": 3.0, "nll_weight": 0.0, "kl_weight": 0.0,
     }  # fmt: skip
     about = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (about["objective"], about["beta"]) == ("with_line", 0.5)
@@ -101,7 +101,7 @@ def test_a_file_with_the_line_of_the_schema_trains(own, tmp_path):
 )
 def test_files_without_the_line_compose_onto_their_schema(own, name, word, composed):
     shown = typed("train.py", f"--config-dir={own / 'conf'}", "--cfg", "job", f"objective={name}", word)
-    assert schemas.OmegaConf.create(shown.stdout).objective == composed | {"nll_weight": 0.0}
+    assert schemas.OmegaConf.create(shown.stdout).objective == composed | {"nll_weight": 0.0, "kl_weight": 0.0}
 
 
 @pytest.mark.parametrize(

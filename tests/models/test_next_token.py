@@ -220,12 +220,12 @@ def peak_of(step):
 
 
 def test_no_tensor_of_tokens_by_vocabulary_is_made(monkeypatch):
-    """10 groups of 30 response tokens over 20,011 words, in chunks of one group: 24 MB of float32 logits of a model in
-    all, 2.4 MB in a chunk. What is alive together is five tensors of a chunk's size, and the gradient of the head."""
+    """10 groups of 30 response tokens over 20,011 words: 24 MB of float32 logits of a model in all, where as many may
+    be alive as four groups have. In chunks of one group they are five tensors; then there is the head's gradient."""
     vocabulary, asked = 20_011, (FORWARD_KL, REVERSE_KL)
     model, other = (tiny_model(seed=seed, vocab_size=vocabulary) for seed in (0, 1))
     batch = collate(random_groups([(3, (15, 15))] * 10))
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", BesideReference.num_alive * 30 * vocabulary)
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", 4 * 30 * vocabulary)
     chunk, head = 4 * 30 * vocabulary, model.lm_head.weight.nbytes
 
     def step():

@@ -11,13 +11,21 @@ import torch
 import torch.nn.functional as F
 
 from dpo_ref.cli.build import check_next_tokens
+from dpo_ref.component import component
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
 from dpo_ref.models import logps
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.objectives.coupled import aot
-from dpo_ref.objectives.divergences import FORWARD_KL, REVERSE_KL, PairDivergences, RenyiSum
-from dpo_ref.objectives.interface import Preference, bind, probe_inputs
+from dpo_ref.objectives.divergences import (
+    FORWARD_KL,
+    REVERSE_KL,
+    PairDivergences,
+    RenyiSum,
+    ResponseDivergences,
+    TokenDivergence,
+)
+from dpo_ref.objectives.interface import Likelihood, Preference, bind, probe_inputs
 from dpo_ref.objectives.mix import mix
 from dpo_ref.objectives.next_token import epsilon_dpo, tdpo, tdpo1
 from dpo_ref.objectives.pairwise import dpo
@@ -316,6 +324,35 @@ def test_what_is_logged_of_the_kls():
     means["kl/reverse/per_token"] = [(chosen + rejected) / sum(sizes) for chosen, rejected, (_, sizes) in sums]
     for key, expected in means.items():
         assert float(values[key].mean()) == pytest.approx(sum(expected) / len(expected), rel=1e-9)
+
+
+class Overlap(TokenDivergence):
+    """sum_v p_v q_v, which is none of ours."""
+
+    def values(self, logp, logq):
+        return (logp + logq).exp().sum(-1)
+
+    def gradient(self, logp, logq, values):
+        return logp.exp() * (logq.exp() - values[:, None])
+
+
+OVERLAP = Overlap()
+
+
+@component(between=lambda: (OVERLAP,))
+def apart(policy: ResponseLogps, divergences: ResponseDivergences) -> Likelihood:
+    """An objective of one's own, on single responses."""
+    return Likelihood(divergences[OVERLAP] - policy.sums / policy.lengths, policy.sums.detach())
+
+
+def test_a_divergence_of_ones_own():
+    """One number and its gradient a token are all that there is to write."""
+    policy, theirs = model_of(0), model_of(1)
+    words = [pair for group in GROUPS for pair in zip(words_of(policy, group), words_of(theirs, group), strict=True)]
+    losses = [(p[0] + q[0].detach()).exp().sum() - logp(p) / len(p[1]) for p, q in words]
+    wanted = torch.autograd.grad(torch.stack(losses).mean(), list(policy.parameters()))
+    for ours, expected in zip(gradients_of(bind(apart))[1], wanted, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9)
 
 
 # --- what they tend to, and where nothing pulls
