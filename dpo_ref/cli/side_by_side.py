@@ -338,9 +338,10 @@ class Launching(Launcher):
             sys.exit(f"error: {error}")
         setup_globals()
         configs = [self._job(index, words) for index, words in enumerate(job_overrides, initial_job_idx)]
+        alone = [Path(config.hydra.runtime.output_dir).name for config in configs[:1]]
+        names = swept_names(job_overrides) if len(configs) > 1 else alone
         jobs = [
-            SideJob(name, partial(self._run, config), _failure)
-            for name, config in zip(swept_names(job_overrides), configs, strict=True)
+            SideJob(name, partial(self._run, config), _failure) for name, config in zip(names, configs, strict=True)
         ]
         returns = [JobReturn(overrides=list(words), status=JobStatus.COMPLETED) for words in job_overrides]
         threads = threads_each(most)
@@ -385,9 +386,10 @@ def _failure(returned: Any) -> str | None:
 
 
 def swept_names(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """What tells each job of a sweep from the others: the words that not all of them have."""
+    """What tells each job of a sweep from the others: the words that not all of them have, but for Hydra's own."""
     shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    return [" ".join(word.lstrip("+") for word in words if word not in shared) or "the job" for words in jobs]
+    own = [[word.lstrip("+") for word in words if word not in shared] for words in jobs]
+    return [" ".join(word for word in words if not word.startswith("hydra.")) or "the job" for words in own]
 
 
 @dataclass

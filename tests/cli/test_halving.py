@@ -244,6 +244,37 @@ def test_what_to_type_next_leaves_the_search_out(searched, capsys):
     assert "search" not in alone.replace(str(searched[0]), "") + rest.replace(str(searched[0]), "")
 
 
+def test_a_job_that_fails_is_out_and_is_named(tmp_path):
+    folder = tmp_path / "sweep"
+    words = [word for word in GRID if not word.startswith("beta=")]
+    with pytest.MonkeyPatch.context() as patch:
+        run = SimpleNamespace(run=lambda command, check: SimpleNamespace(returncode=0))
+        patch.setattr(end_of_sweep, "subprocess", run)
+        done = typed("train.py", "-m", *LONGER, *words, "beta=-1,0.1", f"output_dir={folder}", *SEARCH, *BESIDE)
+    assert done.returncode == 1
+    assert (
+        "error: 2 jobs of the sweep failed:\n  0_beta--1_optim.lr-0.0001: failed: ValueError: beta=-1" in done.stderr
+    )
+    assert re.search(r"^rung 1 of 3, step 2: 2 of 4 cells go on, by eval/rewards/accuracies$", done.stdout, re.M)
+    assert re.search(r"^optim\.lr=0\.01 beta=0\.1 +\| .*stopped at step 2 of 12", done.stdout, re.M)
+    assert sorted(made(job) for job in folder.glob("*_beta-0.1_*")) == [4, 12]
+
+
+@pytest.mark.slow
+def test_a_grid_of_five_by_five_really_costs_no_more(tmp_path):
+    folder = tmp_path / "sweep"
+    words = [*SMALL, "data.num_pairs=216", "trainer.eval_every=3", f"output_dir={folder}", "+search=halving"]
+    words += ["optim.lr=1e-4,3e-4,1e-3,3e-3,1e-2", "beta=0.1,0.3,1,3,10"]
+    with pytest.MonkeyPatch.context() as patch:
+        run = SimpleNamespace(run=lambda command, check: SimpleNamespace(returncode=0))
+        patch.setattr(end_of_sweep, "subprocess", run)
+        done = typed("train.py", "-m", *words)
+    assert done.returncode == 0, done.stderr
+    counts = [made(job) for job in folder.glob("*_beta-*")]
+    assert sorted(counts) == [3] * 16 + [9] * 6 + [27] * 3
+    assert sum(counts) == 183 <= 2.5 * 5 * 27
+
+
 # --- what is refused, before any job begins
 
 
