@@ -405,7 +405,7 @@ class Halving(Sweeper):
             say(*told(best, len(standings), rung, plan, names))
             entering = [job for job in entering if job.cell in {standing.cell for standing in best}]
             if not entering:
-                break
+                return returns
         say(spent(jobs))
         return returns
 

@@ -78,7 +78,9 @@ def _alike(best: Cell, other: Cell, key: str) -> bool:
 def grid_sentence(ranked: RankedGrid) -> str:
     """The best combination, its interval, what is within its error, and where in the grid it lies."""
     grid, measure = ranked.grid, ranked.measure
-    head = f"Of {len(grid.jobs)} combinations of {grid.x.key} and {grid.y.key}{f' ({grid.rest})' if grid.rest else ''}"
+    head = f"Of {len(ranked.cells)} combinations of {grid.x.key} and {grid.y.key}"
+    head += f" ({grid.rest})" if grid.rest else ""
+    head += f" with a result (of {len(grid.jobs)})" if len(grid.jobs) > len(ranked.cells) else ""
     if ranked.best is None:
         return f"{head}, none is sound: {_listed(ranked, ranked.degenerate)} are degenerate."
     ends = [number(measure.scale * end, measure.decimals) for end in _ends(ranked.cells[ranked.best], measure.key)]
