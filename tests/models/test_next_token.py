@@ -190,6 +190,28 @@ def test_a_reference_in_half_precision_is_close():
     torch.testing.assert_close(half.divergences[REVERSE_KL], exact.divergences[REVERSE_KL], rtol=0.05, atol=0.05)
 
 
+def test_half_precision_computes_divergences_in_float32():
+    """Under autocast, as on CUDA: products in bfloat16, everything of the vocabulary in float32."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    batch, found = collate(random_groups([(5, (4, 7)), (2, (3, 3))])), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled, cache_enabled=False):
+            view = BesideReference(model, next_tokens(other, batch), ASKED)
+            loss, told = view.loss(batch, lambda part, span: part.divergences[FORWARD_KL].sum() - part.sums.sum())
+            outputs = view.outputs(batch)
+        loss.backward()
+        found.append((told, torch.cat([p.grad.flatten() for p in model.parameters()])))
+        model.zero_grad()
+        assert view.reference.hidden.dtype == (torch.bfloat16 if enabled else torch.float32)
+        assert told.token_logps.dtype == torch.float32
+        for asked in ASKED:
+            torch.testing.assert_close(outputs.divergences[asked], told.divergences[asked], rtol=1e-3, atol=1e-3)
+    (exact, gradient), (half, half_gradient) = found
+    for asked in ASKED:
+        torch.testing.assert_close(half.divergences[asked], exact.divergences[asked], rtol=0.05, atol=0.05)
+    assert (half_gradient - gradient).norm() < 0.05 * gradient.norm()
+
+
 def test_nothing_is_measured_between_equal_models():
     """Exactly 0, value and gradient."""
     model, batch = tiny_model(), collate(random_groups([(5, (4, 7)), (2, (3, 3))]))
