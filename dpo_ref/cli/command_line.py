@@ -130,7 +130,7 @@ def checked(arguments: Sequence[str], kind: str) -> list[str]:
     """The words as Hydra gets them, flags first, as it takes none between others. What is refused ends the process
     with one sentence."""
     words = _flags_first(with_trust(arguments))
-    words = [_spelled(word) for word in words] if kind == "train" else words
+    words = [spelled(word) for word in words] if kind == "train" else words
     if COMPLETION & set(words):
         words += _folders_to_complete()
     try:
@@ -144,7 +144,7 @@ def checked(arguments: Sequence[str], kind: str) -> list[str]:
         sys.exit(f"error: {error}")
 
 
-def _spelled(word: str) -> str:
+def spelled(word: str) -> str:
     """A word as Hydra has it: recipes and searches are of groups without a default, and `export`, a folder here, is
     the name of a group there."""
     if word.startswith(("recipe=", "search=")):

@@ -192,16 +192,17 @@ def table() -> str:
     }
     without = {name for name, cfg in objectives.items() if refusal(cfg, cfg, ("initial", name))}
     with_one = set(objectives) - without
-    rows = []
+    rows: dict[str, str] = {}
     for path in sorted(CONF.glob("reference/*.yaml")):
         for words in commands(path):
             if SAMPLED in words:
                 continue  # which objectives go with such data is not the reference's matter
             overrides = [word for word in words if not word.startswith(("beta=", "data", "stage", "optim"))]
             command = " ".join(word for word in overrides if word.startswith(("reference=", "reference.mean")))
-            rows.append(_row(command, compose_command(overrides)[0], path.stem, objectives, with_one))
+            if command not in rows:
+                rows[command] = _row(command, compose_command(overrides)[0], path.stem, objectives, with_one)
     head = ["| reference | goes with | refused, and why |", "|---|---|---|"]
-    return "\n".join([*head, *dict.fromkeys(rows), "", f"Objectives without a reference: {_names_in_code(without)}."])
+    return "\n".join([*head, *rows.values(), "", f"Objectives without a reference: {_names_in_code(without)}."])
 
 
 def references_page() -> str:

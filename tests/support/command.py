@@ -186,7 +186,7 @@ def composes(command):
     over."""
     _, script, *arguments = shlex.split(command)
     kind = script.removesuffix(".py")
-    overrides = [a for a in arguments if a != "-m"]
+    overrides = [command_line.spelled(a) if kind == "train" else a for a in arguments if a != "-m"]
     varied = [a for a in overrides if "-m" in arguments and "," in a]
     fixed = [a for a in overrides if a not in varied]
     sweeps = [a.split("=", 1)[0] + "=" + value for a in varied for value in a.split("=", 1)[1].split(",")]
