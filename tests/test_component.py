@@ -6,6 +6,7 @@ import pytest
 
 from dpo_ref.component import Component, Hooks, RunPlan, component, hooks_of
 from dpo_ref.references import policies
+from dpo_ref.references.moving import moving
 
 
 def refuse(*, size, **rest):
@@ -61,6 +62,6 @@ def test_what_can_do_without_a_cache_is_live_without_it(function):
     assert asked.options["cache"] == "auto"
 
 
-@pytest.mark.parametrize("function", [policies.prior, policies.none, policies.moving])
+@pytest.mark.parametrize("function", [policies.prior, policies.none, moving])
 def test_what_has_no_such_choice_is_not(function):
     assert Component("asked", function, {"cache": "auto"}).live is None

@@ -405,6 +405,9 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
             "leave it out or write reference=none"
         )
     reference = _in_memory(objective, reference)
+    if parts["data"].hooks.rounds is not None and objective.uses_reference:
+        reference = _asked_live(reference)
+    parts["reference"] = reference  # as the checks of the plan see it
     check_strength(reference.name if objective.uses_reference else "none", reference.options["strength"])
     if objective.of_scores:
         check_reward_run(objective.name, parts)
@@ -413,8 +416,6 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
     reference = _with_certificate(reference, parts["data"])
     trainer = TrainerConfig(**settings)
     parts["data"].hooks.check_run(objective, plan)
-    if parts["data"].hooks.rounds is not None and objective.uses_reference:
-        reference = _asked_live(reference)
     evaluation = _while_training(parts.get("evaluation"), trainer, overrides)
     rest = {group: parts[group] for group in ("model", "data", "optim", "tracking")}
     return RunConfig(

@@ -122,11 +122,15 @@ def _remembering(model: nn.Module, folder: Path) -> Iterator[None]:
     names = {name.removeprefix(PREFIX).replace(BASE, "") for name in shapes_in([folder / ADAPTER_WEIGHTS])}
     weights = {name: weight for name, weight in model.named_parameters(remove_duplicate=False) if name in names}
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    before = {name: weight.detach() for name, weight in weights.items()}
+    for weight in {id(weight): weight for weight in weights.values()}.values():
+        weight.data = weight.data.clone()  # what is brought is not written over what others may share
     yield
     for name, weight in weights.items():
         if weight.requires_grad or not torch.equal(weight, before[name]):
             owners[name].register_buffer(name.rpartition(".")[2] + BELOW, before[name], persistent=False)
+        else:
+            weight.data = before[name]
 
 
 def other_base(adapter: str, key: str, model: Any) -> tuple[str, ...]:
@@ -194,6 +198,38 @@ def changes_something(model: nn.Module) -> bool:
 def copy_of_trained(model: nn.Module) -> Any:
     """A copy of the model that has weights of its own where they are trained, and shares those that stay."""
     return copy.deepcopy(model, {id(weight): weight for weight in model.parameters() if not weight.requires_grad})
+
+
+@torch.no_grad()
+def copy_of_base(model: nn.Module) -> Any:
+    """The model below its adapter as a model of its own, frozen, which shares the weights with it."""
+    shared = {id(weight): _sharing(weight) for weight in model.parameters()}
+    below = copy.deepcopy(model, dict(shared))
+    for name, layer in _wrapped(below):
+        if not AROUND.search(name):  # else it went with the one around it
+            parent, _, last = name.rpartition(".")
+            base = layer.get_base_layer() if _is_lora(layer) else layer.original_module
+            setattr(below.get_submodule(parent), last, base)
+    for module in below.modules():
+        for name in [name for name, _ in module.named_buffers(recurse=False) if _is_below(name)]:
+            brought = module.get_parameter(name.removesuffix(BELOW))
+            _replace(below, brought, nn.Parameter(module.get_buffer(name), requires_grad=False))
+            delattr(module, name)
+    vars(below).pop("peft_config", None)  # which peft leaves at what it has put layers into
+    return below
+
+
+def _sharing(weight: nn.Parameter) -> nn.Parameter:
+    """A frozen parameter of the same values in the same memory; a quantised one, which nobody changes, as it is."""
+    return nn.Parameter(weight.data, requires_grad=False) if type(weight) is nn.Parameter else weight
+
+
+def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in the place of another, wherever that is used."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if weight is old:
+                module.register_parameter(name, new)
 
 
 def plain_name(name: str) -> str:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dpo_ref.models.adapters import load_adapter, other_base
+from dpo_ref.models.adapters import copy_of_base, load_adapter, other_base
 from dpo_ref.models.checkpoint import load_policy, run_of
 from dpo_ref.models.folders import check_vocabulary
 from dpo_ref.models.loading import (
     LoadedModel,
     Policy,
+    TrainedModel,
     check_folder,
     compute_dtype,
     load_below,
@@ -70,6 +71,19 @@ def load_reference(source: ModelSource, folder: str, policy_device: torch.device
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise ValueError(f"{KEY}={source.path} does not fit into memory beside the policy: {SMALLER}") from error
+
+
+def on_base_of(policy: TrainedModel, adapter: str) -> nn.Module:
+    """The model below the policy's own adapter, if it trains one, with a saved adapter on it instead. It shares the
+    weights with the policy, so that there is no second model in memory, and changes nothing of it.
+
+    Raises ValueError for an adapter that was made on another model, by its own record, and for what is no adapter.
+    """
+    key, model = "reference.adapter", copy_of_base(policy.model)
+    for line in other_base(adapter, key, model):
+        raise ValueError(f"{line}; name its base: reference.path=<model> with {key}={adapter}")
+    load_adapter(model, adapter, key, trainable=False)
+    return model
 
 
 class ModelPath(NamedTuple):

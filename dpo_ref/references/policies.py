@@ -1,5 +1,5 @@
-"""References that are models of the policy's tokens, or none: the initial policy, another checkpoint, the model below
-an adapter, one that follows the policy.
+"""References that are models of the policy's tokens and stay as they are, or none: the initial policy, another
+checkpoint, the model below an adapter.
 """
 
 import math
@@ -8,14 +8,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import nn
 
 from dpo_ref.component import RunPlan, component, configuration
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.groups import MappedGroups
 from dpo_ref.models.adapters import adapter_off, changes_something, copy_of_trained
-from dpo_ref.models.asked import ModelSource
+from dpo_ref.models.asked import ModelSource, on_base_of
 from dpo_ref.models.checkpoint import base_digest, weights_digest
 from dpo_ref.models.folders import check_vocabulary
 from dpo_ref.models.loading import TrainedModel, check_revision
@@ -134,15 +133,41 @@ def _goes_on(policy: TrainedModel) -> tuple[str, ...]:
     )
 
 
-def _check_revision(*, path: str, revision: str | None, **rest: Any) -> None:
-    check_revision(path, revision, "reference")
+def _check_other(*, path: str | None, adapter: str | None, **options: Any) -> None:
+    """Refuse a reference that names no model, and options about a model that is not loaded."""
+    if path is not None:
+        check_revision(path, options["revision"], "reference")
+        return
+    if adapter is None:
+        raise ValueError(
+            "reference=other needs reference.path=<model>, or reference.adapter=<adapter> alone, which then goes on "
+            "the policy's own base"
+        )
+    for name, value in options.items():
+        option = configuration(other).get(name)
+        if option is not None and name != "cache" and value != option.default:
+            raise ValueError(
+                f"reference.{name}={value} has no effect without reference.path: the adapter goes on the policy's own "
+                "base, and reads as the policy does; leave one of them out, or name the base"
+            )
 
 
-@component(check=_check_revision)
+def _check_base_stays(objective: Objective, plan: RunPlan) -> None:
+    """Refuse an adapter that is asked at every step on weights that are trained."""
+    reference, model = plan.components["reference"].options, plan.components["model"].options
+    trained = model["adapter"] is None and model["lora_rank"] is None
+    if reference["path"] is None and reference["cache"] == "off" and trained:
+        raise ValueError(
+            "reference.adapter without reference.path goes on the policy's own weights, and these are trained while "
+            "it is asked at every step; train an adapter (model.lora_rank=...), or name the base: reference.path=..."
+        )
+
+
+@component(check=_check_other, check_run=_check_base_stays)
 def other(
     context: ReferenceContext,
     *,
-    path: str,
+    path: str | None = None,
     revision: str | None = None,
     adapter: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
@@ -160,13 +185,16 @@ def other(
     With the policy's tokenizer and template it scores the policy's token ids. With any other it scores the same text
     from messages, under its own template and tokenizer (`other_tokenizer.py`): its log-probs are then per response,
     not per token. `revision` is a branch, tag or commit on the hub, `adapter` a PEFT adapter on top (folder or hub
-    name).
+    name); without `path` that goes on the model below the policy's own adapter, or on the policy as it is before
+    training, which it shares the weights with: no second model is loaded.
     `dtype=bfloat16` and `quantisation` (bitsandbytes) hold the weights in less memory, `device` puts them elsewhere
     than the policy (cpu, cuda:1; spread: over all GPUs). `template` and `template_options` are the reference's, as for
     the model; `system_prompt` is the system turn it reads, in place of the data's. `terminator=skip` leaves its
     end-of-turn token out. `max_altered` is the share of responses that may fail to survive its tokenizer and template
     byte for byte; above it the run stops.
     """
+    if path is None:
+        return model_reference("other", on_base_of(context.policy, str(adapter)), context, cache)
     tokenizer = context.work.loader.tokenizer(path, revision)
     install_template(tokenizer, template, template_options, "reference")
     model = context.work.loader.reference(ModelSource(path, revision, adapter, dtype, quantisation, device))
@@ -205,6 +233,10 @@ def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Refe
     reference = PrecomputedReference("prior", name, "", groups, rows, device)
     reference.table = identity  # rows are named by what is scored, the prompt included
     return reference
+
+
+def _check_revision(*, path: str, revision: str | None, **rest: Any) -> None:
+    check_revision(path, revision, "reference")
 
 
 @component(check=_check_revision)
@@ -309,159 +341,3 @@ def adapter_base(context: ReferenceContext, *, cache: Cache = "auto") -> Referen
 
     rows = rows_of(Scorer(score, whole.tolerance), context.groups, identity, context)
     return PrecomputedReference("adapter_base", identity, weights, context.groups, rows, context.work.device)
-
-
-# --- references that follow the policy: the trust-region methods of TR-DPO (arXiv:2404.09656)
-
-
-class FollowingReference(Reference):
-    """A copy of the policy that goes after it. It has weights of its own where they are trained: of an adapter's
-    policy the adapter's, on the policy's base."""
-
-    notes = ("reference: it moves, so it is asked at every step and nothing is cached",)
-
-    def __init__(self, name: str, model: nn.Module, identity: str, weights: str) -> None:
-        self.name, self.identity, self.weights = name, identity, weights
-        self._own = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        self._model = model.eval().requires_grad_(False)
-
-    @property
-    def model(self) -> nn.Module:
-        """The copy as it is now."""
-        return self._model
-
-    @torch.no_grad()
-    def logps(self, batch: PackedBatch) -> ResponseLogps:
-        """A forward pass of the copy as it is now."""
-        return response_logps(self._model, batch)
-
-    @property
-    def vocabulary(self) -> int:
-        """The policy's."""
-        return vocabulary_of(self._model)
-
-    def next_tokens(self, batch: PackedBatch) -> NextTokens:
-        """A forward pass of the copy's trunk as it is now."""
-        return next_tokens(self._model, batch)
-
-    def own_weights(self) -> dict[str, Tensor]:
-        """The weights that the copy does not share with the policy."""
-        return {name: weight.detach() for name, weight in self._model.named_parameters() if name in self._own}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The copy's own weights."""
-        return self.own_weights()
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the copy's weights from a checkpoint; what it shared until then it has for itself afterwards. Raises
-        ValueError if they are another model's."""
-        weights = dict(self._model.named_parameters())
-        if not self._own <= state.keys() <= weights.keys() or not state:
-            raise ValueError("the checkpoint's reference has other weights than this one, or none")
-        for name in state.keys() - self._own:
-            module, _, last = name.rpartition(".")
-            own = nn.Parameter(weights[name].detach().clone(), requires_grad=False)
-            self._model.get_submodule(module).register_parameter(last, own)
-        self._own = set(state)
-        for name, weight in self.own_weights().items():
-            weight.copy_(state[name])
-
-
-def due(step: int, every: int, burn_in: int) -> bool:
-    """Whether a reference that moves every `every` optimiser steps once `burn_in` are done moves after step `step`."""
-    return step > burn_in and (step - burn_in) % every == 0
-
-
-class MovingReference(FollowingReference):
-    """A copy of the policy that takes a step of `share` towards it every `every` optimiser steps after `burn_in`."""
-
-    def __init__(
-        self, model: nn.Module, identity: str, weights: str, share: float, every: int, burn_in: int = 0
-    ) -> None:
-        super().__init__("moving", model, identity, weights)
-        self.share, self.every, self.burn_in = share, every, burn_in
-
-    @torch.no_grad()
-    def update(self, policy: nn.Module, step: int, made: Bool[Tensor, ""]) -> None:
-        """reference <- share policy + (1 - share) reference, where the step is due and was made; that is decided on
-        the device."""
-        if not due(step, self.every, self.burn_in):
-            return
-        ours = dict(policy.named_parameters())
-        for name, weight in self.own_weights().items():
-            weight.copy_(torch.where(made, weight.lerp(ours[name], self.share), weight))
-
-
-class RoundReference(FollowingReference):
-    """The policy as it was when the round of training began."""
-
-    notes = ("reference: the policy at the beginning of each round, asked at every step; nothing is cached",)
-
-    @torch.no_grad()
-    def begin_round(self, policy: nn.Module) -> None:
-        """reference <- policy."""
-        ours = dict(policy.named_parameters())
-        for name, weight in self.own_weights().items():
-            weight.copy_(ours[name])
-
-
-def check_moving(kind: str, every: int, burn_in: int, cache: str) -> None:
-    """Raise ValueError for a reference that moves with a table, or at no steps."""
-    if cache != "off":
-        raise ValueError(
-            f"reference.cache={cache}: reference={kind} changes while the policy is trained, so its log-probs cannot "
-            "be cached; leave reference.cache out"
-        )
-    if every < 1:
-        raise ValueError(f"reference.every={every} must be at least 1 optimiser step")
-    if burn_in < 0:
-        raise ValueError(f"reference.burn_in={burn_in} must be at least 0 optimiser steps")
-
-
-def _check_moving(share: float, every: int, burn_in: int, reset: str | None, cache: str, **_: Any) -> None:
-    check_moving("moving", every, burn_in, cache)
-    if not 0 < share <= 1:
-        raise ValueError(f"reference.share={share} must lie in (0, 1]: 1 replaces the reference by the policy")
-    for name, value in {"share": share, "every": every, "burn_in": burn_in}.items():
-        if reset is not None and value != configuration(moving)[name].default:
-            raise ValueError(
-                f"reference.{name}={value} has no effect with reference.reset={reset}, which replaces the reference "
-                "at the beginning of each round and leaves it as it is until the next; leave one of them out"
-            )
-
-
-def _check_rounds(objective: Objective, plan: RunPlan) -> None:
-    """Refuse a reference that is replaced each round where there is one round."""
-    reset, data = plan.components["reference"].options["reset"], plan.components["data"]
-    if reset is not None and data.hooks.rounds is None:
-        raise ValueError(
-            f"reference.reset={reset} replaces the reference at the beginning of each round, and data={data.name} has "
-            "one; use data=on_policy, or leave it out: reference.share and reference.every say how it moves"
-        )
-
-
-@component(check=_check_moving, check_run=_check_rounds)
-def moving(
-    context: ReferenceContext,
-    *,
-    share: float = 0.6,
-    every: int = 512,
-    burn_in: int = 0,
-    reset: Literal["round"] | None = None,
-    cache: str = "off",
-) -> Reference:
-    """The policy as it was, following it as it is trained (arXiv:2404.09656).
-
-    Once `burn_in` optimiser steps are done, every `every` further ones reference <- share policy + (1 - share)
-    reference: `share=1` is the paper's hard update, a share between its soft one; `every=1` with a small share is an
-    exponential moving average. `reset=round` makes it the policy at the beginning of each round of data=on_policy
-    instead, as in iterative DPO (SPPO, arXiv:2405.00675). Its log-probs are computed at every step: `cache` can only
-    be off.
-    """
-    weights, model = context.policy.weights, copy_of_trained(context.policy.model)
-    initially = identity_of(context.policy.model, weights, context.policy.text_identity)
-    if reset is not None:
-        return RoundReference("moving", model, digest([initially, "moving", reset]), weights)
-    later = [burn_in] if burn_in else []  # without one the identity is that of runs from before it could be said
-    return MovingReference(model, digest([initially, "moving", share, every, *later]), weights, share, every, burn_in)

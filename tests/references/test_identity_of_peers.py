@@ -15,7 +15,8 @@ from dpo_ref.models.asked import ModelLoader
 from dpo_ref.models.loading import Policy
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.lora import AdapterOptions
-from dpo_ref.references.policies import adapter_base, auto, initial, moving, other
+from dpo_ref.references.moving import moving
+from dpo_ref.references.policies import adapter_base, auto, initial, other
 from tests.support.adapters import EXPERTS, save_adapter, save_base
 from tests.support.command import train
 from tests.support.reference_contexts import LAYOUT, TOKENIZER, context_for

@@ -13,9 +13,9 @@ from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.references import policies
-from dpo_ref.references.bema import bema
 from dpo_ref.references.interface import tempered
-from dpo_ref.references.policies import adapter_base, moving
+from dpo_ref.references.moving import bema, moving
+from dpo_ref.references.policies import adapter_base
 from dpo_ref.references.trajectory import trajectory
 from dpo_ref.types import TokenGroup, digest
 from tests.support.reference_contexts import TOKENIZER, context_for, mixed, workspace

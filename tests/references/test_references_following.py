@@ -16,9 +16,8 @@ from dpo_ref.cli import resolve
 from dpo_ref.data.packing import collate
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.lora import AdapterOptions
-from dpo_ref.references.bema import bema
 from dpo_ref.references.interface import tempered
-from dpo_ref.references.policies import moving
+from dpo_ref.references.moving import bema, moving
 from tests.support.command import composed, train
 from tests.support.evaluate_command import measure
 from tests.support.on_policy import SMALL as SAMPLED

@@ -9,7 +9,7 @@ import torch
 from dpo_ref.cli import resolve
 from dpo_ref.data.packing import collate
 from dpo_ref.models.logps import response_logps
-from dpo_ref.references.policies import moving
+from dpo_ref.references.moving import moving
 from tests.support.command import composed, train
 from tests.support.evaluate_command import measure
 from tests.support.reference_contexts import LAYOUT, TOKENIZER, context_for

@@ -18,7 +18,8 @@ from dpo_ref.models.logps import response_hidden
 from dpo_ref.objectives.interface import BatchLogps, Preference, Running, bind
 from dpo_ref.objectives.pairwise import dpo
 from dpo_ref.objectives.unpaired import sft
-from dpo_ref.references.policies import LiveReference, MovingReference, NoReference
+from dpo_ref.references.moving import MovingReference
+from dpo_ref.references.policies import LiveReference, NoReference
 from dpo_ref.training.optim import SCHEDULES, adamw, adamw_bf16, muon, optimisation, rmsprop
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import backward, evaluate, step_zero, train
