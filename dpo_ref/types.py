@@ -167,6 +167,7 @@ class TokenGroup:
     labels: tuple[bool, ...] | None = None
     advantages: tuple[float, ...] | None = None
     rewards: tuple[float, ...] | None = None
+    weights: tuple[float, ...] | None = None  # of pairs: what their losses are multiplied with
     mismatched: "TokenGroup | None" = None
 
     @property
@@ -244,6 +245,7 @@ class PackedBatch(HasParts):
     labels: Bool[Tensor, " N"] | None = None  # whether each is wanted
     advantages: Float[Tensor, " N"] | None = None
     rewards: Float[Tensor, " N"] | None = None  # the rows' scores
+    weights: Float[Tensor, " B"] | None = None  # what the pairs' losses are multiplied with
 
     @property
     def num_pairs(self) -> int:

@@ -36,6 +36,7 @@ def full_groups(layout):
                 labels=tuple(value % 2 == 0 for value in values),
                 advantages=tuple(value + 0.5 for value in values),
                 rewards=tuple(value + 0.25 for value in values),
+                weights=tuple(10 * group.group_index + index + 0.75 for index in range(len(group.pairs))),
             )
         )
     return groups
@@ -119,11 +120,11 @@ def test_a_field_that_is_added_is_cut_or_refused(kind):
     }[kind]
     values = {f.name: getattr(whole, f.name) for f in fields(kind)}
     kw = field(kw_only=True)
-    wider = make_dataclass("Wider", [("weights", Float[Tensor, " N"], kw)], bases=(kind,), frozen=True, slots=True)
+    wider = make_dataclass("Wider", [("added", Float[Tensor, " N"], kw)], bases=(kind,), frozen=True, slots=True)
     first, second = batch.spans(1)
-    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert wider(**values, weights=weights).part(second).weights.tolist() == [3.0, 4.0]
-    assert wider(**values, weights=weights).part(first).weights.tolist() == [1.0, 2.0]
+    added = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert wider(**values, added=added).part(second).added.tolist() == [3.0, 4.0]
+    assert wider(**values, added=added).part(first).added.tolist() == [1.0, 2.0]
     shapeless = make_dataclass("Shapeless", [("weight", float, field(kw_only=True))], bases=(kind,), frozen=True)
     with pytest.raises(TypeError, match=r"Shapeless\.weight has no axis"):
         axes_of(shapeless)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpo_ref.cli.cache import check_cache, look_after_cache, record_uses
+from dpo_ref.cli.pairs_by_reference import asks_reference, choose_pairs
 from dpo_ref.cli.resolve import RunConfig
 from dpo_ref.cli.table_export import check_export, export_reference
 from dpo_ref.component import Component
@@ -43,13 +44,14 @@ from dpo_ref.references import interface as references
 from dpo_ref.references.columns import check_certificate
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.reports import training_curve
-from dpo_ref.reports.data import Looked, data_page
+from dpo_ref.reports.data import GivenMargins, Looked, data_page
 from dpo_ref.tracking.run_record import RunRecord
 from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
 from dpo_ref.tracking.tracker import Tracker
 from dpo_ref.training.model_selection import ModelSelection
 from dpo_ref.training.optim import optimisation
 from dpo_ref.training.quantiles import QuantileContext
+from dpo_ref.training.reference_margins import by_reference, given_margins, told_of
 from dpo_ref.training.rounds import Rounds, RoundsContext, groups_for, objective_groups, offline
 from dpo_ref.training.run import SampleEvaluation, TrainingRun
 from dpo_ref.types import Asked, PreferenceData
@@ -87,6 +89,12 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     check_selection(config, rounds.num_steps, len(fitting))
     with memory_explained(policy.model, optim.optimizer, SCORED):
         reference = reference_of(config, work, policy, rounds, fitting)
+    if asks_reference(config):
+        rounds, chosen = choose_pairs(config, work, policy, reference, rounds)
+        counts |= chosen
+        optim = config.optim.bound(optimisation)(config.optim, policy.model, rounds.num_steps)
+        check_selection(config, rounds.num_steps, len(fitting))
+    with memory_explained(policy.model, optim.optimizer, SCORED):
         objective = prepared(config, work, policy, reference, ConcatGroups(rounds.known, fitting))
     record = RunRecord(directory / "metrics.jsonl", tracker)
     training = TrainingRun(work, policy, reference, objective, optim, rounds, fitting, record)
@@ -220,8 +228,11 @@ def report_data(config: RunConfig, directory: Path) -> None:
     )
     title = f"{config.data.name} for {config.model.options['path']}"
     directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / "data.html", data_page(hygiene, score_margins(data.train), looked, title))
+    given, choice = given_margins(data.train), config.data.bound(by_reference)()
+    shown = GivenMargins(given, told_of(given, choice)) if len(given) else None
+    write_text(directory / "data.html", data_page(hygiene, score_margins(data.train), looked, title, shown))
     report = short_report(hygiene)
+    report += [f"  {name}: {said}" for name, said in (shown.told if shown else {}).items()]
     found = [f"{finding.count:,} {finding.name}" for finding in looked.findings if finding.count]
     found = [line for line in found if not any(line in said for said in report)]
     say(*report, *template_notes(tokenizer), *(f"  {line}" for line in found))
@@ -280,7 +291,8 @@ def reference_of(
     """The run's loss reference, for the rows that the run comes to: one shorter than an epoch has no others scored.
 
     Raises ValueError for one that only knows rows from before training, where the run makes others."""
-    known = rounds.known if _is_given(config.reference) else rounds.known_by(rounds.num_steps)
+    whole = _is_given(config.reference) or asks_reference(config)
+    known = rounds.known if whole else rounds.known_by(rounds.num_steps)
     reference = build_reference(config, work, policy, ConcatGroups(known, held_out))
     say_which(reference)
     if rounds.live and not reference.live:

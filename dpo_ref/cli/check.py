@@ -35,7 +35,7 @@ from dpo_ref.cli.starting_point import Size, rate_of, size_of, trains_adapter
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.data.groups import ConcatGroups, Groups, SelectedGroups
 from dpo_ref.data.inspection import examples_of, inspect
-from dpo_ref.data.packing import collate, epoch_order
+from dpo_ref.data.packing import epoch_order
 from dpo_ref.data.tokenise import Tokenised, end_of_turn_ids, length_limit
 from dpo_ref.distributed import available_bytes, keep_memory, peak_memory_gib, resident_bytes
 from dpo_ref.evaluation.check import Fit, RunFacts, StepZero, run_warnings, step_zero
@@ -67,6 +67,7 @@ from dpo_ref.training.cost import (
     within,
 )
 from dpo_ref.training.optim import optimisation
+from dpo_ref.training.reference_margins import by_reference, margins_of, told_of
 from dpo_ref.training.rounds import Rounds, objective_groups
 from dpo_ref.training.trainer import evaluate
 from dpo_ref.types import Asked, Message, PreferenceData, TokenGroup
@@ -243,9 +244,11 @@ class Measurements:
     zero: StepZero | None
     steps: Sequence[StepTime]
     decoding: float | None  # seconds of one more token of a few answers
+    margins: np.ndarray  # of the reference, in nats, of pairs that it was asked about
 
 
-NOTHING = Measurements(0.0, None, 0.0, None, (), None)  # of a model that does not fit
+NO_MARGINS = np.zeros(0)
+NOTHING = Measurements(0.0, None, 0.0, None, (), None, NO_MARGINS)  # of a model that does not fit
 LEAST_BYTES = {  # for each weight, by device and whether an adapter is trained: what loading takes, or training
     ("cpu", False): 16, ("cpu", True): 8, ("cuda", False): 8, ("cuda", True): 1,
 }  # fmt: skip
@@ -282,7 +285,7 @@ def measure(trial: Trial) -> Measurements:
     forward = forward_speed(policy, within(trial.sample, FORWARD_TOKENS), trial.pack)
     decoding = decoding_seconds(policy, trial.prompts, trial.work.seed) if trial.prompts else None
     if not len(trial.visited):
-        return Measurements(forward, None, 0.0, None, (), decoding)
+        return Measurements(forward, None, 0.0, None, (), decoding, NO_MARGINS)
     most = STEPS_SECONDS / (3 * (NUM_STEPS + 1)) * forward  # a gradient takes twice a forward pass
     size = len(within(trial.sample[:batch_size], most))
     affordable = int(SCORING_SECONDS * forward / trial.tokens_per_group)
@@ -294,9 +297,10 @@ def measure(trial: Trial) -> Measurements:
         reference = build_reference(trial.config, work, policy, groups)
     say_which(reference)
     seconds = watch.seconds.get("reference log-probs", 0.0) / len(groups)
-    zero = first_look(trial, reference, groups)
+    margins = looked_at(trial, reference, groups)
+    zero = first_look(trial, reference, groups, margins) if len(margins) else None
     batches = [groups[start : start + size] for start in range(0, len(groups), size)]
-    return Measurements(forward, reference, seconds, zero, steps_of(trial, reference, batches), decoding)
+    return Measurements(forward, reference, seconds, zero, steps_of(trial, reference, batches), decoding, margins)
 
 
 def steps_of(trial: Trial, reference: Reference, batches: Sequence[Sequence[TokenGroup]]) -> list[StepTime]:
@@ -308,28 +312,23 @@ def steps_of(trial: Trial, reference: Reference, batches: Sequence[Sequence[Toke
     return list(progress(times, "optimiser steps", len(some)))[1:]
 
 
-def first_look(trial: Trial, reference: Reference, groups: Groups) -> StepZero | None:
-    """What policy and reference say of pairs, before any step; None where there are none, or no reference."""
-    objective, have_pairs = trial.config.objective, any(group.pairs for group in groups)
-    if not (objective.uses_reference and have_pairs):
-        return None
+def looked_at(trial: Trial, reference: Reference, groups: Groups) -> np.ndarray:
+    """Margins of the reference; empty where there are no pairs, or no reference."""
+    have_pairs = any(group.pairs for group in groups)
+    asked = trial.config.objective.uses_reference and have_pairs
+    return margins_of(reference, groups, trial.pack, trial.work.device)[0] if asked else NO_MARGINS
+
+
+def first_look(trial: Trial, reference: Reference, groups: Groups, margins: np.ndarray) -> StepZero:
+    """What policy and reference say of pairs, before any step."""
+    objective = trial.config.objective
     beta = beta_of(trial.config) if objective.pairwise else None
-    ours = theirs = reference_margins(reference, groups, trial.work.device)
+    ours = theirs = margins
     if objective.pairwise and not reference.equals(trial.policy):
         values = evaluate(trial.policy, reference, objective, groups[:], trial.pack)
         theirs = (values["ref_logps/chosen"] - values["ref_logps/rejected"]).cpu().numpy()
         ours = theirs + values[MARGIN.key].double().cpu().numpy() / (beta or 1.0)
     return step_zero(ours, theirs, beta, range(len(theirs)))
-
-
-def reference_margins(reference: Reference, groups: Groups, device: torch.device) -> np.ndarray:
-    """log p(chosen) - log p(rejected) of every pair under the reference, in nats."""
-    margins = []
-    for group in groups:
-        batch = collate([group]).to(device)
-        sums = reference.logps(batch).sums
-        margins.append((sums[batch.chosen] - sums[batch.rejected]).cpu().numpy())
-    return np.concatenate(margins)
 
 
 def beta_of(config: RunConfig) -> float | None:
@@ -362,6 +361,8 @@ def report(trial: Trial, measured: Measurements, started: float) -> RunCheck:
         spent=spent,
         elsewhere=elsewhere_of(trial),
         table=table_words(measured, stored, asked),
+        margins=measured.margins,
+        told=told_of(measured.margins, config.data.bound(by_reference)()) if len(measured.margins) else {},
         took=time.monotonic() - started,
     )
 

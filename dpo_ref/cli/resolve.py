@@ -40,6 +40,7 @@ from dpo_ref.objectives.interface import STRENGTH, Objective, bind, likelihood_t
 from dpo_ref.references.columns import beside_rows
 from dpo_ref.references.interface import check_strength
 from dpo_ref.training.model_selection import Criterion, near
+from dpo_ref.training.reference_margins import by_reference, check_by_reference
 from dpo_ref.training.rounds import TrainerConfig
 
 
@@ -372,7 +373,7 @@ def _export_to(cfg: DictConfig) -> str | None:
     """The folder for the reference's log-probs. Raises ValueError where nothing would be written to it."""
     folder = cfg.get("export_to")  # a run's configuration may be older
     if folder is not None and cfg.stage != "cache_reference":
-        raise ValueError(f"export_to={folder} has no effect with stage={cfg.stage}; add stage=cache_reference")
+        raise ValueError(f"export={folder} has no effect with stage={cfg.stage}; add stage=cache_reference")
     return folder
 
 
@@ -416,6 +417,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
     reference = _with_certificate(reference, parts["data"])
     trainer = TrainerConfig(**settings)
     parts["data"].hooks.check_run(objective, plan)
+    check_by_reference(parts["data"].bound(by_reference)(), objective, reference, parts["data"])
     evaluation = _while_training(parts.get("evaluation"), trainer, overrides)
     rest = {group: parts[group] for group in ("model", "data", "optim", "tracking")}
     return RunConfig(

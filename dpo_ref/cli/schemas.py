@@ -41,6 +41,7 @@ from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.objectives.interface import likelihood_term
 from dpo_ref.references.interface import tempered
 from dpo_ref.training.optim import optimisation
+from dpo_ref.training.reference_margins import by_reference
 from dpo_ref.training.rounds import TrainerConfig
 from dpo_ref.types import digest
 
@@ -107,7 +108,7 @@ class HubOptions:
 CONF = Path(__file__).parents[2] / "conf"
 SHARED = {  # options every member takes besides its own
     "bandit": (StudyOptions,),
-    "data": (tokenise, pack),
+    "data": (tokenise, pack, by_reference),
     "model": (AdapterOptions,),
     "objective": (likelihood_term,),
     "optim": (optimisation,),

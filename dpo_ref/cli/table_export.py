@@ -1,4 +1,4 @@
-"""`train.py stage=cache_reference export_to=<folder>`: a reference's log-probs as rows that others train on, and a
+"""`train.py stage=cache_reference export=<folder>`: a reference's log-probs as rows that others train on, and a
 certificate of what they are."""
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from dpo_ref.tracking.terminal import run_summary, say
 NOTHING_TO_WRITE = {
     "none": "reference=none gives every response 0; rows without reference columns say the same",
     "moving": "reference=moving changes while the policy is trained, so no log-prob of it holds for a whole run; "
-    "export_to takes a reference that stays, such as initial",
+    "export takes a reference that stays, such as initial",
     "columns": "the log-probs of reference=columns came with the rows, which have them already",
 }
 
@@ -33,15 +33,15 @@ def check_export(config: RunConfig) -> None:
     if config.export_to is None:
         return
     if reason := NOTHING_TO_WRITE.get(config.reference.name):
-        raise ValueError(f"export_to={config.export_to}: {reason}")
+        raise ValueError(f"export={config.export_to}: {reason}")
     if config.data.hooks.rounds is not None:
         raise ValueError(
-            f"export_to={config.export_to}: data={config.data.name} samples while the policy is trained, and rows are "
+            f"export={config.export_to}: data={config.data.name} samples while the policy is trained, and rows are "
             "written of data that is there before, such as data=jsonl data.path=..."
         )
     folder = Path(config.export_to).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"export_to={config.export_to} is there already; name a new folder, or delete that one")
+        raise ValueError(f"export={config.export_to} is there already; name a new folder, or delete that one")
 
 
 def export_reference(
@@ -50,9 +50,7 @@ def export_reference(
     """Write the rows of training and held-out groups with the reference's log-probs. `counts` is what became of the
     rows before. Raises ValueError for a reference that moves."""
     if reference.state_dict():
-        raise ValueError(
-            f"export_to={config.export_to}: reference={reference.name} moves, and has no log-probs to keep"
-        )
+        raise ValueError(f"export={config.export_to}: reference={reference.name} moves, and has no log-probs to keep")
     folder = Path(str(config.export_to)).expanduser()
     described = described_by(config, reference, context, counts)
     with context.policy.precision(), torch.no_grad():

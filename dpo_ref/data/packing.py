@@ -130,6 +130,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         labels=_of_responses([group.labels for group in groups], torch.bool),
         advantages=_of_responses([group.advantages for group in groups], torch.float64),
         rewards=_of_responses([group.rewards for group in groups], torch.float64),
+        weights=_of_responses([group.weights for group in groups], torch.float64),
     )
 
 

@@ -387,6 +387,8 @@ class Objective:
         if self.kl_weight:
             kl = kl_per_token(_argument(inputs, "divergences", ResponseDivergences), inputs.batch)
             outcome = outcome._replace(losses=outcome.losses + self.kl_weight * kl)
+        if inputs.batch.weights is not None:
+            outcome = outcome._replace(losses=outcome.losses * inputs.batch.weights)
         return outcome
 
     def outcome(self, policy: ResponseLogps | ResponseScores, inputs: ObjectiveInputs) -> Any:

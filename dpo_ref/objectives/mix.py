@@ -62,7 +62,8 @@ class MixedObjective(Objective):
         return Mixed(self.function(list(losses.values())), rewarded.chosen_rewards, rewarded.rejected_rewards, losses)
 
     def _seen_by(self, part: Objective, inputs: ObjectiveInputs) -> ObjectiveInputs:
-        return replace(inputs, running=self._of(part, inputs.running))
+        batch = replace(inputs.batch, weights=None)  # of the pairs: they weigh the sum
+        return replace(inputs, batch=batch, running=self._of(part, inputs.running))
 
     def step(self, whole: BatchLogps[PairLogps]) -> None:
         """Take an optimiser batch into the parts' running statistics."""

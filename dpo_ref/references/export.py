@@ -122,9 +122,9 @@ def as_row(pair: PromptGroup) -> dict[str, Any]:
 def _refuse_what_is_no_row(pair: PromptGroup) -> None:
     assert pair.logps is not None
     if not pair.prompt:
-        raise ValueError(f"export_to: {pair.origin} is a pair without a prompt, which TRL has no place for")
+        raise ValueError(f"export: {pair.origin} is a pair without a prompt, which TRL has no place for")
     if not all(map(math.isfinite, pair.logps)):
-        raise ValueError(f"export_to: the reference gives {pair.origin} log-probs that are not finite, {pair.logps}")
+        raise ValueError(f"export: the reference gives {pair.origin} log-probs that are not finite, {pair.logps}")
 
 
 @dataclass
@@ -200,7 +200,7 @@ def export(
         written = writer.written
         if not written.digests:
             raise ValueError(
-                f"export_to: none of {first:,} groups is a whole pair ({written.cut:,} were cut); a larger "
+                f"export: none of {first:,} groups is a whole pair ({written.cut:,} were cut); a larger "
                 "data.max_length, or data.over_length=drop, keeps whole ones"
             )
         write_lines(partial / DIGESTS, written.digests)

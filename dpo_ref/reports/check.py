@@ -1,7 +1,7 @@
 """`check.html` and its terminal screen: what a training run would be like, before it is run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from dpo_ref.data.inspection import Example, Hygiene, quantiles
 from dpo_ref.evaluation.check import RunFacts, RunWarning, StepZero, in_time
 from dpo_ref.files.writing import write_text
 from dpo_ref.reports import page
-from dpo_ref.reports.data import counts_of, example_article, panels
+from dpo_ref.reports.data import counts_of, example_article, panels, reference_margins_panel
 from dpo_ref.reports.tables import MISSING, number, percent
 from dpo_ref.tracking.terminal import in_one_line, on_terminal, run_summary, say, show, show_example, words
 from dpo_ref.training.cost import Spent
@@ -48,6 +48,8 @@ class RunCheck:
     elsewhere: Sequence[Elsewhere]
     table: str  # of the reference: what is there already
     took: float  # seconds of the check
+    margins: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the reference, in nats, where there are any
+    told: Mapping[str, str] = field(default_factory=dict)  # of them: how many are negative, how many would be kept
 
     @property
     def seconds(self) -> float:
@@ -113,6 +115,12 @@ def _saturation(zero: StepZero) -> list[str]:
     return parts
 
 
+def kept_line(check: RunCheck) -> str:
+    """What the reference would keep of the pairs that were looked at; nothing where it does not choose."""
+    kept = [f"{name} {said}" for name, said in check.told.items() if name.startswith("data.")]
+    return "".join(f"{said} of {len(check.margins)} pairs; steps and time are those of all" for said in kept)
+
+
 def memory_line(check: RunCheck) -> str:
     """The sum, the largest parts, and whether it fits."""
     parts = sorted(check.memory.items(), key=lambda part: -part[1])
@@ -138,6 +146,7 @@ def show_check(check: RunCheck, file: Path) -> None:
         "data": data_line(check.facts.hygiene),
         "lengths": lengths_line(check.facts),
         "reference": reference_line(check.facts),
+        "pairs": kept_line(check),
         "table": check.table,
         "trained": check.trained[0],
         "memory": memory_line(check),
@@ -202,6 +211,7 @@ def check_page(check: RunCheck) -> str:
         *(f'<p class="lead">{page.text(sentence)}</p>' for sentence in check.trained),
         "<h2>The reference, and the first step</h2>",
         page.definitions(_first_step(check)),
+        page.pictures([reference_margins_panel(check.margins)]) if len(check.margins) else "",
         "<h2>The data</h2>",
         page.definitions([*counts_of(facts.hygiene), ("lengths", lengths_line(facts))]),
         page.pictures(panels(facts.hygiene, np.zeros(0))),
@@ -250,7 +260,7 @@ def _elsewhere(check: RunCheck) -> str:
 
 def _first_step(check: RunCheck) -> list[tuple[str, str]]:
     facts = check.facts
-    rows = [("reference", facts.reference), ("table", check.table)]
+    rows = [("reference", facts.reference), ("table", check.table), ("pairs", kept_line(check))]
     zero = facts.step_zero
     if zero is None:
         return [(name, text) for name, text in rows if text]

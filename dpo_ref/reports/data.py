@@ -77,6 +77,26 @@ def _margins(margins: np.ndarray) -> Panel:
     return Panel(f"Differences of the scores that came with the rows; {wrong:.1%} prefer the lower score.", draw)
 
 
+def reference_margins_panel(margins: np.ndarray, kept: np.ndarray | None = None) -> Panel:
+    """How far the reference prefers the chosen responses, in nats; which pairs are `kept`, where some are not."""
+
+    def draw(axes: Any) -> None:
+        reach = float(np.quantile(np.abs(margins), 0.98)) or 1.0
+        bins, shown = np.linspace(-reach, reach, 41), np.clip(margins, -reach, reach)
+        axes.hist(shown, bins=bins, color=SERIES[0], alpha=0.35, label="all pairs")
+        if kept is not None and not kept.all():
+            axes.hist(shown[kept], bins=bins, color=SERIES[0], alpha=0.85, label="kept")
+            axes.legend()
+        axes.axvline(0, color=INITIAL, linewidth=1)
+        axes.set(title="What the reference prefers", xlabel="log p(chosen) - log p(rejected), nats", ylabel="pairs")
+
+    return Panel(
+        f"Reference margins of {len(margins):,} pairs; in {np.mean(margins < 0):.1%} the reference prefers the "
+        "rejected response. The outermost bars hold all that lies beyond.",
+        draw,
+    )
+
+
 def panels(hygiene: Hygiene, margins: np.ndarray) -> list[Panel]:
     """The pictures of a data page; `margins` are score differences, empty where rows have no scores."""
     pairs = [_differences(hygiene)] if len(hygiene.chosen) else []
@@ -262,7 +282,25 @@ def _left_out(hygiene: Hygiene) -> tuple[str, str]:
     return "left out by the chat template", "; ".join(lines)
 
 
-def data_page(hygiene: Hygiene, margins: np.ndarray, looked: Looked, title: str) -> str:
+@dataclass(frozen=True, slots=True)
+class GivenMargins:
+    """Reference margins of the training pairs by the log-probs that came with the rows, and what is said of them."""
+
+    values: np.ndarray
+    told: Mapping[str, str]
+
+
+def _given(given: GivenMargins | None) -> list[str]:
+    if given is None:
+        return []
+    told = [("whose", "the log-probs that came with the rows (reference=columns)"), *given.told.items()]
+    return ["<h2>What the reference prefers</h2>", page.definitions(told),
+            page.pictures([reference_margins_panel(given.values)])]  # fmt: skip
+
+
+def data_page(
+    hygiene: Hygiene, margins: np.ndarray, looked: Looked, title: str, given: GivenMargins | None = None
+) -> str:
     """The page as HTML, readable without a network."""
     worrying = [f"{count:,} {concern}" for concern, count in concerns(hygiene).items() if count]
     lead = f"The longer response is chosen in {hygiene.longer_chosen:.0%} of the pairs." if len(hygiene.chosen) else ""
@@ -277,6 +315,7 @@ def data_page(hygiene: Hygiene, margins: np.ndarray, looked: Looked, title: str)
         "<h2>What became of the rows</h2>",
         page.definitions(counts_of(hygiene)),
         f"<ul>{skipped}</ul>" if skipped else "",
+        *_given(given),
         "<h2>What was read of them</h2>",
         page.definitions([*_columns((*hygiene.reading.columns, *hygiene.reading.notes)), _left_out(hygiene)]),
         "<h2>Rows to look at</h2>",

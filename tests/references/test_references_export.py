@@ -1,4 +1,4 @@
-"""`stage=cache_reference export_to=`: the rows hold what the reference says of the texts in them, and what they are is
+"""`stage=cache_reference export=`: the rows hold what the reference says of the texts in them, and what they are is
 certified."""
 
 import json
@@ -158,7 +158,7 @@ def test_every_reference_that_stays(kind, tiny, tmp_path):
 
 
 REFUSED = {
-    "another stage": (["export_to={}"], "export_to={} has no effect with stage=train; add stage=cache_reference"),
+    "another stage": (["export_to={}"], "export={} has no effect with stage=train; add stage=cache_reference"),
     "none": (["reference=none"], "reference=none gives every response 0"),
     "moving": (["reference=moving"], "reference=moving changes while the policy is trained"),
     "given": (

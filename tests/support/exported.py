@@ -15,7 +15,7 @@ LAB = ("data.num_pairs=40", "data.num_eval_pairs=12", "data.num_test_prompts=2")
 
 
 def exported(folder: Path, *words: str):
-    """`stage=cache_reference export_to=<folder>`."""
+    """`stage=cache_reference export=<folder>`, as Hydra gets it."""
     return train(*COMMON, "stage=cache_reference", f"export_to={folder}", *words)
 
 
