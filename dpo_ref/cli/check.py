@@ -5,7 +5,7 @@ check.html: no run's record, no table of a reference.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle, islice
@@ -32,6 +32,7 @@ from dpo_ref.cli.build import (
 from dpo_ref.cli.cache import check_cache
 from dpo_ref.cli.resolve import RunConfig, strength
 from dpo_ref.cli.starting_point import Size, rate_of, size_of, trains_adapter
+from dpo_ref.component import Component
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.data.groups import ConcatGroups, Groups, SelectedGroups
 from dpo_ref.data.inspection import examples_of, inspect
@@ -270,13 +271,24 @@ def counted(trial: Trial, policy: TrainedModel, device: torch.device) -> StepMem
     """The memory of a step on the run's fullest pack, with a reference that stays and what an evaluation keeps."""
     num_packs = max(len(trial.rounds.pack(batch)) for batch in trial.batches)
     memory = step_memory(policy, trial.fullest_pack, num_packs, device)
-    weights, config = memory.parts[WEIGHTS], trial.config
-    more = {}
-    if config.objective.uses_reference and config.reference.options.get("cache") == "off":
-        more["reference"] = 0 if config.reference.name == "adapter_base" else weights
+    config, more = trial.config, {}
+    if config.objective.uses_reference and (held := held_by(config.reference, memory.parts)):
+        more["reference"] = held
     if config.evaluation is not None and device.type == "cpu":
         more["the initial policy"] = memory.parts[MOMENTS] // 2
     return replace(memory, parts=memory.parts | more)
+
+
+def held_by(reference: Component, parts: Mapping[str, int]) -> int:
+    """Bytes of what a reference keeps on the device while the policy is trained, of whose step `parts` are: a model, a
+    copy of what is trained, or nothing."""
+    if reference.parts:
+        return sum(held_by(part, parts) for part in reference.parts)
+    if reference.options.get("cache") != "off" or reference.name == "adapter_base":
+        return 0
+    if "path" in reference.options:  # an adapter alone is on the policy's base
+        return 0 if reference.options["path"] is None else parts[WEIGHTS]
+    return parts[MOMENTS] // 2
 
 
 def measure(trial: Trial) -> Measurements:
