@@ -1,11 +1,13 @@
 """Successive halving: which cells go on and where rungs lie, by hand; and real searches: what goes on is the run of a
 sweep without a search, bit for bit, however it was stopped, and the optimiser steps are counted."""
 
+import importlib
 import json
 import math
 import re
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +15,9 @@ import pytest
 from dpo_ref.cli import sweep as end_of_sweep
 from dpo_ref.cli.halving import SearchPlan, Standing, announced, going_on, halving, plan_of
 from dpo_ref.cli.sweep import print_next
+from dpo_ref.evaluation.sweep import cells as cells_of
 from dpo_ref.evaluation.sweep import collect
-from tests.support.command import resolved, train, typed
+from tests.support.command import ROOT, resolved, train, typed
 from tests.support.faults import SMALL, Typed, same_weights, summary
 from tests.support.kills import without_clock
 from tests.support.pictures import undrawn
@@ -242,6 +245,17 @@ def test_what_to_type_next_leaves_the_search_out(searched, capsys):
     assert rest.endswith(f"output_dir={searched[0]}")
     assert " optim.lr=1e-4,1e-2 " in rest
     assert "search" not in alone.replace(str(searched[0]), "") + rest.replace(str(searched[0]), "")
+
+
+def test_the_program_that_replays_searches_finds_what_the_search_found(whole, searched, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    program = importlib.import_module("halving")
+    ended, share, at = program.search(cells_of(collect(whole)), "eval/rewards/accuracies", 3, 3)
+    (winner,) = (job for job in JOBS if made(searched[0] / job) == 12)
+    assert [cell.jobs[0].name for cell in ended] == [winner]
+    assert (share, at) == (20 / 48, (2, 4, 12))
+    for name in ("halving", "common"):
+        sys.modules.pop(name, None)
 
 
 def test_a_job_that_fails_is_out_and_is_named(tmp_path):
