@@ -275,7 +275,7 @@ def reference_context(config: RunConfig, work: Workspace, policy: TrainedModel, 
     objective = config.objective
     return ReferenceContext(
         work, policy, groups, config.data.bound(pack), objective.uses_reference, objective.needs_tokens,
-        config.data.bound(scoring)(),
+        config.data.bound(scoring)(), spans_serve=not objective.divergences,
     )  # fmt: skip
 
 
