@@ -44,7 +44,12 @@ def full_groups(layout):
 
 def random_logps(batch, seed=0):
     tokens = torch.randn(len(batch.target_ids), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return ResponseLogps(sum_by_response(tokens, batch), batch.lengths, batch.num_bytes, tokens, aligned=tokens - 1)
+    return ResponseLogps(sum_by_response(tokens, batch), batch.lengths, batch.num_bytes, tokens, *beside(tokens))
+
+
+def beside(tokens):
+    """What else may be said of tokens: the same bytes in another tokenizer, and spans with where they end."""
+    return tokens - 1, tokens - 2, tokens > 0
 
 
 def same(part, want):
@@ -59,8 +64,8 @@ def kinds_of_values(groups):
     """One value of each type that is cut, made of these groups: equal token by token to that of any other packs."""
     batch = collate(groups)
     tokens = torch.tensor([[float(t), float(g)] for g, t in _named_tokens(groups)], dtype=torch.float64).sum(1)
-    logps = ResponseLogps(sum_by_response(tokens, batch), batch.lengths, batch.num_bytes, tokens, aligned=tokens - 1)
-    own = (logps.sums, logps.lengths, logps.num_bytes, tokens, logps.aligned)
+    own = (sum_by_response(tokens, batch), batch.lengths, batch.num_bytes, tokens, *beside(tokens))
+    logps = ResponseLogps(*own)
     return [batch, logps, TokenLogps(*own, response_index=batch.response_index), ResponseScores(logps.sums)]
 
 
