@@ -380,7 +380,7 @@ class TrainingRun:
         return True
 
     def _at_rung(self, step: int) -> bool:
-        """Whether a search ends the run here; it has measured the policy. One that was stopped beyond has been there."""
+        """Whether a search ends the run here; it has measured the policy. One stopped beyond it has been there."""
         if self.rung is None or step < self.rung.step:
             return False
         self.stopped_at, self.stopped_by = step, self.rung.option
