@@ -66,7 +66,7 @@ def main():
     best = ranked[0].evaluation
     print(f"best of the {len(grid)} cells: {best.name}, {measure.title} {measure.scale * best.get(measure.key):.4g}")
     print(f"{'metric':28} eta rungs {'at steps':18} {'steps':>6}  rank  {measure.short}, what is found")
-    for metric in METRICS:
+    for metric in (metric for metric in METRICS if len(measured(grid[0], metric)[0]) > 2):
         for eta, rungs in SEARCHES:
             ended, share, at = search(grid, metric, eta, rungs)
             left = [cell for cell in ranked if any(cell is each for each in ended)]

@@ -138,16 +138,18 @@ class Spot:
 
 
 def heat_map(grid: Grid, title: str, spots: dict[Place, Spot], caption: str, marks: dict[str, str]) -> Panel:
-    """A cell for each combination; `marks` say what frames and hatching mean, by name, as far as they occur."""
-    values = [spot.value for spot in spots.values() if spot.value is not None]
-    low, span = min(values, default=0.0), max(values, default=1.0) - min(values, default=0.0)
+    """A cell for each combination; `marks` say what frames and hatching mean, by name, as far as they occur. Shades
+    are for telling sound ones apart: hatched ones beyond those have the shade of the end."""
+    sound = [spot for spot in spots.values() if not spot.hatched] or list(spots.values())
+    values = [spot.value for spot in sound if spot.value is not None] or [0.0]
+    low, span = min(values), (max(values) - min(values)) or 1.0
 
     def draw(axes: Any) -> None:
         from matplotlib import colormaps
 
         _prepare(axes, grid, title)
         for (x, y), spot in spots.items():
-            shade = None if spot.value is None else colormaps[MAP](0.5 if not span else (spot.value - low) / span)[:3]
+            shade = None if spot.value is None else colormaps[MAP](float(np.clip((spot.value - low) / span, 0, 1)))[:3]
             _draw_spot(axes, (grid.x.values.index(x), grid.y.values.index(y)), spot, shade)
         occurring = {spot.frame for spot in spots.values()} | {"hatched" for spot in spots.values() if spot.hatched}
         _legend(axes, grid, {name: text for name, text in marks.items() if name in occurring})
