@@ -79,6 +79,8 @@ def check_command_line(arguments: Sequence[str], kind: str) -> None:
         refuse_unknown("", [head], top)
         if rest and rest != "_target_":
             refuse_unknown(f"{head}.", [rest], top[head])
+        if head == "search" and rest and not any(word.lstrip("+").startswith("search=") for word in arguments):
+            raise ValueError(f"{argument} has no effect without a search: add +search=halving, and -m")
 
 
 def _refuse_nothing(argument: str, kind: str) -> None:

@@ -356,6 +356,10 @@ def test_refused_with_one_sentence_before_any_job_begins(case, tmp_path):
 def test_nothing_to_compare_is_refused(tmp_path):
     alone = train(*LONGER, "+search=halving", f"output_dir={tmp_path / 'run'}")
     assert "+search=halving compares the jobs of a sweep: add -m" in alone.stderr
+    with pytest.raises(
+        ValueError, match=r"search\.eta=2 has no effect without a search: add \+search=halving, and -m"
+    ):
+        resolved(*LONGER, "search.eta=2")
     one = typed("train.py", "-m", *LONGER, "+search=halving", "beta=0.1", f"output_dir={tmp_path / 'sweep'}")
     assert "nothing is swept: add several values of a key" in one.stderr
 
