@@ -77,7 +77,7 @@ CONFIGURATIONS = {
     "a value of another type": ("  lr: 0.0003", "  lr: fast", "optim.lr of another kind"),
     "a section of another type": ("batch_size: 8", "batch_size: [8]", "trainer.batch_size of another kind"),
     "a group that is a text": (
-        "reference:\n  _target_: dpo_ref.references.policies.auto\n  cache: auto",
+        "reference:\n  _target_: dpo_ref.references.policies.auto\n  cache: auto\n  strength: 1.0",
         "reference: initial",
         "lacks reference._target_",
     ),
