@@ -283,7 +283,7 @@ def _asked_live(reference: Component) -> Component:
     """The reference where responses come while the run goes on, so that no table can hold them beforehand."""
     if reference.parts:
         return reference.with_parts(_asked_live)
-    if reference.options.get("cache", "off") == "off":
+    if reference.options.get("cache", "off") == "off" and not reference.hooks.given:
         return reference
     live = reference.live
     if live is None:

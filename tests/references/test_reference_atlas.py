@@ -39,6 +39,11 @@ KINDS = {
         "reference.parts=[{reference: initial}, {reference: other, path: 'lab:strong'}]",
     ],
 }  # fmt: skip
+# What a model's tokenizer decides is known once it is loaded: distributions over another vocabulary, and samples, which
+# are scored from text in a table.
+WHEN_LOADED = {
+    "another tokenizer": {"epsilon_dpo", "tdpo", "tdpo1", "grpo", "ppo_clip", "reinforce", "qrpo"},
+}
 ON_POLICY = ["data=on_policy", "data.rounds=1", "data.prompts_per_round=4", "data.samples_per_prompt=2"]
 ON_POLICY += ["data.prompts.num_pairs=8", "data.prompts.num_eval_pairs=4", "data.max_new_tokens=8"]
 
@@ -88,6 +93,10 @@ def test_a_step_of_every_objective(kind, rows, tmp_path):
         run = tmp_path / objective
         small = ["trainer.max_steps=1", "trainer.batch_size=8", "tracking=none", f"output_dir={run}"]
         done = train(*words, *small)
+        if done.returncode and objective in WHEN_LOADED.get(kind, ()):
+            assert "error: " in done.stderr
+            became["refused when loaded"] += 1
+            continue
         if done.returncode:
             wrong.append(f"{objective}: {done.stderr.strip().splitlines()[-1]}")
             continue
