@@ -39,8 +39,8 @@ KINDS = {
         "reference.parts=[{reference: initial}, {reference: other, path: 'lab:strong'}]",
     ],
 }  # fmt: skip
-# What a model's tokenizer decides is known once it is loaded: distributions over another vocabulary, and samples, which
-# are scored from text in a table.
+# What a model's tokenizer decides is known once it is loaded: distributions over another vocabulary, and samples,
+# which are scored from text in a table.
 WHEN_LOADED = {
     "another tokenizer": {"epsilon_dpo", "tdpo", "tdpo1", "grpo", "ppo_clip", "reinforce", "qrpo"},
 }
