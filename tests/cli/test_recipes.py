@@ -179,6 +179,7 @@ def test_a_policy_that_judges_itself_is_the_rounds_first(tmp_path):
     assert all("judge@data.scorer.judge=local" in step.words for step in recipe.steps)
 
 
+@pytest.mark.slow
 def test_delta_pairs_are_the_two_models_answers(tmp_path):
     folder = tmp_path / "it"
     models = ["recipe.stronger=lab:strong", "recipe.weaker=lab:initial"]
@@ -200,6 +201,7 @@ def test_delta_pairs_are_the_two_models_answers(tmp_path):
     assert (run["objective"], run["beta"]) == ("dpo_norm", 5.0)
 
 
+@pytest.mark.slow
 def test_soup_is_the_mean_of_the_seeds_weights(tmp_path):
     folder = tmp_path / "it"
     done = typed("train.py", "+recipe=soup", "recipe.seeds=2", *SMALL, f"output_dir={folder}")
