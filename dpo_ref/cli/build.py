@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from dpo_ref.cli.cache import check_cache, look_after_cache, record_uses
 from dpo_ref.cli.pairs_by_reference import asks_reference, choose_pairs
@@ -95,7 +96,8 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
         optim = config.optim.bound(optimisation)(config.optim, policy.model, rounds.num_steps)
         check_selection(config, rounds.num_steps, len(fitting))
     with memory_explained(policy.model, optim.optimizer, SCORED):
-        objective = prepared(config, work, policy, reference, ConcatGroups(rounds.known, fitting))
+        looked_at = ConcatGroups(rounds.known_by(rounds.num_steps), fitting)
+        objective = prepared(config, work, policy, reference, looked_at)
     record = RunRecord(directory / "metrics.jsonl", tracker)
     training = TrainingRun(work, policy, reference, objective, optim, rounds, fitting, record)
     training.evaluation = evaluation_of(config, training, data, held_out)
@@ -282,7 +284,8 @@ def reference_context(config: RunConfig, work: Workspace, policy: TrainedModel, 
 def say_which(reference: Reference) -> None:
     """How the reference came about, and which one it is."""
     whose = reference.provenance or (reference.identity[:12] if reference.weights else reference.name)
-    say(*reference.notes, f"reference: {reference.name}" + (f" ({whose})" if whose != reference.name else ""))
+    told = f"reference: {reference.name}" + (f" ({whose})" if whose != reference.name else "")
+    say(*reference.notes, told + (f", its log-probs times {reference.strength:g}" if reference.strength != 1 else ""))
 
 
 def reference_of(
@@ -311,15 +314,20 @@ def prepared(
     objective = config.objective
     if objective.prepare is None:
         return objective
-    model = policy.model
-    if config.reference.name not in ("auto", "initial"):
+
+    def model() -> nn.Module:
+        """The reference as a model, which is loaded where there is something to draw."""
+        if config.reference.name in ("auto", "initial"):
+            return policy.model
         live = config.reference.live or config.reference
-        model = build_reference(replace(config, reference=live), work, policy, SelectedGroups(groups, [])).model
-        if model is None:
+        found = build_reference(replace(config, reference=live), work, policy, SelectedGroups(groups, [])).model
+        if found is None:
             raise ValueError(
                 f"objective={objective.name} draws samples of the reference, and reference={reference.name} has "
                 "another tokenizer or template than the policy"
             )
+        return found
+
     with policy.precision():
         return replace(objective, quantiles=objective.prepare(QuantileContext(work, policy, reference, model, groups)))
 

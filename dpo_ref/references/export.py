@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.data.encoding import Encoder, Ids
-from dpo_ref.data.groups import ConcatGroups, Groups, MappedGroups, SelectedGroups
+from dpo_ref.data.groups import ConcatGroups, Groups, SelectedGroups
 from dpo_ref.files.digests import sealed
 from dpo_ref.files.writing import replacing_folder, write_json, write_lines
 from dpo_ref.models.asked import ModelSource
@@ -30,6 +30,7 @@ from dpo_ref.references.certificate import (
 )
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.other_tokenizer import ReferenceEncoder, ReferenceText
+from dpo_ref.references.policies import without_prompts
 from dpo_ref.references.table import logps_of_groups
 from dpo_ref.types import PromptGroup, TokenGroup, conversation, turns_of
 
@@ -257,14 +258,7 @@ def _probes(reference: Reference, context: ReferenceContext, described: Describe
     ]
 
 
-def _behind_begin(context: ReferenceContext) -> Sequence[TokenGroup]:
-    """As `references.policies.prior` reads: behind BOS alone."""
-    tokenizer = context.policy.tokenizer
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return MappedGroups(context.groups, lambda group: replace(group, prompt_ids=[begin]))
-
-
-READ: dict[str, Callable[[ReferenceContext], Sequence[TokenGroup]]] = {"prior": _behind_begin}
+READ: dict[str, Callable[[ReferenceContext], Sequence[TokenGroup]]] = {"prior": without_prompts}
 
 
 def _as_read(reference: Reference, context: ReferenceContext, own: ReferenceText | None) -> Sequence[TokenGroup]:

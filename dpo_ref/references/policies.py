@@ -12,7 +12,7 @@ from torch import nn
 
 from dpo_ref.component import RunPlan, component, configuration
 from dpo_ref.data.chat_templates import install_template, text_identity
-from dpo_ref.data.groups import MappedGroups
+from dpo_ref.data.groups import Groups, MappedGroups
 from dpo_ref.models.adapters import adapter_off, changes_something, copy_of_trained
 from dpo_ref.models.asked import ModelSource, on_base_of
 from dpo_ref.models.checkpoint import base_digest, weights_digest
@@ -223,9 +223,7 @@ def model_reference(kind: str, model: nn.Module, context: ReferenceContext, cach
 def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Reference:
     """log p(y) of the policy before training, without any prompt: the response behind BOS alone (EOS where there is
     none). With the objective dpo this is the likelihood reward of arXiv:2407.13709."""
-    tokenizer = context.policy.tokenizer
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    groups = MappedGroups(context.groups, lambda group: replace(group, prompt_ids=[begin]))
+    begin, groups = begin_of(context.policy.tokenizer), without_prompts(context)
     weights = context.policy.weights
     identity = identity_of(context.policy.model, weights, context.policy.text_identity)
     rows = rows_of(scorer_of(context.policy.model), groups, identity, context)
@@ -233,6 +231,17 @@ def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Refe
     reference = PrecomputedReference("prior", name, "", groups, rows, device)
     reference.table = identity  # rows are named by what is scored, the prompt included
     return reference
+
+
+def begin_of(tokenizer: Any) -> int:
+    """The token that a text without a prompt begins with: BOS, or EOS where there is none."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def without_prompts(context: ReferenceContext) -> Groups:
+    """The context's groups as `prior` reads them."""
+    begin = begin_of(context.policy.tokenizer)
+    return MappedGroups(context.groups, lambda group: replace(group, prompt_ids=[begin]))
 
 
 def _check_revision(*, path: str, revision: str | None, **rest: Any) -> None:

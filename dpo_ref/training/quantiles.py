@@ -40,13 +40,13 @@ SAMPLED_FROM = ("auto", "initial", "other", "interpolate", "trajectory")  # mode
 
 @dataclass(frozen=True, slots=True)
 class QuantileContext:
-    """What quantiles are made from: the reference, the model that it is, and the groups that are trained on or held
-    out."""
+    """What quantiles are made from: the reference, what gives the model that it is, and the groups that are trained on
+    or held out."""
 
     work: Workspace
     policy: TrainedModel
     reference: Reference
-    model: nn.Module
+    model: Callable[[], nn.Module]
     groups: Groups
 
 
@@ -162,15 +162,17 @@ def _draw(
     scorer: Callable[[Sequence[Generation]], Scores],
 ) -> None:
     """Answer prompts, a window at a time, so that what ends the process loses no more than one."""
+    if not texts:
+        return
+    model = context.model()
     for start in range(0, len(texts), WINDOW):
         prompts = [text.asked for text in texts[start : start + WINDOW]]
         seed = int(digest([context.work.seed, "quantiles", start])[:8], 16)
         tokenizer, show = context.policy.tokenizer, context.work.progress
-        generations = generate(context.model, tokenizer, prompts, seed, show, **options)
+        generations = generate(model, tokenizer, prompts, seed, show, **options)
         samples.add(generations, _scored(scorer, generations))
-    if texts:
-        each = options["samples_per_prompt"]
-        say(f"{len(texts):,} prompts x {each} samples of the reference, kept in {samples.folder}")
+    each = options["samples_per_prompt"]
+    say(f"{len(texts):,} prompts x {each} samples of the reference, kept in {samples.folder}")
 
 
 def _as_generations(index: int, text: PromptGroup) -> list[Generation]:

@@ -25,10 +25,10 @@ from dpo_ref.types import PromptGroup, TokenGroup, digest
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 40
+FOLLOWS = "reference={} changes while the policy is trained, and pairs are chosen before; use one that stays, such as "
 UNFIT = {
     "none": "reference=none gives every response 0, and every margin is 0; use a model, such as reference=initial",
-    "moving": "reference=moving changes while the policy is trained, and pairs are chosen before; use one that stays, "
-    "such as reference=initial",
+    **{kind: FOLLOWS.format(kind) + "reference=initial" for kind in ("moving", "bema")},
 }
 
 
