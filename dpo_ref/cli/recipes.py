@@ -6,6 +6,7 @@ with the folder as output_dir, goes on wherever the chain was stopped. `recipe.j
 weights it began with and was measured against; `recipe.html` shows the chain and what it came to.
 """
 
+import json
 import shlex
 import subprocess
 import sys
@@ -20,8 +21,7 @@ from omegaconf import DictConfig
 
 from dpo_ref.cli import stopping
 from dpo_ref.cli.command_line import compose_command, directory_words, python, typed_words
-from dpo_ref.cli.delta_pairs import write_pairs, write_prompts
-from dpo_ref.cli.resolve import component, resolve
+from dpo_ref.cli.resolve import RunConfig, component, resolve
 from dpo_ref.cli.run_folder import CONFIG, TRAINED
 from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
 from dpo_ref.cli.schemas import groups
@@ -31,9 +31,11 @@ from dpo_ref.evaluation.sweep import collect
 from dpo_ref.files.digests import sealed, unsealed
 from dpo_ref.files.holding import held
 from dpo_ref.files.writing import write_json, write_text
+from dpo_ref.generation.records import Generation, read_generations
 from dpo_ref.models.averages import AVERAGE
 from dpo_ref.reports.recipe import Link, recipe_page
-from dpo_ref.tracking.terminal import run_summary, say
+from dpo_ref.tracking.terminal import progress, run_summary, say
+from dpo_ref.types import Message
 
 RECORD, PAGE, COMPARISON = "recipe.json", "recipe.html", "comparison"
 ROOT = Path(__file__).parents[2]
@@ -236,6 +238,64 @@ def soup(chain: Chain, *, seeds: int = 3, initial_share: float = 0.0) -> list[Co
         policies, weights = ["initial", *policies], [initial_share, *weights]
     words = typed_words({"policies": policies, "weights": weights})
     return [*runs, chain.evaluation(f"{seeds + 1}_soup", "stage=merge", *words, made=_is_average)]
+
+
+# --- pairs of two models' answers, without a judge
+
+
+SAMPLE_AGAIN = "delete the folder, and type the command again"
+
+
+def write_prompts(path: Path, config: RunConfig) -> None:
+    """The training prompts of a run's data, each once, as questions (`prompts=jsonl`). Raises ValueError for rows with
+    tools or template options, which a question has no place for, and for data without prompts."""
+    if path.is_file():
+        return
+    rows = {group.asked_id: group for group in config.data(config.seed, progress).train}
+    special = next((row for row in rows.values() if row.tools or row.template_options), None)
+    if special is not None:
+        raise ValueError(
+            f"recipe=delta: {special.origin or 'a row'} offers tools or sets template options; two models are asked "
+            "plain conversations here"
+        )
+    prompts = [row.prompt for row in rows.values() if row.prompt]
+    if not prompts:
+        raise ValueError("recipe=delta: the data has no prompts to be answered")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, _json_lines([{"prompt": list(prompt)} for prompt in prompts]))
+
+
+def write_pairs(path: Path, stronger: Path, weaker: Path) -> None:
+    """Pairs of the answers in two folders, the stronger model's chosen. Raises ValueError where none is left."""
+    chosen, rejected = (_answers_in(folder) for folder in (stronger, weaker))
+    pairs, left_out = [], 0
+    for key, better in chosen.items():
+        worse = rejected.get(key)
+        if worse is None or not (better.finished and worse.finished) or better.output == worse.output:
+            left_out += 1
+            continue
+        pairs.append({"prompt": list(better.prompt), "chosen": better.output, "rejected": worse.output})
+    if not pairs:
+        raise ValueError(
+            f"recipe=delta: none of {len(chosen):,} pairs of answers is left: they are equal, or have not ended "
+            "within recipe.max_new_tokens"
+        )
+    write_text(path, _json_lines(pairs))
+    say(f"{len(pairs):,} pairs in {path}; {left_out:,} left out, whose answers are equal or have not ended")
+
+
+def _answers_in(folder: Path) -> dict[tuple[tuple[str, ...], int], Generation]:
+    """The answers in a folder, by what was asked and the sample's number."""
+    generations = read_generations(folder / "generations.jsonl", SAMPLE_AGAIN)
+    return {(_question(generation.prompt), generation.sample_index): generation for generation in generations}
+
+
+def _question(prompt: Sequence[Message]) -> tuple[str, ...]:
+    return tuple(json.dumps(turn, sort_keys=True) for turn in prompt)
+
+
+def _json_lines(rows: Sequence[dict[str, object]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 # --- a chain from its start to its end

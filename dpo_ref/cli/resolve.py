@@ -36,7 +36,7 @@ from dpo_ref.component import (
 )
 from dpo_ref.evaluation.results import BEST_BY, Thresholds, direction
 from dpo_ref.models.reward_model import check_reward_run
-from dpo_ref.objectives.interface import STRENGTH, Objective, bind, likelihood_term
+from dpo_ref.objectives.interface import STRENGTH, Objective, bind, shared_terms
 from dpo_ref.references.columns import beside_rows
 from dpo_ref.references.interface import check_strength
 from dpo_ref.training.model_selection import Criterion, near
@@ -204,7 +204,7 @@ def _objective(component: Component, beta: float | None, overrides: Sequence[str
             raise ValueError(f"beta and {key} say the same thing; give one of them")
         options[str(name)] = beta
     prepare = component.hooks.prepare
-    ours = {*configuration(component.function), *configuration(likelihood_term)} if prepare else options.keys()
+    ours = {*configuration(component.function), *configuration(shared_terms)} if prepare else options.keys()
     try:
         objective = bind(component.function, **{key: options[key] for key in options if key in ours})
     except TypeError as error:  # of a function of the user's

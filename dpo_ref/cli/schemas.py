@@ -38,7 +38,7 @@ from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.results import Thresholds
 from dpo_ref.lab.bandits.study import StudyOptions
 from dpo_ref.models.lora import AdapterOptions
-from dpo_ref.objectives.interface import likelihood_term
+from dpo_ref.objectives.interface import shared_terms
 from dpo_ref.references.interface import tempered
 from dpo_ref.training.optim import optimisation
 from dpo_ref.training.reference_margins import by_reference
@@ -110,7 +110,7 @@ SHARED = {  # options every member takes besides its own
     "bandit": (StudyOptions,),
     "data": (tokenise, pack, by_reference),
     "model": (AdapterOptions,),
-    "objective": (likelihood_term,),
+    "objective": (shared_terms,),
     "optim": (optimisation,),
     "reference": (tempered,),
 }

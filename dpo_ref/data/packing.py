@@ -59,6 +59,7 @@ def _one_group(groups: Sequence[TokenGroup], tokens_per_batch: int) -> list[list
     return [[group] for group in groups]
 
 
+Pack = Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]  # `pack` with its options
 PACKINGS = {"best_fit": _best_fit, "one_group": _one_group}
 
 

@@ -478,7 +478,7 @@ def _told(hook: Callable[..., Any] | None, configured: Mapping[str, object]) -> 
     return hook and partial(hook, **{name: configured[name] for name in configuration(hook)})
 
 
-def likelihood_term(*, nll_weight: float = 0.0, kl_weight: float = 0.0) -> None:
+def shared_terms(*, nll_weight: float = 0.0, kl_weight: float = 0.0) -> None:
     """The terms that every objective on pairs takes; `Objective` adds them to its losses."""
 
 

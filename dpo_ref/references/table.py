@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 from torch import nn
 
 from dpo_ref.data.groups import Groups
-from dpo_ref.data.packing import WINDOW, collate
+from dpo_ref.data.packing import WINDOW, Pack, collate
 from dpo_ref.distributed import memory_for
 from dpo_ref.files.cache import in_use, made_by_one
 from dpo_ref.files.digests import bytes_digest
@@ -39,7 +39,6 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # nats on a token
 PROBE_TOLERANCE_HALF = 1.0  # as for a server's: what rounds anew, as a compiled model does, differs by 0.3 and more
 
 Rows = dict[bytes, np.ndarray]
-Pack = Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
 
 
 def digest_of_arrays(arrays: Iterable[np.ndarray]) -> str:

@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dpo_ref.data.packing import collate
+from dpo_ref.data.packing import Pack, collate
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
 from dpo_ref.training.optim import Optimisation
-from dpo_ref.training.rounds import Pack
 from dpo_ref.training.trainer import backward, update
 from dpo_ref.types import Asked, TokenGroup
 

@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float, Int
 
 from dpo_ref.component import Component
 from dpo_ref.data.groups import Groups
+from dpo_ref.data.packing import Pack
 from dpo_ref.files.digests import bytes_digest
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
 from dpo_ref.references.table import logps_of_groups
-from dpo_ref.training.rounds import Pack
 from dpo_ref.types import PromptGroup, TokenGroup, digest
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

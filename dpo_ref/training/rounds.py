@@ -19,8 +19,6 @@ from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference
 from dpo_ref.types import PromptGroup, TokenGroup, digest
 
-Pack = Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
-
 
 @dataclass
 class TrainerConfig:

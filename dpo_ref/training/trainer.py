@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dpo_ref.data.packing import WindowedPacks, collate
+from dpo_ref.data.packing import Pack, WindowedPacks, collate
 from dpo_ref.distributed import memory_for
 from dpo_ref.models.checkpoint import random_states
 from dpo_ref.models.experts import Routing
@@ -24,7 +24,7 @@ from dpo_ref.objectives.interface import BatchLogps, Mismatched, Objective, Obje
 from dpo_ref.references.interface import Reference
 from dpo_ref.training.metrics import Values, concat, item_values, mean_of
 from dpo_ref.training.optim import Optimisation
-from dpo_ref.training.rounds import Pack, Rounds
+from dpo_ref.training.rounds import Rounds
 from dpo_ref.types import PackedBatch, PairLogps, Progress, ProgressIn, ResponseLogps, TokenGroup, silent
 
 # --- statistics of an optimiser batch
