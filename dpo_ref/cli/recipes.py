@@ -27,7 +27,7 @@ from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
 from dpo_ref.cli.schemas import groups
 from dpo_ref.component import Component
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY
-from dpo_ref.evaluation.sweep import collect
+from dpo_ref.evaluation.sweep import collect, key_of
 from dpo_ref.files.digests import sealed, unsealed
 from dpo_ref.files.holding import held
 from dpo_ref.files.writing import write_json, write_text
@@ -40,11 +40,6 @@ from dpo_ref.types import Message
 RECORD, PAGE, COMPARISON = "recipe.json", "recipe.html", "comparison"
 ROOT = Path(__file__).parents[2]
 NOT_OF_A_STEP = ("recipe", "output_dir", "resume")  # words of the whole
-
-
-def key_of(word: str) -> str:
-    """What a word of the command line is about."""
-    return word.lstrip("+~").partition("=")[0]
 
 
 def replaced(words: Sequence[str], by: Sequence[str]) -> list[str]:

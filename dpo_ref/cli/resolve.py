@@ -308,7 +308,7 @@ def _in_memory(objective: Objective, reference: Component) -> Component:
     if live is None:
         raise ValueError(
             f"{looks} distributions, and reference={reference.name} has none that could be asked for; use "
-            "reference=initial, adapter_base, other, interpolate or moving"
+            "reference=initial, adapter_base, other, interpolate, trajectory, moving or bema"
         )
     return live
 

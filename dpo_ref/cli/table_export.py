@@ -2,6 +2,7 @@
 certificate of what they are."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ from dpo_ref.tracking.terminal import run_summary, say
 
 NOTHING_TO_WRITE = {
     "none": "reference=none gives every response 0; rows without reference columns say the same",
-    "moving": "reference=moving changes while the policy is trained, so no log-prob of it holds for a whole run; "
-    "export takes a reference that stays, such as initial",
     "columns": "the log-probs of reference=columns came with the rows, which have them already",
 }
 
@@ -34,6 +33,11 @@ def check_export(config: RunConfig) -> None:
         return
     if reason := NOTHING_TO_WRITE.get(config.reference.name):
         raise ValueError(f"export={config.export_to}: {reason}")
+    if config.reference.hooks.follows:
+        raise ValueError(
+            f"export={config.export_to}: reference={config.reference.name} changes while the policy is trained, so no "
+            "log-prob of it holds for a whole run; export takes a reference that stays, such as initial"
+        )
     if config.data.hooks.rounds is not None:
         raise ValueError(
             f"export={config.export_to}: data={config.data.name} samples while the policy is trained, and rows are "
@@ -110,8 +114,10 @@ def _below_adapter(config: RunConfig) -> ModelSource | None:
     return None if options["weights"] in QUANTISED else ModelSource(options["path"], options["revision"])
 
 
-def _other(config: RunConfig) -> ModelSource:
-    options = config.reference.options
+def _other(config: RunConfig) -> ModelSource | None:
+    options, below = config.reference.options, _below_adapter(config)
+    if options["path"] is None:  # an adapter alone, on the policy's base
+        return below and replace(below, adapter=options["adapter"])
     names = ("path", "revision", "adapter", "dtype", "quantisation")
     return ModelSource(**{name: options[name] for name in names})
 

@@ -146,7 +146,7 @@ def _check_rounds(objective: Objective, plan: RunPlan) -> None:
         )
 
 
-@component(check=_check_moving, check_run=_check_rounds)
+@component(check=_check_moving, check_run=_check_rounds, follows=True)
 def moving(
     context: ReferenceContext,
     *,
@@ -272,7 +272,7 @@ def _check_bema(every: int, burn_in: int, cache: str, **decay: Any) -> None:
         )
 
 
-@component(check=_check_bema)
+@component(check=_check_bema, follows=True)
 def bema(
     context: ReferenceContext,
     *,

@@ -25,11 +25,6 @@ from dpo_ref.types import PromptGroup, TokenGroup, digest
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 40
-FOLLOWS = "reference={} changes while the policy is trained, and pairs are chosen before; use one that stays, such as "
-UNFIT = {
-    "none": "reference=none gives every response 0, and every margin is 0; use a model, such as reference=initial",
-    **{kind: FOLLOWS.format(kind) + "reference=initial" for kind in ("moving", "bema")},
-}
 
 
 # --- what is asked for
@@ -103,8 +98,9 @@ def check_by_reference(choice: ByReference, objective: Objective, reference: Com
             raise ValueError(f"{key} has no effect: objective={objective.name} uses no reference; leave it out")
         if not objective.pairwise:
             raise ValueError(f"{key} is about pairs, and objective={objective.name} is not; use one on pairs, as dpo")
-        if unfit := next((UNFIT[part.name] for part in (reference, *reference.parts) if part.name in UNFIT), None):
-            raise ValueError(f"{key}: {unfit}")
+        for part in (reference, *reference.parts):
+            if unfit := _unfit(part):
+                raise ValueError(f"{key}: {unfit}; use one such as reference=initial")
         if reference.options.get("cache") == "off":
             raise ValueError(
                 f"{key} needs the reference's log-probs of all training pairs before training, and it is asked at "
@@ -115,6 +111,14 @@ def check_by_reference(choice: ByReference, objective: Objective, reference: Com
             f"data.reference_weight={choice.scale:g}: objective={objective.name} couples the pairs of a batch, so "
             "they have no losses of their own to weigh; data.reference_margin leaves pairs out"
         )
+
+
+def _unfit(reference: Component) -> str | None:
+    """Why a reference cannot choose pairs before training."""
+    if reference.hooks.follows:
+        return f"reference={reference.name} changes while the policy is trained, and pairs are chosen before"
+    nothing = "reference=none gives every response 0, and every margin is 0"
+    return nothing if reference.name == "none" else None
 
 
 # --- chosen

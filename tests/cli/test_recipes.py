@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ref.cli.command_line import typed_words
-from dpo_ref.cli.recipes import RECORD, key_of, recipe_in, replaced
+from dpo_ref.cli.recipes import RECORD, recipe_in, replaced
+from dpo_ref.evaluation.sweep import key_of
 from tests.support.command import started, typed
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=64", "data.num_eval_pairs=8", "data.num_test_prompts=4"]

@@ -161,6 +161,7 @@ REFUSED = {
     "another stage": (["export_to={}"], "export={} has no effect with stage=train; add stage=cache_reference"),
     "none": (["reference=none"], "reference=none gives every response 0"),
     "moving": (["reference=moving"], "reference=moving changes while the policy is trained"),
+    "bema": (["reference=bema"], "reference=bema changes while the policy is trained"),
     "given": (
         ["reference=columns", "reference.provenance=mine"], "the log-probs of reference=columns came with the rows",
     ),

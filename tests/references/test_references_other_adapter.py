@@ -23,6 +23,7 @@ from dpo_ref.references.policies import other
 from tests.support.adapters import KINDS, load_with_peft, save_adapter, save_base
 from tests.support.command import composed, train
 from tests.support.evaluate_command import measure
+from tests.support.exported import COMMON, LAB, certificate_in, exported
 from tests.support.on_policy import SMALL as SAMPLED
 from tests.support.reference_contexts import LAYOUT, TOKENIZER, context_for
 from tests.support.tiny import disturbed, naive_logps, random_groups
@@ -272,3 +273,20 @@ def test_refused_at_compose_time(words, message):
 def test_what_stays_is_not_refused(words):
     cfg, choices = composed("reference=other", ALONE, "reference.strength=0.5", *words)
     assert resolve.resolve(cfg, choices).reference.options["path"] is None
+
+
+def test_its_exported_log_probs_name_the_base_and_the_adapter(tmp_path):
+    """The certificate's model is the policy's with this adapter, and scores the rows again where they are read."""
+    adapter = tmp_path / "adapter"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(locate("lab:tiny")), LoraConfig(r=2))
+    disturbed(model)
+    model.save_pretrained(adapter)
+    table = tmp_path / "table"
+    done = exported(table, *LAB, "reference=other", f"reference.adapter={adapter}")
+    assert done.returncode == 0, done.stderr
+    named = certificate_in(table)["model"]
+    assert (named["path"], named["adapter"]) == ("lab:tiny", str(adapter))
+    words = [*COMMON, "trainer.max_steps=1", "data=jsonl", f"data.path={table / 'train.jsonl'}"]
+    read = train(*words, "reference=columns", "reference.certificate=auto", f"output_dir={tmp_path / 'run'}")
+    assert read.returncode == 0, read.stderr
+    assert "responses of the certificate the same log-probs" in read.stdout

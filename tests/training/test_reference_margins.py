@@ -343,6 +343,7 @@ REFUSED = [
         [BAND, "reference=none"],
         r"reference_margin=\[0,null\]: reference=none gives every response 0, and every margin",
     ),
+    ([BAND, "reference=bema"], "reference=bema changes while the policy is trained, and pairs are chosen before"),
     ([BAND, "reference=moving"], "reference=moving changes while the policy is trained, and pairs are chosen before"),
     (
         [BAND, "reference=mixture", "reference.parts=[initial, {reference: moving}]"],
