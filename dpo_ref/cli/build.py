@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from dpo_ref.cli.cache import check_cache, look_after_cache, record_uses
-from dpo_ref.cli.pairs_by_reference import asks_reference, choose_pairs
 from dpo_ref.cli.resolve import RunConfig
 from dpo_ref.cli.table_export import check_export, export_reference
 from dpo_ref.component import Component
@@ -31,7 +30,7 @@ from dpo_ref.data.tokenise import Tokenised, length_limit, tokenise, tokenised_o
 from dpo_ref.distributed import best_device, keep_memory, memory_explained
 from dpo_ref.evaluation.in_training import EvaluationContext, InitialPolicy, in_memory
 from dpo_ref.files.cache import cache_folder
-from dpo_ref.files.writing import write_text
+from dpo_ref.files.writing import write_json, write_text
 from dpo_ref.models.asked import ModelLoader, Workspace
 from dpo_ref.models.attention import resolve_backend
 from dpo_ref.models.averages import policies_at
@@ -45,15 +44,16 @@ from dpo_ref.references import interface as references
 from dpo_ref.references.columns import check_certificate
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.reports import training_curve
-from dpo_ref.reports.data import GivenMargins, Looked, data_page
+from dpo_ref.reports.data import GivenMargins, Looked, data_page, reference_margins_panel
+from dpo_ref.reports.plots import write_png
 from dpo_ref.tracking.run_record import RunRecord
 from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
 from dpo_ref.tracking.tracker import Tracker
 from dpo_ref.training.model_selection import ModelSelection
 from dpo_ref.training.optim import optimisation
 from dpo_ref.training.quantiles import QuantileContext
-from dpo_ref.training.reference_margins import by_reference, given_margins, told_of
-from dpo_ref.training.rounds import Rounds, RoundsContext, groups_for, objective_groups, offline
+from dpo_ref.training.reference_margins import by_reference, chosen_pairs, given_margins, told_of
+from dpo_ref.training.rounds import OfflineRounds, Rounds, RoundsContext, groups_for, objective_groups, offline
 from dpo_ref.training.run import SampleEvaluation, TrainingRun
 from dpo_ref.types import Asked, PreferenceData
 
@@ -61,6 +61,7 @@ NUM_EXAMPLES = 8  # on the data page
 NUM_SAMPLED = 200  # groups whose tokens are counted by role there
 SCORED = "What the reference has scored is kept: the same command with a smaller pack goes on from there"
 NUM_SAMPLES, SAMPLE_TOKENS = 8, 96  # answers shown in the tracker at the end of a run, tokens of each
+MARGINS = "reference_margins"  # files in the folder of a run whose pairs the reference chose or weighed
 NOTHING_LEFT = "nothing is left to train on: every row was dropped; see data.max_length, data.over_length"
 
 
@@ -304,6 +305,25 @@ def reference_of(
             "goes on sampling: use a model with the policy's tokenizer and template"
         )
     return reference
+
+
+def asks_reference(config: RunConfig) -> bool:
+    """Whether the reference chooses or weighs training pairs: then it scores all of them."""
+    return bool(config.data.bound(by_reference)().options)
+
+
+def choose_pairs(
+    config: RunConfig, work: Workspace, policy: TrainedModel, reference: Reference, rounds: Rounds
+) -> tuple[Rounds, dict[str, int]]:
+    """The round of the pairs that the reference keeps, and what became of the others; says it, and writes the margins
+    into the run's folder. Raises ValueError where none is kept."""
+    choice = config.data.bound(by_reference)()
+    with policy.precision(), torch.no_grad():
+        chosen = chosen_pairs(choice, reference, rounds.known, rounds.pack, work.device)
+    say(chosen.line(choice))
+    write_json(work.directory / f"{MARGINS}.json", chosen.record(choice, reference))
+    write_png(work.directory / f"{MARGINS}.png", [reference_margins_panel(chosen.margins, chosen.kept)])
+    return OfflineRounds(chosen.groups, config.trainer, rounds.pack, config.seed), chosen.counts
 
 
 def prepared(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from dpo_ref.evaluation.results import Evaluation
 from dpo_ref.evaluation.sweep import SweptRun
 from dpo_ref.reports import page
 from dpo_ref.reports.tables import MISSING, Column, brief_columns, headline
@@ -52,8 +53,8 @@ def _chain_row(link: Link) -> list[str]:
     return [link.name, began[:DIGITS] or MISSING, measured or MISSING, clock(link.seconds)]
 
 
-def _results(evaluated: Sequence[tuple[Link, object]], columns: Sequence[Column]) -> str:
-    rows = [[link.name, *(column.text(evaluation) for column in columns)] for link, evaluation in evaluated]  # pyright: ignore[reportArgumentType]
+def _results(evaluated: Sequence[tuple[Link, Evaluation]], columns: Sequence[Column]) -> str:
+    rows = [[link.name, *(column.text(evaluation) for column in columns)] for link, evaluation in evaluated]
     return page.plain_table(["Step", *(column.title for column in columns)], rows)
 
 
