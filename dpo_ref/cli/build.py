@@ -44,7 +44,7 @@ from dpo_ref.references import interface as references
 from dpo_ref.references.columns import check_certificate
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.reports import training_curve
-from dpo_ref.reports.data import GivenMargins, Looked, data_page, reference_margins_panel
+from dpo_ref.reports.data import Looked, ReferenceMargins, data_page, reference_margins_panel
 from dpo_ref.reports.plots import write_png
 from dpo_ref.tracking.run_record import RunRecord
 from dpo_ref.tracking.terminal import progress, run_summary, say, show_example
@@ -52,7 +52,7 @@ from dpo_ref.tracking.tracker import Tracker
 from dpo_ref.training.model_selection import ModelSelection
 from dpo_ref.training.optim import optimisation
 from dpo_ref.training.quantiles import QuantileContext
-from dpo_ref.training.reference_margins import by_reference, chosen_pairs, given_margins, told_of
+from dpo_ref.training.reference_margins import by_reference, chosen_pairs, given_margins, margins_of, told_of
 from dpo_ref.training.rounds import OfflineRounds, Rounds, RoundsContext, groups_for, objective_groups, offline
 from dpo_ref.training.run import SampleEvaluation, TrainingRun
 from dpo_ref.types import Asked, PreferenceData
@@ -215,7 +215,8 @@ def rounds_of(
 
 
 def report_data(config: RunConfig, directory: Path) -> None:
-    """`stage=data`: read and tokenise, and write what the data is like to data.html; no model is loaded."""
+    """`stage=data`: read and tokenise, and write what the data is like to data.html. No model is loaded, unless the
+    reference chooses or weighs pairs: then it is asked, as before a run."""
     data = config.data(config.seed, progress)
     tokenizer = tokenizer_of(config)
     positions = stored_positions(locate(config.model.options["path"]), revision=config.model.options["revision"])
@@ -231,15 +232,34 @@ def report_data(config: RunConfig, directory: Path) -> None:
     )
     title = f"{config.data.name} for {config.model.options['path']}"
     directory.mkdir(parents=True, exist_ok=True)
-    given, choice = given_margins(data.train), config.data.bound(by_reference)()
-    shown = GivenMargins(given, told_of(given, choice)) if len(given) else None
-    write_text(directory / "data.html", data_page(hygiene, score_margins(data.train), looked, title, shown))
+    preferred = preferred_by_reference(config, directory, data, train.groups)
+    write_text(directory / "data.html", data_page(hygiene, score_margins(data.train), looked, title, preferred))
     report = short_report(hygiene)
-    report += [f"  {name}: {said}" for name, said in (shown.told if shown else {}).items()]
+    report += [f"  {name}: {said}" for name, said in (preferred.told if preferred else {}).items()]
     found = [f"{finding.count:,} {finding.name}" for finding in looked.findings if finding.count]
     found = [line for line in found if not any(line in said for said in report)]
     say(*report, *template_notes(tokenizer), *(f"  {line}" for line in found))
     run_summary(f"data={config.data.name}", {"page": str(directory / "data.html")})
+
+
+def preferred_by_reference(
+    config: RunConfig, directory: Path, data: PreferenceData, groups: TokenGroups
+) -> ReferenceMargins | None:
+    """Margins of the training pairs: by log-probs that came with the rows, or by the reference where it chooses among
+    them, whose table is kept for the run; None where neither is."""
+    choice, given = config.data.bound(by_reference)(), config.reference.hooks.given
+    if choice.options and not given:
+        work = workspace(config, directory)
+        policy, ours = trained_model(config, work.device), objective_groups(config.objective, groups)
+        reference = build_reference(config, work, policy, ours)
+        say_which(reference)
+        with policy.precision(), torch.no_grad():
+            margins = margins_of(reference, ours, config.data.bound(pack), work.device)[0]
+        whose = f"reference={reference.name}"
+    else:
+        margins = given_margins(data.train) * (config.reference.options["strength"] if given else 1.0)
+        whose = "the log-probs that came with the rows (reference=columns)"
+    return ReferenceMargins(margins, choice.keeps(margins), told_of(margins, choice), whose) if len(margins) else None
 
 
 # --- the reference
@@ -357,10 +377,15 @@ def _is_given(reference: Component) -> bool:
     return reference.hooks.given or any(map(_is_given, reference.parts))
 
 
+def _has_table(reference: Component) -> bool:
+    """Whether a reference, or a part of it, is computed before training and kept."""
+    return reference.options.get("cache") == "auto" or any(map(_has_table, reference.parts))
+
+
 def cache_reference(config: RunConfig, directory: Path) -> None:
     """`stage=cache_reference`: fill the reference's table, write its log-probs to the folder `export_to` if there is
     one, and stop. ValueError for a run that has no table to fill, and for what cannot be exported."""
-    has_table = config.reference.options.get("cache") == "auto"
+    has_table = _has_table(config.reference)
     if not config.objective.uses_reference or not (has_table or config.export_to):
         raise ValueError(f"stage=cache_reference: reference={config.reference.name} has no table to fill")
     check_export(config)
@@ -371,9 +396,8 @@ def cache_reference(config: RunConfig, directory: Path) -> None:
     context = reference_context(config, work, policy, ConcatGroups(train, held_out))
     reference = references.build(config.reference, context)
     say_which(reference)
-    if has_table:
-        folder = work.cache / "reference" / str(reference.table)
-        say(f"cached {len(train) + len(held_out):,} groups in {folder}")
+    for table in reference.tables:
+        say(f"cached {len(train) + len(held_out):,} groups in {work.cache / 'reference' / table}")
     if config.export_to is not None:
         counts = summed_counts(data.reading, *(part.counts for part in tokenised))
         export_reference(config, reference, context, (train, held_out), counts)

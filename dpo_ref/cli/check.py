@@ -20,6 +20,7 @@ from dpo_ref.cli.build import (
     NOTHING_LEFT,
     NUM_SAMPLES,
     SAMPLE_TOKENS,
+    asks_reference,
     build_reference,
     check_paths,
     rounds_of,
@@ -371,7 +372,7 @@ def report(trial: Trial, measured: Measurements, started: float) -> RunCheck:
         measured_peak=peak_here(trial, measured),
         speed=speed_words(trial, measured, speed),
         spent=spent,
-        elsewhere=elsewhere_of(trial),
+        elsewhere=elsewhere_of(trial, num_steps(trial, measured)),
         table=table_words(measured, stored, asked),
         margins=measured.margins,
         told=told_of(measured.margins, config.data.bound(by_reference)()) if len(measured.margins) else {},
@@ -418,15 +419,15 @@ def peak_here(trial: Trial, measured: Measurements) -> str | None:
     return f"{peak:.2f} GiB at most for packs of {largest:,} tokens, where {counted_there / 2**30:.2f} GiB are counted"
 
 
-def elsewhere_of(trial: Trial) -> list[Elsewhere]:
-    """The run on graphics cards, where there is none here and the model is no toy."""
+def elsewhere_of(trial: Trial, steps: int) -> list[Elsewhere]:
+    """The run of so many steps on graphics cards, where there is none here and the model is no toy."""
     shape = ModelShape.of(trial.policy.model)
     if not trial.on_cpu or trial.size.is_toy:
         return []
     cuda = torch.device("cuda")
     half = replace(trial.policy, load=lambda: trial.policy.model, compute_dtype=torch.bfloat16)
     needed = counted(trial, half, cuda).peak
-    found, steps = [], trial.rounds.num_steps
+    found = []
     for card in CARDS:
         speed = estimated_speed(shape, trial.sample, card)
         seconds = steps * speed.step_seconds(trial.config.trainer.batch_size * trial.tokens_per_group)
@@ -435,18 +436,19 @@ def elsewhere_of(trial: Trial) -> list[Elsewhere]:
 
 
 def table_rows(trial: Trial, measured: Measurements) -> tuple[int, int]:
-    """How many of the groups that the run asks its reference about are in its table already, and how many they are.
-    Of a reference that reads other text it is not known."""
+    """How many of the groups that the run asks its reference about are in its table already, in each of a mixture's,
+    and how many they are. Of a reference that reads other text it is not known."""
     reference = measured.reference
     if reference is None or reference.live or not measured.reference_seconds:
         return 0, 0
     rounds = trial.rounds
-    groups = ConcatGroups(rounds.known_by(rounds.num_steps), trial.held_out)
-    folder = trial.work.cache / "reference" / str(reference.table)
-    if not folder.is_dir():
+    visited = rounds.known if asks_reference(trial.config) else rounds.known_by(rounds.num_steps)
+    groups = ConcatGroups(visited, trial.held_out)
+    folders = [trial.work.cache / "reference" / table for table in reference.tables]
+    if not all(folder.is_dir() for folder in folders):
         return 0, len(groups)
     keys = {row_key(group) for group in progress(groups, "looking for the table", len(groups))}
-    return min(len(read_shards(folder, keys)[0]), len(groups)), len(groups)
+    return min(len(groups), *(len(read_shards(folder, keys)[0]) for folder in folders)), len(groups)
 
 
 def table_words(measured: Measurements, stored: int, asked: int) -> str:
@@ -456,10 +458,20 @@ def table_words(measured: Measurements, stored: int, asked: int) -> str:
     return f"{stored:,} of {asked:,} groups are in the cache" if stored else f"not there; {asked:,} groups to score"
 
 
+def num_steps(trial: Trial, measured: Measurements) -> int:
+    """Of the run; where the reference chooses its pairs, as many as it would be if it kept the share of all groups
+    that it keeps of those looked at."""
+    whole = trial.rounds.num_steps
+    if not asks_reference(trial.config) or not len(measured.margins):
+        return whole
+    kept = trial.config.data.bound(by_reference)().keeps(measured.margins).mean()
+    return min(whole, trial.config.trainer.num_steps(max(1, round(kept * len(trial.rounds.known)))))
+
+
 def spent_by(trial: Trial, measured: Measurements, speed: Speed, missing: int) -> list[Spent]:
     """The run's seconds by part."""
-    rounds, config = trial.rounds, trial.config
-    size, steps = config.trainer.batch_size, rounds.num_steps
+    config, steps = trial.config, num_steps(trial, measured)
+    size = config.trainer.batch_size
     spent = [
         Spent("reference pass", f"{missing:,} groups", missing * measured.reference_seconds),
         Spent("steps", f"{steps:,} of {size} groups", steps * speed.step_seconds(size * trial.tokens_per_group)),
@@ -468,17 +480,17 @@ def spent_by(trial: Trial, measured: Measurements, speed: Speed, missing: int) -
     if count:
         seconds = times * count * trial.tokens_per_group / measured.forward
         spent.append(Spent("evaluation", f"{times} times {count:,} held-out groups", seconds))
-    return [*spent, *(_answers(trial, measured.decoding) if measured.decoding else [])]
+    return [*spent, *(_answers(trial, steps, measured.decoding) if measured.decoding else [])]
 
 
-def _answers(trial: Trial, a_token: float) -> list[Spent]:
-    """What the policy writes while it is trained and at the end, where one more token of a few answers takes so many
+def _answers(trial: Trial, steps: int, a_token: float) -> list[Spent]:
+    """What the policy writes in so many steps and at the end, where one more token of a few answers takes so many
     seconds; every answer as long as it may be."""
     config, device = trial.config, trial.work.device
     spent = []
     if config.evaluation is not None:
         options = config.evaluation.options
-        times = times_due(trial.rounds.num_steps, options["every"]) + 1  # the initial policy's own, once
+        times = times_due(steps, options["every"]) + 1  # the initial policy's own, once
         count, tokens = options["num_prompts"] * options["samples_per_prompt"], options["max_new_tokens"]
         seconds = times * answers_seconds(a_token, count, options["batch_size"], tokens, device)
         spent.append(Spent("answers", f"{times} times {count}, of {tokens} tokens at most", seconds))
@@ -516,13 +528,13 @@ def facts_of(trial: Trial, measured: Measurements, seconds: dict[str, float]) ->
     objective, ends = config.objective, end_of_turn_ids(tokenizer)
     responses = [ids for group in trial.sample for ids in group.response_ids]
     adapter = trial.policy.adapter is not None
-    num_groups = max(len(trial.rounds.data), 1)
+    num_groups, steps = max(len(trial.rounds.data), 1), num_steps(trial, measured)
     options = config.data.options
     return RunFacts(
         hygiene=inspect(trial.data, *trial.tokens),
         max_length=length_limit(tokenizer, options["max_length"]),
         tokens_per_batch=trial.rounds.tokens_per_batch,
-        num_steps=trial.rounds.num_steps,
+        num_steps=steps,
         epoch_share=1.0 if trial.rounds.live else trial.rounds.num_steps * config.trainer.batch_size / num_groups,
         pairwise=objective.pairwise,
         uses_reference=objective.uses_reference,

@@ -41,6 +41,11 @@ class Reference(ABC):
     notes: tuple[str, ...] = ()  # what the user is told of how it came about
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the folders that its log-probs are read from: its table, or its parts'."""
+        return () if self.table is None else (self.table,)
+
+    @property
     def model(self) -> nn.Module | None:
         """The model that gives its log-probs, where it is one of the policy's tokens and in memory."""
         return None

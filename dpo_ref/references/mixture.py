@@ -32,6 +32,11 @@ class Mixture(Reference):
             models = [[part.weights or part.identity, part.strength] for part in parts]
             self.weights = digest([models, list(weights), mean])
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Those of the parts."""
+        return tuple(dict.fromkeys(table for part in self._parts for table in part.tables))
+
     def digest_of(self, indices: Sequence[int]) -> str:
         """Of what the parts say, or which they are."""
         return digest([part.digest_of(indices) or part.identity for part in self._parts])

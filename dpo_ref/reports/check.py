@@ -118,7 +118,7 @@ def _saturation(zero: StepZero) -> list[str]:
 def kept_line(check: RunCheck) -> str:
     """What the reference would keep of the pairs that were looked at; nothing where it does not choose."""
     kept = [f"{name} {said}" for name, said in check.told.items() if name.startswith("data.")]
-    return "".join(f"{said} of {len(check.margins)} pairs; steps and time are those of all" for said in kept)
+    return f"{', '.join(kept)} ({len(check.margins)} pairs looked at; steps and time follow)" if kept else ""
 
 
 def memory_line(check: RunCheck) -> str:

@@ -283,23 +283,25 @@ def _left_out(hygiene: Hygiene) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class GivenMargins:
-    """Reference margins of the training pairs by the log-probs that came with the rows, and what is said of them."""
+class ReferenceMargins:
+    """Reference margins of the training pairs, which of them would be kept, what is said of them, and whose they
+    are."""
 
     values: np.ndarray
+    kept: np.ndarray
     told: Mapping[str, str]
+    whose: str
 
 
-def _given(given: GivenMargins | None) -> list[str]:
-    if given is None:
+def _preferred(margins: ReferenceMargins | None) -> list[str]:
+    if margins is None:
         return []
-    told = [("whose", "the log-probs that came with the rows (reference=columns)"), *given.told.items()]
-    return ["<h2>What the reference prefers</h2>", page.definitions(told),
-            page.pictures([reference_margins_panel(given.values)])]  # fmt: skip
+    return ["<h2>What the reference prefers</h2>", page.definitions([("whose", margins.whose), *margins.told.items()]),
+            page.pictures([reference_margins_panel(margins.values, margins.kept)])]  # fmt: skip
 
 
 def data_page(
-    hygiene: Hygiene, margins: np.ndarray, looked: Looked, title: str, given: GivenMargins | None = None
+    hygiene: Hygiene, margins: np.ndarray, looked: Looked, title: str, preferred: ReferenceMargins | None = None
 ) -> str:
     """The page as HTML, readable without a network."""
     worrying = [f"{count:,} {concern}" for concern, count in concerns(hygiene).items() if count]
@@ -315,7 +317,7 @@ def data_page(
         "<h2>What became of the rows</h2>",
         page.definitions(counts_of(hygiene)),
         f"<ul>{skipped}</ul>" if skipped else "",
-        *_given(given),
+        *_preferred(preferred),
         "<h2>What was read of them</h2>",
         page.definitions([*_columns((*hygiene.reading.columns, *hygiene.reading.notes)), _left_out(hygiene)]),
         "<h2>Rows to look at</h2>",

@@ -276,7 +276,10 @@ def chosen_pairs(
 def told_of(margins: Float[np.ndarray, " B"], choice: ByReference) -> Mapping[str, str]:
     """What pages say of margins: how many are negative, and what would be kept."""
     said = {"pessimistic pairs": f"{(margins < 0).mean():.1%} of {len(margins):,}"}
+    kept = choice.keeps(margins)
     if "data.reference_margin" in choice.options:
         band = choice.options["data.reference_margin"]
-        said[f"data.reference_margin={band} keeps"] = f"{choice.keeps(margins).mean():.1%}"
+        said[f"data.reference_margin={band} keeps"] = f"{kept.sum():,} ({kept.mean():.1%})"
+    if kept.any() and (weights := choice.weights(margins[kept])) is not None:
+        said[f"data.reference_weight={choice.scale:g} weighs them"] = f"{weights.min():.2g} to {weights.max():.2g}"
     return said

@@ -195,6 +195,26 @@ def test_log_probs_of_the_data_as_a_part(tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_tables_of_parts_are_filled_ahead(tmp_path, monkeypatch):
+    """By a stage of its own, one for each part that has one; a check then finds both."""
+    cache = empty_cache(monkeypatch, tmp_path / "cache")
+    parts = typed_words({"reference.parts": ["initial", "none", {"reference": "other", "path": "lab:initial"}]})
+    options = ["model.path=lab:tiny", "data.num_pairs=24", "data.num_eval_pairs=8", "data.num_test_prompts=0"]
+    options += ["tracking=none", "trainer.batch_size=4", "reference=mixture", *parts]
+    first = train(*options, "stage=check", f"output_dir={tmp_path / 'before'}")
+    assert "not there; 32 groups to score" in first.stdout
+    done = train(*options, "stage=cache_reference", f"output_dir={tmp_path / 'stage'}")
+    assert done.returncode == 0, done.stderr
+    tables = [path for path in (cache / "reference").iterdir() if path.is_dir()]
+    assert len(tables) == 2
+    assert all(f"cached 32 groups in {path}" in done.stdout for path in tables)
+    assert {len(read_shards(path)[0]) for path in tables} == {32}
+    then = train(*options, "stage=check", f"output_dir={tmp_path / 'after'}")
+    assert "32 of 32 groups are in the cache" in then.stdout
+    tables[0].rename(tmp_path / "elsewhere")
+    assert "not there; 32 groups" in train(*options, "stage=check", f"output_dir={tmp_path / 'half'}").stdout
+
+
 # --- what is refused at compose time
 
 

@@ -313,11 +313,12 @@ def test_columns_choose_as_the_model_whose_they_are(tmp_path):
 
 def test_a_check_says_what_would_be_kept(margins, tmp_path):
     done = train(*COMMON, *LAB, "stage=check", "data.reference_margin=[0,null]", f"output_dir={tmp_path}")
-    share = (margins >= 0).mean()
-    assert (
-        f"data.reference_margin=[0,null] keeps {share:.1%} of 40 pairs; steps and time are those of all" in done.stdout
-    )
+    kept = int((margins >= 0).sum())
+    said = f"data.reference_margin=[0,null] keeps {kept} ({kept / 40:.1%}) (40 pairs looked at; steps and time follow)"
+    assert said in done.stdout
     page = (tmp_path / "check.html").read_text()
+    assert -(-kept // 8) < 5
+    assert f"{-(-kept // 8)} of 8 groups" in page
     assert f"Reference margins of 40 pairs; in {(margins < 0).mean():.1%} the reference prefers" in page
 
 
@@ -326,12 +327,33 @@ def test_the_data_page_shows_margins_of_log_probs_that_came_along(margins, tmp_p
     words = ("stage=data", "data=jsonl", "data.reference_margin=[null,0]", "model.path=lab:tiny", "tracking=none")
     done = train(*words, f"data.path={tmp_path / 'table'}", f"output_dir={tmp_path / 'page'}")
     assert done.returncode == 0, done.stderr
-    assert f"data.reference_margin=[null,0] keeps: {(margins <= 0).mean():.1%}" in done.stdout
+    kept = margins <= 0
+    assert f"data.reference_margin=[null,0] keeps: {kept.sum()} ({kept.mean():.1%})" in done.stdout
     assert f"pessimistic pairs: {(margins < 0).mean():.1%} of 40" in done.stdout
     page = (tmp_path / "page" / "data.html").read_text()
     assert "What the reference prefers" in page
     train(*COMMON, *LAB, "stage=data", f"output_dir={tmp_path / 'lab'}")
     assert "What the reference prefers" not in (tmp_path / "lab" / "data.html").read_text()
+
+
+def test_the_data_page_asks_the_reference_that_chooses(margins, tmp_path):
+    words = ("stage=data", "data.reference_margin=[0,null]", "data.reference_weight=4")
+    done = train(*COMMON, *LAB, *words, f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    kept = margins >= 0
+    raw = 1 / (1 + np.exp(-margins[kept] / 4))
+    first, last = raw.min() / raw.mean(), raw.max() / raw.mean()
+    assert f"data.reference_margin=[0,null] keeps: {kept.sum()} ({kept.mean():.1%})" in done.stdout
+    assert f"data.reference_weight=4 weighs them: {first:.2g} to {last:.2g}" in done.stdout
+    page = (tmp_path / "data.html").read_text()
+    assert f"Reference margins of 40 pairs; in {(margins < 0).mean():.1%} the reference prefers" in page
+    assert "<dt>whose</dt><dd>reference=initial</dd>" in page
+
+
+def test_the_data_page_shows_a_band_that_keeps_nothing(tmp_path):
+    done = train(*COMMON, *LAB, "stage=data", "data.reference_margin=[900,1000]", f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "data.reference_margin=[900,1000] keeps: 0 (0.0%)" in done.stdout
 
 
 # --- refused before anything is loaded
