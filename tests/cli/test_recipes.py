@@ -1,6 +1,7 @@
 """Recipes: the chain is what one would type by hand, goes on where it was stopped, and says what began with what."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -178,6 +179,22 @@ def test_a_policy_that_judges_itself_is_the_rounds_first(tmp_path):
     second = typed_words({"data.scorer.judge.model": recipe.steps[0].policy})
     assert judges == [["data.scorer.judge.model=lab:tiny"], second]
     assert all("judge@data.scorer.judge=local" in step.words for step in recipe.steps)
+
+
+@pytest.mark.slow
+def test_rounds_whose_policy_judges_itself(tmp_path):
+    """A label that is likelier in one order is less likely in the other, so the mean of a round's verdicts is 0.5; who
+    judged a round is what it began with."""
+    words = ["model.path=lab:tiny", "tracking=none", "optim.lr=0.01", "data=on_policy", "trainer.batch_size=16"]
+    words += ["data.prompts.num_test_prompts=0", "data.prompts.num_pairs=64", "recipe.prompts_per_round=32"]
+    words += ["recipe.rounds=2", "recipe.judge=self"]
+    done = typed("train.py", "+recipe=iterative", *words, f"output_dir={tmp_path / 'it'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = tmp_path / "it" / "1_round", tmp_path / "it" / "2_round"
+    assert metrics(first, "on_policy/reward_mean") == pytest.approx([0.5], abs=1e-9)
+    assert metrics(second, "on_policy/reward_mean") == pytest.approx([0.5], abs=1e-9)
+    assert metrics(second, "train/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert f"data.scorer.judge.model={first / 'policy'}" in summary(second)["overrides"]
 
 
 @pytest.mark.slow
