@@ -23,7 +23,7 @@ from dpo_ref.cli import stopping
 from dpo_ref.cli.command_line import compose_command, directory_words, python, typed_words
 from dpo_ref.cli.resolve import RunConfig, component, resolve
 from dpo_ref.cli.run_folder import CONFIG, TRAINED
-from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
+from dpo_ref.cli.saved_run import addresses_in, read_summary, tracking_words, trust_words
 from dpo_ref.cli.schemas import groups
 from dpo_ref.component import Component
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY
@@ -339,7 +339,7 @@ def recipe_in(folder: Path, overrides: Sequence[str]) -> PlannedRecipe:
     return recipe_of(cfg, choices["recipe"], folder, words)
 
 
-def run_recipe(recipe: PlannedRecipe, tracking: str) -> int:
+def run_recipe(recipe: PlannedRecipe) -> int:
     """Run what is not finished of a chain; the exit status. Raises ValueError for a folder that holds another one, and
     where a run did not begin with, or was not measured against, the weights that the recipe says."""
     folder = recipe.folder
@@ -360,7 +360,7 @@ def run_recipe(recipe: PlannedRecipe, tracking: str) -> int:
                     return code
             _check_weights(step, recipe)
         _write_record(recipe, seconds)
-        return _concluded(recipe, tracking)
+        return _concluded(recipe)
 
 
 def _typed(step: Command) -> int:
@@ -469,12 +469,12 @@ def asked_in(folder: Path, overrides: Sequence[str]) -> list[str]:
 # --- what it came to
 
 
-def _concluded(recipe: PlannedRecipe, tracking: str) -> int:
+def _concluded(recipe: PlannedRecipe) -> int:
     """Compare the policies, and write the page; the exit status of the comparison."""
     folder = recipe.folder
     policies = [step for step in recipe.steps if step.is_run or _is_average(step.folder)]
     held_out = [read_summary(step.folder, step.name).get("held_out_prompts") for step in policies if step.is_run]
-    code = _compared(recipe, policies, tracking) if any(held_out) else 0
+    code = _compared(recipe, policies) if any(held_out) else 0
     jobs = {job.folder: job for job in collect(*(step.folder for step in policies))}
     links = [
         Link(made["name"], made["command"], made["seconds"], made["identities"], jobs.get(folder / made["name"]))
@@ -489,9 +489,10 @@ def _concluded(recipe: PlannedRecipe, tracking: str) -> int:
     return code
 
 
-def _compared(recipe: PlannedRecipe, policies: Sequence[Command], tracking: str) -> int:
+def _compared(recipe: PlannedRecipe, policies: Sequence[Command]) -> int:
     words = typed_words({"sweep": [str(step.folder) for step in policies]})
-    words += [f"output_dir={recipe.folder / COMPARISON}", f"tracking={tracking}", *_one_baseline(recipe)]
+    words += [f"output_dir={recipe.folder / COMPARISON}", *_one_baseline(recipe)]
+    words += tracking_words(compose_command(recipe.words)[1]["tracking"], recipe.words)
     words += trust_words(addresses_in(recipe.words))
     return _waited_for(["evaluate.py", *directory_words(sys.argv[1:]), *words])
 

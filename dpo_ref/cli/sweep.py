@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from dpo_ref.cli import side_by_side
 from dpo_ref.cli.command_line import ON_QUESTIONS, directory_words, python
 from dpo_ref.cli.run_folder import record_death
-from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
+from dpo_ref.cli.saved_run import addresses_in, read_summary, tracking_words, trust_words
 from dpo_ref.cli.schemas import note_swept_keys
 from dpo_ref.cli.stopping import advise
 from dpo_ref.evaluation.sweep import SweptRun, collect, key_of
@@ -75,10 +75,10 @@ class SweepReport(Callback):
         code = 0
         folder = Path(config.hydra.sweep.dir)
         if config.stage == "train" and not _print_bandits(folder) and _has_prompts(folder):
-            tracking = config.hydra.runtime.choices["tracking"]
+            words = config.hydra.overrides.task
             command = [sys.executable, str(ENTRY_POINT), *directory_words(sys.argv[1:])]
-            command += [f"sweep={folder}", f"tracking={tracking}"]
-            command += [*_evaluated_beside(config), *trust_words(addresses_in(config.hydra.overrides.task))]
+            command += [f"sweep={folder}", *tracking_words(config.hydra.runtime.choices["tracking"], words)]
+            command += [*_evaluated_beside(config), *trust_words(addresses_in(words))]
             print("evaluating the sweep; by hand: python evaluate.py " + shlex.join(command[2:]), flush=True)
             code = subprocess.run(command, check=False).returncode
             if code == 0:

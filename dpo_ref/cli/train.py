@@ -226,7 +226,7 @@ def run_job(cfg: DictConfig, job: Job) -> Ended:
     """Run one job and say how it ended. Never raises for what a user can put right."""
     try:
         if recipe := _recipe(cfg, job):
-            return Ended(run_recipe(recipe, job.choices["tracking"]))
+            return Ended(run_recipe(recipe))
         cfg = cfg if cfg.resume else completed(cfg, job)
         left = left_by_sweep(cfg, job)
         if left is None:

@@ -6,18 +6,28 @@ import os
 import signal
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo_ref.cli import recipes
 from dpo_ref.cli.command_line import typed_words
 from dpo_ref.cli.recipes import RECORD, recipe_in, replaced
 from dpo_ref.evaluation.sweep import key_of
-from tests.support.command import started, typed
+from tests.support.command import Forked, started, typed
+from tests.support.pictures import undrawn
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=64", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
 SMALL += ["trainer.batch_size=16", "tracking=none", "optim.lr=0.01"]
+
+
+def chained(*words):
+    """A recipe whose steps import nothing again, and draw no pictures."""
+    with pytest.MonkeyPatch.context() as patch, undrawn():
+        patch.setattr(recipes, "subprocess", SimpleNamespace(Popen=Forked))
+        return typed("train.py", *words)
 
 
 def summary(folder):
@@ -50,7 +60,7 @@ def test_words_take_the_place_of_those_about_the_same(words, by, expected):
 def pre_dpo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pre_dpo") / "it"
     guide = "recipe.guide=objective=simpo beta=2.0"
-    done = typed("train.py", "+recipe=pre_dpo", *SMALL, "beta=0.3", guide, f"output_dir={folder}")
+    done = chained("+recipe=pre_dpo", *SMALL, "beta=0.3", guide, f"output_dir={folder}")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done
 
@@ -88,10 +98,11 @@ def test_what_is_finished_is_kept(pre_dpo):
     folder, _ = pre_dpo
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/policy/model.safetensors")}
     assert len(before) == 2
-    done = typed("train.py", f"resume={folder}")
+    done = chained(f"resume={folder}")
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "step 1 of 2" not in done.stdout
+    assert "W&B" not in done.stdout + done.stderr  # as was typed at first
 
 
 @pytest.mark.parametrize(
@@ -136,7 +147,8 @@ def test_a_recipe_is_no_job_of_a_multirun(tmp_path):
 
 def test_a_chain_that_was_stopped_goes_on(pre_dpo, tmp_path):
     """The signal reaches the run under way, which saves itself; the whole is then as if nothing had been."""
-    folder, words = tmp_path / "it", ["+recipe=pre_dpo", *SMALL, "beta=0.3", "recipe.guide=objective=simpo beta=2.0"]
+    small = [*SMALL, "data.num_test_prompts=0"]  # nothing to compare on
+    folder, words = tmp_path / "it", ["+recipe=pre_dpo", *small, "beta=0.3", "recipe.guide=objective=simpo beta=2.0"]
     process = started(tmp_path, "train.py", *words, f"output_dir={folder}")
     for _ in range(600):
         if (folder / "1_guide" / "metrics.jsonl").exists():
@@ -157,8 +169,9 @@ def test_a_chain_that_was_stopped_goes_on(pre_dpo, tmp_path):
 def test_rounds_begin_with_the_last_rounds_policy_and_are_measured_against_it(tmp_path):
     folder = tmp_path / "it"
     words = ["model.path=lab:tiny", "tracking=none", "optim.lr=0.01", "data=on_policy", "trainer.batch_size=16"]
-    words += ["data.prompts.num_test_prompts=4", "data.prompts.num_pairs=64", "recipe.prompts_per_round=32"]
-    done = typed("train.py", "+recipe=iterative", "recipe.rounds=2", "objective=sppo", *words, f"output_dir={folder}")
+    words += ["data.prompts.num_test_prompts=0", "data.prompts.num_pairs=64", "recipe.prompts_per_round=32"]
+    words += ["data.prompts.num_eval_pairs=8"]
+    done = chained("+recipe=iterative", "recipe.rounds=2", "objective=sppo", *words, f"output_dir={folder}")
     assert done.returncode == 0, done.stdout + done.stderr
     rounds = [folder / f"{number}_round" for number in (1, 2)]
     began = [summary(each)["identities"]["initial_policy"] for each in rounds]

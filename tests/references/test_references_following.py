@@ -136,7 +136,11 @@ def test_the_policy_of_the_rounds_beginning(tmp_path):
             stepped(policy, step)
             reference.update(policy, step, MADE)
             torch.testing.assert_close(reference.logps(BATCH).sums, expected, atol=1e-5, rtol=0)
-    assert moving(context_for(tmp_path)).begin_round(policy) is None  # the others look at steps alone
+    others = moving(context_for(tmp_path))  # which look at steps alone
+    before = others.logps(BATCH).sums
+    others.begin_round(policy)
+    assert torch.equal(others.logps(BATCH).sums, before)
+    assert not torch.equal(response_logps(policy, BATCH).sums, before)
 
 
 # --- state

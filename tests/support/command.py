@@ -100,6 +100,18 @@ def typed(*arguments: str) -> Done:
         return Done(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text())
 
 
+class Forked:
+    """What a command starts in a process of its own by `Popen([sys.executable, ...])`, with what is imported here."""
+
+    def __init__(self, words: list[str]):
+        self._process = get_context("fork").Process(target=typed_here, args=tuple(words[1:]))
+        self._process.start()
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+
 def typed_afresh(*arguments: str) -> Done:
     """Run a command as a user does, who has imported nothing before."""
     command = [sys.executable, *arguments]

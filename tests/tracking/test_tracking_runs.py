@@ -9,13 +9,15 @@ import time
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import wandb
 
+from dpo_ref.cli import sweep as end_of_sweep
 from dpo_ref.reports.policy import ANSWERS
 from dpo_ref.reports.sweep import FRONTIER
-from tests.support.command import train
+from tests.support.command import train, typed
 from tests.support.evaluate_command import evaluate
 
 DATA = ["data.num_pairs=64", "data.num_eval_pairs=12", "data.num_test_prompts=10"]
@@ -177,3 +179,14 @@ def test_no_file_holds_a_credential(sweep):
     for path in files:
         content = path.read_bytes()
         assert not [name for name, value in SECRETS.items() if value.encode() in content], path
+
+
+def test_a_sweep_is_evaluated_where_its_runs_are_tracked(tmp_path, monkeypatch):
+    ended = SimpleNamespace(run=lambda command, check: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(end_of_sweep, "subprocess", ended)
+    words = ["tracking.mode=offline", "tracking.project=mine", "trainer.max_steps=1", "model.path=lab:tiny", *DATA]
+    with secrets():
+        done = typed("train.py", "-m", *words, "beta=0.1,1", f"output_dir={tmp_path / 'sweep'}")
+    assert done.returncode == 0, done.stderr
+    told = f"evaluate.py sweep={tmp_path / 'sweep'} tracking=wandb tracking.mode=offline tracking.project=mine\n"
+    assert told in done.stdout
