@@ -287,7 +287,7 @@ def _run_recorded(cfg: DictConfig, job: Job, run: RunConfig) -> Ended:
     try:
         (_bandit if run.bandit is not None else _train)(cfg, job, run)
     except Interrupted as stop:
-        print(f"\n{stop}; go on with\n  {script('train.py')} resume={job.directory}")
+        print(f"\n{stop}; go on with {script('train.py')} resume={job.directory}")
         return STOPPED
     except KeyboardInterrupt:  # before the first step, after the last, or a second one
         record_end(cfg, job, "interrupted")
