@@ -42,7 +42,7 @@ from dpo_ref.reports import training_curve
 from dpo_ref.reports.model_card import write_card
 from dpo_ref.tracking.redaction import refuse_credentials, without_keys
 from dpo_ref.tracking.terminal import progress, run_summary, say
-from dpo_ref.tracking.tracker import RunInfo, Tracker, policy_artifact, reference_artifact
+from dpo_ref.tracking.tracker import NoTracker, RunInfo, Tracker, policy_artifact, reference_artifact
 from dpo_ref.tracking.weights_and_biases import known_id
 from dpo_ref.training.run import Interrupted, RunFolder, TrainingRun
 from dpo_ref.types import Asked
@@ -164,7 +164,7 @@ def conclude(cfg: DictConfig, job: Job, built: Built, steps: int) -> None:
     training.finish(steps)
     if training.evaluation is not None:
         tracker.image("evaluation/curves", training_curve.write_picture(job.directory))
-    if built.prompts and training.policy.writes:
+    if built.prompts and training.policy.writes and not isinstance(tracker, NoTracker):
         _show_samples(built, steps)
     status = "completed" if training.stopped_at is None else "stopped"
     summary = record(cfg, job, status, **run_summary_fields(built, steps))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ref.cli import sweep as end_of_sweep
+from dpo_ref.cli import train as cli
 from tests.support.checkpoints import changed_state, lines
 from tests.support.command import started, train, typed
 from tests.support.evaluate_command import evaluate
@@ -32,6 +33,18 @@ def whole(tmp_path_factory):
     done = train(*SMALL, f"output_dir={run}", "beta=0.3", "trainer.save_every=3")
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.mark.parametrize(("tracking", "answered"), [(["tracking=none"], 0), (["tracking.mode=offline"], 8)])
+def test_answers_are_sampled_where_something_keeps_them(tracking, answered, tmp_path, monkeypatch):
+    """Those at the end of a run, which are nothing but a table of the tracker."""
+    asked = []
+    sample = cli.generate
+    monkeypatch.setattr(cli, "generate", lambda *args, **options: asked.extend(args[2]) or sample(*args, **options))
+    words = [word for word in SMALL if word != "tracking=none"]
+    done = train(*words, *tracking, "trainer.max_steps=1", f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert len(asked) == answered
 
 
 def stopped(run, signum, *overrides):
