@@ -203,6 +203,7 @@ def test_the_same_command_changes_nothing(searched, tmp_path):
     assert "going on with" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_side_by_side_and_without_it_the_rest_goes_to_its_end(
     whole, searched, tmp_path
 ):
