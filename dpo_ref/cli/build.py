@@ -217,6 +217,8 @@ def rounds_of(
 def report_data(config: RunConfig, directory: Path) -> None:
     """`stage=data`: read and tokenise, and write what the data is like to data.html. No model is loaded, unless the
     reference chooses or weighs pairs: then it is asked, as before a run."""
+    if asks_reference(config):
+        check_paths(config)
     data = config.data(config.seed, progress)
     tokenizer = tokenizer_of(config)
     positions = stored_positions(locate(config.model.options["path"]), revision=config.model.options["revision"])

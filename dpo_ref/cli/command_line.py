@@ -330,6 +330,13 @@ def _quoted_values(key: str, value: str, sweeps: bool) -> str:
     return ",".join(words)
 
 
+def tracking_words(choice: str, words: Sequence[str]) -> list[str]:
+    """Where a command line has its runs tracked, for the evaluation that follows them. An option that is swept is left
+    out: the evaluation is one."""
+    said = [parsed for word in words if word.lstrip("+").startswith("tracking.") and (parsed := _parsed(word))]
+    return [f"tracking={choice}", *(parsed.input_line or "" for parsed in said if not parsed.is_sweep_override())]
+
+
 def for_swept_members(words: Sequence[str], kind: str) -> list[str]:
     """The words with `++` before options of groups whose members are swept: Hydra composes the default member first,
     which may not take them. Raises ValueError for an option that some of the members do not take."""

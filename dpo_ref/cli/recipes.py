@@ -20,10 +20,10 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from dpo_ref.cli import stopping
-from dpo_ref.cli.command_line import compose_command, directory_words, python, typed_words
+from dpo_ref.cli.command_line import compose_command, directory_words, python, tracking_words, typed_words
 from dpo_ref.cli.resolve import RunConfig, component, resolve
 from dpo_ref.cli.run_folder import CONFIG, TRAINED
-from dpo_ref.cli.saved_run import addresses_in, read_summary, tracking_words, trust_words
+from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
 from dpo_ref.cli.schemas import groups
 from dpo_ref.component import Component
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY

@@ -363,11 +363,6 @@ def trust_words(words: Sequence[str]) -> list[str]:
     return typed_words({"trust": unique[0] if len(unique) == 1 else unique}) if unique else []
 
 
-def tracking_words(choice: str, words: Sequence[str]) -> list[str]:
-    """Where the results of a command line's runs are tracked, for the evaluation that follows them: where they are."""
-    return [f"tracking={choice}", *(word for word in words if word.lstrip("+").startswith("tracking."))]
-
-
 def addresses_in(words: Sequence[str]) -> list[str]:
     """The addresses that a command line names."""
     return [address for word in words for address in ADDRESS.findall(word)]

@@ -17,9 +17,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from dpo_ref.cli import side_by_side
-from dpo_ref.cli.command_line import ON_QUESTIONS, directory_words, python
+from dpo_ref.cli.command_line import ON_QUESTIONS, directory_words, python, tracking_words
 from dpo_ref.cli.run_folder import record_death
-from dpo_ref.cli.saved_run import addresses_in, read_summary, tracking_words, trust_words
+from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
 from dpo_ref.cli.schemas import note_swept_keys
 from dpo_ref.cli.stopping import advise
 from dpo_ref.evaluation.sweep import SweptRun, collect, key_of

@@ -98,9 +98,8 @@ def check_by_reference(choice: ByReference, objective: Objective, reference: Com
             raise ValueError(f"{key} has no effect: objective={objective.name} uses no reference; leave it out")
         if not objective.pairwise:
             raise ValueError(f"{key} is about pairs, and objective={objective.name} is not; use one on pairs, as dpo")
-        for part in (reference, *reference.parts):
-            if unfit := _unfit(part):
-                raise ValueError(f"{key}: {unfit}; use one such as reference=initial")
+        if unfit := _unfit(reference):
+            raise ValueError(f"{key}: {unfit}; use one such as reference=initial")
         if reference.options.get("cache") == "off":
             raise ValueError(
                 f"{key} needs the reference's log-probs of all training pairs before training, and it is asked at "
@@ -114,11 +113,17 @@ def check_by_reference(choice: ByReference, objective: Objective, reference: Com
 
 
 def _unfit(reference: Component) -> str | None:
-    """Why a reference cannot choose pairs before training."""
+    """Why a reference cannot choose pairs before training; None where it can."""
+    if reference.name == "none":  # as a part of a mixture it has margins smaller, and not 0
+        return "reference=none gives every response 0, and every margin is 0"
+    return _follower(reference)
+
+
+def _follower(reference: Component) -> str | None:
+    """What of a reference, or of a mixture's parts, changes with the policy."""
     if reference.hooks.follows:
         return f"reference={reference.name} changes while the policy is trained, and pairs are chosen before"
-    nothing = "reference=none gives every response 0, and every margin is 0"
-    return nothing if reference.name == "none" else None
+    return next(filter(None, map(_follower, reference.parts)), None)
 
 
 # --- chosen

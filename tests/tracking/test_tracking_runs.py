@@ -184,9 +184,16 @@ def test_no_file_holds_a_credential(sweep):
 def test_a_sweep_is_evaluated_where_its_runs_are_tracked(tmp_path, monkeypatch):
     ended = SimpleNamespace(run=lambda command, check: SimpleNamespace(returncode=0))
     monkeypatch.setattr(end_of_sweep, "subprocess", ended)
-    words = ["tracking.mode=offline", "tracking.project=mine", "trainer.max_steps=1", "model.path=lab:tiny", *DATA]
+    words = [
+        "tracking.mode=offline",
+        "tracking.project=mine",
+        "tracking.timeout=20,30",
+        "trainer.max_steps=1",
+        "model.path=lab:tiny",
+        *DATA,
+    ]
     with secrets():
-        done = typed("train.py", "-m", *words, "beta=0.1,1", f"output_dir={tmp_path / 'sweep'}")
+        done = typed("train.py", "-m", *words, f"output_dir={tmp_path / 'sweep'}")
     assert done.returncode == 0, done.stderr
     told = f"evaluate.py sweep={tmp_path / 'sweep'} tracking=wandb tracking.mode=offline tracking.project=mine\n"
     assert told in done.stdout

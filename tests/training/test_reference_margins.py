@@ -324,14 +324,24 @@ def test_a_check_says_what_would_be_kept(margins, tmp_path):
 
 def test_the_data_page_shows_margins_of_log_probs_that_came_along(margins, tmp_path):
     assert exported(tmp_path / "table", *LAB).returncode == 0
-    words = ("stage=data", "data=jsonl", "data.reference_margin=[null,0]", "model.path=lab:tiny", "tracking=none")
-    done = train(*words, f"data.path={tmp_path / 'table'}", f"output_dir={tmp_path / 'page'}")
+    bound = float(np.quantile(margins, 0.7)) / 2 + 1e-3
+    words = (
+        "stage=data",
+        "data=jsonl",
+        f"data.reference_margin=[null,{bound}]",
+        "model.path=lab:tiny",
+        "tracking=none",
+    )
+    columns = ("reference=columns", "reference.certificate=auto", "reference.strength=0.5")
+    done = train(*words, *columns, f"data.path={tmp_path / 'table'}", f"output_dir={tmp_path / 'page'}")
     assert done.returncode == 0, done.stderr
-    kept = margins <= 0
-    assert f"data.reference_margin=[null,0] keeps: {kept.sum()} ({kept.mean():.1%})" in done.stdout
+    kept = margins / 2 <= bound
+    assert 20 < kept.sum() < 40
+    assert f" keeps: {kept.sum()} ({kept.mean():.1%})" in done.stdout
+    assert "reference: " not in done.stdout  # no model was asked
     assert f"pessimistic pairs: {(margins < 0).mean():.1%} of 40" in done.stdout
     page = (tmp_path / "page" / "data.html").read_text()
-    assert "What the reference prefers" in page
+    assert "the log-probs that came with the rows (reference=columns)" in page
     train(*COMMON, *LAB, "stage=data", f"output_dir={tmp_path / 'lab'}")
     assert "What the reference prefers" not in (tmp_path / "lab" / "data.html").read_text()
 
@@ -371,6 +381,10 @@ REFUSED = [
         [BAND, "reference=mixture", "reference.parts=[initial, {reference: moving}]"],
         "reference=moving changes while the policy is trained",
     ),
+    (
+        [BAND, "reference=mixture", "reference.parts=[initial, {reference: mixture, parts: [initial, bema]}]"],
+        "reference=bema changes while the policy is trained",
+    ),
     ([BAND, "reference.cache=off", "reference=initial"], "leave reference.cache=off out"),
     ([BAND, "objective=simpo"], "has no effect: objective=simpo uses no reference"),
     ([BAND, "objective=kto"], "is about pairs, and objective=kto is not"),
@@ -393,6 +407,23 @@ def test_what_could_not_choose_is_refused(words, message):
 def test_a_band_goes_with_objectives_that_couple_pairs():
     found: Any = resolved(BAND, "objective=aot")
     assert found.data.options["reference_margin"] == [0, None]
+
+
+def test_no_reference_beside_another_halves_the_margins(margins, tmp_path):
+    """The mean of log-probs and zeros: what is within half a bound there is within the bound here."""
+    bound = float(np.quantile(margins, 0.7)) + 1e-3
+    words = ["reference=mixture", "reference.parts=[initial, none]", f"data.reference_margin=[null,{bound / 2}]"]
+    run(tmp_path, *words)
+    record = json.loads((tmp_path / "reference_margins.json").read_text())
+    assert record["pairs kept by their reference margin"] == (margins <= bound).sum()
+    assert record["quantiles"]["50 %"] == pytest.approx(np.median(margins) / 2, abs=1e-3)
+
+
+def test_a_reference_that_is_not_there_is_told_before_data_is_read(tmp_path):
+    words = ("stage=data", "data=jsonl", "data.path=nowhere.jsonl", "reference=other", "reference.path=./no_model")
+    done = train(*words, "data.reference_margin=[0,null]", "tracking=none", f"output_dir={tmp_path}")
+    assert done.returncode == 1
+    assert "reference.path=" in done.stderr
 
 
 PAGE = (ROOT / "docs" / "pairs_by_reference.md").read_text()
