@@ -22,7 +22,7 @@ from dpo_ref.evaluation.results import (
     measure_of,
 )
 from dpo_ref.evaluation.sweep import Cell, axis_of, short_names
-from dpo_ref.reports.tables import MISSING, number, percent
+from dpo_ref.reports.tables import MISSING, NONE_IS_SOUND, number, percent
 
 # --- the best strength of every series, how sure that is, and which are as good
 
@@ -140,7 +140,7 @@ def findings(cells: Sequence[Cell], initial: Evaluation | None) -> list[str]:
 def _gains(cells: Sequence[Cell], initial: Evaluation) -> str:
     sound = [cell for cell in cells if not cell.evaluation.degenerate]
     if not sound:
-        return "Every policy is degenerate, so none is the best."
+        return NONE_IS_SOUND
     measure = measure_of([cell.evaluation for cell in cells])
     best = max(sound, key=lambda cell: cell.evaluation.get(measure.key))
     low, high = gain(best, initial)[1:] if measure.key != best.evaluation.key(WIN_RATE) else _above_half(best)

@@ -54,7 +54,11 @@ def _chain_row(link: Link) -> list[str]:
 
 
 def _results(evaluated: Sequence[tuple[Link, Evaluation]], columns: Sequence[Column]) -> str:
-    rows = [[link.name, *(column.text(evaluation) for column in columns)] for link, evaluation in evaluated]
+    named = [link.name + (", degenerate" if evaluation.degenerate else "") for link, evaluation in evaluated]
+    rows = [
+        [name, *(column.text(evaluation) for column in columns)]
+        for name, (_, evaluation) in zip(named, evaluated, strict=True)
+    ]
     return page.plain_table(["Step", *(column.title for column in columns)], rows)
 
 

@@ -267,6 +267,9 @@ def best(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     return max(candidates, key=lambda e: (not e.degenerate, _interval(e)[0]), default=None)
 
 
+NONE_IS_SOUND = "Every policy is degenerate, so none is the best."
+
+
 def headline(evaluations: Sequence[Evaluation]) -> str:
     """The main finding of an evaluation; the first of `evaluations` may be the baseline."""
     champion = best(evaluations)
@@ -275,8 +278,10 @@ def headline(evaluations: Sequence[Evaluation]) -> str:
         return (
             _ranking(ranked, evaluations) if ranked else f"{len(evaluations)} policies, no baseline to compare with."
         )
-    sentence = verdict_on(champion, titles(evaluations)[list(evaluations).index(champion)])
     compared = sum(not math.isnan(_interval(e)[0]) for e in evaluations)
+    if compared > 1 and champion.degenerate:
+        return NONE_IS_SOUND
+    sentence = verdict_on(champion, titles(evaluations)[list(evaluations).index(champion)])
     return sentence if compared == 1 else f"Best of {compared}: {sentence}"
 
 

@@ -91,6 +91,14 @@ def test_its_page_and_record_say_what_began_with_what(pre_dpo):
         assert step["identities"]["initial_policy"][:12] in page
     assert record["steps"][1]["identities"]["loss_reference_weights"][:12] in page
     assert 'href="comparison/report.html"' in page
+    broken = {
+        name: json.loads((folder / name / "evaluation" / "evaluation.json").read_text())["degenerate"]
+        for name in ("1_guide", "2_policy")
+    }
+    assert any(broken.values())
+    assert {name: f"{name}, degenerate" in page for name in broken} == {
+        name: bool(why) for name, why in broken.items()
+    }
     assert (folder / "comparison" / "report.html").is_file()
 
 

@@ -92,6 +92,7 @@ def test_the_best_policy_is_the_best_healthy_one():
     assert tables.best([broken, healthy]) is healthy
     assert tables.best([broken]) is broken
     assert tables.headline([healthy, broken]).startswith("Best of 2: ")
+    assert tables.headline([broken, broken]) == "Every policy is degenerate, so none is the best."
 
 
 def test_the_drift_of_the_smallest_beta_is_told(evaluated):
