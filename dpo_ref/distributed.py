@@ -1,15 +1,18 @@
-"""Where a run computes, and with which memory."""
+"""Where a run computes, beside which other ranks, and with which memory."""
 
 import ctypes
+import json
 import os
 import platform
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 # --- the C library's allocator
 # By default glibc returns large blocks to the kernel whenever they are freed, and every training step then pays for
@@ -77,6 +80,123 @@ def best_device() -> torch.device:
 def on_cuda() -> bool:
     """Whether it is a CUDA device."""
     return best_device().type == "cuda"
+
+
+# --- ranks: the processes that train one model together
+
+
+class Ranks:
+    """The processes that train one model together, as this one sees them; one of one where torchrun started no others.
+
+    What one of them asks, all ask, in the same order. Values of the host go from host to host, so that no device waits
+    for them; tensors go as their device has it.
+    """
+
+    def __init__(self, index: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
+        self.index, self.size = index, size
+        self.store = store  # what they tell each other beside this
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and speaks for all."""
+        return self.index == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """A JSON value of every rank, in their order."""
+        if self.size == 1:
+            return [value]
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(content)]))
+        return [json.loads(part.numpy().tobytes()) for part in self._joined(content, [int(size) for size in sizes])]
+
+    def _joined(self, own: Tensor, sizes: list[int]) -> list[Tensor]:
+        """A one-dimensional tensor of every rank, of which the sizes are known."""
+        padded = own.new_zeros(max(sizes))
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+    def columns(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One-dimensional tensors of the same names on every rank, each joined in the order of the ranks."""
+        if self.size == 1 or not own:
+            return dict(own)
+        lengths = self.gather([len(column) for column in own.values()])
+        flat = torch.cat([column.double() for column in own.values()])
+        parts = self._joined(flat, [sum(of_rank) for of_rank in lengths])
+        split = [part.split(of_rank) for part, of_rank in zip(parts, lengths, strict=True)]
+        return {
+            name: torch.cat(pieces).to(column.dtype)
+            for (name, column), *pieces in zip(own.items(), *split, strict=True)
+        }
+
+    def before(self, number: int) -> int:
+        """The sum of a number over the ranks before this one."""
+        return sum(self.gather(number)[: self.index])
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def first(self, call: Callable[[], Any]) -> Any:
+        """What a call gives on the first rank, a JSON value; it is not made on the others. Raises ValueError on all of
+        them where it raises on the first."""
+        if self.size == 1:
+            return call()
+        value, failure = None, None
+        if self.is_first:
+            try:
+                value = call()
+            except (ValueError, OSError) as error:
+                failure = error
+        value, words = self.gather([value, None if failure is None else str(failure)])[0]
+        if failure is not None:
+            raise failure
+        if words is not None:
+            raise ValueError(words)
+        return value
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        self.gather(None)
+
+
+_RANKS = [Ranks()]  # the last is what this process is one of
+
+
+def ranks() -> Ranks:
+    """The processes that train one model together with this one."""
+    return _RANKS[-1]
+
+
+STARTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables that torchrun sets
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several, or one, that torchrun has started."""
+    return all(name in os.environ for name in STARTED)
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Within, this process and those that torchrun has started beside it are ranks of one run, each with a CUDA device
+    of its own where that is what is computed on."""
+    cuda = on_cuda()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store, index, size = next(dist.rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=index, world_size=size)
+    _RANKS.append(Ranks(index, size, store))
+    try:
+        yield ranks()
+    finally:
+        _RANKS.pop()
+        dist.destroy_process_group()
 
 
 # --- how much memory there is

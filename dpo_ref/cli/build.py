@@ -117,7 +117,8 @@ def trained_model(config: RunConfig, device: torch.device) -> TrainedModel:
     """The policy, or the reward model made of it."""
     policy = config.model(device, config.model.bound(AdapterOptions)())
     say(*policy.notes)
-    return with_score_head(policy, config.seed) if config.objective.of_scores else policy
+    trained = with_score_head(policy, config.seed) if config.objective.of_scores else policy
+    return replace(trained, engine=config.parallel().engine(trained.model, trained.compute_dtype))
 
 
 def check_paths(config: RunConfig) -> None:

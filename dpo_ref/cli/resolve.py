@@ -166,6 +166,7 @@ class RunConfig:
     objective: Objective
     reference: Component
     optim: Component
+    parallel: Component
     tracking: Component
     trainer: TrainerConfig
     beta: float | None
@@ -419,7 +420,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
     parts["data"].hooks.check_run(objective, plan)
     check_by_reference(parts["data"].bound(by_reference)(), objective, reference, parts["data"])
     evaluation = _while_training(parts.get("evaluation"), trainer, overrides)
-    rest = {group: parts[group] for group in ("model", "data", "optim", "tracking")}
+    rest = {group: parts[group] for group in ("model", "data", "optim", "parallel", "tracking")}
     return RunConfig(
         **rest,
         objective=objective,

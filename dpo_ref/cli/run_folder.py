@@ -4,8 +4,10 @@ that it holds goes on.
 
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +29,7 @@ from dpo_ref.cli.saved_run import (
     refuse_unused_trust,
     with_digest,
 )
-from dpo_ref.distributed import on_cuda
+from dpo_ref.distributed import on_cuda, ranks
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY
 from dpo_ref.evaluation.sweep import SEARCH, climb_in, stands_at
 from dpo_ref.files.digests import sealed
@@ -39,12 +41,19 @@ from dpo_ref.tracking.terminal import say, visible
 from dpo_ref.training.run import PATIENCE
 
 CONFIG, ERROR = "config.yaml", "error.txt"
+SHARED = ("checkpoints", "rounds")  # what all ranks read in the folder of a run
 TRAINED = ("metrics.jsonl", "checkpoints", "policy")  # what a run leaves once it trains
-SAME_RUN = ("output_dir", "resume", "tracking", "search")  # what may differ when a sweep's command is typed again
+SAME_RUN = (
+    "output_dir",
+    "resume",
+    "tracking",
+    "search",
+    "parallel",
+)  # what may differ when a sweep's command is typed again
 MAY_CHANGE = (
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",
     "trainer.stop_when_degenerate", "trainer.keep_best", "trainer.patience", "evaluation.every",
-    "data.tokens_per_batch", "model.gradient_checkpointing", "device", "tracking", "search", "resume", "trust",
+    "data.tokens_per_batch", "model.gradient_checkpointing", "device", "parallel", "tracking", "search", "resume", "trust",
 )  # fmt: skip
 
 
@@ -142,8 +151,8 @@ def check_configuration(directory: Path, saved: DictConfig) -> None:
         return
     text, origin = state.get("configuration"), f"resume={directory}: its newest checkpoint's state"
     checkpointed = configuration_in(text if isinstance(text, str) else "", origin)
-    before = dict(_options(OmegaConf.to_container(checkpointed)))
-    now = dict(_options(OmegaConf.to_container(saved)))
+    before = dict(options_in(OmegaConf.to_container(checkpointed)))
+    now = dict(options_in(OmegaConf.to_container(saved)))
     changed = [
         f"{key} was {before.get(key)} and is {now.get(key)} now"
         for key in sorted(before.keys() | now.keys())
@@ -181,7 +190,7 @@ def left_by_sweep(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job] | None:
     if job.sweep is None or cfg.resume or not (directory / CONFIG).is_file():
         return cfg, job
     saved, now = (
-        dict(_options(OmegaConf.to_container(tree, resolve=True))) for tree in (read_run(directory, key).config, cfg)
+        dict(options_in(OmegaConf.to_container(tree, resolve=True))) for tree in (read_run(directory, key).config, cfg)
     )
     for option in sorted(saved.keys() | now.keys()):
         if not option.startswith(SAME_RUN) and saved.get(option) != now.get(option):
@@ -209,10 +218,10 @@ def _climbs_on(cfg: DictConfig, summary: Mapping[str, Any], key: str) -> bool:
     return cfg.get("search") is None or len(climb.rungs) < cfg.search.rung
 
 
-def _options(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def options_in(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of a configuration under its whole key."""
     for key, value in tree.items():
-        yield from _options(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        yield from options_in(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
 @contextmanager
@@ -220,11 +229,33 @@ def opened(cfg: DictConfig, job: Job) -> Iterator[Job]:
     """The job in its folder, which no other process writes to; a new run's configuration stands in it. Raises
     ValueError if the folder holds a run already, is in use or cannot be written."""
     if cfg.output_dir is None and job.sweep is None and not cfg.resume:
-        job = replace(job, directory=new_folder(job.directory))
-    with held(job.directory, say):
+        job = replace(job, directory=Path(ranks().first(lambda: str(new_folder(job.directory)))))
+    with _of_rank(job.directory) as directory:
+        job = replace(job, directory=directory)
         if not cfg.resume:
             _begin(cfg, job)
         yield job
+
+
+@contextmanager
+def _of_rank(folder: Path) -> Iterator[Path]:
+    """Where this rank writes: the first, alone, to the folder; any other to one that stands for it, in which what ranks
+    share is that of the run and the rest is a copy of its own, gone afterwards."""
+    if ranks().is_first:
+        with held(folder, say):
+            ranks().wait()
+            yield folder
+        return
+    ranks().wait()  # until nobody else holds it
+    own = Path(tempfile.mkdtemp(prefix=f"rank-{ranks().index}-"))
+    try:
+        for name in SHARED:
+            (own / name).symlink_to((folder / name).resolve())
+        for path in folder.glob("*.json*"):
+            shutil.copy2(path, own / path.name)
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def _begin(cfg: DictConfig, job: Job) -> None:

@@ -125,6 +125,7 @@ class TrainSchema:
     objective: Any = MISSING
     reference: Any = MISSING
     optim: Any = MISSING
+    parallel: Any = MISSING
     tracking: Any = MISSING
     evaluation: Any = None  # while training
     bandit: Any = None  # instead of a language model

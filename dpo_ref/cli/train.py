@@ -16,6 +16,7 @@ from dpo_ref.cli.build import NUM_SAMPLES, SAMPLE_TOKENS, Built, build, cache_re
 from dpo_ref.cli.check import check_run
 from dpo_ref.cli.command_line import ON_QUESTIONS, script
 from dpo_ref.cli.halving import check_search, climbed, ladder_of
+from dpo_ref.cli.ranks import lost_another, note_end, of_rank, said_by_first, together
 from dpo_ref.cli.recipes import RECORD, PlannedRecipe, recipe_in, recipe_of, run_recipe
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
@@ -33,7 +34,7 @@ from dpo_ref.cli.run_folder import (
 from dpo_ref.cli.starting_point import complete_run
 from dpo_ref.component import Component
 from dpo_ref.data.tokenise import encode_prompts
-from dpo_ref.distributed import AUTO, HELPS, OutOfMemory, best_device, on_device, ran_out
+from dpo_ref.distributed import AUTO, HELPS, OutOfMemory, best_device, on_device, ran_out, ranks
 from dpo_ref.files.cache import releasing
 from dpo_ref.files.hub import commit_of
 from dpo_ref.files.writing import with_remedy
@@ -144,7 +145,7 @@ def _tracker(cfg: DictConfig, job: Job, run: RunConfig) -> Tracker:
         job_type="train",
         resume=bool(cfg.resume),
     )
-    return run.tracking(info)
+    return run.tracking(info) if ranks().is_first else NoTracker()
 
 
 @contextmanager
@@ -164,7 +165,7 @@ def conclude(cfg: DictConfig, job: Job, built: Built, steps: int) -> None:
     training.finish(steps)
     if training.evaluation is not None:
         tracker.image("evaluation/curves", training_curve.write_picture(job.directory))
-    if built.prompts and training.policy.writes and not isinstance(tracker, NoTracker):
+    if built.prompts and training.policy.writes and ranks().first(lambda: not isinstance(tracker, NoTracker)):
         _show_samples(built, steps)
     status = "completed" if training.stopped_at is None else "stopped"
     summary = record(cfg, job, status, **run_summary_fields(built, steps))
@@ -225,21 +226,28 @@ def _bandit(cfg: DictConfig, job: Job, run: RunConfig) -> None:
 def run_job(cfg: DictConfig, job: Job) -> Ended:
     """Run one job and say how it ended. Never raises for what a user can put right."""
     try:
-        if recipe := _recipe(cfg, job):
-            return Ended(run_recipe(recipe))
-        cfg = cfg if cfg.resume else completed(cfg, job)
-        left = left_by_sweep(cfg, job)
-        if left is None:
-            return Ended(0)
-        cfg, job = restore(cfg, job) if cfg.resume else left
-        with on_device(cfg.get("device", AUTO)):
-            return _run_here(cfg, job)
+        with on_device(cfg.get("device", AUTO)), together(cfg, job):
+            ended = _run_job(cfg, job)
+            note_end(ended.error or "")
+            return ended
     except (ValueError, OSError) as error:
         record_refusal(cfg, job, error)
         return _failed(error)
     except Exception as error:
         print(without_keys(traceback.format_exc()), file=sys.stderr)
         return Ended(1, in_words(error))
+
+
+def _run_job(cfg: DictConfig, job: Job) -> Ended:
+    if recipe := _recipe(cfg, job):
+        return Ended(run_recipe(recipe))
+    cfg = cfg if cfg.resume else completed(cfg, job)
+    left = left_by_sweep(cfg, job)
+    if left is None:
+        return Ended(0)
+    cfg, job = restore(cfg, job) if cfg.resume else left
+    with on_device(cfg.get("device", AUTO)):
+        return _run_here(cfg, job)
 
 
 def _recipe(cfg: DictConfig, job: Job) -> PlannedRecipe | None:
@@ -278,7 +286,9 @@ def completed(cfg: DictConfig, job: Job) -> DictConfig:
 
 def _failed(error: Exception) -> Ended:
     words = without_keys(str(with_remedy(error)))
-    print(f"error: {words}", file=sys.stderr)
+    if not said_by_first(words):
+        print(f"error: {of_rank()}{words}", file=sys.stderr)
+    note_end(words)
     return Ended(1, words)
 
 
@@ -299,6 +309,10 @@ def _run_recorded(cfg: DictConfig, job: Job, run: RunConfig) -> Ended:
         return _failed(error)
     except Exception as error:
         record_end(cfg, job, "failed", error)
+        if gone := lost_another(error):
+            return _failed(
+                ValueError(f"{gone}. Go on with {script('train.py')} resume={job.directory}, under torchrun")
+            )
         if ran_out(error):
             return _failed(OutOfMemory(f"memory ran out before the first step: {HELPS}"))
         print(without_keys(traceback.format_exc()), file=sys.stderr)

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from dpo_ref.component import LEFT_OPEN
+from dpo_ref.distributed import ranks
 from dpo_ref.types import PackedBatch, TokenGroup
 
 
@@ -78,20 +79,71 @@ def pack(
     return PACKINGS[packing](groups, tokens_per_batch)
 
 
+# --- what a rank does of it
+
+
+class Pass(NamedTuple):
+    """A pack that the model is asked about; one that does not count keeps this rank in step with the others, whose
+    sharded weights no rank can ask alone."""
+
+    groups: list[TokenGroup]
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a rank does of groups that all ranks have: as many passes as every other, at least one."""
+
+    passes: list[Pass]
+    num_packs: int  # that count, on all ranks
+    imbalance: float  # tokens of the rank that has most of them, over their mean
+
+
+def share_of(groups: Sequence[TokenGroup], pack: Pack) -> Share:
+    """This rank's share of the groups, which every rank is asked for with the same. Groups go to ranks by their
+    tokens, the longest first to who has least."""
+    everyone = ranks()
+    if everyone.size == 1:
+        packs = pack(groups)
+        return Share([Pass(some) for some in packs], len(packs), 1.0)
+    parts = _balanced(groups, everyone.size)
+    packs = [pack(part) if part else [] for part in parts]
+    most, idle = max(map(len, packs)), Pass([min(groups, key=lambda group: group.num_tokens)], counts=False)
+    own = [Pass(some) for some in packs[everyone.index]]
+    loads = [sum(group.num_tokens for group in part) for part in parts]
+    return Share(own + (most - len(own)) * [idle], sum(map(len, packs)), max(loads) * len(loads) / max(1, sum(loads)))
+
+
+def _balanced(groups: Sequence[TokenGroup], count: int) -> list[list[TokenGroup]]:
+    parts: list[list[TokenGroup]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for group in sorted(groups, key=lambda group: -group.num_tokens):
+        least = min(range(count), key=loads.__getitem__)
+        parts[least].append(group)
+        loads[least] += group.num_tokens
+    return parts
+
+
+def in_step(packs: list[list[TokenGroup]]) -> list[Pass]:
+    """Packs of this rank as passes, of which every rank has as many. Each has at least one pack."""
+    most = max(ranks().gather(len(packs)))
+    return [Pass(some) for some in packs] + (most - len(packs)) * [Pass(packs[0], counts=False)]
+
+
 WINDOW = 256  # groups
 
 
 @dataclass(frozen=True, slots=True)
 class WindowedPacks:
-    """The packs of any number of groups, made of `WINDOW` of them at a time whenever they are gone through: however
-    many groups there are, no more stand in memory."""
+    """The passes of this rank over any number of groups, made of `WINDOW` of them at a time whenever they are gone
+    through: however many groups there are, no more stand in memory."""
 
     groups: Sequence[TokenGroup]
-    pack: Callable[[Sequence[TokenGroup]], list[list[TokenGroup]]]
+    pack: Pack
 
-    def __iter__(self) -> Iterator[list[TokenGroup]]:
+    def __iter__(self) -> Iterator[Pass]:
         for start in range(0, len(self.groups), WINDOW):
-            yield from self.pack(self.groups[start : start + WINDOW])
+            yield from share_of(self.groups[start : start + WINDOW], self.pack).passes
 
 
 def collate(groups: Sequence[TokenGroup]) -> PackedBatch:

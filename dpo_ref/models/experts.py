@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dpo_ref.distributed import ranks
 from dpo_ref.types import PackedBatch
 
 METRICS = {  # of a training step, and what they are
@@ -142,9 +143,9 @@ class Routing:
     _loss: Float[Tensor, ""] | None = field(default=None, init=False)  # of the step so far, without a gradient
 
     @contextmanager
-    def observed(self, batch: PackedBatch) -> Iterator[list[Tensor]]:
+    def observed(self, batch: PackedBatch, counts: bool = True) -> Iterator[list[Tensor]]:
         """Within, the model is asked about a pack; afterwards the list holds what is added to the mean loss of the
-        step for it."""
+        step for it, which is nothing for one that does not count."""
         outputs: list[list[Any]] = [[] for _ in self.routers]
         added: list[Tensor] = []
         with ExitStack() as stack:
@@ -153,9 +154,9 @@ class Routing:
                 stack.callback(hook.remove)
             yield added
             if outputs and outputs[0]:
-                added += self._take(batch, outputs)
+                added += self._take(batch, outputs, counts)
 
-    def _take(self, batch: PackedBatch, outputs: list[list[Any]]) -> list[Tensor]:
+    def _take(self, batch: PackedBatch, outputs: list[list[Any]], counts: bool) -> list[Tensor]:
         rows = _rows(batch, len(outputs[0]))
         logits, loads = [], []
         for router, calls in zip(self.routers, outputs, strict=True):
@@ -164,11 +165,11 @@ class Routing:
             layer, chosen = (layer, chosen) if rows is None else (layer[rows], chosen[rows])
             logits.append(layer)
             loads.append(_counts(chosen, layer.shape[-1]))
-        counted = torch.stack(loads)
+        counted = torch.stack(loads) * counts
         self._loads = counted if self._loads is None else self._loads + counted
         if not self.coefficient:
             return []
-        share = len(batch.input_ids) / self.num_tokens
+        share = counts * len(batch.input_ids) / self.num_tokens
         loss = share * load_balancing_loss(logits, self.top_k)
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
         return [self.coefficient * loss]
@@ -177,10 +178,11 @@ class Routing:
         """Of the whole step (`METRICS`), scalars on the device."""
         if self._loads is None:
             return {}
-        share = self._loads / self._loads.sum(dim=-1, keepdim=True)
+        loads, loss = ranks().sum(self._loads), None if self._loss is None else ranks().sum(self._loss)
+        share = loads / loads.sum(dim=-1, keepdim=True)
         count = share.shape[-1]
         entropy = -torch.xlogy(share, share).sum(dim=-1) / math.log(count)
-        values = (share.amax(dim=-1).mean() * count, entropy.mean(), (self._loads == 0).double().mean(), self._loss)
+        values = (share.amax(dim=-1).mean() * count, entropy.mean(), (loads == 0).double().mean(), loss)
         return {name: value for name, value in zip(METRICS, values, strict=True) if value is not None}
 
 

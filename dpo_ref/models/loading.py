@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -49,6 +49,7 @@ from dpo_ref.models.layers import CHECKPOINTING, compile_layers
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
 from dpo_ref.models.lora import AdapterOptions, check_adapter_options, held_in, trained_summary
 from dpo_ref.models.packable import install, kernel_refuses
+from dpo_ref.models.sharding import Engine
 from dpo_ref.types import PackedBatch, ResponseLogps, Span
 
 # --- a model and what determines what it says
@@ -73,6 +74,7 @@ class TrainedModel(ABC):
     adapter: Any = None  # peft's view of the model, where an adapter is trained instead of its weights
     notes: tuple[str, ...] = ()  # what the user is told of how it runs
     router_loss: float = 0.0  # coefficient of a mixture's load-balancing loss
+    engine: Engine = field(default_factory=Engine)  # how it is trained on all ranks
     writes: ClassVar[bool]  # whether it can be asked for answers
 
     @cached_property

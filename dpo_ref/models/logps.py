@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpo_ref.models.adapters import effective_bias, effective_weight
 from dpo_ref.models.attention import KERNEL_DTYPES, REGISTERED, PackedLayout, laid_out
+from dpo_ref.models.sharding import whole
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores, Span
 
 CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32
@@ -64,7 +65,8 @@ class Head:
 
 def head_of(model: nn.Module) -> Head:
     """The head of a transformers causal language model, with its architecture's post-processing of the logits. Where
-    an adapter lies on it, its weight is formed once for all tokens, and gradients reach the adapter through it."""
+    an adapter lies on it, its weight is formed once for all tokens, and gradients reach the adapter through it; where
+    ranks hold parts of it, it is gathered once, for all tokens of the pack."""
     causal_lm: Any = model
     output, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
     scale = 1.0
@@ -74,7 +76,8 @@ def head_of(model: nn.Module) -> Head:
         scale = 1.0 / float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma; RecurrentGemma below
     softcap = getattr(config, "logits_soft_cap", None) if softcap is None else softcap
-    return Head(effective_weight(output), effective_bias(output), scale, softcap)
+    bias = effective_bias(output)
+    return Head(whole(effective_weight(output)), None if bias is None else whole(bias), scale, softcap)
 
 
 def chunk_rows(weight: Float[Tensor, "V H"], num_alive: int = 1) -> int:
@@ -345,7 +348,8 @@ def response_scores(model: nn.Module, batch: PackedBatch) -> ResponseScores:
     reward_model: Any = model
     hidden = hidden_at(model, batch, last_places(batch), torch.arange(len(batch.lengths), device=batch.lengths.device))
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    return ResponseScores((hidden * reward_model.score.weight.to(hidden.dtype)).sum(dim=-1).double())
+    weight = whole(reward_model.score.weight).to(hidden.dtype)
+    return ResponseScores((hidden * weight).sum(dim=-1).double())
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dpo_ref.data.packing import Pack, collate
+from dpo_ref.data.packing import Pack, collate, share_of
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.objectives.interface import Objective
@@ -73,7 +73,7 @@ def timed_steps(
     policy.model.train()
     for step, groups in enumerate(batches):
         started = now(policy.device)
-        _, routing = backward(policy, reference, objective, pack(groups))
+        _, routing = backward(policy, reference, objective, groups, share_of(groups, pack))
         between = now(policy.device)
         _, made = update(policy, optim, step, made)
         yield StepTime(len(groups), routing.num_tokens, between - started, now(policy.device) - between)

@@ -22,13 +22,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_ref.component import LEFT_OPEN, component, configuration
+from dpo_ref.models.sharding import Parts
 
 
 @dataclass(frozen=True, slots=True)
 class Optimisation:
-    """An optimiser, its learning rate as a function of the 0-based step, and the norm gradients are clipped to."""
+    """An optimiser, what it steps of the policy's weights, its learning rate as a function of the 0-based step, and the
+    norm gradients are clipped to."""
 
     optimizer: torch.optim.Optimizer
+    parts: Parts
     lr_at: Callable[[int], float]
     max_grad_norm: float | None
 
@@ -172,7 +175,7 @@ def optimisation(
     optimizer = optimiser(policy)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    return Optimisation(optimizer, partial(_scaled_lr, lr=lr, factor=factor), max_grad_norm)
+    return Optimisation(optimizer, Parts(optimizer), partial(_scaled_lr, lr=lr, factor=factor), max_grad_norm)
 
 
 def _scaled_lr(step: int, lr: float, factor: Callable[[int], float]) -> float:

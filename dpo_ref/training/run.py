@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dpo_ref.data.groups import Groups
-from dpo_ref.distributed import memory_explained, memory_for, peak_memory_gib
+from dpo_ref.distributed import memory_explained, memory_for, peak_memory_gib, ranks
 from dpo_ref.files.writing import remove_half_written, write_json
 from dpo_ref.models import checkpoint
 from dpo_ref.models.asked import Workspace
@@ -122,7 +122,7 @@ class TrainingRun:
         """Restore the newest whole checkpoint, and say which; returns the number of steps done. ValueError if it is
         another run's, or if there are checkpoints and none is whole."""
         remove_half_written(self.work.directory)
-        checkpoint.recover(self.checkpoints)
+        ranks().first(lambda: checkpoint.recover(self.checkpoints))
         saved = self._newest_whole()
         if saved is None:
             say(f"{self.checkpoints} holds no checkpoint: the run starts at step 0")
@@ -267,10 +267,11 @@ class TrainingRun:
                     self._log(*pending)  # one step late: the device never waits for its numbers to be read
                 pending = step, self._seconds(step)
                 self._bar.advance()
-                if stop or self._due(step.step, total):
+                asked = any(ranks().gather(bool(stop)))
+                if asked or self._due(step.step, total):
                     self._log(*pending)
                     pending = None
-                    self._pause(step.step, total, bool(stop))
+                    self._pause(step.step, total, asked)
                     if self.stopped_at is not None:
                         return self.stopped_at
                     self._started = time.perf_counter()
@@ -343,8 +344,9 @@ class TrainingRun:
 
     def _save_due(self, step: int) -> bool:
         every, minutes = self.rounds.config.save_every, self.rounds.config.save_minutes
-        late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        return late or bool(every and step % every == 0)
+        if every and step % every == 0:
+            return True
+        return minutes is not None and ranks().first(lambda: time.monotonic() - self._saved_at >= 60 * minutes)
 
     def _pause(self, step: int, total: int, stop: bool) -> None:
         """Evaluate and save as is due, and stop if that was asked for: by an exception where a signal did, by setting
@@ -447,10 +449,12 @@ class TrainingRun:
         metrics["epoch"] = step.epoch
         metrics["throughput/pairs_per_second"] = len(step.groups) / seconds
         metrics["throughput/tokens_per_second"] = step.num_tokens / seconds
-        metrics["throughput/pack_fill"] = step.num_tokens / (step.num_packs * self.rounds.tokens_per_batch)
+        metrics["throughput/pack_fill"] = step.num_tokens / (step.share.num_packs * self.rounds.tokens_per_batch)
+        if ranks().size > 1:
+            metrics["throughput/rank_imbalance"] = step.share.imbalance
         if self.policy.compiled:
             metrics["throughput/graphs_compiled"] = graphs_compiled()
-        metrics["memory/peak_gib"] = peak_memory_gib(self.policy.device)
+        metrics["memory/peak_gib"] = max(ranks().gather(peak_memory_gib(self.policy.device)))
         named = {f"train/{name}": value for name, value in metrics.items()}
         if not step.made:
             self._save_before(step)

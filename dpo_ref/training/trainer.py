@@ -7,19 +7,21 @@ Hydra nor W&B. Metrics are tensors on the device; a caller that reads them one s
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dpo_ref.data.packing import Pack, WindowedPacks, collate
-from dpo_ref.distributed import memory_for
+from dpo_ref.data.packing import Pack, Pass, Share, WindowedPacks, collate, in_step, share_of
+from dpo_ref.distributed import memory_for, ranks
 from dpo_ref.models.checkpoint import random_states
 from dpo_ref.models.experts import Routing
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.models.logps import response_collisions
 from dpo_ref.models.next_token import BesideReference
+from dpo_ref.models.sharding import whole
 from dpo_ref.objectives.interface import BatchLogps, Mismatched, Objective, ObjectiveInputs, Running
 from dpo_ref.references.interface import Reference
 from dpo_ref.training.metrics import Values, concat, item_values, mean_of
@@ -32,7 +34,7 @@ from dpo_ref.types import PackedBatch, PairLogps, Progress, ProgressIn, Response
 # all of its packs, without gradient. Others cost nothing.
 
 
-Packs = Iterable[list[TokenGroup]]  # gone through more than once
+Passes = Iterable[Pass]  # of this rank, gone through more than once
 
 
 @dataclass
@@ -42,37 +44,60 @@ class BatchStatistics:
     whole: BatchLogps[Any] | None = None
     mismatched: Mismatched | None = None
 
-    def next_part(self, objective: Objective, batch: PackedBatch) -> BatchLogps[Any] | None:
-        """The whole batch as the next pack's items see it; packs come in the order in which they were looked at."""
+    def next_part(self, objective: Objective, batch: PackedBatch, counts: bool) -> BatchLogps[Any] | None:
+        """The whole batch as the next pass's items see it; passes come in the order in which they were looked at. To
+        one that does not count, other items are its own."""
         if self.whole is None:
             return None
+        size = batch.num_pairs if objective.pairwise else len(batch.lengths)
+        if not counts:
+            return replace(self.whole, here=slice(0, size))
         start = self.whole.here.stop
-        stop = start + (batch.num_pairs if objective.pairwise else len(batch.lengths))
-        self.whole = replace(self.whole, here=slice(start, stop))
+        self.whole = replace(self.whole, here=slice(start, start + size))
         return self.whole
 
 
 @torch.no_grad()
 def batch_statistics(
-    policy: TrainedModel, reference: Reference, objective: Objective, packs: Packs
+    policy: TrainedModel, reference: Reference, objective: Objective, passes: Passes
 ) -> BatchStatistics:
-    """What `objective` asks for of these packs together."""
+    """What `objective` asks for of the passes of all ranks together."""
     return BatchStatistics(
-        whole=_whole(policy, reference, objective, packs) if "whole" in objective.inputs else None,
-        mismatched=_mismatched_logps(policy, reference, packs) if "mismatched" in objective.inputs else None,
+        whole=_whole(policy, reference, objective, passes) if "whole" in objective.inputs else None,
+        mismatched=_mismatched_logps(policy, reference, passes) if "mismatched" in objective.inputs else None,
     )
 
 
-def _whole(policy: TrainedModel, reference: Reference, objective: Objective, packs: Packs) -> BatchLogps[Any]:
+def _whole(policy: TrainedModel, reference: Reference, objective: Objective, passes: Passes) -> BatchLogps[Any]:
     models, labels = [], []
-    for groups in packs:
+    for groups, counts in passes:
         batch = collate(groups).to(policy.device)
         both = policy.outputs(batch), reference.logps(batch)
-        models.append([_items(logps, objective, batch) for logps in both])
-        labels.append(batch.labels)
+        models.append([_counted(_items(logps, objective, batch), counts) for logps in both])
+        labels.append(None if batch.labels is None else batch.labels[: len(batch.labels) if counts else 0])
     ours, theirs = (_concat(list(parts)) for parts in zip(*models, strict=True))
     stated = [part for part in labels if part is not None]
-    return BatchLogps(ours, theirs, torch.cat(stated) if len(stated) == len(labels) else None, slice(0, 0))
+    said = {"labels": torch.cat(stated)} if len(stated) == len(labels) else {}
+    start = ranks().before(len(getattr(ours, fields(ours)[0].name)))
+    return BatchLogps(_of_all(ours), _of_all(theirs), ranks().columns(said).get("labels"), slice(start, start))
+
+
+def _counted(part: Any, counts: bool) -> Any:
+    """The items of a pass that counts; of another none."""
+    return (
+        part if counts else type(part)(*(None if column is None else column[:0] for column in _columns(part).values()))
+    )
+
+
+def _of_all(part: Any) -> Any:
+    """The items of all ranks, in their order."""
+    columns = _columns(part)
+    joined = ranks().columns({name: column for name, column in columns.items() if column is not None})
+    return type(part)(*(joined.get(name) for name in columns))
+
+
+def _columns(part: Any) -> dict[str, Tensor | None]:
+    return {f.name: getattr(part, f.name) for f in fields(part)}
 
 
 def _items(logps: ResponseLogps, objective: Objective, batch: PackedBatch) -> PairLogps | ResponseLogps:
@@ -87,18 +112,19 @@ def _concat(parts: list[Any]) -> Any:
     return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
-def _mismatched_logps(policy: TrainedModel, reference: Reference, packs: Packs) -> Mismatched:
+def _mismatched_logps(policy: TrainedModel, reference: Reference, passes: Passes) -> Mismatched:
     ours, theirs, largest = [], [], 0
-    for groups in packs:
+    for groups, counts in passes:
         largest = max(largest, sum(group.num_tokens for group in groups))
         others = [group.mismatched for group in groups if group.mismatched is not None]
         if len(others) < len(groups):
             raise ValueError("the objective measures a KL on responses of other prompts; see training/rounds.py")
-        for part in _no_larger(others, largest):
+        for part, also_counts in in_step(list(_no_larger(others, largest))):
             batch = collate(part).to(policy.device)
-            ours.append(policy.outputs(batch).sums)
-            theirs.append(reference.logps(batch).sums)
-    return Mismatched(torch.cat(ours), torch.cat(theirs))
+            kept = len(batch.lengths) if counts and also_counts else 0
+            ours.append(policy.outputs(batch).sums[:kept])
+            theirs.append(reference.logps(batch).sums[:kept])
+    return Mismatched(**ranks().columns({"policy": torch.cat(ours), "reference": torch.cat(theirs)}))
 
 
 def _no_larger(groups: Sequence[TokenGroup], num_tokens: int) -> Iterator[list[TokenGroup]]:
@@ -141,7 +167,7 @@ class Step:
     values: Values
     groups: list[TokenGroup]
     num_tokens: int  # packed tokens forwarded
-    num_packs: int  # micro-batches they were packed into
+    share: Share  # what this rank did of them
     of_round: Mapping[str, float]  # the metrics of the round that begins with it
     preparing: float  # seconds that making this round took
 
@@ -178,6 +204,7 @@ def objective_inputs(
     batch: PackedBatch,
     statistics: BatchStatistics,
     old: Reference | None = None,
+    counts: bool = True,
 ) -> ObjectiveInputs:
     """Everything the objective asks for besides the policy's log-probs; what it does not is not computed."""
     return ObjectiveInputs(
@@ -185,7 +212,7 @@ def objective_inputs(
         reference,
         old=old.logps(batch) if old is not None and "old" in objective.inputs else None,
         collision=response_collisions(policy.model, batch) if "collision" in objective.inputs else None,
-        whole=statistics.next_part(objective, batch),
+        whole=statistics.next_part(objective, batch, counts),
         mismatched=statistics.mismatched,
         running=objective.running,
         quantiles=objective.quantiles and objective.quantiles(batch),
@@ -201,36 +228,44 @@ def backward(
     policy: TrainedModel,
     reference: Reference,
     objective: Objective,
-    packs: Packs,
+    groups: Sequence[TokenGroup],
+    share: Share,
     old: Reference | None = None,
     look: Look = unseen,
 ) -> tuple[Values, Routing]:
-    """Accumulate the gradient of the mean loss over all items of the packs, and of a mixture's load-balancing loss
-    where it is asked for; the items' values, and what the experts did.
+    """Accumulate the gradient of the mean loss over all items of an optimiser batch, and of a mixture's load-balancing
+    loss where it is asked for; the items' values, and what the experts did. `groups` are those of all ranks, `share`
+    is what this one does of them.
 
-    Every item weighs the same, however the packer distributed them. `old` gives the log-probs of the policy that drew
-    the responses. The objective's running statistic takes the batch in before its loss is computed, or its items'
+    Every item weighs the same, however packer and ranks distribute them. `old` gives the log-probs of the policy that
+    drew the responses. The objective's running statistic takes the batch in before its loss is computed, or its items'
     values after it. `look` sees what policy and reference say of the first pack.
     """
-    total = num_items(objective, [group for groups in packs for group in groups])
-    routing = policy.routing(sum(group.num_tokens for groups in packs for group in groups))
-    statistics = batch_statistics(policy, reference, objective, packs)
+    total = num_items(objective, groups)
+    routing = policy.routing(sum(group.num_tokens for group in groups))
+    statistics = batch_statistics(policy, reference, objective, share.passes)
     if statistics.whole is not None:
         objective.step(statistics.whole)
     parts = []
-    for groups in packs:
-        with memory_for("the forward and backward pass of", sum(group.num_tokens for group in groups)):
-            batch = collate(groups).to(policy.device)
+    for index, (some, counts) in enumerate(share.passes, 1):
+        work = memory_for("the forward and backward pass of", sum(group.num_tokens for group in some))
+        with work, policy.engine.pass_of(last=index == len(share.passes)):
+            batch = collate(some).to(policy.device)
             seen, theirs = asked_of_both(policy, reference, objective, batch)
-            inputs = objective_inputs(policy, theirs, objective, batch, statistics, old)
-            with routing.observed(batch) as added:
-                loss, values = loss_and_metrics(seen, objective, inputs, look)
-            sum(added, start=loss / total).backward()
+            inputs = objective_inputs(policy, theirs, objective, batch, statistics, old, counts)
+            with routing.observed(batch, counts) as added:
+                loss, values = policy.engine.through(partial(loss_and_metrics, seen, objective, inputs, look))
+            sum(added, start=loss * (counts / total)).backward()
         look = unseen
-        parts.append(values)
-    whole = concat(parts)
-    objective.end_step(whole)
-    return whole, routing
+        parts.append(_of_items(values, counts))
+    whole_values = ranks().columns(concat(parts))
+    objective.end_step(whole_values)
+    return whole_values, routing
+
+
+def _of_items(values: Values, counts: bool) -> Values:
+    """The values of a pass that counts; of another their names alone."""
+    return values if counts else {name: value[:0] for name, value in values.items()}
 
 
 def update(
@@ -239,7 +274,8 @@ def update(
     """Clip and step; the gradient norm before clipping, and whether the update was made: where the norm or what came
     before is not finite, weights and moments are untouched. Decided on the device, so nothing waits for it."""
     limit = float("inf") if optim.max_grad_norm is None else optim.max_grad_norm
-    norm = nn.utils.clip_grad_norm_(policy.model.parameters(), limit)
+    norm = whole(nn.utils.clip_grad_norm_(policy.model.parameters(), limit))
+    optim.parts.take_gradients()
     finite = finite & norm.isfinite()
     for group in optim.optimizer.param_groups:
         group["lr"] = optim.lr_at(step)
@@ -281,16 +317,16 @@ def train(
         for step, groups in current.batches(first_step):
             policy.train()
             before = Before(random_states(), dict(objective.running))
-            packs = rounds.pack(groups)
+            share = share_of(groups, rounds.pack)
             look = step_zero(policy, reference) if step == 0 else unseen
-            values, routing = backward(policy, reference, objective, packs, current.old, look)
+            values, routing = backward(policy, reference, objective, groups, share, current.old, look)
             metrics = mean_of(values) | {f"objective/{name}": value for name, value in objective.running.items()}
             metrics |= routing.metrics()
             metrics["grad_norm"], made = update(policy, optim, step, made & metrics["loss"].isfinite())
             metrics["lr"] = torch.tensor(optim.lr_at(step))
             reference.update(policy.model, step + 1, made)
-            epoch, tokens, size = current.epochs(step + 1), routing.num_tokens, len(packs)
-            yield Step(step + 1, before, made, epoch, metrics, values, groups, tokens, size, of_round, preparing)
+            epoch, tokens = current.epochs(step + 1), routing.num_tokens
+            yield Step(step + 1, before, made, epoch, metrics, values, groups, tokens, share, of_round, preparing)
             of_round, preparing = {}, 0.0
         if not made:
             return
@@ -312,18 +348,18 @@ def evaluate(
     more is in memory than one pack and the groups of a window. `outputs_of` gives what the policy says of a pack where
     that is known already."""
     policy.model.eval()
-    parts, packs = [], WindowedPacks(groups, pack)
+    parts, passes = [], WindowedPacks(groups, pack)
     shown = ProgressIn(progress, "held-out pairs", len(groups))
-    statistics = batch_statistics(policy, reference, objective, packs)
-    for pack_groups in packs:
-        with memory_for("the evaluation of", sum(group.num_tokens for group in pack_groups)):
-            batch = collate(pack_groups).to(policy.device)
+    statistics = batch_statistics(policy, reference, objective, passes)
+    for some, counts in passes:
+        with memory_for("the evaluation of", sum(group.num_tokens for group in some)):
+            batch = collate(some).to(policy.device)
             seen, theirs = asked_of_both(policy, reference, objective, batch)
             outputs = (outputs_of or seen.outputs)(batch)
-            inputs = objective_inputs(policy, theirs, objective, batch, statistics)
-            parts.append(item_values(objective(outputs, inputs), outputs, inputs))
-        shown.advance(len(pack_groups))
-    return concat(parts)
+            inputs = objective_inputs(policy, theirs, objective, batch, statistics, counts=counts)
+            parts.append(_of_items(item_values(objective(outputs, inputs), outputs, inputs), counts))
+        shown.advance(ranks().size * counts * len(some))
+    return ranks().columns(concat(parts))
 
 
 # --- before the first update

@@ -1,0 +1,237 @@
+"""Several processes as the ranks of one run: how they come together, that they were asked for the same, where each of
+them writes, and what becomes of the others when one is gone.
+"""
+
+import io
+import json
+import os
+import shlex
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any
+
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_ref.cli.command_line import python
+from dpo_ref.cli.run_folder import Job, options_in, provenance
+from dpo_ref.distributed import joined, ranks, started_by_torchrun
+
+ALONE = "none"  # the member of `parallel` for one process
+
+
+# --- coming together
+
+
+@contextmanager
+def together(cfg: DictConfig, job: Job) -> Iterator[None]:
+    """Within, this process is a rank of the run that was asked for, where torchrun started it; the first of them speaks
+    for all.
+
+    Raises ValueError where processes and `parallel` do not go together, and where ranks were asked for different
+    things.
+    """
+    if not _is_asked(cfg, job):
+        yield
+        return
+    with joined(), ExitStack() as stack:
+        if not ranks().is_first:
+            stack.enter_context(redirect_stdout(LAST_LINE))
+        stack.enter_context(_watched())
+        agree({**_versions(), **dict(options_in(OmegaConf.to_container(cfg, resolve=True)))})
+        yield
+
+
+def _is_asked(cfg: DictConfig, job: Job) -> bool:
+    """Whether this is one of several. Raises ValueError where the command says otherwise than torchrun."""
+    chosen = job.choices.get("parallel", ALONE)
+    words = shlex.join(["train.py", *job.overrides])
+    if not started_by_torchrun():
+        if chosen == ALONE:
+            return False
+        raise ValueError(
+            f"parallel={chosen} is for several processes, which torchrun starts: "
+            f"torchrun --nproc-per-node 2 {words} (as many as there are devices)"
+        )
+    if int(os.environ["WORLD_SIZE"]) == 1 and chosen == ALONE:
+        return False
+    if chosen == ALONE:
+        raise ValueError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, and parallel=none trains in one: add parallel=ddp "
+            f"or parallel=fsdp, or type {python()} {words}"
+        )
+    if job.sweep is not None:
+        raise ValueError("torchrun starts the ranks of one run, and -m asks for several: type a command for each run")
+    if cfg.stage not in TOGETHER or cfg.get("bandit") is not None or cfg.get("recipe") is not None:
+        what = f"stage={cfg.stage}" if cfg.stage not in TOGETHER else "a bandit or a recipe"
+        raise ValueError(f"{what} is the work of one process: leave parallel out, and type {python()} {words}")
+    return True
+
+
+TOGETHER = ("train", "cache_reference")  # stages that several ranks share
+
+
+# --- asked for the same
+
+
+def _versions() -> dict[str, Any]:
+    made_with = provenance()
+    versions = {f"the version of {name}": value for name, value in made_with["versions"].items()}
+    return versions | {f"git {name}": value for name, value in made_with["git"].items()}
+
+
+def agree(said: Mapping[str, Any]) -> None:
+    """Raise ValueError naming what differs on which rank, unless all ranks say the same."""
+    of_all = ranks().gather({key: str(value) for key, value in said.items()})
+    first, *others = of_all
+    differing = [
+        f"{key} is {other.get(key)} on rank {index} and {first.get(key)} on rank 0"
+        for index, other in enumerate(others, 1)
+        for key in sorted(first.keys() | other.keys())
+        if first.get(key) != other.get(key)
+    ]
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise ValueError(
+            f"the ranks of a run must all be asked for the same, with the same versions: {'; '.join(differing[:3])}"
+            f"{more}"
+        )
+
+
+# --- what a rank says last, and who is gone
+
+
+class LastLine(io.TextIOBase):
+    """Standard output of a rank that does not speak: its last line is remembered."""
+
+    def __init__(self) -> None:
+        self.line = "starting"
+
+    def write(self, text: str) -> int:
+        """Remember it."""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        self.line = lines[-1] if lines else self.line
+        return len(text)
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def isatty(self) -> bool:
+        """It is no terminal."""
+        return False
+
+
+LAST_LINE = LastLine()
+BEAT, GONE = 1.0, 30.0  # seconds between signs of life, and without one after which a rank is gone
+
+
+class Watch:
+    """Tells the other ranks that this one lives, and ends this one, with a word about it, where another is gone: what
+    waits for a rank that is no more would wait for ever."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self._seen: dict[int, tuple[str, float]] = {}  # of each rank its last sign, and when it came
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._go_on, daemon=True)
+
+    def start(self) -> None:
+        """From here on."""
+        self._sign()
+        self._thread.start()
+
+    def stop(self, words: str = "") -> None:
+        """This rank has ended: by an error, if there are words."""
+        self._over.set()
+        self._thread.join()
+        self._store.set(_key("end", ranks().index), words)
+
+    def _sign(self) -> None:
+        self._store.set(_key("beat", ranks().index), json.dumps([time.time(), LAST_LINE.line]))
+
+    def _go_on(self) -> None:
+        while not self._over.wait(BEAT):
+            self._sign()
+            if gone := self.gone(GONE):
+                os.write(2, f"error: {gone}\n".encode())
+                os._exit(1)
+
+    def gone(self, after: float) -> str | None:
+        """Which rank is gone, and what it said last."""
+        for index in (index for index in range(ranks().size) if index != ranks().index):
+            if self._has("end", index):
+                if words := self._store.get(_key("end", index)).decode():
+                    return f"rank {index} ended: {words}"
+                continue
+            if not self._has("beat", index):
+                continue
+            sign, now = self._store.get(_key("beat", index)).decode(), time.monotonic()
+            if self._seen.get(index, ("", 0.0))[0] != sign:
+                self._seen[index] = sign, now
+            elif now - self._seen[index][1] > after:
+                return f"rank {index} has died; the last that was heard of it: {json.loads(sign)[1]}"
+        return None
+
+    def _has(self, kind: str, index: int) -> bool:
+        return self._store.check([_key(kind, index)])
+
+
+def _key(kind: str, index: int) -> str:
+    return f"dpo_ref/{kind}/{index}"
+
+
+_WATCHES: list[Watch] = []  # of this process, while it is a rank
+LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "NCCL", "heartbeat", "Timed out waiting")
+
+
+def lost_another(error: BaseException) -> str | None:
+    """Which rank is gone, where an error says that one no longer answers."""
+    if not _WATCHES or not any(words in str(error) for words in LOST):
+        return None
+    until = time.monotonic() + 5 * BEAT
+    while time.monotonic() < until:
+        if gone := _WATCHES[-1].gone(3 * BEAT):
+            return gone
+        time.sleep(BEAT / 4)
+    return "another rank no longer answers"
+
+
+def said_by_first(words: str) -> bool:
+    """Whether the first rank, which is not this one, ends with the same words, and has told them."""
+    if not _WATCHES or ranks().is_first:
+        return False
+    store, until = ranks().store, time.monotonic() + 3 * BEAT
+    assert store is not None
+    while time.monotonic() < until:
+        if store.check([_key("end", 0)]):
+            return store.get(_key("end", 0)).decode() == words
+        time.sleep(BEAT / 4)
+    return False
+
+
+def of_rank() -> str:
+    """Which rank speaks, before what it says, where it is not the first."""
+    return "" if ranks().is_first else f"rank {ranks().index}: "
+
+
+def note_end(words: str) -> None:
+    """Tell the other ranks why this one ends."""
+    if _WATCHES:
+        _WATCHES.pop().stop(words)
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    store = ranks().store
+    assert store is not None
+    _WATCHES.append(Watch(store.clone()))  # pyright: ignore[reportAttributeAccessIssue]  (a wait would hold one)
+    _WATCHES[-1].start()
+    try:
+        yield
+    except BaseException as error:
+        note_end(f"{type(error).__name__}: {error}")
+        raise
+    note_end("")

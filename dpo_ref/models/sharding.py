@@ -1,0 +1,281 @@
+"""The group `parallel`: how the ranks of a run hold the model and bring its gradients together.
+
+Losses are means over the items of the whole optimiser batch, so gradients are summed over ranks, never averaged.
+`ddp` holds the model once a rank and sums gradients while the last pass of a step goes backward
+(torch.nn.parallel.DistributedDataParallel). `fsdp` holds a part of every weight, gradient and moment (FSDP2,
+torch.distributed.fsdp.fully_shard): a layer is gathered when it is asked, the head once a pass (`whole`).
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial
+
+from dpo_ref.distributed import best_device, on_cuda
+from dpo_ref.models.adapters import copy_of_trained
+from dpo_ref.models.layers import decoder_layers
+
+# --- weights of which a rank holds a part
+
+
+def whole(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """A weight as all ranks hold it together, differentiable: gradients are summed over ranks into each one's part.
+    One that is not sharded is as it is. All ranks ask for it together."""
+    return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
+
+
+def part(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """What this rank holds of a weight, in the same memory."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+class Parts:
+    """What this rank holds of the weights that an optimiser steps, in whose groups they take the place of these:
+    optimisers then know nothing of sharding. A weight that is not sharded is its own part."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._parts: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by the weight's id: it, and its part
+        for group in optimizer.param_groups:
+            group["params"] = [self._taken(weight) for weight in group["params"]]
+
+    def _taken(self, weight: nn.Parameter) -> nn.Parameter:
+        own = nn.Parameter(weight.detach().to_local()) if isinstance(weight, DTensor) else weight
+        self._parts[id(weight)] = weight, own
+        return own
+
+    def of(self, weight: nn.Parameter) -> nn.Parameter:
+        """The part of one of the weights."""
+        return self._parts[id(weight)][1]
+
+    def take_gradients(self) -> None:
+        """Hand the gradients of sharded weights to their parts."""
+        for weight, own in self._parts.values():
+            if own is not weight:
+                own.grad, weight.grad = None if weight.grad is None else part(weight.grad), None
+
+
+# --- how a model is trained on all ranks
+
+
+class Engine:
+    """A model that one rank holds and trains."""
+
+    sharded: bool = False  # whether asking the model takes all ranks
+
+    def through(self, work: Callable[[], Any]) -> Any:
+        """What `work`, a forward pass whose gradient is taken, returns."""
+        return work()
+
+    def pass_of(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward pass of a pack; `last` is the last one of an optimiser step."""
+        return nullcontext()
+
+    def copy(self, model: nn.Module) -> Any:
+        """A copy of the model that has weights of its own where they are trained."""
+        return copy_of_trained(model)
+
+
+class _Run(nn.Module):
+    """What DistributedDataParallel wraps: a model, and any work with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+def _sum(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """The gradients of a bucket, summed over ranks."""
+    sent[0] += bucket.buffer().nbytes
+    reduced = dist.all_reduce(bucket.buffer(), async_op=True)
+    return reduced.get_future().then(lambda done: done.value()[0])
+
+
+class Replicated(Engine):
+    """A model that every rank holds. Gradients are summed in buckets, each on its way while the backward pass goes on,
+    once a step: passes before the last add to them on their rank alone."""
+
+    def __init__(self, model: nn.Module, bucket_mib: float) -> None:
+        self._model, self._bucket_mib = model, bucket_mib
+        self._replicated: Any = None
+        self.bytes_reduced = [0]  # of gradients, so far
+
+    def _engine(self) -> Any:
+        """Made at the first pass: an optimiser may have changed the weights' dtype before."""
+        if self._replicated is None:
+            self._replicated = nn.parallel.DistributedDataParallel(
+                _Run(self._model), bucket_cap_mb=self._bucket_mib, gradient_as_bucket_view=True
+            )
+            self._replicated.register_comm_hook(self.bytes_reduced, _sum)
+        return self._replicated
+
+    def through(self, work: Callable[[], Any]) -> Any:
+        """The work, whose gradients are summed over ranks."""
+        return self._engine()(work)
+
+    def pass_of(self, last: bool) -> AbstractContextManager[None]:
+        """Ranks are not waited for before the last."""
+        return nullcontext() if last else self._engine().no_sync()
+
+
+@dataclass(frozen=True)
+class Sharded(Engine):
+    """A model of which every rank holds a part of each weight."""
+
+    model: nn.Module
+    plan: "Sharding"
+    skeleton: nn.Module = field(repr=False)  # the model without its weights, as it was before
+
+    sharded = True
+
+    @contextmanager
+    def pass_of(self, last: bool) -> Iterator[None]:
+        """Each pass sums gradients into the parts, unless whole ones are kept to the last (`reduce`)."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(last or self.plan.reduce == "every_pass", recurse=False)
+        yield
+
+    @torch.no_grad()
+    def copy(self, model: nn.Module) -> Any:
+        """A copy with parts of its own of all weights: FSDP shares none."""
+        bare = copy.deepcopy(self.skeleton)
+        self.plan.shard(bare)
+        bare._apply(lambda value: torch.empty_like(value, device=best_device()) if value.is_meta else value)
+        for own, weight in zip(bare.parameters(), model.parameters(), strict=True):
+            part(own).copy_(part(weight))
+        return bare
+
+
+# --- the group
+
+
+class Parallel:
+    """`parallel=none`: one process trains."""
+
+    name = "none"
+
+    def engine(self, model: nn.Module, compute_dtype: torch.dtype) -> Engine:
+        """The model, made ready to be trained on all ranks."""
+        return Engine()
+
+
+@dataclass(frozen=True, slots=True)
+class Replication(Parallel):
+    """`parallel=ddp`."""
+
+    bucket_mib: float
+    name = "ddp"
+
+    def engine(self, model: nn.Module, compute_dtype: torch.dtype) -> Engine:
+        """Every rank holds the model."""
+        return Replicated(model, self.bucket_mib)
+
+
+@dataclass(slots=True)
+class Sharding(Parallel):
+    """`parallel=fsdp`."""
+
+    offload: bool
+    reduce: str
+    _options: dict[str, Any] = field(default_factory=dict)
+    name = "fsdp"
+
+    def engine(self, model: nn.Module, compute_dtype: torch.dtype) -> Engine:
+        """Every rank keeps its part of each weight and lets go of the rest."""
+        half = compute_dtype is torch.bfloat16
+        precision = MixedPrecisionPolicy(
+            param_dtype=compute_dtype if half else None,
+            reduce_dtype=torch.float32 if half else None,
+            cast_forward_inputs=False,
+        )
+        mesh = dist.device_mesh.init_device_mesh(best_device().type, (dist.get_world_size(),))
+        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        self._options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+        bare = skeleton(model)
+        self.shard(model)
+        return Sharded(model, self, bare)
+
+    def shard(self, model: Any) -> None:
+        """Shard a model in place: every decoder layer by itself, the rest of its trunk, its head."""
+        trunk = model.base_model
+        tied = _tied(model)
+        for layer in decoder_layers(model):
+            fully_shard(layer, **self._options)
+        # What is left of the trunk is gathered at its beginning and asked again at the end of the backward pass.
+        fully_shard(trunk, **self._options, reshard_after_forward=False)
+        if tied:
+            model.set_output_embeddings(Tied(model.get_input_embeddings()))
+        for name, module in model.named_children():
+            if module is not trunk and any(True for _ in module.parameters()):
+                fully_shard(module, **self._options)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+
+class Tied(nn.Module):
+    """A head that is the embedding."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self._of = [embedding]  # in a list: it is the trunk's module, not this one's
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's."""
+        weight: Any = self._of[0].weight
+        return weight
+
+    @property
+    def bias(self) -> None:
+        """None."""
+
+    def forward(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
+        return nn.functional.linear(hidden, whole(self.weight))
+
+
+def _tied(model: Any) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+def skeleton(model: nn.Module) -> Any:
+    """A copy of a model without its weights, which takes no memory; what is no weight is there."""
+    bare = {
+        id(weight): nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, dict(bare))
+
+
+def none() -> Parallel:
+    """One process, one device."""
+    return Parallel()
+
+
+def ddp(*, bucket_mib: float = 25.0) -> Parallel:
+    """Every rank holds the whole model, its gradients and its moments, and takes its share of each optimiser batch;
+    gradients are summed in buckets of so many MiB, each while the backward pass goes on, once an optimiser step."""
+    return Replication(bucket_mib)
+
+
+def fsdp(*, offload: bool = False, reduce: Literal["every_pass", "last_pass"] = "every_pass") -> Parallel:
+    """Every rank holds a part of each weight, gradient and moment (FSDP2), and takes its share of each optimiser
+    batch. `offload` keeps the parts in main memory and brings them to the card when they are needed; `reduce` says
+    when gradients are summed into the parts: in every pass, or in the last of a step, for which the whole gradients
+    stay in memory."""
+    if offload and not on_cuda():
+        raise ValueError("parallel.offload=true has no effect on a CPU, whose memory is the main memory; leave it out")
+    return Sharding(offload, reduce)
