@@ -7,6 +7,7 @@ import platform
 import resource
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,11 @@ class Ranks:
         if words is not None:
             raise ValueError(words)
         return value
+
+    @cached_property
+    def background(self) -> Any:
+        """A group of the same processes for what is sent between hosts while training goes on; asked for by all."""
+        return dist.new_group(backend="gloo")
 
     def wait(self) -> None:
         """Until all have come here."""

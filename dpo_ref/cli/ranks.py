@@ -27,8 +27,8 @@ ALONE = "none"  # the member of `parallel` for one process
 
 @contextmanager
 def together(cfg: DictConfig, job: Job) -> Iterator[None]:
-    """Within, this process is a rank of the run that was asked for, where torchrun started it; the first of them speaks
-    for all.
+    """Within, this process is a rank of the run that was asked for, where torchrun started it; the first of them
+    speaks for all.
 
     Raises ValueError where processes and `parallel` do not go together, and where ranks were asked for different
     things.
@@ -59,8 +59,8 @@ def _is_asked(cfg: DictConfig, job: Job) -> bool:
         return False
     if chosen == ALONE:
         raise ValueError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes, and parallel=none trains in one: add parallel=ddp "
-            f"or parallel=fsdp, or type {python()} {words}"
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, and parallel=none trains in one: add "
+            f"parallel=ddp or parallel=fsdp, or type {python()} {words}"
         )
     if job.sweep is not None:
         raise ValueError("torchrun starts the ranks of one run, and -m asks for several: type a command for each run")

@@ -53,7 +53,8 @@ SAME_RUN = (
 MAY_CHANGE = (
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",
     "trainer.stop_when_degenerate", "trainer.keep_best", "trainer.patience", "evaluation.every",
-    "data.tokens_per_batch", "model.gradient_checkpointing", "device", "parallel", "tracking", "search", "resume", "trust",
+    "data.tokens_per_batch", "model.gradient_checkpointing", "device", "parallel",
+    "tracking", "search", "resume", "trust",
 )  # fmt: skip
 
 
@@ -239,8 +240,8 @@ def opened(cfg: DictConfig, job: Job) -> Iterator[Job]:
 
 @contextmanager
 def _of_rank(folder: Path) -> Iterator[Path]:
-    """Where this rank writes: the first, alone, to the folder; any other to one that stands for it, in which what ranks
-    share is that of the run and the rest is a copy of its own, gone afterwards."""
+    """Where this rank writes: the first, alone, to the folder; any other to one that stands for it, in which what
+    ranks share is that of the run and the rest is a copy of its own, gone afterwards."""
     if ranks().is_first:
         with held(folder, say):
             ranks().wait()

@@ -163,10 +163,12 @@ def conclude(cfg: DictConfig, job: Job, built: Built, steps: int) -> None:
     """Save the policy and say everywhere how the run ended."""
     training, tracker = built.training, built.training.record.tracker
     training.finish(steps)
-    if training.evaluation is not None:
-        tracker.image("evaluation/curves", training_curve.write_picture(job.directory))
     if built.prompts and training.policy.writes and ranks().first(lambda: not isinstance(tracker, NoTracker)):
         _show_samples(built, steps)
+    if not ranks().is_first:
+        return
+    if training.evaluation is not None:
+        tracker.image("evaluation/curves", training_curve.write_picture(job.directory))
     status = "completed" if training.stopped_at is None else "stopped"
     summary = record(cfg, job, status, **run_summary_fields(built, steps))
     broken = {"degenerate": "; ".join(summary["degenerate"])} if training.evaluation else {}

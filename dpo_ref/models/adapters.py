@@ -508,15 +508,20 @@ def _merged(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def save_adapter(layers: Any, folder: Path) -> None:
-    """Write the adapter as peft reads it. One whose start is subtracted is written with twice the rank, [A; A0] and
-    [B, -B0], so that it belongs to the model itself and no longer to one that was changed first."""
+def adapter_tensors(layers: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter as peft names them."""
     with peft_for("model.adapter") as peft:
         # Asked for "auto", peft would look for the model that the adapter names as its own, on the hub too.
         tensors = peft.get_peft_model_state_dict(layers, save_embedding_layers=False)
     state = layers.state_dict()
     brought = [name.removesuffix(BELOW) for name, _ in layers.named_buffers() if _is_below(name)]
-    tensors = {name: state[name] for name in brought} | tensors
+    return {name: state[name] for name in brought} | tensors
+
+
+@torch.no_grad()
+def save_adapter(layers: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write the adapter as peft reads it. One whose start is subtracted is written with twice the rank, [A; A0] and
+    [B, -B0], so that it belongs to the model itself and no longer to one that was changed first."""
     config = copy.deepcopy(layers.peft_config[TRAINED])
     config.inference_mode = True
     if any(f".{START}." in name for name in tensors):

@@ -79,7 +79,13 @@ def on_base_of(policy: TrainedModel, adapter: str) -> nn.Module:
 
     Raises ValueError for an adapter that was made on another model, by its own record, and for what is no adapter.
     """
-    key, model = "reference.adapter", copy_of_base(policy.model)
+    key = "reference.adapter"
+    if policy.engine.sharded:
+        raise ValueError(
+            f"{key}={adapter} goes on the policy's own weights, which parallel=fsdp shards for training: name the "
+            "base, reference.path=<model>, or use parallel=ddp"
+        )
+    model = copy_of_base(policy.model)
     for line in other_base(adapter, key, model):
         raise ValueError(f"{line}; name its base: reference.path=<model> with {key}={adapter}")
     load_adapter(model, adapter, key, trainable=False)

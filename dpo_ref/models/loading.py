@@ -159,7 +159,8 @@ class Policy(TrainedModel):
 
     def save(self, folder: Path) -> None:
         """Weights (a trained adapter merged into them), config, tokenizer, chat template, and what ends an answer."""
-        save_policy(folder, self.model, self.tokenizer, self.adapter, end_of_turn_ids(self.tokenizer))
+        ends = end_of_turn_ids(self.tokenizer)
+        save_policy(folder, self.model, self.tokenizer, self.adapter, ends, self.engine)
 
 
 # --- loading

@@ -16,12 +16,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_ref.data.tokenise import end_of_turn_ids
+from dpo_ref.distributed import ranks
 from dpo_ref.files.digests import seal_folder
 from dpo_ref.files.writing import remove_abandoned, replacing_folder
 from dpo_ref.models.checkpoint import as_writing_fails
 from dpo_ref.models.folders import CARD
 from dpo_ref.models.loading import Policy, TrainedModel
 from dpo_ref.models.logps import response_scores
+from dpo_ref.models.sharding import gathered, whole
 from dpo_ref.types import PackedBatch, ResponseScores, Span
 
 
@@ -99,10 +101,12 @@ class RewardModel(TrainedModel):
 
     def save(self, folder: Path) -> None:
         """Backbone and head, config and tokenizer, as transformers reads its sequence classifiers."""
+        state, score = gathered(self.model.base_model.state_dict()), whole(self.model.score.weight.detach())
+        if not ranks().is_first:
+            return
         classifier, tokenizer = classifier_of(self.model), copy.deepcopy(self.tokenizer)
-        state: dict[str, Tensor] = self.model.base_model.state_dict()
         classifier.base_model.load_state_dict(state, assign=True)
-        classifier.score.weight = nn.Parameter(self.model.score.weight.detach())
+        classifier.score.weight = nn.Parameter(score)
         padding = padding_id(tokenizer)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
         classifier.config.pad_token_id = padding

@@ -7,7 +7,7 @@ torch.distributed.fsdp.fully_shard): a layer is gathered when it is asked, the h
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
-from dpo_ref.distributed import best_device, on_cuda
+from dpo_ref.distributed import best_device, on_cuda, ranks
 from dpo_ref.models.adapters import copy_of_trained
 from dpo_ref.models.layers import decoder_layers
 
@@ -32,9 +32,26 @@ def whole(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 
-def part(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def held(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """What this rank holds of a weight, in the same memory."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def held_of(model: nn.Module) -> dict[str, Tensor]:
+    """What this rank holds of a model's weights, by name."""
+    return {name: held(weight) for name, weight in model.named_parameters()}
+
+
+def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as all ranks hold them together, in main memory of the first one; nothing on the others."""
+    if not any(isinstance(value, DTensor) for value in state.values()):
+        return dict(state)
+    kept = {}
+    for name, value in state.items():
+        complete = whole(value).detach()
+        if ranks().is_first:
+            kept[name] = complete.cpu()
+    return kept
 
 
 class Parts:
@@ -47,19 +64,19 @@ class Parts:
             group["params"] = [self._taken(weight) for weight in group["params"]]
 
     def _taken(self, weight: nn.Parameter) -> nn.Parameter:
-        own = nn.Parameter(weight.detach().to_local()) if isinstance(weight, DTensor) else weight
+        own = nn.Parameter(held(weight.detach())) if isinstance(weight, DTensor) else weight
         self._parts[id(weight)] = weight, own
         return own
 
     def of(self, weight: nn.Parameter) -> nn.Parameter:
         """The part of one of the weights."""
-        return self._parts[id(weight)][1]
+        return self._parts.get(id(weight), (weight, weight))[1]
 
     def take_gradients(self) -> None:
         """Hand the gradients of sharded weights to their parts."""
         for weight, own in self._parts.values():
             if own is not weight:
-                own.grad, weight.grad = None if weight.grad is None else part(weight.grad), None
+                own.grad, weight.grad = None if weight.grad is None else held(weight.grad), None
 
 
 # --- how a model is trained on all ranks
@@ -82,6 +99,14 @@ class Engine:
         """A copy of the model that has weights of its own where they are trained."""
         return copy_of_trained(model)
 
+    def spread(self, model: nn.Module) -> Any:
+        """A further model, which is asked and not trained, held as this one is."""
+        return model
+
+    def as_saved(self, model: nn.Module) -> Any:
+        """The model as transformers knows it, which it can save with weights that it is handed."""
+        return model
+
 
 class _Run(nn.Module):
     """What DistributedDataParallel wraps: a model, and any work with it."""
@@ -97,7 +122,7 @@ class _Run(nn.Module):
 def _sum(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The gradients of a bucket, summed over ranks."""
     sent[0] += bucket.buffer().nbytes
-    reduced = dist.all_reduce(bucket.buffer(), async_op=True)
+    reduced: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     return reduced.get_future().then(lambda done: done.value()[0])
 
 
@@ -146,6 +171,15 @@ class Sharded(Engine):
                 module.set_requires_gradient_sync(last or self.plan.reduce == "every_pass", recurse=False)
         yield
 
+    def spread(self, model: nn.Module) -> Any:
+        """Every rank holds a part of it too."""
+        self.plan.shard(model)
+        return model
+
+    def as_saved(self, model: nn.Module) -> Any:
+        """What it was before it was sharded."""
+        return self.skeleton
+
     @torch.no_grad()
     def copy(self, model: nn.Module) -> Any:
         """A copy with parts of its own of all weights: FSDP shares none."""
@@ -153,7 +187,7 @@ class Sharded(Engine):
         self.plan.shard(bare)
         bare._apply(lambda value: torch.empty_like(value, device=best_device()) if value.is_meta else value)
         for own, weight in zip(bare.parameters(), model.parameters(), strict=True):
-            part(own).copy_(part(weight))
+            held(own).copy_(held(weight))
         return bare
 
 
@@ -212,17 +246,25 @@ class Sharding(Parallel):
         tied = _tied(model)
         for layer in decoder_layers(model):
             fully_shard(layer, **self._options)
-        # What is left of the trunk is gathered at its beginning and asked again at the end of the backward pass.
+        # What is left of the trunk is gathered once, for forward and backward pass.
         fully_shard(trunk, **self._options, reshard_after_forward=False)
+        trunk.register_forward_hook(_let_go)
         if tied:
             model.set_output_embeddings(Tied(model.get_input_embeddings()))
-        for name, module in model.named_children():
+        for module in model.children():
             if module is not trunk and any(True for _ in module.parameters()):
                 fully_shard(module, **self._options)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def _let_go(trunk: Any, _: Any, __: Any) -> None:
+    """Where no backward pass follows nothing would let go of what was gathered, and what follows would not see that
+    weights have changed since."""
+    if not torch.is_grad_enabled():
+        trunk.reshard()
 
 
 class Tied(nn.Module):
@@ -241,6 +283,9 @@ class Tied(nn.Module):
     @property
     def bias(self) -> None:
         """None."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
 
     def forward(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
         return nn.functional.linear(hidden, whole(self.weight))

@@ -10,9 +10,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from dpo_ref.component import RunPlan, component, configuration
-from dpo_ref.models.adapters import copy_of_trained
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.next_token import NextTokens, next_tokens, vocabulary_of
+from dpo_ref.models.sharding import held, held_of
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.policies import identity_of
@@ -70,7 +70,7 @@ class FollowingReference(Reference):
             self._model.get_submodule(module).register_parameter(last, own)
         self._own = set(state)
         for name, weight in self.own_weights().items():
-            weight.copy_(state[name])
+            held(weight).copy_(held(state[name]))
 
 
 def due(step: int, every: int, burn_in: int) -> bool:
@@ -93,8 +93,9 @@ class MovingReference(FollowingReference):
         the device."""
         if not due(step, self.every, self.burn_in):
             return
-        ours = dict(policy.named_parameters())
-        for name, weight in self.own_weights().items():
+        ours = held_of(policy)
+        for name, own in self.own_weights().items():
+            weight = held(own)
             weight.copy_(torch.where(made, weight.lerp(ours[name], self.share), weight))
 
 
@@ -106,9 +107,9 @@ class RoundReference(FollowingReference):
     @torch.no_grad()
     def begin_round(self, policy: nn.Module) -> None:
         """reference <- policy."""
-        ours = dict(policy.named_parameters())
+        ours = held_of(policy)
         for name, weight in self.own_weights().items():
-            weight.copy_(ours[name])
+            held(weight).copy_(ours[name])
 
 
 def _check_steps(kind: str, every: int, burn_in: int, cache: str) -> None:
@@ -164,7 +165,7 @@ def moving(
     instead, as in iterative DPO (SPPO, arXiv:2405.00675). Its log-probs are computed at every step: `cache` can only
     be off.
     """
-    weights, model = context.policy.weights, copy_of_trained(context.policy.model)
+    weights, model = context.policy.weights, context.policy.engine.copy(context.policy.model)
     initially = identity_of(context.policy.model, weights, context.policy.text_identity)
     if reset is not None:
         return RoundReference("moving", model, digest([initially, "moving", reset]), weights)
@@ -198,7 +199,8 @@ class Decay(NamedTuple):
 
 class BemaReference(FollowingReference):
     """EMA_t + alpha_t (theta_t - theta_0), renewed every `every` optimiser steps after `burn_in`, at which theta_0 is
-    taken. EMA and theta_0 lie in host memory, in float32 or more: they are looked at when the reference moves."""
+    taken. EMA and theta_0 lie in host memory, in float32 or more, as they are looked at when the reference moves; of
+    sharded weights they are sharded, where these are."""
 
     def __init__(
         self, model: nn.Module, identity: str, weights: str, decay: Decay, every: int, burn_in: int = 0
@@ -217,20 +219,22 @@ class BemaReference(FollowingReference):
     @torch.no_grad()
     def _begin(self, policy: nn.Module, made: Bool[Tensor, ""]) -> None:
         """theta_0 and EMA <- theta."""
-        ours = dict(policy.named_parameters())
-        for name, start in self._start.items():
+        ours = held_of(policy)
+        for name, kept in self._start.items():
+            start = held(kept)
             start.copy_(torch.where(made, ours[name], start.to(ours[name].device)))
-            self._ema[name].copy_(start)
+            held(self._ema[name]).copy_(start)
 
     @torch.no_grad()
     def _move(self, policy: nn.Module, share: float, correction: float, made: Bool[Tensor, ""]) -> None:
         """EMA <- (1 - beta_t) EMA + beta_t theta; reference <- EMA + alpha_t (theta - theta_0)."""
-        ours = dict(policy.named_parameters())
-        for name, weight in self.own_weights().items():
-            ema, start = self._ema[name].to(weight.device), self._start[name].to(weight.device)
+        ours = held_of(policy)
+        for name, own in self.own_weights().items():
+            weight = held(own)
+            ema, start = (held(kept[name]).to(weight.device) for kept in (self._ema, self._start))
             theta = ours[name].to(ema.dtype)
             ema = torch.where(made, ema.lerp(theta, share), ema)
-            self._ema[name].copy_(ema)
+            held(self._ema[name]).copy_(ema)
             weight.copy_(torch.where(made, ema + correction * (theta - start), weight))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -252,8 +256,9 @@ class BemaReference(FollowingReference):
 
 
 def _in_host_memory(weight: Tensor) -> Tensor:
-    """A copy of a weight in host memory, in float32 or more."""
-    return weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32), copy=True)
+    """A copy of a weight in host memory, in float32 or more; of a part of one, where it is."""
+    device = weight.device if held(weight) is not weight else torch.device("cpu")
+    return weight.detach().to(device, torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
 def _check_bema(every: int, burn_in: int, cache: str, **decay: Any) -> None:
@@ -296,4 +301,4 @@ def bema(
     weights, decay = context.policy.weights, Decay(ema_power, bias_power, lag, multiplier, min_ema_multiplier)
     initially = identity_of(context.policy.model, weights, context.policy.text_identity)
     identity = digest([initially, "bema", list(decay), every, burn_in])
-    return BemaReference(copy_of_trained(context.policy.model), identity, weights, decay, every, burn_in)
+    return BemaReference(context.policy.engine.copy(context.policy.model), identity, weights, decay, every, burn_in)

@@ -13,13 +13,14 @@ from torch import nn
 from dpo_ref.component import RunPlan, component, configuration
 from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.groups import Groups, MappedGroups
-from dpo_ref.models.adapters import adapter_off, changes_something, copy_of_trained
+from dpo_ref.models.adapters import adapter_off, changes_something
 from dpo_ref.models.asked import ModelSource, on_base_of
 from dpo_ref.models.checkpoint import base_digest, weights_digest
 from dpo_ref.models.folders import check_vocabulary
 from dpo_ref.models.loading import TrainedModel, check_revision
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.next_token import NextTokens, next_tokens, vocabulary_of
+from dpo_ref.models.sharding import whole
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.other_tokenizer import ReferenceText, from_text
@@ -118,7 +119,7 @@ def initial(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
     if cache == "auto":
         reference = precompute("initial", context.policy.model, identity, weights, context)
     else:
-        reference = LiveReference("initial", copy_of_trained(context.policy.model), identity, weights)
+        reference = LiveReference("initial", context.policy.engine.copy(context.policy.model), identity, weights)
     reference.notes = (*reference.notes, *_goes_on(context.policy))
     return reference
 
@@ -207,7 +208,7 @@ def other(
     if cache == "auto":
         return precompute("other", model, identity, weights, context)
     scorer_of(model).check(context.groups)
-    return LiveReference("other", model, identity, weights)
+    return LiveReference("other", context.policy.engine.spread(model), identity, weights)
 
 
 def model_reference(kind: str, model: nn.Module, context: ReferenceContext, cache: Cache) -> Reference:
@@ -217,7 +218,7 @@ def model_reference(kind: str, model: nn.Module, context: ReferenceContext, cach
     if cache == "auto":
         return precompute(kind, model, identity, weights, context)
     scorer_of(model).check(context.groups)
-    return LiveReference(kind, model, identity, weights)
+    return LiveReference(kind, context.policy.engine.spread(model), identity, weights)
 
 
 def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Reference:
@@ -263,7 +264,7 @@ def interpolate(
     differing = [name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name)]
     if differing:
         raise ValueError(f"reference=interpolate: {path} has other weights than the policy, such as {differing[0]}")
-    model.load_state_dict({name: torch.lerp(ours[name], theirs[name], share) for name in ours})
+    model.load_state_dict({name: torch.lerp(whole(ours[name]), theirs[name], share) for name in ours})
     return model_reference("interpolate", model, context, cache)
 
 

@@ -8,6 +8,7 @@ pass goes on: a crash loses at most one shard. Of runs that lack the same rows o
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
@@ -21,8 +22,8 @@ from safetensors.numpy import load, save
 from torch import nn
 
 from dpo_ref.data.groups import Groups
-from dpo_ref.data.packing import WINDOW, Pack, collate
-from dpo_ref.distributed import memory_for
+from dpo_ref.data.packing import WINDOW, Pack, Pass, collate, share_of
+from dpo_ref.distributed import memory_for, ranks
 from dpo_ref.files.cache import in_use, made_by_one
 from dpo_ref.files.digests import bytes_digest
 from dpo_ref.files.writing import needing_room, replacing
@@ -164,22 +165,24 @@ class _Shards:
         self._waiting, self._since = {}, time.monotonic()
 
 
-def _packs(
-    groups: Sequence[TokenGroup], missing: Sequence[int], context: ReferenceContext
-) -> Iterator[list[TokenGroup]]:
+def _passes(groups: Sequence[TokenGroup], missing: Sequence[int], context: ReferenceContext) -> Iterator[Pass]:
+    """This rank's over the groups that are missing."""
     scored = ProgressIn(context.work.progress, "reference log-probs", len(missing))
     for start in range(0, len(missing), WINDOW):
-        for pack in context.pack([groups[index] for index in missing[start : start + WINDOW]]):
-            yield pack
-            scored.advance(len(pack))
+        window = [groups[index] for index in missing[start : start + WINDOW]]
+        for each in share_of(window, context.pack).passes:
+            yield each
+            scored.advance(ranks().size * each.counts * len(each.groups))
 
 
 def _fill(
     scorer: Scorer, groups: Sequence[TokenGroup], missing: Sequence[int], folder: Path, context: ReferenceContext
 ) -> Rows:
     with _Shards(folder) as shards:
-        for pack in _packs(groups, missing, context):
-            shards.add(scorer(pack))
+        for pack, counts in _passes(groups, missing, context):
+            rows = scorer(pack)
+            if counts:
+                shards.add(rows)
     return shards.rows
 
 
@@ -234,7 +237,7 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
         folder.mkdir(parents=True, exist_ok=True)
     in_use(folder)
     keys = [row_key(group) for group in groups]
-    stored = _whole_rows(folder, set(keys))
+    stored = _rows_of_first(folder, keys)
     reused = [index for index, key in enumerate(keys) if key in stored]
     if reused:
         picked = reused[:: max(1, len(reused) // PROBES)][:PROBES]
@@ -242,10 +245,38 @@ def rows_of(scorer: Scorer, groups: Sequence[TokenGroup], identity: str, context
     missing = {key: index for index, key in enumerate(keys) if key not in stored}
     if not missing:
         return stored
-    with made_by_one(folder.with_name(f"{identity}-{digest(sorted(key.hex() for key in missing))}")):
-        stored |= _whole_rows(folder, missing.keys())  # what a run beside this one has made meanwhile
+    name = f"{identity}-{digest(sorted(key.hex() for key in missing))}"
+    with made_by_one(folder.with_name(name)) if ranks().is_first else nullcontext():
+        stored |= _rows_of_first(folder, list(missing))  # what a run beside this one has made meanwhile
         rest = [index for key, index in missing.items() if key not in stored]
-        return stored | _fill(scorer, groups, rest, folder, context) if rest else stored
+        if not rest:
+            return stored
+        made = _fill(scorer, groups, rest, folder, context)
+        return stored | (made if ranks().size == 1 else _made_by_all(folder, [keys[index] for index in rest]))
+
+
+def _rows_of_first(folder: Path, wanted: Sequence[bytes]) -> Rows:
+    """What is stored of the wanted rows, as the first rank finds it: all ask for the same rows then. Raises ValueError
+    where another rank does not find them."""
+    rows = _whole_rows(folder, set(wanted)) if ranks().is_first else {}
+    found = ranks().first(lambda: [index for index, key in enumerate(wanted) if key in rows])
+    return rows if ranks().is_first else _found(folder, [wanted[index] for index in found])
+
+
+def _made_by_all(folder: Path, wanted: Sequence[bytes]) -> Rows:
+    """The rows that all ranks have made together."""
+    ranks().wait()
+    return _found(folder, wanted)
+
+
+def _found(folder: Path, wanted: Sequence[bytes]) -> Rows:
+    rows, _ = read_shards(folder, set(wanted))
+    if len(rows) < len(set(wanted)):
+        raise ValueError(
+            f"rank {ranks().index} does not find {len(set(wanted)) - len(rows):,} rows of the reference's table in "
+            f"{folder} that the others have made: the cache must be one folder for all nodes (DPO_REF_CACHE=<folder>)"
+        )
+    return rows
 
 
 def logps_of_groups(

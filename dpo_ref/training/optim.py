@@ -27,8 +27,8 @@ from dpo_ref.models.sharding import Parts
 
 @dataclass(frozen=True, slots=True)
 class Optimisation:
-    """An optimiser, what it steps of the policy's weights, its learning rate as a function of the 0-based step, and the
-    norm gradients are clipped to."""
+    """An optimiser, what it steps of the policy's weights, its learning rate as a function of the 0-based step, and
+    the norm gradients are clipped to."""
 
     optimizer: torch.optim.Optimizer
     parts: Parts

@@ -141,7 +141,7 @@ class TrainingRun:
             self.evaluation.degenerate = state.get("degenerate", [])  # runs from before it was saved
         if self.selection is not None:
             self.selection.load_state(state.get("selection"))
-        checkpoint.load(saved, self.policy.model, self.optim.optimizer)
+        checkpoint.load(saved, self.policy.model, self.optim.optimizer, self.optim.parts.of)
         self.reference.load_state_dict(checkpoint.read_reference(saved))
         for name, value in state["running"].items():
             self.objective.running[name] = torch.tensor(value, dtype=torch.float64, device=self.policy.device)
@@ -208,7 +208,8 @@ class TrainingRun:
         state |= {"configuration": self.folder.configuration, **self.fingerprint(step)}
         model, optimizer, moved = self.policy.model, self.optim.optimizer, self.reference.state_dict()
         spare = [self.selection.best.step] if self.selection and self.selection.best else []
-        return checkpoint.save(self.checkpoints, model, optimizer, moved, state, keep=keep, spare=spare)
+        part = self.optim.parts.of
+        return checkpoint.save(self.checkpoints, model, optimizer, moved, state, keep=keep, spare=spare, part=part)
 
     def settle(self) -> None:
         """Wait until the last checkpoint is in its place. Raises OSError if it could not be put there, unless the
