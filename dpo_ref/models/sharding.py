@@ -119,7 +119,7 @@ class _Run(nn.Module):
         return work()
 
 
-def _sum(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum(sent: list[int], bucket: dist.GradBucket):  # torch takes its own word alone for what is returned
     """The gradients of a bucket, summed over ranks."""
     sent[0] += bucket.buffer().nbytes
     reduced: Any = dist.all_reduce(bucket.buffer(), async_op=True)
