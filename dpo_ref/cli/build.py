@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dpo_ref.cli.cache import check_cache, look_after_cache, record_uses
+from dpo_ref.cli.ranks import agree
 from dpo_ref.cli.resolve import RunConfig
 from dpo_ref.cli.table_export import check_export, export_reference
 from dpo_ref.component import Component
@@ -86,6 +87,7 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     policy = trained_model(config, work.device)
     groups, held_out, counts = prepare_groups(config, data, policy, tracker)
     rounds = rounds_of(config, work, policy, data, groups)
+    agree({"the training data": rounds.data.digest, "the held-out data": held_out.digest})
     fitting = (config.data.hooks.held_out or objective_groups)(config.objective, held_out)
     optim = config.optim.bound(optimisation)(config.optim, policy.model, rounds.num_steps)
     check_selection(config, rounds.num_steps, len(fitting))

@@ -9,14 +9,14 @@ import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.command_line import python
-from dpo_ref.cli.run_folder import Job, options_in, provenance
+from dpo_ref.cli.run_folder import Job, in_words, options_in, provenance
 from dpo_ref.distributed import joined, ranks, started_by_torchrun
 
 ALONE = "none"  # the member of `parallel` for one process
@@ -147,16 +147,28 @@ class Watch:
         """This rank has ended: by an error, if there are words."""
         self._over.set()
         self._thread.join()
-        self._store.set(_key("end", ranks().index), words)
+        with suppress(RuntimeError):  # who keeps it may be gone
+            self._store.set(_key("end", ranks().index), words)
+            if words:  # others look whether they have to say the same
+                self._wait_for_others()
+
+    def _wait_for_others(self) -> None:
+        until = time.monotonic() + 2 * BEAT
+        while time.monotonic() < until and not all(self._has("end", index) for index in range(ranks().size)):
+            time.sleep(BEAT / 20)
 
     def _sign(self) -> None:
         self._store.set(_key("beat", ranks().index), json.dumps([time.time(), LAST_LINE.line]))
 
     def _go_on(self) -> None:
         while not self._over.wait(BEAT):
-            self._sign()
-            if gone := self.gone(GONE):
-                os.write(2, f"error: {gone}\n".encode())
+            try:
+                self._sign()
+                gone = self.gone(GONE)
+            except RuntimeError:
+                gone = "the first rank has died, or its machine is not reached any more"
+            if gone and not self._over.wait(3 * BEAT):  # whoever is told by what it waits for says more
+                os.write(2, f"error: {of_rank()}{gone}\n".encode())
                 os._exit(1)
 
     def gone(self, after: float) -> str | None:
@@ -205,10 +217,11 @@ def said_by_first(words: str) -> bool:
         return False
     store, until = ranks().store, time.monotonic() + 3 * BEAT
     assert store is not None
-    while time.monotonic() < until:
-        if store.check([_key("end", 0)]):
-            return store.get(_key("end", 0)).decode() == words
-        time.sleep(BEAT / 4)
+    with suppress(RuntimeError):
+        while time.monotonic() < until:
+            if store.check([_key("end", 0)]):
+                return store.get(_key("end", 0)).decode() == words
+            time.sleep(BEAT / 20)
     return False
 
 
@@ -231,7 +244,17 @@ def _watched() -> Iterator[None]:
     _WATCHES[-1].start()
     try:
         yield
+    except (ValueError, OSError) as error:
+        said = said_by_first(in_words(error))
+        note_end(in_words(error))
+        if said:
+            raise SaidByFirst(str(error)) from error
+        raise
     except BaseException as error:
         note_end(f"{type(error).__name__}: {error}")
         raise
     note_end("")
+
+
+class SaidByFirst(ValueError):
+    """What the first rank has said already."""

@@ -99,7 +99,7 @@ def restore(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
                 f"{override} cannot change when a run goes on; only {', '.join(MAY_CHANGE[:-2])} can. "
                 "Leave it out, or start a new run"
             )
-        OmegaConf.update(saved, option, OmegaConf.select(cfg, option))
+        OmegaConf.update(saved, option, OmegaConf.select(cfg, option), merge=option not in job.choices)
         if option in job.choices:
             summary["choices"][option] = job.choices[option]
     saved.resume, saved.trust = cfg.resume, cfg.trust

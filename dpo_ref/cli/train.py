@@ -16,7 +16,7 @@ from dpo_ref.cli.build import NUM_SAMPLES, SAMPLE_TOKENS, Built, build, cache_re
 from dpo_ref.cli.check import check_run
 from dpo_ref.cli.command_line import ON_QUESTIONS, script
 from dpo_ref.cli.halving import check_search, climbed, ladder_of
-from dpo_ref.cli.ranks import lost_another, note_end, of_rank, said_by_first, together
+from dpo_ref.cli.ranks import SaidByFirst, lost_another, note_end, of_rank, said_by_first, together
 from dpo_ref.cli.recipes import RECORD, PlannedRecipe, recipe_in, recipe_of, run_recipe
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
@@ -288,9 +288,9 @@ def completed(cfg: DictConfig, job: Job) -> DictConfig:
 
 def _failed(error: Exception) -> Ended:
     words = without_keys(str(with_remedy(error)))
-    if not said_by_first(words):
+    if not isinstance(error, SaidByFirst) and not said_by_first(in_words(error)):
         print(f"error: {of_rank()}{words}", file=sys.stderr)
-    note_end(words)
+    note_end(in_words(error))
     return Ended(1, words)
 
 

@@ -94,6 +94,7 @@ class Pass(NamedTuple):
 class Share:
     """What a rank does of groups that all ranks have: as many passes as every other, at least one."""
 
+    groups: Sequence[TokenGroup]  # of all ranks
     passes: list[Pass]
     num_packs: int  # that count, on all ranks
     imbalance: float  # tokens of the rank that has most of them, over their mean
@@ -105,13 +106,14 @@ def share_of(groups: Sequence[TokenGroup], pack: Pack) -> Share:
     everyone = ranks()
     if everyone.size == 1:
         packs = pack(groups)
-        return Share([Pass(some) for some in packs], len(packs), 1.0)
+        return Share(groups, [Pass(some) for some in packs], len(packs), 1.0)
     parts = _balanced(groups, everyone.size)
     packs = [pack(part) if part else [] for part in parts]
     most, idle = max(map(len, packs)), Pass([min(groups, key=lambda group: group.num_tokens)], counts=False)
     own = [Pass(some) for some in packs[everyone.index]]
     loads = [sum(group.num_tokens for group in part) for part in parts]
-    return Share(own + (most - len(own)) * [idle], sum(map(len, packs)), max(loads) * len(loads) / max(1, sum(loads)))
+    imbalance = max(loads) * len(loads) / max(1, sum(loads))
+    return Share(groups, own + (most - len(own)) * [idle], sum(map(len, packs)), imbalance)
 
 
 def _balanced(groups: Sequence[TokenGroup], count: int) -> list[list[TokenGroup]]:

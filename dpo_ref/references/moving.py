@@ -13,6 +13,7 @@ from dpo_ref.component import RunPlan, component, configuration
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.next_token import NextTokens, next_tokens, vocabulary_of
 from dpo_ref.models.sharding import held, held_of
+from dpo_ref.models.shards import fill
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.policies import identity_of
@@ -70,7 +71,7 @@ class FollowingReference(Reference):
             self._model.get_submodule(module).register_parameter(last, own)
         self._own = set(state)
         for name, weight in self.own_weights().items():
-            held(weight).copy_(held(state[name]))
+            fill(weight, state[name])
 
 
 def due(step: int, every: int, burn_in: int) -> bool:
@@ -247,9 +248,11 @@ class BemaReference(FollowingReference):
         super().load_state_dict({n: w for n, w in state.items() if not n.startswith((EMA, START))})
         if not {f"{prefix}{name}" for prefix in self._kept() for name in self.own_weights()} <= state.keys():
             raise ValueError("the checkpoint's reference has no average of these weights (EMA and theta_0)")
-        self._ema, self._start = (
-            {name: _in_host_memory(state[f"{prefix}{name}"]) for name in self.own_weights()} for prefix in self._kept()
-        )
+        own = self.own_weights()  # which may be other weights by now
+        self._ema, self._start = ({name: _in_host_memory(weight) for name, weight in own.items()} for _ in range(2))
+        for prefix, kept in self._kept().items():
+            for name, value in kept.items():
+                fill(value, state[f"{prefix}{name}"])
 
     def _kept(self) -> dict[str, dict[str, Tensor]]:
         return {EMA: self._ema, START: self._start}

@@ -73,7 +73,7 @@ def timed_steps(
     policy.model.train()
     for step, groups in enumerate(batches):
         started = now(policy.device)
-        _, routing = backward(policy, reference, objective, groups, share_of(groups, pack))
+        _, routing = backward(policy, reference, objective, share_of(groups, pack))
         between = now(policy.device)
         _, made = update(policy, optim, step, made)
         yield StepTime(len(groups), routing.num_tokens, between - started, now(policy.device) - between)

@@ -228,21 +228,20 @@ def backward(
     policy: TrainedModel,
     reference: Reference,
     objective: Objective,
-    groups: Sequence[TokenGroup],
     share: Share,
     old: Reference | None = None,
     look: Look = unseen,
 ) -> tuple[Values, Routing]:
     """Accumulate the gradient of the mean loss over all items of an optimiser batch, and of a mixture's load-balancing
-    loss where it is asked for; the items' values, and what the experts did. `groups` are those of all ranks, `share`
-    is what this one does of them.
+    loss where it is asked for; the items' values, and what the experts did. `share` is what this rank does of the
+    batch.
 
     Every item weighs the same, however packer and ranks distribute them. `old` gives the log-probs of the policy that
     drew the responses. The objective's running statistic takes the batch in before its loss is computed, or its items'
     values after it. `look` sees what policy and reference say of the first pack.
     """
-    total = num_items(objective, groups)
-    routing = policy.routing(sum(group.num_tokens for group in groups))
+    total = num_items(objective, share.groups)
+    routing = policy.routing(sum(group.num_tokens for group in share.groups))
     statistics = batch_statistics(policy, reference, objective, share.passes)
     if statistics.whole is not None:
         objective.step(statistics.whole)
@@ -319,7 +318,7 @@ def train(
             before = Before(random_states(), dict(objective.running))
             share = share_of(groups, rounds.pack)
             look = step_zero(policy, reference) if step == 0 else unseen
-            values, routing = backward(policy, reference, objective, groups, share, current.old, look)
+            values, routing = backward(policy, reference, objective, share, current.old, look)
             metrics = mean_of(values) | {f"objective/{name}": value for name, value in objective.running.items()}
             metrics |= routing.metrics()
             metrics["grad_norm"], made = update(policy, optim, step, made & metrics["loss"].isfinite())
