@@ -77,10 +77,11 @@ class Stepper:
         """One step; seconds until its loss is known."""
         import torch
 
+        from dpo_ref.data.packing import share_of
         from dpo_ref.training.trainer import backward, update
 
         start = time.perf_counter()
-        values, _ = backward(self.policy, self.reference, self.objective, self.pack(batch))
+        values, _ = backward(self.policy, self.reference, self.objective, share_of(batch, self.pack))
         update(self.policy, self.optim, self.steps, torch.ones((), dtype=torch.bool, device=self.policy.device))
         float(values["loss"].mean())
         self.steps += 1

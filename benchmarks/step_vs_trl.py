@@ -48,6 +48,7 @@ def ours(args):
     import torch
 
     from dpo_ref.data import packing
+    from dpo_ref.data.packing import share_of
     from dpo_ref.distributed import keep_memory
     from dpo_ref.models.loading import Policy
     from dpo_ref.models.packable import install
@@ -75,7 +76,7 @@ def ours(args):
     before, seconds, losses = peak_mib(), [], []
     for step, batch in enumerate(steps):
         start = time.perf_counter()
-        values, _ = backward(policy, reference, bind(dpo, beta=BETA), pack(batch))
+        values, _ = backward(policy, reference, bind(dpo, beta=BETA), share_of(batch, pack))
         update(policy, optim, step, torch.tensor(True))
         losses.append(float(values["loss"].mean()))
         seconds.append(time.perf_counter() - start)

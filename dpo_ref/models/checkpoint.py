@@ -64,7 +64,7 @@ def save_policy(
         if (folder / CARD).is_file():
             shutil.copy2(folder / CARD, partial)
         if apart is not None:
-            save_adapter(adapter, apart, partial / "adapter")
+            save_adapter(adapter, partial / "adapter", apart)
             seal_folder(partial / "adapter")
         seal_folder(partial, besides=[CARD])
 

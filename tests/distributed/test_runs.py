@@ -1,5 +1,5 @@
-"""`train.py` on several ranks: what a run leaves, how it goes on with other numbers of ranks, what is refused, and what
-becomes of the rest when a rank is gone."""
+"""`train.py` on several ranks: what a run leaves, how it goes on with other numbers of ranks, what is refused, and
+what becomes of the rest when a rank is gone."""
 
 import json
 import os
@@ -8,12 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from tests.support.command import train, typed
+from tests.support.command import train, typed_here
 from tests.support.ranks import ended, ranks_started, typed_on_ranks
-from tests.support.command import typed_here
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=48", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
 RUN = [

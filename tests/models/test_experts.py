@@ -21,7 +21,7 @@ from dpo_ref.objectives.unpaired import sft
 from dpo_ref.references.policies import NoReference
 from dpo_ref.training.trainer import backward
 from tests.support.command import resolved, train
-from tests.support.tiny import SHAPE, policy_of, random_groups, tiny_model
+from tests.support.tiny import SHAPE, policy_of, random_groups, shared, tiny_model
 from tests.support.tokenizers_here import byte_bpe
 
 LAYOUT = ((5, (4, 7)), (1, (6, 1)), (12, (3, 2, 8)))
@@ -60,11 +60,11 @@ def test_added_once_a_step_whatever_the_packs():
         for ids in group.response_ids
     ]
     model, likelihood = mixtral(), bind(sft)
-    backward(policy_of(model), NoReference(), likelihood, [[group] for group in alone])
+    backward(policy_of(model), NoReference(), likelihood, shared([[group] for group in alone]))
     without = gradients(model)
     model.zero_grad()
     _, routing = backward(
-        replace(policy_of(model), router_loss=0.25), NoReference(), likelihood, [[group] for group in alone]
+        replace(policy_of(model), router_loss=0.25), NoReference(), likelihood, shared([[group] for group in alone])
     )
     added = gradients(model) - without
     model.zero_grad()
@@ -94,7 +94,7 @@ def test_packed_is_one_response_at_a_time(checkpointing):
             CHECKPOINTING[checkpointing](model)
         policy = replace(policy_of(model), router_loss=1.0)
         policy.train()
-        values, routing = backward(policy, NoReference(), DPO, [groups[:2], groups[2:]])
+        values, routing = backward(policy, NoReference(), DPO, shared([groups[:2], groups[2:]]))
         seen.append((values["loss"], gradients(model), routing))
     (loss, packed, routing), (loss_alone, alone, routing_alone) = seen
     torch.testing.assert_close(loss, loss_alone, atol=1e-5, rtol=1e-5)
@@ -114,7 +114,7 @@ def test_loads_by_hand():
 
 
 def test_a_dense_model_has_no_routing():
-    _, routing = backward(policy_of(tiny_model()), NoReference(), DPO, [random_groups(LAYOUT)])
+    _, routing = backward(policy_of(tiny_model()), NoReference(), DPO, shared([random_groups(LAYOUT)]))
     assert routing.metrics() == {}
     assert routers_of(tiny_model()) == ()
 

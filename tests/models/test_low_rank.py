@@ -16,7 +16,7 @@ from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import dpo
 from dpo_ref.references.policies import NoReference
 from dpo_ref.training.trainer import backward
-from tests.support.tiny import policy_of, random_groups, tiny_model
+from tests.support.tiny import policy_of, random_groups, shared, tiny_model
 
 OPTIONS = AdapterOptions(lora_rank=4, lora_alpha=12.0)
 SHAPES = [(3, 5), (7,), (0,), (2, 3, 2)]
@@ -89,7 +89,7 @@ def test_gradients_under_checkpointing_are_those_without(kind):
         CHECKPOINTING[checkpointing](model)
         policy = policy_of(model)
         policy.train()
-        backward(policy, NoReference(), bind(dpo, beta=0.1), [random_groups([(3, (4, 2)), (2, (5, 3))])])
+        backward(policy, NoReference(), bind(dpo, beta=0.1), shared([random_groups([(3, (4, 2)), (2, (5, 3))])]))
         found.append([weight.grad for weight in model.parameters() if weight.requires_grad])
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
 

@@ -20,7 +20,7 @@ from dpo_ref.references.policies import NoReference
 from dpo_ref.training.trainer import backward, evaluate
 from dpo_ref.types import PairScores
 from tests.support.reward_models import classified
-from tests.support.tiny import policy_of, random_groups, tiny_model
+from tests.support.tiny import policy_of, random_groups, shared, tiny_model
 
 LAYOUT = [(3 + i % 4, (2 + i % 5, 1 + i % 3)) for i in range(6)]
 
@@ -90,7 +90,7 @@ def test_gradients_equal_plain_autograd():
     for packs in ([groups], [groups[:1], groups[1:4], groups[4:]]):
         trained = scored_model()
         model = trained.model
-        values, _ = backward(trained, NoReference(), objective, packs)
+        values, _ = backward(trained, NoReference(), objective, shared(packs))
         torch.testing.assert_close(values["loss"].float(), torch.stack(losses).detach(), atol=1e-5, rtol=0)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
@@ -108,7 +108,7 @@ def test_no_vocabulary_logits_are_computed():
     model = trained.model
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
-    values, _ = backward(trained, NoReference(), bind(reward_model), [random_groups(LAYOUT)])
+    values, _ = backward(trained, NoReference(), bind(reward_model), shared([random_groups(LAYOUT)]))
     assert all(value.isfinite().all() for value in values.values())
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (name == "lm_head.weight")

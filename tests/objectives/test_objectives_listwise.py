@@ -19,7 +19,7 @@ from dpo_ref.references.policies import LiveReference
 from dpo_ref.training.trainer import backward
 from dpo_ref.types import ResponseLogps
 from tests.support.command import train
-from tests.support.tiny import VOCAB, naive_logps, policy_of, random_groups, tiny_model
+from tests.support.tiny import VOCAB, naive_logps, policy_of, random_groups, shared, tiny_model
 
 
 def ranking(order, ties=()):
@@ -97,7 +97,7 @@ def test_loss_and_gradient_of_lists_of_unequal_length(packing, tokens_per_chunk,
     trained = model(0)
     packs = PACKINGS[packing](list(GROUPS))
     reference = LiveReference("other", theirs, "id", "weights")
-    values, _ = backward(policy_of(trained), reference, bind(plackett_luce, beta=0.3), packs)
+    values, _ = backward(policy_of(trained), reference, bind(plackett_luce, beta=0.3), shared(packs))
     torch.testing.assert_close(values["loss"].mean(), loss.detach(), rtol=1e-9, atol=1e-9)
     assert len(values["rewards/margins"]) == sum(len(group.pairs) for group in GROUPS)
     for ours, expected in zip(trained.parameters(), gradients, strict=True):

@@ -36,7 +36,7 @@ from dpo_ref.references.policies import AdapterBase, LiveReference, NoReference
 from dpo_ref.training.trainer import backward, evaluate
 from dpo_ref.types import PairLogps, ResponseLogps
 from tests.support.command import resolved, train
-from tests.support.tiny import VOCAB, disturbed, policy_of, random_groups, tiny_model
+from tests.support.tiny import VOCAB, disturbed, policy_of, random_groups, shared, tiny_model
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + 3 * i % 5)) for i in range(9)]
 GROUPS = from_groups(
@@ -278,7 +278,7 @@ def test_loss_and_gradient_of_the_whole_batch(case, packing, tokens_per_chunk, m
     policy = make()
     objective.running.update(beta=numbers(MOVED)[0])
     packs = PACKINGS[packing](list(GROUPS))
-    values, _ = backward(policy_of(policy), refer(policy), objective, packs)
+    values, _ = backward(policy_of(policy), refer(policy), objective, shared(packs))
     torch.testing.assert_close(values["loss"].mean(), loss, rtol=1e-9, atol=1e-9)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     for ours, theirs in zip(trained, gradients, strict=True):
@@ -291,7 +291,7 @@ def test_held_out_data_has_the_loss_of_training_and_moves_nothing(name):
     objective.running.update(beta=numbers(MOVED)[0])
     evaluations = [evaluate(policy, other_of(None), objective, list(GROUPS), packing) for packing in PACKINGS.values()]
     assert objective.running == {"beta": MOVED}
-    values, _ = backward(policy, other_of(None), objective, PACKINGS["several packs"](list(GROUPS)))
+    values, _ = backward(policy, other_of(None), objective, shared(PACKINGS["several packs"](list(GROUPS))))
     for evaluation in evaluations:
         assert evaluation.keys() == values.keys()
         for key, value in values.items():
@@ -305,7 +305,7 @@ def test_epsilon_dpo_takes_steps_both_ways_here_and_moves_by_their_mean():
         epsilon_dpo_loss(words_of(policy, group), words_of(theirs, group), steps)
     assert {1, -1} <= set(steps)
     objective.running.update(beta=numbers(MOVED)[0])
-    values, _ = backward(policy_of(policy), other_of(None), objective, PACKINGS["several packs"](list(GROUPS)))
+    values, _ = backward(policy_of(policy), other_of(None), objective, shared(PACKINGS["several packs"](list(GROUPS))))
     assert float(values["beta/step"].mean()) == pytest.approx(sum(steps) / len(steps))
     assert float(objective.running["beta"]) == pytest.approx(MOVED / (1 + 0.2 * sum(steps) / len(steps)))
 
@@ -360,7 +360,7 @@ def test_a_divergence_of_ones_own():
 
 def gradients_of(objective, reference=None):
     policy = model_of(0)
-    values, _ = backward(policy_of(policy), reference or other_of(None), objective, [list(GROUPS)])
+    values, _ = backward(policy_of(policy), reference or other_of(None), objective, shared([list(GROUPS)]))
     objective.running.clear()
     return values, [parameter.grad for parameter in policy.parameters()]
 
@@ -398,7 +398,7 @@ def test_a_kl_alone_is_exact_where_log_ratios_of_tokens_are_an_estimate():
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     before = None
     for _ in range(60):
-        values, _ = backward(policy_of(policy), reference, objective, [list(GROUPS)])
+        values, _ = backward(policy_of(policy), reference, objective, shared([list(GROUPS)]))
         before = before or float(values["kl/reverse/per_token"].mean())
         optimizer.step()
         optimizer.zero_grad()
@@ -417,10 +417,10 @@ def test_passes_of_either_model():
         for model in (policy, reference.model):
             model.base_model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         packs = PACKINGS["several packs"](list(GROUPS))
-        backward(policy_of(policy), reference, objective, packs)
+        backward(policy_of(policy), reference, objective, shared(packs))
         counts[name] = len(passes) / len(packs)
     assert counts == dict.fromkeys(counts, 2)
-    backward(policy_of(model_of(0)), NoReference(), bind(simpo, kl_weight=0.0), [list(GROUPS)])
+    backward(policy_of(model_of(0)), NoReference(), bind(simpo, kl_weight=0.0), shared([list(GROUPS)]))
 
 
 # --- runs

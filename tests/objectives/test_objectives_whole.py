@@ -19,7 +19,7 @@ from dpo_ref.references.policies import LiveReference
 from dpo_ref.training.optim import adamw, optimisation
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
 from dpo_ref.training.trainer import backward, evaluate, train
-from tests.support.tiny import VOCAB, naive_logps, policy_of, random_groups, tiny_model
+from tests.support.tiny import VOCAB, naive_logps, policy_of, random_groups, shared, tiny_model
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + 3 * i % 5)) for i in range(9)]
 GROUPS = from_groups(
@@ -194,7 +194,7 @@ def test_loss_and_gradient_of_the_whole_batch(case, packing, tokens_per_chunk, m
     objective.running.update(tensors(running))
     packs = PACKINGS[packing](list(groups_for(objective, GROUPS)))
     assert (len(packs) == 1) == (packing == "one pack")
-    values, _ = backward(policy_of(policy), reference(), objective, packs)
+    values, _ = backward(policy_of(policy), reference(), objective, shared(packs))
     torch.testing.assert_close(values["loss"].mean(), loss, rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(policy.parameters(), gradients, strict=True):
         torch.testing.assert_close(ours.grad, theirs, rtol=1e-7, atol=1e-9)
@@ -254,7 +254,7 @@ def test_what_nothing_declares_is_not_computed(monkeypatch):
         policy, passes = model(0), []
         policy.base_model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         packs = PACKINGS["several packs"](list(groups_for(objective, GROUPS)))
-        backward(policy_of(policy), reference(), objective, packs)
+        backward(policy_of(policy), reference(), objective, shared(packs))
         counts[name] = len(passes) / len(packs)
     coupled = dict.fromkeys(("aot", "beta_dpo", "dr_dpo", "gamma_po", "alphadpo", "bco"), 2)
     assert counts == coupled | {"mix": 3.25, "dpo": 1, "kto": 2.25, "ld_dpo": 1, "wpo": 2}

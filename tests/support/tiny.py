@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dpo_ref.data.packing import Pass, Share
 from dpo_ref.models.attention import register
 from dpo_ref.models.loading import Policy
 from dpo_ref.types import TokenGroup
@@ -86,3 +87,9 @@ def policy_of(model: nn.Module, tokenizer=None, text_identity: str | None = None
     if text_identity is not None:
         vars(policy)["text_identity"] = text_identity
     return policy
+
+
+def shared(packs) -> Share:
+    """What one rank of one does of these packs."""
+    packs = list(packs)
+    return Share([group for groups in packs for group in groups], [Pass(groups) for groups in packs], len(packs), 1.0)

@@ -67,5 +67,5 @@ def test_windowed_packs_are_those_of_each_window_and_can_be_gone_through_again(m
     monkeypatch.setattr(packing, "WINDOW", 4)
     groups = random_groups([(3 + index, (2, 1)) for index in range(10)])
     packs = WindowedPacks(groups, PACK)
-    assert [[group.group_index for group in part] for part in packs] == [[3, 2, 1, 0], [7, 6, 5, 4], [9, 8]]
+    assert [[group.group_index for group in part] for part, _ in packs] == [[3, 2, 1, 0], [7, 6, 5, 4], [9, 8]]
     assert list(packs) == list(packs)

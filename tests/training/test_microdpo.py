@@ -127,7 +127,7 @@ def of_the_library(folder: Path, objective: str, reference: str, cache: Path) ->
     config = TrainerConfig(batch_size=BATCH, epochs=EPOCHS, max_steps=STEPS)
     rounds = OfflineRounds(groups, config, packing, SEED)
     steps = list(train(context.policy, loss_reference, OBJECTIVES[objective], optim, rounds))
-    assert max(step.num_packs for step in steps) > 1
+    assert max(step.share.num_packs for step in steps) > 1
     return [step.metrics["loss"].item() for step in steps]
 
 

@@ -24,7 +24,7 @@ from dpo_ref.types import Message, PromptGroup, ResponseLogps
 from tests.support.command import ROOT, composes, resolved, train
 from tests.support.exported import LAB, Naive, exported, rows_in, written
 from tests.support.given_columns import written as rows_to
-from tests.support.tiny import policy_of, random_groups, tiny_model
+from tests.support.tiny import policy_of, random_groups, shared, tiny_model
 
 COMMON = ("model.path=lab:tiny", "tracking=none", "trainer.batch_size=8")
 PACK = partial(pack, tokens_per_batch=40)
@@ -156,7 +156,7 @@ def test_a_pair_of_weight_two_is_two_pairs_and_one_of_weight_0_is_none():
         model = tiny_model(seed=0, dtype=torch.float64)
         policy = policy_of(model)
         reference = LiveReference("other", tiny_model(seed=1, dtype=torch.float64), "", "")
-        values, _ = backward(policy, reference, bind(dpo, beta=0.5), [[group] for group in batch])
+        values, _ = backward(policy, reference, bind(dpo, beta=0.5), shared([[group] for group in batch]))
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         losses.append(float(values["loss"].mean()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)

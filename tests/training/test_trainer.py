@@ -24,7 +24,7 @@ from dpo_ref.training.optim import SCHEDULES, adamw, adamw_bf16, muon, optimisat
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig
 from dpo_ref.training.trainer import backward, evaluate, step_zero, train
 from dpo_ref.types import PairLogps, ResponseLogps
-from tests.support.tiny import naive_logps, policy_of, random_groups, tiny_model
+from tests.support.tiny import naive_logps, policy_of, random_groups, shared, tiny_model
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + i % 4)) for i in range(10)]
 PACKING = partial(pack, tokens_per_batch=1000)
@@ -72,7 +72,7 @@ def test_half_precision_gives_float32_gradients_close_to_float32s():
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             batch = collate(groups)
             assert response_hidden(policy, batch).dtype == (torch.bfloat16 if half else torch.float32)
-            values, _ = backward(policy_of(policy), NoReference(), bind(dpo, beta=0.05), [groups])
+            values, _ = backward(policy_of(policy), NoReference(), bind(dpo, beta=0.05), shared([groups]))
         losses.append(values["loss"].mean().item())
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     assert gradients[1].dtype == torch.float32
@@ -117,7 +117,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit():
 
 def first_step(policy, reference, groups):
     """A first step up to its update."""
-    backward(policy, reference, bind(dpo, beta=0.1), [groups], look=step_zero(policy, reference))
+    backward(policy, reference, bind(dpo, beta=0.1), shared([groups]), look=step_zero(policy, reference))
 
 
 def test_a_policy_that_is_its_own_reference_starts_at_ln_2():
