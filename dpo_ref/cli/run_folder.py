@@ -44,7 +44,8 @@ SAME_RUN = ("output_dir", "resume", "tracking", "search")  # what may differ whe
 MAY_CHANGE = (
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",
     "trainer.stop_when_degenerate", "trainer.keep_best", "trainer.patience", "evaluation.every",
-    "data.tokens_per_batch", "model.gradient_checkpointing", "device", "tracking", "search", "resume", "trust",
+    "data.tokens_per_batch", "model.gradient_checkpointing", "generation.url",
+    "device", "tracking", "search", "resume", "trust",
 )  # fmt: skip
 
 
