@@ -154,7 +154,7 @@ def read_samples(folder: Path) -> Samples | None:
 LARGE_GAP = 0.05  # nats per token in the mean; computing in bfloat16 makes some 0.02 (references/served.py)
 
 
-def server_differences(samples: Samples, here: Sequence[Float[np.ndarray, " tokens"]]) -> dict[str, float]:
+def server_differences(samples: Samples, here: Sequence[Float[np.ndarray, " _"]]) -> dict[str, float]:
     """How the log-probs of the server that drew the samples differ from those computed here (for each sample, of its
     tokens), in nats: d = log p_server - log p_here of every token drawn.
 
