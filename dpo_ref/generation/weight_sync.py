@@ -29,6 +29,7 @@ from dpo_ref.models.loading import Policy
 from dpo_ref.models.server import Server, ServerRefused, ServerUnavailable
 from dpo_ref.types import digest
 
+ASKING = 10.0  # seconds that a server has to say what it serves
 FIRST_RETRIES = 2  # vLLM says with a 500, which is tried again elsewhere, that it cannot take an adapter
 NAME_LENGTH = 60  # characters of a run's name in that of its policies
 
@@ -47,6 +48,8 @@ class WeightSync(ABC):
         run = run.resolve()
         self.run = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', run.name)[-NAME_LENGTH:]}-{digest([str(run)])[:6]}-round-"
         self.handed_over = False
+        # A list and an unloading take no time: a server that hangs shall not hold up the end of a run.
+        self.asking = replace(server, retries=FIRST_RETRIES, timeout=min(server.timeout, ASKING))
 
     def hand_over(self, index: int) -> str:
         """Have the server serve the policy as it is before the round with this 0-based index; returns its name there.
@@ -65,7 +68,7 @@ class WeightSync(ABC):
 
     def names(self, retries: int = FIRST_RETRIES) -> list[str]:
         """What the server says it serves. Raises `ServerUnavailable`."""
-        return replace(self.server, retries=retries).models() or []
+        return replace(self.asking, retries=retries).models() or []
 
     @abstractmethod
     def write(self, folder: Path) -> None:
@@ -125,10 +128,10 @@ class AdapterLoading(WeightSync):
     def _unload_others(self, name: str) -> list[str]:
         """Unload this run's adapters but the one of this name, also those that a killed process left; returns what the
         server serves."""
-        served, hasty = self.names(), replace(self.server, retries=FIRST_RETRIES)
+        served = self.names()
         for other in (each for each in served if each.startswith(self.run) and each != name):
-            with suppress(ServerRefused):  # it is not there any more
-                hasty.order("/unload_lora_adapter", {"lora_name": other})
+            with suppress(ServerRefused, ServerUnavailable):  # it is gone, or stays; nobody asks for it any more
+                self.asking.order("/unload_lora_adapter", {"lora_name": other})
         return served
 
     def _load(self, name: str, folder: Path) -> None:
@@ -164,7 +167,6 @@ class AdapterLoading(WeightSync):
 
 
 POLL = 0.5  # seconds between two looks at whether the server is up
-ASKING = 10.0  # seconds that it has to say so
 ENDING = 30.0  # seconds that a server has to end after SIGTERM
 LAST_LINES = 12  # of the command's output, in messages
 PLACEHOLDERS = ("{folder}", "{name}")
@@ -215,14 +217,10 @@ class RestartCommand(WeightSync):
 
     def _wait_for(self, name: str, process: "subprocess.Popen[bytes]") -> None:
         """Return once the server has the policy. Raises ValueError where the command fails, or it takes too long."""
-        asked, end, served = (
-            replace(self.server, retries=0, timeout=ASKING),
-            time.monotonic() + self.seconds,
-            "nothing",
-        )
+        end, served = time.monotonic() + self.seconds, "nothing"
         while time.monotonic() < end:
             try:
-                names = asked.models() or []
+                names = self.names(retries=0)
                 if name in names:
                     return
                 served = ", ".join(names) or served

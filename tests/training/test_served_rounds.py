@@ -84,7 +84,11 @@ def gap(policy, generations):
 # --- an adapter
 
 
-@pytest.mark.parametrize("words", [[], ["model.lora_rslora=true"], ["model.lora_init=pissa"]], ids=["", "rs", "pissa"])
+SLOW = pytest.mark.slow
+KINDS = [[], pytest.param(["model.lora_rslora=true"], marks=SLOW), ["model.lora_init=pissa"]]
+
+
+@pytest.mark.parametrize("words", KINDS, ids=["plain", "rank-stabilised", "pissa"])
 def test_an_adapter_is_loaded_before_each_round(words, serve, tmp_path):
     """A fresh one, which changes nothing yet, and one that has learnt something: the server's log-probs are ours."""
     server, policy = serve(), trained_policy(*LORA, *words)
@@ -215,7 +219,9 @@ def command(server):
     return shlex.join([sys.executable, "-c", RESTARTED, f"{server.url}/restart", body])
 
 
-@pytest.mark.parametrize("words", [LORA[:1], [*LORA, "model.lora_dora=true"]], ids=["all weights", "DoRA"])
+@pytest.mark.parametrize(
+    "words", [LORA[:1], pytest.param([*LORA, "model.lora_dora=true"], marks=SLOW)], ids=["all", "DoRA"]
+)
 def test_whole_weights_go_by_a_folder_and_a_command(words, serve, tmp_path):
     server, policy = serve(), trained_policy(*words)
     rounds = served(policy, tmp_path / "a run", server.url, restart=command(server))
@@ -321,7 +327,7 @@ def by_server(server):
     return ["generation=served", f"generation.url={server.url}", "generation.timeout=20", "generation.retries=1"]
 
 
-@pytest.mark.parametrize("weights", ["adapter", "whole"])
+@pytest.mark.parametrize("weights", ["adapter", pytest.param("whole", marks=SLOW)])
 def test_a_served_run_is_the_one_in_memory(weights, serve, tmp_path):
     """Greedy answers say what the policy is before each round; both runs train on the same, and end with the same."""
     server = serve()
@@ -337,6 +343,7 @@ def test_a_served_run_is_the_one_in_memory(weights, serve, tmp_path):
     assert [[g.token_ids for g in each] for each in served_answers] == [
         [g.token_ids for g in each] for each in answers
     ]
+    assert not any("on_policy/server_gap" in row for row in rounds_of(tmp_path / "served"))  # at temperature 0
     initial = run(tmp_path / "still", *GREEDY, "optim.lr=1e-12", *restart[:1])
     assert initial.returncode == 0
     assert generations_of(tmp_path / "still")[1] != answers[1]  # the second round is of a policy that has moved
@@ -346,8 +353,10 @@ def test_a_served_run_is_the_one_in_memory(weights, serve, tmp_path):
 
 def test_a_run_reports_how_the_server_differs(serve, tmp_path):
     """With the policy's own model by rounding alone; with another base by what the user is told."""
-    done = run(tmp_path / "run", *DPO, *by_server(serve()))
+    server = serve()
+    done = run(tmp_path / "run", *DPO, *by_server(server))
     assert done.returncode == 0, done.stderr
+    assert server.names() == [server.name]
     assert "differ from the policy's" not in done.stdout
     for row in rounds_of(tmp_path / "run"):
         assert 0 < row["on_policy/server_gap"] <= row["on_policy/server_gap_max"] < 1e-4
@@ -390,6 +399,14 @@ def test_a_run_whose_server_was_lost_goes_on_with_another(serve, tmp_path):
     ]
     assert rounds_of(tmp_path / "run")[1]["on_policy/server_gap"] < 1e-4
     assert not list((tmp_path / "run" / "rounds").glob("*/*.partial.jsonl"))
+
+
+def test_rounds_that_are_sampled_at_once_are_of_one_policy(serve, tmp_path):
+    server = serve()
+    done = run(tmp_path / "run", *DPO, "data.sample_every=2", *by_server(server))
+    assert done.returncode == 0, done.stderr
+    assert [order for order, _ in server.orders] == ["load_lora_adapter", "unload_lora_adapter"]
+    assert len({body["model"] for body in server.bodies}) == 1
 
 
 def test_a_round_that_is_on_disk_is_not_asked_for_again(serve, tmp_path):
