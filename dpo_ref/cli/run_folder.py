@@ -42,10 +42,10 @@ CONFIG, ERROR = "config.yaml", "error.txt"
 TRAINED = ("metrics.jsonl", "checkpoints", "policy")  # what a run leaves once it trains
 SAME_RUN = ("output_dir", "resume", "tracking", "search")  # what may differ when a sweep's command is typed again
 MAY_CHANGE = (
+    "generation.url",
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",
     "trainer.stop_when_degenerate", "trainer.keep_best", "trainer.patience", "evaluation.every",
-    "data.tokens_per_batch", "model.gradient_checkpointing", "generation.url",
-    "device", "tracking", "search", "resume", "trust",
+    "data.tokens_per_batch", "model.gradient_checkpointing", "device", "tracking", "search", "resume", "trust",
 )  # fmt: skip
 
 

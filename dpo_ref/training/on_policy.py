@@ -381,7 +381,7 @@ class OnPolicyRounds(Rounds):
             if lacking := [each for each in due if not self._is_drawn(each)]:
                 told = self._sampler.policy.hand_over(first)
                 for each in lacking:
-                    self._draw(each, told)
+                    self._draw(each, told if each == lacking[0] else {})
         samples = read_samples(self._folder(index))
         if samples is None:
             raise Damaged(f"{self._folder(index)} is not complete", LOST)
