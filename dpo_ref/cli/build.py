@@ -212,7 +212,9 @@ def rounds_of(
         pack=config.data.bound(pack),
         config=config.trainer,
     )
-    rounds = config.data.bound(config.data.hooks.rounds or offline)(context)
+    sampled = config.generation and config.generation.bound(config.generation.hooks.sampled)  # pyright: ignore
+    handed_over = (context, sampled) if sampled else (context,)
+    rounds = config.data.bound(config.data.hooks.rounds or offline)(*handed_over)
     say(*rounds.notes)
     return rounds
 

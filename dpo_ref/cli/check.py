@@ -494,7 +494,7 @@ def _answers(trial: Trial, steps: int, a_token: float) -> list[Spent]:
         count, tokens = options["num_prompts"] * options["samples_per_prompt"], options["max_new_tokens"]
         seconds = times * answers_seconds(a_token, count, options["batch_size"], tokens, device)
         spent.append(Spent("answers", f"{times} times {count}, of {tokens} tokens at most", seconds))
-    if trial.rounds.live:
+    if trial.rounds.live and config.generation is None:
         options = config.data.options
         count, tokens = options["prompts_per_round"] * options["samples_per_prompt"], options["max_new_tokens"]
         each = answers_seconds(a_token, count, options["generation_batch_size"], tokens, device)

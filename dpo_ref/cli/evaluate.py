@@ -19,7 +19,7 @@ from dpo_ref.cli.command_line import python, typed_words
 from dpo_ref.cli.compatibility import CompatibilityRequest, run_compatibility, title_of
 from dpo_ref.cli.exports import STAGE as EXPORT
 from dpo_ref.cli.exports import check_export, publish, run_export
-from dpo_ref.cli.resolve import component, components
+from dpo_ref.cli.resolve import component, components, refuse_of_rounds
 from dpo_ref.cli.saved_run import check_servers, check_unchanged, read_run, read_summary, refuse_unused_trust
 from dpo_ref.cli.schemas import HubOptions
 from dpo_ref.cli.side_by_side import SideJob, at_a_time, run_side_by_side, swept_names
@@ -116,6 +116,7 @@ class Evaluator:
         """The components of an evaluation."""
         parts = components(*self.tree(run, path), "evaluate")
         check_temperature(parts, self.overrides)
+        refuse_of_rounds(parts["generation"], self.overrides)
         return parts
 
     def data_seed(self, subject: PolicyToEvaluate) -> int:

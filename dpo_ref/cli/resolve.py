@@ -175,6 +175,7 @@ class RunConfig:
     evaluation: Component | None = None  # while training
     selection: Criterion | None = None  # of the policy that is kept
     degeneration: Thresholds = field(default_factory=Thresholds)
+    generation: Component | None = None  # where rounds are sampled, unless here
     bandit: Component | None = None  # trained instead of the model
     search: Component | None = None  # which ends it at a rung to compare it with others
     export_to: str | None = None  # the folder for the reference's log-probs (stage=cache_reference)
@@ -314,6 +315,27 @@ def _in_memory(objective: Objective, reference: Component) -> Component:
     return live
 
 
+def _check_sampled(generation: Component) -> None:
+    """Raise ValueError for an engine that a policy in training does not answer through."""
+    if generation.hooks.sampled is None:
+        raise ValueError(
+            f"generation={generation.name} belongs to evaluate.py: rounds of data=on_policy are sampled here, as "
+            "data.temperature and data.max_new_tokens say, unless a server does it (generation=served); leave it out"
+        )
+
+
+def refuse_of_rounds(generation: Component, overrides: Sequence[str]) -> None:
+    """Raise ValueError for options of an engine that have an effect in training alone."""
+    sampled = generation.hooks.sampled
+    of_rounds = configuration(sampled).keys() - configuration(generation.function).keys() if sampled else ()
+    for name in sorted(of_rounds):
+        if f"generation.{name}" in _keys(overrides):
+            raise ValueError(
+                f"generation.{name} has no effect on an evaluation: it belongs to rounds of training (train.py "
+                f"data=on_policy generation={generation.name}); leave it out"
+            )
+
+
 def _while_training(
     evaluation: Component | None, trainer: TrainerConfig, overrides: Sequence[str]
 ) -> Component | None:
@@ -401,6 +423,9 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
     reference = parts["reference"]
     if "bandit" in parts:
         parts["bandit"].hooks.check_run(objective, plan)
+    if "generation" in parts:
+        _check_sampled(parts["generation"])
+        parts["generation"].hooks.check_run(objective, plan)
     if not objective.uses_reference and reference.name not in ("auto", "none"):
         raise ValueError(
             f"reference={reference.name} has no effect: objective={objective.name} uses no reference; "
@@ -432,6 +457,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
         evaluation=evaluation,
         selection=_selection(trainer, evaluation),
         degeneration=Thresholds(**OmegaConf.to_container(cfg.get("degeneration") or OmegaConf.create())),  # pyright: ignore
+        generation=parts.get("generation"),
         bandit=parts.get("bandit"),
         search=parts.get("search"),
         export_to=_export_to(cfg),

@@ -51,6 +51,7 @@ SAME_RUN = (
     "parallel",
 )  # what may differ when a sweep's command is typed again
 MAY_CHANGE = (
+    "generation.url",
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",
     "trainer.stop_when_degenerate", "trainer.keep_best", "trainer.patience", "evaluation.every",
     "data.tokens_per_batch", "model.gradient_checkpointing", "device", "parallel",

@@ -289,17 +289,19 @@ def _refuse_links_outside(folder: Path, option: str) -> None:
 
 
 OF_OPENAI = "OPENAI_API_KEY"  # to whom it goes unless told otherwise
+RESTART = "restart"  # the option of generation=served that is a command
 
 
 class _Unconfirmed(NamedTuple):
     key: str
-    word: str  # an address, or the name of a variable that holds a key
+    word: str  # an address, the name of a variable that holds a key, or a command
     consequence: str
 
 
 def check_servers(tree: DictConfig, confirmed: Any, option: str) -> None:
-    """Raise ValueError for a server, or a key, that a saved configuration alone names. `confirmed` is `trust=`: what
-    the command line says may be asked and sent. A server on this machine needs it where a key would be sent."""
+    """Raise ValueError for a server, a key or a command that a saved configuration alone names. `confirmed` is
+    `trust=`: what the command line says may be asked, sent and run. A server on this machine needs it where a key
+    would be sent."""
     given = set(_words(confirmed))
     left = [each for each in _unconfirmed(OmegaConf.to_container(tree)) if each.word.rstrip("/") not in given]
     left = [each for each in left if each.word not in _own_addresses()] if left else []
@@ -318,6 +320,8 @@ def _unconfirmed(tree: Any) -> Iterator[_Unconfirmed]:
         variable = variables.get(key.rpartition(".")[0], KEY)
         if name == "key_variable" and value not in (OF_OPENAI, KEY, None) and os.environ.get(str(value)):
             yield _Unconfirmed(key, str(value), "what that variable holds would be sent to a server as a key")
+        if name == RESTART and value is not None:
+            yield _Unconfirmed(key, str(value), "that command would be run")
         if not isinstance(value, str) or not re.match(r"\s*https?:", value, re.IGNORECASE):
             continue
         if os.environ.get(variable):

@@ -128,6 +128,7 @@ class TrainSchema:
     parallel: Any = MISSING
     tracking: Any = MISSING
     evaluation: Any = None  # while training
+    generation: Any = None  # where rounds are sampled, unless here
     bandit: Any = None  # instead of a language model
     search: Any = None  # which jobs of a sweep train to their end
     recipe: Any = None  # a chain of runs instead of one
@@ -214,10 +215,11 @@ def locate(target: str) -> Callable[..., Any]:
 
 
 def parts_of(group: str, component: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
-    """Whose options a member of a group takes: its own, those of how its groups come about (`rounds.py`) or how
-    what it looks at is made (`quantiles.py`), and those its group shares, unless a member inside it brings them."""
+    """Whose options a member of a group takes: its own, those of how its groups come about (`rounds.py`), how what it
+    looks at is made (`quantiles.py`) or how a policy in training answers (`generation/served.py`), and those its group
+    shares, unless a member inside it brings them."""
     hooks = hooks_of(component)
-    own = (component, *(part for part in (hooks.rounds, hooks.prepare) if part is not None))
+    own = (component, *(part for part in (hooks.rounds, hooks.prepare, hooks.sampled) if part is not None))
     inside = {member_group(hint) for part in own for hint in annotations(part).values()}
     return own if group in inside else (*own, *SHARED.get(group, ()))
 

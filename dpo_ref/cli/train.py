@@ -346,7 +346,10 @@ def _train(cfg: DictConfig, job: Job, run: RunConfig) -> None:
 # --- what a run did, in the words of the terminal's closing summary
 
 
-TOLD = ("train/loss", "train/rewards/accuracies", "eval/loss", "eval/rewards/accuracies", "on_policy/reward_mean")
+TOLD = (
+    "train/loss", "train/rewards/accuracies", "eval/loss", "eval/rewards/accuracies", "on_policy/reward_mean",
+    "on_policy/server_gap",
+)  # fmt: skip
 
 
 def summary_rows(training: TrainingRun) -> dict[str, str]:

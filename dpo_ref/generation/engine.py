@@ -50,12 +50,14 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came of a request: `token_ids` with the end token if it was drawn, `output` without it."""
+    """What came of a request: `token_ids` with the end token if it was drawn, `output` without it; `logps` are the
+    first tokens' log-probs, in nats, where who drew them says so."""
 
     token_ids: tuple[int, ...]
     output: str
     finish_reason: Literal["stop", "length"]
     tokens: Literal["drawn", "text"] = "drawn"
+    logps: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,24 @@ class Engine(Protocol):
         self, requests: Sequence[Request], skip: Set[int], progress: Progress
     ) -> Generator[Mapping[int, Answer], None, None]:
         """Answers by the index of their request, as they come; `skip` are requests that need none."""
+        ...
+
+
+@runtime_checkable
+class SampledPolicy(Protocol):
+    """The policy that is trained, as rounds of training sample from it."""
+
+    def hand_over(self, index: int) -> Mapping[str, float]:
+        """What answers from here on is the policy as it is now, before the round with this 0-based index. Returns
+        metrics of it."""
+        ...
+
+    def answer(self, prompts: Sequence[Asked], seed: int, folder: Path) -> list[Generation]:
+        """Answers to every prompt, ordered by prompt and sample; `folder` is the round's own."""
+        ...
+
+    def close(self) -> None:
+        """No further round is sampled."""
         ...
 
 
@@ -293,6 +313,7 @@ def _record(
         question_id=question.id,
         category=question.category,
         tokens=answer.tokens,
+        logps=answer.logps,
         tools=question.tools,
         template_options=question.template_options,
         parsed=said,

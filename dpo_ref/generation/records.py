@@ -22,7 +22,8 @@ class Generation:
     counts the questions of a prompt set; answers of one conversation share it, and `turn` counts them from 1. The
     prompt of a later turn holds the answers before it. `prompt_set`, `question_id` and `category` are the question
     file's own. `tokens` is "text" where a server gave text alone, so that `token_ids` are its encoding and need not
-    be what was drawn.
+    be what was drawn. `logps` are log-probs of the tokens by the server that drew them, in nats; the end token's is
+    lacking where a server leaves that token out.
     """
 
     prompt: tuple[Message, ...]
@@ -44,6 +45,7 @@ class Generation:
     tokens: Literal["drawn", "text"] = "drawn"
     tools: tuple[dict[str, Any], ...] | None = None
     template_options: dict[str, Any] | None = None
+    logps: tuple[float, ...] | None = None
     parsed: dict[str, Any] | None = None  # the answer as a message, where thought, calls and words can be told apart
 
     @property
@@ -78,7 +80,7 @@ class Generation:
         return self.token_ids[:-1] if self.finished else self.token_ids
 
 
-OPTIONAL = ("tools", "template_options", "parsed")  # left out of lines that have none
+OPTIONAL = ("tools", "template_options", "logps", "parsed")  # left out of lines that have none
 
 
 def line_of(generation: Generation) -> str:
@@ -106,6 +108,7 @@ def record_of(line: bytes, where: str, remedy: str = SAMPLE_AGAIN) -> Generation
         values: dict[str, Any] = {name: row[name] for name in REQUIRED} | {n: row[n] for n in LATER if n in row}
         values |= {name: tuple(values[name]) for name in ("prompt", "prompt_ids", "token_ids")}
         values["tools"] = tuple(values["tools"]) if values.get("tools") else None
+        values["logps"] = None if values.get("logps") is None else tuple(values["logps"])
     except (KeyError, TypeError) as error:
         raise Damaged(f"{where} is not a generation: it lacks {error}", remedy) from error
     return Generation(**values)

@@ -157,6 +157,18 @@ def _whole(answer: Any) -> Any:
     return answer
 
 
+def _json(body: bytes) -> Any:
+    """What `body` says; None where it is no JSON."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):  # thousands of brackets
+        return None
+
+
+def _text(body: bytes) -> str:
+    return body.decode(errors="replace")
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """A server at the base address `url`. A request is tried 1 + `retries` times and given `timeout` seconds without a
@@ -178,6 +190,11 @@ class Server:
         """
         return self._ask(path, json.dumps(content).encode(), read)
 
+    def order(self, path: str, content: Mapping[str, Any]) -> None:
+        """Have the server do something. What it says once that is done is for people, and need not be JSON. Raises as
+        `post` does."""
+        self._ask(path, json.dumps(content).encode(), _whole, _text)
+
     def models(self) -> list[str] | None:
         """The names under which models are served; None where the server does not say. Raises `ServerUnavailable`."""
         try:
@@ -185,10 +202,12 @@ class Server:
         except (ServerRefused, LookupError, TypeError):
             return None
 
-    def _ask(self, path: str, data: bytes | None, read: Callable[[Any], Any]) -> Any:
+    def _ask(
+        self, path: str, data: bytes | None, read: Callable[[Any], Any], parse: Callable[[bytes], Any] = _json
+    ) -> Any:
         for attempt in range(self.retries + 1):
             try:
-                return self._read(self._sent(path, data), read)
+                return self._read(self._sent(path, data), read, parse)
             except _Passing as failure:
                 if attempt == self.retries or self.stop.wait(pause(attempt, failure.wait)):
                     raise ServerUnavailable(str(failure)) from None
@@ -218,12 +237,12 @@ class Server:
         key = os.environ.get(self.key_variable)
         return hide(_spelled_out(received.decode("latin-1")), key).encode("latin-1") if key else received
 
-    def _read(self, response: httpx2.Response, read: Callable[[Any], Any]) -> Any:
+    def _read(self, response: httpx2.Response, read: Callable[[Any], Any], parse: Callable[[bytes], Any]) -> Any:
         body = self._without_key(response.content)
         if not response.is_success:
             raise self._failure(response, body)
         beginning = repr(body[:80].decode(errors="replace"))
-        if (answer := _json(body)) is None:
+        if (answer := parse(body)) is None:
             raise _Passing(f"the answer is not JSON; it begins with {beginning}")
         try:
             return read(answer)
@@ -251,14 +270,6 @@ def _spelled_out(body: str) -> str:
 def _letter(escape: re.Match[str]) -> str:
     letter = chr(int(escape[1], 16)) if escape[1] else ""
     return letter if letter.isalnum() or letter in tuple("-_.~+/=") else escape[0]
-
-
-def _json(body: bytes) -> Any:
-    """What `body` says; None where it is no JSON."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):  # thousands of brackets
-        return None
 
 
 def _complaint(body: bytes, reason: str) -> tuple[str, Any]:

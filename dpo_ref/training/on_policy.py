@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -15,17 +15,20 @@ from statistics import fmean, pstdev
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from dpo_ref.component import LEFT_OPEN, MemberOf, RunPlan, component
 from dpo_ref.data.groups import Groups, TokenGroups, from_groups
 from dpo_ref.data.packing import epoch_order, steps_per_epoch
 from dpo_ref.files.digests import Damaged, sealed, unsealed
 from dpo_ref.files.writing import write_json
+from dpo_ref.generation.engine import SampledPolicy, Sampling, answer, held_out
 from dpo_ref.generation.records import Generation, Scores, read_generations, write_generations
-from dpo_ref.generation.sampling import generate
+from dpo_ref.generation.sampling import Local
+from dpo_ref.models.asked import Workspace
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.objectives.interface import Objective
-from dpo_ref.references.table import PrecomputedReference, Rows, read_shards, score, write_shard
+from dpo_ref.references.table import PrecomputedReference, Rows, read_shards, row_key, score, write_shard
 from dpo_ref.tracking.terminal import say
 from dpo_ref.training.advantages import ADVANTAGES, PAIRS, Grouping, Picked, all_with, best_of_n, bradley_terry
 from dpo_ref.training.rounds import Round, Rounds, RoundsContext, groups_for
@@ -45,6 +48,13 @@ class Samples:
     rewards: list[float]
     sample_seconds: float
     score_seconds: float
+    server: dict[str, float] = field(default_factory=dict)  # metrics of one that drew them
+
+    @property
+    def have_server_logps(self) -> bool:
+        """Whether a server gave log-probs that are the policy's own. At other temperatures than 1 servers differ in
+        whether they give those before or after it."""
+        return all(each.logps is not None and each.temperature == 1 for each in self.generations)
 
     def by_prompt(self) -> list[tuple[list[Generation], list[float]]]:
         """The samples of each prompt and their rewards."""
@@ -64,23 +74,44 @@ class Samples:
             "ended": fmean(generation.finished for generation in self.generations),
             "sample_seconds": self.sample_seconds,
             "score_seconds": self.score_seconds,
+            **self.server,
         }
         return {f"on_policy/{name}": value for name, value in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInMemory:
+    """The policy that is trained, which answers where it is."""
+
+    policy: TrainedModel
+    sampling: Sampling
+    batch_size: int
+    progress: Progress
+
+    def hand_over(self, index: int) -> dict[str, float]:
+        """Nothing is to be done: what is trained is what answers."""
+        return {}
+
+    def answer(self, prompts: Sequence[Asked], seed: int, folder: Path) -> list[Generation]:
+        """The policy's answers as it is now."""
+        engine = Local(self.policy.tokenizer, self.sampling, self.batch_size, lambda: self.policy.model)
+        return answer(engine, held_out(prompts), seed, self.progress)
+
+    def close(self) -> None:
+        """Nothing is to be ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
     """The policy that is trained, and who scores its answers."""
 
-    policy: TrainedModel
+    policy: SampledPolicy
     scorer: Callable[[Sequence[Generation]], Scores]
-    options: dict[str, Any]  # of `generate`
-    progress: Progress
 
-    def draw(self, prompts: Sequence[Asked], seed: int) -> Samples:
-        """Answers of the policy as it is now. Raises ValueError where the scorer has no number for one."""
+    def draw(self, prompts: Sequence[Asked], seed: int, folder: Path) -> Samples:
+        """Answers of the policy as it was handed over. Raises ValueError where the scorer has no number for one."""
         started = time.perf_counter()
-        generations = generate(self.policy.model, self.policy.tokenizer, prompts, seed, self.progress, **self.options)
+        generations = self.policy.answer(prompts, seed, folder)
         sampled_at = time.perf_counter()
         scores = self.scorer(generations)
         unscored = sum(not math.isfinite(value) for value in scores.values)
@@ -97,7 +128,10 @@ def write_samples(folder: Path, samples: Samples) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_generations(folder / GENERATIONS, samples.generations)
     seconds = {"sample_seconds": samples.sample_seconds, "score_seconds": samples.score_seconds}
-    write_json(folder / RECORD, sealed({"rewards": samples.rewards} | seconds))
+    of_server = {"server": samples.server} if samples.server else {}
+    write_json(folder / RECORD, sealed({"rewards": samples.rewards} | seconds | of_server))
+    for answers in folder.glob("*.partial.jsonl"):  # that a server gave before it was lost
+        answers.unlink()
 
 
 LOST = "the policy that drew the round's samples has been trained since: put the folder back, or start a new run"
@@ -115,6 +149,26 @@ def read_samples(folder: Path) -> Samples | None:
     if len(samples.rewards) != len(samples.generations):
         raise Damaged(f"{folder} holds {len(samples.generations)} samples and {len(samples.rewards)} rewards", LOST)
     return samples
+
+
+LARGE_GAP = 0.05  # nats per token in the mean; computing in bfloat16 makes some 0.02 (references/served.py)
+
+
+def server_differences(samples: Samples, here: Sequence[Float[np.ndarray, " _"]]) -> dict[str, float]:
+    """How the log-probs of the server that drew the samples differ from those computed here (for each sample, of its
+    tokens), in nats: d = log p_server - log p_here of every token drawn.
+
+    `server_gap` is the mean of |d|, `server_gap_max` the largest; `server_kl` estimates KL(server || policy) per token
+    by exp(-d) - 1 + d, which is never negative and has the KL as its mean (Schulman 2020, "k3"). `samples` have the
+    server's log-probs.
+    """
+    theirs = [np.asarray(generation.logps, dtype=np.float64) for generation in samples.generations]
+    gaps = np.concatenate([logps - ours[: len(logps)] for logps, ours in zip(theirs, here, strict=True)])
+    return {
+        "server_gap": float(np.abs(gaps).mean()),
+        "server_gap_max": float(np.abs(gaps).max()),
+        "server_kl": float((np.expm1(-gaps) + gaps).mean()),
+    }
 
 
 def token_group(index: int, generations: Sequence[Generation], picked: Picked) -> TokenGroup:
@@ -265,6 +319,7 @@ class Plan:
     steps: int  # optimiser steps of a round
     sample_every: int
     grouping: Grouping
+    max_new_tokens: int
 
 
 class OnPolicyRounds(Rounds):
@@ -282,10 +337,16 @@ class OnPolicyRounds(Rounds):
         if plan.num_offline and not len(self.known):
             raise ValueError("data.mix_offline: data.prompts has no pairs to mix in; leave it out")
         count = plan.rounds * plan.prompts_per_round
-        self._prompts, self.notes = draw_prompts(context, sampler.options["max_new_tokens"], count)
+        self._prompts, self.notes = draw_prompts(context, plan.max_new_tokens, count)
 
     def after(self, first_step: int) -> Iterator[Round]:
         """The rounds that are not over after `first_step` steps, each sampled when it is asked for."""
+        try:
+            yield from self._rounds(first_step)
+        finally:
+            self._sampler.policy.close()
+
+    def _rounds(self, first_step: int) -> Iterator[Round]:
         for begin in range(first_step - first_step % self._plan.steps, self.num_steps, self._plan.steps):
             index = begin // self._plan.steps
             samples = self._samples(index, max(begin, first_step))
@@ -317,8 +378,10 @@ class OnPolicyRounds(Rounds):
         first = index - index % self._plan.sample_every
         if step == first * self._plan.steps:
             due = range(first, min(first + self._plan.sample_every, self._plan.rounds))
-            for each in (each for each in due if not self._is_drawn(each)):
-                self._draw(each)
+            if lacking := [each for each in due if not self._is_drawn(each)]:
+                told = self._sampler.policy.hand_over(first)
+                for each in lacking:
+                    self._draw(each, told if each == lacking[0] else {})
         samples = read_samples(self._folder(index))
         if samples is None:
             raise Damaged(f"{self._folder(index)} is not complete", LOST)
@@ -333,13 +396,31 @@ class OnPolicyRounds(Rounds):
             say(f"{damage.what}: the round is sampled again")
             return False
 
-    def _draw(self, index: int) -> None:
-        size = self._plan.prompts_per_round
-        samples = self._sampler.draw(self._prompts[index * size : (index + 1) * size], self._seed(index))
+    def _draw(self, index: int, told: Mapping[str, float]) -> None:
+        size, folder = self._plan.prompts_per_round, self._folder(index)
+        samples = self._sampler.draw(self._prompts[index * size : (index + 1) * size], self._seed(index), folder)
+        samples = replace(samples, server={**told, **self._compared(index, samples)})
         if self._needs_old:
-            shutil.rmtree(self._folder(index) / "old", ignore_errors=True)
-            write_shard(self._folder(index) / "old", self._score(self._groups(index, samples)))
-        write_samples(self._folder(index), samples)
+            shutil.rmtree(folder / "old", ignore_errors=True)
+            write_shard(folder / "old", self._score(self._groups(index, samples)))
+        write_samples(folder, samples)
+
+    def _compared(self, index: int, samples: Samples) -> dict[str, float]:
+        """How the log-probs of a server that drew the samples differ from the policy's; says where that is much."""
+        if not samples.have_server_logps:
+            return {}
+        groups = groups_of(samples, all_with("none"), 0, 0)
+        rows = self._score(groups)
+        sizes = [np.cumsum([len(ids) for ids in group.response_ids])[:-1] for group in groups]
+        parts = [np.split(rows[row_key(group)], ends) for group, ends in zip(groups, sizes, strict=True)]
+        differences = server_differences(samples, [part for of_group in parts for part in of_group])
+        if differences["server_gap"] > LARGE_GAP:
+            say(
+                f"round {index + 1}: the server's log-probs differ from the policy's by "
+                f"{differences['server_gap']:.2g} nats per token in the mean, {differences['server_gap_max']:.2g} at "
+                "most: it samples from another policy. Is its base model.path, and its precision model.weights?"
+            )
+        return differences
 
     def _score(self, groups: list[TokenGroup]) -> Rows:
         policy, device = self._context.policy.model.eval(), self._context.work.device
@@ -389,6 +470,7 @@ def comparable_groups(objective: Objective, groups: TokenGroups) -> Groups:
 
 def sampling_rounds(
     context: RoundsContext,
+    served: Callable[[Any, Sampling, Workspace], SampledPolicy] | None = None,
     *,
     scorer: Annotated[Any, MemberOf("scorer")],
     rounds: int = 32,
@@ -412,7 +494,8 @@ def sampling_rounds(
     `inner_epochs` passes are made over a round's groups: the number of optimiser steps is fixed, so where prompts give
     no pair (equal rewards), what is left is seen more often. `mix_offline` is the share of the data's own pairs among
     a round's groups. `sample_every` rounds are sampled at once, so that all but the first train on samples of a stale
-    policy. Raises ValueError if no prompt leaves room for `max_new_tokens`.
+    policy. `served` is where the policy answers, unless here. Raises ValueError if no prompt leaves room for
+    `max_new_tokens`.
     """
     plan = Plan(
         rounds=rounds,
@@ -422,14 +505,13 @@ def sampling_rounds(
         steps=inner_epochs * steps_per_epoch(prompts_per_round + num_offline, context.config.batch_size),
         sample_every=sample_every,
         grouping=grouping_of(context.objective, pairs, preference_scale, advantage),
+        max_new_tokens=max_new_tokens,
     )
-    options = {
-        "temperature": temperature,
-        "max_new_tokens": max_new_tokens,
-        "samples_per_prompt": samples_per_prompt,
-        "batch_size": generation_batch_size,
-    }
-    sampled_rounds = OnPolicyRounds(context, Sampler(context.policy, scorer, options, context.work.progress), plan)
+    sampling = Sampling(temperature, 1.0, max_new_tokens, samples_per_prompt)
+    policy: SampledPolicy = PolicyInMemory(context.policy, sampling, generation_batch_size, context.work.progress)
+    if served is not None:
+        policy = served(context.policy, sampling, context.work)
+    sampled_rounds = OnPolicyRounds(context, Sampler(policy, scorer), plan)
     queries = rounds * prompts_per_round * samples_per_prompt
     sampled_rounds.notes += (
         f"on-policy: {rounds} rounds of {prompts_per_round} prompts x {samples_per_prompt} samples, "

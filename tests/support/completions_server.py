@@ -37,7 +37,15 @@ class CompletionsServer(LoopbackServer):
         self.faults, self.healthy, self.alter, self.lists = deque(faults), healthy, alter, lists
         self.asked, self.answered, self.times, self.dies_after = Counter(), Counter(), [], None
         self.lock, self.barrier, self.known = threading.Lock(), threading.Barrier(3, timeout=5), {}
-        super().__init__(Handler, port)
+        super().__init__(self.handler(), port)
+
+    def handler(self):
+        """What answers a request."""
+        return Handler
+
+    def names(self):
+        """What it serves."""
+        return [self.name]
 
     def process_request(self, request, client_address):
         if self.dies_after is not None and len(self.times) >= self.dies_after:
@@ -76,7 +84,8 @@ class Handler(Answering):
 
     def do_GET(self):
         if self.path == "/v1/models" and self.server.lists:
-            return self.say(200, {"object": "list", "data": [{"id": self.server.name, "object": "model"}]})
+            data = [{"id": name, "object": "model"} for name in self.server.names()]
+            return self.say(200, {"object": "list", "data": data})
         return self.refuse(404, "Not Found")
 
     def do_POST(self):
@@ -86,7 +95,7 @@ class Handler(Answering):
             return self.refuse(404, "Not Found")
         if server.key is not None and sent != f"Bearer {server.key}":
             return self.refuse(401, f"Incorrect API key provided: {sent}")
-        if asked["model"] != server.name:
+        if asked["model"] not in server.names():
             return self.refuse(404, f"The model `{asked['model']}` does not exist.")
         prompts = asked["prompt"] if isinstance(asked["prompt"][0], list) else [asked["prompt"]]
         with server.lock:
@@ -102,7 +111,7 @@ class Handler(Answering):
         choices = [{"index": index} | server.choice(asked, ids) for index, ids in enumerate(prompts)]
         with server.lock:
             server.answered.update(map(tuple, prompts))
-        answer = {"object": "text_completion", "choices": choices[::-1]}
+        answer = {"object": "text_completion", "model": asked["model"], "choices": choices[::-1]}
         return self.say(200, server.alter(answer) if server.alter and unwell else answer)
 
     def cut(self):

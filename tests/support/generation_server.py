@@ -3,7 +3,7 @@
 import torch
 
 from dpo_ref.data.tokenise import end_of_turn_ids
-from tests.support.completions_server import CompletionsServer
+from tests.support.completions_server import CompletionsServer, true_logps
 
 
 def _ids(tokens, end):
@@ -48,7 +48,17 @@ class GenerationServer(CompletionsServer):
             "finish_reason": "stop" if end else "length",
             "stop_reason": end[0] if end else None,
         }
-        return choice | self.tells(tokens, end)
+        return choice | self.tells(tokens, end) | self.logprobs(asked, list(ids), drawn)
+
+    def answering(self, asked):
+        """The model that a request names."""
+        return self.model
+
+    def logprobs(self, asked, ids, drawn):
+        """vLLM with `logprobs`: those of the tokens that were drawn, before any option changed them."""
+        if asked.get("logprobs") is None:
+            return {}
+        return {"logprobs": {"token_logprobs": true_logps(self.answering(asked), ids + drawn)[len(ids) - 1 :]}}
 
     @torch.no_grad()
     def drawn(self, asked, ids):
@@ -57,7 +67,7 @@ class GenerationServer(CompletionsServer):
         generator, tokens = torch.Generator().manual_seed(asked["seed"]), []
         ends = asked.get("stop_token_ids") or end_of_turn_ids(self.tokenizer)
         while len(tokens) < min(asked["max_tokens"], self.most) and (not tokens or tokens[-1] not in ends):
-            logits = self.model(torch.tensor([ids + tokens])).logits[0, -1]
+            logits = self.answering(asked)(torch.tensor([ids + tokens])).logits[0, -1]
             for token, bias in asked.get("logit_bias", {}).items():
                 logits[int(token)] += bias
             if asked["temperature"] == 0:

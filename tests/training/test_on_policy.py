@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import shutil
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -273,7 +274,7 @@ COMMANDS = re.findall(r"^python train\.py (?:-m )?(.*?)(?=\s+#|$)", (ROOT / "doc
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_page_compose(command):
-    words = [word.split(",")[0] for word in command.split()]
+    words = [word.split(",")[0] for word in shlex.split(command)]
     assert resolved(*words).data.name == "on_policy"
 
 
