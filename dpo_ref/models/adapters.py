@@ -520,8 +520,9 @@ def adapter_tensors(layers: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def save_adapter(layers: Any, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
-    """Write the adapter, or its `tensors` where they had to be gathered, as peft reads it. One whose start is subtracted is written with twice the rank, [A; A0] and
-    [B, -B0], so that it belongs to the model itself and no longer to one that was changed first."""
+    """Write the adapter, or its `tensors` where they had to be gathered, as peft reads it. One whose start is
+    subtracted is written with twice the rank, [A; A0] and [B, -B0], so that it belongs to the model itself and no
+    longer to one that was changed first."""
     tensors = adapter_tensors(layers) if tensors is None else tensors
     config = copy.deepcopy(layers.peft_config[TRAINED])
     config.inference_mode = True
