@@ -42,6 +42,7 @@ from dpo_ref.training.run import PATIENCE
 
 CONFIG, ERROR = "config.yaml", "error.txt"
 SHARED = ("checkpoints", "rounds")  # what all ranks read in the folder of a run
+COPIED = "training_evaluation"  # what each rank goes on from
 TRAINED = ("metrics.jsonl", "checkpoints", "policy")  # what a run leaves once it trains
 SAME_RUN = (
     "output_dir",
@@ -255,6 +256,8 @@ def _of_rank(folder: Path) -> Iterator[Path]:
             (own / name).symlink_to((folder / name).resolve())
         for path in folder.glob("*.json*"):
             shutil.copy2(path, own / path.name)
+        if (folder / COPIED).is_dir():
+            shutil.copytree(folder / COPIED, own / COPIED)
         yield own
     finally:
         shutil.rmtree(own, ignore_errors=True)

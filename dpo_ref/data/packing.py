@@ -107,6 +107,8 @@ def share_of(groups: Sequence[TokenGroup], pack: Pack) -> Share:
     if everyone.size == 1:
         packs = pack(groups)
         return Share(groups, [Pass(some) for some in packs], len(packs), 1.0)
+    if not groups:
+        return Share(groups, [], 0, 1.0)
     parts = _balanced(groups, everyone.size)
     packs = [pack(part) if part else [] for part in parts]
     most, idle = max(map(len, packs)), Pass([min(groups, key=lambda group: group.num_tokens)], counts=False)

@@ -24,7 +24,7 @@ from dpo_ref.evaluation.kl import sample_kl
 from dpo_ref.evaluation.results import DEGENERATE, SECONDS, Evaluated, Evaluation, Thresholds, degeneration
 from dpo_ref.evaluation.stages import BASELINE_SEED, compare_metrics, generate_stage, generation_key, score_metrics
 from dpo_ref.generation.engine import held_out
-from dpo_ref.generation.records import Generation, Scores, write_generations
+from dpo_ref.generation.records import Generation, Scores, scored_together, write_generations
 from dpo_ref.generation.sampling import generate, never_sampled
 from dpo_ref.models.asked import Workspace
 from dpo_ref.models.loading import TrainedModel
@@ -170,7 +170,7 @@ class TrainingEvaluation:
         key = generation_key(weights, text, held_out(self._prompts), seed, options)
         with context.initial.here() as model:
             generations = generate_stage(self._folder / "initial", key, lambda kept: self._answers(model, seed))
-        scores = self._scorer(generations)
+        scores = scored_together(self._scorer, generations)
         metrics = score_metrics(scores.name, generations, scores.values)
         return Evaluated(Evaluation("initial", scores.name, metrics), generations, list(scores.values))
 
@@ -186,7 +186,7 @@ class TrainingEvaluation:
 
     def _answer_metrics(self, generations: Sequence[Generation]) -> dict[str, float]:
         """What answers alone say, and their win rate."""
-        scores = self._scorer(generations)
+        scores = scored_together(self._scorer, generations)
         metrics = score_metrics(scores.name, generations, scores.values)
         return metrics | compare_metrics(generations, scores.values, self._initial, self._context.work.seed)
 

@@ -3,11 +3,12 @@ one number for each of them.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dpo_ref.distributed import ranks
 from dpo_ref.files.digests import Damaged, sealed, unsealed
 from dpo_ref.files.writing import write_lines
 from dpo_ref.types import THOUGHTS, Message, PromptGroup, digest, words_of
@@ -128,3 +129,15 @@ class Scores(NamedTuple):
 
     name: str
     values: list[float]
+
+
+def scored_together(scorer: Callable[[Sequence[Generation]], Scores], generations: Sequence[Generation]) -> Scores:
+    """What a scorer says of all answers, of which each rank asks about its own; those to one prompt stay together."""
+    prompts = list(dict.fromkeys(generation.prompt_index for generation in generations))
+    own = set(prompts[ranks().index :: ranks().size])
+    places = [at for at, generation in enumerate(generations) if generation.prompt_index in own]
+    scores = scorer([generations[at] for at in places]) if places or ranks().size == 1 else None
+    told = ranks().gather([places, None if scores is None else scores._asdict()])
+    values = {at: value for ats, said in told if said for at, value in zip(ats, said["values"], strict=True)}
+    name = next(said["name"] for _, said in told if said)
+    return Scores(name, [values[at] for at in range(len(generations))])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpo_ref.component import LEFT_OPEN, component
 from dpo_ref.data.tokenise import end_of_turn_ids
+from dpo_ref.distributed import ranks
 from dpo_ref.generation.engine import (
     Answer,
     Engine,
@@ -30,6 +31,7 @@ from dpo_ref.generation.records import Generation
 from dpo_ref.models.folders import positions_of
 from dpo_ref.models.loading import Policy
 from dpo_ref.models.logps import head_of
+from dpo_ref.models.sharding import asked_whole
 from dpo_ref.types import Asked, Progress, ProgressIn, silent
 
 
@@ -107,23 +109,40 @@ class Local:
     def answers(
         self, requests: Sequence[Request], skip: Set[int], progress: Progress
     ) -> Generator[Mapping[int, Answer], None, None]:
-        """A batch's answers at a time."""
+        """A batch's answers at a time; of several ranks each decodes its batches, and has the answers of all."""
         batches = [batch for batch in _batches(requests, self.batch_size) if not skip >= set(batch)]
         if not batches:
             return
+        own = batches[ranks().index :: ranks().size]
         model, ends = self.model(), end_of_turn_ids(self.tokenizer)
         device = next(model.parameters()).device
         _check_room(requests, model, self.sampling.max_new_tokens)
         never = never_sampled(self.tokenizer, model.get_output_embeddings().weight.shape[0]).to(device)
         end_ids = torch.tensor(sorted(ends), device=device)
-        shown = ProgressIn(progress, "generating", sum(map(len, batches)))  # a batch of a large model takes minutes
-        with self.precision(), decoding_mode(model):
-            for batch in batches:
-                members = [requests[index] for index in batch]
-                streams = torch.tensor([member.stream for member in members], dtype=torch.int64)
-                rule = Rule(members[0].temperature, self.sampling.top_p, self.sampling.max_new_tokens, end_ids, never)
-                outputs = decode(model, [member.prompt_ids for member in members], streams, rule, shown.advance)
-                yield {index: answer_of(self.tokenizer, ids, ends) for index, ids in zip(batch, outputs, strict=True)}
+        shown = ProgressIn(progress, "generating", sum(map(len, own)))  # a batch of a large model takes minutes
+        with self.precision(), decoding_mode(model), asked_whole(model):
+            for turn in range(-(-len(batches) // ranks().size)):
+                members = [requests[index] for index in (own[turn] if turn < len(own) else ())]
+                drawn = self._drawn(model, members, end_ids, never, shown) if members else []
+                decoded = batches[turn * ranks().size : (turn + 1) * ranks().size]
+                yield {
+                    index: answer_of(self.tokenizer, ids, ends)
+                    for batch, outputs in zip(decoded, ranks().gather(drawn), strict=False)
+                    for index, ids in zip(batch, outputs, strict=True)
+                }
+
+    def _drawn(
+        self,
+        model: Any,
+        members: Sequence[Request],
+        end_ids: Int[Tensor, " E"],
+        never: Int[Tensor, " B"],
+        shown: ProgressIn,
+    ) -> list[list[int]]:
+        """The tokens of the answers of one batch."""
+        streams = torch.tensor([member.stream for member in members], dtype=torch.int64)
+        rule = Rule(members[0].temperature, self.sampling.top_p, self.sampling.max_new_tokens, end_ids, never)
+        return decode(model, [member.prompt_ids for member in members], streams, rule, shown.advance)
 
 
 @component(check=check_temperatures)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from dpo_ref.component import LEFT_OPEN, RunPlan, component
 from dpo_ref.data.tokenise import end_of_turn_ids
+from dpo_ref.distributed import ranks
 from dpo_ref.generation.engine import (
     Answer,
     Engine,
@@ -28,7 +29,7 @@ from dpo_ref.generation.engine import (
     check_temperatures,
     held_out,
 )
-from dpo_ref.generation.records import Generation
+from dpo_ref.generation.records import Generation, line_of, record_of
 from dpo_ref.generation.sampling import answer_of
 from dpo_ref.generation.weight_sync import AdapterLoading, RestartCommand, WeightSync, restart_words
 from dpo_ref.models.asked import Workspace
@@ -218,7 +219,11 @@ class ServedPolicy:
             limit="data.max_new_tokens",
         )
         kept = KeptInFile(folder, digest([self.name, seed]))
-        return answer(engine, held_out(prompts), seed, self.work.progress, kept)
+
+        def lines() -> list[str]:
+            return [line_of(told) for told in answer(engine, held_out(prompts), seed, self.work.progress, kept)]
+
+        return [record_of(line.encode(), "an answer of the first rank") for line in ranks().first(lines)]
 
     @property
     def _again(self) -> str:

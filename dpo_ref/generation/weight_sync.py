@@ -21,12 +21,14 @@ from pathlib import Path
 
 from torch import nn
 
+from dpo_ref.distributed import ranks
 from dpo_ref.files.writing import delete_folder, remove_abandoned, replacing_folder
-from dpo_ref.models.adapters import TRAINED, save_adapter
+from dpo_ref.models.adapters import TRAINED, adapter_tensors, save_adapter
 from dpo_ref.models.checkpoint import as_writing_fails, state_digest
 from dpo_ref.models.folders import ADAPTER_SETTINGS, read_settings
 from dpo_ref.models.loading import Policy
 from dpo_ref.models.server import Server, ServerRefused, ServerUnavailable
+from dpo_ref.models.sharding import gathered
 from dpo_ref.types import digest
 
 ASKING = 10.0  # seconds that a server has to say what it serves
@@ -55,16 +57,22 @@ class WeightSync(ABC):
         """Have the server serve the policy as it is before the round with this 0-based index; returns its name there.
         Raises ValueError, with the remedy, for a server that does not."""
         name = f"{self.run}{index + 1:05d}-{trained_digest(self.policy.model)[:12]}"
-        for former in self.folder.glob(f"{self.run}*"):
-            if former.name != name:
-                delete_folder(former)
         folder = self.folder / name
-        if not folder.is_dir():
-            remove_abandoned(folder)
+        if ranks().first(lambda: self._is_lacking(folder)):
             self.write(folder)
-        self.handed_over = True
-        self.serve(name, folder)
+        ranks().first(lambda: self.serve(name, folder))
+        self.handed_over = ranks().is_first
         return name
+
+    def _is_lacking(self, folder: Path) -> bool:
+        """Whether the policy is still to be written to its folder; others of this run are deleted."""
+        for former in self.folder.glob(f"{self.run}*"):
+            if former.name != folder.name:
+                delete_folder(former)
+        if folder.is_dir():
+            return False
+        remove_abandoned(folder)
+        return True
 
     def names(self, retries: int = FIRST_RETRIES) -> list[str]:
         """What the server says it serves. Raises `ServerUnavailable`."""
@@ -72,7 +80,7 @@ class WeightSync(ABC):
 
     @abstractmethod
     def write(self, folder: Path) -> None:
-        """Write what the server reads, whole or not at all."""
+        """Write what the server reads, whole or not at all; all ranks come here, and the first writes."""
 
     @abstractmethod
     def serve(self, name: str, folder: Path) -> None:
@@ -106,8 +114,10 @@ class AdapterLoading(WeightSync):
             )
 
     def write(self, folder: Path) -> None:
-        with replacing_folder(folder) as partial, as_writing_fails():
-            save_adapter(self.policy.adapter, partial)
+        tensors = gathered(adapter_tensors(self.policy.adapter))
+        if ranks().is_first:
+            with replacing_folder(folder) as partial, as_writing_fails():
+                save_adapter(self.policy.adapter, partial, tensors)
 
     def serve(self, name: str, folder: Path) -> None:
         try:

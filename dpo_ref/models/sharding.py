@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,27 @@ class Parts:
         for weight, own in self._parts.values():
             if own is not weight:
                 own.grad, weight.grad = None if weight.grad is None else held(weight.grad), None
+
+
+@contextmanager
+def asked_whole(model: Any) -> Iterator[None]:
+    """Within, every rank has all of a sharded model's weights, so that each can ask it about what it likes, in any
+    order; where they are not sharded nothing changes. No gradient is taken. All ranks enter and leave together."""
+    modules, trunk = [module for module in model.modules() if isinstance(module, FSDPModule)], model.base_model
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    _WHOLE.add(trunk)
+    try:
+        yield
+    finally:
+        _WHOLE.discard(trunk)
+        for module in modules:
+            module.reshard()
+            module.set_reshard_after_forward(module is not trunk, recurse=False)
+
+
+_WHOLE: "WeakSet[nn.Module]" = WeakSet()  # trunks of models of which every rank has all weights for now
 
 
 # --- how a model is trained on all ranks
@@ -263,7 +285,7 @@ class Sharding(Parallel):
 def _let_go(trunk: Any, _: Any, __: Any) -> None:
     """Where no backward pass follows nothing would let go of what was gathered, and what follows would not see that
     weights have changed since."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and trunk not in _WHOLE:
         trunk.reshard()
 
 

@@ -279,6 +279,16 @@ def _found(folder: Path, wanted: Sequence[bytes]) -> Rows:
     return rows
 
 
+def of_all_ranks(rows: Rows) -> Rows:
+    """The rows that all ranks have together."""
+    named = ranks().columns({"sizes": torch.tensor([len(row) for row in rows.values()], dtype=torch.int64)})
+    values = np.concatenate([np.zeros(0, dtype=np.float32), *rows.values()])
+    joined = ranks().columns({"values": torch.from_numpy(values)})["values"].numpy()
+    keys = [bytes.fromhex(key) for of_rank in ranks().gather([key.hex() for key in rows]) for key in of_rank]
+    ends = np.cumsum(named["sizes"].numpy())[:-1]
+    return dict(zip(keys, np.split(joined, ends), strict=True)) if keys else {}
+
+
 def logps_of_groups(
     reference: Reference, groups: Groups, pack: Pack, device: torch.device
 ) -> Iterator[Float[np.ndarray, " k"]]:

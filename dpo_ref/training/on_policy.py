@@ -19,16 +19,25 @@ from jaxtyping import Float
 
 from dpo_ref.component import LEFT_OPEN, MemberOf, RunPlan, component
 from dpo_ref.data.groups import Groups, TokenGroups, from_groups
-from dpo_ref.data.packing import epoch_order, steps_per_epoch
+from dpo_ref.data.packing import epoch_order, share_of, steps_per_epoch
+from dpo_ref.distributed import ranks
 from dpo_ref.files.digests import Damaged, sealed, unsealed
 from dpo_ref.files.writing import write_json
 from dpo_ref.generation.engine import SampledPolicy, Sampling, answer, held_out
-from dpo_ref.generation.records import Generation, Scores, read_generations, write_generations
+from dpo_ref.generation.records import Generation, Scores, read_generations, scored_together, write_generations
 from dpo_ref.generation.sampling import Local
 from dpo_ref.models.asked import Workspace
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.objectives.interface import Objective
-from dpo_ref.references.table import PrecomputedReference, Rows, read_shards, row_key, score, write_shard
+from dpo_ref.references.table import (
+    PrecomputedReference,
+    Rows,
+    of_all_ranks,
+    read_shards,
+    row_key,
+    score,
+    write_shard,
+)
 from dpo_ref.tracking.terminal import say
 from dpo_ref.training.advantages import ADVANTAGES, PAIRS, Grouping, Picked, all_with, best_of_n, bradley_terry
 from dpo_ref.training.rounds import Round, Rounds, RoundsContext, groups_for
@@ -113,7 +122,7 @@ class Sampler:
         started = time.perf_counter()
         generations = self.policy.answer(prompts, seed, folder)
         sampled_at = time.perf_counter()
-        scores = self.scorer(generations)
+        scores = scored_together(self.scorer, generations)
         unscored = sum(not math.isfinite(value) for value in scores.values)
         if unscored:
             raise ValueError(
@@ -378,7 +387,7 @@ class OnPolicyRounds(Rounds):
         first = index - index % self._plan.sample_every
         if step == first * self._plan.steps:
             due = range(first, min(first + self._plan.sample_every, self._plan.rounds))
-            if lacking := [each for each in due if not self._is_drawn(each)]:
+            if lacking := ranks().first(lambda: [each for each in due if not self._is_drawn(each)]):
                 told = self._sampler.policy.hand_over(first)
                 for each in lacking:
                     self._draw(each, told if each == lacking[0] else {})
@@ -400,10 +409,13 @@ class OnPolicyRounds(Rounds):
         size, folder = self._plan.prompts_per_round, self._folder(index)
         samples = self._sampler.draw(self._prompts[index * size : (index + 1) * size], self._seed(index), folder)
         samples = replace(samples, server={**told, **self._compared(index, samples)})
-        if self._needs_old:
-            shutil.rmtree(folder / "old", ignore_errors=True)
-            write_shard(folder / "old", self._score(self._groups(index, samples)))
-        write_samples(folder, samples)
+        old = self._score(self._groups(index, samples)) if self._needs_old else None
+        if ranks().is_first:
+            if old is not None:
+                shutil.rmtree(folder / "old", ignore_errors=True)
+                write_shard(folder / "old", old)
+            write_samples(folder, samples)
+        ranks().wait()
 
     def _compared(self, index: int, samples: Samples) -> dict[str, float]:
         """How the log-probs of a server that drew the samples differ from the policy's; says where that is much."""
@@ -423,11 +435,13 @@ class OnPolicyRounds(Rounds):
         return differences
 
     def _score(self, groups: list[TokenGroup]) -> Rows:
+        """Per-token log-probs of the policy as it is; of several ranks each asks it about its share."""
         policy, device = self._context.policy.model.eval(), self._context.work.device
         rows: Rows = {}
-        for pack in self._context.pack(groups):
-            rows |= score(policy, pack, device)
-        return rows
+        for pack, counts in share_of(groups, self._context.pack).passes:
+            found = score(policy, pack, device)
+            rows |= found if counts else {}
+        return of_all_ranks(rows)
 
     def _groups(self, index: int, samples: Samples) -> list[TokenGroup]:
         first = self._context.first_index + index * self._plan.prompts_per_round

@@ -7,6 +7,7 @@ every later run with the same settings finds them.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +19,11 @@ from torch import nn
 
 from dpo_ref.component import LEFT_OPEN, MemberOf, RunPlan, component
 from dpo_ref.data.groups import Groups
+from dpo_ref.distributed import ranks
 from dpo_ref.files.cache import in_use, made_by_one
 from dpo_ref.files.digests import bytes_digest, sealed, unsealed
 from dpo_ref.files.writing import write_text
-from dpo_ref.generation.records import Generation, Scores
+from dpo_ref.generation.records import Generation, Scores, scored_together
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models.asked import Workspace
 from dpo_ref.models.loading import TrainedModel
@@ -116,8 +118,10 @@ def reference_quantiles(
     options = {"samples_per_prompt": num_samples, "max_new_tokens": max_new_tokens}
     options["batch_size"] = generation_batch_size
     _check_room(context, texts, max_new_tokens)
-    with made_by_one(samples.folder):
-        _draw(context, samples, _unanswered(texts, samples), options, scorer)
+    with made_by_one(samples.folder) if ranks().is_first else nullcontext():
+        lacking = set(ranks().first(lambda: [text.asked_id for text in _unanswered(texts, samples)]))
+        asked = {text.asked_id: text for text in texts.values() if text.asked_id in lacking}
+        _draw(context, samples, list(asked.values()), options, scorer)
     responses = [each for index, text in texts.items() for each in _as_generations(index, text)]
     kept, rewards = samples.read(), iter(_scored(scorer, responses))
     return QuantileTable(
@@ -170,7 +174,10 @@ def _draw(
         seed = int(digest([context.work.seed, "quantiles", start])[:8], 16)
         tokenizer, show = context.policy.tokenizer, context.work.progress
         generations = generate(model, tokenizer, prompts, seed, show, **options)
-        samples.add(generations, _scored(scorer, generations))
+        rewards = _scored(scorer, generations)
+        if ranks().is_first:
+            samples.add(generations, rewards)
+    ranks().wait()
     each = options["samples_per_prompt"]
     say(f"{len(texts):,} prompts x {each} samples of the reference, kept in {samples.folder}")
 
@@ -188,7 +195,7 @@ def _as_generations(index: int, text: PromptGroup) -> list[Generation]:
 
 
 def _scored(scorer: Callable[[Sequence[Generation]], Scores], generations: Sequence[Generation]) -> list[float]:
-    scores = scorer(generations)
+    scores = scored_together(scorer, generations)
     unscored = sum(not math.isfinite(value) for value in scores.values)
     if unscored:
         raise ValueError(

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support.command import train, typed_here
+from tests.support.on_policy import SMALL as ON_POLICY
 from tests.support.ranks import ended, ranks_started, typed_on_ranks
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=48", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
@@ -28,7 +29,13 @@ FLOAT32 = 2e-5  # of weights of a few steps with lr 1e-3: what sums in another o
 
 def lines_of(run: Path):
     kept = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    own = ("train/throughput", "train/memory")  # of the machine, not of the run
+    own = (
+        "train/throughput",
+        "train/memory",
+        "on_policy/sample_seconds",
+        "on_policy/score_seconds",
+        "evaluation/seconds",
+    )
     return [{name: value for name, value in line.items() if not name.startswith(own)} for line in kept]
 
 
@@ -187,3 +194,24 @@ def test_a_stop_of_one_rank_stops_all_which_save_themselves(tmp_path):
     assert f"go on with python train.py resume={run}" in first.stdout
     last = lines_of(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{last:08d}" / "digests.json").is_file()
+
+
+# --- what is sampled
+
+
+SAMPLED = [*ON_POLICY, "objective=ppo_clip", "data.rounds=2", "data.prompts_per_round=5", "data.samples_per_prompt=2"]
+SAMPLED += ["data.max_new_tokens=6", "data.generation_batch_size=4", "data.prompts.num_test_prompts=5"]
+SAMPLED += ["trainer.batch_size=3", "evaluation.every=1", "evaluation.num_prompts=5", "evaluation.max_new_tokens=6"]
+SAMPLED += ["evaluation.batch_size=3"]
+
+
+@pytest.mark.parametrize("held", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_on_policy_rounds_and_evaluations_of_two_ranks_are_those_of_one(tmp_path, held):
+    """Each rank decodes its batches and scores its prompts; all have the answers of all."""
+    done = train(*SAMPLED, f"output_dir={tmp_path / 'one'}")
+    assert done.returncode == 0, done.stderr
+    on_two(tmp_path, *SAMPLED, f"output_dir={tmp_path / 'two'}", f"parallel={held}")
+    check_same(tmp_path / "two", tmp_path / "one")
+    for name in ("rounds/0002/generations.jsonl", "training_evaluation/step_00000004.jsonl"):
+        ours, theirs = ((tmp_path / run / name).read_text().splitlines() for run in ("two", "one"))
+        assert [json.loads(line)["token_ids"] for line in ours] == [json.loads(line)["token_ids"] for line in theirs]
