@@ -117,10 +117,9 @@ def workspace(config: RunConfig, directory: Path) -> Workspace:
 
 def trained_model(config: RunConfig, device: torch.device) -> TrainedModel:
     """The policy, or the reward model made of it."""
-    policy = config.model(device, config.model.bound(AdapterOptions)())
+    policy = config.model(device, config.model.bound(AdapterOptions)(), config.parallel())
     say(*policy.notes)
-    trained = with_score_head(policy, config.seed) if config.objective.of_scores else policy
-    return replace(trained, engine=config.parallel().engine(trained.model, trained.compute_dtype))
+    return with_score_head(policy, config.seed) if config.objective.of_scores else policy
 
 
 def check_paths(config: RunConfig) -> None:

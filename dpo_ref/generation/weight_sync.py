@@ -28,7 +28,7 @@ from dpo_ref.models.checkpoint import as_writing_fails, state_digest
 from dpo_ref.models.folders import ADAPTER_SETTINGS, read_settings
 from dpo_ref.models.loading import Policy
 from dpo_ref.models.server import Server, ServerRefused, ServerUnavailable
-from dpo_ref.models.sharding import gathered
+from dpo_ref.models.shards import gathered
 from dpo_ref.types import digest
 
 ASKING = 10.0  # seconds that a server has to say what it serves

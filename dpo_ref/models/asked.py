@@ -152,7 +152,7 @@ class ModelLoader:
 
     def _weights(self, source: ModelPath, folder: str, checkpoint: Path | None, tokenizer: Any) -> nn.Module:
         model = self._announce(
-            load_below(folder, source.weights, self.device, self._attention, source.key, source.revision)
+            load_below(folder, source.weights, self.device, self._attention, source.revision, source.key)
         )
         check_vocabulary(tokenizer, model, f"{source.key}={source.path}")
         if checkpoint is not None:

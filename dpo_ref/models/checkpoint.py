@@ -24,8 +24,8 @@ from dpo_ref.files.writing import delete_folder, remove_abandoned, remove_delete
 from dpo_ref.models.adapters import adapter_tensors, base_weights, effective, merge, save_adapter
 from dpo_ref.models.folders import CARD
 from dpo_ref.models.frozen import held_in_bfloat16
-from dpo_ref.models.sharding import Engine, gathered, held, whole
-from dpo_ref.models.shards import Part, empty_beside, fill, like, read, stored, write, written
+from dpo_ref.models.sharding import Engine
+from dpo_ref.models.shards import Part, empty_beside, fill, gathered, held, like, read, stored, whole, write, written
 
 PREFIX = "step-"
 WEIGHTS, MOMENTS = "policy.safetensors", "optimizer.safetensors"

@@ -21,6 +21,7 @@ from torch import nn
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.files.digests import DIGESTS, file_digest
 from dpo_ref.files.hub import note_commit
+from dpo_ref.models.shards import held
 
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")  # of a tokenizer, on the hub
 MODEL_FILES = (*TEXT_FILES, "model*.safetensors")
@@ -309,9 +310,9 @@ def check_finite(model: nn.Module, title: str) -> None:
     """Raise ValueError for weights that are nan or infinite, with their names. One sum of each tensor, which is not
     finite where an entry is not; it may overflow as well, and only then is each entry looked at."""
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.is_floating_point()]
-    sums = torch.stack([weight.sum(dtype=torch.float32).cpu() for _, weight in weights])
+    sums = torch.stack([held(weight).sum(dtype=torch.float32).cpu() for _, weight in weights])
     suspects = [weights[index] for index in (~sums.isfinite()).nonzero().flatten().tolist()]
-    names = [name for name, weight in suspects if not weight.isfinite().all()]
+    names = [name for name, weight in suspects if not held(weight).isfinite().all()]
     if names:
         raise ValueError(f"{title}: {_listed(names)} {_are(names)} not finite (nan or infinite); {AGAIN}")
 

@@ -34,6 +34,7 @@ from dpo_ref.models.folders import (
     ADAPTER_SETTINGS,
     MODEL_FILES,
     TEXT_FILES,
+    WITHOUT_EFFECT,
     check_complete,
     check_finite,
     check_sizes,
@@ -49,7 +50,8 @@ from dpo_ref.models.layers import CHECKPOINTING, compile_layers
 from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
 from dpo_ref.models.lora import AdapterOptions, check_adapter_options, held_in, trained_summary
 from dpo_ref.models.packable import install, kernel_refuses
-from dpo_ref.models.sharding import Engine
+from dpo_ref.models.sharding import ALONE, Engine, Parallel, make_room, one_after_another, without_weights
+from dpo_ref.models.shards import read
 from dpo_ref.types import PackedBatch, ResponseLogps, Span
 
 # --- a model and what determines what it says
@@ -304,12 +306,8 @@ def pretrained_model(
 ) -> Any:
     """A model of a class of transformers, with all weights of its folder and none besides, in eval mode; `check`
     raises ValueError for a config that is not wanted. `how` is handed to transformers."""
-    from transformers import AutoConfig
-
     with opened(path, key, revision, MODEL_FILES, "no model could be loaded") as folder, _quietly():
-        config = _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        check(config)
-        check_sizes(config, family, stored_shapes(folder))
+        config = _config_of(folder, family, check)
         options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False} | how
         model, info = family.from_pretrained(
             folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
@@ -317,6 +315,15 @@ def pretrained_model(
         check_complete(info)
         own_weights(model)
     return model.eval()
+
+
+def _config_of(folder: Path, family: Any, check: Callable[[Any], None]) -> Any:
+    from transformers import AutoConfig
+
+    config = _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    check(config)
+    check_sizes(config, family, stored_shapes(folder))
+    return config
 
 
 @contextmanager
@@ -385,7 +392,7 @@ def placement(device: str, quantised: bool, policy: torch.device) -> tuple[torch
 
 
 def load_below(
-    folder: str, weights: str, device: torch.device, attention: str, key: str, revision: str | None
+    folder: str, weights: str, device: torch.device, attention: str, revision: str | None, key: str = "model.path"
 ) -> LoadedModel:
     """A model without its adapter, its own weights held as `model.weights` says."""
     held = held_in(weights, device)
@@ -419,6 +426,7 @@ def _check_options(
 def pretrained(
     device: torch.device,
     adapter: AdapterOptions,
+    parallel: Parallel = ALONE,
     *,
     path: str,
     revision: str | None = None,
@@ -452,24 +460,89 @@ def pretrained(
     computes_in = compute_dtype(dtype, device)
     folder = locate(path)
     tokenizer = prepared_tokenizer(folder, template, template_options, max_length, revision)
-    model, notes = load_below(folder, adapter.below, device, attention, "model.path", revision)
-    check_vocabulary(tokenizer, model, f"model.path={path}")
-    notes += tuple(padding_note(tokenizer, model, f"model.path={path}"))
+    bare = None if adapter.trained or not parallel.in_parts else model_without_weights(folder, "model.path", revision)
+    options = Prepared(router_loss, freeze_router, gradient_checkpointing, compile)
+    with one_after_another(parallel.in_parts and bare is None):
+        loaded = LoadedModel(bare, ()) if bare else load_below(folder, adapter.below, device, attention, revision)
+        trained, balancing, notes = _prepared(loaded.model, adapter, options)
+        engine = parallel.engine(loaded.model, computes_in)
+    if bare is not None:
+        loaded = fill(bare, folder, attention, "model.path", revision)
+    check_vocabulary(tokenizer, loaded.model, f"model.path={path}")
+    notes = (*loaded.notes, *padding_note(tokenizer, loaded.model, f"model.path={path}"), *notes)
+    return Policy(
+        lambda: loaded.model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes,
+        router_loss=balancing, engine=engine,
+    )  # fmt: skip
+
+
+class Prepared(NamedTuple):
+    """How a policy is trained, of the options of `pretrained`."""
+
+    router_loss: int | float | str | None
+    freeze_router: bool
+    gradient_checkpointing: str
+    compile: bool
+
+
+def _prepared(model: Any, adapter: AdapterOptions, options: Prepared) -> tuple[Any, float, tuple[str, ...]]:
+    """Make a model ready to be trained, in place: peft's view of it where an adapter is trained, the coefficient of
+    its load-balancing loss, and what the user is told."""
     trained = adapter.put_on(model)
     routers = routers_of(model)
     check_adapted(model, routers)
-    balancing = router_coefficient(model, routers, router_loss)
-    notes += routing_note(model, routers, balancing)
-    if freeze_router:
+    balancing = router_coefficient(model, routers, options.router_loss)
+    notes = routing_note(model, routers, balancing)
+    if options.freeze_router:
         freeze(model, routers)
     if trained is not None:
         notes += trained_summary(model)
     if adapter.adapter is not None:
         notes += other_base(adapter.adapter, "model.adapter", model)
-    CHECKPOINTING[gradient_checkpointing](model)
-    if compile:
+    CHECKPOINTING[options.gradient_checkpointing](model)
+    if options.compile:
         compile_layers(model)
-    return Policy(
-        lambda: model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes,
-        router_loss=balancing,
-    )  # fmt: skip
+    return trained, balancing, notes
+
+
+# --- a model of which each rank reads its part
+
+
+def model_without_weights(path: str, key: str, revision: str | None) -> Any:
+    """The model in a folder with weights that take no memory, for `fill` once they are sharded; None where its files
+    hold others than it computes with, which transformers puts together when it loads all of them."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    check_folder(path, key)
+    with opened(path, key, revision, MODEL_FILES, "no model could be loaded") as folder, _quietly():
+        config = _config_of(folder, AutoModelForCausalLM, _check_writes)
+        with without_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        files = stored_shapes(folder)
+        shapes = {name: tuple(value.shape) for name, value in _own_tensors(model).items()}
+        held = {name: shape for name, shape in files.items() if not WITHOUT_EFFECT.search(name)}
+        return model if shapes == {name: held.get(name) for name in shapes} and held.keys() <= _names(model) else None
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The weights and buffers that its files hold, tied ones once."""
+    kept, state = dict(model.named_parameters()), model.state_dict(keep_vars=True)
+    return kept | {name: buffer for name, buffer in model.named_buffers() if name in state}
+
+
+def _names(model: nn.Module) -> set[str]:
+    """Those and the other names of tied weights."""
+    return {*model.state_dict(keep_vars=True)}
+
+
+def fill(model: Any, path: str, attention: str, key: str, revision: str | None) -> LoadedModel:
+    """Read what this rank holds of a model without weights, and no more, from its files; packed where its architecture
+    allows. All ranks come here. Raises ValueError as `load_model` does."""
+    make_room(model)
+    with opened(path, key, revision, MODEL_FILES, "no model could be loaded") as folder:
+        read(folder, {name: value.detach() for name, value in _own_tensors(model).items()})
+    check_finite(model, f"{key}={path}")
+    with _quietly():
+        return LoadedModel(model, _install_packing(model, attention, f"{key}={path}"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpo_ref.models.adapters import effective_bias, effective_weight
 from dpo_ref.models.attention import KERNEL_DTYPES, REGISTERED, PackedLayout, laid_out
-from dpo_ref.models.sharding import whole
+from dpo_ref.models.shards import whole
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores, Span
 
 CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32

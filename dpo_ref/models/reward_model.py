@@ -23,7 +23,7 @@ from dpo_ref.models.checkpoint import as_writing_fails
 from dpo_ref.models.folders import CARD
 from dpo_ref.models.loading import Policy, TrainedModel
 from dpo_ref.models.logps import response_scores
-from dpo_ref.models.sharding import gathered, whole
+from dpo_ref.models.shards import gathered, whole
 from dpo_ref.types import PackedBatch, ResponseScores, Span
 
 
@@ -134,9 +134,10 @@ def with_score_head(policy: Policy, seed: int) -> RewardModel:
     model.score = head.to(embedding.device)
     if model.get_output_embeddings().weight is not embedding:
         model.get_output_embeddings().requires_grad_(False)
+    policy.engine.take_in(model.score)
     return RewardModel(
         lambda: model, policy.tokenizer, policy.compute_dtype, policy.path, policy.folder, compiled=policy.compiled,
-        router_loss=policy.router_loss,
+        router_loss=policy.router_loss, engine=policy.engine,
     )  # fmt: skip
 
 

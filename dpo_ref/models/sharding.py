@@ -7,7 +7,8 @@ torch.distributed.fsdp.fully_shard): a layer is gathered when it is asked, the h
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,41 +19,14 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from dpo_ref.distributed import best_device, on_cuda, ranks
 from dpo_ref.models.adapters import copy_of_trained
 from dpo_ref.models.layers import decoder_layers
+from dpo_ref.models.shards import held, whole
 
-# --- weights of which a rank holds a part
-
-
-def whole(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """A weight as all ranks hold it together, differentiable: gradients are summed over ranks into each one's part.
-    One that is not sharded is as it is. All ranks ask for it together."""
-    return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
-
-
-def held(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """What this rank holds of a weight, in the same memory."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def held_of(model: nn.Module) -> dict[str, Tensor]:
-    """What this rank holds of a model's weights, by name."""
-    return {name: held(weight) for name, weight in model.named_parameters()}
-
-
-def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as all ranks hold them together, in main memory of the first one; nothing on the others."""
-    if not any(isinstance(value, DTensor) for value in state.values()):
-        return dict(state)
-    kept = {}
-    for name, value in state.items():
-        complete = whole(value).detach()
-        if ranks().is_first:
-            kept[name] = complete.cpu()
-    return kept
+# --- what an optimiser steps
 
 
 class Parts:
@@ -124,6 +98,9 @@ class Engine:
     def spread(self, model: nn.Module) -> Any:
         """A further model, which is asked and not trained, held as this one is."""
         return model
+
+    def take_in(self, head: nn.Module) -> None:
+        """Train a head, which was put on the model meanwhile, as the rest."""
 
     def as_saved(self, model: nn.Module) -> Any:
         """The model as transformers knows it, which it can save with weights that it is handed."""
@@ -198,6 +175,10 @@ class Sharded(Engine):
         self.plan.shard(model)
         return model
 
+    def take_in(self, head: nn.Module) -> None:
+        """Every rank holds a part of it too."""
+        self.plan.shard_alone(head)
+
     def as_saved(self, model: nn.Module) -> Any:
         """What it was before it was sharded."""
         return self.skeleton
@@ -207,7 +188,7 @@ class Sharded(Engine):
         """A copy with parts of its own of all weights: FSDP shares none."""
         bare = copy.deepcopy(self.skeleton)
         self.plan.shard(bare)
-        bare._apply(lambda value: torch.empty_like(value, device=best_device()) if value.is_meta else value)
+        make_room(bare)
         for own, weight in zip(bare.parameters(), model.parameters(), strict=True):
             held(own).copy_(held(weight))
         return bare
@@ -221,9 +202,14 @@ class Parallel:
 
     name = "none"
 
+    in_parts: bool = False  # whether no rank holds a whole model
+
     def engine(self, model: nn.Module, compute_dtype: torch.dtype) -> Engine:
         """The model, made ready to be trained on all ranks."""
         return Engine()
+
+
+ALONE = Parallel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +231,7 @@ class Sharding(Parallel):
     offload: bool
     reduce: str
     _options: dict[str, Any] = field(default_factory=dict)
-    name = "fsdp"
+    name, in_parts = "fsdp", True
 
     def engine(self, model: nn.Module, compute_dtype: torch.dtype) -> Engine:
         """Every rank keeps its part of each weight and lets go of the rest."""
@@ -274,12 +260,20 @@ class Sharding(Parallel):
         if tied:
             model.set_output_embeddings(Tied(model.get_input_embeddings()))
         for module in model.children():
-            if module is not trunk and any(True for _ in module.parameters()):
+            if module is not trunk and any(not isinstance(weight, DTensor) for weight in module.parameters()):
                 fully_shard(module, **self._options)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+                _sum_gradients(module)
+
+    def shard_alone(self, module: nn.Module) -> None:
+        """Shard a module in place, apart from the model that it belongs to."""
+        _sum_gradients(fully_shard(module, **self._options))
+
+
+def _sum_gradients(module: Any) -> None:
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
 
 
 def _let_go(trunk: Any, _: Any, __: Any) -> None:
@@ -311,6 +305,44 @@ class Tied(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
         return nn.functional.linear(hidden, whole(self.weight))
+
+
+def make_room(bare: nn.Module) -> None:
+    """Give weights that take no memory some, of no particular values, on the device; sharded ones that of their
+    parts."""
+    device = best_device()
+    bare._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value.to(device))
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within, models are made whose weights take no memory; what is no weight is there."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and not param.is_meta:
+            kept: Any = self._parameters
+            kept[name] = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+@contextmanager
+def one_after_another(several: bool) -> Iterator[None]:
+    """Within, one of the processes of a machine is at a time, where `several` says so: each holds a whole model until
+    it has taken its part."""
+    here, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    turns = range(max(ranks().gather(count))) if several else ()
+    for _ in (turn for turn in turns if turn < here):
+        ranks().wait()
+    yield
+    for _ in (turn for turn in turns if turn >= here):
+        ranks().wait()
 
 
 def _tied(model: Any) -> bool:

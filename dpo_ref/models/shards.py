@@ -1,5 +1,6 @@
-"""Tensors that several ranks save and restore together: each writes what it holds, while training goes on, and any
-number of ranks reads what each of them holds then. torch.distributed.checkpoint does it, in safetensors.
+"""Tensors that several ranks hold together: gathered, and saved and restored. Each rank writes what it holds, while
+training goes on, and any number of ranks reads what each of them holds then; torch.distributed.checkpoint does it, in
+safetensors.
 """
 
 import warnings
@@ -11,11 +12,45 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from dpo_ref.distributed import ranks
+
+# --- weights of which a rank holds a part
+
+
+def whole(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """A weight as all ranks hold it together, differentiable: gradients are summed over ranks into each one's part.
+    One that is not sharded is as it is. All ranks ask for it together."""
+    return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
+
+
+def held(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """What this rank holds of a weight, in the same memory."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def held_of(model: nn.Module) -> dict[str, Tensor]:
+    """What this rank holds of a model's weights, by name."""
+    return {name: held(weight) for name, weight in model.named_parameters()}
+
+
+def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as all ranks hold them together, in main memory of the first one; nothing on the others."""
+    if not any(isinstance(value, DTensor) for value in state.values()):
+        return dict(state)
+    kept = {}
+    for name, value in state.items():
+        complete = whole(value).detach()
+        if ranks().is_first:
+            kept[name] = complete.cpu()
+    return kept
+
+
+# --- saved and restored
 
 
 def like(value: Tensor, weight: Tensor) -> Tensor:

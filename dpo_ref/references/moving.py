@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from dpo_ref.component import RunPlan, component, configuration
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.next_token import NextTokens, next_tokens, vocabulary_of
-from dpo_ref.models.sharding import held, held_of
-from dpo_ref.models.shards import fill
+from dpo_ref.models.shards import fill, held, held_of
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.policies import identity_of

@@ -20,7 +20,7 @@ from dpo_ref.models.folders import check_vocabulary
 from dpo_ref.models.loading import TrainedModel, check_revision
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.next_token import NextTokens, next_tokens, vocabulary_of
-from dpo_ref.models.sharding import whole
+from dpo_ref.models.shards import whole
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references.interface import Reference, ReferenceContext
 from dpo_ref.references.other_tokenizer import ReferenceText, from_text

@@ -21,7 +21,7 @@ from dpo_ref.models.experts import Routing
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.models.logps import response_collisions
 from dpo_ref.models.next_token import BesideReference
-from dpo_ref.models.sharding import whole
+from dpo_ref.models.shards import whole
 from dpo_ref.objectives.interface import BatchLogps, Mismatched, Objective, ObjectiveInputs, Running
 from dpo_ref.references.interface import Reference
 from dpo_ref.training.metrics import Values, concat, item_values, mean_of

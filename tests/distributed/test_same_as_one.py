@@ -19,7 +19,8 @@ from dpo_ref.data.tokenise import tokenise
 from dpo_ref.distributed import ranks
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.reward_model import with_score_head
-from dpo_ref.models.sharding import ddp, fsdp, gathered, none
+from dpo_ref.models.sharding import ddp, fsdp, none
+from dpo_ref.models.shards import gathered
 from dpo_ref.references.interface import build
 from dpo_ref.training.metrics import mean_of
 from dpo_ref.training.optim import adamw, optimisation
