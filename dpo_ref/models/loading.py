@@ -17,7 +17,7 @@ from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.files.digests import DIGESTS, file_digest
 from dpo_ref.models.adapters import other_base
-from dpo_ref.models.attention import KERNELS, resolve_backend
+from dpo_ref.models.attention import KERNELS, REGISTERED, resolve_backend
 from dpo_ref.models.checkpoint import save_policy, weights_digest
 from dpo_ref.models.experts import (
     Router,
@@ -47,7 +47,15 @@ from dpo_ref.models.folders import (
 )
 from dpo_ref.models.frozen import hold_in_bfloat16
 from dpo_ref.models.layers import CHECKPOINTING, compile_layers
-from dpo_ref.models.logps import FusedLoss, LossOf, head_of, response_hidden, response_logps, sum_by_response
+from dpo_ref.models.logps import (
+    FusedLoss,
+    LossOf,
+    head_of,
+    reach,
+    response_hidden,
+    response_logps,
+    sum_by_response,
+)
 from dpo_ref.models.lora import AdapterOptions, check_adapter_options, held_in, trained_summary
 from dpo_ref.models.packable import install, kernel_refuses
 from dpo_ref.models.sharding import ALONE, Engine, Parallel, make_room, one_after_another, without_weights
@@ -468,12 +476,23 @@ def pretrained(
         engine = parallel.engine(loaded.model, computes_in)
     if bare is not None:
         loaded = fill(bare, folder, attention, "model.path", revision)
+    if parallel.in_parts:
+        _check_in_step(loaded, path)
     check_vocabulary(tokenizer, loaded.model, f"model.path={path}")
     notes = (*loaded.notes, *padding_note(tokenizer, loaded.model, f"model.path={path}"), *notes)
     return Policy(
         lambda: loaded.model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes,
         router_loss=balancing, engine=engine,
     )  # fmt: skip
+
+
+def _check_in_step(loaded: LoadedModel, path: str) -> None:
+    """Raise ValueError for a model that is asked about one response at a time, of which ranks have different numbers:
+    a sharded one answers all of them at once, or none."""
+    unpacked = loaded.model.config._attn_implementation not in REGISTERED.values()
+    if unpacked or reach(loaded.model.config.get_text_config()) is not None:
+        why = loaded.notes[0] if unpacked else "its positions depend on lengths"
+        raise ValueError(f"model.path={path} cannot be sharded: {why}; use parallel=ddp")
 
 
 class Prepared(NamedTuple):

@@ -156,9 +156,9 @@ class Replicated(Engine):
 class Sharded(Engine):
     """A model of which every rank holds a part of each weight."""
 
-    model: nn.Module
+    model: Any
     plan: "Sharding"
-    skeleton: nn.Module = field(repr=False)  # the model without its weights, as it was before
+    skeleton: Any = field(repr=False)  # the model without its weights, as it was before
 
     sharded = True
 
@@ -189,6 +189,7 @@ class Sharded(Engine):
         bare = copy.deepcopy(self.skeleton)
         self.plan.shard(bare)
         make_room(bare)
+        bare.set_attn_implementation(self.model.config._attn_implementation)
         for own, weight in zip(bare.parameters(), model.parameters(), strict=True):
             held(own).copy_(held(weight))
         return bare
