@@ -79,6 +79,11 @@ def on_cuda() -> bool:
     return best_device().type == "cuda"
 
 
+def num_gpus() -> int:
+    """How many CUDA devices this process sees."""
+    return torch.cuda.device_count()
+
+
 # --- how much memory there is
 
 
