@@ -2,9 +2,10 @@
 `submitit_local` on this machine, `submitit_slurm` on a cluster.
 
 Hydra's plugins of these names are not used, and ours take their places where they are installed: theirs lose the
-results of all jobs when the process of one dies, and kill jobs that could save themselves. A job is sent as its composed configuration. On one machine the processes meet in a folder
-(`Slots`): how many work at a time, on which GPU, and whether the sweep stops. On a cluster a job that gets SIGUSR1
-saves itself and is queued again by submitit; its record then says that it goes on (`run_folder.left_by_sweep`).
+results of all jobs when the process of one dies, and kill jobs that could save themselves. A job is sent as its
+composed configuration. On one machine the processes meet in a folder (`Slots`): how many work at a time, on which
+GPU, and whether the sweep stops. On a cluster a job that gets SIGUSR1 saves itself and is queued again by submitit;
+its record then says that it goes on (`run_folder.left_by_sweep`).
 """
 
 import fcntl
@@ -284,6 +285,10 @@ def _in_words(end: JobEnd) -> str:
     return f"failed: {error}" if error else "done"
 
 
+def _jobs(count: int) -> str:
+    return f"{count} job{'' if count == 1 else 's'}"
+
+
 class _OnThisMachine(_Sending):
     """Runs jobs in slots of this machine."""
 
@@ -304,7 +309,7 @@ class _OnThisMachine(_Sending):
         slots = self._slots
         on = f", on GPU {', '.join(slots.gpus)} in turn" if slots.gpus else ""
         threads = f"{slots.threads} thread{'s' if slots.threads > 1 else ''} each"
-        say(f"{len(jobs)} jobs, {min(slots.count, len(jobs))} at a time, {threads}{on}")
+        say(f"{_jobs(len(jobs))}, {min(slots.count, len(jobs))} at a time, {threads}{on}")
         return slots
 
 
@@ -328,6 +333,7 @@ class JoblibLaunching(_OnThisMachine):
         """As joblib tells them. It kills all of its processes when one dies: what these were at is an error of each,
         and its checkpoint goes on."""
         from joblib import Parallel, delayed
+        from joblib.externals.loky import get_reusable_executor
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
         slots, left = self.slots(jobs), set(range(len(jobs)))
@@ -344,6 +350,7 @@ class JoblibLaunching(_OnThisMachine):
                     yield index, end
             except BrokenProcessPool:
                 yield from ((index, JobEnd(error=BROKEN)) for index in sorted(left))
+            get_reusable_executor().shutdown()  # it would keep the memory of the jobs
         if stop:
             raise KeyboardInterrupt
 
@@ -497,7 +504,7 @@ class SlurmLaunching(_Sending):
         executor = self.executor()
         with _cancelling() as (sent, stop):
             sent += executor.map_array(OnCluster(), jobs)
-            say(f"{len(jobs)} jobs are queued, as {sent[0].job_id}; what they print is in {self._logs}")
+            say(f"{_jobs(len(jobs))} queued, {sent[0].job_id} the first; what they print is in {self._logs}")
             yield from _as_done(sent, stop)
 
     def run(self, command: Sequence[str]) -> int:
@@ -510,6 +517,12 @@ class SlurmLaunching(_Sending):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         print(sent[0].stdout() or "", flush=True)
         return sent[0].result()
+
+
+def run_on_cluster(launcher: DictConfig, command: Sequence[str]) -> int:
+    """The exit status of a command that runs as a job with a launcher's options; shows what it printed."""
+    options = {str(key): value for key, value in launcher.items() if key != "_target_"}
+    return SlurmLaunching(**options).run(command)
 
 
 @contextmanager

@@ -355,16 +355,10 @@ class Launching(Launcher):
     ) -> tuple[list[str], list[DictConfig]]:
         """What is shown of each job, and its configuration, with its folder."""
         setup_globals()
-        configs = [self._job(index, words) for index, words in enumerate(job_overrides, initial_job_idx)]
+        loader, jobs = self.context.config_loader, enumerate(job_overrides, initial_job_idx)
+        configs = [job_config(loader, self._config, index, words) for index, words in jobs]
         alone = [Path(config.hydra.runtime.output_dir).name for config in configs[:1]]
         return swept_names(job_overrides) if len(configs) > 1 else alone, configs
-
-    def _job(self, index: int, overrides: Sequence[str]) -> DictConfig:
-        config = self.context.config_loader.load_sweep_config(self._config, list(overrides))
-        with read_write(config.hydra), open_dict(config.hydra):
-            config.hydra.job.id = config.hydra.job.num = index
-            config.hydra.runtime.output_dir = os.path.abspath(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
-        return config
 
     def note(self, config: DictConfig, job: JobReturn, end: JobEnd) -> None:
         """Tell Hydra's callbacks what a job came to."""
@@ -372,6 +366,15 @@ class Launching(Launcher):
 
         job.return_value = STOPPED if end.stopped else Ended(1, end.error) if end.error else end.value
         self.context.callbacks.on_job_end(config=config, job_return=job)
+
+
+def job_config(loader: ConfigLoader, sweep: DictConfig, index: int, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a sweep's job, with its folder."""
+    config = loader.load_sweep_config(sweep, list(overrides))
+    with read_write(config.hydra), open_dict(config.hydra):
+        config.hydra.job.id = config.hydra.job.num = index
+        config.hydra.runtime.output_dir = os.path.abspath(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
+    return config
 
 
 def run_hydra_job(task: TaskFunction, loader: ConfigLoader, config: DictConfig) -> Any:
