@@ -90,12 +90,13 @@ class Slots:
 
     def _take(self) -> bool:
         """Wait for a slot, and work with what is its; False where the sweep stops."""
+        if self.folder not in _HELD:
+            threading.Thread(target=self._end_with_sweep, daemon=True).start()
         while not (stopped := self._stop.exists()) and self.folder not in _HELD:
             slot = next(filter(self._is_taken, range(self.count)), None)
             if slot is None:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 continue
-            threading.Thread(target=self._end_with_sweep, daemon=True).start()
             if (gpu := self.gpu_of(slot)) is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = gpu
             use_threads(self.threads)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_ref.cli.command_line import typed_words
@@ -149,13 +149,16 @@ PARAMETER = "hydra.sweeper.params."  # before a key that Hydra sweeps over
 def read_sweep(path: Path, option: str) -> tuple[list[str], list[str]]:
     """What Hydra recorded of a sweep's command: its words about the jobs, and those about Hydra, of which only what is
     swept is checked. Raises ValueError for another form and for what is no override."""
-    config = configuration_in(_text(path, option), f"{option}: {path}")
+    # as it stands: what reads the environment, or another value, is a text here
+    tree: Any = OmegaConf.to_container(configuration_in(_text(path, option), f"{option}: {path}"))
     recorded: list[list[str]] = []
-    for key in ("hydra.overrides.task", "hydra.overrides.hydra"):
-        listed = OmegaConf.select(config, key)
-        if not isinstance(listed, ListConfig) or not all(isinstance(word, str) for word in listed):
-            raise ValueError(f"{option}: {path} is not Hydra's record of a sweep: it has no {key}; {AGAIN}")
-        recorded.append(list(listed))
+    for keys in (("hydra", "overrides", "task"), ("hydra", "overrides", "hydra")):
+        listed = tree
+        for key in keys:
+            listed = listed.get(key) if isinstance(listed, dict) else None
+        if not isinstance(listed, list) or not all(isinstance(word, str) for word in listed):
+            raise ValueError(f"{option}: {path} is not Hydra's record of a sweep: it has no {'.'.join(keys)}; {AGAIN}")
+        recorded.append(listed)
     task, hydra = recorded
     for word in (*task, *(word.removeprefix(PARAMETER) for word in hydra if word.startswith(PARAMETER))):
         _check_override(word, f"{option}: {path}", several=True)

@@ -135,6 +135,7 @@ class TrainSchema:
     device: str = "auto"
     output_dir: str | None = None
     resume: str | None = None
+    resume_sweep: str | None = None  # written out before Hydra reads it (`resume_sweep.py`)
     trust: Annotated[Any, "an address, a variable's name, or a list of these"] = None  # no group
     stage: str = "train"
     export_to: str | None = None  # of stage=cache_reference

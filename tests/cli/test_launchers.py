@@ -9,7 +9,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from hydra.core.config_store import ConfigStore
 
 from dpo_ref.cli import launchers
 from dpo_ref.cli import sweep as end_of_sweep
@@ -17,7 +16,7 @@ from dpo_ref.cli.command_line import check_command_line
 from dpo_ref.cli.launchers import Slots, SlurmConfig, SlurmLaunching, executor_of, slots_for
 from tests.support.command import ROOT, forked, typed, typed_afresh
 from tests.support.faults import SMALL, Typed, same_weights, steps, summary
-from tests.support.pretended_slurm import pretended_slurm
+from tests.support.pretended_slurm import PretendedSlurm
 
 BETAS = ("0.1", "3")
 JOBS = [f"{index}_beta-{beta}" for index, beta in enumerate(BETAS)]
@@ -162,17 +161,12 @@ def test_ours_are_found_where_plugins_of_these_names_are_installed(tmp_path, mon
         "    ConfigStore.instance().store(group='hydra/launcher', name=name, node={'_target_': 'theirs'})\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for words, told in (
-        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"], ["hydra_plugins.joblib.JoblibLauncher", "n_jobs: 3"]),
-        (
-            ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"],
-            ["hydra_plugins.submitit.SlurmLauncher", "partition: gpu", "signal_delay_s: 120"],
-        ),
-    ):
-        done = typed_afresh("train.py", *words, "--cfg", "hydra", "-p", "hydra.launcher")
-        assert done.returncode == 0, done
-        assert "Warning" not in done.stderr
-        assert all(text in done.stdout for text in told), done
+    words = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
+    done = typed_afresh("train.py", *words, "--cfg", "hydra", "-p", "hydra.launcher")
+    assert done.returncode == 0, done
+    assert "Warning" not in done.stderr
+    for told in ("hydra_plugins.submitit.SlurmLauncher", "partition: gpu", "signal_delay_s: 120"):
+        assert told in done.stdout, done
 
 
 @pytest.mark.parametrize(
@@ -232,3 +226,161 @@ def test_the_script_for_sbatch(monkeypatch, tmp_path):
         "module load cuda",
     ]
     assert executor._executor.max_num_timeout == 20
+
+
+LONGER = [*SMALL, "trainer.epochs=20", "trainer.save_every=10"]
+OF_LONGER = [f"{index}_beta-{beta}" for index, beta in enumerate(("0.1", "0.3", "3"))]
+
+
+def long_sweep(folder, launcher):
+    share = "cpus_per_task=1" if launcher == "submitit_slurm" else "n_jobs=2"
+    launched = [f"hydra/launcher={launcher}", f"hydra.launcher.{share}"]
+    return ["train.py", "-m", *LONGER, "beta=0.1,0.3,3", f"output_dir={folder}", *launched]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A sweep that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "sweep"
+    done = typed(*long_sweep(folder, "side_by_side"))
+    assert done.returncode == 0, done
+    return folder
+
+
+def with_two_under_way(tmp_path, folder, launcher):
+    started = Typed(tmp_path / "shell", *long_sweep(folder, launcher), before=lambda: os.setpgid(0, 0))
+    begun = [folder / job for job in OF_LONGER]
+    started.until(lambda: sum(steps(job) > 3 for job in begun) == 2)
+    return started, [job for job in begun if steps(job) > 3]
+
+
+def worker_of(job):
+    return json.loads((job / ".lock").read_text())["pid"]
+
+
+def gone(process):
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def assert_resumes(folder, whole, *words):
+    done = typed("train.py", f"resume_sweep={folder}", *words)
+    assert done.returncode == 0, done
+    assert all(same_weights(folder / job, whole / job) for job in OF_LONGER)
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_stop_lets_each_job_save_itself_and_resume_sweep_goes_on(whole, tmp_path, launcher):
+    folder = tmp_path / "sweep"
+    started, begun = with_two_under_way(tmp_path, folder, launcher)
+    workers = list(map(worker_of, begun))
+    os.killpg(started.process.pid, signal.SIGINT)  # as a terminal does
+    stopped = started.end()
+    assert (stopped.returncode, "Traceback" in stopped.stderr) == (130, False), stopped
+    assert all(map(gone, workers))
+    assert [summary(job)["status"] for job in begun] == ["interrupted"] * 2
+    assert sum((folder / job / "config.yaml").exists() for job in OF_LONGER) == 2
+    assert f"go on with\n  python {' '.join(long_sweep(folder, launcher))}" in stopped.stderr
+    done = assert_resumes(folder, whole, "hydra/launcher=side_by_side")
+    assert "0 of 3 jobs are finished\n" in done.stdout
+    assert done.stdout.count("going on with") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_second_stop_kills_the_jobs(tmp_path, launcher):
+    folder = tmp_path / "sweep"
+    started, begun = with_two_under_way(tmp_path, folder, launcher)
+    workers = list(map(worker_of, begun))
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)  # as one that does not come to save itself
+    os.killpg(started.process.pid, signal.SIGINT)
+    started.until(lambda: "stopping" in (started.folder / "out").read_text())
+    os.killpg(started.process.pid, signal.SIGINT)
+    stopped = started.end()
+    assert (stopped.returncode, "Traceback" in stopped.stderr) == (130, False), stopped
+    assert all(map(gone, workers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_jobs_do_not_outlive_a_sweep_that_is_killed(tmp_path, launcher):
+    started, begun = with_two_under_way(tmp_path, tmp_path / "sweep", launcher)
+    workers = list(map(worker_of, begun))
+    started.send(signal.SIGKILL)
+    started.end()
+    assert all(map(gone, workers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "why", "others"),
+    [
+        ("joblib", "joblib ends all of its processes when one is killed", []),
+        ("submitit_local", "its process ended without a result: ", ["completed"] * 2),
+    ],
+)
+def test_a_job_that_is_killed_is_told_and_resume_sweep_goes_on(whole, tmp_path, launcher, why, others):
+    folder = tmp_path / "sweep"
+    started, (first, *_) = with_two_under_way(tmp_path, folder, launcher)
+    os.kill(worker_of(first), signal.SIGKILL)
+    done = started.end()
+    assert done.returncode == 1, done
+    assert why in done.stderr
+    assert f"  python train.py resume_sweep={folder} hydra/launcher={launcher} hydra.launcher.n_jobs=2" in done.stderr
+    completed = [
+        job for job in OF_LONGER if (folder / job).exists() and summary(folder / job)["status"] == "completed"
+    ]
+    assert len(completed) == len(others)
+    assert_resumes(folder, whole, "hydra/launcher=side_by_side")
+
+
+# --- a cluster that is pretended
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    return PretendedSlurm(tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_up_is_queued_again_and_goes_on(whole, slurm, tmp_path):
+    folder = tmp_path / "sweep"
+    started = Typed(tmp_path / "shell", *long_sweep(folder, "submitit_slurm"))
+    started.until(lambda: steps(folder / OF_LONGER[0]) > 3)
+    slurm.send("100_0", signal.SIGUSR1)
+    done = started.end()
+    assert done.returncode == 0, done
+    assert slurm.requeued == ["100_0"]
+    log = (folder / ".submitit" / "100_0_0_log.out").read_text()
+    assert log.index("stopped at step") < log.index(f"going on with {folder / OF_LONGER[0]}, which is interrupted")
+    assert all(same_weights(folder / job, whole / job) for job in OF_LONGER)
+    assert (folder / "sweep.csv").is_file()  # by a job of its own
+    assert slurm.state("101") == "COMPLETED"
+
+
+@pytest.mark.slow
+def test_a_stop_cancels_the_jobs_of_a_cluster(whole, slurm, tmp_path):
+    folder = tmp_path / "sweep"
+    started = Typed(tmp_path / "shell", *long_sweep(folder, "submitit_slurm"))
+    started.until(lambda: all(steps(folder / job) > 3 for job in OF_LONGER))
+    started.send(signal.SIGINT)
+    stopped = started.end()
+    assert (stopped.returncode, "Traceback" in stopped.stderr) == (130, False), stopped
+    for index in range(3):
+        deadline = time.monotonic() + 20
+        while slurm.state(f"100_{index}") != "COMPLETED" and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert [summary(folder / job)["status"] for job in OF_LONGER] == ["interrupted"] * 3
+    assert slurm.requeued == []
+    refused = typed("train.py", f"resume_sweep={folder}")
+    assert "the sweep ran on a cluster: add hydra/launcher=submitit_slurm" in refused.stderr
+    assert_resumes(folder, whole, "hydra/launcher=side_by_side")

@@ -84,7 +84,7 @@ def test_a_sweep_with_a_failed_job_ends_with_its_name_its_error_and_what_to_type
     done = typed(*words)
     assert done.returncode == 1
     assert "error: 1 job of the sweep failed:\n  3_beta--1: failed: ValueError: beta=-1" in done.stderr
-    assert f"  python {' '.join(words)}" in done.stderr
+    assert f"  python train.py resume_sweep={folder}" in done.stderr
     assert [row[1] for row in table(folder)] == ["completed"] * 3 + ["failed"]
     tell(
         "lost",
