@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -324,43 +325,41 @@ def visible_gpus() -> list[str]:
 
 
 class JoblibLaunching(_OnThisMachine):
-    """`hydra/launcher=joblib`: joblib's processes, each of which runs one job after the other."""
-
-    def __init__(self, n_jobs: int | None, verbose: int) -> None:
-        super().__init__(n_jobs)
-        self._verbose = verbose
+    """`hydra/launcher=joblib`: joblib's processes (loky), each of which runs one job after the other."""
 
     def ends(self, jobs: Sequence[SentJob]) -> Iterator[tuple[int, JobEnd]]:
-        """As joblib tells them. It kills all of its processes when one dies: what these were at is an error of each,
-        and its checkpoint goes on."""
-        from joblib import Parallel, delayed
+        """As they end. joblib kills all of its processes when one dies: what these were at is an error of each, and
+        its checkpoint goes on."""
         from joblib.externals.loky import get_reusable_executor
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
-        slots, left = self.slots(jobs), set(range(len(jobs)))
-        parallel: Any = Parallel(
-            n_jobs=max(2, slots.count),  # of one it would make no process; slots are what counts
-            backend="loky",
-            verbose=self._verbose,
-            return_as="generator_unordered",
-        )
-        with slots.stopping() as stop:
-            try:
-                for index, end in parallel(delayed(_numbered)(index, slots, job) for index, job in enumerate(jobs)):
-                    left.discard(index)
-                    yield index, end
-            except BrokenProcessPool:
-                yield from ((index, JobEnd(error=BROKEN)) for index in sorted(left))
-            get_reusable_executor().shutdown()  # it would keep the memory of the jobs
+        slots = self.slots(jobs)
+        executor = get_reusable_executor(slots.count, env={"OMP_NUM_THREADS": str(slots.threads)})
+        with slots.stopping() as stop, _shut_down(executor):
+            index_of = {executor.submit(in_slot, slots, job): index for index, job in enumerate(jobs)}
+            for future in as_completed(index_of):
+                try:
+                    end = future.result()
+                except BrokenProcessPool:
+                    end = JobEnd(error=BROKEN)
+                yield index_of[future], end
         if stop:
             raise KeyboardInterrupt
 
 
+@contextmanager
+def _shut_down(executor: Any) -> Iterator[None]:
+    """At the end its processes, which would keep the memory of their jobs, are gone, at once where something went
+    wrong."""
+    try:
+        yield
+    except BaseException:
+        executor.shutdown(kill_workers=True)
+        raise
+    executor.shutdown()
+
+
 BROKEN = "joblib ends all of its processes when one is killed, as the system does when memory runs out, and one was"
-
-
-def _numbered(index: int, slots: Slots, job: SentJob) -> tuple[int, JobEnd]:
-    return index, in_slot(slots, job)
 
 
 # --- submitit's
@@ -555,7 +554,6 @@ class JoblibConfig:
 
     _target_: str = "hydra_plugins.joblib.JoblibLauncher"
     n_jobs: int | None = None  # at a time; null: one for each GPU or, without any, each core; -1: one for each core
-    verbose: int = 0  # of joblib.Parallel
 
 
 @dataclass

@@ -33,13 +33,20 @@ def without_evaluation():
 
 
 NOTES_MOVES = """
-import os, sys
+import glob, os, sys, time
+tables = os.environ["DPO_REF_CACHE"] + "/reference/"
+moves = os.environ["MOVES"]
 def note(event, arguments):
-    if event == "os.rename" and str(arguments[1]).startswith(os.environ["DPO_REF_CACHE"] + "/"):
-        with open(os.environ["MOVES"], "a") as file:
+    if event == "open" and str(arguments[0]).startswith(tables) and str(arguments[0]).endswith(".lock"):
+        os.mkdir(f"{moves}/{os.getpid()}") if not os.path.exists(f"{moves}/{os.getpid()}") else None
+    if event == "os.rename" and str(arguments[1]).startswith(tables):
+        deadline = time.monotonic() + 20
+        while len(glob.glob(f"{moves}/*")) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with open(f"{moves}.txt", "a") as file:
             file.write(f"{arguments[1]}\\n")
 sys.addaudithook(note)
-"""  # as sitecustomize.py: what every process that starts anew puts into the cache
+"""  # as sitecustomize.py: which tables processes put into the cache, the first once another is about to make the same
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +56,10 @@ def sweeps(tmp_path_factory):
     (root / "sitecustomize.py").write_text(NOTES_MOVES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(root))
-        patch.setenv("MOVES", str(root / "moves"))
         for name in ("basic", "joblib", "submitit_local"):
             patch.setenv("DPO_REF_CACHE", str(root / f"cache of {name}"))
+            patch.setenv("MOVES", str(root / f"moves of {name}"))
+            (root / f"moves of {name}").mkdir()
             words = [f"hydra/launcher={name}", *(["hydra.launcher.n_jobs=2"] if name != "basic" else [])]
             done = typed("train.py", "-m", *SHARING, f"output_dir={root / name}", *words)
             assert done.returncode == 0, done
@@ -71,10 +79,10 @@ def test_jobs_are_those_of_a_sweep_that_runs_them_one_after_the_other(sweeps, la
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_what_jobs_share_is_made_by_one_of_them(sweeps, launcher):
-    cache = sweeps / f"cache of {launcher}"
-    made = [line for line in (sweeps / "moves").read_text().splitlines() if line.startswith(f"{cache}/reference/")]
+    made = (sweeps / f"moves of {launcher}.txt").read_text().splitlines()
+    assert len(list((sweeps / f"moves of {launcher}").iterdir())) == 2  # both came to it before it was there
+    assert made == [str(path) for path in (sweeps / f"cache of {launcher}" / "reference").glob("*/*.safetensors")]
     assert len(made) == 1
-    assert [str(path) for path in (cache / "reference").glob("*/*")] == made
 
 
 def test_names_stand_before_what_the_jobs_of_joblib_print(sweeps):
@@ -292,6 +300,18 @@ def test_a_stop_lets_each_job_save_itself_and_resume_sweep_goes_on(whole, tmp_pa
     done = assert_resumes(folder, whole, "hydra/launcher=side_by_side")
     assert "0 of 3 jobs are finished\n" in done.stdout
     assert done.stdout.count("going on with") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_one_at_a_time_and_rung_by_rung(tmp_path, launcher):
+    search = ["+search=halving", "search.rungs=2", "search.eta=2", "trainer.eval_every=3", "trainer.epochs=3"]
+    launched = [f"hydra/launcher={launcher}", "hydra.launcher.n_jobs=1"]
+    done = typed("train.py", "-m", *SHARING, *search, *launched, f"output_dir={tmp_path / 'sweep'}")
+    assert done.returncode == 0, done
+    assert "2 jobs, 1 at a time" in done.stdout
+    assert "1 job, 1 at a time" in done.stdout
+    assert sorted(summary(tmp_path / "sweep" / job)["status"] for job in JOBS) == ["completed", "stopped"]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from tests.support.faults import SMALL, summary
 from tests.support.sweeps import short_evaluation  # noqa: F401 (a fixture)
 
 JOBS = ["0_beta-0.1", "1_beta--1", "2_beta-3"]
+NO_EVALUATION = SimpleNamespace(run=lambda *_, check: SimpleNamespace(returncode=0))
 BESIDE = ["hydra/launcher=side_by_side", "hydra.launcher.n_jobs=2"]
 
 
@@ -22,7 +23,7 @@ def a_job_failed(tmp_path_factory):
     """A sweep of which one job cannot be run, and what it ended with."""
     folder = tmp_path_factory.mktemp("sweep") / "my sweep"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(end_of_sweep, "subprocess", SimpleNamespace(run=lambda *_, check: SimpleNamespace(returncode=0)))
+        patch.setattr(end_of_sweep, "subprocess", NO_EVALUATION)
         patch.setattr(end_of_sweep, "print_next", lambda *_: None)
         done = typed("train.py", "-m", *SMALL, "beta=0.1,-1,3", f"hydra.sweep.dir='{folder}'", *BESIDE, "stage=train")
     assert done.returncode == 1, done
@@ -75,7 +76,7 @@ def with_record(folder, **words):
     return folder
 
 
-def test_where_nothing_is_left_it_evaluates_or_says_so(a_job_failed, tmp_path):
+def test_where_nothing_is_left_it_evaluates_or_says_so(a_job_failed, tmp_path, monkeypatch):
     folder = shutil.copytree(a_job_failed[0], tmp_path / "sweep")
     shutil.rmtree(folder / JOBS[1])
     (folder / JOBS[2]).rename(folder / "1_beta-3")
@@ -94,6 +95,9 @@ def test_where_nothing_is_left_it_evaluates_or_says_so(a_job_failed, tmp_path):
         "2 of 2 jobs are finished: 0_beta-0.1, 1_beta-3",
         f"nothing is left to do: {folder / 'report.html'} has the results",
     ]
+    (folder / "sweep.csv").unlink()  # as where the evaluation was killed before its table
+    monkeypatch.setattr(end_of_sweep, "subprocess", NO_EVALUATION)
+    assert "nothing is left to train; " in typed("train.py", f"resume_sweep={folder}").stdout
 
 
 def test_the_command_is_the_sweep_s_with_what_is_typed_in_its_place(tmp_path):
