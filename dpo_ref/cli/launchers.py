@@ -94,7 +94,7 @@ class Slots:
         if self.folder not in _HELD:
             threading.Thread(target=self._end_with_sweep, daemon=True).start()
         while not (stopped := self._stop.exists()) and self.folder not in _HELD:
-            slot = next(filter(self._is_taken, range(self.count)), None)
+            slot = next(filter(self._lock_slot, range(self.count)), None)
             if slot is None:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 continue
@@ -103,8 +103,8 @@ class Slots:
             use_threads(self.threads)
         return not stopped
 
-    def _is_taken(self, slot: int) -> bool:
-        """Whether this process now has a slot."""
+    def _lock_slot(self, slot: int) -> bool:
+        """Take a slot, if it is free; whether this process now has it."""
         lock = os.open(self.folder / f"{slot}.slot", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -239,14 +239,8 @@ def _named(name: str) -> Iterator[None]:
         sys.stdout, sys.stderr = streams
 
 
-_GUARDED: list[int] = []  # the process whose streams are guarded: joblib's have several jobs
-
-
 def in_slot(slots: Slots, job: SentJob) -> JobEnd:
     """A job in a process of joblib."""
-    if not _GUARDED:
-        guard_streams()
-        _GUARDED.append(os.getpid())
     with _named(job.name):
         return slots.work(job.run)
 
@@ -334,7 +328,8 @@ class JoblibLaunching(_OnThisMachine):
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
         slots = self.slots(jobs)
-        executor = get_reusable_executor(slots.count, env={"OMP_NUM_THREADS": str(slots.threads)})
+        threads = {"OMP_NUM_THREADS": str(slots.threads)}
+        executor = get_reusable_executor(slots.count, initializer=guard_streams, env=threads)
         with slots.stopping() as stop, _shut_down(executor):
             index_of = {executor.submit(in_slot, slots, job): index for index, job in enumerate(jobs)}
             for future in as_completed(index_of):
@@ -368,6 +363,11 @@ BROKEN = "joblib ends all of its processes when one is killed, as the system doe
 SECONDS_BETWEEN_SUBMISSIONS = 0.2  # which submitit waits for too, but with stops held back
 
 
+OF_ALL_CLUSTERS = (  # options; submitit has those of one behind the cluster's name
+    "name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "stderr_to_stdout",
+)  # fmt: skip
+
+
 def executor_of(cluster: str, folder: Path, options: Mapping[str, Any]) -> Any:
     """What submits jobs to `local` or `slurm`, their logs in a folder. Raises ValueError where submitit is not
     installed, has no cluster here, or does not take an option."""
@@ -378,8 +378,7 @@ def executor_of(cluster: str, folder: Path, options: Mapping[str, Any]) -> Any:
             f"hydra/launcher=submitit_{cluster} needs submitit: pip install -r requirements-sweeps.txt "
             "(hydra/launcher=side_by_side and joblib need nothing)"
         ) from error
-    shared = submitit.AutoExecutor._typed_parameters()
-    named = {key if key in shared else f"{cluster}_{key}": value for key, value in options.items()}
+    named = {key if key in OF_ALL_CLUSTERS else f"{cluster}_{key}": value for key, value in options.items()}
     retries = {key: named.pop(key) for key in ("slurm_max_num_timeout",) if key in named}
     try:
         executor = submitit.AutoExecutor(folder, cluster, **retries)
@@ -401,7 +400,8 @@ def _as_done(sent: Sequence[Any], stop: Sequence[int]) -> Iterator[tuple[int, Jo
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _end_of(job: Any) -> JobEnd:
+def _end_of(job: Any) -> Any:
+    """What a job of submitit returned; a JobEnd that says where to look, if it could not."""
     from submitit.core.utils import UncompletedJobError
 
     try:
@@ -508,7 +508,8 @@ class SlurmLaunching(_Sending):
             yield from _as_done(sent, stop)
 
     def run(self, command: Sequence[str]) -> int:
-        """The exit status of a command that runs as one job of the same kind; shows what it printed."""
+        """The exit status of a command that runs as one job of the same kind, 1 where that has none; shows what it
+        printed."""
         executor = self.executor()
         with _cancelling() as (sent, stop):
             sent.append(executor.submit(subprocess.call, list(command)))
@@ -516,7 +517,11 @@ class SlurmLaunching(_Sending):
             while not sent[0].done() and not stop:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         print(sent[0].stdout() or "", flush=True)
-        return sent[0].result()
+        end = _end_of(sent[0])
+        if isinstance(end, int):
+            return end
+        say(f"the command failed: {end.error}")
+        return 1
 
 
 def run_on_cluster(launcher: DictConfig, command: Sequence[str]) -> int:
