@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo_ref.cli import command_line, schemas
+from dpo_ref.cli import command_line, resume_sweep, schemas
 from dpo_ref.tracking.terminal import guard_streams
 
 schemas.register()
@@ -45,6 +45,6 @@ def main(cfg: DictConfig) -> object:
 if __name__ == "__main__":
     guard_streams()
     with stopping.in_one_line():
-        sys.argv[1:] = command_line.checked(sys.argv[1:], "train")
+        sys.argv[1:] = command_line.checked(resume_sweep.written_out(sys.argv[1:]), "train")
         schemas.note_swept_keys(sys.argv[1:])
         main()

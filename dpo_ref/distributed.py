@@ -78,6 +78,11 @@ def best_device() -> torch.device:
     return torch.device("cuda" if found else "cpu")
 
 
+def num_gpus() -> int:
+    """How many CUDA devices this process sees."""
+    return torch.cuda.device_count()
+
+
 def on_cuda() -> bool:
     """Whether it is a CUDA device."""
     return best_device().type == "cuda"

@@ -22,7 +22,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli import schemas
+from dpo_ref.cli.launchers import OPTIONS
 from dpo_ref.cli.schemas import CONF, SCHEMAS, groups, option_names, option_types
+from dpo_ref.cli.side_by_side import LAUNCHER, SideBySideConfig
 from dpo_ref.tracking.redaction import refuse_typed_credentials
 
 RENAMED_OPTIONS = {"eps": "label_smoothing"}  # words of before, and what is written instead
@@ -73,6 +75,7 @@ def check_command_line(arguments: Sequence[str], kind: str) -> None:
         if "@" in head:  # a member inside another, as in scorer@data.scorer: Hydra knows its place
             continue
         if head.startswith("hydra"):
+            _check_launcher_option(key, arguments)
             continue
         if not equals:
             raise ValueError(f"{argument!r} is no option: write key=value; --help lists the keys")
@@ -101,6 +104,16 @@ def _refuse_nothing(argument: str, kind: str) -> None:
     says += [f"write {key}=none"] if "none" in members else []
     choices = f"choose one of {', '.join(members)}"
     raise ValueError(f"{argument}: {key} takes the name of a choice; {' or '.join(says) or choices}")
+
+
+def _check_launcher_option(key: str, arguments: Sequence[str]) -> None:
+    """Raise ValueError for an option that the launcher of these words does not take."""
+    launcher = next((word.partition("=")[2] for word in arguments if word.startswith("hydra/launcher=")), "")
+    if launcher in LAUNCHERS and key.startswith("hydra.launcher."):
+        refuse_unknown("hydra.launcher.", [key.split(".")[2]], (f.name for f in fields(LAUNCHERS[launcher])))
+
+
+LAUNCHERS = {LAUNCHER: SideBySideConfig, **OPTIONS}  # ours, and their options
 
 
 NOTHING = ("null", "NULL", "Null", "None", "")  # as values of a group

@@ -33,7 +33,7 @@ from dpo_ref.cli.build import tokenise_data, tokenizer_of
 from dpo_ref.cli.command_line import quoted
 from dpo_ref.cli.resolve import RunConfig, resolve
 from dpo_ref.cli.resolve import component as checked_component
-from dpo_ref.cli.side_by_side import SideJob, run_side_by_side, swept_names
+from dpo_ref.cli.side_by_side import SideJob, job_config, run_side_by_side, swept_names
 from dpo_ref.component import Component, component
 from dpo_ref.evaluation.policy import read_summary
 from dpo_ref.evaluation.results import ACCURACY, BEST_BY, LOSS, MARGIN, SCORE, TIES, WIN_RATE, direction
@@ -385,10 +385,8 @@ class Halving(Sweeper):
 
     def _job(self, index: int, words: list[str]) -> SearchJob:
         """A job with its folder, which is the same at every rung."""
-        config = self._loader.load_sweep_config(self._config, words)
-        with read_write(config.hydra), open_dict(config.hydra):
-            config.hydra.job.id = config.hydra.job.num = index
-        return SearchJob(words, config, Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute())
+        config = job_config(self._loader, self._config, index, words)
+        return SearchJob(words, config, Path(config.hydra.runtime.output_dir))
 
     def _run(self, jobs: Sequence[SearchJob], plan: SearchPlan) -> list[Sequence[JobReturn]]:
         cells = list(dict.fromkeys(job.cell for job in jobs))

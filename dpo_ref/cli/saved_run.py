@@ -143,17 +143,41 @@ def read_summary(folder: Path, option: str, needed: Sequence[str] = ()) -> dict[
     return summary
 
 
+PARAMETER = "hydra.sweeper.params."  # before a key that Hydra sweeps over
+
+
+def read_sweep(path: Path, option: str) -> tuple[list[str], list[str]]:
+    """What Hydra recorded of a sweep's command: its words about the jobs, and those about Hydra, of which only what is
+    swept is checked. Raises ValueError for another form and for what is no override."""
+    # as it stands: what reads the environment, or another value, is a text here
+    tree: Any = OmegaConf.to_container(configuration_in(_text(path, option), f"{option}: {path}"))
+    recorded: list[list[str]] = []
+    for keys in (("hydra", "overrides", "task"), ("hydra", "overrides", "hydra")):
+        listed = tree
+        for key in keys:
+            listed = listed.get(key) if isinstance(listed, dict) else None
+        if not isinstance(listed, list) or not all(isinstance(word, str) for word in listed):
+            raise ValueError(f"{option}: {path} is not Hydra's record of a sweep: it has no {'.'.join(keys)}; {AGAIN}")
+        recorded.append(listed)
+    task, hydra = recorded
+    for word in (*task, *(word.removeprefix(PARAMETER) for word in hydra if word.startswith(PARAMETER))):
+        _check_override(word, f"{option}: {path}", several=True)
+    return task, hydra
+
+
 OVERRIDE = re.compile(r"[+~]*([\w/-]+)(?:@[\w.]+)?((?:\.[\w-]+)*)(?:=(.*))?", re.DOTALL)
 
 
-def _check_override(override: Any, origin: str) -> None:
-    """Raise ValueError for a recorded word that would compose more than options and files of conf/."""
+def _check_override(override: Any, origin: str, several: bool = False) -> None:
+    """Raise ValueError for a recorded word that would compose more than options and files of conf/. A sweep's may have
+    `several` choices."""
     word = OVERRIDE.fullmatch(override) if isinstance(override, str) else None
     if word is None or any(map(_is_special, word[2].split("."))) or "${" in (word[3] or "") or SPECIAL.search(word[0]):
         raise ValueError(
             f"{origin}: overrides hold {override!r:.120}, which is no option of a run; take it out, or train it again"
         )
-    if word[1] in groups() and not word[2] and not NAME.fullmatch((word[3] or "").strip("'\"")):
+    choices = (word[3] or "").split(",") if several else [word[3] or ""]
+    if word[1] in groups() and not word[2] and not all(NAME.fullmatch(choice.strip("'\"")) for choice in choices):
         raise ValueError(f"{origin}: overrides hold {override!r:.120}, which is no name of a file in conf/; {AGAIN}")
 
 

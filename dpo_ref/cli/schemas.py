@@ -21,7 +21,7 @@ from hydra.core.default_element import ConfigDefault
 from hydra.errors import ConfigCompositionException
 from omegaconf import MISSING, OmegaConf
 
-from dpo_ref.cli import side_by_side
+from dpo_ref.cli import launchers, side_by_side
 from dpo_ref.component import (
     annotations,
     choices_of,
@@ -137,6 +137,7 @@ class TrainSchema:
     device: str = "auto"
     output_dir: str | None = None
     resume: str | None = None
+    resume_sweep: str | None = None  # written out before Hydra reads it (`resume_sweep.py`)
     trust: Annotated[Any, "an address, a variable's name, or a list of these"] = None  # no group
     stage: str = "train"
     export_to: str | None = None  # of stage=cache_reference
@@ -368,8 +369,9 @@ _READS_SCHEMAS: list[bool] = []  # whether Hydra does, in this process
 
 
 def register() -> None:
-    """Store the schemas of the top level and of everything that `conf/` targets, our resolvers and our launcher."""
+    """Store the schemas of the top level and of everything that `conf/` targets, our resolvers and our launchers."""
     side_by_side.register()
+    launchers.register()
     OmegaConf.register_new_resolver("dpo_ref.swept", swept, replace=True)
     OmegaConf.register_new_resolver("dpo_ref.choices", choices_text, replace=True)
     OmegaConf.register_new_resolver("dpo_ref.sweep_dir", sweep_directory, use_cache=True, replace=True)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -96,7 +97,7 @@ def _work(call: Callable[[], Any], told: Connection, streams: tuple[int, int], n
     sys.stdout, sys.stderr = (open(end, "w", buffering=1, encoding="utf-8", closefd=False) for end in (1, 2))  # noqa: SIM115
     guard_streams()
     _stopped_by_its_parent()
-    _use_threads(num_threads)
+    use_threads(num_threads)
     show_on(TellingScreen(told.send))
     try:
         end = JobEnd(call())
@@ -123,7 +124,8 @@ def _stopped_by_its_parent() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _use_threads(count: int) -> None:
+def use_threads(count: int) -> None:
+    """Compute with so many threads from here on."""
     import torch
 
     torch.set_num_threads(count)
@@ -324,61 +326,70 @@ class Launching(Launcher):
     this process, once for each job."""
 
     def __init__(self, n_jobs: int | None) -> None:
-        self._n_jobs = n_jobs
+        self.n_jobs = n_jobs
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """What Hydra hands over before the sweep."""
-        self._context, self._task, self._config = hydra_context, task_function, config
+        self.context, self.task, self._config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run every job; what each came to, in their order."""
         try:
-            most = min(at_a_time(self._n_jobs, "hydra.launcher.n_jobs"), len(job_overrides))
+            most = min(at_a_time(self.n_jobs, "hydra.launcher.n_jobs"), len(job_overrides))
         except ValueError as error:
             sys.exit(f"error: {error}")
-        setup_globals()
-        configs = [self._job(index, words) for index, words in enumerate(job_overrides, initial_job_idx)]
-        alone = [Path(config.hydra.runtime.output_dir).name for config in configs[:1]]
-        names = swept_names(job_overrides) if len(configs) > 1 else alone
-        jobs = [
-            SideJob(name, partial(self._run, config), _failure) for name, config in zip(names, configs, strict=True)
-        ]
+        names, configs = self.prepared(job_overrides, initial_job_idx)
+        calls = [partial(run_hydra_job, self.task, self.context.config_loader, config) for config in configs]
+        jobs = [SideJob(name, call, why_failed) for name, call in zip(names, calls, strict=True)]
         returns = [JobReturn(overrides=list(words), status=JobStatus.COMPLETED) for words in job_overrides]
         threads = threads_each(most)
         say(
             f"{len(jobs)} jobs, {most} at a time, {threads} thread{'s' if threads > 1 else ''} each; the time left is "
             "told once jobs train"
         )
-        run_side_by_side(jobs, most, lambda index, end: self._note(configs[index], returns[index], end))
+        run_side_by_side(jobs, most, lambda index, end: self.note(configs[index], returns[index], end))
         return returns
 
-    def _job(self, index: int, overrides: Sequence[str]) -> DictConfig:
-        """A job's configuration, with its folder."""
-        config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
-        with read_write(config.hydra), open_dict(config.hydra):
-            config.hydra.job.id = config.hydra.job.num = index
-            config.hydra.runtime.output_dir = os.path.abspath(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
-        return config
+    def prepared(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> tuple[list[str], list[DictConfig]]:
+        """What is shown of each job, and its configuration, with its folder."""
+        setup_globals()
+        loader, jobs = self.context.config_loader, enumerate(job_overrides, initial_job_idx)
+        configs = [job_config(loader, self._config, index, words) for index, words in jobs]
+        alone = [Path(config.hydra.runtime.output_dir).name for config in configs[:1]]
+        return swept_names(job_overrides) if len(configs) > 1 else alone, configs
 
-    def _run(self, config: DictConfig) -> Any:
-        """In the job's process."""
-        done = run_job(
-            task_function=self._task,
-            config=config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-            hydra_context=HydraContext(self._context.config_loader, Callbacks()),
-        )
-        return done.return_value
-
-    def _note(self, config: DictConfig, job: JobReturn, end: JobEnd) -> None:
+    def note(self, config: DictConfig, job: JobReturn, end: JobEnd) -> None:
+        """Tell Hydra's callbacks what a job came to."""
         from dpo_ref.cli.train import STOPPED, Ended
 
         job.return_value = STOPPED if end.stopped else Ended(1, end.error) if end.error else end.value
-        self._context.callbacks.on_job_end(config=config, job_return=job)
+        self.context.callbacks.on_job_end(config=config, job_return=job)
 
 
-def _failure(returned: Any) -> str | None:
+def job_config(loader: ConfigLoader, sweep: DictConfig, index: int, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a sweep's job, with its folder."""
+    config = loader.load_sweep_config(sweep, list(overrides))
+    with read_write(config.hydra), open_dict(config.hydra):
+        config.hydra.job.id = config.hydra.job.num = index
+        config.hydra.runtime.output_dir = os.path.abspath(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
+    return config
+
+
+def run_hydra_job(task: TaskFunction, loader: ConfigLoader, config: DictConfig) -> Any:
+    """What a job returns, in its process."""
+    done = run_job(
+        task_function=task,
+        config=config,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+        hydra_context=HydraContext(loader, Callbacks()),
+    )
+    return done.return_value
+
+
+def why_failed(returned: Any) -> str | None:
     """Why a job failed that could say so."""
     from dpo_ref.cli.train import Ended
 

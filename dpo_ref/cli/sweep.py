@@ -16,17 +16,19 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from dpo_ref.cli import side_by_side
+from dpo_ref.cli import resume_sweep
 from dpo_ref.cli.command_line import ON_QUESTIONS, directory_words, python, tracking_words
+from dpo_ref.cli.launchers import JOBLIB, LOCAL, SLURM, run_on_cluster, visible_gpus
 from dpo_ref.cli.run_folder import record_death
 from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
 from dpo_ref.cli.schemas import note_swept_keys
+from dpo_ref.cli.side_by_side import LAUNCHER
 from dpo_ref.cli.stopping import advise
 from dpo_ref.evaluation.sweep import SweptRun, collect, key_of
 from dpo_ref.files.holding import held
 from dpo_ref.tracking.terminal import say
 
-ANEW = ("output_dir=", "hydra.sweep.dir=", "seed=")  # what another sweep has of its own
+ANEW = ("output_dir=", "hydra.sweep.dir=", "hydra/sweeper=", "seed=")  # what another sweep has of its own
 ENTRY_POINT = Path(__file__).parents[2] / "evaluate.py"
 
 
@@ -55,7 +57,9 @@ class SweepReport(Callback):
         if not any(word.startswith(("output_dir=", "hydra.sweep.dir=")) for word in words):
             words = [*words, f"output_dir={folder}"]
             print(f"the sweep is in {folder}; with output_dir={folder} the same command goes on with it", flush=True)
-        self.again = shlex.join(["python", "train.py", *words])
+        resumed = config.hydra.runtime.choices["hydra/sweeper"] == resume_sweep.SWEEPER
+        again = shlex.join(["python", "train.py", *words])
+        self.again = resume_sweep.command_for(folder, words) if resumed else again
         advise(f"finished jobs are kept, go on with\n  {self.again}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -80,12 +84,15 @@ class SweepReport(Callback):
             command += [f"sweep={folder}", *tracking_words(config.hydra.runtime.choices["tracking"], words)]
             command += [*_evaluated_beside(config), *trust_words(addresses_in(words))]
             print("evaluating the sweep; by hand: python evaluate.py " + shlex.join(command[2:]), flush=True)
-            code = subprocess.run(command, check=False).returncode
+            if config.hydra.runtime.choices["hydra/launcher"] == SLURM:
+                code = run_on_cluster(config.hydra.launcher, command)
+            else:
+                code = subprocess.run(command, check=False).returncode
             if code == 0:
                 print_next(folder, sys.argv[1:], self._then)
         failed = self.failed | (_failed_in(folder) if config.stage == "train" else {})
         if failed:
-            sys.exit("\n".join(_in_words(failed, self.again)))
+            sys.exit("\n".join(_in_words(failed, resume_sweep.command_for(folder, sys.argv[1:]))))
         if code:
             sys.exit(code)
 
@@ -133,11 +140,15 @@ def _alone(job: SweptRun, jobs: Sequence[SweptRun], words: Sequence[str]) -> lis
 
 
 def _evaluated_beside(config: DictConfig) -> list[str]:
-    """Policies whose training ran side by side are evaluated so."""
-    if config.hydra.runtime.choices["hydra/launcher"] != side_by_side.LAUNCHER:
+    """Policies whose training ran side by side are evaluated so, but for those that had GPUs of their own: evaluations
+    are all on one."""
+    launcher = config.hydra.runtime.choices["hydra/launcher"]
+    if launcher not in (LAUNCHER, JOBLIB, LOCAL):
+        return []
+    if launcher != LAUNCHER and config.device != "cpu" and visible_gpus():
         return []
     n_jobs = config.hydra.launcher.n_jobs
-    return [f"n_jobs={'null' if n_jobs is None else n_jobs}"]
+    return [f"n_jobs={'null' if n_jobs in (None, -1) else n_jobs}"]
 
 
 def _failed_in(folder: Path) -> dict[str, str]:
@@ -148,7 +159,7 @@ def _failed_in(folder: Path) -> dict[str, str]:
 def _in_words(failed: dict[str, str], again: str) -> list[str]:
     head = f"error: {len(failed)} job{'s' if len(failed) > 1 else ''} of the sweep failed:"
     jobs = [f"  {name}: {error}" for name, error in failed.items()]
-    return [head, *jobs, "once that is mended, go on with (finished jobs are kept)", f"  {again}"]
+    return [head, *jobs, "once that is mended, these alone are run by", f"  {again}"]
 
 
 def _has_prompts(folder: Path) -> bool:

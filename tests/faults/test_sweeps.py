@@ -80,11 +80,10 @@ def test_a_sweep_with_a_failed_job_ends_with_its_name_its_error_and_what_to_type
     betas = (*BETAS, "-1")
     for job in jobs(folder):
         (job / "config.yaml").write_text((job / "config.yaml").read_text().replace(str(whole), str(folder)))
-    words = command(folder, betas=betas)
-    done = typed(*words)
+    done = typed(*command(folder, betas=betas))
     assert done.returncode == 1
     assert "error: 1 job of the sweep failed:\n  3_beta--1: failed: ValueError: beta=-1" in done.stderr
-    assert f"  python {' '.join(words)}" in done.stderr
+    assert f"  python train.py resume_sweep={folder}" in done.stderr
     assert [row[1] for row in table(folder)] == ["completed"] * 3 + ["failed"]
     tell(
         "lost",
