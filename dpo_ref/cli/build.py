@@ -456,7 +456,7 @@ def evaluation_of(
     context = EvaluationContext(
         work=training.work,
         policy=policy,
-        initial=InitialPolicy(policy.model, standing, training.initial_weights, policy.engine),
+        initial=InitialPolicy(policy.model, standing, training.initial_weights, policy.holding),
         prompts=data.test_prompts,
         pairs=held_out.where(held_out.have_pairs),
         max_length=length_limit(policy.tokenizer, config.data.options["max_length"], policy.positions),

@@ -6,10 +6,11 @@ import io
 import json
 import os
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def together(cfg: DictConfig, job: Job) -> Iterator[None]:
         return
     with joined(), ExitStack() as stack:
         if not ranks().is_first:
-            stack.enter_context(redirect_stdout(LAST_LINE))
+            stack.enter_context(_quietly())
         stack.enter_context(_watched())
         agree({**_versions(), **dict(options_in(OmegaConf.to_container(cfg, resolve=True)))})
         yield
@@ -125,6 +126,18 @@ class LastLine(io.TextIOBase):
 
 
 LAST_LINE = LastLine()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Within, what is said is remembered, and not shown."""
+    before, sys.stdout = sys.stdout, LAST_LINE
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
 BEAT, GONE = 1.0, 30.0  # seconds between signs of life, and without one after which a rank is gone
 
 

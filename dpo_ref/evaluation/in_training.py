@@ -28,7 +28,7 @@ from dpo_ref.generation.records import Generation, Scores, scored_together, writ
 from dpo_ref.generation.sampling import generate, never_sampled
 from dpo_ref.models.asked import Workspace
 from dpo_ref.models.loading import TrainedModel
-from dpo_ref.models.sharding import Engine
+from dpo_ref.models.sharding import Holding
 from dpo_ref.references.interface import Reference
 from dpo_ref.types import Asked, TokenGroup
 
@@ -52,12 +52,12 @@ class InitialPolicy:
     gradients do during a step.
     """
 
-    def __init__(self, policy: nn.Module, standing: nn.Module | None, weights: str, engine: Engine) -> None:
+    def __init__(self, policy: nn.Module, standing: nn.Module | None, weights: str, holding: Holding) -> None:
         self.weights = weights  # digest
         shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
         self._device = next(policy.parameters()).device
-        if standing is None and engine.sharded:  # a part of it on every rank, where it stays
-            self._model, own = engine.copy(policy).eval().requires_grad_(False), []
+        if standing is None and holding.sharded:  # a part of it on every rank, where it stays
+            self._model, own = holding.copy(policy).eval().requires_grad_(False), []
         elif standing is None:
             self._model = copy.deepcopy(policy, dict(shared)).eval().requires_grad_(False)
             own = [p for p in self._model.parameters() if id(p) not in shared]

@@ -80,7 +80,7 @@ def on_base_of(policy: TrainedModel, adapter: str) -> nn.Module:
     Raises ValueError for an adapter that was made on another model, by its own record, and for what is no adapter.
     """
     key = "reference.adapter"
-    if policy.engine.sharded:
+    if policy.holding.sharded:
         raise ValueError(
             f"{key}={adapter} goes on the policy's own weights, which parallel=fsdp shards for training: name the "
             "base, reference.path=<model>, or use parallel=ddp"

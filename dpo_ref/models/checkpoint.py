@@ -24,7 +24,7 @@ from dpo_ref.files.writing import delete_folder, remove_abandoned, remove_delete
 from dpo_ref.models.adapters import adapter_tensors, base_weights, effective, merge, save_adapter
 from dpo_ref.models.folders import CARD
 from dpo_ref.models.frozen import held_in_bfloat16
-from dpo_ref.models.sharding import Engine
+from dpo_ref.models.sharding import Holding
 from dpo_ref.models.shards import Part, empty_beside, fill, gathered, held, like, read, stored, whole, write, written
 
 PREFIX = "step-"
@@ -42,14 +42,14 @@ def save_policy(
     tokenizer: Any,
     adapter: Any = None,
     ends: Collection[int] = (),
-    engine: Engine | None = None,
+    holding: Holding | None = None,
 ) -> None:
     """A plain Hugging Face folder (weights, config, tokenizer, chat template) that loads without our code. A trained
     adapter is merged into the weights, and saved apart in `adapter/`. `ends` are the tokens that end an answer, which
     generation_config.json then lists. A model card that is there already stays. What is read with our code is checked
     against the digests in it, of all but the card. What ranks hold together the first one gathers, and writes."""
     merged = policy if adapter is None else merge(policy)
-    plain = engine.as_saved(merged) if engine is not None and adapter is None else merged
+    plain = holding.as_saved(merged) if holding is not None and adapter is None else merged
     once = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}  # of tied weights one
     state = gathered({name: value for name, value in merged.state_dict().items() if name in once})
     apart = None if adapter is None else gathered(adapter_tensors(adapter))

@@ -58,7 +58,7 @@ from dpo_ref.models.logps import (
 )
 from dpo_ref.models.lora import AdapterOptions, check_adapter_options, held_in, trained_summary
 from dpo_ref.models.packable import install, kernel_refuses
-from dpo_ref.models.sharding import ALONE, Engine, Parallel, make_room, one_after_another, without_weights
+from dpo_ref.models.sharding import ALONE, Holding, Parallel, make_room, one_after_another, without_weights
 from dpo_ref.models.shards import read
 from dpo_ref.types import PackedBatch, ResponseLogps, Span
 
@@ -84,7 +84,7 @@ class TrainedModel(ABC):
     adapter: Any = None  # peft's view of the model, where an adapter is trained instead of its weights
     notes: tuple[str, ...] = ()  # what the user is told of how it runs
     router_loss: float = 0.0  # coefficient of a mixture's load-balancing loss
-    engine: Engine = field(default_factory=Engine)  # how it is trained on all ranks
+    holding: Holding = field(default_factory=Holding)  # how it is trained on all ranks
     writes: ClassVar[bool]  # whether it can be asked for answers
 
     @cached_property
@@ -170,7 +170,7 @@ class Policy(TrainedModel):
     def save(self, folder: Path) -> None:
         """Weights (a trained adapter merged into them), config, tokenizer, chat template, and what ends an answer."""
         ends = end_of_turn_ids(self.tokenizer)
-        save_policy(folder, self.model, self.tokenizer, self.adapter, ends, self.engine)
+        save_policy(folder, self.model, self.tokenizer, self.adapter, ends, self.holding)
 
 
 # --- loading
@@ -473,7 +473,7 @@ def pretrained(
     with one_after_another(parallel.in_parts and bare is None):
         loaded = LoadedModel(bare, ()) if bare else load_below(folder, adapter.below, device, attention, revision)
         trained, balancing, notes = _prepared(loaded.model, adapter, options)
-        engine = parallel.engine(loaded.model, computes_in)
+        holding = parallel.holding(loaded.model, computes_in)
     if bare is not None:
         loaded = fill(bare, folder, attention, "model.path", revision)
     if parallel.in_parts:
@@ -482,7 +482,7 @@ def pretrained(
     notes = (*loaded.notes, *padding_note(tokenizer, loaded.model, f"model.path={path}"), *notes)
     return Policy(
         lambda: loaded.model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes,
-        router_loss=balancing, engine=engine,
+        router_loss=balancing, holding=holding,
     )  # fmt: skip
 
 

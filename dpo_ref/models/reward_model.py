@@ -134,10 +134,10 @@ def with_score_head(policy: Policy, seed: int) -> RewardModel:
     model.score = head.to(embedding.device)
     if model.get_output_embeddings().weight is not embedding:
         model.get_output_embeddings().requires_grad_(False)
-    policy.engine.take_in(model.score)
+    policy.holding.take_in(model.score)
     return RewardModel(
         lambda: model, policy.tokenizer, policy.compute_dtype, policy.path, policy.folder, compiled=policy.compiled,
-        router_loss=policy.router_loss, engine=policy.engine,
+        router_loss=policy.router_loss, holding=policy.holding,
     )  # fmt: skip
 
 

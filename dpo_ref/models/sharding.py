@@ -78,7 +78,7 @@ _WHOLE: "WeakSet[nn.Module]" = WeakSet()  # trunks of models of which every rank
 # --- how a model is trained on all ranks
 
 
-class Engine:
+class Holding:
     """A model that one rank holds and trains."""
 
     sharded: bool = False  # whether asking the model takes all ranks
@@ -125,7 +125,7 @@ def _sum(sent: list[int], bucket: dist.GradBucket):  # torch takes its own word 
     return reduced.get_future().then(lambda done: done.value()[0])
 
 
-class Replicated(Engine):
+class Replicated(Holding):
     """A model that every rank holds. Gradients are summed in buckets, each on its way while the backward pass goes on,
     once a step: passes before the last add to them on their rank alone."""
 
@@ -134,7 +134,7 @@ class Replicated(Engine):
         self._replicated: Any = None
         self.bytes_reduced = [0]  # of gradients, so far
 
-    def _engine(self) -> Any:
+    def _wrapped(self) -> Any:
         """Made at the first pass: an optimiser may have changed the weights' dtype before."""
         if self._replicated is None:
             self._replicated = nn.parallel.DistributedDataParallel(
@@ -145,15 +145,15 @@ class Replicated(Engine):
 
     def through(self, work: Callable[[], Any]) -> Any:
         """The work, whose gradients are summed over ranks."""
-        return self._engine()(work)
+        return self._wrapped()(work)
 
     def pass_of(self, last: bool) -> AbstractContextManager[None]:
         """Ranks are not waited for before the last."""
-        return nullcontext() if last else self._engine().no_sync()
+        return nullcontext() if last else self._wrapped().no_sync()
 
 
 @dataclass(frozen=True)
-class Sharded(Engine):
+class Sharded(Holding):
     """A model of which every rank holds a part of each weight."""
 
     model: Any
@@ -205,9 +205,9 @@ class Parallel:
 
     in_parts: bool = False  # whether no rank holds a whole model
 
-    def engine(self, model: nn.Module, compute_dtype: torch.dtype) -> Engine:
+    def holding(self, model: nn.Module, compute_dtype: torch.dtype) -> Holding:
         """The model, made ready to be trained on all ranks."""
-        return Engine()
+        return Holding()
 
 
 ALONE = Parallel()
@@ -220,7 +220,7 @@ class Replication(Parallel):
     bucket_mib: float
     name = "ddp"
 
-    def engine(self, model: nn.Module, compute_dtype: torch.dtype) -> Engine:
+    def holding(self, model: nn.Module, compute_dtype: torch.dtype) -> Holding:
         """Every rank holds the model."""
         return Replicated(model, self.bucket_mib)
 
@@ -234,7 +234,7 @@ class Sharding(Parallel):
     _options: dict[str, Any] = field(default_factory=dict)
     name, in_parts = "fsdp", True
 
-    def engine(self, model: nn.Module, compute_dtype: torch.dtype) -> Engine:
+    def holding(self, model: nn.Module, compute_dtype: torch.dtype) -> Holding:
         """Every rank keeps its part of each weight and lets go of the rest."""
         half = compute_dtype is torch.bfloat16
         precision = MixedPrecisionPolicy(

@@ -165,7 +165,7 @@ def moving(
     instead, as in iterative DPO (SPPO, arXiv:2405.00675). Its log-probs are computed at every step: `cache` can only
     be off.
     """
-    weights, model = context.policy.weights, context.policy.engine.copy(context.policy.model)
+    weights, model = context.policy.weights, context.policy.holding.copy(context.policy.model)
     initially = identity_of(context.policy.model, weights, context.policy.text_identity)
     if reset is not None:
         return RoundReference("moving", model, digest([initially, "moving", reset]), weights)
@@ -303,4 +303,4 @@ def bema(
     weights, decay = context.policy.weights, Decay(ema_power, bias_power, lag, multiplier, min_ema_multiplier)
     initially = identity_of(context.policy.model, weights, context.policy.text_identity)
     identity = digest([initially, "bema", list(decay), every, burn_in])
-    return BemaReference(context.policy.engine.copy(context.policy.model), identity, weights, decay, every, burn_in)
+    return BemaReference(context.policy.holding.copy(context.policy.model), identity, weights, decay, every, burn_in)

@@ -119,7 +119,7 @@ def initial(context: ReferenceContext, *, cache: Cache = "auto") -> Reference:
     if cache == "auto":
         reference = precompute("initial", context.policy.model, identity, weights, context)
     else:
-        reference = LiveReference("initial", context.policy.engine.copy(context.policy.model), identity, weights)
+        reference = LiveReference("initial", context.policy.holding.copy(context.policy.model), identity, weights)
     reference.notes = (*reference.notes, *_goes_on(context.policy))
     return reference
 
@@ -208,7 +208,7 @@ def other(
     if cache == "auto":
         return precompute("other", model, identity, weights, context)
     scorer_of(model).check(context.groups)
-    return LiveReference("other", context.policy.engine.spread(model), identity, weights)
+    return LiveReference("other", context.policy.holding.spread(model), identity, weights)
 
 
 def model_reference(kind: str, model: nn.Module, context: ReferenceContext, cache: Cache) -> Reference:
@@ -218,7 +218,7 @@ def model_reference(kind: str, model: nn.Module, context: ReferenceContext, cach
     if cache == "auto":
         return precompute(kind, model, identity, weights, context)
     scorer_of(model).check(context.groups)
-    return LiveReference(kind, context.policy.engine.spread(model), identity, weights)
+    return LiveReference(kind, context.policy.holding.spread(model), identity, weights)
 
 
 def prior(context: ReferenceContext, *, cache: Literal["auto"] = "auto") -> Reference:

@@ -78,7 +78,8 @@ def _whole(policy: TrainedModel, reference: Reference, objective: Objective, pas
     ours, theirs = (_concat(list(parts)) for parts in zip(*models, strict=True))
     stated = [part for part in labels if part is not None]
     said = {"labels": torch.cat(stated)} if len(stated) == len(labels) else {}
-    start = ranks().before(len(getattr(ours, fields(ours)[0].name)))
+    first = next(column for column in _columns(ours).values() if column is not None)
+    start = ranks().before(len(first))
     return BatchLogps(_of_all(ours), _of_all(theirs), ranks().columns(said).get("labels"), slice(start, start))
 
 
@@ -248,12 +249,12 @@ def backward(
     parts = []
     for index, (some, counts) in enumerate(share.passes, 1):
         work = memory_for("the forward and backward pass of", sum(group.num_tokens for group in some))
-        with work, policy.engine.pass_of(last=index == len(share.passes)):
+        with work, policy.holding.pass_of(last=index == len(share.passes)):
             batch = collate(some).to(policy.device)
             seen, theirs = asked_of_both(policy, reference, objective, batch)
             inputs = objective_inputs(policy, theirs, objective, batch, statistics, old, counts)
             with routing.observed(batch, counts) as added:
-                loss, values = policy.engine.through(partial(loss_and_metrics, seen, objective, inputs, look))
+                loss, values = policy.holding.through(partial(loss_and_metrics, seen, objective, inputs, look))
             sum(added, start=loss * (counts / total)).backward()
         look = unseen
         parts.append(_of_items(values, counts))

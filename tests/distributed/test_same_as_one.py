@@ -70,7 +70,7 @@ def _policy(case: Case, parallel: str):
         policy = with_score_head(policy, 0)
     policy.model.double()  # a new head and an adapter are float32
     options = {"reduce": case.accumulate} if parallel == "fsdp" else {}
-    return replace(policy, engine=PARALLEL[parallel](**options).engine(policy.model, torch.float32))
+    return replace(policy, holding=PARALLEL[parallel](**options).holding(policy.model, torch.float32))
 
 
 def _groups(case: Case):

@@ -17,7 +17,7 @@ from dpo_ref.lab.models import locate
 from dpo_ref.models.loading import load_model, load_tokenizer
 from dpo_ref.models.logps import response_logps
 from dpo_ref.models.lora import AdapterOptions
-from dpo_ref.models.sharding import Engine
+from dpo_ref.models.sharding import Holding
 from dpo_ref.types import Message
 from tests.support.command import train
 from tests.support.reference_contexts import LAYOUT
@@ -95,7 +95,7 @@ def test_the_initial_policy_stays_and_shares_what_is_not_trained():
     for make in (lambda model: model, lambda model: AdapterOptions(lora_rank=3).put_on(model) and model):
         policy, batch = make(tiny_model(seed=0)), collate(random_groups(LAYOUT))
         trained = [p for p in policy.parameters() if p.requires_grad]
-        initial = InitialPolicy(policy, None, "weights", Engine())
+        initial = InitialPolicy(policy, None, "weights", Holding())
         for weight in trained:
             nn.init.normal_(weight, std=0.1)
         assert initial.num_copied == sum(weight.numel() for weight in trained)

@@ -18,7 +18,7 @@ from dpo_ref.evaluation.diagnostics.logratios import (
     EndShift,
     Hazard,
     LogRatios,
-    Ranks,
+    TokenRanks,
     Vocabulary,
     classes_of,
     end_shift,
@@ -66,7 +66,7 @@ class TextDiagnosis:
     end: EndShift
     hazard: Hazard
     relative_hazard: Hazard
-    ranks: Ranks
+    ranks: TokenRanks
     entropy: Entropy
 
 

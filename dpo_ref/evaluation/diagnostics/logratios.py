@@ -231,7 +231,7 @@ class Hazard:
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class TokenRanks:
     """Where a model ranks the tokens that stand there, 1 being its likeliest: share at 1, and the median; and the
     share of tokens that rank higher or lower with the policy than with the initial policy."""
 
@@ -274,10 +274,10 @@ def relative_hazard(tokens: ScoredTokens) -> Hazard:
     return _hazard(tokens, np.where(lengths > 1, tenths, TENTHS))
 
 
-def ranks_of(tokens: ScoredTokens) -> Ranks:
+def ranks_of(tokens: ScoredTokens) -> TokenRanks:
     """Ranks under policy and initial policy."""
     ours, theirs = tokens.policy.ranks, tokens.initial.ranks
-    return Ranks(
+    return TokenRanks(
         float((ours == 1).mean()), float((theirs == 1).mean()),
         float(np.median(ours)), float(np.median(theirs)),
         float((ours < theirs).mean()), float((ours > theirs).mean()),
