@@ -40,6 +40,7 @@ from dpo_ref.models.loading import TrainedModel, check_folder, locate, prepared_
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.next_token import vocabulary_of
 from dpo_ref.models.reward_model import with_score_head
+from dpo_ref.models.sharding import ALONE
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references import interface as references
 from dpo_ref.references.columns import check_certificate
@@ -117,7 +118,8 @@ def workspace(config: RunConfig, directory: Path) -> Workspace:
 
 def trained_model(config: RunConfig, device: torch.device) -> TrainedModel:
     """The policy, or the reward model made of it."""
-    policy = config.model(device, config.model.bound(AdapterOptions)(), config.parallel())
+    parallel = config.parallel() if config.parallel else ALONE
+    policy = config.model(device, config.model.bound(AdapterOptions)(), parallel)
     say(*policy.notes)
     return with_score_head(policy, config.seed) if config.objective.of_scores else policy
 

@@ -41,6 +41,7 @@ def together(cfg: DictConfig, job: Job) -> Iterator[None]:
         if not ranks().is_first:
             stack.enter_context(_quietly())
         stack.enter_context(_watched())
+        _check_batch(cfg)
         agree({**_versions(), **dict(options_in(OmegaConf.to_container(cfg, resolve=True)))})
         yield
 
@@ -69,6 +70,15 @@ def _is_asked(cfg: DictConfig, job: Job) -> bool:
         what = f"stage={cfg.stage}" if cfg.stage not in TOGETHER else "a bandit or a recipe"
         raise ValueError(f"{what} is the work of one process: leave parallel out, and type {python()} {words}")
     return True
+
+
+def _check_batch(cfg: DictConfig) -> None:
+    size, batch = ranks().size, cfg.trainer.batch_size
+    if batch < size:
+        raise ValueError(
+            f"trainer.batch_size={batch} cannot feed {size} ranks, of which {size - batch} would have no pair in any "
+            f"step: use trainer.batch_size={size} or more, or start fewer processes"
+        )
 
 
 TOGETHER = ("train", "cache_reference")  # stages that several ranks share

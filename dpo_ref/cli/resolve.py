@@ -166,7 +166,6 @@ class RunConfig:
     objective: Objective
     reference: Component
     optim: Component
-    parallel: Component
     tracking: Component
     trainer: TrainerConfig
     beta: float | None
@@ -176,6 +175,7 @@ class RunConfig:
     selection: Criterion | None = None  # of the policy that is kept
     degeneration: Thresholds = field(default_factory=Thresholds)
     generation: Component | None = None  # where rounds are sampled, unless here
+    parallel: Component | None = None  # None: a run from before there was the group
     bandit: Component | None = None  # trained instead of the model
     search: Component | None = None  # which ends it at a rung to compare it with others
     export_to: str | None = None  # the folder for the reference's log-probs (stage=cache_reference)
@@ -440,12 +440,14 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
         check_reward_run(objective.name, parts)
     reference.hooks.check_run(objective, plan)
     parts["objective"].hooks.check_run(objective, plan)
+    if "parallel" in parts:
+        parts["parallel"].hooks.check_run(objective, plan)
     reference = _with_certificate(reference, parts["data"])
     trainer = TrainerConfig(**settings)
     parts["data"].hooks.check_run(objective, plan)
     check_by_reference(parts["data"].bound(by_reference)(), objective, reference, parts["data"])
     evaluation = _while_training(parts.get("evaluation"), trainer, overrides)
-    rest = {group: parts[group] for group in ("model", "data", "optim", "parallel", "tracking")}
+    rest = {group: parts[group] for group in ("model", "data", "optim", "tracking")}
     return RunConfig(
         **rest,
         objective=objective,
@@ -458,6 +460,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str
         selection=_selection(trainer, evaluation),
         degeneration=Thresholds(**OmegaConf.to_container(cfg.get("degeneration") or OmegaConf.create())),  # pyright: ignore
         generation=parts.get("generation"),
+        parallel=parts.get("parallel"),
         bandit=parts.get("bandit"),
         search=parts.get("search"),
         export_to=_export_to(cfg),

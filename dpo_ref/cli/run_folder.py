@@ -88,7 +88,8 @@ def restore(cfg: DictConfig, job: Job) -> tuple[DictConfig, Job]:
     refuse_unused_trust(saved, cfg.trust)
     check_configuration(directory, saved)
     check_unchanged(directory, key)
-    saved.setdefault("evaluation", cfg.evaluation)  # runs from before there was one
+    for group in ("evaluation", "parallel"):  # runs from before there was one
+        saved.setdefault(group, cfg[group])
     if saved.get("bandit") is not None:
         raise ValueError(f"{key} is the run of a bandit, which has no checkpoints; start it anew")
     _search_as_now(cfg, job, saved, summary)

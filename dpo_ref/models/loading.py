@@ -541,8 +541,8 @@ def model_without_weights(path: str, key: str, revision: str | None) -> Any:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         files = stored_shapes(folder)
         shapes = {name: tuple(value.shape) for name, value in _own_tensors(model).items()}
-        held = {name: shape for name, shape in files.items() if not WITHOUT_EFFECT.search(name)}
-        return model if shapes == {name: held.get(name) for name in shapes} and held.keys() <= _names(model) else None
+        surplus = {name for name in files.keys() - _names(model) if not WITHOUT_EFFECT.search(name)}
+        return None if surplus or shapes != {name: files.get(name) for name in shapes} else model
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from dpo_ref.component import RunPlan, component
 from dpo_ref.distributed import best_device, on_cuda, ranks
 from dpo_ref.models.adapters import copy_of_trained
 from dpo_ref.models.layers import decoder_layers
@@ -371,6 +372,17 @@ def ddp(*, bucket_mib: float = 25.0) -> Parallel:
     return Replication(bucket_mib)
 
 
+def _check_parts(_: Any, plan: RunPlan) -> None:
+    """Refuse an optimiser that looks at whole weights."""
+    optim = plan.components["optim"]
+    if optim.hooks.of_whole:
+        raise ValueError(
+            f"optim={optim.name} orthogonalises whole matrices, of which parallel=fsdp gives a rank a part; use "
+            "parallel=ddp, or optim=adamw"
+        )
+
+
+@component(check_run=_check_parts)
 def fsdp(*, offload: bool = False, reduce: Literal["every_pass", "last_pass"] = "every_pass") -> Parallel:
     """Every rank holds a part of each weight, gradient and moment (FSDP2), and takes its share of each optimiser
     batch. `offload` keeps the parts in main memory and brings them to the card when they are needed; `reduce` says

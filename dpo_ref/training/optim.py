@@ -393,7 +393,7 @@ class RMSprop(Skipping):
 # --- Muon
 
 
-@component(check=_check)
+@component(check=_check, of_whole=True)
 def muon(
     policy: nn.Module,
     *,

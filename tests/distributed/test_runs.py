@@ -116,6 +116,10 @@ def test_several_processes_and_parallel_go_together(tmp_path):
     first, other = typed_on_ranks(tmp_path, 2, "train.py", *RUN, f"output_dir={tmp_path / 'run'}")
     assert first.returncode == other.returncode == 1
     assert "torchrun started 2 processes, and parallel=none trains in one: add parallel=ddp" in first.stderr
+    few = typed_on_ranks(tmp_path / "few", 2, "train.py", *RUN, "parallel=ddp", "trainer.batch_size=1")[0]
+    assert "trainer.batch_size=1 cannot feed 2 ranks" in few.stderr
+    whole = typed_on_ranks(tmp_path / "whole", 2, "train.py", *RUN, "parallel=fsdp", "optim=muon")[0]
+    assert "optim=muon orthogonalises whole matrices" in whole.stderr
     page = typed_on_ranks(tmp_path / "page", 2, "train.py", *RUN, "stage=data", "parallel=ddp")[0]
     assert "stage=data is the work of one process" in page.stderr
     assert not (tmp_path / "run").exists()
