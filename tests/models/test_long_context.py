@@ -28,9 +28,9 @@ def policy(how, kind="llama", **options):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Of logits: 4 MB, less than what a layer computes again, so that this is the peak at every length."""
+    """Of logits: 12 MB, less than what a layer computes again, so that this is the peak at every length."""
     for module in (logps, memory):
-        monkeypatch.setattr(module, "CHUNK_LOGITS", 10**6)
+        monkeypatch.setattr(module, "CHUNK_LOGITS", 3 * 10**6)
 
 
 @cache
