@@ -31,6 +31,7 @@ VARIANTS = {
     "as shipped": {},
     "compiled": {"compile": True},
     "recomputing activations": {"gradient_checkpointing": "full"},
+    "from inputs in main memory": {"gradient_checkpointing": "offload"},
     "recomputing cheap ones": {"gradient_checkpointing": "selective"},
     "one group a pack": {"packing": "one_group"},
     "sdpa by piece": {"attention": "sdpa"},

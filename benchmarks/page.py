@@ -64,6 +64,26 @@ def scaling_table(result):
     return "\n".join(lines)
 
 
+def long_context_table(result):
+    """Peaks by length and way of keeping activations, and the lines through them."""
+    lengths = [point["response"] for point in result["rows"][0]["points"]]
+    head = ("activations", "MiB at its peak", *(f"{length:,} tokens" for length in lengths), "bytes a token", "R²")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in result["rows"]:
+        for how, key in (("measured", "peak_mib"), ("counted", "counted_mib")):
+            if how in row:
+                sizes = (f"{point[key]:,.0f}" for point in row["points"])
+                fit = (f"{row[how]['bytes_a_token']:,.0f}", f"{row[how]['r2']:.4f}")
+                lines.append("| " + " | ".join((f"`{row['how']}`", how, *sizes, *fit)) + " |")
+    logits = 2 * lengths[-1] * result["vocab"] * 4 / 2**30
+    lines.append(
+        f"\n{result['layers']} layers of hidden size {result['hidden']}, vocabulary {result['vocab']:,}, a prompt of "
+        f"{result['prompt']} tokens and two responses of so many each; all logits of the longest pair would be "
+        f"{logits:.0f} GiB. {result['machine']['processor']}, torch {result['versions']['torch']}."
+    )
+    return "\n".join(lines)
+
+
 def sweep_text(result):
     """One sentence."""
     wall = result["wall_seconds"]
@@ -336,7 +356,7 @@ def fill(text, name, content):
 def main():
     text = PAGE.read_text()
     makers = {"step_vs_trl": steps_table, "scaling": scaling_table, "sweep_cost": sweep_text, "gpu_h200": gpu_text}
-    makers["small_models"] = small_models_table
+    makers |= {"small_models": small_models_table, "long_context": long_context_table}
     makers |= {"soak": soak_text, "soak_sweep": soak_sweep_text, "digests": digests_table}
     for name, make in makers.items():
         if (result := read(name)) is not None:

@@ -286,7 +286,8 @@ def memory_explained(model: nn.Module, optimizer: torch.optim.Optimizer, remedy:
 
 HELPS = (
     "What helps most: a smaller data.tokens_per_batch (or data.max_length, where one pair fills a pack), "
-    "model.gradient_checkpointing=full, and fewer or smaller weights to train: model.lora_rank=16, optim=adamw_bf16"
+    "model.gradient_checkpointing=full (on CUDA: offload), and fewer or smaller weights to train: model.lora_rank=16, "
+    "optim=adamw_bf16"
 )
 
 

@@ -44,6 +44,7 @@ from dpo_ref.evaluation.check import Fit, RunFacts, StepZero, run_warnings, step
 from dpo_ref.evaluation.results import MARGIN
 from dpo_ref.models.asked import Workspace
 from dpo_ref.models.folders import stored_positions
+from dpo_ref.models.layers import CHECKPOINTING, check_checkpointing
 from dpo_ref.models.loading import Policy, TrainedModel, compute_dtype, locate
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.memory import MOMENTS, WEIGHTS, StepMemory, meta_model, step_memory
@@ -259,9 +260,11 @@ LEAST_BYTES = {  # for each weight, by device and whether an adapter is trained:
 def described(config: RunConfig, tokenizer: Any, device: torch.device) -> Policy:
     """The policy without its weights, which may be more than there is room for."""
     model = meta_model(config.model.options["path"], config.model.options["revision"])
-    rank = config.model.options["lora_rank"]
+    rank, how = config.model.options["lora_rank"], config.model.options["gradient_checkpointing"]
     if trains_adapter(config.model.options):
         AdapterOptions(lora_rank=rank or USUAL_RANK).put_on(model)
+    check_checkpointing(how, device)
+    CHECKPOINTING[how](model)
     return Policy(lambda: model, tokenizer, compute_dtype(config.model.options["dtype"], device))
 
 

@@ -4,7 +4,8 @@ A group lies in the pack as [prompt | y1 | ... | yk]; response yj sees the promp
 Every backend computes exactly that and differs only in how:
 
 `sdpa`        any device. Piece by piece: [prompt | y1] causal, y2.. against prompt + themselves; on a CPU short groups
-              in one call each, under a mask.
+              in one call each, under a mask, and long responses in two, without one: memory grows with tokens, not
+              with their square.
 `varlen`      CUDA, the FlashAttention kernel inside torch. One launch: queries are the pieces, the keys of y2.. are
               gathered as prompt + themselves, and the causal mask is aligned at the bottom right. What the kernel does
               not take (float32, heads whose size is no multiple of 8 or above 256) goes piece by piece.
@@ -45,10 +46,12 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_HEADS = range(8, 257, 8)  # head sizes
 
 SHORT = 96  # tokens; on a CPU one call for a whole group is faster up to here (benchmarks/small_models.py)
+LARGEST_MASK = 2**18  # entries; a kernel keeps one for its backward pass, in the queries' dtype, in every layer
 
 Group = tuple[int, tuple[int, ...]]  # the lengths of its prompt and of its responses
 Layout = tuple[Group, ...]
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, k, v, mask (None: causal), scaling
+# Of q, k, v, mask (None: causal, aligned at the bottom right) and scaling.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 def _pieces_of(group: Group) -> list[int]:
@@ -96,8 +99,9 @@ class PackedLayout:
 
     def causal_mask(self, num_queries: int, num_keys: int, window: int | None) -> Bool[Tensor, "q k"] | None:
         """Which of the last `num_queries` positions see which keys: causal, aligned at the bottom right, windowed.
-        None where that is all that stands on and below the diagonal."""
-        if num_queries == num_keys and window is None:
+        None where no window hides any, and the mask would be square or, on a CPU, large."""
+        large = self.device.type == "cpu" and num_queries * num_keys > LARGEST_MASK
+        if window is None and (num_queries == num_keys or large):
             return None
         key = (num_queries, num_keys, window)
         if key not in self._masks:
@@ -130,17 +134,56 @@ class PackedLayout:
         return cu_q, torch.cat(key_runs).to(self.device), cu_k, max(self.pieces), max(key_sizes)
 
 
+class _AfterPrompt(torch.autograd.Function):
+    """Attention of a response's tokens to a prompt, all of it, and to themselves, causally: torch's kernel for CPUs
+    once for each, joined by the log-normalisers. No mask is made, memory is linear in both lengths."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k_prompt: Tensor, v_prompt: Tensor, k: Tensor, v: Tensor, scaling: float
+    ) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        of_prompt, log_prompt = kernel(q, k_prompt, v_prompt, is_causal=False, scale=scaling)
+        out, log_own = kernel(q, k, v, is_causal=True, scale=scaling)
+        log_all = torch.logaddexp(log_prompt, log_own)
+        out = torch.lerp(out, of_prompt, (log_prompt - log_all).exp()[..., None].to(out.dtype))
+        ctx.save_for_backward(q, k_prompt, v_prompt, k, v, out, log_all)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Handed the output and the normalisers of both, the kernel gives each one's part of the gradient."""
+        q, k_prompt, v_prompt, k, v, out, log_all = ctx.saved_tensors
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        rest = (out, log_all, 0.0)
+        d_q, d_k_prompt, d_v_prompt = kernel(grads[0], q, k_prompt, v_prompt, *rest, False, scale=ctx.scaling)
+        d_q_own, d_k, d_v = kernel(grads[0], q, k, v, *rest, True, scale=ctx.scaling)
+        return d_q + d_q_own, d_k_prompt, d_v_prompt, d_k, d_v, None
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    before = k.shape[2] - q.shape[2]
+    if mask is None and before and q.shape[3] == v.shape[3]:
+        (k_prompt, k_own), (v_prompt, v_own) = (x.tensor_split((before,), dim=2) for x in (k, v))
+        return _AfterPrompt.apply(q, k_prompt, v_prompt, k_own, v_own, scaling)  # pyright: ignore
+    if mask is None and before:
+        mask = _lower_right(q, k)
     grouped = q.shape[1] != k.shape[1]
     causal = mask is None  # the kernel then leaves out what lies above the diagonal
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
+
+
+def _lower_right(q: Tensor, k: Tensor) -> Bool[Tensor, "q k"]:
+    """The causal mask."""
+    return q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril_(k.shape[2] - q.shape[2])
 
 
 def _formula(softcap: float | None, sinks: Tensor | None) -> Attend:
     """Attention written out in matmuls, with Gemma's soft-capping and GPT-OSS's sinks."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if mask is None else mask
+        mask = _lower_right(q, k) if mask is None else mask
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         scores = (q @ k.transpose(-1, -2)) * scaling
@@ -174,10 +217,26 @@ def _pieces(
     """Queries, keys, values and mask of [prompt | y1], then of y2.. against prompt + themselves."""
     prompt, responses = group
     q, k, v = next(runs)
-    yield q, k, v, packed.causal_mask(q.shape[2], k.shape[2], window)
+    yield from _blocks(q, k, v, packed, window)
     for q_own, k_own, v_own in islice(runs, len(responses) - 1):
         keys, values = (torch.cat([x[:, :, :prompt], own], dim=2) for x, own in ((k, k_own), (v, v_own)))
-        yield q_own, keys, values, packed.causal_mask(q_own.shape[2], keys.shape[2], window)
+        yield from _blocks(q_own, keys, values, packed, window)
+
+
+def _blocks(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, window: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """A piece with its mask. Where a window would make that large, as many queries at a time as the window has tokens,
+    against the keys that they see: their masks have the window's size, whatever the piece's."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if window is None or num_queries * num_keys <= LARGEST_MASK:
+        yield q, k, v, packed.causal_mask(num_queries, num_keys, window)
+        return
+    end = num_keys - num_queries
+    for block in q.split(window, dim=2):
+        first, end = max(0, end + 1 - window), end + block.shape[2]
+        mask = packed.causal_mask(block.shape[2], end - first, window)
+        yield block, k[:, :, first:end], v[:, :, first:end], mask
 
 
 def _varlen_kernel() -> Callable[..., Tensor]:

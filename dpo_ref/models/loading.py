@@ -46,7 +46,7 @@ from dpo_ref.models.folders import (
     stored_shapes,
 )
 from dpo_ref.models.frozen import hold_in_bfloat16
-from dpo_ref.models.layers import CHECKPOINTING, compile_layers
+from dpo_ref.models.layers import CHECKPOINTING, check_checkpointing, compile_layers
 from dpo_ref.models.logps import (
     FusedLoss,
     LossOf,
@@ -440,7 +440,7 @@ def pretrained(
     revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     attention: Literal["auto", "flash_attn", "varlen", "sdpa", "eager"] = "auto",
-    gradient_checkpointing: Literal["off", "selective", "full"] = "off",
+    gradient_checkpointing: Literal["off", "selective", "full", "offload"] = "off",
     compile: bool = False,
     template: str = "auto",
     template_options: dict[str, Any] | None = None,
@@ -454,7 +454,8 @@ def pretrained(
 
     `dtype` is the compute dtype: auto is bfloat16 on CUDA, float32 on a CPU. `gradient_checkpointing` recomputes
     activations in the backward pass: `full` keeps the layers' inputs alone and costs a third more time, `selective`
-    keeps the products of matrices and attention as well and recomputes only what is cheap. `compile` compiles every
+    keeps the products of matrices and attention as well and recomputes only what is cheap, `offload` is full with the
+    layers' inputs in main memory, to and from where they are copied while layers compute. `compile` compiles every
     decoder layer with dynamic shapes: packs of any length run without compiling again. `template` is the chat
     template: the tokenizer's own (auto), or zephyr, tulu, llama3, llama31, chatml, hermes, alpaca or plain, of which
     llama31 and hermes write tools and calls, hermes thoughts as well; `template_options` are settings that the
@@ -466,6 +467,7 @@ def pretrained(
     `freeze_router` leaves its routers as they are.
     """
     computes_in = compute_dtype(dtype, device)
+    check_checkpointing(gradient_checkpointing, device)
     folder = locate(path)
     tokenizer = prepared_tokenizer(folder, template, template_options, max_length, revision)
     bare = None if adapter.trained or not parallel.in_parts else model_without_weights(folder, "model.path", revision)

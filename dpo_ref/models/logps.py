@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from dpo_ref.models.shards import whole
 from dpo_ref.types import PackedBatch, ResponseLogps, ResponseScores, Span
 
 CHUNK_LOGITS = 2**25  # logits alive at once: 128 MiB in float32
+WHOLE = 4  # times as many for the tokens of one group, whose gradient is then made of the same logits
 ON_CUDA = 8  # times as many on CUDA: the gradient of the head, as large as its weights, is added to once a chunk
 
 
@@ -363,7 +365,8 @@ def response_collisions(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
 # When an objective separates by group and the reference's log-probs are known, the coefficient of every token's
 # log-prob is known as soon as the logits of its group are: the gradient is taken while they are alive, with three
 # products of the head (logits, hidden states, weights) instead of the four that recomputing needs. Chunks end at group
-# boundaries; the memory above the result is one chunk of logits.
+# boundaries; the memory above the result is one chunk of logits. A group far larger than a chunk is taken in several,
+# with four products.
 
 
 LossOf = Callable[[ResponseLogps, Span], Tensor]
@@ -403,27 +406,26 @@ class FusedLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device)
         weight_h = weight.to(hidden.dtype)
-        losses, parts = [], []
-        spans = list(batch.spans(chunk_rows(weight, made.num_alive)))
+        most = chunk_rows(weight, made.num_alive)
         # One for all chunks: the C library would map each anew, page by page.
-        room = hidden.new_empty(max(span["R"].stop - span["R"].start for span in spans), len(weight))
-        for span in spans:
-            rows = span["R"]
-            hidden_c = hidden[rows]
-            values, gradient = made.measure(head, hidden_c, batch.target_ids[rows], room, rows)
-            with torch.enable_grad():
-                leaves = [value.detach().requires_grad_() for value in values]
-                loss = loss_of(made.told(leaves, batch, span), span)
-                coefficients = torch.autograd.grad(loss, leaves, allow_unused=True)
-            d_product = gradient(*coefficients)
+        room = hidden.new_empty(rows_alive(batch, most), len(weight))
+
+        def measure(rows: slice) -> Measured:
+            return made.measure(head, hidden[rows], batch.target_ids[rows], room, rows)
+
+        def take(rows: slice, d_product: Float[Tensor, "R V"]) -> None:
             torch.mm(d_product, weight_h, out=d_hidden[rows])
             if d_weight is not None:
-                _add_product(d_weight, d_product, hidden_c)
+                _add_product(d_weight, d_product, hidden[rows])
             if bias is not None:
-                d_bias += d_product.sum(dim=0)
-            losses.append(loss.detach())
-            parts.append(values)
-            del gradient, d_product  # of the chunk's size
+                d_bias.add_(d_product.sum(dim=0))
+
+        def loss_in(span: Span, values: Sequence[Tensor]) -> Tensor:
+            return loss_of(made.told(values, batch, span), span)
+
+        spans = batch.spans(most)
+        passes = [_one_pass(_chunks_in(span, most), measure, take, partial(loss_in, span)) for span in spans]
+        losses, parts = zip(*passes, strict=True)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight, None if bias is None else d_bias.to(bias.dtype))
         values = [torch.cat(part) for part in zip(*parts, strict=True)]
@@ -436,6 +438,45 @@ class FusedLoss(torch.autograd.Function):
         factor = grads[0]
         scaled = [None if d is None else d.mul_(factor.to(d.dtype)) for d in (d_hidden, d_weight, d_bias)]
         return *scaled, None, None, None, None
+
+
+def _one_pass(
+    chunks: Sequence[slice],
+    measure: Callable[[slice], Measured],
+    take: Callable[[slice, Tensor], None],
+    loss_of: Callable[[Sequence[Tensor]], Tensor],
+) -> tuple[Float[Tensor, ""], Sequence[Float[Tensor, " R"]]]:
+    """The loss of a run of groups and the numbers of its tokens; `take` is handed the gradient of the head's product,
+    chunk by chunk. Where there are several, the logits of each are made once for its numbers, of which the
+    coefficients of all tokens come, and once more for its gradient."""
+    alone = measure(chunks[0]) if len(chunks) == 1 else None
+    values = alone[0] if alone else [torch.cat(x) for x in zip(*(measure(rows)[0] for rows in chunks), strict=True)]
+    with torch.enable_grad():
+        leaves = [value.detach().requires_grad_() for value in values]
+        loss = loss_of(leaves)
+        coefficients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    begin = chunks[0].start
+    for rows in chunks:
+        _, gradient = alone or measure(rows)
+        own = slice(rows.start - begin, rows.stop - begin)
+        take(rows, gradient(*(None if each is None else each[own] for each in coefficients)))
+        del gradient  # holds what is of the chunk's size
+    return loss.detach(), values
+
+
+def _chunks_in(span: Span, most: int) -> list[slice]:
+    """Response tokens of a run of groups, in chunks whose logits are alive at once: all of them, unless they are those
+    of one group that is far larger than a chunk."""
+    rows = span["R"]
+    if rows.stop - rows.start <= WHOLE * most:
+        return [rows]
+    return [slice(start, min(start + most, rows.stop)) for start in range(rows.start, rows.stop, most)]
+
+
+def rows_alive(batch: PackedBatch, most: int) -> int:
+    """How many response tokens of a pack have their logits alive at once in the fused loss, where a chunk has `most`
+    of several groups."""
+    return max(rows.stop - rows.start for span in batch.spans(most) for rows in _chunks_in(span, most))
 
 
 class LogpsAlone(FromLogits):

@@ -24,11 +24,12 @@ from dpo_ref.data.packing import collate
 from dpo_ref.models.attention import register
 from dpo_ref.models.folders import TEXT_FILES, opened
 from dpo_ref.models.loading import TrainedModel, locate
-from dpo_ref.models.logps import CHUNK_LOGITS, ON_CUDA
+from dpo_ref.models.logps import CHUNK_LOGITS, ON_CUDA, rows_alive
 from dpo_ref.types import ResponseLogps, ResponseScores, TokenGroup
 
 WEIGHTS, GRADIENTS, ACTIVATIONS, REST = "weights", "gradients", "activations", "log-prob chunk and the like"
 MOMENTS, LIBRARY = "moments", "kept by the C library"
+CHUNK = "chunk"  # of the rest
 # What glibc takes besides, of what a forward pass frees and a backward pass asks for. Fitted to runs of SmolLM2-135M
 # on pairs of many lengths, whole and by LoRA; packs that are all alike take up to a quarter more.
 OF_FORWARD, OF_BACKWARD = 0.65, 0.06
@@ -41,6 +42,7 @@ class StepMemory:
 
     parts: dict[str, int]
     num_tokens: int
+    chunk: int  # of logits, at the peak: where activations are computed again it is gone by then
 
     @property
     def peak(self) -> int:
@@ -49,8 +51,10 @@ class StepMemory:
 
     @property
     def by_token(self) -> float:
-        """What grows with a pack, for each of its tokens."""
-        return (self.parts[ACTIVATIONS] + self.parts.get(LIBRARY, 0)) / self.num_tokens
+        """What grows with a pack, for each of its tokens: also what a layer's activations take while they are computed
+        again."""
+        growing = self.parts[ACTIVATIONS] + self.parts.get(LIBRARY, 0) + self.parts[REST] - self.chunk
+        return growing / self.num_tokens
 
     def tokens_within(self, available: int) -> int:
         """How many tokens a pack may have that fits into so many bytes; 0 where none fits."""
@@ -59,10 +63,11 @@ class StepMemory:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """What is alive of the tensors that are made, by kind, and all that was asked for."""
+    """What is alive of the tensors that are made on the device, by kind, and all that was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int) -> None:
         super().__init__()
+        self._chunk = chunk  # bytes of logits
         self.live: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.asked = 0
@@ -75,6 +80,7 @@ class _LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._sizes:
             return
+        kind = CHUNK if (kind, size) == (REST, self._chunk) else kind
         self._sizes[key], self._kinds[key] = size, kind
         self.live[kind] += size
         self.asked += size
@@ -102,7 +108,7 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and func is not torch.ops.dpo_ref.to_main_memory.default:
                 self.note(tensor, REST)
         return out
 
@@ -126,7 +132,8 @@ def step_memory(
     """Of steps on packs like these groups; with several packs in a step gradients are there from the second on. The
     moments are two for each trained weight, of its size. The policy's weights are not looked at and may be on the meta
     device."""
-    live, asked = _LiveBytes(), []
+    chunk = _chunk_bytes(policy.model, groups)
+    live, asked = _LiveBytes(chunk), []
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = _without_values(policy.model)
         fake = replace(policy, load=lambda: model)
@@ -150,12 +157,14 @@ def step_memory(
     del mode
     parts = {name: live.at_peak[name] for name in (WEIGHTS, GRADIENTS, ACTIVATIONS, REST)}
     parts[MOMENTS] = 2 * sum(p.numel() * p.element_size() for p in trained)
+    at_peak = live.at_peak[CHUNK]
     if device.type == "cuda":
-        parts[REST] += _larger_chunk(model, groups)
-    elif platform.libc_ver()[0] == "glibc":
+        at_peak += max(0, _chunk_bytes(policy.model, groups, ON_CUDA, torch.bfloat16.itemsize) - chunk)
+    parts[REST] += at_peak
+    if device.type != "cuda" and platform.libc_ver()[0] == "glibc":
         freed = max(0, asked[0] - parts[ACTIVATIONS])
         parts[LIBRARY] = round(min(OF_FORWARD * freed, MOST_LOST * parts[ACTIVATIONS]) + OF_BACKWARD * asked[1])
-    return StepMemory(parts, sum(group.num_tokens for group in groups))
+    return StepMemory(parts, sum(group.num_tokens for group in groups), at_peak)
 
 
 @singledispatch
@@ -184,7 +193,10 @@ def _without_values(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def _larger_chunk(model: Any, groups: Sequence[TokenGroup]) -> int:
-    """What a chunk of logits takes on CUDA, in half precision, beyond what it takes on a CPU."""
-    logits = sum(group.num_scored for group in groups) * model.get_output_embeddings().weight.shape[0]
-    return max(0, 2 * min(logits, ON_CUDA * CHUNK_LOGITS) - 4 * min(logits, CHUNK_LOGITS))
+def _chunk_bytes(model: Any, groups: Sequence[TokenGroup], times: int = 1, itemsize: int = 4) -> int:
+    """What the logits take that are alive at once in a loss, of so many times those of a CPU; 0 without a head."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return 0
+    vocab = len(head.weight)
+    return rows_alive(collate(groups), max(1, times * CHUNK_LOGITS // vocab)) * vocab * itemsize

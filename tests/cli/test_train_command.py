@@ -193,6 +193,7 @@ BAD = {
     "everything too long": (["data.max_length=3"], "every row was dropped; see data.max_length"),
     "output folder": (["output_dir=LICENSE/run"], "cannot be written"),
     "dtype": (["model.dtype=bfloat16"], "model.dtype=bfloat16 needs a CUDA device"),
+    "offload": (["model.gradient_checkpointing=offload"], "use model.gradient_checkpointing=full"),
     "attention": (["model.attention=flash_attn"], "pip install -r requirements-flash.txt"),
     "nothing to cache": (["stage=cache_reference", "reference=none"], "reference=none has no table to fill"),
     "no pairs": (["data=lab_sft", "data.num_examples=20"], "objective=dpo compares responses"),

@@ -17,6 +17,7 @@ from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import pack
 from dpo_ref.data.tokenise import tokenise
 from dpo_ref.distributed import ranks
+from dpo_ref.models.layers import CHECKPOINTING
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.reward_model import with_score_head
 from dpo_ref.models.sharding import ddp, fsdp, none
@@ -45,10 +46,12 @@ class Case(NamedTuple):
     tied: bool = False
     ranks: int = 2
     accumulate: str = "every_pass"
+    keep: str = "off"  # activations
 
     def __str__(self):
         words = [self.parallel, self.objective, self.reference, str(self.ranks), self.accumulate]
-        return "-".join([*words, *(["lora"] if self.adapter else []), *(["tied"] if self.tied else [])])
+        more = {"lora": self.adapter, "tied": self.tied, self.keep: self.keep != "off"}
+        return "-".join([*words, *(name for name, there in more.items() if there)])
 
 
 OTHER = next(iter(reference_texts.OTHERS))
@@ -69,6 +72,7 @@ def _policy(case: Case, parallel: str):
     if case.objective == "reward_model":
         policy = with_score_head(policy, 0)
     policy.model.double()  # a new head and an adapter are float32
+    CHECKPOINTING[case.keep](policy.model)
     options = {"reduce": case.accumulate} if parallel == "fsdp" else {}
     return replace(policy, holding=PARALLEL[parallel](**options).holding(policy.model, torch.float32))
 
@@ -132,6 +136,8 @@ CASES = [
     Case("ddp", "dpo", "initial", adapter=True),
     Case("fsdp", "dpo", "initial", adapter=True),
     Case("fsdp", "dpo", "bema"),
+    Case("ddp", "dpo", "initial", keep="offload"),
+    Case("fsdp", "dpo", "initial", keep="offload"),
 ]
 UNEVEN = [Case("ddp", "beta_dpo", "initial", ranks=3), Case("fsdp", "dpo", "initial", ranks=3)]
 WIDE = [

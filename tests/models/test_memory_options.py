@@ -1,6 +1,7 @@
 """Options that trade time for memory change no number."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def result(model, layout):
     return logps.token_logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("how", ["selective", "full", "offload"])
 def test_checkpointing_changes_nothing(how):
     plain = tiny_model()
     saving = copy.deepcopy(plain)
@@ -57,6 +58,70 @@ def test_selective_keeps_products_and_recomputes_the_rest():
         counts[how] = count
     assert counts["selective"].products == counts["off"].products < counts["full"].products
     assert counts["off"].others < counts["selective"].others
+
+
+def on_the_device(model, layout):
+    """Of which layers the input is there when the forward pass has ended, and how many at most while backward goes."""
+    inputs, at_once = [], []
+    for layer in layers.decoder_layers(model):
+        layer.register_forward_pre_hook(
+            lambda _, arguments: inputs.append(weakref.ref(arguments[0].untyped_storage()))
+        )
+    loss = response_logps(model.train(), collate(random_groups(layout))).sums.sum()
+    after = [number for number, storage in enumerate(inputs) if storage() is not None]
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: at_once.append(sum(x() is not None for x in inputs)))
+    loss.backward()
+    assert all(storage() is None for storage in inputs)
+    return after, max(at_once)
+
+
+def test_offloaded_inputs_leave_the_device():
+    """But the last, of which the backward pass has need at once."""
+    model, plain = tiny_model(num_hidden_layers=5), tiny_model(num_hidden_layers=5)
+    layers.CHECKPOINTING["offload"](model)
+    layers.CHECKPOINTING["full"](plain)
+    assert on_the_device(model, LAYOUTS[0]) == ([4], 1)
+    assert on_the_device(plain, LAYOUTS[0]) == ([0, 1, 2, 3, 4], 5)
+
+
+def test_offloaded_inputs_come_back_one_layer_ahead(monkeypatch):
+    """Streams that write down what they are asked for: a copy waits for what was computed so far, the computation for
+    the copy that it needs and for no other."""
+    log = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name, self.events = name, 0
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self):
+            self.events += 1
+            return self.events
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits for copy {event}")
+
+    computing, beside = Stream("compute"), Stream("copies")
+    monkeypatch.setattr(torch.cpu, "current_stream", lambda: computing)
+    monkeypatch.setattr(layers, "_beside", lambda device: beside)
+    model = tiny_model(num_hidden_layers=3)
+    layers.CHECKPOINTING["offload"](model)
+    loss = response_logps(model.train(), collate(random_groups(LAYOUTS[0]))).sums.sum()
+    out = "copies waits for compute"
+    assert log == [out, "compute waits for copy 1", out, "compute waits for copy 2", out]
+    log.clear()
+    loss.backward()
+    third, second, first = ([out, f"compute waits for copy {number}"] for number in (3, 4, 5))
+    assert log == [*third, *second, first[1]]
+
+
+def test_offload_is_refused_where_the_device_has_main_memory():
+    with pytest.raises(ValueError, match=r"offload has no effect on a CPU.*use model\.gradient_checkpointing=full"):
+        layers.check_checkpointing("offload", torch.device("cpu"))
+    layers.check_checkpointing("offload", torch.device("cuda"))
 
 
 @pytest.mark.slow

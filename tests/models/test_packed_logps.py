@@ -98,6 +98,29 @@ def test_a_short_group_in_one_call_is_what_its_pieces_are(monkeypatch, attend, w
         torch.testing.assert_close(whole, by_piece, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("heads", [(2, 2, 8), (4, 2, 8), (2, 2, 6)], ids=["each", "grouped", "narrow values"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_long_responses_go_without_a_large_mask_as_under_one(monkeypatch, window, heads):
+    """Narrow values are what the kernel does not take."""
+    num_queries, num_keys, of_values = heads
+    total = sum(prompt + sum(responses) for prompt, responses in SHORT)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((num_queries, 8), (num_keys, 8), (num_keys, of_values))
+    states = [torch.randn(1, h, total, d, dtype=torch.float64, generator=generator) for h, d in sizes]
+    monkeypatch.setattr(attention, "SHORT", 0)
+    outcomes, largest = [], []
+    for limit in (attention.LARGEST_MASK, 0):
+        monkeypatch.setattr(attention, "LARGEST_MASK", limit)
+        packed = attention.PackedLayout(SHORT, torch.device("cpu"))
+        leaves = [leaf.clone().requires_grad_() for leaf in states]
+        out = attention._dense(attention._sdpa, *leaves, packed, window, 0.3)
+        outcomes.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+        largest.append(max((mask.numel() for mask in packed._masks.values()), default=0))
+    for masked, without in zip(*outcomes, strict=True):
+        torch.testing.assert_close(masked, without, atol=1e-12, rtol=1e-12)
+    assert largest[1] <= (0 if window is None else 2 * window**2) < largest[0]
+
+
 def test_changing_one_response_leaves_the_others_untouched():
     model = tiny_model()
     groups = random_groups(SHORT)

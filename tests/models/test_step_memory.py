@@ -127,7 +127,7 @@ def test_a_reward_model_and_one_without_weights_are_counted():
 
 def test_tokens_that_fit_by_hand():
     """100 bytes whatever the pack, 10 a token: 90 tokens in 1,000 bytes, none in 50."""
-    memory = StepMemory({WEIGHTS: 60, REST: 40, ACTIVATIONS: 300, LIBRARY: 200}, num_tokens=50)
+    memory = StepMemory({WEIGHTS: 60, REST: 70, ACTIVATIONS: 290, LIBRARY: 180}, num_tokens=50, chunk=40)
     assert memory.peak == 600
     assert [memory.tokens_within(size) for size in (1000, 600, 50)] == [90, 50, 0]
 
