@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import ROOT, llama, write
+from common import ROOT, TINY, llama, write
 
 PAIRS, STEPS, ROUNDS = 16, 4, 3
 PROMPT, RESPONSE = 170, 300  # tokens in the mean
@@ -26,23 +26,23 @@ LARGE = {"num_hidden_layers": 14, "hidden_size": 640, "intermediate_size": 1728,
 LARGE |= {"num_key_value_heads": 10, "max_position_embeddings": 2048, "tie_word_embeddings": False, "pad_token_id": 0}
 
 
-def groups(count, seed=0, vocab=8000):
-    """Pairs of about UltraFeedback's lengths."""
+def groups(count, seed=0, vocab=8000, mean=RESPONSE):
+    """Pairs of about UltraFeedback's lengths, or shorter ones."""
     import numpy as np
 
     from dpo_ref.types import TokenGroup
 
     draw = np.random.default_rng(seed)
 
-    def ids(mean):
-        size = int(np.clip(draw.lognormal(np.log(mean), 0.5), 16, 4 * mean))
-        return draw.integers(3, vocab, size).tolist()
+    def ids(size):
+        length = int(np.clip(draw.lognormal(np.log(size), 0.5), 8, 4 * size))
+        return draw.integers(3, vocab, length).tolist()
 
     made = []
     for index in range(count):
-        responses = (ids(RESPONSE), ids(RESPONSE))
+        responses = (ids(mean), ids(mean))
         sizes = tuple(4 * len(response) for response in responses)
-        made.append(TokenGroup(index, str(index), ids(PROMPT), responses, sizes, ((0, 1),)))
+        made.append(TokenGroup(index, str(index), ids(PROMPT * mean // RESPONSE), responses, sizes, ((0, 1),)))
     return made
 
 
@@ -77,28 +77,40 @@ def throughput():
     return {"seconds": seconds, "bytes_a_step": sent, "trained": sum(p.numel() for p in model.parameters())}
 
 
+def given_back():
+    """MiB that this process has in memory, once the C library has given back what is free."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident()
+
+
 def memory():
-    """MiB of this rank with nothing loaded, with the model, and at most."""
+    """MiB of this rank before the model, with it, and with its moments after steps; then what a step needs besides."""
     import torch
     from common import peak_mib
 
-    from dpo_ref.data.packing import share_of
     from dpo_ref.distributed import ranks
     from dpo_ref.models.loading import fill, model_without_weights
     from dpo_ref.models.sharding import fsdp
 
-    folder, before = os.environ["MODEL"], resident()
-    bare = model_without_weights(folder, "model.path", None)
-    holding = fsdp().holding(bare, torch.float32)
-    model = fill(bare, folder, "sdpa", "model.path", None).model
-    loaded = resident()
-    data = groups(8, vocab=32000)
-    step = stepper(model, data, holding)
-    for _ in range(3):
+    small = model_without_weights(os.environ["SMALL"], "model.path", None)  # all that is imported, and room for it
+    placed = fsdp().holding(small, torch.float32)
+    warm = stepper(fill(small, os.environ["SMALL"], "sdpa", "model.path", None).model, groups(2), placed)
+    warm(groups(2))
+    before = given_back()
+    bare = model_without_weights(os.environ["MODEL"], "model.path", None)
+    placed = fsdp().holding(bare, torch.float32)
+    model = fill(bare, os.environ["MODEL"], "sdpa", "model.path", None).model
+    loaded = given_back()
+    data = groups(4, mean=24)
+    step = stepper(model, data, placed)
+    for _ in range(2):
         step(data)
-    tokens = max(sum(g.num_tokens for g in some.groups) for some in share_of(data, step.pack).passes)
     trained = sum(p.numel() for p in model.parameters())
-    told = {"before": before, "loaded": loaded, "after": resident(), "peak": peak_mib(), "tokens": tokens}
+    told = {"before": before, "loaded": loaded, "after": given_back(), "peak": peak_mib()}
     return {"ranks": ranks().size, "parameters": trained} | told
 
 
@@ -157,14 +169,21 @@ def measure_memory():
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        llama(32000, LARGE).save_pretrained(folder)
+        paths = {"MODEL": f"{folder}/large", "SMALL": f"{folder}/small"}
+        for name, shape in (("MODEL", LARGE), ("SMALL", TINY)):
+            llama(8000, shape).save_pretrained(paths[name])
         rows = []
         for count in (1, 2, 4):
-            of_ranks = on_ranks("memory", count, 1, MODEL=folder)
+            of_ranks = on_ranks("memory", count, 1, **paths)
             row = max(of_ranks, key=lambda of_rank: of_rank["after"] - of_rank["before"])
             rows.append(row)
-            above = row["loaded"] - row["before"], row["after"] - row["before"]
-            print(f"{count} ranks: {above[0]:.0f} MiB with the model, {above[1]:.0f} MiB after steps", flush=True)
+            loaded, after = row["loaded"] - row["before"], row["after"] - row["before"]
+            formula = [size * row["parameters"] / count / 2**20 for size in (4, 12)]
+            print(
+                f"{count} ranks: {loaded:.0f} MiB with the model (4 N / n = {formula[0]:.0f}), {after:.0f} after steps "
+                f"(12 N / n = {formula[1]:.0f})",
+                flush=True,
+            )
         return rows
 
 

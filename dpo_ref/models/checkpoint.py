@@ -50,8 +50,7 @@ def save_policy(
     against the digests in it, of all but the card. What ranks hold together the first one gathers, and writes."""
     merged = policy if adapter is None else merge(policy)
     plain = holding.as_saved(merged) if holding is not None and adapter is None else merged
-    once = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}  # of tied weights one
-    state = gathered({name: value for name, value in merged.state_dict().items() if name in once})
+    state = _gathered_once(merged, plain) if holding is not None and holding.sharded else None
     apart = None if adapter is None else gathered(adapter_tensors(adapter))
     if not ranks().is_first:
         return
@@ -67,6 +66,12 @@ def save_policy(
             save_adapter(adapter, partial / "adapter", apart)
             seal_folder(partial / "adapter")
         seal_folder(partial, besides=[CARD])
+
+
+def _gathered_once(model: Any, plain: Any) -> dict[str, Tensor]:
+    """The weights of a sharded model, of tied ones, as `plain` ties them, one."""
+    once = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}
+    return gathered({name: value for name, value in model.state_dict().items() if name in once})
 
 
 def _ending_with(settings: Any, ends: Collection[int]) -> Any:

@@ -59,21 +59,22 @@ class Parts:
 def asked_whole(model: Any) -> Iterator[None]:
     """Within, every rank has all of a sharded model's weights, so that each can ask it about what it likes, in any
     order; where they are not sharded nothing changes. No gradient is taken. All ranks enter and leave together."""
-    modules, trunk = [module for module in model.modules() if isinstance(module, FSDPModule)], model.base_model
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    trunk = model.base_model
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
-    _WHOLE.add(trunk)
+        _WHOLE.add(module)
     try:
         yield
     finally:
-        _WHOLE.discard(trunk)
         for module in modules:
+            _WHOLE.discard(module)
             module.reshard()
             module.set_reshard_after_forward(module is not trunk, recurse=False)
 
 
-_WHOLE: "WeakSet[nn.Module]" = WeakSet()  # trunks of models of which every rank has all weights for now
+_WHOLE: "WeakSet[nn.Module]" = WeakSet()  # modules of which every rank has all weights for now
 
 
 # --- how a model is trained on all ranks
@@ -263,7 +264,7 @@ class Sharding(Parallel):
             model.set_output_embeddings(Tied(model.get_input_embeddings()))
         for module in model.children():
             if module is not trunk and any(not isinstance(weight, DTensor) for weight in module.parameters()):
-                fully_shard(module, **self._options)
+                fully_shard(module, **self._options).register_forward_hook(_let_go)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 _sum_gradients(module)
@@ -278,11 +279,11 @@ def _sum_gradients(module: Any) -> None:
     module.set_force_sum_reduction_for_comms(True)
 
 
-def _let_go(trunk: Any, _: Any, __: Any) -> None:
+def _let_go(module: Any, _: Any, __: Any) -> None:
     """Where no backward pass follows nothing would let go of what was gathered, and what follows would not see that
     weights have changed since."""
-    if not torch.is_grad_enabled() and trunk not in _WHOLE:
-        trunk.reshard()
+    if not torch.is_grad_enabled() and module not in _WHOLE:
+        module.reshard()
 
 
 class Tied(nn.Module):

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
@@ -22,13 +21,13 @@ from dpo_ref.distributed import ranks
 # --- weights of which a rank holds a part
 
 
-def whole(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def whole(weight: Tensor) -> Tensor:
     """A weight as all ranks hold it together, differentiable: gradients are summed over ranks into each one's part.
     One that is not sharded is as it is. All ranks ask for it together."""
     return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 
-def held(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def held(weight: Tensor) -> Tensor:
     """What this rank holds of a weight, in the same memory."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 

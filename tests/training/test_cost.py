@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_ref.data.groups import from_groups
 from dpo_ref.data.packing import collate, pack
+from dpo_ref.models.sharding import Parts
 from dpo_ref.objectives.interface import bind
 from dpo_ref.objectives.pairwise import dpo
 from dpo_ref.references.policies import NoReference
@@ -73,7 +74,8 @@ def test_timed_steps_are_those_of_the_trainer():
     batches = [GROUPS[:2], GROUPS[2:]]
 
     def optim(model):
-        return Optimisation(torch.optim.AdamW(model.parameters(), fused=True), lambda step: 1e-2 / (step + 1), 1.0)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        return Optimisation(optimizer, Parts(optimizer), lambda step: 1e-2 / (step + 1), 1.0)
 
     config = TrainerConfig(batch_size=2)
     rounds = OfflineRounds(from_groups(GROUPS), config, PACK, 0)
