@@ -179,11 +179,8 @@ def measure_memory():
             rows.append(row)
             loaded, after = row["loaded"] - row["before"], row["after"] - row["before"]
             formula = [size * row["parameters"] / count / 2**20 for size in (4, 12)]
-            print(
-                f"{count} ranks: {loaded:.0f} MiB with the model (4 N / n = {formula[0]:.0f}), {after:.0f} after steps "
-                f"(12 N / n = {formula[1]:.0f})",
-                flush=True,
-            )
+            words = f"{loaded:.0f} MiB with the model (4 N / n = {formula[0]:.0f}), {after:.0f} after steps"
+            print(f"{count} ranks: {words} (12 N / n = {formula[1]:.0f})", flush=True)
         return rows
 
 

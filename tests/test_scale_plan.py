@@ -139,3 +139,18 @@ def test_hours_and_euros(plan):
     least = 61135 * plan.useful_flops(plan.SHAPES["8 B"]) / (8 * 0.5 * 989e12)
     assert least < trained < 1.1 * least
     assert least / 3 < filled < 1.2 * least / 3
+
+
+def test_the_script_for_a_cluster_is_one_and_its_commands_compose():
+    """Bash reads it, and Hydra both command lines that it may come to."""
+    import re
+    import subprocess
+
+    from tests.support.command import composed
+
+    script = (ROOT / "examples" / "train.slurm").read_text()
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    lists = [" ".join(words.split()) for words in re.findall(r"words=\(([^)]*)\)", script)]
+    for words in lists:
+        assert composed(*words.replace('"$run"', "outputs/run").split())[0].parallel["_target_"].endswith(".fsdp")
+    assert len(lists) == 2

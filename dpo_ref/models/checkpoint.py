@@ -50,13 +50,14 @@ def save_policy(
     against the digests in it, of all but the card. What ranks hold together the first one gathers, and writes."""
     merged = policy if adapter is None else merge(policy)
     plain = holding.as_saved(merged) if holding is not None and adapter is None else merged
-    state = _gathered_once(merged, plain) if holding is not None and holding.sharded else None
+    sharded = holding is not None and holding.sharded
+    weights = {"state_dict": _gathered_once(merged, plain)} if sharded else {}
     apart = None if adapter is None else gathered(adapter_tensors(adapter))
     if not ranks().is_first:
         return
     remove_abandoned(folder)
     with replacing_folder(folder) as partial, as_writing_fails():
-        plain.save_pretrained(partial, state_dict=state)
+        plain.save_pretrained(partial, **weights)
         if ends:
             _ending_with(policy.generation_config, ends).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
