@@ -1,6 +1,7 @@
 """`train.py` on several ranks: what a run leaves, how it goes on with other numbers of ranks, what is refused, and
 what becomes of the rest when a rank is gone."""
 
+import errno
 import json
 import os
 import signal
@@ -78,7 +79,8 @@ def test_two_ranks_leave_what_one_leaves(tmp_path, alone):
     assert 1 <= line["train/throughput/rank_imbalance"] < 1.6
 
 
-WAYS = [(1, "none", 2, "fsdp"), (2, "fsdp", 1, "none"), (2, "fsdp", 3, "ddp"), (2, "ddp", 2, "fsdp")]
+WAYS = [(1, "none", 2, "fsdp"), (2, "fsdp", 1, "none")]
+WAYS += [pytest.param(*way, marks=pytest.mark.slow) for way in ((2, "fsdp", 3, "ddp"), (2, "ddp", 2, "fsdp"))]
 
 
 @pytest.mark.parametrize(("before", "held", "after", "then"), WAYS)
@@ -95,6 +97,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone, before, hel
     check_same(run, alone)
 
 
+@pytest.mark.slow
 def test_it_goes_on_bit_for_bit_with_as_many(tmp_path):
     """What two ranks saved two ranks go on from as if nothing had been."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -186,6 +189,35 @@ def test_when_a_rank_dies_the_others_end_and_say_which(tmp_path):
     assert f"resume={run}" in first.stderr
     on_two(tmp_path / "again", f"resume={run}", "trainer.max_steps=14", "parallel=ddp")
     assert lines_of(run)[-1]["step"] == 14
+
+
+def _full_after_one(words: list[str]):
+    """The disk of the second rank has room for one checkpoint."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    whole, left = HuggingFaceStorageWriter.write_data, [1]
+
+    def write_data(self, plan, planner):
+        if os.environ["RANK"] == "1" and not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left.clear()
+        return whole(self, plan, planner)
+
+    HuggingFaceStorageWriter.write_data = write_data
+    typed_here("train.py", *words)
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_is_told_and_the_last_one_stays(tmp_path):
+    """It is written while training goes on, so that the steps behind it are told of too."""
+    run = tmp_path / "run"
+    words = [*RUN, "objective=dpo", "parallel=fsdp", "trainer.save_every=2", f"output_dir={run}"]
+    first, other = ended(tmp_path, ranks_started(tmp_path, 2, _full_after_one, words))
+    assert first.returncode == other.returncode == 1
+    assert "the checkpoint of step 4 was not written" in first.stderr
+    assert "No space left on device" in first.stderr
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    on_two(tmp_path / "again", f"resume={run}", "parallel=fsdp")
+    assert json.loads((run / "summary.json").read_text())["status"] == "completed"
 
 
 def test_a_stop_of_one_rank_stops_all_which_save_themselves(tmp_path):
