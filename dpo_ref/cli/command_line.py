@@ -25,6 +25,7 @@ from dpo_ref.cli import schemas
 from dpo_ref.cli.launchers import OPTIONS
 from dpo_ref.cli.schemas import CONF, SCHEMAS, groups, option_names, option_types
 from dpo_ref.cli.side_by_side import LAUNCHER, SideBySideConfig
+from dpo_ref.distributed import ranks
 from dpo_ref.tracking.redaction import refuse_typed_credentials
 
 RENAMED_OPTIONS = {"eps": "label_smoothing"}  # words of before, and what is written instead
@@ -195,7 +196,9 @@ def directory_words(arguments: Sequence[str]) -> list[str]:
 
 def script(name: str) -> str:
     """What one types to run a script of ours beside this one, with the user's own folders."""
-    return shlex.join(["python", name, *directory_words(sys.argv[1:])])
+    size = ranks().size
+    starting = ["torchrun", "--nproc-per-node", str(size)] if name == "train.py" and size > 1 else ["python"]
+    return shlex.join([*starting, name, *directory_words(sys.argv[1:])])
 
 
 def config_folders(arguments: Sequence[str]) -> list[Path]:

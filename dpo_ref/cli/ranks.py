@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_ref.cli.command_line import python
 from dpo_ref.cli.run_folder import Job, in_words, options_in, provenance
+from dpo_ref.cli.saved_run import read_summary
 from dpo_ref.distributed import joined, ranks, started_by_torchrun
 
 ALONE = "none"  # the member of `parallel` for one process
@@ -48,7 +50,7 @@ def together(cfg: DictConfig, job: Job) -> Iterator[None]:
 
 def _is_asked(cfg: DictConfig, job: Job) -> bool:
     """Whether this is one of several. Raises ValueError where the command says otherwise than torchrun."""
-    chosen = job.choices.get("parallel", ALONE)
+    chosen = _chosen(cfg, job)
     words = shlex.join(["train.py", *job.overrides])
     if not started_by_torchrun():
         if chosen == ALONE:
@@ -79,6 +81,16 @@ def _check_batch(cfg: DictConfig) -> None:
             f"trainer.batch_size={batch} cannot feed {size} ranks, of which {size - batch} would have no pair in any "
             f"step: use trainer.batch_size={size} or more, or start fewer processes"
         )
+
+
+def _chosen(cfg: DictConfig, job: Job) -> str:
+    """The member of `parallel`: of a run that goes on its own, unless the command says another."""
+    said = any(word.startswith("parallel=") for word in job.overrides)
+    if cfg.resume and not said:
+        with suppress(ValueError, OSError):  # which is told where it is read to go on
+            key = f"resume={cfg.resume}"
+            return read_summary(Path(cfg.resume).expanduser(), key)["choices"].get("parallel", ALONE)
+    return job.choices.get("parallel", ALONE)
 
 
 TOGETHER = ("train", "cache_reference")  # stages that several ranks share

@@ -313,7 +313,7 @@ def _run_recorded(cfg: DictConfig, job: Job, run: RunConfig) -> Ended:
         record_end(cfg, job, "failed", error)
         if gone := lost_another(error):
             return _failed(
-                ValueError(f"{gone}. Go on with {script('train.py')} resume={job.directory}, under torchrun")
+                ValueError(f"{gone}. Go on with {script('train.py')} resume={job.directory}")
             )
         if ran_out(error):
             return _failed(OutOfMemory(f"memory ran out before the first step: {HELPS}"))

@@ -497,6 +497,7 @@ class NonFinite(ValueError):
 # Ctrl-C; batch systems; a terminal or connection that is gone; Slurm's --signal=USR1@120 before the time is up
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TWICE_KILLS = (signal.SIGINT, signal.SIGTERM)
+RELAYED = 3.0  # seconds in which torchrun hands on what the terminal has sent to its processes already
 
 
 @contextmanager
@@ -506,10 +507,18 @@ def stop_requests() -> Iterator[list[int]]:
     end of the process, which is about to save itself. What is ignored, as by nohup, stays so."""
     received: list[int] = []
     previous: dict[int, Any] = {}
+    relayed_until = time.monotonic()
 
     def note(signum: int, frame: object) -> None:
+        nonlocal relayed_until
+        if not received:
+            relayed_until = time.monotonic() + (RELAYED if ranks().size > 1 else 0.0)
+        elif signum in TWICE_KILLS and time.monotonic() > relayed_until:
+            signal.signal(signum, previous[signum])
+            signal.raise_signal(signum)
+            return
         received.append(signum)
-        if signum in TWICE_KILLS:
+        if signum in TWICE_KILLS and ranks().size == 1:
             signal.signal(signum, previous[signum])
 
     for signum in STOPPING:
@@ -517,6 +526,10 @@ def stop_requests() -> Iterator[list[int]]:
             previous[signum] = signal.signal(signum, note)
     try:
         yield received
+    except Exception:
+        if ranks().size > 1:  # where another rank is gone torchrun ends this one, which has yet to say so
+            previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, signal.SIG_IGN if signum in received and signum not in TWICE_KILLS else handler)

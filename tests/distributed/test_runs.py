@@ -187,7 +187,7 @@ def test_when_a_rank_dies_the_others_end_and_say_which(tmp_path):
     assert first.returncode == 1
     assert "rank 1 has died; the last that was heard of it:" in first.stderr
     assert f"resume={run}" in first.stderr
-    on_two(tmp_path / "again", f"resume={run}", "trainer.max_steps=14", "parallel=ddp")
+    on_two(tmp_path / "again", f"resume={run}", "trainer.max_steps=14")
     assert lines_of(run)[-1]["step"] == 14
 
 
@@ -227,7 +227,7 @@ def test_a_stop_of_one_rank_stops_all_which_save_themselves(tmp_path):
     os.kill(started[1].pid, signal.SIGTERM)
     first, other = ended(tmp_path, started, seconds=60)
     assert first.returncode == other.returncode == 130
-    assert f"go on with python train.py resume={run}" in first.stdout
+    assert f"go on with torchrun --nproc-per-node 2 train.py resume={run}" in first.stdout
     last = lines_of(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{last:08d}" / "digests.json").is_file()
 
