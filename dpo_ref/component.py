@@ -175,7 +175,7 @@ class Hooks:
     rounds: Callable[..., Any] | None = None  # data: makes groups while the run goes on (`training/rounds.py`)
     held_out: Callable[..., Any] | None = None  # data, with `rounds`: the held-out groups it can be evaluated on
     sampled: Callable[..., Any] | None = None  # generation: gives rounds of training a `SampledPolicy`
-    of_whole: bool = False  # optim: it looks at whole weights, not at parts of them
+    of_whole: str | None = None  # optim: what it does with weights that cannot be done with parts of them
     follows: bool = False  # reference: it changes while the policy is trained
     given: bool = False  # reference: the data brings its log-probs, those of rows too that the run does not come to
     identity: Callable[..., str] | None = None  # scorer: digest of what its numbers mean, from some of its options

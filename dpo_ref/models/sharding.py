@@ -376,9 +376,9 @@ def ddp(*, bucket_mib: float = 25.0) -> Parallel:
 def _check_parts(_: Any, plan: RunPlan) -> None:
     """Refuse an optimiser that looks at whole weights."""
     optim = plan.components["optim"]
-    if optim.hooks.of_whole:
+    if optim.hooks.of_whole is not None:
         raise ValueError(
-            f"optim={optim.name} orthogonalises whole matrices, of which parallel=fsdp gives a rank a part; use "
+            f"optim={optim.name} {optim.hooks.of_whole}, and parallel=fsdp gives a rank parts of them; use "
             "parallel=ddp, or optim=adamw"
         )
 

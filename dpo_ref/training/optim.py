@@ -207,7 +207,7 @@ def adamw(
     return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=eps, fused=True)
 
 
-@component(check=_check)
+@component(check=_check, of_whole="turns weights into bfloat16 that are float32 in every rank's part")
 def adamw_bf16(
     policy: nn.Module, *, weight_decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
 ) -> torch.optim.Optimizer:
@@ -393,7 +393,7 @@ class RMSprop(Skipping):
 # --- Muon
 
 
-@component(check=_check, of_whole=True)
+@component(check=_check, of_whole="orthogonalises whole matrices")
 def muon(
     policy: nn.Module,
     *,
