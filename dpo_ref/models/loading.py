@@ -562,8 +562,9 @@ def fill(model: Any, path: str, attention: str, key: str, revision: str | None) 
     """Read what this rank holds of a model without weights, and no more, from its files; packed where its architecture
     allows. All ranks come here. Raises ValueError as `load_model` does."""
     make_room(model)
+    title = f"{key}={path}"
     with opened(path, key, revision, MODEL_FILES, "no model could be loaded") as folder:
         read(folder, {name: value.detach() for name, value in _own_tensors(model).items()})
-    check_finite(model, f"{key}={path}")
+    check_finite(model, title)
     with _quietly():
-        return LoadedModel(model, _install_packing(model, attention, f"{key}={path}"))
+        return LoadedModel(model, _install_packing(model, attention, title))

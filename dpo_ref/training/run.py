@@ -345,9 +345,8 @@ class TrainingRun:
 
     def _save_due(self, step: int) -> bool:
         every, minutes = self.rounds.config.save_every, self.rounds.config.save_minutes
-        if every and step % every == 0:
-            return True
-        return minutes is not None and ranks().first(lambda: time.monotonic() - self._saved_at >= 60 * minutes)
+        late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return bool(every and step % every == 0) or any(ranks().gather(late))
 
     def _pause(self, step: int, total: int, stop: bool) -> None:
         """Evaluate and save as is due, and stop if that was asked for: by an exception where a signal did, by setting
