@@ -88,7 +88,12 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     policy = trained_model(config, work.device)
     groups, held_out, counts = prepare_groups(config, data, policy, tracker)
     rounds = rounds_of(config, work, policy, data, groups)
-    agree({"the training data": rounds.data.digest, "the held-out data": held_out.digest})
+    read = {
+        "the policy": policy.weights,
+        "the training data": rounds.data.digest,
+        "the held-out data": held_out.digest,
+    }
+    agree(read)
     fitting = (config.data.hooks.held_out or objective_groups)(config.objective, held_out)
     optim = config.optim.bound(optimisation)(config.optim, policy.model, rounds.num_steps)
     check_selection(config, rounds.num_steps, len(fitting))

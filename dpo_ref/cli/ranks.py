@@ -43,7 +43,6 @@ def together(cfg: DictConfig, job: Job) -> Iterator[None]:
         if not ranks().is_first:
             stack.enter_context(_quietly())
         stack.enter_context(_watched())
-        _check_batch(cfg)
         agree({**_versions(), **dict(options_in(OmegaConf.to_container(cfg, resolve=True)))})
         yield
 
@@ -74,12 +73,13 @@ def _is_asked(cfg: DictConfig, job: Job) -> bool:
     return True
 
 
-def _check_batch(cfg: DictConfig) -> None:
-    size, batch = ranks().size, cfg.trainer.batch_size
-    if batch < size:
+def check_batch(batch_size: int) -> None:
+    """Raise ValueError where there are more ranks than pairs of an optimiser step."""
+    size = ranks().size
+    if batch_size < size:
         raise ValueError(
-            f"trainer.batch_size={batch} cannot feed {size} ranks, of which {size - batch} would have no pair in any "
-            f"step: use trainer.batch_size={size} or more, or start fewer processes"
+            f"trainer.batch_size={batch_size} cannot feed {size} ranks, of which {size - batch_size} would have no "
+            f"pair in any step: use trainer.batch_size={size} or more, or start fewer processes"
         )
 
 
@@ -160,6 +160,7 @@ def _quietly() -> Iterator[None]:
         sys.stdout = before
 
 
+FIRST_GONE = "rank 0 has died, or its machine is not reached any more"  # which keeps what ranks tell each other
 BEAT, GONE = 1.0, 30.0  # seconds between signs of life, and without one after which a rank is gone
 
 
@@ -201,7 +202,7 @@ class Watch:
                 self._sign()
                 gone = self.gone(GONE)
             except RuntimeError:
-                gone = "the first rank has died, or its machine is not reached any more"
+                gone = FIRST_GONE
             if gone and not self._over.wait(3 * BEAT):  # whoever is told by what it waits for says more
                 os.write(2, f"error: {of_rank()}{gone}\n".encode())
                 os._exit(1)
@@ -239,10 +240,13 @@ def lost_another(error: BaseException) -> str | None:
     if not _WATCHES or not any(words in str(error) for words in LOST):
         return None
     until = time.monotonic() + 5 * BEAT
-    while time.monotonic() < until:
-        if gone := _WATCHES[-1].gone(3 * BEAT):
-            return gone
-        time.sleep(BEAT / 4)
+    try:
+        while time.monotonic() < until:
+            if gone := _WATCHES[-1].gone(3 * BEAT):
+                return gone
+            time.sleep(BEAT / 4)
+    except RuntimeError:
+        return FIRST_GONE
     return "another rank no longer answers"
 
 

@@ -44,13 +44,7 @@ CONFIG, ERROR = "config.yaml", "error.txt"
 SHARED = ("checkpoints", "rounds")  # what all ranks read in the folder of a run
 COPIED = "training_evaluation"  # what each rank goes on from
 TRAINED = ("metrics.jsonl", "checkpoints", "policy")  # what a run leaves once it trains
-SAME_RUN = (
-    "output_dir",
-    "resume",
-    "tracking",
-    "search",
-    "parallel",
-)  # what may differ when a sweep's command is typed again
+SAME_RUN = ("output_dir", "resume", "tracking", "search", "parallel")  # may differ when a sweep is typed again
 MAY_CHANGE = (
     "generation.url",
     "trainer.max_steps", "trainer.epochs", "trainer.save_every", "trainer.save_minutes", "trainer.eval_every",

@@ -16,7 +16,7 @@ from dpo_ref.cli.build import NUM_SAMPLES, SAMPLE_TOKENS, Built, build, cache_re
 from dpo_ref.cli.check import check_run
 from dpo_ref.cli.command_line import ON_QUESTIONS, script
 from dpo_ref.cli.halving import check_search, climbed, ladder_of
-from dpo_ref.cli.ranks import SaidByFirst, lost_another, note_end, of_rank, said_by_first, together
+from dpo_ref.cli.ranks import SaidByFirst, check_batch, lost_another, note_end, of_rank, said_by_first, together
 from dpo_ref.cli.recipes import RECORD, PlannedRecipe, recipe_in, recipe_of, run_recipe
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
@@ -269,6 +269,7 @@ def _recipe(cfg: DictConfig, job: Job) -> PlannedRecipe | None:
 def _run_here(cfg: DictConfig, job: Job) -> Ended:
     """Run a job on the device that it names."""
     run = resolve(cfg, job.choices, job.overrides)
+    check_batch(run.trainer.batch_size)
     check_search(run, job.sweep)
     refuse_credentials(OmegaConf.to_container(cfg, resolve=True), "")
     if run.stage in ASIDE:

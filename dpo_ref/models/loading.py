@@ -17,7 +17,7 @@ from dpo_ref.data.chat_templates import install_template, text_identity
 from dpo_ref.data.tokenise import end_of_turn_ids
 from dpo_ref.files.digests import DIGESTS, file_digest
 from dpo_ref.models.adapters import other_base
-from dpo_ref.models.attention import KERNELS, REGISTERED, resolve_backend
+from dpo_ref.models.attention import KERNELS, resolve_backend
 from dpo_ref.models.checkpoint import save_policy, weights_digest
 from dpo_ref.models.experts import (
     Router,
@@ -44,6 +44,7 @@ from dpo_ref.models.folders import (
     padding_note,
     positions_of,
     stored_shapes,
+    weight_files,
 )
 from dpo_ref.models.frozen import hold_in_bfloat16
 from dpo_ref.models.layers import CHECKPOINTING, check_checkpointing, compile_layers
@@ -51,14 +52,21 @@ from dpo_ref.models.logps import (
     FusedLoss,
     LossOf,
     head_of,
-    reach,
     response_hidden,
     response_logps,
     sum_by_response,
 )
 from dpo_ref.models.lora import AdapterOptions, check_adapter_options, held_in, trained_summary
 from dpo_ref.models.packable import install, kernel_refuses
-from dpo_ref.models.sharding import ALONE, Holding, Parallel, make_room, one_after_another, without_weights
+from dpo_ref.models.sharding import (
+    ALONE,
+    Holding,
+    Parallel,
+    check_in_step,
+    make_room,
+    one_after_another,
+    without_weights,
+)
 from dpo_ref.models.shards import read
 from dpo_ref.types import PackedBatch, ResponseLogps, Span
 
@@ -479,22 +487,13 @@ def pretrained(
     if bare is not None:
         loaded = fill(bare, folder, attention, "model.path", revision)
     if parallel.in_parts:
-        _check_in_step(loaded, path)
+        check_in_step(loaded.model, f"model.path={path}")
     check_vocabulary(tokenizer, loaded.model, f"model.path={path}")
     notes = (*loaded.notes, *padding_note(tokenizer, loaded.model, f"model.path={path}"), *notes)
     return Policy(
         lambda: loaded.model, tokenizer, computes_in, path, folder, compiled=compile, adapter=trained, notes=notes,
         router_loss=balancing, holding=holding,
     )  # fmt: skip
-
-
-def _check_in_step(loaded: LoadedModel, path: str) -> None:
-    """Raise ValueError for a model that is asked about one response at a time, of which ranks have different numbers:
-    a sharded one answers all of them at once, or none."""
-    unpacked = loaded.model.config._attn_implementation not in REGISTERED.values()
-    if unpacked or reach(loaded.model.config.get_text_config()) is not None:
-        why = loaded.notes[0] if unpacked else "its positions depend on lengths"
-        raise ValueError(f"model.path={path} cannot be sharded: {why}; use parallel=ddp")
 
 
 class Prepared(NamedTuple):
@@ -543,6 +542,8 @@ def model_without_weights(path: str, key: str, revision: str | None) -> Any:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         files = stored_shapes(folder)
         shapes = {name: tuple(value.shape) for name, value in _own_tensors(model).items()}
+        if set(folder.glob("*.safetensors")) != set(weight_files(folder)):  # of which all would be read
+            return None
         surplus = {name for name in files.keys() - _names(model) if not WITHOUT_EFFECT.search(name)}
         return None if surplus or shapes != {name: files.get(name) for name in shapes} else model
 

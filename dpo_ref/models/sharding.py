@@ -24,7 +24,9 @@ from torch.distributed.tensor import DTensor
 from dpo_ref.component import RunPlan, component
 from dpo_ref.distributed import best_device, on_cuda, ranks
 from dpo_ref.models.adapters import copy_of_trained
+from dpo_ref.models.attention import REGISTERED
 from dpo_ref.models.layers import decoder_layers
+from dpo_ref.models.logps import reach
 from dpo_ref.models.shards import held, whole
 
 # --- what an optimiser steps
@@ -110,11 +112,12 @@ class Holding:
 
 
 class _Run(nn.Module):
-    """What DistributedDataParallel wraps: a model, and any work with it."""
+    """What DistributedDataParallel wraps: the weights that are trained, and any work with them. Buffers, which nobody
+    changes, would be sent at every pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.weights = nn.ParameterList(weight for weight in model.parameters() if weight.requires_grad)
 
     def forward(self, work: Callable[[], Any]) -> Any:
         return work()
@@ -173,7 +176,8 @@ class Sharded(Holding):
         yield
 
     def spread(self, model: nn.Module) -> Any:
-        """Every rank holds a part of it too."""
+        """Every rank holds a part of it too. Raises ValueError for one that cannot be sharded (`check_in_step`)."""
+        check_in_step(model, f"a {type(model).__name__} that is asked at every step")
         self.plan.shard(model)
         return model
 
@@ -203,8 +207,6 @@ class Sharded(Holding):
 class Parallel:
     """`parallel=none`: one process trains."""
 
-    name = "none"
-
     in_parts: bool = False  # whether no rank holds a whole model
 
     def holding(self, model: nn.Module, compute_dtype: torch.dtype) -> Holding:
@@ -220,7 +222,6 @@ class Replication(Parallel):
     """`parallel=ddp`."""
 
     bucket_mib: float
-    name = "ddp"
 
     def holding(self, model: nn.Module, compute_dtype: torch.dtype) -> Holding:
         """Every rank holds the model."""
@@ -234,7 +235,7 @@ class Sharding(Parallel):
     offload: bool
     reduce: str
     _options: dict[str, Any] = field(default_factory=dict)
-    name, in_parts = "fsdp", True
+    in_parts = True
 
     def holding(self, model: nn.Module, compute_dtype: torch.dtype) -> Holding:
         """Every rank keeps its part of each weight and lets go of the rest."""
@@ -245,8 +246,7 @@ class Sharding(Parallel):
             cast_forward_inputs=False,
         )
         mesh = dist.device_mesh.init_device_mesh(best_device().type, (dist.get_world_size(),))
-        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
-        self._options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+        self._options = {"mesh": mesh, "mp_policy": precision}
         bare = skeleton(model)
         self.shard(model)
         return Sharded(model, self, bare)
@@ -255,8 +255,10 @@ class Sharding(Parallel):
         """Shard a model in place: every decoder layer by itself, the rest of its trunk, its head."""
         trunk = model.base_model
         tied = _tied(model)
+        # Heads and embeddings are asked outside of FSDP's own calls (`whole`), where the batch is.
+        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
         for layer in decoder_layers(model):
-            fully_shard(layer, **self._options)
+            fully_shard(layer, **self._options, offload_policy=offload)
         # What is left of the trunk is gathered once, for forward and backward pass.
         fully_shard(trunk, **self._options, reshard_after_forward=False)
         trunk.register_forward_hook(_let_go)
@@ -272,6 +274,15 @@ class Sharding(Parallel):
     def shard_alone(self, module: nn.Module) -> None:
         """Shard a module in place, apart from the model that it belongs to."""
         _sum_gradients(fully_shard(module, **self._options))
+
+
+def check_in_step(model: Any, title: str) -> None:
+    """Raise ValueError for a model that is asked about one response at a time, of which ranks have different numbers:
+    a sharded one answers for all ranks at once."""
+    if model.config._attn_implementation not in REGISTERED.values():
+        raise ValueError(f"{title} cannot be sharded: it runs one response at a time, unpacked; use parallel=ddp")
+    if reach(model.config.get_text_config()) is not None:
+        raise ValueError(f"{title} cannot be sharded: its positions depend on lengths; use parallel=ddp")
 
 
 def _sum_gradients(module: Any) -> None:
@@ -386,9 +397,9 @@ def _check_parts(_: Any, plan: RunPlan) -> None:
 @component(check_run=_check_parts)
 def fsdp(*, offload: bool = False, reduce: Literal["every_pass", "last_pass"] = "every_pass") -> Parallel:
     """Every rank holds a part of each weight, gradient and moment (FSDP2), and takes its share of each optimiser
-    batch. `offload` keeps the parts in main memory and brings them to the card when they are needed; `reduce` says
-    when gradients are summed into the parts: in every pass, or in the last of a step, for which the whole gradients
-    stay in memory."""
+    batch. `offload` keeps those of the decoder layers in main memory and brings them to the card when they are needed;
+    `reduce` says when gradients are summed into the parts: in every pass, or in the last of a step, for which the
+    whole gradients stay in memory."""
     if offload and not on_cuda():
         raise ValueError("parallel.offload=true has no effect on a CPU, whose memory is the main memory; leave it out")
     return Sharding(offload, reduce)

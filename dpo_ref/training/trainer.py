@@ -85,9 +85,9 @@ def _whole(policy: TrainedModel, reference: Reference, objective: Objective, pas
 
 def _counted(part: Any, counts: bool) -> Any:
     """The items of a pass that counts; of another none."""
-    return (
-        part if counts else type(part)(*(None if column is None else column[:0] for column in _columns(part).values()))
-    )
+    if counts:
+        return part
+    return type(part)(*(None if column is None else column[:0] for column in _columns(part).values()))
 
 
 def _of_all(part: Any) -> Any:
