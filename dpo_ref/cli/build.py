@@ -88,14 +88,10 @@ def build(config: RunConfig, directory: Path, tracker: Tracker) -> Built:
     policy = trained_model(config, work.device)
     groups, held_out, counts = prepare_groups(config, data, policy, tracker)
     rounds = rounds_of(config, work, policy, data, groups)
-    read = {
-        "the policy": policy.weights,
-        "the training data": rounds.data.digest,
-        "the held-out data": held_out.digest,
-    }
-    agree(read)
+    agree({"the training data": rounds.data.digest, "the held-out data": held_out.digest})
     fitting = (config.data.hooks.held_out or objective_groups)(config.objective, held_out)
     optim = config.optim.bound(optimisation)(config.optim, policy.model, rounds.num_steps)
+    agree({"the policy": policy.weights})  # as the optimiser leaves them: one turns them into bfloat16
     check_selection(config, rounds.num_steps, len(fitting))
     with memory_explained(policy.model, optim.optimizer, SCORED):
         reference = reference_of(config, work, policy, rounds, fitting)

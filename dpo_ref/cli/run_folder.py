@@ -258,6 +258,11 @@ def _of_rank(folder: Path) -> Iterator[Path]:
         shutil.rmtree(own, ignore_errors=True)
 
 
+def folder_of_all(own: Path) -> Path:
+    """The run's folder, where this rank has one that stands for it."""
+    return own if ranks().is_first else (own / SHARED[0]).resolve().parent
+
+
 def _begin(cfg: DictConfig, job: Job) -> None:
     """Whenever this is killed, the same command starts over, or the configuration is there and `resume` goes on."""
     if any((job.directory / name).exists() for name in TRAINED):

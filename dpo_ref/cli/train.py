@@ -21,6 +21,7 @@ from dpo_ref.cli.recipes import RECORD, PlannedRecipe, recipe_in, recipe_of, run
 from dpo_ref.cli.resolve import RunConfig, resolve, strength_of
 from dpo_ref.cli.run_folder import (
     Job,
+    folder_of_all,
     in_words,
     left_by_sweep,
     make_folder,
@@ -313,7 +314,9 @@ def _run_recorded(cfg: DictConfig, job: Job, run: RunConfig) -> Ended:
     except Exception as error:
         record_end(cfg, job, "failed", error)
         if gone := lost_another(error):
-            return _failed(ValueError(f"{gone}. Go on with {script('train.py')} resume={job.directory}"))
+            return _failed(
+                ValueError(f"{gone}. Go on with {script('train.py')} resume={folder_of_all(job.directory)}")
+            )
         if ran_out(error):
             return _failed(OutOfMemory(f"memory ran out before the first step: {HELPS}"))
         print(without_keys(traceback.format_exc()), file=sys.stderr)
