@@ -1,6 +1,5 @@
 """Programs in benchmarks/ time the step that train.py takes; those that cannot run here keep what they measured."""
 
-import importlib
 import json
 import signal
 import subprocess
@@ -12,22 +11,12 @@ import pytest
 import torch
 
 from tests.support.command import ROOT
+from tests.support.programs import program  # noqa: F401
 from tests.support.tiny import random_groups, tiny_model
 
-BENCHMARKS = ROOT / "benchmarks"
-
 
 @pytest.fixture
-def program(monkeypatch):
-    """Imports a program of benchmarks/, which is let go again with what it imports from there."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module
-    for path in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-
-
-@pytest.fixture
-def gpu(program, monkeypatch):
+def gpu(program, monkeypatch):  # noqa: F811
     """benchmarks/gpu.py as on a machine with a CUDA device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some card")
@@ -66,7 +55,7 @@ def test_the_step_that_is_timed_trains_the_model(gpu):
 
 
 @pytest.fixture
-def soak(program):
+def soak(program):  # noqa: F811
     """benchmarks/soak.py."""
     return program("soak")
 
@@ -124,7 +113,7 @@ def test_every_turn_has_its_window(soak, monkeypatch):
 
 
 @pytest.fixture
-def effects(program):
+def effects(program):  # noqa: F811
     """benchmarks/lab_effects.py."""
     return program("lab_effects")
 
@@ -158,7 +147,7 @@ def test_the_targets_of_the_lab_are_met_and_missed_by_hand(effects):
 
 
 @pytest.fixture
-def pages(program):
+def pages(program):  # noqa: F811
     """benchmarks/page.py."""
     return program("page")
 

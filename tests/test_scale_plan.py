@@ -1,8 +1,6 @@
 """benchmarks/scale_plan.py: numbers derived by hand, peaks measured on one card, and the page of its tables."""
 
-import importlib
 import json
-import sys
 
 import pytest
 import torch
@@ -14,21 +12,11 @@ from dpo_ref.models.loading import Policy
 from dpo_ref.models.memory import ACTIVATIONS, step_memory
 from dpo_ref.types import TokenGroup
 from tests.support.command import ROOT
-
-BENCHMARKS = ROOT / "benchmarks"
-
-
-@pytest.fixture
-def program(monkeypatch):
-    """Imports a program of benchmarks/, which is let go again with what it imports from there."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module
-    for path in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+from tests.support.programs import program  # noqa: F401
 
 
 @pytest.fixture
-def plan(program):
+def plan(program):  # noqa: F811
     """benchmarks/scale_plan.py."""
     return program("scale_plan")
 
@@ -52,7 +40,7 @@ def test_shapes_are_those_of_the_published_models(plan):
     assert plan.SHAPES["8 B"].adapter() == 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
 
 
-def test_useful_operations_are_those_of_the_benchmark(plan, program):
+def test_useful_operations_are_those_of_the_benchmark(plan, program):  # noqa: F811
     gpu = program("gpu")
     for name, shape in (("1 B", "1b"), ("8 B", "8b")):
         assert plan.useful_flops(plan.SHAPES[name]) == pytest.approx(
@@ -60,7 +48,7 @@ def test_useful_operations_are_those_of_the_benchmark(plan, program):
         )
 
 
-def test_lengths_are_spread_as_the_benchmarks_draw_them(plan, program):
+def test_lengths_are_spread_as_the_benchmarks_draw_them(plan, program):  # noqa: F811
     case = program("pairs").CASES["ultrafeedback"]
     assert {"prompt": case.prompt, "response": case.response} == plan.SPREAD
 
@@ -83,7 +71,7 @@ def test_memory_is_what_one_card_was_measured_to_take(plan, size, checkpointing,
 
 
 def test_those_measurements_are_in_the_results():
-    results = json.loads((BENCHMARKS / "results" / "gpu_h200.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / "gpu_h200.json").read_text())
     peaks = [round(row["peak_gib"]) for key in ("gpu_1b", "gpu_8b") for row in results[key]["rows"]]
     assert {28, 117} <= set(peaks)
 

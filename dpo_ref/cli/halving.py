@@ -20,20 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from dpo_ref.cli.build import tokenise_data, tokenizer_of
 from dpo_ref.cli.command_line import quoted
 from dpo_ref.cli.resolve import RunConfig, resolve
 from dpo_ref.cli.resolve import component as checked_component
-from dpo_ref.cli.side_by_side import SideJob, job_config, run_side_by_side, swept_names
+from dpo_ref.cli.side_by_side import SideJob, run_side_by_side, swept_names
+from dpo_ref.cli.sweeper import JobSweeper
 from dpo_ref.component import Component, component
 from dpo_ref.evaluation.policy import read_summary
 from dpo_ref.evaluation.results import ACCURACY, BEST_BY, LOSS, MARGIN, SCORE, TIES, WIN_RATE, direction
@@ -355,25 +351,13 @@ def going_on(standings: Sequence[Standing], better: Literal["higher", "lower"], 
     return ranked[: math.ceil(len(standings) / eta)]
 
 
-class Halving(Sweeper):
+class Halving(JobSweeper):
     """Runs the jobs of a multirun rung by rung, with the launcher that is chosen (Hydra finds it by
     `hydra_plugins/`)."""
 
-    def __init__(self, params: Mapping[str, str] | None) -> None:
-        self._params = params or {}
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """What Hydra hands over before the sweep."""
-        self._config, self._loader = config, hydra_context.config_loader
-        self._launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-
     def sweep(self, arguments: list[str]) -> Any:
         """Run every rung; what the jobs of each came to. Ends the process, with why, for what makes no search."""
-        words = [*(f"{key}={value}" for key, value in self._params.items()), *arguments]
-        overrides = OverridesParser.create(config_loader=self._loader).parse_overrides(words)
-        (lists,) = BasicSweeper.split_arguments(overrides, None)
+        overrides, lists = self.swept(arguments)
         try:
             check_words(overrides)
             jobs = [self._job(index, words) for index, words in enumerate(lists)]
@@ -385,7 +369,7 @@ class Halving(Sweeper):
 
     def _job(self, index: int, words: list[str]) -> SearchJob:
         """A job with its folder, which is the same at every rung."""
-        config = job_config(self._loader, self._config, index, words)
+        config = self.job_config(index, words)
         return SearchJob(words, config, Path(config.hydra.runtime.output_dir))
 
     def _run(self, jobs: Sequence[SearchJob], plan: SearchPlan) -> list[Sequence[JobReturn]]:

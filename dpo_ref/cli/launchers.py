@@ -3,12 +3,11 @@
 
 Hydra's plugins of these names are not used, and ours take their places where they are installed: theirs lose the
 results of all jobs when the process of one dies, and kill jobs that could save themselves. A job is sent as its
-composed configuration. On one machine the processes meet in a folder (`Slots`): how many work at a time, on which
-GPU, and whether the sweep stops. On a cluster a job that gets SIGUSR1 saves itself and is queued again by submitit;
-its record then says that it goes on (`run_folder.left_by_sweep`).
+composed configuration. On one machine the processes meet in a folder (`slots.py`). On a cluster a job that gets
+SIGUSR1 saves itself and is queued again by submitit; its record then says that it goes on
+(`run_folder.left_by_sweep`).
 """
 
-import fcntl
 import io
 import os
 import shlex
@@ -16,11 +15,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,158 +32,13 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
-from dpo_ref.cli.side_by_side import JobEnd, Launching, cores, run_hydra_job, threads_each, use_threads, why_failed
+from dpo_ref.cli.side_by_side import JobEnd, Launching, run_hydra_job, why_failed
+from dpo_ref.cli.slots import SECONDS_BETWEEN_LOOKS, Slots, slots_for, visible_gpus
 from dpo_ref.cli.stopping import raising
 from dpo_ref.tracking.terminal import guard_streams, say
 
 ROOT = Path(__file__).parents[2]
 JOBLIB, LOCAL, SLURM = "joblib", "submitit_local", "submitit_slurm"  # names on the command line
-SECONDS_BETWEEN_LOOKS = 0.1
-
-# --- jobs of one machine: how many at a time, on which GPU, and until when
-
-
-_HELD: dict[Path, int] = {}  # the slots of this process, which has them to its end: a GPU is not changed for another
-
-
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """Where the processes of a sweep's jobs meet: a folder of one machine, whose locks the kernel lets go of however a
-    process ends. As many work at a time as there are slots, each with so many threads, on the GPU of its slot."""
-
-    folder: Path
-    count: int
-    threads: int  # of a job
-    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them
-
-    def gpu_of(self, slot: int) -> str | None:
-        """The slots' turns go round the GPUs."""
-        return self.gpus[slot % len(self.gpus)] if self.gpus else None
-
-    # --- in the process of a job
-
-    def work(self, call: Callable[[], Any]) -> JobEnd:
-        """What a job comes to: begun once a slot is free, and not where the sweep has been stopped by then."""
-        for signum in (signal.SIGINT, signal.SIGHUP):  # of the terminal, which sends them to the sweep too
-            signal.signal(signum, signal.SIG_IGN)
-        try:
-            with self._under_way():
-                if not self._take():
-                    return JobEnd(stopped=True)
-                return JobEnd(call())
-        except KeyboardInterrupt:
-            return JobEnd(stopped=True)
-
-    @contextmanager
-    def _under_way(self) -> Iterator[None]:
-        """Within, a stop of the sweep comes to this process; a process between two jobs has nothing to save."""
-        mark = self.folder / f"{os.getpid()}.job"
-        for signum in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(signum, raising)
-        mark.touch()
-        try:
-            yield
-        finally:
-            for signum in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(signum, signal.SIG_IGN)
-            mark.unlink(missing_ok=True)
-
-    def _take(self) -> bool:
-        """Wait for a slot, and work with what is its; False where the sweep stops."""
-        if self.folder not in _HELD:
-            threading.Thread(target=self._end_with_sweep, daemon=True).start()
-        while not (stopped := self._stop.exists()) and self.folder not in _HELD:
-            slot = next(filter(self._lock_slot, range(self.count)), None)
-            if slot is None:
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-                continue
-            if (gpu := self.gpu_of(slot)) is not None:
-                os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-            use_threads(self.threads)
-        return not stopped
-
-    def _lock_slot(self, slot: int) -> bool:
-        """Take a slot, if it is free; whether this process now has it."""
-        lock = os.open(self.folder / f"{slot}.slot", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return False
-        _HELD[self.folder] = lock
-        return True
-
-    def _end_with_sweep(self) -> None:
-        lock = os.open(self._sweep, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_SH)  # which the process of the sweep holds to its end
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def work_apart(self, call: Callable[[], Any]) -> JobEnd:
-        """The same in a process that does nothing else."""
-        guard_streams()
-        return self.work(call)
-
-    # --- in the process of the sweep
-
-    @property
-    def _sweep(self) -> Path:
-        return self.folder / "sweep"
-
-    @property
-    def _stop(self) -> Path:
-        return self.folder / "stop"
-
-    def open(self) -> None:
-        """Hold the folder, to the end of this process."""
-        fcntl.flock(os.open(self._sweep, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
-
-    def stop(self, signum: int = signal.SIGUSR1) -> None:
-        """Let no further job begin, and send a signal to those under way."""
-        self._stop.touch()
-        for mark in self.folder.glob("*.job"):
-            with suppress(ProcessLookupError):
-                os.kill(int(mark.stem), signum)
-
-    @contextmanager
-    def stopping(self) -> Iterator[list[int]]:
-        """The signals that came: the first has every job save itself. Raises KeyboardInterrupt at the second, once all
-        jobs are killed."""
-        from dpo_ref.training.run import stop_requests
-
-        over = threading.Event()
-
-        def pass_on(stop: Sequence[int]) -> None:
-            while not over.wait(SECONDS_BETWEEN_LOOKS):
-                if stop:
-                    say("stopping: each job saves itself (a second Ctrl-C kills)")
-                    self.stop()
-                    return
-
-        with stop_requests() as stop:
-            thread = threading.Thread(target=pass_on, args=(stop,), daemon=True)
-            thread.start()
-            try:
-                yield stop
-            except BaseException:
-                self.stop(signal.SIGKILL)
-                raise
-            finally:
-                over.set()
-                thread.join()
-
-
-def slots_for(n_jobs: int | None, num_jobs: int, gpus: Sequence[str], folder: Path) -> Slots:
-    """Slots of `n_jobs` jobs at a time: None is one for each GPU or, without any, each core; -1 one for each core, as
-    joblib has it. Raises ValueError for other numbers below one."""
-    if n_jobs is not None and n_jobs < 1 and n_jobs != -1:
-        raise ValueError(
-            f"hydra.launcher.n_jobs={n_jobs} must be at least 1; null is one for each GPU or, without any, for each "
-            "core; -1 one for each core"
-        )
-    count = cores() if n_jobs == -1 else n_jobs or len(gpus) or cores()
-    most = min(count, num_jobs)
-    return Slots(folder, most, threads_each(most), tuple(gpus))
-
 
 # --- a job, as it is sent
 
@@ -268,10 +122,10 @@ class _Sending(Launching):
             sys.exit(f"error: {error}")
         return returns
 
+    @abstractmethod
     def ends(self, jobs: Sequence[SentJob]) -> Iterator[tuple[int, JobEnd]]:
         """What each job came to, as it ends. Raises ValueError for what keeps all from running, KeyboardInterrupt
         after a stop."""
-        raise NotImplementedError
 
 
 def _in_words(end: JobEnd) -> str:
@@ -307,15 +161,6 @@ class _OnThisMachine(_Sending):
         threads = f"{slots.threads} thread{'s' if slots.threads > 1 else ''} each"
         say(f"{_jobs(len(jobs))}, {min(slots.count, len(jobs))} at a time, {threads}{on}")
         return slots
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
-    from dpo_ref.distributed import num_gpus
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = num_gpus()
-    return (named.split(",") if named else list(map(str, range(count))))[:count]
 
 
 class JoblibLaunching(_OnThisMachine):

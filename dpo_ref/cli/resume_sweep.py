@@ -12,17 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 from dpo_ref.cli.command_line import MULTIRUN, directory_words, overrides_in, quoted
 from dpo_ref.cli.launchers import JOBLIB, LOCAL, SLURM
-from dpo_ref.cli.side_by_side import LAUNCHER, job_config
+from dpo_ref.cli.side_by_side import LAUNCHER
+from dpo_ref.cli.sweeper import JobSweeper
 from dpo_ref.evaluation.sweep import SweptRun, collect, key_of, numbered_folders
 from dpo_ref.tracking.terminal import say
 
@@ -109,28 +104,14 @@ def command_for(folder: Path, arguments: Sequence[str]) -> str:
 # --- the jobs
 
 
-class UnfinishedJobs(Sweeper):
+class UnfinishedJobs(JobSweeper):
     """Launches the jobs of a sweep that are not finished, each in its folder (Hydra finds it by `hydra_plugins/`)."""
-
-    def __init__(self, params: Mapping[str, str] | None) -> None:
-        self._params = params or {}
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """What Hydra hands over before the sweep."""
-        self._config, self._loader = config, hydra_context.config_loader
-        self._launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
 
     def sweep(self, arguments: list[str]) -> Any:
         """Tell what is finished, and run the rest; what each of that came to. Ends the process where nothing is left,
         neither to train nor to evaluate. What is recorded of the sweep stays."""
-        loader, config = self._loader, self._config
-        folder = Path(config.hydra.sweep.dir)
-        words = [*(f"{key}={value}" for key, value in self._params.items()), *arguments]
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides(words)
-        (jobs,) = BasicSweeper.split_arguments(overrides, None)
-        configs = [job_config(loader, config, index, words) for index, words in enumerate(jobs)]
+        folder, (_, jobs) = Path(self._config.hydra.sweep.dir), self.swept(arguments)
+        configs = [self.job_config(index, words) for index, words in enumerate(jobs)]
         names = [Path(config.hydra.runtime.output_dir).name for config in configs]
         states = {job.name: job for job in _begun(folder)}
         left = [(words, name) for words, name in zip(jobs, names, strict=True) if not _is_done(states.get(name))]

@@ -314,9 +314,8 @@ def _run_recorded(cfg: DictConfig, job: Job, run: RunConfig) -> Ended:
     except Exception as error:
         record_end(cfg, job, "failed", error)
         if gone := lost_another(error):
-            return _failed(
-                ValueError(f"{gone}. Go on with {script('train.py')} resume={folder_of_all(job.directory)}")
-            )
+            again = f"{script('train.py')} resume={folder_of_all(job.directory)}"
+            return _failed(ValueError(f"{gone}. Go on with {again}"))
         if ran_out(error):
             return _failed(OutOfMemory(f"memory ran out before the first step: {HELPS}"))
         print(without_keys(traceback.format_exc()), file=sys.stderr)

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_ref.cli import launchers
 from dpo_ref.cli import sweep as end_of_sweep
 from dpo_ref.cli.command_line import check_command_line
-from dpo_ref.cli.launchers import Slots, SlurmConfig, SlurmLaunching, executor_of, slots_for
+from dpo_ref.cli.launchers import SlurmConfig, SlurmLaunching, executor_of
+from dpo_ref.cli.slots import Slots, slots_for
 from tests.support.command import ROOT, forked, typed, typed_afresh
 from tests.support.faults import SMALL, Typed, same_weights, steps, summary
 from tests.support.pretended_slurm import PretendedSlurm
@@ -122,9 +122,9 @@ def test_how_many_at_a_time(monkeypatch, tmp_path):
 def test_the_gpus_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr("dpo_ref.distributed.num_gpus", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8a,7")
-    assert launchers.visible_gpus() == ["5", "GPU-8a"]
+    assert visible_gpus() == ["5", "GPU-8a"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert launchers.visible_gpus() == ["0", "1"]
+    assert visible_gpus() == ["0", "1"]
 
 
 def note_gpu(slots, folder, index):
