@@ -13,7 +13,7 @@ import pytest
 from dpo_ref.cli import sweep as end_of_sweep
 from dpo_ref.cli.command_line import check_command_line
 from dpo_ref.cli.launchers import SlurmConfig, SlurmLaunching, executor_of
-from dpo_ref.cli.slots import Slots, slots_for
+from dpo_ref.cli.slots import Slots, slots_for, visible_gpus
 from tests.support.command import ROOT, forked, typed, typed_afresh
 from tests.support.faults import SMALL, Typed, same_weights, steps, summary
 from tests.support.pretended_slurm import PretendedSlurm
