@@ -193,6 +193,11 @@ def started_by_torchrun() -> bool:
     return all(name in os.environ for name in STARTED)
 
 
+def num_beside() -> int:
+    """How many ranks work on this machine, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if started_by_torchrun() else 1
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Within, this process and those that torchrun has started beside it are ranks of one run, each with a CUDA device
@@ -224,16 +229,16 @@ def resident_bytes() -> int:
 
 def available_bytes(device: torch.device) -> int | None:
     """Bytes that this process can have on a device, what it has already among them: of a container no more than its
-    limit. None where the system does not say."""
+    limit. Ranks of one machine share its main memory. None where the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     if not MEMINFO.is_file():
         return None
     sizes = dict(line.split()[:2] for line in MEMINFO.read_text().splitlines())
-    there = 1024 * int(sizes["MemAvailable:"]) + resident_bytes()
+    there = 1024 * int(sizes["MemAvailable:"]) // num_beside() + resident_bytes()
     limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
-    return there if limit == "max" else min(there, int(limit))
+    return there if limit == "max" else min(there, int(limit) // num_beside())
 
 
 # --- memory that runs out

@@ -5,7 +5,8 @@ check.html: no run's record, no table of a reference.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle, islice
@@ -31,16 +32,18 @@ from dpo_ref.cli.build import (
     workspace,
 )
 from dpo_ref.cli.cache import check_cache
+from dpo_ref.cli.rank_check import ranks_facts
+from dpo_ref.cli.ranks import agree
 from dpo_ref.cli.resolve import RunConfig, strength
 from dpo_ref.cli.starting_point import Size, rate_of, size_of, trains_adapter
 from dpo_ref.component import Component
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.data.groups import ConcatGroups, Groups, SelectedGroups
 from dpo_ref.data.inspection import examples_of, inspect
-from dpo_ref.data.packing import epoch_order
+from dpo_ref.data.packing import epoch_order, share_of
 from dpo_ref.data.tokenise import Tokenised, end_of_turn_ids, length_limit
-from dpo_ref.distributed import available_bytes, keep_memory, peak_memory_gib, resident_bytes
-from dpo_ref.evaluation.check import Fit, RunFacts, StepZero, run_warnings, step_zero
+from dpo_ref.distributed import available_bytes, keep_memory, peak_memory_gib, ranks, resident_bytes
+from dpo_ref.evaluation.check import Fit, RanksFacts, RunFacts, StepZero, run_warnings, step_zero
 from dpo_ref.evaluation.results import MARGIN
 from dpo_ref.models.asked import Workspace
 from dpo_ref.models.folders import stored_positions
@@ -48,6 +51,8 @@ from dpo_ref.models.layers import CHECKPOINTING, check_checkpointing
 from dpo_ref.models.loading import Policy, TrainedModel, compute_dtype, locate
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.memory import MOMENTS, WEIGHTS, StepMemory, meta_model, step_memory
+from dpo_ref.models.rank_costs import ModelSizes, held_by_rank
+from dpo_ref.models.sharding import ALONE, Holding, Parallel, skeleton
 from dpo_ref.references.interface import Reference
 from dpo_ref.references.table import read_shards, row_key
 from dpo_ref.reports.check import Elsewhere, RunCheck, show_check, write_check
@@ -90,6 +95,7 @@ def check_run(config: RunConfig, directory: Path) -> None:
     check_paths(config)
     torch.manual_seed(config.seed)
     trial = Trial(config, workspace(config, directory))
+    agree({"the training data": trial.tokens[0].groups.digest})
     num_groups = len(trial.tokens[0].groups)
     say(f"{num_groups:,} groups to train on; counting memory, then measuring on {trial.work.device.type}")
     measured = NOTHING
@@ -97,7 +103,8 @@ def check_run(config: RunConfig, directory: Path) -> None:
         with trial.policy.precision():
             measured = measure(trial)
     check = report(trial, measured, started)
-    show_check(check, write_check(directory, check))
+    if ranks().is_first:
+        show_check(check, write_check(directory, check))
 
 
 # --- a run, put together up to its first step
@@ -122,8 +129,13 @@ class Trial:
 
     @cached_property
     def available(self) -> int | None:
-        """Bytes that a run can have on the device."""
+        """Bytes that a run, or this rank of it, can have on the device."""
         return available_bytes(self.work.device)
+
+    @cached_property
+    def parallel(self) -> Parallel:
+        """How ranks hold the model."""
+        return self.config.parallel() if self.config.parallel else ALONE
 
     @cached_property
     def size(self) -> Size:
@@ -137,7 +149,8 @@ class Trial:
         self.program  # noqa: B018  (before the model is there)
         options, device = self.config.model.options, self.work.device
         least = self.size.weights * LEAST_BYTES[device.type, trains_adapter(options)]
-        if self.available is not None and least > self.available:
+        least //= ranks().size if self.parallel.in_parts else 1
+        if any(ranks().gather(self.available is not None and least > self.available)):
             return described(self.config, self.tokenizer, device)
         return trained_model(self.config, device)
 
@@ -153,11 +166,17 @@ class Trial:
         """Whether the model shares its memory with the program."""
         return self.work.device.type == "cpu"
 
-    @property
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        """Of the model that is trained."""
+        return ModelSizes.of(self.policy.holding.as_saved(self.policy.model), self.policy.compute_dtype)
+
+    @cached_property
     def tokens_that_fit(self) -> int:
-        """Of a pack, at most those of the run."""
-        whole = self.rounds.tokens_per_batch
-        return whole if self.available is None else min(whole, self.memory.tokens_within(self.available))
+        """Of a pack, at most those of the run; on every rank."""
+        most = self.rounds.tokens_per_batch
+        fit = most if self.available is None else min(most, self.memory.tokens_within(self.available))
+        return min(ranks().gather(fit))
 
     @cached_property
     def fits(self) -> bool:
@@ -229,8 +248,8 @@ class Trial:
 
     @cached_property
     def fullest_pack(self) -> list[TokenGroup]:
-        """Of the first batches."""
-        packs = [some for batch in self.batches for some in self.rounds.pack(batch)]
+        """Of this rank's share of the first batches."""
+        packs = [each.groups for batch in self.batches for each in share_of(batch, self.rounds.pack).passes]
         return max(packs, key=lambda some: sum(group.num_tokens for group in some))
 
 
@@ -273,14 +292,24 @@ USUAL_RANK = 16  # of a saved adapter, which is not looked into
 
 def counted(trial: Trial, policy: TrainedModel, device: torch.device) -> StepMemory:
     """The memory of a step on the run's fullest pack, with a reference that stays and what an evaluation keeps."""
-    num_packs = max(len(trial.rounds.pack(batch)) for batch in trial.batches)
-    memory = step_memory(policy, trial.fullest_pack, num_packs, device)
+    num_packs = max(len(share_of(batch, trial.rounds.pack).passes) for batch in trial.batches)
+    memory = step_memory(as_asked(policy, trial.parallel), trial.fullest_pack, num_packs, device)
+    parts = held_by_rank(trial.parallel, memory.parts, trial.sizes, ranks().size)
+    memory = replace(memory, parts=parts)
     config, more = trial.config, {}
     if config.objective.uses_reference and (held := held_by(config.reference, memory.parts)):
         more["reference"] = held
     if config.evaluation is not None and device.type == "cpu":
         more["the initial policy"] = memory.parts[MOMENTS] // 2
     return replace(memory, parts=memory.parts | more)
+
+
+def as_asked(policy: TrainedModel, parallel: Parallel) -> TrainedModel:
+    """The policy as a rank asks it: weights that are gathered of all ranks have the dtype of the computation then."""
+    if not parallel.in_parts:
+        return policy
+    bare = skeleton(policy.holding.as_saved(policy.model)).to(policy.compute_dtype)
+    return replace(policy, load=lambda: bare, holding=Holding())
 
 
 def held_by(reference: Component, parts: Mapping[str, int]) -> int:
@@ -298,7 +327,8 @@ def held_by(reference: Component, parts: Mapping[str, int]) -> int:
 def measure(trial: Trial) -> Measurements:
     """Score a few groups and make a few optimiser steps, as many as a slow device does in about a minute."""
     policy, batch_size = trial.policy, trial.config.trainer.batch_size
-    forward = forward_speed(policy, within(trial.sample, FORWARD_TOKENS), trial.pack)
+    alone = forward_speed(policy, within(trial.sample, FORWARD_TOKENS), trial.pack)
+    forward = ranks().size * min(ranks().gather(alone))
     decoding = decoding_seconds(policy, trial.prompts, trial.work.seed) if trial.prompts else None
     if not len(trial.visited):
         return Measurements(forward, None, 0.0, None, (), decoding, NO_MARGINS)
@@ -307,9 +337,9 @@ def measure(trial: Trial) -> Measurements:
     affordable = int(SCORING_SECONDS * forward / trial.tokens_per_group)
     count = max(min(MOST_PAIRS, max(FEWEST_PAIRS, affordable)), (NUM_STEPS + 1) * size)
     groups = SelectedGroups(trial.visited, range(min(count, len(trial.visited))))
-    with TemporaryDirectory() as cache:
+    with scratch(trial.work.cache) as cache:
         watch = Stopwatch(progress)
-        work = replace(trial.work, cache=Path(cache), progress=watch)
+        work = replace(trial.work, cache=cache, progress=watch)
         reference = build_reference(trial.config, work, policy, groups)
     say_which(reference)
     seconds = watch.seconds.get("reference log-probs", 0.0) / len(groups)
@@ -317,6 +347,15 @@ def measure(trial: Trial) -> Measurements:
     zero = first_look(trial, reference, groups, margins) if len(margins) else None
     batches = [groups[start : start + size] for start in range(0, len(groups), size)]
     return Measurements(forward, reference, seconds, zero, steps_of(trial, reference, batches), decoding, margins)
+
+
+@contextmanager
+def scratch(shared: Path) -> Iterator[Path]:
+    """A folder that all ranks see and that is gone afterwards: where there are several, in what they share."""
+    here = TemporaryDirectory(dir=shared if ranks().size > 1 else None) if ranks().is_first else nullcontext()
+    with here as own:
+        yield Path(ranks().first(lambda: own))
+        ranks().wait()
 
 
 def steps_of(trial: Trial, reference: Reference, batches: Sequence[Sequence[TokenGroup]]) -> list[StepTime]:
@@ -362,7 +401,9 @@ def report(trial: Trial, measured: Measurements, started: float) -> RunCheck:
     speed = speed_here(trial, measured)
     stored, asked = table_rows(trial, measured)
     spent = spent_by(trial, measured, speed, asked - stored) if measured.forward else []
-    facts = facts_of(trial, measured, {part.part: part.seconds for part in spent})
+    step = speed.step_seconds(trial.config.trainer.batch_size * trial.tokens_per_group) if measured.forward else None
+    together = ranks_facts(trial, step)
+    facts = facts_of(trial, measured, together, {part.part: part.seconds for part in spent})
     (example,) = examples_of(trial.tokenizer, trial.tokens[0].groups[:1])
     return RunCheck(
         title=title_of(config),
@@ -416,16 +457,18 @@ def peak_here(trial: Trial, measured: Measurements) -> str | None:
     """What the steps that were made here took, beside what is counted for packs of their size."""
     if not measured.steps:
         return None
-    largest = max(sum(g.num_tokens for g in some) for some in trial.pack(trial.sample[: measured.steps[0].num_groups]))
+    passes = share_of(trial.sample[: measured.steps[0].num_groups], trial.pack).passes
+    largest = max(sum(group.num_tokens for group in some) for some, _ in passes)
     counted_there = trial.memory.peak - trial.memory.by_token * (trial.memory.num_tokens - largest)
-    peak = peak_memory_gib(trial.work.device)
+    peak = max(ranks().gather(peak_memory_gib(trial.work.device)))
     return f"{peak:.2f} GiB at most for packs of {largest:,} tokens, where {counted_there / 2**30:.2f} GiB are counted"
 
 
 def elsewhere_of(trial: Trial, steps: int) -> list[Elsewhere]:
-    """The run of so many steps on graphics cards, where there is none here and the model is no toy."""
+    """The run of so many steps on a graphics card, where there is none here, the run is one process and the model no
+    toy."""
     shape = ModelShape.of(trial.policy.model)
-    if not trial.on_cpu or trial.size.is_toy:
+    if not trial.on_cpu or trial.size.is_toy or ranks().size > 1:
         return []
     cuda = torch.device("cuda")
     half = replace(trial.policy, load=lambda: trial.policy.model, compute_dtype=torch.bfloat16)
@@ -525,7 +568,7 @@ def frozen_experts(model: Any) -> float:
     return sum(frozen) / total
 
 
-def facts_of(trial: Trial, measured: Measurements, seconds: dict[str, float]) -> RunFacts:
+def facts_of(trial: Trial, measured: Measurements, together: RanksFacts | None, seconds: dict[str, float]) -> RunFacts:
     """What warnings are made from."""
     config, model, tokenizer = trial.config, trial.policy.model, trial.tokenizer
     objective, ends = config.objective, end_of_turn_ids(tokenizer)
@@ -553,17 +596,22 @@ def facts_of(trial: Trial, measured: Measurements, seconds: dict[str, float]) ->
         frozen_experts=frozen_experts(model),
         float32_on_cuda=config.model.options["dtype"] == "float32" and trial.work.device.type == "cuda",
         step_zero=measured.zero,
-        fit=fit_of(trial),
+        fit=fit_of(trial, together),
+        together=together,
         seconds=seconds,
     )
 
 
-def fit_of(trial: Trial) -> Fit | None:
-    """Whether the run fits; None where the system does not say how much there is."""
-    if trial.available is None:
-        return None
-    where = "this machine" if trial.on_cpu else torch.cuda.get_device_name(trial.work.device)
-    return Fit(trial.memory.peak, trial.available, trial.memory.tokens_within(trial.available), where)
+def fit_of(trial: Trial, together: RanksFacts | None) -> Fit | None:
+    """Whether the run fits, on the rank that has least room; None where no system says how much there is."""
+    if together is None:
+        where = "this machine" if trial.on_cpu else torch.cuda.get_device_name(trial.work.device)
+        needed, available = trial.memory.peak, trial.available
+    else:
+        at = together.tightest
+        where, needed, available, *_ = together.ranks[at]
+        where = f"rank {at}, {where}"
+    return None if available is None else Fit(needed, available, trial.tokens_that_fit, where)
 
 
 def is_open(tokenizer: Any) -> bool:

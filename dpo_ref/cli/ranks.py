@@ -93,7 +93,7 @@ def _chosen(cfg: DictConfig, job: Job) -> str:
     return job.choices.get("parallel", ALONE)
 
 
-TOGETHER = ("train", "cache_reference")  # stages that several ranks share
+TOGETHER = ("train", "cache_reference", "check")  # stages that several ranks share
 
 
 # --- asked for the same

@@ -5,6 +5,7 @@ about the first step, and what is likely to go wrong, ordered by how much of the
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -60,6 +61,41 @@ class Fit:
     where: str  # the device
 
 
+class RankFacts(NamedTuple):
+    """What one of the ranks of a run has and does."""
+
+    where: str
+    needed: int  # bytes at the peak of a step
+    available: int | None  # None where its system does not say
+    flops: float  # floating-point operations a second of products of matrices, while all ranks make them
+    tokens: int  # of the first batches
+
+
+@dataclass(frozen=True, slots=True)
+class RanksFacts:
+    """What the ranks of a run are like together."""
+
+    ranks: Sequence[RankFacts]
+    step_tokens: float  # in the mean of the first batches, of all ranks
+    busiest: float  # tokens of the rank that has most of a batch, over the mean of ranks; in the mean of these batches
+    sent: float  # bytes that a rank sends in a step
+    sending: float  # seconds that takes if nothing hides it
+    step: float | None  # seconds of a step; None where none was made
+
+    @property
+    def slowest(self) -> tuple[int, float]:
+        """The rank that computes slowest, and how fast beside the median of the others."""
+        speeds = np.array([rank.flops for rank in self.ranks])
+        at = int(speeds.argmin())
+        return at, float(speeds[at] / np.median(np.delete(speeds, at)))
+
+    @property
+    def tightest(self) -> int:
+        """The rank that has least room; the first where no system says how much there is."""
+        left = [math.inf if rank.available is None else rank.available - rank.needed for rank in self.ranks]
+        return left.index(min(left))
+
+
 @dataclass(frozen=True, slots=True)
 class RunFacts:
     """What warnings are made from. What is not known, or not asked of this run, is None."""
@@ -84,6 +120,7 @@ class RunFacts:
     float32_on_cuda: bool = False
     step_zero: StepZero | None = None
     fit: Fit | None = None
+    together: RanksFacts | None = None  # of a run of several ranks
     seconds: dict[str, float] = field(default_factory=dict)  # of the run, by part
 
     @property
@@ -341,6 +378,47 @@ def _experts(facts: RunFacts) -> Made:
         )
 
 
+SLOW, BUSY, SENDING = 0.85, 1.1, 0.3  # of the others; times the mean; of a step: from there on it is said
+
+
+def _slow_rank(facts: RunFacts) -> Made:
+    if facts.together is None:
+        return
+    at, speed = facts.together.slowest
+    if speed < SLOW:
+        yield RunWarning(
+            f"rank {at} ({facts.together.ranks[at].where}) computes {speed:.2f} times as fast as the others",
+            f"the others wait for it, up to {1 - speed:.0%} of every step",
+            "looking at what else runs there, or leaving it out",
+            1 - speed,
+        )
+
+
+def _busy_rank(facts: RunFacts) -> Made:
+    together = facts.together
+    if together is not None and together.busiest > BUSY:
+        yield RunWarning(
+            f"the rank with the longest pairs of a batch has {together.busiest:.2f} times the mean's tokens",
+            f"the others wait for it, {1 - 1 / together.busiest:.0%} of a step's computing",
+            "a larger trainer.batch_size, or fewer ranks",
+            1 - 1 / together.busiest,
+        )
+
+
+def _sending(facts: RunFacts) -> Made:
+    together = facts.together
+    if together is None or not together.step or together.sending < SENDING * together.step:
+        return
+    share = min(1.0, together.sending / together.step)
+    yield RunWarning(
+        f"a rank sends {together.sent / 1e6:,.1f} MB in a step, which takes {together.sending:.2g} s of "
+        f"{together.step:.2g} s if nothing hides it",
+        f"up to {share:.0%} of every step",
+        "a larger trainer.batch_size, an adapter (model.lora_rank=16), or fewer machines",
+        share / 2,  # some of it is hidden
+    )
+
+
 def _float32(facts: RunFacts) -> Made:
     if facts.float32_on_cuda:
         yield RunWarning(
@@ -354,7 +432,7 @@ def _float32(facts: RunFacts) -> Made:
 KINDS: tuple[Callable[[RunFacts], Made], ...] = (
     _memory, _lr_too_high, _lr_too_low, _dropped, _cut, _duplicates, _contradictions, _leaked, _length_baseline,
     _reference_prefers_rejected, _saturated, _no_held_out, _part_of_an_epoch, _evaluation_costs, _unfinished,
-    _open_prompt, _positions, _no_reference, _experts, _float32,
+    _open_prompt, _positions, _no_reference, _experts, _float32, _slow_rank, _busy_rank, _sending,
 )  # fmt: skip
 
 

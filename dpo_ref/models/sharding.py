@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from dpo_ref.component import RunPlan, component
-from dpo_ref.distributed import best_device, on_cuda, ranks
+from dpo_ref.distributed import best_device, num_beside, on_cuda, ranks
 from dpo_ref.models.adapters import copy_of_trained
 from dpo_ref.models.attention import REGISTERED
 from dpo_ref.models.layers import decoder_layers
@@ -186,16 +186,16 @@ class Sharded(Holding):
         self.plan.shard_alone(head)
 
     def as_saved(self, model: nn.Module) -> Any:
-        """What it was before it was sharded."""
+        """What it was before it was sharded, without its weights."""
+        self.skeleton.set_attn_implementation(self.model.config._attn_implementation)
         return self.skeleton
 
     @torch.no_grad()
     def copy(self, model: nn.Module) -> Any:
         """A copy with parts of its own of all weights: FSDP shares none."""
-        bare = copy.deepcopy(self.skeleton)
+        bare = copy.deepcopy(self.as_saved(model))
         self.plan.shard(bare)
         make_room(bare)
-        bare.set_attn_implementation(self.model.config._attn_implementation)
         for own, weight in zip(bare.parameters(), model.parameters(), strict=True):
             held(own).copy_(held(weight))
         return bare
@@ -350,8 +350,8 @@ def without_weights() -> Iterator[None]:
 def one_after_another(several: bool) -> Iterator[None]:
     """Within, one of the processes of a machine is at a time, where `several` says so: each holds a whole model until
     it has taken its part."""
-    here, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    turns = range(max(ranks().gather(count))) if several else ()
+    here = int(os.environ.get("LOCAL_RANK", "0"))
+    turns = range(max(ranks().gather(num_beside()))) if several else ()
     for _ in (turn for turn in turns if turn < here):
         ranks().wait()
     yield

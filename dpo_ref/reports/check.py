@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_ref.data.inspection import Example, Hygiene, quantiles
-from dpo_ref.evaluation.check import RunFacts, RunWarning, StepZero, in_time
+from dpo_ref.evaluation.check import RanksFacts, RunFacts, RunWarning, StepZero, in_time
 from dpo_ref.files.writing import write_text
 from dpo_ref.reports import page
 from dpo_ref.reports.data import counts_of, example_article, panels, reference_margins_panel
@@ -130,6 +130,17 @@ def memory_line(check: RunCheck) -> str:
     return f"{gib(check.peak)}{there}: {largest}"
 
 
+def ranks_line(together: RanksFacts) -> str:
+    """How many there are, who is slowest, who has most to do, and what they send."""
+    at, speed = together.slowest
+    hidden = f" of {together.step:.2g} s" if together.step else ""
+    return (
+        f"{len(together.ranks)}; the slowest, rank {at}, computes {speed:.2f} times as fast as the others; the one "
+        f"with most to do has {together.busiest:.2f} times the mean's tokens; a rank sends "
+        f"{together.sent / 1e6:,.1f} MB a step, {together.sending:.2g} s{hidden} if nothing hides it"
+    )
+
+
 def hours_line(check: RunCheck) -> str:
     """The whole time and its parts."""
     parts = ", ".join(f"{part.part} {in_time(part.seconds)}" for part in check.spent if part.seconds)
@@ -152,6 +163,7 @@ def show_check(check: RunCheck, file: Path) -> None:
         "memory": memory_line(check),
         "measured": check.measured_peak or "",
         "speed": check.speed,
+        "ranks": ranks_line(check.facts.together) if check.facts.together else "",
         "time": hours_line(check) if check.spent else "",
         "page": str(file),
     }
@@ -206,6 +218,7 @@ def check_page(check: RunCheck) -> str:
         _time(check),
         "<h2>Memory</h2>",
         _memory(check),
+        "<h2>Ranks</h2>" + _ranks(facts.together) if facts.together else "",
         "<h2>On other devices</h2>" + _elsewhere(check) if check.elsewhere else "",
         "<h2>What is trained</h2>",
         *(f'<p class="lead">{page.text(sentence)}</p>' for sentence in check.trained),
@@ -245,6 +258,18 @@ def _memory(check: RunCheck) -> str:
         rows.append([f"there is ({check.facts.fit.where})", gib(check.facts.fit.available)])
     measured = f'<p class="small">{page.text(check.measured_peak)}</p>' if check.measured_peak else ""
     return page.plain_table(["part", "memory"], rows) + measured
+
+
+def _ranks(together: RanksFacts) -> str:
+    names = ["rank", "where", "takes", "has", "TFLOP/s", "tokens of the first batches"]
+    rows = [
+        [f"{at}", rank.where, gib(rank.needed), MISSING if rank.available is None else gib(rank.available),
+         number(rank.flops / 1e12, 3), f"{rank.tokens:,}"]
+        for at, rank in enumerate(together.ranks)
+    ]  # fmt: skip
+    note = "TFLOP/s of products of matrices as wide as the model, made by all ranks at the same time."
+    told = f'<p class="lead">{page.text(ranks_line(together))}</p>'
+    return f'{told}{page.plain_table(names, rows)}<p class="small">{note}</p>'
 
 
 def _elsewhere(check: RunCheck) -> str:

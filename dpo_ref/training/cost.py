@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dpo_ref.data.packing import Pack, collate, share_of
+from dpo_ref.distributed import ranks
 from dpo_ref.generation.sampling import generate
 from dpo_ref.models.loading import TrainedModel
 from dpo_ref.objectives.interface import Objective
@@ -118,10 +119,10 @@ def decoding_seconds(policy: TrainedModel, prompts: Sequence[Asked], seed: int) 
 
 def answers_seconds(a_token: float, num_answers: int, batch_size: int, num_tokens: int, device: torch.device) -> float:
     """Seconds of answers of so many tokens each, where one more token of `NUM_ANSWERS` answers takes `a_token`: a CPU
-    takes as much longer as there are more of them."""
+    takes as much longer as there are more of them. Ranks take turns with the batches."""
     together = min(num_answers, batch_size)
     wider = together / (AS_FAST_ON_CUDA if device.type == "cuda" else NUM_ANSWERS)
-    return -(-num_answers // batch_size) * num_tokens * a_token * max(1.0, wider)
+    return -(-num_answers // (batch_size * ranks().size)) * num_tokens * a_token * max(1.0, wider)
 
 
 def speed_of(times: Sequence[StepTime], batch_size: int) -> Speed:

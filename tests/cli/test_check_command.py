@@ -1,6 +1,7 @@
 """`train.py stage=check` as a user types it: what it says of a run is what the run then does, and nothing is left."""
 
 import json
+import platform
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from tests.support.command import train
 from tests.support.on_policy import SMALL as ON_POLICY
 from tests.support.pages import parsed
 from tests.support.pictures import undrawn
+from tests.support.ranks import typed_on_ranks
 
 DATA = ["data.num_pairs=64", "data.num_eval_pairs=16", "data.num_test_prompts=4"]
 SMALL = ["stage=check", "model=lab_tiny", "tracking=none", "trainer.batch_size=8"]
@@ -78,6 +80,26 @@ def test_every_kind_of_run_can_be_checked(family, tmp_path):
     assert "steps" in line(said, "time")
     assert ("sampling" in line(said, "time")) == (family in ("on_policy", "advantages"))
     parsed((tmp_path / "check.html").read_text())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_speak_for_themselves(parallel, tmp_path):
+    """Two ranks are one run, of which each has its line; what they need and send follows the formulas."""
+    words = [*SMALL, *DATA, "trainer.batch_size=7", f"parallel={parallel}", f"output_dir={tmp_path / 'out'}"]
+    first, other = typed_on_ranks(tmp_path / "ranks", 2, "train.py", *words)
+    assert (first.returncode, other.returncode) == (0, 0), first.stderr + other.stderr
+    assert other.stdout == ""
+    assert line(first.stdout, "data") == "64 groups to train on, 16 held out"
+    assert line(first.stdout, "table") == "not there; 80 groups to score"
+    said = line(first.stdout, "ranks")
+    assert said.startswith("2; the slowest, rank ")
+    embedding_and_norm = 882 * 48 + 48  # gathered once, the layers twice; gradients once; half of all of it is there
+    sent = {"ddp": 4 * 88_656, "fsdp": 4 * (3 * 88_656 - embedding_and_norm) / 2}[parallel]
+    assert f"a rank sends {sent / 1e6:.1f} MB a step" in said
+    rows = parsed((tmp_path / "out" / "check.html").read_text()).texts
+    assert rows.count(f"{platform.node()}, CPU") == 2
+    assert ("gathered of other ranks" in rows) == (parallel == "fsdp")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.html"]
 
 
 def test_a_bandit_has_nothing_to_check(tmp_path):

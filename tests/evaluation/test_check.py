@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_ref.data.inspection import Hygiene
-from dpo_ref.evaluation.check import Fit, RunFacts, in_time, run_warnings, step_zero
+from dpo_ref.evaluation.check import Fit, RankFacts, RanksFacts, RunFacts, in_time, run_warnings, step_zero
 from dpo_ref.types import Reading
 
 NONE = np.zeros(0, dtype=np.int64)
@@ -43,6 +43,13 @@ SOUND = RunFacts(
 WRONG = np.array([1.0] * 4 + [-1.0] * 60)
 FAR = np.array([100.0, -100.0] * 32)
 
+
+def ranks_facts(speeds=(1e12, 1e12, 1e12), busiest=1.0, sending=0.0):
+    """Of ranks that compute so fast."""
+    ranks = [RankFacts(f"node-{at}", 2 * at, 10, speed, 900) for at, speed in enumerate(speeds)]
+    return RanksFacts(ranks, 2700.0, busiest, 28e6, sending, 2.0)
+
+
 CASES = [
     ({"fit": Fit(30 * 2**30, 20 * 2**30, 4096, "this machine")}, "it takes 30.0 GiB", "data.tokens_per_batch=4096"),
     ({"fit": Fit(30 * 2**30, 20 * 2**30, 100, "this machine")}, "it takes 30.0 GiB", "model.lora_rank=16"),
@@ -65,12 +72,17 @@ CASES = [
     ({"reference": "none"}, "reference=none", "reference=initial"),
     ({"frozen_experts": 0.8}, "experts, 80%", "model.lora_rank"),
     ({"float32_on_cuda": True}, "model.dtype=float32", "model.dtype=auto"),
+    ({"together": ranks_facts((4e12, 2e12, 4.2e12, 3.8e12))}, "rank 1 (node-1) computes 0.50 times", "leaving it out"),
+    ({"together": ranks_facts((1e12, 0.8e12))}, "rank 1 (node-1) computes 0.80 times", "leaving it out"),
+    ({"together": ranks_facts(busiest=1.25)}, "the rank with the longest pairs of a batch has 1.25", "trainer.batch_"),
+    ({"together": ranks_facts(sending=1.0)}, "a rank sends 28.0 MB in a step, which takes 1 s of 2 s", "lora_rank=16"),
 ]
 
 
 def test_a_sound_run_is_left_alone():
     assert run_warnings(SOUND) == []
     healthy = step_zero(-WRONG, -WRONG, 0.1, range(64))
+    assert run_warnings(replace(SOUND, together=ranks_facts((9e11, 1e12, 1e12), 1.09, 0.5))) == []
     assert run_warnings(replace(SOUND, step_zero=healthy, fit=Fit(1, 2, None, "here"), lr=1e-5)) == []
 
 
@@ -81,6 +93,12 @@ def test_what_is_wrong_is_said_with_the_option_that_mends_it(changes, what, mend
     assert mend in warning.mend
     assert warning.cost
     assert 0 < warning.wasted <= 1
+
+
+def test_the_rank_with_least_room_is_the_tightest():
+    assert ranks_facts().tightest == 2
+    unknown = [rank._replace(available=None) for rank in ranks_facts().ranks]
+    assert replace(ranks_facts(), ranks=unknown).tightest == 0
 
 
 def test_the_costliest_comes_first():

@@ -26,6 +26,7 @@ def ranks_started(folder: Path, size: int, call: Callable[..., object], *argumen
     port, processes = _free_port(), []
     for index in range(size):
         environment = {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(size)}
+        environment["LOCAL_WORLD_SIZE"] = str(size)
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         (folder / str(index)).mkdir(parents=True, exist_ok=True)
         processes.append(forked(folder / str(index), _as_rank, environment, call, arguments))
