@@ -94,6 +94,6 @@ PACKED = "packed"  # weights that are held quantised
 
 def _shapes(model: nn.Module) -> dict[str, str]:
     """The shapes of the weights below an adapter, by the names they have without it."""
-    named = model.named_parameters(remove_duplicate=False)
+    named = model.named_parameters()  # once each: a sharded head that is the embedding has none of its own
     kept = ((plain_name(name), weight) for name, weight in named if PARTS.isdisjoint(name.split(".")))
     return {name: str(list(weight.shape)) if weight.is_floating_point() else PACKED for name, weight in kept}
