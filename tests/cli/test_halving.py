@@ -259,6 +259,7 @@ def test_the_program_that_replays_searches_finds_what_the_search_found(whole, se
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_out_and_is_named(tmp_path):
     folder = tmp_path / "sweep"
     words = [word for word in GRID if not word.startswith("beta=")]

@@ -153,6 +153,7 @@ def test_a_recipe_is_no_job_of_a_multirun(tmp_path):
     assert "type one command for each value" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_chain_that_was_stopped_goes_on(pre_dpo, tmp_path):
     """The signal reaches the run under way, which saves itself; the whole is then as if nothing had been."""
     small = [*SMALL, "data.num_test_prompts=0"]  # nothing to compare on

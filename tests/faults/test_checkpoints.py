@@ -21,6 +21,7 @@ from dpo_ref.cli.train import completed, run_job
 from tests.support.checkpoints import lines
 from tests.support.command import composed, forked, started, train
 from tests.support.given_columns import given, written
+from tests.support.quick import only
 
 QUIET = ["tracking=none"]
 SMALL = [*QUIET, "model.path=lab:tiny", "data.num_pairs=48", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
@@ -157,7 +158,7 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("moment", KILLS)
+@pytest.mark.parametrize("moment", only(KILLS, list(KILLS)[1]))
 def test_killed_while_a_checkpoint_is_replaced(run, whole, tmp_path, moment, tell):
     """Twice in a row: the last checkpoint is written once more by whoever goes on with a complete run."""
     for name in ("step-00000002", "step-00000004"):

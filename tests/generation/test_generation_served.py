@@ -15,6 +15,7 @@ from dpo_ref.types import Message, silent
 from tests.support.evaluate_command import evaluate
 from tests.support.generation_server import GenerationServer
 from tests.support.loopback import surroundings  # noqa: F401
+from tests.support.quick import only
 from tests.support.tiny import tiny_model
 from tests.support.tokenizers_here import byte_bpe
 
@@ -131,7 +132,7 @@ def stage(folder, engine):
     return generate_stage(folder, "0123456789abcdef-key", lambda kept: answer(engine, ASKED, 7, silent, kept))
 
 
-@pytest.mark.parametrize("dies_after", [1, 5, 10])
+@pytest.mark.parametrize("dies_after", only([1, 5, 10], 5))
 def test_a_server_that_is_lost_costs_no_answer(dies_after, serve, tmp_path):
     first, second = serve(), serve()
     first.dies_after = dies_after

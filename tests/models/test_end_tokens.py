@@ -10,6 +10,7 @@ from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids
 from dpo_ref.generation.sampling import generate
 from tests.support.command import train
 from tests.support.model_folders import model_folder, pairs_file, words_for
+from tests.support.quick import only
 from tests.support.tokenizers_here import CHATML, byte_bpe
 
 LLAMA3 = (
@@ -29,7 +30,10 @@ FAMILIES = {  # template, EOS, what else is special, the token that ends a turn
 LEARNT = ["objective=sft", "trainer.max_steps=60", "trainer.epochs=60", "optim.lr=1e-2", "optim.warmup_ratio=0"]
 
 
-@pytest.mark.parametrize(("family", "adapter"), [("chatml", True), ("llama3", False), ("gemma", False)])
+@pytest.mark.parametrize(
+    ("family", "adapter"),
+    only([("chatml", True), ("llama3", False), ("gemma", False)], ("chatml", True), ("llama3", False)),
+)
 def test_transformers_ends_answers_where_ours_end(tmp_path, family, adapter):
     template, eos, special, ending = FAMILIES[family]
     tokenizer = byte_bpe(template, eos)

@@ -11,6 +11,7 @@ from dpo_ref.lab.models import locate
 from tests.support.command import train
 from tests.support.exported import COMMON, LAB, certificate_in, exported, forged, rows_in
 from tests.support.given_columns import PAIR, given, written
+from tests.support.quick import only
 
 STEPS = ("trainer.batch_size=8", "optim.lr=1e-3")
 
@@ -213,7 +214,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", only(MODELS, "same tokens", "own text"))
 def test_the_named_model_scores_its_rows_again(kind, tmp_path):
     folder = tmp_path / "table"
     assert exported(folder, *LAB, *MODELS[kind]).returncode == 0

@@ -137,7 +137,11 @@ def losses(run):
 PARTS = "[initial, {reference: moving, every: 2, share: 0.5}, {reference: bema, every: 1, burn_in: 1}, none]"
 
 
-@pytest.mark.parametrize("options", [[], ["model.lora_rank=2", "optim.lr=0.05"]], ids=["all weights", "an adapter"])
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["model.lora_rank=2", "optim.lr=0.05"], marks=pytest.mark.slow)],
+    ids=["all weights", "an adapter"],
+)
 def test_a_run_that_stops_goes_on_as_if_it_had_not(options, tmp_path, monkeypatch):
     cache = empty_cache(monkeypatch, tmp_path / "cache")
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -214,7 +214,11 @@ def losses(run):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["model.lora_rank=4"], ["model.lora_rank=4", "reference.cache=off"]],
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["model.lora_rank=4"], marks=pytest.mark.slow),
+        ["model.lora_rank=4", "reference.cache=off"],
+    ],
     ids=["all weights", "an adapter", "an adapter, asked at every step"],
 )
 def test_a_run_is_that_against_a_second_model(options, adapter, tmp_path):

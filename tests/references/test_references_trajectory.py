@@ -16,6 +16,7 @@ from dpo_ref.models.checkpoint import complete_in
 from tests.support.cache import empty_cache
 from tests.support.command import composed, train
 from tests.support.evaluate_command import measure
+from tests.support.quick import only
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=64", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
 SMALL += ["trainer.batch_size=16", "tracking=none", "beta=0.1", "optim.lr=0.01", "optim.schedule=constant"]
@@ -52,7 +53,7 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", only(NAMED, "the run"))
 def test_the_reference_is_the_average_of_the_policies_that_are_named(name, run, tmp_path):
     """Averaged here from the checkpoints' files, saved as a model, and taken as reference=other: it is the same."""
     words, shares = NAMED[name]

@@ -15,6 +15,7 @@ from dpo_ref.models import checkpoint
 from dpo_ref.training.model_selection import Criterion, ModelSelection
 from dpo_ref.training.run import TrainingRun
 from tests.support.command import ROOT, resolved, train
+from tests.support.quick import only
 from tests.support.training_evaluation import SMALL, lines
 
 # --- which it is
@@ -173,7 +174,7 @@ class Killed(Exception):
     """Stands for the process's end."""
 
 
-@pytest.mark.parametrize("step", [4, 7, 12])
+@pytest.mark.parametrize("step", only([4, 7, 12], 7))
 def test_a_killed_run_goes_on_bit_for_bit(step, whole, tmp_path, monkeypatch):
     """Killed when the numbers of `step` are written: before its evaluation, between checkpoints, after the best."""
     folder, log = tmp_path / "run", TrainingRun._log
