@@ -136,6 +136,7 @@ CASES = [
     Case("ddp", "dpo", "initial", adapter=True),
     Case("fsdp", "dpo", "initial", adapter=True),
     Case("fsdp", "dpo", "bema"),
+    Case("fsdp", "aot", "initial"),  # of which items a rank has matters
     Case("ddp", "dpo", "initial", keep="offload"),
     Case("fsdp", "dpo", "initial", keep="offload"),
 ]
