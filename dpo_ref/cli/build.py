@@ -40,7 +40,7 @@ from dpo_ref.models.loading import TrainedModel, check_folder, locate, prepared_
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.next_token import vocabulary_of
 from dpo_ref.models.reward_model import with_score_head
-from dpo_ref.models.sharding import ALONE
+from dpo_ref.models.sharding import ALONE, Parallel
 from dpo_ref.objectives.interface import Objective
 from dpo_ref.references import interface as references
 from dpo_ref.references.columns import check_certificate
@@ -119,10 +119,14 @@ def workspace(config: RunConfig, directory: Path) -> Workspace:
 
 def trained_model(config: RunConfig, device: torch.device) -> TrainedModel:
     """The policy, or the reward model made of it."""
-    parallel = config.parallel() if config.parallel else ALONE
-    policy = config.model(device, config.model.bound(AdapterOptions)(), parallel)
+    policy = config.model(device, config.model.bound(AdapterOptions)(), parallel_of(config))
     say(*policy.notes)
     return with_score_head(policy, config.seed) if config.objective.of_scores else policy
+
+
+def parallel_of(config: RunConfig) -> Parallel:
+    """How the ranks of a run hold the model."""
+    return config.parallel() if config.parallel else ALONE
 
 
 def check_paths(config: RunConfig) -> None:

@@ -5,13 +5,11 @@ check.html: no run's record, no table of a reference.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from dpo_ref.cli.build import (
     asks_reference,
     build_reference,
     check_paths,
+    parallel_of,
     rounds_of,
     say_which,
     tokenise_data,
@@ -32,7 +31,7 @@ from dpo_ref.cli.build import (
     workspace,
 )
 from dpo_ref.cli.cache import check_cache
-from dpo_ref.cli.rank_check import ranks_facts
+from dpo_ref.cli.rank_check import as_asked, fit_of, ranks_facts, scratch
 from dpo_ref.cli.ranks import agree
 from dpo_ref.cli.resolve import RunConfig, strength
 from dpo_ref.cli.starting_point import Size, rate_of, size_of, trains_adapter
@@ -40,10 +39,10 @@ from dpo_ref.component import Component
 from dpo_ref.data.chat_templates import ChatText
 from dpo_ref.data.groups import ConcatGroups, Groups, SelectedGroups
 from dpo_ref.data.inspection import examples_of, inspect
-from dpo_ref.data.packing import epoch_order, share_of
+from dpo_ref.data.packing import Share, epoch_order, share_of
 from dpo_ref.data.tokenise import Tokenised, end_of_turn_ids, length_limit
 from dpo_ref.distributed import available_bytes, keep_memory, peak_memory_gib, ranks, resident_bytes
-from dpo_ref.evaluation.check import Fit, RanksFacts, RunFacts, StepZero, run_warnings, step_zero
+from dpo_ref.evaluation.check import RanksFacts, RunFacts, StepZero, run_warnings, step_zero
 from dpo_ref.evaluation.results import MARGIN
 from dpo_ref.models.asked import Workspace
 from dpo_ref.models.folders import stored_positions
@@ -52,7 +51,7 @@ from dpo_ref.models.loading import Policy, TrainedModel, compute_dtype, locate
 from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.memory import MOMENTS, WEIGHTS, StepMemory, meta_model, step_memory
 from dpo_ref.models.rank_costs import ModelSizes, held_by_rank
-from dpo_ref.models.sharding import ALONE, Holding, Parallel, skeleton
+from dpo_ref.models.sharding import Parallel
 from dpo_ref.references.interface import Reference
 from dpo_ref.references.table import read_shards, row_key
 from dpo_ref.reports.check import Elsewhere, RunCheck, show_check, write_check
@@ -135,7 +134,7 @@ class Trial:
     @cached_property
     def parallel(self) -> Parallel:
         """How ranks hold the model."""
-        return self.config.parallel() if self.config.parallel else ALONE
+        return parallel_of(self.config)
 
     @cached_property
     def size(self) -> Size:
@@ -247,9 +246,14 @@ class Trial:
         return [self.sample[start : start + size] for start in range(0, len(self.sample), size)]
 
     @cached_property
+    def shares(self) -> list[Share]:
+        """What this rank does of the first batches."""
+        return [share_of(batch, self.rounds.pack) for batch in self.batches]
+
+    @cached_property
     def fullest_pack(self) -> list[TokenGroup]:
-        """Of this rank's share of the first batches."""
-        packs = [each.groups for batch in self.batches for each in share_of(batch, self.rounds.pack).passes]
+        """Of this rank's shares."""
+        packs = [some for share in self.shares for some, _ in share.passes]
         return max(packs, key=lambda some: sum(group.num_tokens for group in some))
 
 
@@ -292,7 +296,7 @@ USUAL_RANK = 16  # of a saved adapter, which is not looked into
 
 def counted(trial: Trial, policy: TrainedModel, device: torch.device) -> StepMemory:
     """The memory of a step on the run's fullest pack, with a reference that stays and what an evaluation keeps."""
-    num_packs = max(len(share_of(batch, trial.rounds.pack).passes) for batch in trial.batches)
+    num_packs = max(len(share.passes) for share in trial.shares)
     memory = step_memory(as_asked(policy, trial.parallel), trial.fullest_pack, num_packs, device)
     parts = held_by_rank(trial.parallel, memory.parts, trial.sizes, ranks().size)
     memory = replace(memory, parts=parts)
@@ -302,14 +306,6 @@ def counted(trial: Trial, policy: TrainedModel, device: torch.device) -> StepMem
     if config.evaluation is not None and device.type == "cpu":
         more["the initial policy"] = memory.parts[MOMENTS] // 2
     return replace(memory, parts=memory.parts | more)
-
-
-def as_asked(policy: TrainedModel, parallel: Parallel) -> TrainedModel:
-    """The policy as a rank asks it: weights that are gathered of all ranks have the dtype of the computation then."""
-    if not parallel.in_parts:
-        return policy
-    bare = skeleton(policy.holding.as_saved(policy.model)).to(policy.compute_dtype)
-    return replace(policy, load=lambda: bare, holding=Holding())
 
 
 def held_by(reference: Component, parts: Mapping[str, int]) -> int:
@@ -347,15 +343,6 @@ def measure(trial: Trial) -> Measurements:
     zero = first_look(trial, reference, groups, margins) if len(margins) else None
     batches = [groups[start : start + size] for start in range(0, len(groups), size)]
     return Measurements(forward, reference, seconds, zero, steps_of(trial, reference, batches), decoding, margins)
-
-
-@contextmanager
-def scratch(shared: Path) -> Iterator[Path]:
-    """A folder that all ranks see and that is gone afterwards: where there are several, in what they share."""
-    here = TemporaryDirectory(dir=shared if ranks().size > 1 else None) if ranks().is_first else nullcontext()
-    with here as own:
-        yield Path(ranks().first(lambda: own))
-        ranks().wait()
 
 
 def steps_of(trial: Trial, reference: Reference, batches: Sequence[Sequence[TokenGroup]]) -> list[StepTime]:
@@ -600,18 +587,6 @@ def facts_of(trial: Trial, measured: Measurements, together: RanksFacts | None, 
         together=together,
         seconds=seconds,
     )
-
-
-def fit_of(trial: Trial, together: RanksFacts | None) -> Fit | None:
-    """Whether the run fits, on the rank that has least room; None where no system says how much there is."""
-    if together is None:
-        where = "this machine" if trial.on_cpu else torch.cuda.get_device_name(trial.work.device)
-        needed, available = trial.memory.peak, trial.available
-    else:
-        at = together.tightest
-        where, needed, available, *_ = together.ranks[at]
-        where = f"rank {at}, {where}"
-    return None if available is None else Fit(needed, available, trial.tokens_that_fit, where)
 
 
 def is_open(tokenizer: Any) -> bool:

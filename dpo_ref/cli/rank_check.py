@@ -3,15 +3,21 @@ do, and how long what they send each other takes.
 """
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from dpo_ref.data.packing import share_of
 from dpo_ref.distributed import ranks
-from dpo_ref.evaluation.check import RankFacts, RanksFacts
+from dpo_ref.evaluation.check import Fit, RankFacts, RanksFacts
+from dpo_ref.models.loading import TrainedModel
 from dpo_ref.models.rank_costs import sent_by_rank
+from dpo_ref.models.sharding import Holding, Parallel, skeleton
 from dpo_ref.training.cost import now
 
 if TYPE_CHECKING:
@@ -28,7 +34,7 @@ def ranks_facts(trial: "Trial", step_seconds: float | None) -> RanksFacts | None
     size, device = ranks().size, trial.work.device
     if size == 1:
         return None
-    shares = [share_of(batch, trial.rounds.pack) for batch in trial.batches]
+    shares = trial.shares
     tokens = sum(group.num_tokens for share in shares for some, counts in share.passes if counts for group in some)
     width = trial.policy.model.config.get_text_config().hidden_size
     flops = products_per_second(device, trial.policy.compute_dtype, width)
@@ -37,12 +43,40 @@ def ranks_facts(trial: "Trial", step_seconds: float | None) -> RanksFacts | None
     sent = sent_by_rank(trial.parallel, trial.sizes, size, passes)
     return RanksFacts(
         [RankFacts(*of_rank) for of_rank in ranks().gather(own)],
-        sum(group.num_tokens for group in trial.sample) / len(shares),
         sum(share.imbalance for share in shares) / len(shares),
         sent,
         exchange_seconds(device, sent),
         step_seconds,
     )
+
+
+def fit_of(trial: "Trial", together: RanksFacts | None) -> Fit | None:
+    """Whether the run fits, on the rank that has least room; None where no system says how much there is."""
+    if together is None:
+        where = "this machine" if trial.on_cpu else torch.cuda.get_device_name(trial.work.device)
+        needed, available = trial.memory.peak, trial.available
+    else:
+        at = together.tightest
+        where, needed, available, *_ = together.ranks[at]
+        where = f"rank {at}, {where}"
+    return None if available is None else Fit(needed, available, trial.tokens_that_fit, where)
+
+
+def as_asked(policy: TrainedModel, parallel: Parallel) -> TrainedModel:
+    """The policy as a rank asks it: weights that are gathered of all ranks have the dtype of the computation then."""
+    if not parallel.in_parts:
+        return policy
+    bare = skeleton(policy.holding.as_saved(policy.model)).to(policy.compute_dtype)
+    return replace(policy, load=lambda: bare, holding=Holding())
+
+
+@contextmanager
+def scratch(shared: Path) -> Iterator[Path]:
+    """A folder that all ranks see and that is gone afterwards: where there are several, in what they share."""
+    here = TemporaryDirectory(dir=shared if ranks().size > 1 else None) if ranks().is_first else nullcontext()
+    with here as own:
+        yield Path(ranks().first(lambda: own))
+        ranks().wait()
 
 
 def place_of(device: torch.device) -> str:

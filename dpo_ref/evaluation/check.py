@@ -76,7 +76,6 @@ class RanksFacts:
     """What the ranks of a run are like together."""
 
     ranks: Sequence[RankFacts]
-    step_tokens: float  # in the mean of the first batches, of all ranks
     busiest: float  # tokens of the rank that has most of a batch, over the mean of ranks; in the mean of these batches
     sent: float  # bytes that a rank sends in a step
     sending: float  # seconds that takes if nothing hides it

@@ -83,8 +83,9 @@ def test_every_kind_of_run_can_be_checked(family, tmp_path):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_ranks_speak_for_themselves(parallel, tmp_path):
+def test_ranks_speak_for_themselves(parallel, tmp_path, monkeypatch):
     """Two ranks are one run, of which each has its line; what they need and send follows the formulas."""
+    empty_cache(monkeypatch, tmp_path / "cache")
     words = [*SMALL, *DATA, "trainer.batch_size=7", f"parallel={parallel}", f"output_dir={tmp_path / 'out'}"]
     first, other = typed_on_ranks(tmp_path / "ranks", 2, "train.py", *words)
     assert (first.returncode, other.returncode) == (0, 0), first.stderr + other.stderr

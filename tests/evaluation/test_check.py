@@ -47,7 +47,7 @@ FAR = np.array([100.0, -100.0] * 32)
 def ranks_facts(speeds=(1e12, 1e12, 1e12), busiest=1.0, sending=0.0):
     """Of ranks that compute so fast."""
     ranks = [RankFacts(f"node-{at}", 2 * at, 10, speed, 900) for at, speed in enumerate(speeds)]
-    return RanksFacts(ranks, 2700.0, busiest, 28e6, sending, 2.0)
+    return RanksFacts(ranks, busiest, 28e6, sending, 2.0)
 
 
 CASES = [
