@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from dpo_ref.data.packing import collate, pack
+from dpo_ref.data.packing import collate, pack, share_of
+from dpo_ref.distributed import ranks
 from dpo_ref.evaluation import results
 from dpo_ref.evaluation.statistics.estimates import clustered_mean
 from dpo_ref.models.logps import response_logps
@@ -81,17 +83,20 @@ def _per_pair(
 ) -> tuple[Float[np.ndarray, "_ B"], list[TokenGroup]]:
     """`count` values of the chosen and as many of the rejected response of every pair, and the group of each, in the
     groups' order whatever the packs."""
-    packs = pack([group for group in groups if group.pairs], tokens_per_batch=tokens_per_batch)
-    tables: list[np.ndarray] = [np.empty((2 * count, 0))]
-    members: list[TokenGroup] = []
-    for pairs_of in progress(packs, "held-out pairs", len(packs)):
-        batch = collate(pairs_of).to(device)
+    paired = {group.group_index: group for group in groups if group.pairs}
+    share = share_of(list(paired.values()), partial(pack, tokens_per_batch=tokens_per_batch))
+    tables, owners = [torch.empty(2 * count, 0, dtype=torch.float64)], []
+    for members, counts in progress(share.passes, "held-out pairs", len(share.passes)):
+        batch = collate(members).to(device)
         table = measure(batch).cpu()
-        chosen, rejected = batch.chosen.cpu(), batch.rejected.cpu()
-        tables.append(torch.cat([table[:, chosen], table[:, rejected]]).numpy())
-        members += [group for group in pairs_of for _ in group.pairs]
-    order = np.argsort([group.group_index for group in members], kind="stable")
-    return np.concatenate(tables, axis=1)[:, order], [members[index] for index in order]
+        if counts:
+            tables.append(torch.cat([table[:, batch.chosen.cpu()], table[:, batch.rejected.cpu()]]))
+            owners += [group.group_index for group in members for _ in group.pairs]
+    named = {str(row): values for row, values in enumerate(torch.cat(tables, dim=1))}
+    of_all = ranks().columns({"group": torch.tensor(owners, dtype=torch.long), **named})
+    places = of_all.pop("group").numpy()
+    order = np.argsort(places, kind="stable")
+    return torch.stack(list(of_all.values())).numpy()[:, order], [paired[place] for place in places[order].tolist()]
 
 
 def displacement(policy: PairEvaluation, initial: PairEvaluation) -> dict[str, float]:

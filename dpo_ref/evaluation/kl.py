@@ -13,6 +13,7 @@ which is reported beside it as a check. Answers that were cut contribute the KL 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_ref.data.groups import TokenGroups, from_groups
-from dpo_ref.data.packing import collate, pack
+from dpo_ref.data.packing import collate, pack, share_of
+from dpo_ref.distributed import ranks
 from dpo_ref.evaluation.results import END_OWN, KL
 from dpo_ref.evaluation.statistics.estimates import Estimate, clustered_mean
 from dpo_ref.generation.records import Generation
@@ -162,6 +164,15 @@ def compare_tokens(
     return TokenComparison(torch.cat(kls), torch.cat(ratios))
 
 
+def _per_answer(
+    policy: nn.Module, reference: nn.Module, batch: PackedBatch, never: Int[Tensor, " B"]
+) -> Float[Tensor, "3 N"]:
+    """KL, k1 and the last token's log-ratio of the answers of a pack."""
+    compared = compare_tokens(policy, reference, batch, never)
+    last = compared.logratio[batch.lengths.cumsum(0) - 1]
+    return torch.stack([*(sum_by_response(values, batch) for values in compared), last])
+
+
 def _check(policy: Any, reference: Any, generations: Sequence[Generation]) -> None:
     if not generations:
         raise ValueError("there are no generations to measure a KL on; sample some with stage=generate")
@@ -202,15 +213,19 @@ def sample_kl(
     _check(policy, reference, generations)
     groups, indices = sample_groups(generations)
     device = next(policy.parameters()).device
+    share = share_of(groups, partial(pack, tokens_per_batch=tokens_per_batch))
+    answers: list[int] = []
+    measured = [torch.empty(3, 0, dtype=torch.float64)]
+    for members, counts in progress(share.passes, "KL on samples", len(share.passes)):
+        values = _per_answer(policy, reference, collate(members).to(device), never.to(device))
+        if counts:
+            answers += [index for group in members for index in indices[group.group_index]]
+            measured.append(values.cpu())
+    kl, k1, end = torch.cat(measured, dim=1)
+    of_all = ranks().columns({"answer": torch.tensor(answers, dtype=torch.long), "kl": kl, "k1": k1, "end": end})
+    places = of_all.pop("answer").numpy()
     table = np.full((3, len(generations)), np.nan)  # KL, k1, log-ratio of the last token
-    packs = pack(groups, tokens_per_batch=tokens_per_batch)
-    for members in progress(packs, "KL on samples", len(packs)):
-        batch = collate(members).to(device)
-        compared = compare_tokens(policy, reference, batch, never.to(device))
-        last = compared.logratio[batch.lengths.cumsum(0) - 1]
-        sums = [sum_by_response(values, batch) for values in compared]
-        columns = [index for group in members for index in indices[group.group_index]]
-        table[:, columns] = torch.stack([*sums, last]).cpu().numpy()
+    table[:, places] = torch.stack(list(of_all.values())).numpy()
     table[2, [not g.finished for g in generations]] = np.nan
     kl, k1, end_logratio = table
     num_tokens, prompt_index = np.array([(g.num_tokens, g.prompt_index) for g in generations]).T

@@ -36,6 +36,7 @@ from tests.support.tiny import disturbed, policy_of, random_groups, tiny_model
 LAYOUT = [(3 + 7 * i % 13, (2 + 5 * i % 11, 1 + 3 * i % 4)) for i in range(11)]
 STEPS, PAIRS = 3, 5  # of a step; the last of an epoch has one, so that a rank has none
 BOUND = 1e-9
+SIGNS = ("rewards/ties", "rewards/accuracies")
 
 
 class Case(NamedTuple):
@@ -159,6 +160,13 @@ def _all(cases: list[Case], folder: Path) -> None:
         _run(case, case.parallel, folder)
 
 
+def _decided(line: dict[str, float]) -> dict[str, float]:
+    """Without counts of signs where the policy is the reference: there every margin is zero up to rounding, and its
+    sign is that of the order in which sums were taken."""
+    margin = line.get("rewards/margins", 1.0)
+    return {name: value for name, value in line.items() if name not in SIGNS or abs(margin) > BOUND}
+
+
 def _compare(cases: list[Case], folder: Path) -> None:
     for size in sorted({case.ranks for case in cases}):
         some = [case for case in cases if case.ranks == size]
@@ -168,7 +176,7 @@ def _compare(cases: list[Case], folder: Path) -> None:
         ours, theirs = (json.loads((folder / f"{case}-{kind}.json").read_text()) for kind in (case.parallel, "none"))
         assert [line.keys() for line in ours] == [line.keys() for line in theirs], str(case)
         for mine, its in zip(ours, theirs, strict=True):
-            assert mine == pytest.approx(its, abs=BOUND, nan_ok=True), str(case)
+            assert _decided(mine) == pytest.approx(_decided(its), abs=BOUND, nan_ok=True), str(case)
         weights, alone = (load_file(folder / f"{case}-{kind}.safetensors") for kind in (case.parallel, "none"))
         assert weights.keys() == alone.keys(), str(case)
         for name, value in alone.items():
