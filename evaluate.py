@@ -24,13 +24,16 @@ schemas.register()
 def main(cfg: DictConfig) -> None:
     """Generate, measure, score and report."""
     from dpo_ref.cli.evaluate import run_evaluation
+    from dpo_ref.cli.ranks import SaidByFirst, evaluating
     from dpo_ref.distributed import on_device
 
     launched = HydraConfig.get()
     choices = {group: choice for group, choice in launched.runtime.choices.items() if choice is not None}
     try:
-        with on_device(cfg.device):
+        with on_device(cfg.device), evaluating(cfg):
             run_evaluation(cfg, choices, list(launched.overrides.task))
+    except SaidByFirst:
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {without_keys(str(with_remedy(error)))}")
     except Exception:

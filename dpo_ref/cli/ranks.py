@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,70 @@ def together(cfg: DictConfig, job: Job) -> Iterator[None]:
     Raises ValueError where processes and `parallel` do not go together, and where ranks were asked for different
     things.
     """
-    if not _is_asked(cfg, job):
+    with _told_once():
+        asked = _is_asked(cfg, job)
+    with _as_rank(cfg) if asked else nullcontext():
         yield
-        return
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """What all processes of a machine would say alike, the first of them says."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SaidByFirst(str(error)) from error
+        raise
+
+
+@contextmanager
+def _as_rank(cfg: DictConfig) -> Iterator[None]:
     with joined(), ExitStack() as stack:
         if not ranks().is_first:
             stack.enter_context(_quietly())
         stack.enter_context(_watched())
         agree({**_versions(), **dict(options_in(OmegaConf.to_container(cfg, resolve=True)))})
         yield
+
+
+SHARED = ("all", "generate")  # stages of an evaluation that several ranks share
+
+
+@contextmanager
+def evaluating(cfg: DictConfig) -> Iterator[None]:
+    """Within, this process is a rank of the evaluation that was asked for, where torchrun started several.
+
+    Raises ValueError for what is the work of one process, where ranks were asked for different things, and where
+    another rank is gone.
+    """
+    if not started_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    with _told_once():
+        _check_evaluation(cfg)
+    with _as_rank(cfg):
+        try:
+            yield
+        except RuntimeError as error:
+            if gone := lost_another(error):
+                raise ValueError(f"{gone}. Answers that were written are kept: the same command goes on") from error
+            raise
+
+
+def _check_evaluation(cfg: DictConfig) -> None:
+    if cfg.stage not in SHARED:
+        raise ValueError(f"stage={cfg.stage} is the work of one process: type {python()} evaluate.py ...")
+    if cfg.sweep is not None:
+        raise ValueError(
+            "torchrun starts the ranks of one evaluation, and sweep= asks for several: evaluate one policy=... at a "
+            f"time, or several beside each other with {python()} evaluate.py sweep=... n_jobs=..."
+        )
+    if cfg.judge is not None:
+        raise ValueError(
+            "a judge is asked by one process: leave judge out, and then type "
+            f"{python()} evaluate.py stage=judge judge=... policy={cfg.policy}"
+        )
 
 
 def _is_asked(cfg: DictConfig, job: Job) -> bool:
@@ -288,6 +343,8 @@ def _watched() -> Iterator[None]:
         note_end(in_words(error))
         if said:
             raise SaidByFirst(str(error)) from error
+        if isinstance(error, ValueError) and not ranks().is_first:
+            raise ValueError(f"{of_rank()}{error}") from error
         raise
     except BaseException as error:
         note_end(f"{type(error).__name__}: {error}")

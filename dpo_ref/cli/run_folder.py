@@ -4,10 +4,8 @@ that it holds goes on.
 
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,7 +31,7 @@ from dpo_ref.distributed import on_cuda, ranks
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY
 from dpo_ref.evaluation.sweep import SEARCH, climb_in, stands_at
 from dpo_ref.files.digests import sealed
-from dpo_ref.files.holding import held, new_folder, not_writable
+from dpo_ref.files.holding import held, new_folder, not_writable, of_rank
 from dpo_ref.files.writing import write_json, write_text
 from dpo_ref.models import checkpoint
 from dpo_ref.tracking.redaction import without_keys
@@ -42,7 +40,7 @@ from dpo_ref.training.run import PATIENCE
 
 CONFIG, ERROR = "config.yaml", "error.txt"
 SHARED = ("checkpoints", "rounds")  # what all ranks read in the folder of a run
-COPIED = "training_evaluation"  # what each rank goes on from
+COPIED = ("*.json*", "training_evaluation/**/*.json*")  # what each rank goes on from
 TRAINED = ("metrics.jsonl", "checkpoints", "policy")  # what a run leaves once it trains
 SAME_RUN = ("output_dir", "resume", "tracking", "search", "parallel")  # may differ when a sweep is typed again
 MAY_CHANGE = (
@@ -228,34 +226,11 @@ def opened(cfg: DictConfig, job: Job) -> Iterator[Job]:
     ValueError if the folder holds a run already, is in use or cannot be written."""
     if cfg.output_dir is None and job.sweep is None and not cfg.resume:
         job = replace(job, directory=Path(ranks().first(lambda: str(new_folder(job.directory)))))
-    with _of_rank(job.directory) as directory:
+    with of_rank(job.directory, held(job.directory, say), COPIED, SHARED) as directory:
         job = replace(job, directory=directory)
         if not cfg.resume:
             _begin(cfg, job)
         yield job
-
-
-@contextmanager
-def _of_rank(folder: Path) -> Iterator[Path]:
-    """Where this rank writes: the first, alone, to the folder; any other to one that stands for it, in which what
-    ranks share is that of the run and the rest is a copy of its own, gone afterwards."""
-    if ranks().is_first:
-        with held(folder, say):
-            ranks().wait()
-            yield folder
-        return
-    ranks().wait()  # until nobody else holds it
-    own = Path(tempfile.mkdtemp(prefix=f"rank-{ranks().index}-"))
-    try:
-        for name in SHARED:
-            (own / name).symlink_to((folder / name).resolve())
-        for path in folder.glob("*.json*"):
-            shutil.copy2(path, own / path.name)
-        if (folder / COPIED).is_dir():
-            shutil.copytree(folder / COPIED, own / COPIED)
-        yield own
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
 
 
 def folder_of_all(own: Path) -> Path:

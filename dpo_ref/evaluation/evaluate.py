@@ -22,6 +22,7 @@ from dpo_ref.evaluation.kl import SampleKl, sample_groups, sample_kl, sequence_k
 from dpo_ref.evaluation.policy import EvaluationSettings, PolicyToEvaluate
 from dpo_ref.evaluation.results import (
     RESULTS,
+    STORED,
     Evaluated,
     Evaluation,
     folder_at,
@@ -48,8 +49,9 @@ from dpo_ref.evaluation.stages import (
 )
 from dpo_ref.files.cache import in_use, made_by_one
 from dpo_ref.files.digests import Damaged
+from dpo_ref.files.holding import of_rank
 from dpo_ref.generation.engine import PromptSet, answer, held_out
-from dpo_ref.generation.records import Generation
+from dpo_ref.generation.records import Generation, scored_together
 from dpo_ref.generation.sampling import never_sampled
 from dpo_ref.models import checkpoint
 from dpo_ref.models.asked import ModelPath
@@ -157,7 +159,7 @@ def evaluate_policy(
                 folder, measure_key(subject, settings), lambda: measure(subject, settings, generations)
             )
             metrics |= _diagnosis(subject, settings, generations)
-    scores = settings.parts["scorer"](generations)
+    scores = scored_together(settings.parts["scorer"], generations)
     about = _about(subject, settings, scores.name, metrics)
     seed = settings.work.seed
     evaluated = score_stage(folder, about, generations, scores.values, baseline, seed, settings.thresholds)
@@ -186,8 +188,8 @@ def baseline_of(source: ModelPath, name: str, settings: EvaluationSettings) -> E
     key = digest([deciding(settings.generation.plain()), work.seed, settings.prompts.content(), model.text_identity])
     folder = work.cache / "evaluations" / f"{settings.generation(model).weights()[:16]}-{key[:16]}"
     other_draws = settings.of_baseline(work.seed + BASELINE_SEED)
-    with made_by_one(folder):  # a policy evaluated beside this one has the same baseline
-        evaluated = evaluate_policy(PolicyToEvaluate(name, folder, source), other_draws, None)
+    with of_rank(folder, made_by_one(folder), STORED) as own:  # a policy evaluated beside this one has the same
+        evaluated = evaluate_policy(PolicyToEvaluate(name, own, source), other_draws, None)
     assert evaluated is not None
     in_use(folder)
     return evaluated

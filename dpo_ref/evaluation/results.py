@@ -19,6 +19,7 @@ from dpo_ref.tracking.terminal import say
 from dpo_ref.types import digest
 
 RESULTS = "evaluation"  # where an evaluation's files lie in a run's folder
+STORED = ("**/*.json*",)  # those of them that it goes on from
 
 
 # --- the table of metrics: a number is a row here, and the function that measures it
