@@ -5,8 +5,10 @@ import json
 import os
 import platform
 import resource
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,33 @@ def joined() -> Iterator[Ranks]:
     finally:
         _RANKS.pop()
         dist.destroy_process_group()
+
+
+@contextmanager
+def own_folder(
+    folder: Path, holding: AbstractContextManager[None], copied: Sequence[str], shared: Sequence[str] = ()
+) -> Iterator[Path]:
+    """Where this rank writes: the first, within `holding`, to the folder; any other to one that stands for it, with
+    the `shared` folders of it and copies of the files that fit the patterns `copied`, and gone afterwards."""
+    if ranks().is_first:
+        with holding:
+            ranks().wait()
+            ranks().wait()  # until the others have their copies
+            yield folder
+        return
+    ranks().wait()  # until nobody else holds it
+    own = Path(tempfile.mkdtemp(prefix=f"rank-{ranks().index}-"))
+    try:
+        for name in shared:
+            (own / name).symlink_to((folder / name).resolve())
+        for path in (path for pattern in copied for path in folder.glob(pattern)):
+            place = own / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, place)
+        ranks().wait()
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 # --- how much memory there is

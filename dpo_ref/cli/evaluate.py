@@ -27,7 +27,7 @@ from dpo_ref.cli.starting_point import complete_evaluation
 from dpo_ref.cli.winrates import STAGE as WINRATE
 from dpo_ref.cli.winrates import WinRateRequest, annotation_words, check_words, run_winrates
 from dpo_ref.component import Component, configuration
-from dpo_ref.distributed import best_device, evaluation_memory, keep_memory, ranks
+from dpo_ref.distributed import best_device, evaluation_memory, keep_memory, own_folder, ranks
 from dpo_ref.evaluation.compatibility import CompatibilityOptions
 from dpo_ref.evaluation.evaluate import at_each, at_other, baseline_of, check_temperature, evaluate_policy, prompts_of
 from dpo_ref.evaluation.judging.judge import JudgeLost
@@ -50,7 +50,7 @@ from dpo_ref.evaluation.results import (
 from dpo_ref.evaluation.stages import without_judge
 from dpo_ref.evaluation.sweep import SweptRun, cells, collect, results_folder, results_of_checkpoint
 from dpo_ref.files.cache import cache_folder
-from dpo_ref.files.holding import held, of_rank
+from dpo_ref.files.holding import held
 from dpo_ref.lab.models import SCHEME
 from dpo_ref.models import checkpoint
 from dpo_ref.models.asked import ModelLoader, ModelPath, Workspace
@@ -149,7 +149,7 @@ class Evaluator:
         if self.cfg.sweep is None:
             refuse_unused_trust(run, self.cfg.trust)
         holding = held(subject.folder, say, self.work())
-        with of_rank(subject.folder, holding, STORED) as folder, evaluation_memory("the evaluation", MEMORY):
+        with own_folder(subject.folder, holding, STORED) as folder, evaluation_memory("the evaluation", MEMORY):
             subject = replace(subject, folder=folder)
             try:
                 outcome = self._one(path, subject, run)

@@ -27,11 +27,11 @@ from dpo_ref.cli.saved_run import (
     refuse_unused_trust,
     with_digest,
 )
-from dpo_ref.distributed import on_cuda, ranks
+from dpo_ref.distributed import on_cuda, own_folder, ranks
 from dpo_ref.evaluation.policy import FINISHED, SUMMARY
 from dpo_ref.evaluation.sweep import SEARCH, climb_in, stands_at
 from dpo_ref.files.digests import sealed
-from dpo_ref.files.holding import held, new_folder, not_writable, of_rank
+from dpo_ref.files.holding import held, new_folder, not_writable
 from dpo_ref.files.writing import write_json, write_text
 from dpo_ref.models import checkpoint
 from dpo_ref.tracking.redaction import without_keys
@@ -226,7 +226,7 @@ def opened(cfg: DictConfig, job: Job) -> Iterator[Job]:
     ValueError if the folder holds a run already, is in use or cannot be written."""
     if cfg.output_dir is None and job.sweep is None and not cfg.resume:
         job = replace(job, directory=Path(ranks().first(lambda: str(new_folder(job.directory)))))
-    with of_rank(job.directory, held(job.directory, say), COPIED, SHARED) as directory:
+    with own_folder(job.directory, held(job.directory, say), COPIED, SHARED) as directory:
         job = replace(job, directory=directory)
         if not cfg.resume:
             _begin(cfg, job)

@@ -13,6 +13,7 @@ from dpo_ref.data.groups import Groups
 from dpo_ref.data.packing import pack
 from dpo_ref.data.scoring import scoring
 from dpo_ref.data.tokenise import encode_prompts, end_of_turn_ids, length_limit, tokenise, within
+from dpo_ref.distributed import own_folder
 from dpo_ref.evaluation.diagnostics.diagnose import Diagnosed, Diagnosis, metrics_of
 from dpo_ref.evaluation.diagnostics.pairs import content_of
 from dpo_ref.evaluation.diagnostics.token_statistics import DiagnosticContext
@@ -49,7 +50,6 @@ from dpo_ref.evaluation.stages import (
 )
 from dpo_ref.files.cache import in_use, made_by_one
 from dpo_ref.files.digests import Damaged
-from dpo_ref.files.holding import of_rank
 from dpo_ref.generation.engine import PromptSet, answer, held_out
 from dpo_ref.generation.records import Generation, scored_together
 from dpo_ref.generation.sampling import never_sampled
@@ -188,7 +188,7 @@ def baseline_of(source: ModelPath, name: str, settings: EvaluationSettings) -> E
     key = digest([deciding(settings.generation.plain()), work.seed, settings.prompts.content(), model.text_identity])
     folder = work.cache / "evaluations" / f"{settings.generation(model).weights()[:16]}-{key[:16]}"
     other_draws = settings.of_baseline(work.seed + BASELINE_SEED)
-    with of_rank(folder, made_by_one(folder), STORED) as own:  # a policy evaluated beside this one has the same
+    with own_folder(folder, made_by_one(folder), STORED) as own:  # one evaluated beside this has the same
         evaluated = evaluate_policy(PolicyToEvaluate(name, own, source), other_draws, None)
     assert evaluated is not None
     in_use(folder)

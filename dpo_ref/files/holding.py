@@ -5,16 +5,12 @@ import fcntl
 import json
 import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
-
-from dpo_ref.distributed import ranks
 
 LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems, such as some over a network
@@ -124,33 +120,3 @@ def _holder(lock: int) -> dict[str, Any]:
         return json.loads(os.pread(lock, 4096, 0))
     except ValueError:
         return {}
-
-
-# --- of several ranks one writes
-
-
-@contextmanager
-def of_rank(
-    folder: Path, holding: AbstractContextManager[None], copied: Sequence[str], shared: Sequence[str] = ()
-) -> Iterator[Path]:
-    """Where this rank writes: the first, within `holding`, to the folder; any other to one that stands for it, with
-    the `shared` folders of it and copies of the files that fit the patterns `copied`, and gone afterwards."""
-    if ranks().is_first:
-        with holding:
-            ranks().wait()
-            ranks().wait()  # until the others have their copies
-            yield folder
-        return
-    ranks().wait()  # until nobody else holds it
-    own = Path(tempfile.mkdtemp(prefix=f"rank-{ranks().index}-"))
-    try:
-        for name in shared:
-            (own / name).symlink_to((folder / name).resolve())
-        for path in (path for pattern in copied for path in folder.glob(pattern)):
-            place = own / path.relative_to(folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, place)
-        ranks().wait()
-        yield own
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
