@@ -57,9 +57,9 @@ def _as_float32(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 def held_in_bfloat16(model: nn.Module) -> set[str]:
     """The names, as they are without adapters, of the weights that `hold_in_bfloat16` left in bfloat16."""
-    layers = [
-        (name, layer)
-        for name, layer in model.named_modules()
+    held = {
+        id(layer.weight)
+        for layer in model.modules()
         if isinstance(layer, FrozenLinear) or _as_float32 in layer._forward_hooks.values()
-    ]
-    return {plain_name(f"{name}.weight") for name, layer in layers}
+    }
+    return {plain_name(name) for name, weight in model.state_dict(keep_vars=True).items() if id(weight) in held}

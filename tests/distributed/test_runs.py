@@ -108,6 +108,18 @@ def test_it_goes_on_bit_for_bit_with_as_many(tmp_path):
     check_same(parts, whole, bound=0)
 
 
+def test_an_adapter_above_weights_in_bfloat16(tmp_path):
+    """Sharded with them, and what is below is known by the same digest: one table serves both ways of holding it."""
+    words = [*RUN, "model.lora_rank=4", "model.weights=bfloat16", "trainer.max_steps=3"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = train(*words, f"output_dir={one}")
+    assert done.returncode == 0, done.stderr
+    on_two(tmp_path, *words, f"output_dir={two}", "parallel=fsdp")
+    check_same(two, one)
+    ours, theirs = (json.loads((run / "summary.json").read_text())["identities"] for run in (two, one))
+    assert ours == theirs
+
+
 # --- what is refused
 
 
