@@ -27,6 +27,7 @@ from dpo_ref.models.adapters import copy_of_trained
 from dpo_ref.models.attention import REGISTERED
 from dpo_ref.models.layers import decoder_layers
 from dpo_ref.models.logps import reach
+from dpo_ref.models.lora import QUANTISED
 from dpo_ref.models.shards import held, whole
 
 # --- what an optimiser steps
@@ -277,12 +278,14 @@ class Sharding(Parallel):
 
 
 def check_in_step(model: Any, title: str) -> None:
-    """Raise ValueError for a model that is asked about one response at a time, of which ranks have different numbers:
-    a sharded one answers for all ranks at once."""
+    """Raise ValueError for a model that is asked about one response at a time, of which ranks have different numbers
+    (a sharded one answers for all ranks at once), and for weights whose parts mean nothing."""
     if model.config._attn_implementation not in REGISTERED.values():
         raise ValueError(f"{title} cannot be sharded: it runs one response at a time, unpacked; use parallel=ddp")
     if reach(model.config.get_text_config()) is not None:
         raise ValueError(f"{title} cannot be sharded: its positions depend on lengths; use parallel=ddp")
+    if any(not weight.is_floating_point() for weight in model.parameters()):
+        raise ValueError(f"{title} cannot be sharded: its weights are quantised; use parallel=ddp")
 
 
 def _sum_gradients(module: Any) -> None:
@@ -385,12 +388,17 @@ def ddp(*, bucket_mib: float = 25.0) -> Parallel:
 
 
 def _check_parts(_: Any, plan: RunPlan) -> None:
-    """Refuse an optimiser that looks at whole weights."""
+    """Refuse an optimiser that looks at whole weights, and weights that are quantised."""
     optim = plan.components["optim"]
     if optim.hooks.of_whole is not None:
         raise ValueError(
             f"optim={optim.name} {optim.hooks.of_whole}, and parallel=fsdp gives a rank parts of them; use "
             "parallel=ddp, or optim=adamw"
+        )
+    if (weights := plan.components["model"].options.get("weights")) in QUANTISED:
+        raise ValueError(
+            f"model.weights={weights} is quantised, and parallel=fsdp gives a rank parts of weights; use "
+            "model.weights=bfloat16, which takes 2 bytes a weight over all ranks, or parallel=ddp"
         )
 
 

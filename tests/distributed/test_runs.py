@@ -135,6 +135,9 @@ def test_several_processes_and_parallel_go_together(tmp_path):
     assert "trainer.batch_size=1 cannot feed 2 ranks" in few.stderr
     whole = typed_on_ranks(tmp_path / "whole", 2, "train.py", *RUN, "parallel=fsdp", "optim=muon")[0]
     assert "optim=muon orthogonalises whole matrices" in whole.stderr
+    words = ["parallel=fsdp", "model.lora_rank=4", "model.weights=nf4"]
+    small = typed_on_ranks(tmp_path / "small", 2, "train.py", *RUN, *words)[0]
+    assert "model.weights=nf4 is quantised, and parallel=fsdp gives a rank parts of weights" in small.stderr
     page = typed_on_ranks(tmp_path / "page", 2, "train.py", *RUN, "stage=data", "parallel=ddp")[0]
     assert "stage=data is the work of one process" in page.stderr
     assert not (tmp_path / "run").exists()
