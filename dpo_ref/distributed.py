@@ -195,6 +195,11 @@ def started_by_torchrun() -> bool:
     return all(name in os.environ for name in STARTED)
 
 
+def num_started() -> int:
+    """How many processes are to be ranks of one run, this one among them."""
+    return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
+
+
 def num_beside() -> int:
     """How many ranks work on this machine, this one among them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if started_by_torchrun() else 1

@@ -25,7 +25,7 @@ from dpo_ref.cli import schemas
 from dpo_ref.cli.launchers import OPTIONS
 from dpo_ref.cli.schemas import CONF, SCHEMAS, groups, option_names, option_types
 from dpo_ref.cli.side_by_side import LAUNCHER, SideBySideConfig
-from dpo_ref.distributed import ranks
+from dpo_ref.distributed import num_started, ranks
 from dpo_ref.tracking.redaction import refuse_typed_credentials
 
 RENAMED_OPTIONS = {"eps": "label_smoothing"}  # words of before, and what is written instead
@@ -149,6 +149,8 @@ def checked(arguments: Sequence[str], kind: str) -> list[str]:
     words = [spelled(word) for word in words] if kind == "train" else words
     if COMPLETION & set(words):
         words += _folders_to_complete()
+    if MULTIRUN & set(words) and num_started() > 1:
+        sys.exit(f"error: {ONE_RUN}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     try:
         schemas.look_in(config_folders(words))
         check_command_line(words, kind)
@@ -172,6 +174,10 @@ def spelled(word: str) -> str:
 
 
 COMPLETION, MULTIRUN = {"-sc", "--shell-completion"}, {"-m", "--multirun"}
+ONE_RUN = (
+    "torchrun starts the ranks of one run, and -m asks for several: type a command for each, or let a cluster start "
+    "the ranks of every job (python train.py -m ... hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=8)"
+)
 FLAGS_WITH_VALUE = (
     "-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "-p", "--package", "--experimental-rerun",
     "-c", "--cfg",

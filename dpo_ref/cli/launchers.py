@@ -250,7 +250,7 @@ def _end_of(job: Any) -> Any:
     from submitit.core.utils import UncompletedJobError
 
     try:
-        return job.results()[0]
+        return job.task(0).result()  # of a job's ranks the first speaks for all
     except UncompletedJobError:  # of which a failed one is a kind
         return JobEnd(error=f"its process ended without a result: {job.paths.stderr} says why")
 
@@ -329,9 +329,9 @@ class SlurmLaunching(_Sending):
         super().__init__(None)
         self._logs, self._options = Path(submitit_folder).absolute(), options
 
-    def executor(self) -> Any:
-        """What submits the jobs. Raises ValueError where that cannot be."""
-        options = dict(self._options)
+    def executor(self, **changed: Any) -> Any:
+        """What submits the jobs, with options `changed`. Raises ValueError where that cannot be."""
+        options = {**self._options, **changed}
         setup = [
             f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
             "export SUBMITIT_PREEMPT_SIGNAL=USR1",
@@ -355,7 +355,7 @@ class SlurmLaunching(_Sending):
     def run(self, command: Sequence[str]) -> int:
         """The exit status of a command that runs as one job of the same kind, 1 where that has none; shows what it
         printed."""
-        executor = self.executor()
+        executor = self.executor(nodes=1, tasks_per_node=1)
         with _cancelling() as (sent, stop):
             sent.append(executor.submit(subprocess.call, list(command)))
             say(f"as job {sent[0].job_id} of the cluster; what it prints is in {sent[0].paths.stdout}")

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_ref.cli.command_line import python
 from dpo_ref.cli.run_folder import Job, in_words, options_in, provenance
 from dpo_ref.cli.saved_run import read_summary
-from dpo_ref.distributed import joined, ranks, started_by_torchrun
+from dpo_ref.distributed import joined, num_started, ranks, started_by_torchrun
 
 ALONE = "none"  # the member of `parallel` for one process
 
@@ -73,7 +73,7 @@ def evaluating(cfg: DictConfig) -> Iterator[None]:
     Raises ValueError for what is the work of one process, where ranks were asked for different things, and where
     another rank is gone.
     """
-    if not started_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
+    if num_started() == 1:
         yield
         return
     with _told_once():
@@ -109,19 +109,17 @@ def _is_asked(cfg: DictConfig, job: Job) -> bool:
     if not started_by_torchrun():
         if chosen == ALONE:
             return False
-        raise ValueError(
-            f"parallel={chosen} is for several processes, which torchrun starts: "
-            f"torchrun --nproc-per-node 2 {words} (as many as there are devices)"
-        )
-    if int(os.environ["WORLD_SIZE"]) == 1 and chosen == ALONE:
+        start = f"torchrun --nproc-per-node 2 {words} (as many as there are devices)"
+        if job.sweep is not None:
+            start = "a command of its own, or in jobs of hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=2"
+        raise ValueError(f"parallel={chosen} is for several processes, which torchrun starts: {start}")
+    if num_started() == 1 and chosen == ALONE:
         return False
     if chosen == ALONE:
         raise ValueError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes, and parallel=none trains in one: add "
+            f"torchrun started {num_started()} processes, and parallel=none trains in one: add "
             f"parallel=ddp or parallel=fsdp, or type {python()} {words}"
         )
-    if job.sweep is not None:
-        raise ValueError("torchrun starts the ranks of one run, and -m asks for several: type a command for each run")
     if cfg.stage not in TOGETHER or cfg.get("bandit") is not None or cfg.get("recipe") is not None:
         what = f"stage={cfg.stage}" if cfg.stage not in TOGETHER else "a bandit or a recipe"
         raise ValueError(f"{what} is the work of one process: leave parallel out, and type {python()} {words}")

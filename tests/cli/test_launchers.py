@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 
 from dpo_ref.cli import sweep as end_of_sweep
 from dpo_ref.cli.command_line import check_command_line
@@ -17,6 +18,7 @@ from dpo_ref.cli.slots import Slots, slots_for, visible_gpus
 from tests.support.command import ROOT, forked, typed, typed_afresh
 from tests.support.faults import SMALL, Typed, same_weights, steps, summary
 from tests.support.pretended_slurm import PretendedSlurm
+from tests.support.ranks import typed_on_ranks
 
 BETAS = ("0.1", "3")
 JOBS = [f"{index}_beta-{beta}" for index, beta in enumerate(BETAS)]
@@ -385,6 +387,37 @@ def test_a_job_whose_time_is_up_is_queued_again_and_goes_on(whole, slurm, tmp_pa
     assert all(same_weights(folder / job, whole / job) for job in OF_LONGER)
     assert (folder / "sweep.csv").is_file()  # by a job of its own
     assert slurm.state("101") == "COMPLETED"
+
+
+@pytest.mark.slow
+def test_tasks_of_a_job_are_the_ranks_of_its_run(slurm, tmp_path):
+    """Stopped together, queued again and gone on with; the evaluation is one task."""
+    folder, run = tmp_path / "sweep", [*SMALL, "trainer.epochs=10", "beta=0.3"]
+    words = ["parallel=ddp", "hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2"]
+    started = Typed(tmp_path / "shell", "train.py", "-m", *run, "seed=1,2", *words, f"output_dir={folder}")
+    started.until(lambda: steps(folder / "0_seed-1") > 3)
+    slurm.send("100_0", signal.SIGUSR1)
+    done = started.end()
+    assert done.returncode == 0, done
+    assert slurm.requeued == ["100_0"]
+    assert [summary(folder / job)["status"] for job in ("0_seed-1", "1_seed-2")] == ["completed"] * 2
+    assert (folder / "sweep.csv").is_file()
+    log = (folder / ".submitit" / "100_0_0_log.out").read_text()
+    assert log.index("stopped at step") < log.index(f"going on with {folder / '0_seed-1'}, which is interrupted")
+    alone = typed("train.py", *run, "seed=1", f"output_dir={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone
+    assert steps(folder / "0_seed-1") == steps(tmp_path / "alone")
+    ours, theirs = (
+        load_file(job / "policy" / "model.safetensors") for job in (folder / "0_seed-1", tmp_path / "alone")
+    )
+    assert max((ours[name] - value).abs().max() for name, value in theirs.items()) < 1e-4
+
+
+def test_torchrun_starts_one_run_and_no_sweep(tmp_path):
+    first, other = typed_on_ranks(tmp_path, 2, "train.py", "-m", *SMALL, "beta=0.1,1", "parallel=ddp")
+    assert first.returncode == other.returncode == 1
+    assert "torchrun starts the ranks of one run, and -m asks for several" in first.stderr
+    assert other.stderr == ""
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ def test_a_run_goes_on_with_smaller_packs(tmp_path):
     assert summary(folder)["steps"] == 4
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_runs_out_says_what_helps(tmp_path, tell):
     options = [*QUIET, "data.num_pairs=8", "data.num_eval_pairs=1200", "data.num_test_prompts=4"]
     run = tmp_path / "run"
@@ -102,6 +103,7 @@ def test_an_evaluation_that_runs_out_says_what_helps(tmp_path, tell):
     tell("untidy", "no memory left in an evaluation", seen=sentence, survived="the answers")
 
 
+@pytest.mark.slow
 def test_a_look_at_references_that_runs_out_says_what_helps(tmp_path, tell):
     data = ["data.num_pairs=1200", "data.num_eval_pairs=8", "data.tokens_per_batch=10000000", "seed=8"]
     look = ["evaluate.py", *QUIET, "stage=compatibility", "policy=lab:tiny", "references=[none]", *data]

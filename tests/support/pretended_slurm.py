@@ -19,7 +19,8 @@ SCRIPTS = {
         echo "Submitted batch job $id"
     """,
     "pretended_job": """
-        export SLURM_JOB_ID=$2 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1
+        export SLURM_JOB_ID=$2 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=localhost
+        export SLURM_NTASKS=$(sed -nE 's/^#SBATCH --ntasks-per-node=([0-9]+).*/\\1/p' "$SLURM_PRETENDED/$2.sh")
         export PRETENDED_NAME=$1
         [ "$3" = none ] || export SLURM_ARRAY_JOB_ID=$2 SLURM_ARRAY_TASK_ID=$3
         while
@@ -37,12 +38,17 @@ SCRIPTS = {
                 *) shift;;
             esac
         done
-        named() { local path=${1//%A_%a/$PRETENDED_NAME}; path=${path//%j/$PRETENDED_NAME}; echo "${path//%t/0}"; }
-        echo $$ > "$SLURM_PRETENDED/$PRETENDED_NAME.pid"
-        exec "$@" >> "$(named "$out")" 2>> "$(named "$err")"
+        named() { local path=${1//%A_%a/$PRETENDED_NAME}; path=${path//%j/$PRETENDED_NAME}; echo "${path//%t/$2}"; }
+        pids=()
+        for ((task = 0; task < SLURM_NTASKS; task++)); do
+            SLURM_PROCID=$task SLURM_LOCALID=$task "$@" >> "$(named "$out" $task)" 2>> "$(named "$err" $task)" &
+            pids+=($!)
+        done
+        echo "${pids[@]}" > "$SLURM_PRETENDED/$PRETENDED_NAME.pids"
+        wait "${pids[@]}"
     """,
     "scontrol": 'touch "$SLURM_PRETENDED/$2.requeue"',
-    "scancel": 'kill -TERM "$(cat "$SLURM_PRETENDED/$1.pid")"',
+    "scancel": 'kill -TERM $(cat "$SLURM_PRETENDED/$1.pids")',
     "sacct": """
         echo "JobID|State|NodeList"
         for file in "$SLURM_PRETENDED"/*.state; do
@@ -68,8 +74,9 @@ class PretendedSlurm:
         patch.setenv("SLURM_PRETENDED", str(self.folder))
 
     def send(self, job: str, signum: int) -> None:
-        """A signal to the process of a job, as `scancel --signal` and the end of its time do."""
-        os.kill(int((self.folder / f"{job}.pid").read_text()), signum)
+        """A signal to all processes of a job, as `scancel --signal` and the end of its time do."""
+        for pid in (self.folder / f"{job}.pids").read_text().split():
+            os.kill(int(pid), signum)
 
     def state(self, job: str) -> str:
         path = self.folder / f"{job}.state"
