@@ -203,7 +203,7 @@ def directory_words(arguments: Sequence[str]) -> list[str]:
 def script(name: str) -> str:
     """What one types to run a script of ours beside this one, with the user's own folders."""
     size = ranks().size
-    starting = ["torchrun", "--nproc-per-node", str(size)] if name == "train.py" and size > 1 else ["python"]
+    starting = ["torchrun", "--nproc-per-node", str(size)] if size > 1 else ["python"]
     return shlex.join([*starting, name, *directory_words(sys.argv[1:])])
 
 

@@ -73,7 +73,7 @@ def test_two_ranks_leave_what_one_leaves(tmp_path, alone):
     check_same(run, alone)
     assert {path.name for path in run.iterdir()} == {path.name for path in alone.iterdir()}
     assert {path.name for path in (run / "policy").iterdir()} == {path.name for path in (alone / "policy").iterdir()}
-    assert "next:" in first.stdout
+    assert f"next:\n  torchrun --nproc-per-node 2 evaluate.py policy={run}" in first.stdout
     assert other.stdout == other.stderr == ""
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
     assert 1 <= line["train/throughput/rank_imbalance"] < 1.6
