@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,3 +188,28 @@ def test_the_way_to_a_step_is_short():
     depths = dict(re.findall(r"frames of ours down to (\S+) +(\d+)", printed))
     assert int(depths["optimizer.step"]) <= 5
     assert int(depths["dpo"]) <= 11
+
+
+IMPORTING = """
+import importlib, pkgutil, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Told(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        raise AssertionError(f"{operation} at import")
+
+import dpo_ref
+with Told():
+    for module in pkgutil.walk_packages(dpo_ref.__path__, "dpo_ref."):
+        if module.name != "dpo_ref.models.kernels":  # needs triton
+            importlib.import_module(module.name)
+"""
+
+
+def test_nothing_is_computed_when_modules_are_imported():
+    """A sweep's jobs are forked from a process that has imported everything. Had it computed with several threads, those
+    would be gone in the jobs, which would wait for them for ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

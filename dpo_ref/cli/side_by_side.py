@@ -344,8 +344,8 @@ class Launching(Launcher):
         returns = [JobReturn(overrides=list(words), status=JobStatus.COMPLETED) for words in job_overrides]
         threads = threads_each(most)
         say(
-            f"{len(jobs)} jobs, {most} at a time, {threads} thread{'s' if threads > 1 else ''} each; the time left is "
-            "told once jobs train"
+            f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}, {most} at a time, {threads} thread"
+            f"{'s' if threads > 1 else ''} each; the time left is told once jobs train"
         )
         run_side_by_side(jobs, most, lambda index, end: self.note(configs[index], returns[index], end))
         return returns

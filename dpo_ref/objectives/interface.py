@@ -526,8 +526,9 @@ def _logps(batch: PackedBatch, tokens: torch.Tensor) -> ResponseLogps:
 class _MadeUp(Mapping[TokenDivergence, Float[Tensor, " N"]]):
     """Any divergence, of distributions over three words at one token of each response."""
 
-    logp = torch.linspace(-2.0, 1.0, 12, dtype=torch.float64).reshape(4, 3).log_softmax(-1)
-    logq = torch.linspace(0.5, -1.0, 12, dtype=torch.float64).reshape(3, 4).T.log_softmax(-1)
+    def __init__(self) -> None:
+        self.logp = torch.linspace(-2.0, 1.0, 12, dtype=torch.float64).reshape(4, 3).log_softmax(-1)
+        self.logq = torch.linspace(0.5, -1.0, 12, dtype=torch.float64).reshape(3, 4).T.log_softmax(-1)
 
     def __getitem__(self, asked: TokenDivergence) -> Float[Tensor, " N"]:
         return asked.values(self.logp, self.logq)

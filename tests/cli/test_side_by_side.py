@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from dpo_ref.cli import sweep as end_of_sweep
-from dpo_ref.cli.side_by_side import SideJob, at_a_time, run_side_by_side, swept_names, threads_each
+from dpo_ref.cli.side_by_side import SideJob, at_a_time, cores, run_side_by_side, swept_names, threads_each
 from dpo_ref.cli.sweep import print_next
 from dpo_ref.files.cache import made_by_one
 from dpo_ref.tracking.side_by_side import Activity, JobProgress, JobRow, seconds_left
 from dpo_ref.tracking.terminal import progress, say
-from tests.support.command import forked, typed
+from tests.support.command import forked, typed, typed_afresh
 from tests.support.faults import SMALL, same_weights
 from tests.support.kills import without_clock
 from tests.support.pictures import undrawn
@@ -85,6 +85,17 @@ def test_each_job_has_its_name_before_what_it_says_and_one_line_at_its_end(sweep
         assert len(re.findall(rf"^{name} \| done after \d:\d\d  .*train/loss 0\.6931 -> ", out, re.M)) == 1
     assert len(re.findall("groups to train on", out)) == 1  # what all jobs say is said once
     assert out.count("evaluate.py policy=") == 1  # what to type next is said at the end of the sweep
+
+
+@pytest.mark.slow
+def test_a_job_of_two_threads_ends(tmp_path, monkeypatch):
+    """Forked from a process that has no threads of its own yet: see tests/test_layers.py."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    words = [*SMALL, "beta=1", "hydra/launcher=side_by_side", f"output_dir={tmp_path / 'sweep'}", *BESIDE[:1]]
+    done = typed_afresh("train.py", "-m", *words, "hydra.launcher.n_jobs=1")
+    assert done.returncode == 0, done.stderr
+    if cores() > 1:
+        assert "1 job, 1 at a time, 2 threads each" in done.stdout
 
 
 def test_names_are_what_tells_jobs_apart():
