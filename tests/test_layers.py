@@ -207,8 +207,8 @@ with Told():
 
 
 def test_nothing_is_computed_when_modules_are_imported():
-    """A sweep's jobs are forked from a process that has imported everything. Had it computed with several threads, those
-    would be gone in the jobs, which would wait for them for ever."""
+    """Jobs of a sweep are forked from a process that has imported everything. Had it computed with several threads,
+    those would be gone in the jobs, which would wait for them for ever."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORTING], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
     )
