@@ -1,0 +1,53 @@
+"""Is a reference needed? (RQ2 of arXiv 2407.13709; plan: conf/experiment/necessity.yaml)"""
+
+from pathlib import Path
+
+from studies.intervals import LEVEL, over_runs_and_prompts
+from studies.records import Finding, Record, above, row_of
+from studies.runner import initial_metrics
+from studies.tuning import Method, Tuned, tuned
+
+MINUTES = 120
+METRICS = ("gold", "win_rate", "tokens", "kl", "end", "accuracy")
+METHODS = (
+    Method("dpo, initial", ("objective=dpo", "reference=initial"), ("0.03", "0.1", "0.3", "1", "3")),
+    Method("dpo, none", ("objective=dpo", "reference=none"), ("0.003", "0.01", "0.03", "0.1", "0.3")),
+    Method("dpo, prior", ("objective=dpo", "reference=prior"), ("0.001", "0.003", "0.01", "0.03", "0.1")),
+    Method(
+        "dpo, uniform token", ("objective=dpo", "reference=uniform_token"), ("0.001", "0.003", "0.01", "0.03", "0.1")
+    ),
+    Method("simpo", ("objective=simpo",), ("0.3", "1", "3", "10", "30")),
+    Method("orpo", ("objective=orpo",), ("0.03", "0.1", "0.3", "1", "3"), "objective.weight"),
+    Method("cpo", ("objective=cpo",), ("0.01", "0.03", "0.1", "0.3", "1")),
+)
+
+
+def record(folder: Path) -> Record:
+    """Run what is left of the plan, and what came of it."""
+    every = [
+        tuned(folder / method.name.replace(", ", "_").replace(" ", "_"), "necessity", method) for method in METHODS
+    ]
+    chosen = [
+        row_of(each.results[each.chosen], METRICS, method=each.method.name, lr=each.chosen[0], strength=each.chosen[1])
+        for each in every
+    ]
+    rows = {
+        "chosen": chosen,
+        "neighbours": [row for each in every for row in each.rows(METRICS)],
+        "grid": [row for each in every for row in each.grid_rows()],
+    }
+    edges = {each.method.name: each.at_edge for each in every}
+    return Record(rows, _findings(every), {"edges": edges, "initial": initial_metrics(folder / "initial")})
+
+
+def _findings(every: list[Tuned]) -> list[Finding]:
+    first, *others = every
+    level = 1 - (1 - LEVEL) / len(others)
+    ours = first.results[first.chosen]
+    return [
+        above(
+            f"gold, dpo with reference=initial less {other.method.name}",
+            over_runs_and_prompts(ours.less(other.results[other.chosen]), ours.initials, level),
+        )
+        for other in others
+    ]

@@ -1,0 +1,205 @@
+"""How strong should the KL constraint of DPO be? (RQ1 of arXiv 2407.13709; plan: conf/experiment/strength.yaml)"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_ref.reports.plots import BROKEN, INITIAL, SERIES, Panel
+from studies.intervals import LEVEL, Interval, over_runs, over_runs_and_prompts
+from studies.records import Record, above, apart, below, findings_table, markdown, rounded, row_of, shown
+from studies.runner import INITIALS, Runs, initial_metrics, sweep
+
+MINUTES = 60
+BETAS = ("0.005", "0.02", "0.1", "0.3", "1", "3", "10")
+CHOSEN = "1"  # on validation prompts, before (docs/lab.md)
+JUDGES = {"likes length": "length_bias_1", "length-blind": "length_bias_0"}
+METRICS = ("gold", "win_rate", "tokens", "kl", "ended", "end", "accuracy")
+CLASSES = ("end of the answer", "first of the answer", "punctuation", "other")
+WORDS = ("train.py", "+experiment=strength")
+
+
+def sweeps(folder: Path) -> dict[str, Runs]:
+    """The policies of each part of the plan."""
+    parts = {
+        judge: sweep(folder / name, "+experiment=strength", f"data.length_bias={name[-1]}")
+        for judge, name in JUDGES.items()
+    }
+    words = ("data.length_bias=1", "optim.lr=1.5e-4", "model.path=lab:initial", "seed=0,1,2")
+    return parts | {"smaller learning rate": sweep(folder / "low_lr", "+experiment=strength", *words)}
+
+
+def record(folder: Path) -> Record:
+    """Run what is left of the plan, and what came of it."""
+    runs, initial = sweeps(folder), initial_metrics(folder / "initial")
+    rows = [
+        row_of(runs[part].at(beta=beta), METRICS, part=part, beta=beta) | _classes(runs[part].at(beta=beta))
+        for part in runs
+        for beta in BETAS
+    ]
+    best = {part: _best_shares(runs[part]) for part in runs}
+    by_initial = [
+        row_of(runs[judge].at(beta=beta).where(lambda run, name=name: run.initial == name), ("gold",), part=judge,
+               beta=beta, initial=name)
+        for judge in JUDGES
+        for beta in BETAS
+        for name in INITIALS
+    ]  # fmt: skip
+    return Record(
+        {"curve": rows, "by initial policy": by_initial}, _tests(runs, initial), {"best": best, "initial": initial}
+    )
+
+
+def _classes(runs: Runs) -> dict[str, Any]:
+    """Mean log-ratio of the tokens of chosen responses, by class."""
+    found = [{bucket.name: bucket.mean.mean for bucket in run.classes("chosen")} for run in runs.runs]
+    means = {name: over_runs([each[name] for each in found], runs.initials) for name in CLASSES}
+    return {f"logratio, {name}": rounded(mean) for name, mean in means.items()}
+
+
+def _best_shares(runs: Runs, num_resamples: int = 2000) -> dict[str, float]:
+    """How often each beta has the highest gold when runs, within their initial policy, and prompts are drawn anew."""
+    generator = np.random.default_rng(0)
+    gold = np.stack([runs.at(beta=beta).gold for beta in BETAS])
+    initials = np.array(runs.at(beta=BETAS[0]).initials)
+    rows = [np.flatnonzero(initials == name) for name in dict.fromkeys(initials)]
+    wins = np.zeros(len(BETAS))
+    for _ in range(num_resamples):
+        units = np.concatenate([generator.choice(of_one, len(of_one)) for of_one in rows])
+        prompts = generator.integers(gold.shape[2], size=gold.shape[2])
+        wins[gold[:, units][:, :, prompts].mean(axis=(1, 2)).argmax()] += 1
+    return dict(zip(BETAS, (wins / num_resamples).tolist(), strict=True))
+
+
+# --- the tests of the plan
+
+
+def _tests(runs: dict[str, Runs], initial: dict[str, dict[str, float]]) -> list[Any]:
+    level = 1 - (1 - LEVEL) / 4  # four differences at once
+    tests = []
+    for judge in JUDGES:
+        for other in (BETAS[0], BETAS[-1]):
+            gain = over_runs_and_prompts(*_difference(runs[judge], CHOSEN, other), level)
+            tests.append(above(f"gold, beta {CHOSEN} less beta {other}, a judge who {_verb(judge)}", gain))
+    for judge, bound, test in zip(JUDGES, (2.0, 1.25), (above, below), strict=True):
+        loosest = runs[judge].at(beta=BETAS[0])
+        ratios = [run.metrics["tokens"] / initial[run.initial]["tokens"] for run in loosest.runs]
+        how = "more than 2" if test is above else "less than 1.25"
+        statement = f"tokens at beta {BETAS[0]} over the initial policy's, a judge who {_verb(judge)}: {how}"
+        tests.append(test(statement, over_runs(ratios, loosest.initials), bound))
+    loosest = runs["likes length"].at(beta=BETAS[0])
+    tests.append(
+        below(f"log-ratio of the end token at beta {BETAS[0]}, a judge who likes length", loosest.mean("end"))
+    )
+    tests += [_monotone(runs[judge], judge) for judge in JUDGES]
+    harms = [_difference(runs[judge], CHOSEN, BETAS[0]) for judge in JUDGES]
+    (first, initials), (second, _) = harms
+    harm = over_runs_and_prompts(first - second, initials)
+    return [*tests, apart(f"gold, beta {CHOSEN} less beta {BETAS[0]}: with the liking for length less without", harm)]
+
+
+def _verb(judge: str) -> str:
+    return judge if judge == "likes length" else "does not care for length"
+
+
+def _difference(runs: Runs, beta: str, other: str) -> tuple[np.ndarray, list[str]]:
+    first = runs.at(beta=beta)
+    return first.less(runs.at(beta=other)), first.initials
+
+
+def _monotone(runs: Runs, judge: str) -> Any:
+    """Share of runs in which KL falls from each beta to the next."""
+    kl = np.array([runs.at(beta=beta).values("kl") for beta in BETAS])
+    falls = (np.diff(kl, axis=0) < 0).all(axis=0)
+    share = float(falls.mean())
+    test = above(
+        f"share of seeds in which KL falls at every step of beta, a judge who {_verb(judge)}",
+        Interval(share, share, share),
+        1,
+    )
+    return test.__class__(test.statement, test.estimate, bool(falls.all()))
+
+
+# --- as it is shown
+
+
+def parts(found: Record) -> dict[str, str]:
+    """What is written into the page."""
+    titles = ["judge", "β", "gold", "win rate, %", "tokens", "KL, nats", "end token, nats", "degenerate", "best in"]
+    rows = [
+        [
+            row["part"],
+            row["beta"],
+            shown(row["gold"]),
+            shown(Interval(*(100 * value for value in row["win_rate"])), 1),
+            shown(row["tokens"], 1),
+            shown(row["kl"], 2),
+            shown(row["end"], 2),
+            f"{row['degenerate']} of {row['runs']}",
+            f"{found.also['best'][row['part']][row['beta']]:.0%}",
+        ]
+        for row in found.rows["curve"]
+    ]
+    return {"strength": markdown(titles, rows), "strength tests": findings_table(found)}
+
+
+def _curve(found: Record, key: str, title: str, label: str, caption: str, level: float | None = None) -> Panel:
+    def draw(axes: Any) -> None:
+        for index, part in enumerate(dict.fromkeys(row["part"] for row in found.rows["curve"])):
+            rows = [row for row in found.rows["curve"] if row["part"] == part]
+            line(axes, [float(row["beta"]) for row in rows], [row[key] for row in rows], SERIES[index], part, index)
+            broken = [row for row in rows if 2 * row["degenerate"] > row["runs"]]
+            axes.plot(
+                [float(row["beta"]) for row in broken], [row[key].mean for row in broken], "X", color=BROKEN, zorder=4
+            )
+        if level is not None:
+            axes.axhline(level, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.4)
+        beta_axis(axes, BETAS)
+        axes.set_title(title)
+        axes.set_ylabel(label)
+        axes.legend(loc="best")
+
+    return Panel(caption, draw)
+
+
+def line(axes: Any, x: Sequence[float], intervals: Sequence[Interval], colour: str, label: str, index: int) -> None:
+    """A line of means with their intervals, told apart by its marker too."""
+    means = np.array([each.mean for each in intervals])
+    bars = np.abs(np.array([[each.low, each.high] for each in intervals]).T - means)
+    axes.errorbar(x, means, yerr=bars, color=colour, marker="osD^v"[index % 5], linewidth=1.6, capsize=3, label=label)
+
+
+def beta_axis(axes: Any, betas: Sequence[str]) -> None:
+    """A logarithmic axis with these values."""
+    axes.set_xscale("log")
+    axes.set_xticks([float(beta) for beta in betas], betas)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("β (larger: closer to the reference)")
+
+
+def _classes_panel(found: Record) -> Panel:
+    def draw(axes: Any) -> None:
+        rows = [row for row in found.rows["curve"] if row["part"] == "likes length"]
+        for index, name in enumerate(CLASSES):
+            intervals = [row[f"logratio, {name}"] for row in rows]
+            line(axes, [float(row["beta"]) for row in rows], intervals, SERIES[index], name, index)
+        axes.axhline(0, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.4)
+        beta_axis(axes, BETAS)
+        axes.set_title("Which tokens move (judge likes length)")
+        axes.set_ylabel("log-ratio, nats a token")
+        axes.legend(loc="best")
+
+    return Panel("Mean log-ratio to the initial policy of the tokens of held-out chosen responses.", draw)
+
+
+def panels(found: Record) -> list[Panel]:
+    """The pictures: reward, length, distance, and tokens against beta."""
+    initial = np.mean([each["gold"] for each in found.also["initial"].values()])
+    tokens = np.mean([each["tokens"] for each in found.also["initial"].values()])
+    return [
+        _curve(found, "gold", "Reward of the answers", "gold reward", "Gold reward.", float(initial)),
+        _curve(found, "tokens", "Length of the answers", "tokens", "Tokens an answer.", float(tokens)),
+        _curve(found, "kl", "Distance from the initial policy", "nats an answer", "KL to the initial policy."),
+        _classes_panel(found),
+    ]
