@@ -2,8 +2,10 @@
 what came out, and compares it with what is committed."""
 
 import argparse
+import signal
 import sys
 from importlib import import_module
+from typing import Any
 
 from dpo_ref.files.writing import write_text
 from dpo_ref.reports.plots import write_png
@@ -14,50 +16,63 @@ from studies.runner import OUTPUTS
 STUDIES = ("strength", "necessity")
 
 
-def show(name: str, found: Record) -> None:
-    """The tests of a study in the terminal, and how it stands to what is committed."""
-    for test in found.tests:
-        say(f"{'borne out ' if test.holds else 'NOT borne out'} {test.statement}: {test.estimate}")
+def show(name: str, found: Record) -> bool:
+    """The findings of a study in the terminal, and how it stands to what is committed; whether that is repeated."""
+    for finding in found.findings:
+        say(f"{'yes' if finding.holds else 'NO ':<3} {finding.statement}: {finding.estimate}")
     committed = read(name)
     if committed is None:
-        say(f"nothing is committed of it yet; python -m studies {name} --write")
-        return
+        say(f"{name}: nothing is committed of it yet; to do so: python -m studies {name} --write")
+        return True
     told = differences(committed, found)
-    say(f"{name}: " + (f"{len(told)} numbers are not the committed ones" if told else "as committed"), *told)
-    if told:
-        sys.exit(1)
+    say(f"{name}: {f'{len(told)} numbers are not as committed' if told else 'as committed'}", *told)
+    return not told
 
 
 def write_pages(name: str, found: Record) -> None:
     """The page and the picture of a study."""
-    module, page = import_module(f"studies.{name}"), PAGES / f"{name}.md"
-    write_png(PAGES / f"{name}.png", module.panels(found))
-    write_text(page, filled(page, module.parts(found)))
+    study, page = import_module(f"studies.{name}"), PAGES / f"{name}.md"
+    write_png(PAGES / f"{name}.png", study.panels(found))
+    write_text(page, filled(page, study.parts(found)))
     say(f"wrote {page} and {name}.png")
+
+
+def _time_is_over(*_: Any) -> None:
+    raise TimeoutError
+
+
+def _study(name: str, args: argparse.Namespace) -> bool:
+    """Run one study; whether it repeats what is committed."""
+    found = read(name) if args.pages else import_module(f"studies.{name}").record(OUTPUTS / name)
+    if found is None:
+        raise ValueError(f"nothing is committed of {name}; without --pages it is run")
+    if args.write:
+        write(name, found)
+    if args.write or args.pages:
+        write_pages(name, found)
+    return args.pages or show(name, found)
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=STUDIES, metavar="study", help=", ".join(STUDIES))
+    parser.add_argument("names", nargs="*", choices=[*STUDIES, "all", []], metavar="study", help=", ".join(STUDIES))
+    parser.add_argument("--minutes", type=int, default=0, help="stop after so many; the same command goes on")
     parser.add_argument("--write", action="store_true", help="make what comes out the committed result")
     parser.add_argument("--pages", action="store_true", help="write the pages of what is committed, and run nothing")
     args = parser.parse_args()
-    if not args.names:
-        for name in STUDIES:
-            module = import_module(f"studies.{name}")
-            say(f"{name:<12} {module.MINUTES:>4} minutes on 2 cores  {module.__doc__}")
-    for name in args.names:
-        try:
-            found = read(name) if args.pages else import_module(f"studies.{name}").record(OUTPUTS / name)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-        if args.write and found:
-            write(name, found)
-        if found:
-            show(name, found) if not args.pages else None
-            if args.write or args.pages:
-                write_pages(name, found)
+    for name in STUDIES if not args.names else ():
+        study = import_module(f"studies.{name}")
+        say(f"{name:<12} {study.MINUTES:>4} minutes on 2 cores  {study.__doc__}")
+    signal.signal(signal.SIGALRM, _time_is_over)
+    signal.alarm(60 * args.minutes)
+    try:
+        repeated = [_study(name, args) for name in (STUDIES if "all" in args.names else args.names)]
+    except TimeoutError:
+        sys.exit(f"{args.minutes} minutes are over; the same command goes on")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(not all(repeated))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Rows of each table, by the words of a cell; the plan's tests; and what else the pictures show."""
+    """Rows of each table, by the words of a cell; what the plan's tests came to; and what else the pictures show."""
 
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
-    tests: Sequence[Finding]
+    findings: Sequence[Finding]
     also: Mapping[str, Any] = field(default_factory=dict)
 
     def row(self, table: str, **words: Any) -> Mapping[str, Any]:
@@ -85,8 +85,8 @@ def read(name: str) -> Record | None:
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = {table: [_row(row) for row in rows] for table, rows in content["rows"].items()}
-    tests = [Finding(each["statement"], Interval(*each["estimate"]), each["holds"]) for each in content["tests"]]
-    return Record(rows, tests, content["also"])
+    findings = [Finding(each["statement"], Interval(*each["estimate"]), each["holds"]) for each in content["findings"]]
+    return Record(rows, findings, content["also"])
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,26 +97,23 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(committed: Record, found: Record) -> list[str]:
     """Where a later run is not what was committed: a mean outside of the committed interval, a row that is lacking,
-    and a test that ends otherwise. Empty where it is repeated."""
+    and a test of the plan that ends otherwise. Empty where it is repeated."""
     told = []
     for table, rows in committed.rows.items():
         others = {_words(row): row for row in found.rows.get(table, [])}
         for row in rows:
             words = _words(row)
             told += [f"{table}, {words}: lacking"] if words not in others else _outside(table, row, others[words])
-    ends = {test.statement: test.holds for test in found.tests}
-    told += [f"test: {test.statement}" for test in committed.tests if ends.get(test.statement) is not test.holds]
+    ends = {test.statement: test.holds for test in found.findings}
+    told += [f"test: {test.statement}" for test in committed.findings if ends.get(test.statement) is not test.holds]
     return told
 
 
 def _words(row: Mapping[str, Any]) -> str:
-    means = (Interval, int) if "runs" in row else (Interval,)
-    named = {
-        key: value
-        for key, value in row.items()
-        if key not in ("runs", "degenerate") and not isinstance(value, Interval)
-    }
-    return ", ".join(f"{key}={value}" for key, value in named.items()) if means else ""
+    """What a row is about."""
+    numbers = ("runs", "degenerate")
+    named = {key: value for key, value in row.items() if key not in numbers and not isinstance(value, Interval)}
+    return ", ".join(f"{key}={value}" for key, value in named.items())
 
 
 def _outside(table: str, row: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -141,7 +138,7 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def findings_table(record: Record, decimals: int = 3) -> str:
     """The tests of the plan."""
     rows = [
-        [test.statement, shown(test.estimate, decimals), "yes" if test.holds else "**no**"] for test in record.tests
+        [test.statement, shown(test.estimate, decimals), "yes" if test.holds else "**no**"] for test in record.findings
     ]
     return markdown(["fixed beforehand", "estimate [interval]", "borne out"], rows)
 

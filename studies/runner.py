@@ -7,6 +7,7 @@ one thread each, so that their numbers do not depend on how many cores there are
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -58,14 +59,22 @@ def run(folder: Path, *words: str) -> None:
             )
         return
     say(command)
-    words = (*words, f"output_dir={folder}", "tracking=none")
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    if done.returncode:
-        raise ValueError(
-            f"{command}\nended with status {done.returncode}; the same command of studies goes on with it"
-        )
+    status = _typed([*words, f"output_dir={folder}", "tracking=none"])
+    if status:
+        raise ValueError(f"{command}\nended with status {status}; the same command of studies goes on with it")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(finished, command)
+
+
+def _typed(words: Sequence[str]) -> int:
+    """The status of a command; when the time of the studies is over it is stopped as by Ctrl-C, and saves itself."""
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        return process.wait()
+    except TimeoutError:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
 
 
 def sweep(folder: Path, *words: str) -> "Runs":

@@ -8,7 +8,7 @@ import numpy as np
 
 from dpo_ref.reports.plots import BROKEN, INITIAL, SERIES, Panel
 from studies.intervals import LEVEL, Interval, over_runs, over_runs_and_prompts
-from studies.records import Record, above, apart, below, findings_table, markdown, rounded, row_of, shown
+from studies.records import Finding, Record, above, apart, below, findings_table, markdown, rounded, row_of, shown
 from studies.runner import INITIALS, Runs, initial_metrics, sweep
 
 MINUTES = 60
@@ -47,7 +47,7 @@ def record(folder: Path) -> Record:
         for name in INITIALS
     ]  # fmt: skip
     return Record(
-        {"curve": rows, "by initial policy": by_initial}, _tests(runs, initial), {"best": best, "initial": initial}
+        {"curve": rows, "by initial policy": by_initial}, _findings(runs, initial), {"best": best, "initial": initial}
     )
 
 
@@ -75,50 +75,53 @@ def _best_shares(runs: Runs, num_resamples: int = 2000) -> dict[str, float]:
 # --- the tests of the plan
 
 
-def _tests(runs: dict[str, Runs], initial: dict[str, dict[str, float]]) -> list[Any]:
-    level = 1 - (1 - LEVEL) / 4  # four differences at once
-    tests = []
+def _findings(runs: dict[str, Runs], initial: dict[str, dict[str, float]]) -> list[Finding]:
+    loosest = {judge: runs[judge].at(beta=BETAS[0]) for judge in JUDGES}
+    longer, blind = (_lengths(loosest[judge], initial) for judge in JUDGES)
+    harms = [_difference(runs[judge], CHOSEN, BETAS[0]) for judge in JUDGES]
+    initials = loosest["likes length"].initials
+    return [
+        *_inside(runs),
+        above(f"tokens over the initial policy's at beta {BETAS[0]}, likes length: more than 2", longer, 2.0),
+        below(f"tokens over the initial policy's at beta {BETAS[0]}, length-blind: less than 1.25", blind, 1.25),
+        below(f"log-ratio of the end token at beta {BETAS[0]}, likes length", loosest["likes length"].mean("end")),
+        *(_monotone(runs[judge], judge) for judge in JUDGES),
+        apart(
+            f"gold, beta {CHOSEN} less beta {BETAS[0]}: of the judge who likes length less of the other",
+            over_runs_and_prompts(harms[0] - harms[1], initials),
+        ),
+    ]
+
+
+def _inside(runs: dict[str, Runs]) -> list[Finding]:
+    """That the chosen beta is above both ends, for either judge; four differences at once."""
+    level = 1 - (1 - LEVEL) / 4
+    findings = []
     for judge in JUDGES:
         for other in (BETAS[0], BETAS[-1]):
-            gain = over_runs_and_prompts(*_difference(runs[judge], CHOSEN, other), level)
-            tests.append(above(f"gold, beta {CHOSEN} less beta {other}, a judge who {_verb(judge)}", gain))
-    for judge, bound, test in zip(JUDGES, (2.0, 1.25), (above, below), strict=True):
-        loosest = runs[judge].at(beta=BETAS[0])
-        ratios = [run.metrics["tokens"] / initial[run.initial]["tokens"] for run in loosest.runs]
-        how = "more than 2" if test is above else "less than 1.25"
-        statement = f"tokens at beta {BETAS[0]} over the initial policy's, a judge who {_verb(judge)}: {how}"
-        tests.append(test(statement, over_runs(ratios, loosest.initials), bound))
-    loosest = runs["likes length"].at(beta=BETAS[0])
-    tests.append(
-        below(f"log-ratio of the end token at beta {BETAS[0]}, a judge who likes length", loosest.mean("end"))
-    )
-    tests += [_monotone(runs[judge], judge) for judge in JUDGES]
-    harms = [_difference(runs[judge], CHOSEN, BETAS[0]) for judge in JUDGES]
-    (first, initials), (second, _) = harms
-    harm = over_runs_and_prompts(first - second, initials)
-    return [*tests, apart(f"gold, beta {CHOSEN} less beta {BETAS[0]}: with the liking for length less without", harm)]
+            gain = _difference(runs[judge], CHOSEN, other)
+            initials = runs[judge].at(beta=CHOSEN).initials
+            statement = f"gold, beta {CHOSEN} less beta {other}, {judge}"
+            findings.append(above(statement, over_runs_and_prompts(gain, initials, level)))
+    return findings
 
 
-def _verb(judge: str) -> str:
-    return judge if judge == "likes length" else "does not care for length"
+def _lengths(runs: Runs, initial: dict[str, dict[str, float]]) -> Interval:
+    ratios = [run.metrics["tokens"] / initial[run.initial]["tokens"] for run in runs.runs]
+    return over_runs(ratios, runs.initials)
 
 
-def _difference(runs: Runs, beta: str, other: str) -> tuple[np.ndarray, list[str]]:
-    first = runs.at(beta=beta)
-    return first.less(runs.at(beta=other)), first.initials
+def _difference(runs: Runs, beta: str, other: str) -> np.ndarray:
+    return runs.at(beta=beta).less(runs.at(beta=other))
 
 
-def _monotone(runs: Runs, judge: str) -> Any:
-    """Share of runs in which KL falls from each beta to the next."""
+def _monotone(runs: Runs, judge: str) -> Finding:
     kl = np.array([runs.at(beta=beta).values("kl") for beta in BETAS])
     falls = (np.diff(kl, axis=0) < 0).all(axis=0)
     share = float(falls.mean())
-    test = above(
-        f"share of seeds in which KL falls at every step of beta, a judge who {_verb(judge)}",
-        Interval(share, share, share),
-        1,
+    return Finding(
+        f"share of runs in which KL falls at every step of beta, {judge}", Interval(share, share, share), share == 1
     )
-    return test.__class__(test.statement, test.estimate, bool(falls.all()))
 
 
 # --- as it is shown

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from dpo_ref.cli.slots import Slots, slots_for, visible_gpus
 from tests.support.command import ROOT, forked, typed, typed_afresh
 from tests.support.faults import SMALL, Typed, same_weights, steps, summary
 from tests.support.pretended_slurm import PretendedSlurm
+from tests.support.quick import only
 from tests.support.ranks import typed_on_ranks
 
 BETAS = ("0.1", "3")
@@ -53,12 +55,15 @@ sys.addaudithook(note)
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory):
-    """The same sweep one job after the other and by each launcher of this machine; and what was put into the cache."""
+    """The same sweep one job after the other and by launchers of this machine, each when it is asked for; what was
+    put into the cache."""
     root = tmp_path_factory.mktemp("sweeps")
     (root / "sitecustomize.py").write_text(NOTES_MOVES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(root))
-        for name in ("basic", "joblib", "submitit_local"):
+
+    @cache
+    def by(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(root))
             patch.setenv("DPO_REF_CACHE", str(root / f"cache of {name}"))
             patch.setenv("MOVES", str(root / f"moves of {name}"))
             (root / f"moves of {name}").mkdir()
@@ -66,38 +71,45 @@ def sweeps(tmp_path_factory):
             done = typed("train.py", "-m", *SHARING, f"output_dir={root / name}", *words)
             assert done.returncode == 0, done
             (root / f"{name}.txt").write_text(done.stdout)
-    return root
+        return root / name
+
+    return by
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+LAUNCHERS = only(["joblib", "submitit_local"], "joblib")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_jobs_are_those_of_a_sweep_that_runs_them_one_after_the_other(sweeps, launcher):
     for job in JOBS:
-        assert summary(sweeps / launcher / job)["status"] == "completed"
-        assert same_weights(sweeps / launcher / job, sweeps / "basic" / job)
-    told = (sweeps / f"{launcher}.txt").read_text()
+        assert summary(sweeps(launcher) / job)["status"] == "completed"
+        assert same_weights(sweeps(launcher) / job, sweeps("basic") / job)
+    told = sweeps(launcher).with_suffix(".txt").read_text()
     assert "2 jobs, 2 at a time, 1 thread each\n" in told
     assert "; 2 of 2\n" in told
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_what_jobs_share_is_made_by_one_of_them(sweeps, launcher):
-    made = (sweeps / f"moves of {launcher}.txt").read_text().splitlines()
-    assert len(list((sweeps / f"moves of {launcher}").iterdir())) == 2  # both came to it before it was there
-    assert made == [str(path) for path in (sweeps / f"cache of {launcher}" / "reference").glob("*/*.safetensors")]
+    root = sweeps(launcher).parent
+    made = (root / f"moves of {launcher}.txt").read_text().splitlines()
+    assert len(list((root / f"moves of {launcher}").iterdir())) == 2  # both came to it before it was there
+    assert made == [str(path) for path in (root / f"cache of {launcher}" / "reference").glob("*/*.safetensors")]
     assert len(made) == 1
 
 
 def test_names_stand_before_what_the_jobs_of_joblib_print(sweeps):
-    told = (sweeps / "joblib.txt").read_text()
+    told = sweeps("joblib").with_suffix(".txt").read_text()
     for beta in BETAS:
         assert f"beta={beta} | data: 32 groups to train on, 8 held out\n" in told
         assert f"beta={beta}: done; " in told
 
 
+@pytest.mark.slow
 def test_what_submitit_writes_lies_in_the_folder_of_the_sweep(sweeps):
-    logs = sorted(path.name for path in (sweeps / "submitit_local" / ".submitit").iterdir())
+    logs = sorted(path.name for path in (sweeps("submitit_local") / ".submitit").iterdir())
     assert [name.partition("_")[2] for name in logs] == 2 * ["0_log.err", "0_log.out", "0_result.pkl", "submitted.pkl"]
-    assert not list((sweeps / "submitit_local").glob("**/%j"))
+    assert not list(sweeps("submitit_local").glob("**/%j"))
 
 
 # --- how many, and on which GPU

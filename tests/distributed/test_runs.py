@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.support.command import train, typed_here
 from tests.support.on_policy import SMALL as ON_POLICY
+from tests.support.quick import only
 from tests.support.ranks import ended, ranks_started, typed_on_ranks
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=48", "data.num_eval_pairs=8", "data.num_test_prompts=4"]
@@ -79,11 +80,10 @@ def test_two_ranks_leave_what_one_leaves(tmp_path, alone):
     assert 1 <= line["train/throughput/rank_imbalance"] < 1.6
 
 
-WAYS = [(1, "none", 2, "fsdp"), (2, "fsdp", 1, "none")]
-WAYS += [pytest.param(*way, marks=pytest.mark.slow) for way in ((2, "fsdp", 3, "ddp"), (2, "ddp", 2, "fsdp"))]
+WAYS = [(1, "none", 2, "fsdp"), (2, "fsdp", 1, "none"), (2, "fsdp", 3, "ddp"), (2, "ddp", 2, "fsdp")]
 
 
-@pytest.mark.parametrize(("before", "held", "after", "then"), WAYS)
+@pytest.mark.parametrize(("before", "held", "after", "then"), only(WAYS, WAYS[1]))
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone, before, held, after, then):
     run = tmp_path / "run"
     begun = [*RUN, *MOVING, f"output_dir={run}", "trainer.max_steps=3", f"parallel={held}"]
