@@ -399,7 +399,7 @@ def why_failed(returned: Any) -> str | None:
 def swept_names(jobs: Sequence[Sequence[str]]) -> list[str]:
     """What tells each job of a sweep from the others: the words that not all of them have, but for Hydra's own."""
     shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    own = [[word.lstrip("+") for word in words if word not in shared] for words in jobs]
+    own = [[word.lstrip("+").replace("\\:", ":") for word in words if word not in shared] for words in jobs]
     return [" ".join(word for word in words if not word.startswith("hydra.")) or "the job" for words in own]
 
 

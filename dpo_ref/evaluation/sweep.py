@@ -209,6 +209,7 @@ def _job(folder: Path, name: str) -> SweptRun:
     is_whole = bool(checkpoint) or average is not None  # whatever became of its run
     climb = None if is_whole else summary.get("search")
     words = [str(override).removeprefix("++") for override in summary.get("overrides") or []]
+    words = [word.replace("\\:", ":") for word in words]  # Hydra writes lab\:strong where lab:strong was swept
     words = [word for word in words if key_of(word).partition(".")[0] not in NOT_OF_A_POLICY]
     job = SweptRun(
         name=name,

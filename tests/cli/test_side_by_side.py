@@ -102,6 +102,7 @@ def test_names_are_what_tells_jobs_apart():
     jobs = [["+experiment=demo", "beta=0.1", "seed=0"], ["+experiment=demo", "beta=3", "seed=0"]]
     assert swept_names(jobs) == ["beta=0.1", "beta=3"]
     assert swept_names([["model=lab"]]) == ["model=lab"]
+    assert swept_names([["reference.path=lab\\:strong"]]) == ["reference.path=lab:strong"]
     assert swept_names([["beta=1", "hydra.sweep.subdir=0_a"], ["beta=2", "hydra.sweep.subdir=1_b"]]) == [
         "beta=1",
         "beta=2",

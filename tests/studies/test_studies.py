@@ -1,0 +1,134 @@
+"""Studies ask for what can be run, choose by their rule, and their pages say what is committed."""
+
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_ref.files.writing import write_text
+from studies import records, runner, tuning
+from studies.__main__ import STUDIES
+from studies.intervals import Interval
+from studies.necessity import METHODS
+from studies.records import PAGES, Finding, Record, differences, filled, read, write
+from studies.runner import Run, Runs
+from tests.support.command import resolved
+from tests.support.faults import SMALL
+
+
+def run_of(gold, initial="lab:initial", seed=0, degenerate=False, **words):
+    """A policy whose answers to each prompt are worth this."""
+    metrics = {"gold": float(np.mean(gold)), "tokens": 10.0 + seed}
+    return Run(words, initial, seed, metrics, degenerate, np.array(gold), Path("nowhere"))
+
+
+# --- plans
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_what_a_study_compares_composes(method):
+    values = [float(value) for value in method.strengths]
+    assert values == sorted(values)
+    assert len(values) == len(METHODS[0].strengths)  # the same chances for all
+    for value in method.strengths:
+        resolved("+experiment=necessity", *method.words, f"{method.key}={value}", f"optim.lr={tuning.LRS[0]}")
+
+
+def test_the_best_place_is_not_degenerate_unless_all_are():
+    grid = {
+        ("1e-4", "0.1"): Runs([run_of([0.9, 0.9], degenerate=True)]),
+        ("1e-4", "0.3"): Runs([run_of([0.5, 0.7])]),
+        ("2e-4", "0.3"): Runs([run_of([0.4, 0.6])]),
+    }
+    assert tuning.best_of(grid) == ("1e-4", "0.3")
+    assert tuning.best_of({place: Runs([run_of([0.1], degenerate=True)]) for place in grid}) == ("1e-4", "0.1")
+
+
+def test_neighbours_and_what_lies_beyond():
+    assert tuning._around(["1", "3", "10"], "3") == ["1", "3", "10"]
+    assert tuning._around(["1", "3", "10"], "10") == ["3", "10"]
+    assert tuning._axes({("1e-3", "10"): 0, ("2e-4", "3"): 0}) == (["2e-4", "1e-3"], ["3", "10"])
+    assert [tuning._rounded(10**2 / 3), tuning._rounded(1e-4**2 / 2e-4)] == [30, 5e-5]
+
+
+# --- policies
+
+
+def test_runs_are_found_by_their_words_and_paired_by_seed():
+    runs = Runs([run_of([1, 2], seed=1, beta="0.10"), run_of([3, 5], seed=0, beta="0.1"), run_of([0, 0], beta="1")])
+    weak, strong = runs.at(beta="1e-1"), runs.at(beta="1")
+    assert weak.units == [("lab:initial", 0), ("lab:initial", 1)]
+    assert weak.where(lambda run: run.seed == 0).less(strong).tolist() == [[3, 5]]
+    with pytest.raises(ValueError, match="paired by initial policy and seed"):
+        weak.less(strong)
+    with pytest.raises(ValueError, match="no run is left"):
+        runs.at(beta="2")
+
+
+def test_a_folder_of_another_command_is_refused(tmp_path):
+    write_text(tmp_path / runner.FINISHED, "python train.py -m beta=1")
+    runner.run(tmp_path, "train.py", "-m", "beta=1")  # runs nothing
+    with pytest.raises(ValueError, match=r"is the result of\n  python train.py -m beta=1\nand not of"):
+        runner.run(tmp_path, "train.py", "-m", "beta=2")
+
+
+@pytest.mark.slow
+def test_a_sweep_is_run_once_and_read(tmp_path):
+    words = [*SMALL, "beta=0.1,1", "seed=3,4", "hydra/launcher=side_by_side"]
+    runs = runner.sweep(tmp_path, *words)
+    assert runs.at(beta="1").units == [("lab:tiny", 3), ("lab:tiny", 4)]
+    run = runs.at(beta="1").runs[0]
+    assert run.gold.mean() == pytest.approx(run.metrics["gold"])
+    assert {bucket.name for bucket in run.classes("chosen")} >= {"end of the answer", "other"}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    runner.sweep(tmp_path, *words)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+
+# --- records and pages
+
+FOUND = Record(
+    {"curve": [{"beta": "0.1", "runs": 10, "degenerate": 2, "gold": Interval(0.5, 0.4, 0.6)}]},
+    [Finding("gold is above", Interval(0.5, 0.4, 0.6), True)],
+    {"edges": {"dpo": ["beta"]}},
+)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    assert read("some") is None
+    write("some", FOUND)
+    assert read("some") == FOUND
+    assert len((tmp_path / "some.json").read_text().splitlines()) < 30
+
+
+def test_what_is_not_repeated_is_named():
+    def with_gold(value, holds=True):
+        rows = [{**FOUND.rows["curve"][0], "gold": Interval(value, value - 0.01, value + 0.01)}]
+        return Record({"curve": rows}, [Finding("gold is above", Interval(value, 0, 0), holds)])
+
+    assert differences(FOUND, FOUND) == differences(FOUND, with_gold(0.41)) == []
+    assert differences(FOUND, with_gold(0.61)) == [
+        "curve, beta=0.1: gold 0.61 is outside of 0.500 [0.400, 0.600]",
+    ]
+    assert differences(FOUND, with_gold(0.5, holds=False)) == ["test: gold is above"]
+    assert differences(FOUND, Record({"curve": []}, FOUND.findings)) == ["curve, beta=0.1: lacking"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_pages_say_what_is_committed(name):
+    page, found = PAGES / f"{name}.md", read(name)
+    assert found is not None
+    assert page.read_text() == filled(page, import_module(f"studies.{name}").parts(found)), (
+        f"python -m studies {name} --pages"
+    )
+    assert (PAGES / f"{name}.png").stat().st_size > 10_000
+
+
+def test_a_page_without_a_place_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- a -->\nold\n<!-- end -->\n")
+    assert filled(page, {"a": "new"}) == "<!-- a -->\nnew\n<!-- end -->\n"
+    with pytest.raises(ValueError, match="has no place <!-- b -->"):
+        filled(page, {"b": "new"})
