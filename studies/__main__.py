@@ -13,7 +13,7 @@ from dpo_ref.tracking.terminal import say
 from studies.records import PAGES, Record, differences, filled, read, write
 from studies.runner import OUTPUTS
 
-STUDIES = ("strength", "necessity")
+STUDIES = ("strength", "necessity", "stronger")
 
 
 def show(name: str, found: Record) -> bool:

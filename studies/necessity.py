@@ -1,9 +1,10 @@
 """Is a reference needed? (RQ2 of arXiv 2407.13709; plan: conf/experiment/necessity.yaml)"""
 
+import re
 from pathlib import Path
 
 from studies.intervals import LEVEL, over_runs_and_prompts
-from studies.records import Finding, Record, above, row_of
+from studies.records import Finding, Record, above
 from studies.runner import initial_metrics
 from studies.tuning import Method, Tuned, tuned
 
@@ -22,17 +23,16 @@ METHODS = (
 )
 
 
+def folder_of(method: Method) -> str:
+    """The folder of a method's runs."""
+    return re.sub(r"[^a-z0-9]+", "_", method.name.lower())
+
+
 def record(folder: Path) -> Record:
     """Run what is left of the plan, and what came of it."""
-    every = [
-        tuned(folder / method.name.replace(", ", "_").replace(" ", "_"), "necessity", method) for method in METHODS
-    ]
-    chosen = [
-        row_of(each.results[each.chosen], METRICS, method=each.method.name, lr=each.chosen[0], strength=each.chosen[1])
-        for each in every
-    ]
+    every = [tuned(folder / folder_of(method), "necessity", method) for method in METHODS]
     rows = {
-        "chosen": chosen,
+        "chosen": [each.chosen_row(METRICS) for each in every],
         "neighbours": [row for each in every for row in each.rows(METRICS)],
         "grid": [row for each in every for row in each.grid_rows()],
     }

@@ -42,6 +42,11 @@ class Tuned:
         ends = zip((LR, self.method.key), axes, self.chosen, strict=True)
         return [key for key, values, value in ends if value in (values[0], values[-1])]
 
+    def chosen_row(self, metrics: Sequence[str]) -> dict[str, Any]:
+        """The row of the chosen place."""
+        (row,) = (row for row in self.rows(metrics) if (row["lr"], row["strength"]) == self.chosen)
+        return row
+
     def rows(self, metrics: Sequence[str]) -> list[dict[str, Any]]:
         """A row of each place that has results."""
         return [
