@@ -11,7 +11,7 @@ PYTHONS := 3.11 3.12 3.13
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install install-locked install-dev demo test test-fast test-matrix faults guards
-.PHONY: lab-models reliability zoo lint format flash lock licences audit clean
+.PHONY: studies lab-models reliability zoo lint format flash lock licences audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +95,11 @@ licences: $(TOOLS)/.installed ## write docs/licences.md: the licence of each pac
 
 audit: $(TOOLS)/.installed ## known vulnerabilities of what is locked; status 3 where they cannot be looked up
 	@$(TOOLS)/bin/python -m tests.support.audit
+
+STUDIES := all
+MINUTES := 40
+studies: install ## run what is left of the studies for 40 minutes, and compare with what is committed: make studies STUDIES=strength MINUTES=90
+	$(BIN)/python -m studies $(STUDIES) --minutes $(MINUTES)
 
 lint: install-dev ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -71,6 +71,7 @@ def test_hydra_and_wandb_stay_in_their_rooms(path):
     assert room_of(path) == "cli" or not roots & {"hydra", "omegaconf"}
     assert room_of(path) == "tracking" or "wandb" not in roots
     assert "pickle" not in roots
+    assert not roots & {"studies", "benchmarks", "tests"}  # they use the package, and never the other way
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
