@@ -1,13 +1,14 @@
 """How strong should the KL constraint of DPO be? (RQ1 of arXiv 2407.13709; plan: conf/experiment/strength.yaml)"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpo_ref.reports.plots import BROKEN, INITIAL, SERIES, Panel
+from dpo_ref.reports.plots import BROKEN, Panel
 from studies.intervals import LEVEL, Interval, over_runs, over_runs_and_prompts
+from studies.pictures import level, line, strength_axis
 from studies.records import Finding, Record, above, apart, below, findings_table, markdown, rounded, row_of, shown
 from studies.runner import INITIALS, Runs, initial_metrics, sweep
 
@@ -17,7 +18,6 @@ CHOSEN = "1"  # on validation prompts, before (docs/lab.md)
 JUDGES = {"likes length": "length_bias_1", "length-blind": "length_bias_0"}
 METRICS = ("gold", "win_rate", "tokens", "kl", "ended", "end", "accuracy")
 CLASSES = ("end of the answer", "first of the answer", "punctuation", "other")
-WORDS = ("train.py", "+experiment=strength")
 
 
 def sweeps(folder: Path) -> dict[str, Runs]:
@@ -95,14 +95,14 @@ def _findings(runs: dict[str, Runs], initial: dict[str, dict[str, float]]) -> li
 
 def _inside(runs: dict[str, Runs]) -> list[Finding]:
     """That the chosen beta is above both ends, for either judge; four differences at once."""
-    level = 1 - (1 - LEVEL) / 4
+    confidence = 1 - (1 - LEVEL) / 4
     findings = []
     for judge in JUDGES:
         for other in (BETAS[0], BETAS[-1]):
             gain = _difference(runs[judge], CHOSEN, other)
             initials = runs[judge].at(beta=CHOSEN).initials
             statement = f"gold, beta {CHOSEN} less beta {other}, {judge}"
-            findings.append(above(statement, over_runs_and_prompts(gain, initials, level)))
+            findings.append(above(statement, over_runs_and_prompts(gain, initials, confidence)))
     return findings
 
 
@@ -147,18 +147,16 @@ def parts(found: Record) -> dict[str, str]:
     return {"strength": markdown(titles, rows), "strength tests": findings_table(found)}
 
 
-def _curve(found: Record, key: str, title: str, label: str, caption: str, level: float | None = None) -> Panel:
+def _curve(found: Record, key: str, title: str, label: str, caption: str, initial: float | None = None) -> Panel:
     def draw(axes: Any) -> None:
         for index, part in enumerate(dict.fromkeys(row["part"] for row in found.rows["curve"])):
             rows = [row for row in found.rows["curve"] if row["part"] == part]
-            line(axes, [float(row["beta"]) for row in rows], [row[key] for row in rows], SERIES[index], part, index)
+            line(axes, _betas(rows), [row[key] for row in rows], index, part)
             broken = [row for row in rows if 2 * row["degenerate"] > row["runs"]]
-            axes.plot(
-                [float(row["beta"]) for row in broken], [row[key].mean for row in broken], "X", color=BROKEN, zorder=4
-            )
-        if level is not None:
-            axes.axhline(level, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.4)
-        beta_axis(axes, BETAS)
+            axes.plot(_betas(broken), [row[key].mean for row in broken], "x", color=BROKEN, zorder=4, markersize=9)
+        if initial is not None:
+            level(axes, initial)
+        strength_axis(axes, BETAS)
         axes.set_title(title)
         axes.set_ylabel(label)
         axes.legend(loc="best")
@@ -166,29 +164,17 @@ def _curve(found: Record, key: str, title: str, label: str, caption: str, level:
     return Panel(caption, draw)
 
 
-def line(axes: Any, x: Sequence[float], intervals: Sequence[Interval], colour: str, label: str, index: int) -> None:
-    """A line of means with their intervals, told apart by its marker too."""
-    means = np.array([each.mean for each in intervals])
-    bars = np.abs(np.array([[each.low, each.high] for each in intervals]).T - means)
-    axes.errorbar(x, means, yerr=bars, color=colour, marker="osD^v"[index % 5], linewidth=1.6, capsize=3, label=label)
-
-
-def beta_axis(axes: Any, betas: Sequence[str]) -> None:
-    """A logarithmic axis with these values."""
-    axes.set_xscale("log")
-    axes.set_xticks([float(beta) for beta in betas], betas)
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("β (larger: closer to the reference)")
+def _betas(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [float(row["beta"]) for row in rows]
 
 
 def _classes_panel(found: Record) -> Panel:
     def draw(axes: Any) -> None:
         rows = [row for row in found.rows["curve"] if row["part"] == "likes length"]
         for index, name in enumerate(CLASSES):
-            intervals = [row[f"logratio, {name}"] for row in rows]
-            line(axes, [float(row["beta"]) for row in rows], intervals, SERIES[index], name, index)
-        axes.axhline(0, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.4)
-        beta_axis(axes, BETAS)
+            line(axes, _betas(rows), [row[f"logratio, {name}"] for row in rows], index, name)
+        level(axes, 0.0)
+        strength_axis(axes, BETAS)
         axes.set_title("Which tokens move (judge likes length)")
         axes.set_ylabel("log-ratio, nats a token")
         axes.legend(loc="best")
@@ -198,10 +184,9 @@ def _classes_panel(found: Record) -> Panel:
 
 def panels(found: Record) -> list[Panel]:
     """The pictures: reward, length, distance, and tokens against beta."""
-    initial = np.mean([each["gold"] for each in found.also["initial"].values()])
-    tokens = np.mean([each["tokens"] for each in found.also["initial"].values()])
+    gold, tokens = (np.mean([each[key] for each in found.also["initial"].values()]) for key in ("gold", "tokens"))
     return [
-        _curve(found, "gold", "Reward of the answers", "gold reward", "Gold reward.", float(initial)),
+        _curve(found, "gold", "Reward of the answers", "gold reward", "Gold reward.", float(gold)),
         _curve(found, "tokens", "Length of the answers", "tokens", "Tokens an answer.", float(tokens)),
         _curve(found, "kl", "Distance from the initial policy", "nats an answer", "KL to the initial policy."),
         _classes_panel(found),

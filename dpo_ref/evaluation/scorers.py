@@ -30,6 +30,22 @@ def none(generations: Sequence[Generation]) -> Scores:
     return Scores("none", [math.nan] * len(generations))
 
 
+def _check_target(target: int) -> None:
+    if target < 1:
+        raise ValueError(f"scorer.target={target} must be at least 1: an answer has its end token")
+
+
+@component(check=_check_target)
+def length(generations: Sequence[Generation], *, target: int) -> Scores:
+    """Minus how far each answer's length is from `target`, in tens of tokens, the end token counted.
+
+    A reward whose best answers are known, to see what a method does where they are near and where they are far: Min
+    Length is target 1, Mode Length the policy's own mean (Tajwar et al. 2024, arXiv:2404.14367). Raises ValueError for
+    a target below 1.
+    """
+    return Scores("length", [-abs(generation.num_tokens - target) / 10 for generation in generations])
+
+
 # --- a reward model: any sequence classifier with one output
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_ref.evaluation.heldout import pair_accuracy
+from dpo_ref.evaluation.scorers import length
 from dpo_ref.evaluation.stages import seq_rep_4, text_metrics
 from dpo_ref.evaluation.statistics.comparisons import win_rate
 from dpo_ref.evaluation.statistics.estimates import bootstrap_interval, clustered_mean
@@ -15,6 +16,7 @@ from dpo_ref.lab.conversations import FAMILIES, read_prompt
 from dpo_ref.lab.gold import gold
 from dpo_ref.lab.preferences import draw_prompts
 from dpo_ref.lab.tasks import enumeration
+from tests.support.command import resolved
 from tests.support.evaluations import answer
 
 
@@ -30,6 +32,20 @@ from tests.support.evaluations import answer
 )
 def test_seq_rep_4_counts_repeated_4_grams(tokens, expected):
     assert seq_rep_4(tokens) == pytest.approx(expected)
+
+
+def test_the_distance_to_a_length_by_hand():
+    answers = [
+        answer(0, 0, [5, 6, 2], True, "abc"),
+        answer(0, 1, [7] * 19, False, "x"),
+        answer(1, 0, [2] * 4, True, ""),
+    ]
+    assert length(answers, target=4) == ("length", pytest.approx([-0.1, -1.5, 0.0]))  # the end token counted
+
+
+def test_a_length_that_no_answer_has_is_refused():
+    with pytest.raises(ValueError, match=r"scorer.target=0 must be at least 1"):
+        resolved("scorer=length", "scorer.target=0", kind="evaluate")
 
 
 def test_text_metrics_by_hand():

@@ -217,6 +217,7 @@ REQUIRED = {
     "interpolate": ["reference.path=lab:strong", "reference.share=0.5"],
     "pretrained": ["model.path=lab:tiny"],
     "reward_model": {"objective": [], "scorer": ["scorer.path=some/reward-model"]},
+    "length": ["scorer.target=4"],
     "adapter_base": ["model.lora_rank=4"],
     "columns": ["reference.provenance=lab:tiny"],
     **{name: ["judge.model=big"] for name in ("dialogue", "local")},
