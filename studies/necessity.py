@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
+from dpo_ref.reports.plots import Panel
 from studies.intervals import LEVEL, over_runs_and_prompts
-from studies.records import Finding, Record, above
+from studies.records import Finding, Record, above, findings_table
 from studies.runner import initial_metrics
-from studies.tuning import Method, Tuned, tuned
+from studies.tuning import Method, Tuned, chosen_panels, chosen_table, neighbours_table, tuned
 
 MINUTES = 120
 METRICS = ("gold", "win_rate", "tokens", "kl", "end", "accuracy")
@@ -51,3 +52,20 @@ def _findings(every: list[Tuned]) -> list[Finding]:
         )
         for other in others
     ]
+
+
+# --- as it is shown
+
+
+def parts(found: Record) -> dict[str, str]:
+    """What is written into the page."""
+    return {
+        "necessity": chosen_table(found),
+        "necessity tests": findings_table(found),
+        "necessity neighbours": neighbours_table(found),
+    }
+
+
+def panels(found: Record) -> list[Panel]:
+    """The pictures: reward, length, and reward against KL."""
+    return chosen_panels(found)

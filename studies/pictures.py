@@ -1,5 +1,5 @@
-"""What the pictures of studies share. Colours are those of the project's reports, and every series has a marker of its own,
-so that it is told apart without them."""
+"""What the pictures of studies share. Colours are those of the project's reports, and every series has a marker of its
+own, so that it is told apart without them."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studies.records import row_of
+import numpy as np
+
+from dpo_ref.reports.plots import Panel
+from studies.intervals import Interval
+from studies.pictures import forest, look
+from studies.records import Record, markdown, row_of, shown
 from studies.runner import INITIALS, Runs, sweep
 
 LR = "optim.lr"
@@ -115,3 +120,88 @@ def _swept(
     asked = (f"{LR}={','.join(lrs)}", f"{method.key}={','.join(strengths)}", *words)
     runs = sweep(folder, f"+experiment={experiment}", *method.words, *asked)
     return {(lr, value): runs.at(**{LR: lr, method.key: value}) for lr in lrs for value in strengths}
+
+
+# --- as it is shown
+
+
+def chosen_table(found: Record) -> str:
+    """The chosen cell of each method."""
+    titles = [
+        "method",
+        "learning rate",
+        "strength",
+        "gold",
+        "win rate, %",
+        "tokens",
+        "KL, nats",
+        "degenerate",
+        "at an end of",
+    ]
+    rows = [
+        [
+            row["method"],
+            row["lr"],
+            row["strength"],
+            shown(row["gold"]),
+            shown(Interval(*(100 * value for value in row["win_rate"])), 1),
+            shown(row["tokens"], 1),
+            shown(row["kl"], 2),
+            f"{row['degenerate']} of {row['runs']}",
+            ", ".join(found.also["edges"][row["method"]]) or "–",
+        ]
+        for row in found.rows["chosen"]
+    ]
+    return markdown(titles, rows)
+
+
+def neighbours_table(found: Record) -> str:
+    """The chosen cells and what lies beside them."""
+    titles = ["method", "learning rate", "strength", "gold", "tokens", "KL, nats", "degenerate"]
+    rows = [
+        [row["method"], row["lr"], row["strength"], shown(row["gold"]), shown(row["tokens"], 1), shown(row["kl"], 2),
+         f"{row['degenerate']} of {row['runs']}"]
+        for row in found.rows["neighbours"]
+    ]  # fmt: skip
+    return markdown(titles, rows)
+
+
+def chosen_panels(found: Record) -> list[Panel]:
+    """Gold and length of each method at its chosen cell, and what all cells bought with how much KL."""
+    rows, initial = found.rows["chosen"], found.also["initial"].values()
+    names = [row["method"] for row in rows]
+
+    def gold(axes: Any) -> None:
+        forest(axes, names, [row["gold"] for row in rows], float(np.mean([each["gold"] for each in initial])))
+        axes.set_title("Reward at the chosen cells")
+        axes.set_xlabel("gold reward")
+
+    def tokens(axes: Any) -> None:
+        forest(axes, names, [row["tokens"] for row in rows], float(np.mean([each["tokens"] for each in initial])))
+        axes.set_title("Length at the chosen cells")
+        axes.set_xlabel("tokens an answer")
+
+    return [
+        Panel("Gold reward with 95 % intervals over seeds and prompts.", gold),
+        Panel("Tokens with 95 % intervals over seeds.", tokens),
+        bought_panel(found),
+    ]
+
+
+def bought_panel(found: Record) -> Panel:
+    """Reward against KL, of the chosen cells (large) and their neighbours."""
+
+    def draw(axes: Any) -> None:
+        for index, chosen in enumerate(found.rows["chosen"]):
+            for row in (row for row in found.rows["neighbours"] if row["method"] == chosen["method"]):
+                own = (row["lr"], row["strength"]) == (chosen["lr"], chosen["strength"])
+                label = {"label": chosen["method"]} if own else {}
+                size = 9 if own else 4
+                axes.plot(row["kl"].mean, row["gold"].mean, linestyle="none", markersize=size, **look(index), **label)
+        axes.set_xscale("log")
+        axes.set_title("Reward against distance")
+        axes.set_xlabel("KL to the initial policy, nats an answer")
+        axes.set_ylabel("gold reward")
+        axes.legend(loc="best", fontsize=7)
+
+    return Panel("Chosen cells (large) and their neighbours.", draw)
