@@ -10,7 +10,7 @@ from typing import Any
 from dpo_ref.files.writing import write_text
 from dpo_ref.reports.plots import write_png
 from dpo_ref.tracking.terminal import say
-from studies.records import PAGES, Record, differences, filled, read, write
+from studies.records import INDEX, PAGES, Record, differences, filled, read, write
 from studies.runner import OUTPUTS
 
 STUDIES = ("strength", "necessity", "stronger")
@@ -34,7 +34,8 @@ def write_pages(name: str, found: Record) -> None:
     study, page = import_module(f"studies.{name}"), PAGES / f"{name}.md"
     write_png(PAGES / f"{name}.png", study.panels(found))
     write_text(page, filled(page, study.parts(found)))
-    say(f"wrote {page} and {name}.png")
+    write_text(INDEX, filled(INDEX, {f"{name} answer": study.answer(found)}))
+    say(f"wrote {page}, {name}.png and {INDEX.name}")
 
 
 def _time_is_over(*_: Any) -> None:

@@ -37,9 +37,9 @@ def strength_axis(axes: Any, strengths: Sequence[str]) -> None:
     axes.set_xlabel("β (larger: closer to the reference)")
 
 
-def level(axes: Any, value: float) -> None:
-    """Where the initial policies are."""
-    axes.axhline(value, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.4)
+def level(axes: Any, value: float, label: str = "") -> None:
+    """A dashed line to compare with."""
+    axes.axhline(value, color=INITIAL, linestyle=(0, (4, 3)), linewidth=1.4, label=label or None)
 
 
 def forest(axes: Any, names: Sequence[str], intervals: Sequence[Interval], at: float | None = None) -> None:

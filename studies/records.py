@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from studies.runner import ROOT, Runs
 
 RESULTS = ROOT / "studies" / "results"
 PAGES = ROOT / "docs" / "studies"
+INDEX = PAGES / "index.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ def write(name: str, record: Record) -> None:
     head = {"versions": {package: version(package) for package in ("torch", "transformers")}}
     content = head | asdict(record)
     text = json.dumps(content, indent=1)
+    RESULTS.mkdir(exist_ok=True)
     write_text(RESULTS / f"{name}.json", re.sub(r"\n {4,}", " ", text) + "\n")
 
 
@@ -147,6 +150,11 @@ def shown(interval: Interval, decimals: int = 3) -> str:
     """A mean with its interval."""
     mean, low, high = (f"{value:.{decimals}f}".replace("-", "−") for value in interval)
     return mean if math.isnan(interval.low) else f"{mean} [{low}, {high}]"
+
+
+def wrap(paragraph: str) -> str:
+    """A paragraph in lines of a page."""
+    return "\n".join(textwrap.wrap(paragraph, 119, break_long_words=False, break_on_hyphens=False))
 
 
 def filled(page: Path, parts: Mapping[str, str]) -> str:

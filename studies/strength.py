@@ -9,12 +9,25 @@ import numpy as np
 from dpo_ref.reports.plots import BROKEN, Panel
 from studies.intervals import LEVEL, Interval, over_runs, over_runs_and_prompts
 from studies.pictures import level, line, strength_axis
-from studies.records import Finding, Record, above, apart, below, findings_table, markdown, rounded, row_of, shown
+from studies.records import (
+    Finding,
+    Record,
+    above,
+    apart,
+    below,
+    findings_table,
+    markdown,
+    rounded,
+    row_of,
+    shown,
+    wrap,
+)
 from studies.runner import INITIALS, Runs, initial_metrics, sweep
 
 MINUTES = 60
 BETAS = ("0.005", "0.02", "0.1", "0.3", "1", "3", "10")
 CHOSEN = "1"  # on validation prompts, before (docs/lab.md)
+VERBS = {"likes length": "likes length", "length-blind": "does not care for length"}
 JUDGES = {"likes length": "length_bias_1", "length-blind": "length_bias_0"}
 METRICS = ("gold", "win_rate", "tokens", "kl", "ended", "end", "accuracy")
 CLASSES = ("end of the answer", "first of the answer", "punctuation", "other")
@@ -34,7 +47,9 @@ def record(folder: Path) -> Record:
     """Run what is left of the plan, and what came of it."""
     runs, initial = sweeps(folder), initial_metrics(folder / "initial")
     rows = [
-        row_of(runs[part].at(beta=beta), METRICS, part=part, beta=beta) | _classes(runs[part].at(beta=beta))
+        row_of(runs[part].at(beta=beta), METRICS, part=part, beta=beta)
+        | {"less_chosen": _less_chosen(runs[part], beta)}
+        | _classes(runs[part].at(beta=beta))
         for part in runs
         for beta in BETAS
     ]
@@ -49,6 +64,11 @@ def record(folder: Path) -> Record:
     return Record(
         {"curve": rows, "by initial policy": by_initial}, _findings(runs, initial), {"best": best, "initial": initial}
     )
+
+
+def _less_chosen(runs: Runs, beta: str) -> Interval:
+    """Gold less that of the beta that was chosen beforehand."""
+    return rounded(over_runs_and_prompts(_difference(runs, beta, CHOSEN), runs.at(beta=beta).initials))
 
 
 def _classes(runs: Runs) -> dict[str, Any]:
@@ -98,10 +118,9 @@ def _inside(runs: dict[str, Runs]) -> list[Finding]:
     confidence = 1 - (1 - LEVEL) / 4
     findings = []
     for judge in JUDGES:
-        for other in (BETAS[0], BETAS[-1]):
+        initials = runs[judge].at(beta=CHOSEN).initials
+        for statement, other in zip(_insides(judge), (BETAS[0], BETAS[-1]), strict=True):
             gain = _difference(runs[judge], CHOSEN, other)
-            initials = runs[judge].at(beta=CHOSEN).initials
-            statement = f"gold, beta {CHOSEN} less beta {other}, {judge}"
             findings.append(above(statement, over_runs_and_prompts(gain, initials, confidence)))
     return findings
 
@@ -127,14 +146,49 @@ def _monotone(runs: Runs, judge: str) -> Finding:
 # --- as it is shown
 
 
+def answer(found: Record) -> str:
+    """What was found, a paragraph for each judge."""
+    return "\n\n".join(wrap(_of_judge(found, judge)) for judge in JUDGES)
+
+
+def _of_judge(found: Record, judge: str) -> str:
+    rows = [row for row in found.rows["curve"] if row["part"] == judge]
+    best, loosest = max(rows, key=lambda row: row["gold"].mean), rows[0]
+    tokens, kl = best["tokens"].mean, best["kl"].mean
+    weak, strong = (shown(each.estimate) for each in found.findings if each.statement in _insides(judge))
+    return (
+        f"With a judge who {VERBS[judge]}, gold is highest at β = {best['beta']}: {shown(best['gold'])}, with "
+        f"{tokens:.0f} tokens an answer and {kl:.1f} nats from the initial policy. β = {CHOSEN}, chosen beforehand, "
+        f"earns {weak} more than {BETAS[0]} and {strong} more than {BETAS[-1]}. At {BETAS[0]} answers have "
+        f"{loosest['tokens'].mean:.0f} tokens, the end token's log-ratio is {shown(loosest['end'], 1)}, and "
+        f"the policy is {loosest['kl'].mean:.0f} nats away."
+    )
+
+
+def _insides(judge: str) -> list[str]:
+    return [f"gold, beta {CHOSEN} less beta {other}, {judge}" for other in (BETAS[0], BETAS[-1])]
+
+
 def parts(found: Record) -> dict[str, str]:
     """What is written into the page."""
-    titles = ["judge", "β", "gold", "win rate, %", "tokens", "KL, nats", "end token, nats", "degenerate", "best in"]
+    titles = [
+        "judge",
+        "β",
+        "gold",
+        f"less β = {CHOSEN}",
+        "win rate, %",
+        "tokens",
+        "KL, nats",
+        "end token, nats",
+        "degenerate",
+        "best in",
+    ]
     rows = [
         [
             row["part"],
             row["beta"],
             shown(row["gold"]),
+            shown(row["less_chosen"]),
             shown(Interval(*(100 * value for value in row["win_rate"])), 1),
             shown(row["tokens"], 1),
             shown(row["kl"], 2),
@@ -154,12 +208,16 @@ def _curve(found: Record, key: str, title: str, label: str, caption: str, initia
             line(axes, _betas(rows), [row[key] for row in rows], index, part)
             broken = [row for row in rows if 2 * row["degenerate"] > row["runs"]]
             axes.plot(_betas(broken), [row[key].mean for row in broken], "x", color=BROKEN, zorder=4, markersize=9)
+        axes.plot([], [], "x", color=BROKEN, markersize=9, label="most runs degenerate")
         if initial is not None:
             level(axes, initial)
         strength_axis(axes, BETAS)
         axes.set_title(title)
         axes.set_ylabel(label)
-        axes.legend(loc="best")
+        if key == "kl":  # where there is room
+            level(axes, -1, "initial policies")
+            axes.set_ylim(bottom=-0.5)
+            axes.legend(loc="upper right")
 
     return Panel(caption, draw)
 

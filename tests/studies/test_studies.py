@@ -10,7 +10,7 @@ from dpo_ref.files.writing import write_text
 from studies import necessity, records, runner, stronger, tuning
 from studies.__main__ import STUDIES
 from studies.intervals import Interval
-from studies.records import PAGES, Finding, Record, differences, filled, read, write
+from studies.records import INDEX, PAGES, Finding, Record, differences, filled, read, write
 from studies.runner import Run, Runs
 from tests.support.command import resolved
 from tests.support.faults import SMALL
@@ -127,9 +127,9 @@ COMMITTED = [name for name in STUDIES if read(name)]
 @pytest.mark.parametrize("name", COMMITTED)
 def test_pages_say_what_is_committed(name):
     page, found = PAGES / f"{name}.md", read(name)
-    assert page.read_text() == filled(page, import_module(f"studies.{name}").parts(found)), (
-        f"python -m studies {name} --pages"
-    )
+    study, again = import_module(f"studies.{name}"), f"python -m studies {name} --pages"
+    assert page.read_text() == filled(page, study.parts(found)), again
+    assert INDEX.read_text() == filled(INDEX, {f"{name} answer": study.answer(found)}), again
     assert (PAGES / f"{name}.png").stat().st_size > 10_000
 
 
