@@ -13,7 +13,7 @@ from dpo_ref.tracking.terminal import say
 from studies.records import INDEX, PAGES, Record, differences, filled, read, write
 from studies.runner import OUTPUTS
 
-STUDIES = ("strength", "necessity", "stronger")
+STUDIES = ("strength", "necessity", "stronger", "on_policy")
 
 
 def show(name: str, found: Record) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_ref.files.writing import write_text
-from studies import necessity, records, runner, stronger, tuning
+from studies import necessity, on_policy, records, runner, stronger, tuning
 from studies.__main__ import STUDIES
 from studies.intervals import Interval
 from studies.records import INDEX, PAGES, Finding, Record, differences, filled, read, write
@@ -38,6 +38,15 @@ def test_what_a_study_compares_composes(experiment, method):
     for value in method.strengths:
         words = [f"+experiment={experiment}", "model.path=lab:initial", "seed=0", *method.words]
         resolved(*words, f"{method.key}={value}", f"optim.lr={tuning.LRS[0]}")
+
+
+@pytest.mark.parametrize("reward", on_policy.REWARDS)
+@pytest.mark.parametrize("method", on_policy.METHODS)
+def test_what_is_sampled_anew_composes(method, reward):
+    for data in on_policy.DATA.values():
+        resolved(
+            "+experiment=on_policy", *on_policy.METHODS[method], *data, *on_policy.REWARDS[reward], "optim.lr=1e-4"
+        )
 
 
 def test_the_best_place_is_not_degenerate_unless_all_are():
