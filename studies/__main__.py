@@ -13,7 +13,8 @@ from dpo_ref.tracking.terminal import say
 from studies.records import INDEX, PAGES, Record, differences, filled, read, write
 from studies.runner import OUTPUTS
 
-STUDIES = ("strength", "necessity", "stronger", "on_policy")
+IN_THE_LAB = ("strength", "necessity", "stronger", "on_policy")
+STUDIES = (*IN_THE_LAB, "real_model")  # for which a model and pairs are needed
 
 
 def show(name: str, found: Record) -> bool:
@@ -68,7 +69,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, _time_is_over)
     signal.alarm(60 * args.minutes)
     try:
-        repeated = [_study(name, args) for name in (STUDIES if "all" in args.names else args.names)]
+        repeated = [_study(name, args) for name in (IN_THE_LAB if "all" in args.names else args.names)]
     except TimeoutError:
         sys.exit(f"{args.minutes} minutes are over; the same command goes on")
     except ValueError as error:

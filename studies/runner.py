@@ -1,7 +1,7 @@
 """Types the command lines of a study, and reads what they leave behind.
 
-A sweep that was run to its end is not run again; one that was stopped goes on where it was. Jobs run side by side with
-one thread each, so that their numbers do not depend on how many cores there are.
+A sweep that was run to its end is not run again; one that was stopped goes on where it was. Jobs in the lab run side
+by side with one thread each, so that their numbers do not depend on how many cores there are.
 """
 
 import json
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "outputs" / "studies"
 FINISHED = "finished.txt"  # in a sweep's folder: the command that it is the result of
 INITIALS = ("lab:initial", "lab:initial_2")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as many jobs as cores
 
 METRICS = {
     "gold": "gold/mean",
@@ -38,16 +39,19 @@ METRICS = {
     "ended": "ended/share",
     "end": "eos/chosen_logratio",
     "accuracy": "rewards/accuracies",
+    "length_baseline": "rewards/length_baseline",
+    "reward": "reward_model/mean",
 }
 """What is read of every policy: gold reward of its answers; its share of paired comparisons with the initial policy;
 tokens an answer; nats an answer to the initial policy; share of answers that end; nats by which the end of chosen
-answers moved; share of held-out pairs in the order of their labels."""
+answers moved; share of held-out pairs in the order of their labels, and of those in which the longer one is preferred;
+a reward model's mean. What was not measured is nan."""
 
 
 # --- running
 
 
-def run(folder: Path, *words: str) -> None:
+def run(folder: Path, *words: str, environment: Mapping[str, str] = ONE_THREAD) -> None:
     """Type a command that leaves its results in `folder`, unless it was run to its end before. Raises ValueError where
     the folder holds those of another command, and for a command that fails."""
     command = shlex.join(["python", *words])
@@ -59,16 +63,16 @@ def run(folder: Path, *words: str) -> None:
             )
         return
     say(command)
-    status = _typed([*words, f"output_dir={folder}", "tracking=none"])
+    status = _typed([*words, f"output_dir={folder}", "tracking=none"], environment)
     if status:
         raise ValueError(f"{command}\nended with status {status}; the same command of studies goes on with it")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(finished, command)
 
 
-def _typed(words: Sequence[str]) -> int:
+def _typed(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """The status of a command; when the time of the studies is over it is stopped as by Ctrl-C, and saves itself."""
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=os.environ | environment)
     try:
         return process.wait()
     except TimeoutError:

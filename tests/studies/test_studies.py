@@ -1,5 +1,7 @@
 """Studies ask for what can be run, choose by their rule, and their pages say what is committed."""
 
+import gzip
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_ref.files.writing import write_text
-from studies import necessity, on_policy, records, runner, stronger, tuning
+from studies import necessity, on_policy, real_model, records, runner, stronger, tuning
 from studies.__main__ import STUDIES
 from studies.intervals import Interval
 from studies.records import INDEX, PAGES, Finding, Record, differences, filled, read, write
@@ -47,6 +49,22 @@ def test_what_is_sampled_anew_composes(method, reward):
         resolved(
             "+experiment=on_policy", *on_policy.METHODS[method], *data, *on_policy.REWARDS[reward], "optim.lr=1e-4"
         )
+
+
+def test_halves_of_pairs_share_no_prompt(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"question {index % 5}"}], "n": index} for index in range(12)]
+    with gzip.open(tmp_path / "pairs.jsonl.gz", "wt") as file:
+        file.writelines(f"{json.dumps(row)}\n" for row in rows)
+    own, other = (list(map(json.loads, lines)) for lines in real_model.halves(tmp_path / "pairs.jsonl.gz"))
+    prompts = [{row["prompt"][0]["content"] for row in half} for half in (own, other)]
+    assert prompts == [{"question 0", "question 2", "question 4"}, {"question 1", "question 3"}]
+    assert sorted(row["n"] for row in own + other) == list(range(12))
+
+
+def test_without_a_model_it_is_told_what_is_missing(monkeypatch):
+    monkeypatch.delenv(real_model.MODEL, raising=False)
+    with pytest.raises(ValueError, match="DPO_REF_REAL_MODEL must name a folder"):
+        real_model._folder(real_model.MODEL)
 
 
 def test_the_best_place_is_not_degenerate_unless_all_are():

@@ -218,6 +218,7 @@ REQUIRED = {
     "pretrained": ["model.path=lab:tiny"],
     "reward_model": {"objective": [], "scorer": ["scorer.path=some/reward-model"]},
     "length": ["scorer.target=4"],
+    "real_model": ["data.path=pairs.jsonl"],
     "adapter_base": ["model.lora_rank=4"],
     "columns": ["reference.provenance=lab:tiny"],
     **{name: ["judge.model=big"] for name in ("dialogue", "local")},
