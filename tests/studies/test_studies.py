@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 
 from dpo_ref.files.writing import write_text
-from studies import necessity, on_policy, real_model, records, runner, stronger, tuning
+from studies import beyond, necessity, on_policy, real_model, records, runner, stronger, tuning
 from studies.__main__ import STUDIES
 from studies.intervals import Interval
 from studies.records import INDEX, PAGES, Finding, Record, differences, filled, read, write
 from studies.runner import Run, Runs
-from tests.support.command import resolved
+from tests.support.command import resolved, train
 from tests.support.faults import SMALL
 
 
@@ -82,6 +83,20 @@ def test_neighbours_and_what_lies_beyond():
     assert tuning._around(["1", "3", "10"], "10") == ["3", "10"]
     assert tuning._axes({("1e-3", "10"): 0, ("2e-4", "3"): 0}) == (["2e-4", "1e-3"], ["3", "10"])
     assert [tuning._rounded(10**2 / 3), tuning._rounded(1e-4**2 / 2e-4)] == [30, 5e-5]
+
+
+def test_where_the_end_token_stops_a_run():
+    curve = beyond.Curve(np.array([0.5, 0.6, 0.7, 0.6]), np.array([0.1, -0.2, -0.5, -0.9]))
+    assert [curve.stops_at(threshold) for threshold in (0.1, 0.2, 0.5, 2.0)] == [1, 2, 3, 3]
+
+
+def test_a_curve_is_read_from_what_a_run_noted(tmp_path):
+    words = [*SMALL, "beta=1", "trainer.eval_every=2", "evaluation.every=2", "evaluation.num_prompts=2"]
+    assert train(*words, "evaluation.max_new_tokens=4", f"output_dir={tmp_path}").returncode == 0
+    curve = beyond.curve_of(replace(run_of([0.0]), folder=tmp_path / "evaluation"))
+    assert len(curve.gold) == len(curve.end) == 3  # before, after two of four steps, and after the last
+    assert curve.end[0] == pytest.approx(0, abs=1e-6)
+    assert curve.end[-1] != 0
 
 
 # --- policies
