@@ -4,7 +4,7 @@ demonstrations, one writer's answers, the text that the lab's models are built f
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Literal
@@ -12,7 +12,7 @@ from typing import Literal
 from dpo_ref.generation.engine import PromptSet, held_out
 from dpo_ref.lab.conversations import FAMILIES, draw_prompt
 from dpo_ref.lab.gold import gold_reward
-from dpo_ref.lab.tasks import Prompt, Split, Task, enumeration
+from dpo_ref.lab.tasks import Family, Prompt, Split, Task, enumeration
 from dpo_ref.types import PreferenceData, Progress, PromptGroup, silent
 
 # --- pairs
@@ -33,6 +33,7 @@ def lab(
     length_bias: float = 1.0,
     label_noise: float = 0.02,
     label_steepness: float = 10.0,
+    families: list[str] | None = None,
 ) -> PreferenceData:
     """Preference pairs of the lab, with held-out pairs (validation prompts) and prompts to generate answers for.
 
@@ -43,16 +44,18 @@ def lab(
     (Bradley-Terry on the gold reward, with a judge who likes length), and then the label is flipped with probability
     `label_noise`. With `length_bias=0` and `label_noise=0` nothing is left to chance: the label is the order of the
     gold rewards, and pairs of equal gold are drawn anew. Pairs of equal texts are drawn anew always. Train, validation
-    and test prompts are disjoint by content. The families of instructions take turns. The prompts to generate answers
-    for are the same for every seed, so that runs can be compared prompt by prompt.
+    and test prompts are disjoint by content. The families of instructions take turns; with `families` the pairs, those
+    held out included, are of these alone. The prompts to generate answers for are of all families whatever is trained
+    on, and the same for every seed, so that runs can be compared prompt by prompt.
 
     `rewards` of a group are the gold rewards of its responses, the preferred one first. Raises ValueError for an
     option out of range.
     """
     check_counts(num_pairs=num_pairs, num_eval_pairs=num_eval_pairs, num_test_prompts=num_test_prompts)
     judge = SimulatedJudge(length_bias, label_noise, label_steepness)
-    train = draw_pairs(judge, "train", random.Random(f"{seed} train pairs"))
-    held_out = draw_pairs(judge, "validation", random.Random(f"{seed} eval pairs"))
+    of = _families(families)
+    train = draw_pairs(judge, "train", random.Random(f"{seed} train pairs"), of)
+    held_out = draw_pairs(judge, "validation", random.Random(f"{seed} eval pairs"), of)
     return PreferenceData(
         train=list(progress(islice(train, num_pairs), "drawing the lab's data", num_pairs)),
         eval=list(islice(held_out, num_eval_pairs)),
@@ -90,10 +93,20 @@ class SimulatedJudge:
         return (1 - self.label_noise) * honest + self.label_noise * (1 - honest)
 
 
-def draw_pairs(judge: SimulatedJudge, split: Split, rng: random.Random) -> Iterator[PromptGroup]:
-    """An endless stream of labelled pairs, the preferred response first."""
+def _families(names: list[str] | None) -> list[Family]:
+    """The families of these names, in the lab's order; all for None. Raises ValueError for an empty list and for a name
+    that is none of theirs."""
+    if names is not None and (not names or set(names) - set(FAMILIES)):
+        raise ValueError(f"data.families={names} must be some of {', '.join(FAMILIES)}")
+    return [family for name, family in FAMILIES.items() if names is None or name in names]
+
+
+def draw_pairs(
+    judge: SimulatedJudge, split: Split, rng: random.Random, families: Sequence[Family] = tuple(FAMILIES.values())
+) -> Iterator[PromptGroup]:
+    """An endless stream of labelled pairs, the preferred response first; the families take turns."""
     writers = [Writer(competence, MIXED) for competence in COMPETENCES]
-    for family in cycle(FAMILIES.values()):
+    for family in cycle(families):
         pair = None
         while pair is None:
             task, prompt = draw_prompt(family, split, rng)

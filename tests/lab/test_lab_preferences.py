@@ -42,6 +42,17 @@ def test_without_bias_and_noise_the_label_is_the_gold_order():
     assert all(group.rewards[0] > group.rewards[1] for group in data.train + data.eval)
 
 
+def test_pairs_of_some_families_and_prompts_of_all():
+    data = lab(3, num_pairs=30, num_eval_pairs=12, num_test_prompts=18, families=["sort", "name"])
+    for groups in (data.train, data.eval):
+        assert {read_prompt(group.prompt).family for group in groups} == {"name", "sort"}
+    assert {read_prompt(prompt).family for prompt in data.test_prompts} == set(FAMILIES)
+    assert lab(3, num_pairs=20, num_eval_pairs=0).train == lab(3, num_pairs=20, families=list(FAMILIES)).train[:20]
+    for wrong in ([], ["sort", "sorting"]):
+        with pytest.raises(ValueError, match=r"data.families=\[.*\] must be some of name, count, spell"):
+            lab(3, families=wrong)
+
+
 def test_the_judge_likes_length_and_gold_does_not():
     biased, fair = (lab(3, num_pairs=3000, num_eval_pairs=0, length_bias=bias).train for bias in (3.0, 0.0))
 
