@@ -78,7 +78,7 @@ class SweepReport(Callback):
         where their evaluation did."""
         code = 0
         folder = Path(config.hydra.sweep.dir)
-        if config.stage == "train" and not _print_bandits(folder) and _has_prompts(folder):
+        if config.stage == "train" and not _print_bandits(folder) and _can_be_asked(folder):
             words = config.hydra.overrides.task
             command = [sys.executable, str(ENTRY_POINT), *directory_words(sys.argv[1:])]
             command += [f"sweep={folder}", *tracking_words(config.hydra.runtime.choices["tracking"], words)]
@@ -162,11 +162,17 @@ def _in_words(failed: dict[str, str], again: str) -> list[str]:
     return [head, *jobs, "once that is mended, these alone are run by", f"  {again}"]
 
 
-def _has_prompts(folder: Path) -> bool:
-    """Whether a job has held-out prompts to be evaluated on; where none has, says what to type."""
-    finished = [job.folder for job in collect(folder) if job.finished]
-    counts = {read_summary(job, f"sweep={folder}").get("held_out_prompts") for job in finished}
-    if counts != {0}:
+def _can_be_asked(folder: Path) -> bool:
+    """Whether a job writes answers and has held-out prompts to write them to; where none has, says what to type."""
+    records = [read_summary(job.folder, f"sweep={folder}") for job in collect(folder) if job.finished]
+    if records and all(record.get("scores_answers") for record in records):
+        scorer = f"scorer=reward_model scorer.path={folder}/<job>/policy"
+        say(
+            "not evaluated, as reward models write no answers; one that scores the answers of a policy:",
+            f"  {python()} evaluate.py policy=<run or model folder> {scorer}",
+        )
+        return False
+    if {record.get("held_out_prompts") for record in records} != {0}:
         return True
     words = [*directory_words(sys.argv[1:]), f"sweep={folder}", *ON_QUESTIONS.split()]
     say(

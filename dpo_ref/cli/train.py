@@ -88,6 +88,7 @@ def run_summary_fields(built: Built, steps: int) -> dict[str, Any]:
         "search": climbed(built.config, training, steps),
         "data": built.counts,
         "held_out_prompts": len(built.prompts),
+        "scores_answers": built.training.objective.of_scores,
         "sources": sources_of(built.config),
         "metrics": {name: value for name, value in training.record.last.items() if math.isfinite(value)},
         "wandb": training.record.tracker.location,

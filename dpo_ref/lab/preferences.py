@@ -94,8 +94,8 @@ class SimulatedJudge:
 
 
 def _families(names: list[str] | None) -> list[Family]:
-    """The families of these names, in the lab's order; all for None. Raises ValueError for an empty list and for a name
-    that is none of theirs."""
+    """The families of these names, in the lab's order; all for None. Raises ValueError for an empty list and for a
+    name that is none of theirs."""
     if names is not None and (not names or set(names) - set(FAMILIES)):
         raise ValueError(f"data.families={names} must be some of {', '.join(FAMILIES)}")
     return [family for name, family in FAMILIES.items() if names is None or name in names]

@@ -209,3 +209,12 @@ def test_bad_input_gets_one_message(case, tmp_path):
     assert done.returncode == 1
     assert message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_sweep_of_reward_models_ends_with_what_they_are_for(tmp_path):
+    done = typed(
+        "train.py", "-m", *SMALL, "objective=reward_model", "seed=0,1", "trainer.max_steps=2", f"output_dir={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not evaluated, as reward models write no answers" in done.stdout
+    assert f"scorer=reward_model scorer.path={tmp_path}/<job>/policy" in done.stdout
