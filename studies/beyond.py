@@ -12,7 +12,7 @@ from studies import necessity, stronger
 from studies.intervals import LEVEL, over_runs, over_runs_and_prompts
 from studies.records import Finding, Record, above, apart, rounded, row_of
 from studies.runner import OUTPUTS, Run, Runs, initial_metrics, sweep
-from studies.tuning import LR, RESULTS_ON, Method, Tuned, tuned
+from studies.tuning import LR, SEEDS, Method, Tuned, tuned
 
 MINUTES = 180
 METRICS = ("gold", "win_rate", "tokens", "kl", "end", "accuracy")
@@ -115,7 +115,7 @@ def _stopping(folder: Path) -> list[tuple[dict[str, Any], Finding]]:
     tried = sweep(folder / "tuning", *words, "data.test_split=validation", "seed=100,101")
     curves = [curve_of(run) for run in tried.runs]
     threshold = max(THRESHOLDS, key=lambda value: np.mean([curve.gold[curve.stops_at(value)] for curve in curves]))
-    runs = sweep(folder / "results", *words, *RESULTS_ON)
+    runs = sweep(folder / "results", *words, "data.test_split=test", *SEEDS)
     return [_stopped(runs.at(beta=beta), beta, threshold) for beta in BETAS]
 
 
@@ -141,7 +141,8 @@ def _scaling(folder: Path, base: Mapping[str, Tuned]) -> dict[tuple[str, str], R
     scaled = {}
     for name in SCALED:
         method, (lr, strength) = base[name].method, base[name].chosen
-        asked = (f"{LR}={lr}", f"{method.key}={strength}", f"data.num_pairs={','.join(PAIRS)}", *RESULTS_ON)
+        asked = (f"{LR}={lr}", f"{method.key}={strength}", f"data.num_pairs={','.join(PAIRS)}")
+        asked += method.results_on
         runs = sweep(folder / necessity.folder_of(method), "+experiment=beyond", *method.words, *asked)
         scaled |= {(name, pairs): runs.at(**{"data.num_pairs": pairs}) for pairs in PAIRS}
     return scaled

@@ -16,19 +16,30 @@ from studies.runner import INITIALS, Runs, sweep
 
 LR = "optim.lr"
 LRS = ("1e-4", "2e-4", "4e-4", "8e-4")
-TUNED_ON = ("data.test_split=validation", "seed=100")
-RESULTS_ON = ("data.test_split=test", "seed=0,1,2,3,4", f"model.path={','.join(INITIALS)}")
+SEEDS = ("seed=0,1,2,3,4", f"model.path={','.join(INITIALS)}")
 Place = tuple[str, str]  # learning rate and strength
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What is compared: its name, the words that ask for it, and the values of its strength, ascending."""
+    """What is compared: its name, the words that ask for it, the values of its strength, ascending, and the keys of
+    that and of the split that its answers are to."""
 
     name: str
     words: tuple[str, ...]
     strengths: tuple[str, ...]
     key: str = "beta"
+    split: str = "data.test_split"
+
+    @property
+    def tuned_on(self) -> tuple[str, ...]:
+        """Prompts and seed that its cell is chosen on."""
+        return f"{self.split}=validation", "seed=100"
+
+    @property
+    def results_on(self) -> tuple[str, ...]:
+        """Prompts, seeds and initial policies of its results."""
+        return f"{self.split}=test", *SEEDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +80,21 @@ class Tuned:
 
 def tuned(folder: Path, experiment: str, method: Method) -> Tuned:
     """Run what is left of a method's tuning and of its results."""
-    grid = _swept(folder / "grid", experiment, method, LRS, method.strengths, TUNED_ON)
-    for axis in (0, 1):
-        grid |= _beyond(folder, experiment, method, grid, axis)
+    grid = tried(folder, experiment, method)
     chosen = best_of(grid)
     (lrs, strengths) = (_around(values, value) for values, value in zip(_axes(grid), chosen, strict=True))
-    results = _swept(folder / "strengths", experiment, method, chosen[:1], strengths, RESULTS_ON)
+    on = method.results_on
+    results = swept(folder / "strengths", experiment, method, chosen[:1], strengths, on)
     others = [lr for lr in lrs if lr != chosen[0]]
-    return Tuned(
-        method, grid, chosen, results | _swept(folder / "lrs", experiment, method, others, chosen[1:], RESULTS_ON)
-    )
+    return Tuned(method, grid, chosen, results | swept(folder / "lrs", experiment, method, others, chosen[1:], on))
+
+
+def tried(folder: Path, experiment: str, method: Method) -> dict[Place, Runs]:
+    """A method's grid on validation prompts, and one more value of a key at whose end the best place lies."""
+    grid = swept(folder / "grid", experiment, method, LRS, method.strengths, method.tuned_on)
+    for axis in (0, 1):
+        grid |= _beyond(folder, experiment, method, grid, axis)
+    return grid
 
 
 def best_of(grid: Mapping[Place, Runs]) -> Place:
@@ -96,7 +112,7 @@ def _beyond(folder: Path, experiment: str, method: Method, grid: Mapping[Place, 
     inner = values[1] if best == values[0] else values[-2]
     more = [f"{_rounded(float(best) ** 2 / float(inner)):g}"]
     lrs, strengths = (more, axes[1]) if axis == 0 else (axes[0], more)
-    return _swept(folder / f"beyond_{('lr', 'strength')[axis]}", experiment, method, lrs, strengths, TUNED_ON)
+    return swept(folder / f"beyond_{('lr', 'strength')[axis]}", experiment, method, lrs, strengths, method.tuned_on)
 
 
 def _rounded(value: float) -> float:
@@ -114,9 +130,10 @@ def _around(values: Sequence[str], value: str) -> list[str]:
     return list(values[max(0, index - 1) : index + 2])
 
 
-def _swept(
+def swept(
     folder: Path, experiment: str, method: Method, lrs: Sequence[str], strengths: Sequence[str], words: Sequence[str]
 ) -> dict[Place, Runs]:
+    """Policies of a method at these learning rates and strengths."""
     asked = (f"{LR}={','.join(lrs)}", f"{method.key}={','.join(strengths)}", *words)
     runs = sweep(folder, f"+experiment={experiment}", *method.words, *asked)
     return {(lr, value): runs.at(**{LR: lr, method.key: value}) for lr in lrs for value in strengths}

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from dpo_ref.files.writing import write_text
-from studies import beyond, necessity, on_policy, real_model, records, runner, stronger, tuning
+from dpo_ref.lab.conversations import read_prompt
+from dpo_ref.lab.preferences import draw_prompts
+from studies import beyond, frontier, necessity, on_policy, real_model, records, runner, stronger, tuning
 from studies.__main__ import STUDIES
 from studies.intervals import Interval
 from studies.records import INDEX, PAGES, Finding, Record, differences, filled, read, write
@@ -97,6 +99,20 @@ def test_a_curve_is_read_from_what_a_run_noted(tmp_path):
     assert len(curve.gold) == len(curve.end) == 3  # before, after two of four steps, and after the last
     assert curve.end[0] == pytest.approx(0, abs=1e-6)
     assert curve.end[-1] != 0
+
+
+def test_gold_is_read_off_at_equal_kl():
+    kl = np.array([[4.0, 1.0], [9.0, 1.0]])
+    line = frontier.Line(["a", "a"], kl, np.array([[0.8, 0.4], [0.7, 0.5]]))
+    assert line.at(2.0).tolist() == pytest.approx([0.6, 0.5 + 0.2 * np.log(2) / np.log(9)])
+    assert [line.reaches(value) for value in (0.9, 1.0, 4.0, 4.1)] == [False, True, True, False]
+    assert frontier._kl_of_best("4") == pytest.approx(np.log(4) - 3 / 4, abs=1e-6)
+
+
+def test_prompts_of_some_families_are_where_the_lab_has_them():
+    prompts = draw_prompts("test", 30)
+    mask = frontier.of_families(30, ("sort", "reverse"))
+    assert [read_prompt(prompt).family in ("sort", "reverse") for prompt in prompts] == mask.tolist()
 
 
 # --- policies
