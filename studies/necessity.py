@@ -1,11 +1,12 @@
 """Is a reference needed? (RQ2 of arXiv 2407.13709; plan: conf/experiment/necessity.yaml)"""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_ref.reports.plots import Panel
 from studies.intervals import LEVEL, over_runs_and_prompts
-from studies.records import Finding, Record, above, findings_table
+from studies.records import Finding, Record, above, findings_table, shown, wrap
 from studies.runner import initial_metrics
 from studies.tuning import Method, Tuned, chosen_panels, chosen_table, neighbours_table, tuned
 
@@ -69,3 +70,25 @@ def parts(found: Record) -> dict[str, str]:
 def panels(found: Record) -> list[Panel]:
     """The pictures: reward, length, and reward against KL."""
     return chosen_panels(found)
+
+
+def answer(found: Record) -> str:
+    """What was found, in a paragraph."""
+    first = found.rows["chosen"][0]
+    above_all = [finding for finding in found.findings if finding.holds]
+    others = [finding for finding in found.findings if not finding.holds]
+    sentences = [
+        f"DPO with the initial policy as its reference earns {shown(first['gold'])} at its chosen cell (learning rate "
+        f"{first['lr']}, β = {first['strength']}; {first['tokens'].mean:.0f} tokens, {first['kl'].mean:.1f} nats)."
+    ]
+    if above_all:
+        sentences.append(f"That is more than {_less(above_all)}.")
+    if others:
+        sentences.append(f"It is not told to be more than {_less(others)}.")
+    return wrap(" ".join(sentences))
+
+
+def _less(findings: Sequence[Finding]) -> str:
+    return ", ".join(
+        f"{finding.statement.partition(' less ')[2]} (by {shown(finding.estimate)})" for finding in findings
+    )

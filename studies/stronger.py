@@ -10,11 +10,13 @@ import numpy as np
 from jaxtyping import Float
 
 from dpo_ref.evaluation.compatibility import spearman
+from dpo_ref.reports.plots import Panel
 from studies import necessity
 from studies.intervals import LEVEL, Interval, over_runs_and_prompts
-from studies.records import Finding, Record, above, apart, rounded, row_of
+from studies.pictures import look
+from studies.records import Finding, Record, above, apart, findings_table, markdown, rounded, row_of, shown, wrap
 from studies.runner import INITIALS, OUTPUTS, ROOT, Runs, initial_metrics, read_json, run, sweep
-from studies.tuning import Method, Tuned, tuned
+from studies.tuning import Method, Tuned, chosen_panels, chosen_table, neighbours_table, tuned
 
 MINUTES = 130
 METRICS = ("gold", "win_rate", "tokens", "kl", "end", "accuracy")
@@ -159,3 +161,73 @@ def _orders(correlations: Sequence[Mapping[str, Any]]) -> list[Finding]:
         above(f"rank correlation of {row['number']} with gold, cells {row['cells']}", row["correlation"])
         for row in sorted(correlations, key=lambda row: row["cells"] != "set aside")
     ]
+
+
+# --- as it is shown
+
+
+def parts(found: Record) -> dict[str, str]:
+    """What is written into the page."""
+    correlations = [
+        [row["number"], row["cells"], str(row["references"]), shown(row["correlation"], 2)]
+        for row in found.rows["correlations"]
+    ]
+    return {
+        "stronger": chosen_table(found),
+        "stronger tests": findings_table(found),
+        "stronger neighbours": neighbours_table(found),
+        "stronger correlations": markdown(["number", "cells", "references", "mean rank correlation"], correlations),
+        "stronger ranking": _ranking_table(found),
+    }
+
+
+def _ranking_table(found: Record) -> str:
+    """Every reference of the ranking, the best first: the report's numbers, and gold at each beta."""
+    titles = ["policy", "reference", *NUMBERS, *(f"gold, β = {beta}" for beta in BETAS)]
+    rows = []
+    for policy in INITIALS:
+        ranked = [row for row in found.rows["ranking"] if row["policy"] == policy]
+        names = list(dict.fromkeys(row["reference"] for row in ranked))
+        gold = {name: [row["gold"] for row in ranked if row["reference"] == name] for name in names}
+        numbers = {row["reference"]: row["numbers"] for row in ranked}
+        for name in sorted(names, key=lambda name: -np.mean([each.mean for each in gold[name]])):
+            values = ["–" if numbers[name][key] is None else f"{numbers[name][key]:.2f}" for key in NUMBERS]
+            rows.append([policy, f"`{name}`", *values, *(f"{each.mean:.3f}" for each in gold[name])])
+    return markdown(titles, rows)
+
+
+def panels(found: Record) -> list[Panel]:
+    """The pictures: reward, length, reward against KL; and what the report's new number says of gold."""
+    return [*chosen_panels(found), _advice_panel(found)]
+
+
+def _advice_panel(found: Record) -> Panel:
+    def draw(axes: Any) -> None:
+        for index, policy in enumerate(INITIALS):
+            rows = [row for row in found.rows["ranking"] if row["policy"] == policy and row["beta"] == BETAS[1]]
+            advice, gold = [row["numbers"]["advice"] for row in rows], [row["gold"].mean for row in rows]
+            axes.plot(advice, gold, linestyle="none", label=f"{policy}, β = {BETAS[1]}", **look(index))
+        axes.set_title("What was known before training")
+        axes.set_xlabel("advice: −mean / s.d. of the step-0 margin")
+        axes.set_ylabel("gold reward after training")
+        axes.legend(loc="best")
+
+    return Panel("A point for each reference.", draw)
+
+
+def answer(found: Record) -> str:
+    """What was found, in a paragraph."""
+    gains = [finding for finding in found.findings if finding.statement.startswith("gold")]
+    told = [
+        f"{each.statement.split('reference ')[1].removesuffix(' less initial')} {shown(each.estimate)}"
+        for each in gains
+    ]
+    (aside,) = (row for row in found.rows["correlations"] if row["number"] == "advice" and row["cells"] == "set aside")
+    (right,) = (
+        row for row in found.rows["correlations"] if row["number"] == "pairs right" and row["cells"] == "set aside"
+    )
+    return wrap(
+        f"At equal tuning, gold less that of the initial policy as the reference: {'; '.join(told)}. On cells set "
+        f"aside, the rank correlation with gold of a number known before training is {shown(aside['correlation'], 2)} "
+        f"for advice and {shown(right['correlation'], 2)} for the share of pairs that the reference ranks right."
+    )

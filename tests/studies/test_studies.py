@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import signal
+import threading
+import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +16,7 @@ from dpo_ref.files.writing import write_text
 from dpo_ref.lab.conversations import read_prompt
 from dpo_ref.lab.preferences import draw_prompts
 from studies import beyond, frontier, necessity, on_policy, real_model, records, runner, stronger, tuning
-from studies.__main__ import STUDIES
+from studies.__main__ import STUDIES, _time_is_over
 from studies.intervals import Interval
 from studies.records import INDEX, PAGES, Finding, Record, differences, filled, read, write
 from studies.runner import Run, Runs
@@ -134,6 +137,31 @@ def test_a_folder_of_another_command_is_refused(tmp_path):
     runner.run(tmp_path, "train.py", "-m", "beta=1")  # runs nothing
     with pytest.raises(ValueError, match=r"is the result of\n  python train.py -m beta=1\nand not of"):
         runner.run(tmp_path, "train.py", "-m", "beta=2")
+
+
+SAVES_ITSELF = """
+import pathlib, sys, time
+try:
+    pathlib.Path(sys.argv[1], "began").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path(sys.argv[1], "saved").touch()
+"""
+
+
+def test_a_command_saves_itself_when_the_time_is_over(tmp_path):
+    signal.signal(signal.SIGALRM, _time_is_over)
+    threading.Thread(target=_alarm_once_begun, args=(tmp_path / "began",)).start()
+    with pytest.raises(TimeoutError):
+        runner._typed(["-c", SAVES_ITSELF, str(tmp_path)], {})
+    assert (tmp_path / "saved").exists()
+
+
+def _alarm_once_begun(began):
+    while not began.exists():
+        time.sleep(0.02)
+    time.sleep(0.1)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
 
 @pytest.mark.slow
