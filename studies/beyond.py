@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from dpo_ref.reports.plots import Panel
 from studies import necessity, stronger
 from studies.intervals import LEVEL, over_runs, over_runs_and_prompts
-from studies.records import Finding, Record, above, apart, rounded, row_of
+from studies.pictures import line
+from studies.records import Finding, Record, above, apart, findings_table, markdown, rounded, row_of, shown, wrap
 from studies.runner import OUTPUTS, Run, Runs, initial_metrics, sweep
-from studies.tuning import LR, SEEDS, Method, Tuned, tuned
+from studies.tuning import LR, SEEDS, Method, Tuned, chosen_panels, chosen_table, neighbours_table, tuned
 
 MINUTES = 180
 METRICS = ("gold", "win_rate", "tokens", "kl", "end", "accuracy")
@@ -101,8 +103,7 @@ def curve_of(run: Run) -> Curve:
     """What a run noted as it was trained; looks without one of the two numbers are left out."""
     gold: dict[int, float] = {}
     end: dict[int, float] = {}
-    for line in (run.folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in map(json.loads, (run.folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
         for key, values in (("evaluation/gold/mean", gold), ("eval/eos/chosen_logratio", end)):
             if key in row:
                 values[row["step"]] = row[key]
@@ -155,3 +156,64 @@ def _more_data(scaled: Mapping[tuple[str, str], Runs]) -> list[Finding]:
         gain = over_runs_and_prompts(more.less(less), more.initials, confidence)
         findings.append(above(f"gold on {PAIRS[2]} pairs less on {PAIRS[1]}, {name}", gain))
     return findings
+
+
+# --- as it is shown
+
+
+def parts(found: Record) -> dict[str, str]:
+    """What is written into the page."""
+    stopping = [
+        [
+            row["beta"],
+            f"{row['threshold']:g}",
+            *(shown(row[key]) for key in ("stopped", "end", "best")),
+            shown(row["looks"], 1),
+        ]
+        for row in found.rows["stopping"]
+    ]
+    scaling = [
+        [row["method"], row["pairs"], shown(row["gold"]), shown(row["tokens"], 1), shown(row["kl"], 2)]
+        for row in found.rows["scaling"]
+    ]
+    titles = ["β", "threshold, nats", "gold where it stops", "at the end", "at the best look", "looks until it stops"]
+    return {
+        "beyond": chosen_table(found),
+        "beyond tests": findings_table(found),
+        "beyond neighbours": neighbours_table(found),
+        "beyond stopping": markdown(titles, stopping),
+        "beyond scaling": markdown(["method", "pairs", "gold", "tokens", "KL, nats"], scaling),
+    }
+
+
+def answer(found: Record) -> str:
+    """What was found, in a paragraph."""
+    gains = [each for each in found.findings if " less dpo" in each.statement]
+    told = [f"{each.statement.removeprefix('gold, ').partition(' less ')[0]} {shown(each.estimate)}" for each in gains]
+    stopped = [each for each in found.findings if "stops it" in each.statement]
+    stops = [f"{shown(each.estimate)} at β = {each.statement.split()[-1]}" for each in stopped]
+    return wrap(
+        f"At equal tuning, gold less that of DPO with a fixed β: {'; '.join(told)}. Ending a run where the end token "
+        f"tells earns, over its end, {'; '.join(stops)}."
+    )
+
+
+def panels(found: Record) -> list[Panel]:
+    """The pictures: reward, length and reward against KL of the constraints; how much data."""
+    return [*chosen_panels(found), _scaling_panel(found)]
+
+
+def _scaling_panel(found: Record) -> Panel:
+    def draw(axes: Any) -> None:
+        for index, method in enumerate(SCALED):
+            rows = [row for row in found.rows["scaling"] if row["method"] == method]
+            line(axes, [float(row["pairs"]) for row in rows], [row["gold"] for row in rows], index, method)
+        axes.set_xscale("log")
+        axes.set_xticks([float(pairs) for pairs in PAIRS], PAIRS)
+        axes.set_xticks([], minor=True)
+        axes.set_title("How much data")
+        axes.set_xlabel("preference pairs (one epoch)")
+        axes.set_ylabel("gold reward")
+        axes.legend(loc="best")
+
+    return Panel("Gold reward with 95 % intervals over seeds and prompts.", draw)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -14,10 +15,12 @@ from dpo_ref.evaluation.results import read_evaluation
 from dpo_ref.evaluation.stages import read_evaluated
 from dpo_ref.evaluation.sweep import collect
 from dpo_ref.lab.conversations import FAMILIES
+from dpo_ref.reports.plots import Panel
 from studies import necessity
 from studies.intervals import LEVEL, Interval, over_runs, over_runs_and_prompts
 from studies.necessity import folder_of
-from studies.records import Finding, Record, above, rounded, row_of
+from studies.pictures import kl_axis, level, line
+from studies.records import Finding, Record, above, findings_table, markdown, rounded, row_of, shown, wrap
 from studies.runner import INITIALS, OUTPUTS, ROOT, Runs, by_prompt, initial_metrics, initial_policies, run, sweep
 from studies.tuning import SEEDS, Method, Place, best_of, swept, tried
 
@@ -265,3 +268,88 @@ def _on_unseen(unseen: Mapping[str, Runs], initial: Mapping[str, Float[np.ndarra
 def of_families(num_prompts: int, names: Sequence[str]) -> Bool[np.ndarray, " P"]:
     """Which of the lab's first prompts are of these families, which take turns."""
     return np.array([name in names for name in islice(cycle(FAMILIES), num_prompts)])
+
+
+# --- as it is shown
+
+
+def parts(found: Record) -> dict[str, str]:
+    """What is written into the page."""
+    families = [
+        [row["method"], row["lr"], row["strength"], "yes" if row["chosen"] else "", shown(row["gold"]),
+         shown(row["kl"], 2), shown(row["tokens"], 1), f"{row['degenerate']} of {row['runs']}"]
+        for row in found.rows["families"]
+    ]  # fmt: skip
+    best = [[row["chooser"], row["n"], shown(row["gold"]), f"{row['kl']:.2f}"] for row in found.rows["best of n"]]
+    warm = [
+        [row["method"], row["temperature"], shown(Interval(*(100 * value for value in row["win_rate"])), 1)]
+        for row in found.rows["temperatures"]
+    ]
+    titles = ["method", "learning rate", "strength", "chosen", "gold", "KL, nats", "tokens", "degenerate"]
+    return {
+        "frontier tests": findings_table(found),
+        "frontier": markdown(titles, families),
+        "frontier best of n": markdown(["chosen by", "n", "gold", "KL, nats (bound)"], best),
+        "frontier temperatures": markdown(["method", "temperature", "win rate, %"], warm),
+        "frontier unreached": _unreached(found),
+    }
+
+
+def _unreached(found: Record) -> str:
+    names = ", ".join(name for name, reached in found.also["reached"].items() if not reached)
+    return wrap(f"Not compared at {found.also['kl']:.2f} nats, which not all of their runs reach: {names or 'none'}.")
+
+
+def answer(found: Record) -> str:
+    """What was found, in a paragraph."""
+    equal = [each for each in found.findings if " dpo less " in each.statement]
+    told = [f"{each.statement.partition(' dpo less ')[2]} {shown(each.estimate)}" for each in equal]
+    (fall,) = (each for each in found.findings if each.statement.startswith("fall"))
+    unseen = [each for each in found.findings if "not trained on" in each.statement]
+    others = [f"{each.statement.split(', ')[1].partition(' less')[0]} {shown(each.estimate)}" for each in unseen]
+    return wrap(
+        f"At {found.also['kl']:.2f} nats, gold of DPO less that of {'; '.join(told) or 'nothing that reaches it'}. "
+        f"From temperature 0 to 1 the win rate of PPO with a reward model falls by {shown(fall.estimate)} more than "
+        f"DPO's. On families that were not trained on, gold over the initial policy's: {'; '.join(others)}."
+    )
+
+
+def panels(found: Record) -> list[Panel]:
+    """The pictures: gold against KL of all methods, and win rate against temperature."""
+    return [_frontier_panel(found), _temperature_panel(found)]
+
+
+def _frontier_panel(found: Record) -> Panel:
+    def draw(axes: Any) -> None:
+        methods = list(dict.fromkeys(row["method"] for row in found.rows["families"]))
+        for index, method in enumerate(methods):
+            rows = [row for row in found.rows["families"] if row["method"] == method]
+            rows.sort(key=lambda row: row["kl"].mean)
+            line(axes, [row["kl"].mean for row in rows], [row["gold"] for row in rows], index, method)
+        for index, chooser in enumerate(dict.fromkeys(row["chooser"] for row in found.rows["best of n"])):
+            rows = [row for row in found.rows["best of n"] if row["chooser"] == chooser]
+            label = f"best of n, {chooser}"
+            line(axes, [row["kl"] for row in rows], [row["gold"] for row in rows], len(methods) + index, label)
+        kl_axis(
+            axes, [row["kl"].mean for row in found.rows["families"]] + [row["kl"] for row in found.rows["best of n"]]
+        )
+        axes.set_title("Reward against distance")
+        axes.set_ylabel("gold reward")
+        axes.legend(loc="best", fontsize=7)
+
+    return Panel("Gold reward against KL, a point for each strength; 95 % intervals of gold.", draw)
+
+
+def _temperature_panel(found: Record) -> Panel:
+    def draw(axes: Any) -> None:
+        for index, method in enumerate(dict.fromkeys(row["method"] for row in found.rows["temperatures"])):
+            rows = [row for row in found.rows["temperatures"] if row["method"] == method]
+            intervals = [Interval(*(100 * value for value in row["win_rate"])) for row in rows]
+            line(axes, [float(row["temperature"]) for row in rows], intervals, index, method)
+        level(axes, 50.0)
+        axes.set_title("Win rate at each temperature")
+        axes.set_xlabel("temperature of policy and initial policy")
+        axes.set_ylabel("% of comparisons, ties half")
+        axes.legend(loc="best")
+
+    return Panel("Win rate against the initial policy at the same temperature; 95 % intervals over seeds.", draw)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -11,8 +12,10 @@ from jaxtyping import Float
 from dpo_ref.evaluation.policy import read_summary
 from dpo_ref.evaluation.stages import read_evaluated
 from dpo_ref.evaluation.sweep import numbered_folders
+from dpo_ref.reports.plots import Panel
 from studies.intervals import LEVEL, Interval, over_runs, over_runs_and_prompts
-from studies.records import Finding, Record, above, apart, below, rounded
+from studies.pictures import bars, forest, line, look
+from studies.records import Finding, Record, above, apart, below, findings_table, markdown, rounded, shown, wrap
 from studies.runner import INITIALS, Run, Runs, initial_metrics, run, sweep
 
 MINUTES = 90
@@ -279,3 +282,112 @@ def _of_reuse(reused: Mapping[tuple[str, str], Runs]) -> list[Finding]:
         *more,
         *(below(f"F3 lab, {method}: gold at 16 passes less at 8", gain(method, "16", "8")) for method in too_many),
     ]
+
+
+# --- as it is shown
+
+
+def parts(found: Record) -> dict[str, str]:
+    """What is written into the page."""
+    bandits = [
+        [row["world"], row["method"], row["peak"], row["data"].replace("_", "-"), row["lr"], shown(row["reward"])]
+        for row in found.rows["bandits"]
+    ]
+    lab = [
+        [row["reward"], row["method"], row["data"], row["lr"], shown(row["score"]), shown(row["kl"], 2),
+         shown(row["tokens"], 1), f"{row['degenerate']} of {row['runs']}"]
+        for row in found.rows["lab"]
+    ]  # fmt: skip
+    reuse = [
+        [
+            row["method"],
+            row["passes"],
+            shown(row["gold"]),
+            shown(row["kl"], 2),
+            f"{row['degenerate']} of {row['runs']}",
+        ]
+        for row in found.rows["reuse"]
+    ]
+    lab_titles = ["reward", "method", "data", "learning rate", "reward earned", "KL, nats", "tokens", "degenerate"]
+    return {
+        "on_policy tests": findings_table(found),
+        "on_policy bandits": markdown(["bandit", "method", "peak", "data", "learning rate", "reward"], bandits),
+        "on_policy lab": markdown(lab_titles, lab),
+        "on_policy reuse": markdown(["method", "passes", "gold", "KL, nats", "degenerate"], reuse),
+    }
+
+
+def answer(found: Record) -> str:
+    """What was found, in a paragraph: how many of each letter's tests are borne out, and by how much."""
+    sentences = []
+    for letter, claim in CLAIMS.items():
+        of_letter = [finding for finding in found.findings if finding.statement.startswith(f"{letter} ")]
+        held = [finding for finding in of_letter if finding.holds]
+        sentences.append(f"{claim}: {len(held)} of {len(of_letter)}.")
+    return wrap(" ".join(sentences))
+
+
+CLAIMS = {
+    "F1": "Fresh data gains more where the peak is far",
+    "F2": "Fresh and stale samples differ in gold",
+    "F3": "Reuse helps up to 8 passes, and 16 are too many for sft and reinforce",
+    "F4": "A negative gradient helps offline",
+    "F6": "On-policy dpo earns more than either alone",
+}
+
+
+def panels(found: Record) -> list[Panel]:
+    """The pictures: the arms offline and on-policy at either peak; fresh less stale in the lab; reuse."""
+    near, far = (_arms_panel(found, name) for name in PEAKS)
+    return [near, far, _fresh_panel(found), _reuse_panel(found)]
+
+
+def _arms_panel(found: Record, peak: str) -> Panel:
+    rows = [row for row in found.rows["bandits"] if row["world"] == "arms" and row["peak"] == str(PEAKS[peak])]
+    methods = list(WORLDS["arms"].methods)
+
+    def draw(axes: Any) -> None:
+        for index, schedule in enumerate(SCHEDULES):
+            rewards = {row["method"]: row["reward"] for row in rows if row["data"] == schedule}
+            means, lengths = bars([rewards[method] for method in methods])
+            places = np.arange(len(methods)) + (index - 0.5) / 4
+            label = schedule.replace("_", "-")
+            axes.errorbar(means, places, xerr=lengths, linestyle="none", capsize=3, label=label, **look(index))
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.set_title(f"100 arms, the peak {peak}")
+        axes.set_xlabel("reward")
+        axes.legend(loc="best")
+
+    return Panel(f"Reward of each method at its own learning rate, the peak {peak}; 95 % intervals over seeds.", draw)
+
+
+def _fresh_panel(found: Record) -> Panel:
+    findings = [each for each in found.findings if each.statement.startswith(("F1 lab", "F2 lab"))]
+    of_gold = [each.statement.startswith("F2") for each in findings]
+    methods = [each.statement.removeprefix("F1 lab, ").removeprefix("F2 lab, ").split(":")[0] for each in findings]
+    names = [f"{method}: {'gold' if gold else 'far − near'}" for method, gold in zip(methods, of_gold, strict=True)]
+
+    def draw(axes: Any) -> None:
+        forest(axes, names, [each.estimate for each in findings], 0.0)
+        axes.set_title("Fresh less stale samples in the lab")
+        axes.set_xlabel("reward (lengths: tens of tokens)")
+
+    return Panel("Differences with their intervals.", draw)
+
+
+def _reuse_panel(found: Record) -> Panel:
+    methods = list(dict.fromkeys(row["method"] for row in found.rows["reuse"]))
+
+    def draw(axes: Any) -> None:
+        for index, method in enumerate(methods):
+            rows = [row for row in found.rows["reuse"] if row["method"] == method]
+            line(axes, [float(row["passes"]) for row in rows], [row["gold"] for row in rows], index, method)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([float(passes) for passes in PASSES], PASSES)
+        axes.set_title("Sample reuse, 2,048 rewards")
+        axes.set_xlabel("passes over each round's samples")
+        axes.set_ylabel("gold reward")
+        axes.legend(loc="best")
+
+    return Panel("Gold reward with 95 % intervals over seeds and prompts.", draw)

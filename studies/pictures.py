@@ -9,7 +9,7 @@ import numpy as np
 from dpo_ref.reports.plots import INITIAL, SERIES
 from studies.intervals import Interval
 
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X<"  # one more than there are colours, so that no two of the first 72 look alike
 
 
 def look(index: int) -> dict[str, Any]:
@@ -35,6 +35,17 @@ def strength_axis(axes: Any, strengths: Sequence[str]) -> None:
     axes.set_xticks([float(value) for value in strengths], strengths)
     axes.set_xticks([], minor=True)
     axes.set_xlabel("β (larger: closer to the reference)")
+
+
+def kl_axis(axes: Any, kls: Sequence[float]) -> None:
+    """A logarithmic axis of nats that holds these."""
+    axes.set_xscale("log")
+    low, high = min(kls) / 1.3, max(kls) * 1.3
+    ticks = [value for value in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if low <= value <= high]
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("KL to the initial policy, nats an answer")
 
 
 def level(axes: Any, value: float, label: str = "") -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_ref.reports.plots import Panel
 from studies.intervals import Interval
-from studies.pictures import forest, look
+from studies.pictures import forest, kl_axis, look
 from studies.records import Record, markdown, row_of, shown
 from studies.runner import INITIALS, Runs, sweep
 
@@ -215,9 +215,8 @@ def bought_panel(found: Record) -> Panel:
                 label = {"label": chosen["method"]} if own else {}
                 size = 9 if own else 4
                 axes.plot(row["kl"].mean, row["gold"].mean, linestyle="none", markersize=size, **look(index), **label)
-        axes.set_xscale("log")
+        kl_axis(axes, [row["kl"].mean for row in found.rows["neighbours"]])
         axes.set_title("Reward against distance")
-        axes.set_xlabel("KL to the initial policy, nats an answer")
         axes.set_ylabel("gold reward")
         axes.legend(loc="best", fontsize=7)
 
