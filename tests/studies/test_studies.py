@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from studies.__main__ import STUDIES, _time_is_over
 from studies.intervals import Interval
 from studies.records import INDEX, PAGES, Finding, Record, differences, filled, read, write
 from studies.runner import Run, Runs
-from tests.support.command import resolved, train
+from tests.support.command import composes, resolved, train
 from tests.support.faults import SMALL
 
 
@@ -217,6 +218,18 @@ def test_pages_say_what_is_committed(name):
     assert page.read_text() == filled(page, study.parts(found)), again
     assert INDEX.read_text() == filled(INDEX, {f"{name} answer": study.answer(found)}), again
     assert (PAGES / f"{name}.png").stat().st_size > 10_000
+
+
+TYPED = {
+    line
+    for page in PAGES.glob("*.md")
+    for line in re.findall(r"^python train\.py .*?(?= +#|$)", page.read_text(), re.M)
+}
+
+
+@pytest.mark.parametrize("command", sorted(TYPED))
+def test_what_a_page_types_composes(command):
+    composes(command)
 
 
 def test_a_page_without_a_place_is_refused(tmp_path):
