@@ -17,7 +17,7 @@ from dpo_ref.reports.plots import Panel
 from dpo_ref.tracking.terminal import say
 from studies.intervals import Interval, over_runs_and_prompts
 from studies.pictures import look
-from studies.records import Finding, Record, apart, markdown, rounded, row_of, shown, wrap
+from studies.records import Finding, Record, apart, findings_table, markdown, rounded, row_of, shown, wrap
 from studies.runner import Runs, read_run, run
 
 MINUTES = 60
@@ -43,7 +43,7 @@ ON_GPU = Scale(
 )  # fmt: skip
 ON_CPU = Scale(
     "CPU", ("0.01", "0.5"), ("initial",), ("0",), ("data.limit=128",),
-    ("prompts.limit=24", "generation.samples_per_prompt=1", "generation.max_new_tokens=256"),
+    ("generation.samples_per_prompt=1", "generation.max_new_tokens=256"),
 )  # fmt: skip
 
 
@@ -104,6 +104,9 @@ def _trained(folder: Path) -> tuple[Runs, Scale]:
         _one(folder / "fine_tuned", *of_other, "objective=sft", "reference=auto", "optim.lr=2e-5")
         references["fine-tuned"] = ("reference=other", f"reference.path={folder / 'fine_tuned' / 'policy'}")
         asked += ["scorer=reward_model", f"scorer.path={folder / 'reward_model' / 'policy'}"]
+    else:
+        asked += ["prompts=data", "data@prompts.data=jsonl", f"prompts.data.path={own}", "prompts.limit=24"]
+        asked += [f"prompts.data.eval_path={pairs / 'pairs_test.jsonl.gz'}"]
     names = []
     for reference in plan.references:
         for beta in plan.betas:
@@ -192,13 +195,7 @@ def parts(found: Record) -> dict[str, str]:
         [row["reference"], row["beta"], str(row["runs"]), *(shown(row[key], COLUMNS[key][1]) for key in keys)]
         for row in rows
     ]
-    findings = [
-        [each.statement, f"{each.estimate.mean:.2f}", "yes" if each.holds else "**no**"] for each in found.findings
-    ]
-    return {
-        "real_model": markdown(titles, lines),
-        "real_model tests": markdown(["fixed beforehand", "value", "borne out"], findings),
-    }
+    return {"real_model": markdown(titles, lines), "real_model tests": findings_table(found, 2)}
 
 
 def answer(found: Record) -> str:

@@ -76,9 +76,18 @@ def write(name: str, record: Record) -> None:
     """Write `studies/results/<name>.json`, a row a line."""
     head = {"versions": {package: version(package) for package in ("torch", "transformers")}}
     content = head | asdict(record)
-    text = json.dumps(content, indent=1)
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False)
     RESULTS.mkdir(exist_ok=True)
     write_text(RESULTS / f"{name}.json", re.sub(r"\n {4,}", " ", text) + "\n")
+
+
+def _without_nan(content: Any) -> Any:
+    """nan, which JSON has not, as null: the ends of what has no interval."""
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return list(map(_without_nan, content))
+    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def read(name: str) -> Record | None:
@@ -88,14 +97,17 @@ def read(name: str) -> Record | None:
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = {table: [_row(row) for row in rows] for table, rows in content["rows"].items()}
-    findings = [Finding(each["statement"], Interval(*each["estimate"]), each["holds"]) for each in content["findings"]]
+    findings = [Finding(each["statement"], _interval(each["estimate"]), each["holds"]) for each in content["findings"]]
     return Record(rows, findings, content["also"])
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: Interval(*value) if isinstance(value, list) and len(value) == 3 else value for key, value in row.items()
-    }
+    return {key: _interval(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+def _interval(values: Sequence[float | None]) -> Interval:
+    mean, low, high = (math.nan if value is None else value for value in values)
+    return Interval(mean, low, high)
 
 
 def differences(committed: Record, found: Record) -> list[str]:
@@ -147,9 +159,9 @@ def findings_table(record: Record, decimals: int = 3) -> str:
 
 
 def shown(interval: Interval, decimals: int = 3) -> str:
-    """A mean with its interval."""
+    """A mean with its interval, where it has one."""
     mean, low, high = (f"{value:.{decimals}f}".replace("-", "−") for value in interval)
-    return mean if math.isnan(interval.low) else f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]" if interval.low < interval.high else mean
 
 
 def wrap(paragraph: str) -> str:

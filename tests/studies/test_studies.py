@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 import signal
 import threading
@@ -193,6 +194,11 @@ def test_a_record_is_read_as_it_was_written(tmp_path, monkeypatch):
     write("some", FOUND)
     assert read("some") == FOUND
     assert len((tmp_path / "some.json").read_text().splitlines()) < 30
+    write("alone", Record({"curve": [{"runs": 1, "kl": Interval(0.5, math.nan, math.nan)}]}, []))
+    (row,) = read("alone").rows["curve"]
+    assert row["kl"].mean == 0.5
+    assert math.isnan(row["kl"].low)
+    assert "NaN" not in (tmp_path / "alone.json").read_text()
 
 
 def test_what_is_not_repeated_is_named():
