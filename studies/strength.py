@@ -180,6 +180,7 @@ def parts(found: Record) -> dict[str, str]:
         "tokens",
         "KL, nats",
         "end token, nats",
+        "accuracy",
         "degenerate",
         "best in",
     ]
@@ -193,12 +194,25 @@ def parts(found: Record) -> dict[str, str]:
             shown(row["tokens"], 1),
             shown(row["kl"], 2),
             shown(row["end"], 2),
+            shown(row["accuracy"]),
             f"{row['degenerate']} of {row['runs']}",
             f"{found.also['best'][row['part']][row['beta']]:.0%}",
         ]
         for row in found.rows["curve"]
     ]
-    return {"strength": markdown(titles, rows), "strength tests": findings_table(found)}
+    initials = _initials_table(found)
+    return {"strength": markdown(titles, rows), "strength tests": findings_table(found), "strength initials": initials}
+
+
+def _initials_table(found: Record) -> str:
+    """Gold from each initial policy."""
+    rows = [
+        [judge, beta, *(shown(found.row("by initial policy", part=judge, beta=beta, initial=name)["gold"])
+                        for name in INITIALS)]
+        for judge in JUDGES
+        for beta in BETAS
+    ]  # fmt: skip
+    return markdown(["judge", "β", *(f"gold, `{name}`" for name in INITIALS)], rows)
 
 
 def _curve(found: Record, key: str, title: str, label: str, caption: str, initial: float | None = None) -> Panel:

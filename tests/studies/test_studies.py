@@ -35,9 +35,9 @@ def run_of(gold, initial="lab:initial", seed=0, degenerate=False, **words):
 # --- plans
 
 
-COMPARED = [("necessity", method) for method in necessity.METHODS] + [
-    ("stronger", method) for method in stronger.METHODS
-]
+STUDIED = {"necessity": necessity.METHODS, "stronger": stronger.METHODS, "beyond": beyond.METHODS}
+STUDIED |= {"frontier": frontier.ON_PAIRS, "on_policy": frontier.ON_SAMPLES}
+COMPARED = [(experiment, method) for experiment, methods in STUDIED.items() for method in methods]
 
 
 @pytest.mark.parametrize(("experiment", "method"), COMPARED, ids=lambda each: getattr(each, "name", each))
@@ -152,10 +152,13 @@ except KeyboardInterrupt:
 
 
 def test_a_command_saves_itself_when_the_time_is_over(tmp_path):
-    signal.signal(signal.SIGALRM, _time_is_over)
-    threading.Thread(target=_alarm_once_begun, args=(tmp_path / "began",)).start()
-    with pytest.raises(TimeoutError):
-        runner._typed(["-c", SAVES_ITSELF, str(tmp_path)], {})
+    before = signal.signal(signal.SIGALRM, _time_is_over)
+    try:
+        threading.Thread(target=_alarm_once_begun, args=(tmp_path / "began",)).start()
+        with pytest.raises(TimeoutError):
+            runner._typed(["-c", SAVES_ITSELF, str(tmp_path)], {})
+    finally:
+        signal.signal(signal.SIGALRM, before)
     assert (tmp_path / "saved").exists()
 
 
