@@ -36,7 +36,7 @@ FOREIGN = "per byte, foreign"
 def record(folder: Path) -> Record:
     """Run what is left of the plan, and what came of it."""
     base = {method.name: _of_necessity(method) for method in necessity.METHODS}
-    every = [tuned(folder / necessity.folder_of(method), "beyond", method) for method in METHODS]
+    every = [tuned(folder / method.folder, "beyond", method) for method in METHODS]
     stops = _stopping(folder / "stopping")
     scaled = _scaling(folder / "scaling", base)
     first = base[necessity.METHODS[0].name]
@@ -55,7 +55,7 @@ def record(folder: Path) -> Record:
 
 
 def _of_necessity(method: Method) -> Tuned:
-    return tuned(OUTPUTS / "necessity" / necessity.folder_of(method), "necessity", method)
+    return tuned(OUTPUTS / "necessity" / method.folder, "necessity", method)
 
 
 # --- other constraints
@@ -63,7 +63,7 @@ def _of_necessity(method: Method) -> Tuned:
 
 def _gains(every: Sequence[Tuned], first: Tuned) -> list[Finding]:
     (foreign,) = (method for method in stronger.METHODS if method.name == "strong, foreign")
-    against_foreign = tuned(OUTPUTS / "stronger" / necessity.folder_of(foreign), "stronger", foreign)
+    against_foreign = tuned(OUTPUTS / "stronger" / foreign.folder, "stronger", foreign)
     findings = []
     for each in every:
         name, base = ("dpo, foreign", against_foreign) if each.method.name == FOREIGN else ("dpo", first)
@@ -144,7 +144,7 @@ def _scaling(folder: Path, base: Mapping[str, Tuned]) -> dict[tuple[str, str], R
         method, (lr, strength) = base[name].method, base[name].chosen
         asked = (f"{LR}={lr}", f"{method.key}={strength}", f"data.num_pairs={','.join(PAIRS)}")
         asked += method.results_on
-        runs = sweep(folder / necessity.folder_of(method), "+experiment=beyond", *method.words, *asked)
+        runs = sweep(folder / method.folder, "+experiment=beyond", *method.words, *asked)
         scaled |= {(name, pairs): runs.at(**{"data.num_pairs": pairs}) for pairs in PAIRS}
     return scaled
 

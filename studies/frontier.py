@@ -1,7 +1,6 @@
 """Does DPO buy more reward with the same distance? (arXiv 2305.18290; plan: conf/experiment/frontier.yaml)"""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -18,10 +17,20 @@ from dpo_ref.lab.conversations import FAMILIES
 from dpo_ref.reports.plots import Panel
 from studies import necessity
 from studies.intervals import LEVEL, Interval, over_runs, over_runs_and_prompts
-from studies.necessity import folder_of
 from studies.pictures import kl_axis, level, line
-from studies.records import Finding, Record, above, findings_table, markdown, rounded, row_of, shown, wrap
-from studies.runner import INITIALS, OUTPUTS, ROOT, Runs, by_prompt, initial_metrics, initial_policies, run, sweep
+from studies.records import Finding, Record, above, findings_table, markdown, percent, rounded, row_of, shown, wrap
+from studies.runner import (
+    INITIALS,
+    OUTPUTS,
+    ROOT,
+    Runs,
+    by_prompt,
+    initial_metrics,
+    initial_policies,
+    link,
+    run,
+    sweep,
+)
 from studies.tuning import SEEDS, Method, Place, best_of, swept, tried
 
 MINUTES = 180
@@ -75,17 +84,17 @@ class Family:
 def _family(folder: Path, experiment: str, method: Method, grid: Mapping[Place, Runs]) -> Family:
     chosen = best_of(grid)
     strengths = sorted({place[1] for place in grid}, key=float)
-    runs = swept(folder / folder_of(method) / "results", experiment, method, chosen[:1], strengths, method.results_on)
+    runs = swept(folder / method.folder / "results", experiment, method, chosen[:1], strengths, method.results_on)
     return Family(method, chosen, runs)
 
 
 def _families(folder: Path) -> dict[str, Family]:
-    grid = tried(OUTPUTS / "necessity" / folder_of(FIRST), "necessity", FIRST)
+    grid = tried(OUTPUTS / "necessity" / FIRST.folder, "necessity", FIRST)
     families = {FIRST.name: _family(folder, EXPERIMENT, FIRST, grid)}
     _reward_models(folder / "reward_model_runs", MODELS)
     for experiment, methods in ((EXPERIMENT, ON_PAIRS), (SAMPLED, ON_SAMPLES)):
         for method in methods:
-            grid = tried(folder / folder_of(method), experiment, method)
+            grid = tried(folder / method.folder, experiment, method)
             families[method.name] = _family(folder, experiment, method, grid)
     return families
 
@@ -97,10 +106,7 @@ def _reward_models(folder: Path, links: Path, *words: str) -> None:
         run(folder / name, "train.py", "-m", f"+experiment={EXPERIMENT}", *asked, *on)
         for job in collect(folder / name):
             initial = next(word.partition("=")[2] for word in job.words if word.startswith("model.path="))
-            link = links / initial / str(job.seed)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.exists():
-                os.symlink((job.folder / "policy").resolve(), link)
+            link(links / initial / str(job.seed), job.folder / "policy")
 
 
 def _best_of_n(folder: Path) -> dict[tuple[str, str], list[tuple[str, Float[np.ndarray, " P"]]]]:
@@ -144,9 +150,7 @@ def _unseen(folder: Path, family: Family) -> Runs:
         words = [*PPO, *_scored_by(links), *words[len(method.words) :], f"data.prompts.families={SEEN}"]
     else:
         words.append(f"data.families={SEEN}")
-    return sweep(folder / folder_of(method), f"+experiment={SAMPLED if on_samples else EXPERIMENT}", *words).where(
-        lambda one: True
-    )
+    return sweep(folder / method.folder, f"+experiment={SAMPLED if on_samples else EXPERIMENT}", *words)
 
 
 # --- what came of it
@@ -157,9 +161,7 @@ def record(folder: Path) -> Record:
     families = _families(folder)
     chosen_best = _best_of_n(folder / "best_of_n")
     asked = {name: families[name] for name in (FIRST.name, "sft", LEARNED)}
-    warm = {
-        name: _temperatures(folder / "temperatures" / folder_of(each.method), each) for name, each in asked.items()
-    }
+    warm = {name: _temperatures(folder / "temperatures" / each.method.folder, each) for name, each in asked.items()}
     unseen = {name: _unseen(folder / "unseen", each) for name, each in asked.items()}
     initial = {name: by_prompt(each) for name, each in initial_policies(folder / "initial").items()}
     at_dpo = families[FIRST.name].at_chosen.mean("kl").mean
@@ -241,7 +243,7 @@ def _at_equal_kl(lines: Mapping[str, Line], kl: float) -> list[Finding]:
     confidence = 1 - (1 - LEVEL) / max(1, len(others))
     return [
         above(
-            f"gold at {kl:.2f} nats, dpo less {name}",
+            f"gold at the KL of dpo's chosen cell, dpo less {name}",
             over_runs((ours.at(kl) - line.at(kl)).tolist(), ours.initials, confidence),
         )
         for name, line in others.items()
@@ -281,10 +283,7 @@ def parts(found: Record) -> dict[str, str]:
         for row in found.rows["families"]
     ]  # fmt: skip
     best = [[row["chooser"], row["n"], shown(row["gold"]), f"{row['kl']:.2f}"] for row in found.rows["best of n"]]
-    warm = [
-        [row["method"], row["temperature"], shown(Interval(*(100 * value for value in row["win_rate"])), 1)]
-        for row in found.rows["temperatures"]
-    ]
+    warm = [[row["method"], row["temperature"], percent(row["win_rate"])] for row in found.rows["temperatures"]]
     titles = ["method", "learning rate", "strength", "chosen", "gold", "KL, nats", "tokens", "degenerate"]
     return {
         "frontier tests": findings_table(found),

@@ -1,6 +1,5 @@
 """Is a reference needed? (RQ2 of arXiv 2407.13709; plan: conf/experiment/necessity.yaml)"""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,14 +24,9 @@ METHODS = (
 )
 
 
-def folder_of(method: Method) -> str:
-    """The folder of a method's runs."""
-    return re.sub(r"[^a-z0-9]+", "_", method.name.lower())
-
-
 def record(folder: Path) -> Record:
     """Run what is left of the plan, and what came of it."""
-    every = [tuned(folder / folder_of(method), "necessity", method) for method in METHODS]
+    every = [tuned(folder / method.folder, "necessity", method) for method in METHODS]
     rows = {
         "chosen": [each.chosen_row(METRICS) for each in every],
         "neighbours": [row for each in every for row in each.rows(METRICS)],

@@ -16,7 +16,8 @@ from dpo_ref.reports.plots import Panel
 from studies.intervals import LEVEL, Interval, over_runs, over_runs_and_prompts
 from studies.pictures import bars, forest, line, look
 from studies.records import Finding, Record, above, apart, below, findings_table, markdown, rounded, shown, wrap
-from studies.runner import INITIALS, Run, Runs, initial_metrics, run, sweep
+from studies.runner import Run, Runs, initial_metrics, run, sweep
+from studies.tuning import SEEDS, slug
 
 MINUTES = 90
 
@@ -61,7 +62,9 @@ WORLDS = {
 }
 
 
-def _rewards(folder: Path, world: World, words: Sequence[str], lrs: Sequence[str], seed: int, num_seeds: int) -> dict:
+def _rewards(
+    folder: Path, world: World, words: Sequence[str], lrs: Sequence[str], seed: int, num_seeds: int
+) -> dict[tuple[str, Where], list[float]]:
     """Final rewards of one method by seed, for each learning rate and each peak and schedule."""
     asked = ("bandit.beside=[]", "bandit.measure_every=100", f"bandit.lr={','.join(lrs)}", f"seed={seed}")
     words = (f"+experiment={world.experiment}", "hydra/launcher=side_by_side", *words, *asked)
@@ -88,14 +91,10 @@ def _bandit(folder: Path, world: World, words: Sequence[str]) -> dict[Where, tup
 def _bandits(folder: Path) -> dict[tuple[str, str], dict[Where, tuple[str, list[float]]]]:
     """By world and method."""
     return {
-        (name, method): _bandit(folder / name / _slug(method), world, words)
+        (name, method): _bandit(folder / name / slug(method), world, words)
         for name, world in WORLDS.items()
         for method, words in world.methods.items()
     }
-
-
-def _slug(name: str) -> str:
-    return name.replace(", ", "_").replace(" ", "_")
 
 
 # --- the lab
@@ -115,7 +114,7 @@ REWARDS: dict[str, tuple[str, ...]] = {
 }
 PASSES = ("1", "2", "4", "8", "16")
 TUNED_ON = ("data.prompts.test_split=validation", "seed=100")
-RESULTS_ON = ("data.prompts.test_split=test", "seed=0,1,2,3,4", f"model.path={','.join(INITIALS)}")
+RESULTS_ON = ("data.prompts.test_split=test", *SEEDS)
 
 
 def _closeness(target: int) -> Callable[[Run], Float[np.ndarray, " P"]]:
@@ -152,14 +151,14 @@ def _lab_cell(folder: Path, words: Sequence[str], reward: str) -> LabCell:
     asked = ("+experiment=on_policy", *words, *REWARDS[reward])
     tried = sweep(folder / "tuning", *asked, f"optim.lr={','.join(LRS)}", *TUNED_ON)
     lr = max(LRS, key=lambda lr: np.mean([score(one) for one in tried.at(**{"optim.lr": lr}).runs]))
-    runs = sweep(folder / "results", *asked, f"optim.lr={lr}", *RESULTS_ON).where(lambda one: True)
+    runs = sweep(folder / "results", *asked, f"optim.lr={lr}", *RESULTS_ON)
     return LabCell(lr, runs, np.stack([score(one) for one in runs.runs]))
 
 
 def _lab(folder: Path) -> dict[tuple[str, str, str], LabCell]:
     """By reward, method and data."""
     return {
-        (reward, method, data): _lab_cell(folder / reward / _slug(method) / data, (*words, *of_data), reward)
+        (reward, method, data): _lab_cell(folder / reward / slug(method) / data, (*words, *of_data), reward)
         for reward in REWARDS
         for method, words in METHODS.items()
         for data, of_data in DATA.items()
@@ -173,7 +172,7 @@ def _reuse(folder: Path, lab: Mapping[tuple[str, str, str], LabCell]) -> dict[tu
     for method, words in methods.items():
         lr = lab["gold", "reinforce" if method == "ppo_clip" else method, "fresh"].lr
         asked = (*words, f"optim.lr={lr}", "data.rounds=16", f"data.inner_epochs={','.join(PASSES)}", *RESULTS_ON)
-        runs = sweep(folder / _slug(method), "+experiment=on_policy", *asked)
+        runs = sweep(folder / slug(method), "+experiment=on_policy", *asked)
         reused |= {(method, passes): runs.at(**{"data.inner_epochs": passes}) for passes in PASSES}
     return reused
 

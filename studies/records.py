@@ -164,6 +164,11 @@ def shown(interval: Interval, decimals: int = 3) -> str:
     return f"{mean} [{low}, {high}]" if interval.low < interval.high else mean
 
 
+def percent(interval: Interval) -> str:
+    """A share with its interval, in percent."""
+    return shown(Interval(*(100 * value for value in interval)), 1)
+
+
 def wrap(paragraph: str) -> str:
     """A paragraph in lines of a page."""
     return "\n".join(textwrap.wrap(paragraph, 119, break_long_words=False, break_on_hyphens=False))

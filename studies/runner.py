@@ -55,18 +55,19 @@ def run(folder: Path, *words: str, environment: Mapping[str, str] = ONE_THREAD) 
     """Type a command that leaves its results in `folder`, unless it was run to its end before. Raises ValueError where
     the folder holds those of another command, and for a command that fails."""
     command = shlex.join(["python", *words])
-    finished = folder / FINISHED
+    finished, begun = folder / FINISHED, folder.parent / f"{folder.name}.begun.txt"
+    before = next((path.read_text() for path in (finished, begun) if path.exists()), command)
+    if before != command:
+        raise ValueError(f"{folder} is the result of\n  {before}\nand not of\n  {command}\nmove it and {begun} away")
     if finished.exists():
-        if finished.read_text() != command:
-            raise ValueError(
-                f"{folder} is the result of\n  {finished.read_text()}\nand not of\n  {command}\nmove it away"
-            )
         return
     say(command)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_text(begun, command)
     status = _typed([*words, f"output_dir={folder}", "tracking=none"], environment)
     if status:
         raise ValueError(f"{command}\nended with status {status}; the same command of studies goes on with it")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     write_text(finished, command)
 
 
@@ -84,7 +85,7 @@ def _typed(words: Sequence[str], environment: Mapping[str, str]) -> int:
 def sweep(folder: Path, *words: str) -> "Runs":
     """Run a sweep, or what is left of it; its policies."""
     run(folder, "train.py", "-m", *words)
-    return Runs([read_run(job) for job in collect(folder)])
+    return Runs([read_run(job) for job in collect(folder)]).where(lambda one: True)
 
 
 # --- what was left behind
@@ -188,6 +189,13 @@ def _same(one: str, other: str) -> bool:
         return float(one) == float(other)
     except ValueError:
         return one == other
+
+
+def link(name: Path, policy: Path) -> None:
+    """Let a run's policy be found under a name that other runs ask for it by."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    name.unlink(missing_ok=True)
+    os.symlink(policy.resolve(), name)
 
 
 def initial_policies(folder: Path) -> dict[str, Evaluated]:

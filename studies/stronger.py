@@ -1,7 +1,6 @@
 """Does DPO gain from a better reference? (RQ3 of arXiv 2407.13709; plan: conf/experiment/stronger.yaml)"""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from studies import necessity
 from studies.intervals import LEVEL, Interval, over_runs_and_prompts
 from studies.pictures import look
 from studies.records import Finding, Record, above, apart, findings_table, markdown, rounded, row_of, shown, wrap
-from studies.runner import INITIALS, OUTPUTS, ROOT, Runs, initial_metrics, read_json, run, sweep
+from studies.runner import INITIALS, OUTPUTS, ROOT, Runs, initial_metrics, link, read_json, run, sweep
 from studies.tuning import Method, Tuned, chosen_panels, chosen_table, neighbours_table, tuned
 
 MINUTES = 130
@@ -48,9 +47,9 @@ SET_ASIDE = INITIALS[1]
 
 def record(folder: Path) -> Record:
     """Run what is left of the plan, and what came of it."""
-    base = tuned(OUTPUTS / "necessity" / necessity.folder_of(necessity.METHODS[0]), "necessity", necessity.METHODS[0])
+    base = tuned(OUTPUTS / "necessity" / necessity.METHODS[0].folder, "necessity", necessity.METHODS[0])
     _link_guides(base)
-    every = [base, *(tuned(folder / necessity.folder_of(method), "stronger", method) for method in METHODS)]
+    every = [base, *(tuned(folder / method.folder, "stronger", method) for method in METHODS)]
     ranked = [row for policy in INITIALS for row in _ranked(folder / "ranking" / policy.replace(":", "_"), policy)]
     rows = {
         "chosen": [each.chosen_row(METRICS) for each in every],
@@ -70,10 +69,7 @@ def record(folder: Path) -> Record:
 def _link_guides(base: Tuned) -> None:
     """The policies that are Pre-DPO's references, under the names by which it asks for them."""
     for one in (*base.grid[base.chosen].runs, *base.results[base.chosen].runs):
-        link = GUIDES / one.initial / str(one.seed)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            os.symlink((one.folder.parent / "policy").resolve(), link)
+        link(GUIDES / one.initial / str(one.seed), one.folder.parent / "policy")
 
 
 def _gains(every: Sequence[Tuned]) -> list[Finding]:

@@ -1,6 +1,7 @@
 """The same chances for every method: a grid of learning rates and strengths on validation prompts, then the cell that
 was chosen there and its neighbours on test prompts, with several seeds and initial policies."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,19 @@ from typing import Any
 import numpy as np
 
 from dpo_ref.reports.plots import Panel
-from studies.intervals import Interval
 from studies.pictures import forest, kl_axis, look
-from studies.records import Record, markdown, row_of, shown
+from studies.records import Record, markdown, percent, row_of, shown
 from studies.runner import INITIALS, Runs, sweep
 
 LR = "optim.lr"
 LRS = ("1e-4", "2e-4", "4e-4", "8e-4")
 SEEDS = ("seed=0,1,2,3,4", f"model.path={','.join(INITIALS)}")
 Place = tuple[str, str]  # learning rate and strength
+
+
+def slug(name: str) -> str:
+    """A name as that of a folder."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower())
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,11 @@ class Method:
     strengths: tuple[str, ...]
     key: str = "beta"
     split: str = "data.test_split"
+
+    @property
+    def folder(self) -> str:
+        """Where its runs are."""
+        return slug(self.name)
 
     @property
     def tuned_on(self) -> tuple[str, ...]:
@@ -161,7 +171,7 @@ def chosen_table(found: Record) -> str:
             row["lr"],
             row["strength"],
             shown(row["gold"]),
-            shown(Interval(*(100 * value for value in row["win_rate"])), 1),
+            percent(row["win_rate"]),
             shown(row["tokens"], 1),
             shown(row["kl"], 2),
             f"{row['degenerate']} of {row['runs']}",

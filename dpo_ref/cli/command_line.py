@@ -426,6 +426,7 @@ def _words_of_text(entry: str, kinds: Sequence[str]) -> list[str]:
 
 
 ON_QUESTIONS = "prompts=jsonl prompts.path=questions.jsonl"  # behind evaluate.py, where no prompts are held out
+NEXT_OF_SCORES = "policy=<run or model folder> scorer=reward_model scorer.path={}/policy"  # after a reward model's run
 
 
 def python() -> str:

@@ -17,7 +17,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from dpo_ref.cli import resume_sweep
-from dpo_ref.cli.command_line import ON_QUESTIONS, directory_words, python, tracking_words
+from dpo_ref.cli.command_line import NEXT_OF_SCORES, ON_QUESTIONS, directory_words, python, tracking_words
 from dpo_ref.cli.launchers import JOBLIB, LOCAL, SLURM, run_on_cluster, visible_gpus
 from dpo_ref.cli.run_folder import record_death
 from dpo_ref.cli.saved_run import addresses_in, read_summary, trust_words
@@ -166,10 +166,9 @@ def _can_be_asked(folder: Path) -> bool:
     """Whether a job writes answers and has held-out prompts to write them to; where none has, says what to type."""
     records = [read_summary(job.folder, f"sweep={folder}") for job in collect(folder) if job.finished]
     if records and all(record.get("scores_answers") for record in records):
-        scorer = f"scorer=reward_model scorer.path={folder}/<job>/policy"
         say(
             "not evaluated, as reward models write no answers; one that scores the answers of a policy:",
-            f"  {python()} evaluate.py policy=<run or model folder> {scorer}",
+            f"  {python()} evaluate.py {NEXT_OF_SCORES.format(folder / '<job>')}",
         )
         return False
     if {record.get("held_out_prompts") for record in records} != {0}:

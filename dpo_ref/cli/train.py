@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_ref.cli.bandit import run_bandit
 from dpo_ref.cli.build import NUM_SAMPLES, SAMPLE_TOKENS, Built, build, cache_reference, report_data
 from dpo_ref.cli.check import check_run
-from dpo_ref.cli.command_line import ON_QUESTIONS, script
+from dpo_ref.cli.command_line import NEXT_OF_SCORES, ON_QUESTIONS, script
 from dpo_ref.cli.halving import check_search, climbed, ladder_of
 from dpo_ref.cli.ranks import SaidByFirst, check_batch, lost_another, note_end, of_rank, said_by_first, together
 from dpo_ref.cli.recipes import RECORD, PlannedRecipe, recipe_in, recipe_of, run_recipe
@@ -50,7 +50,6 @@ from dpo_ref.training.run import Interrupted, RunFolder, TrainingRun
 from dpo_ref.types import Asked
 
 NEXT = "policy={}"  # what to type after a run, behind evaluate.py
-NEXT_OF_SCORES = "policy=<run or model folder> scorer=reward_model scorer.path={}/policy"
 ASIDE = {"cache_reference": cache_reference, "data": report_data, "check": check_run}  # stages that train nothing
 
 

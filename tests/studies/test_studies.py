@@ -142,6 +142,11 @@ def test_a_folder_of_another_command_is_refused(tmp_path):
     runner.run(tmp_path, "train.py", "-m", "beta=1")  # runs nothing
     with pytest.raises(ValueError, match=r"is the result of\n  python train.py -m beta=1\nand not of"):
         runner.run(tmp_path, "train.py", "-m", "beta=2")
+    unfinished = tmp_path / "unfinished"
+    with pytest.raises(ValueError, match="ended with status"):
+        runner.run(unfinished, "-c", "raise SystemExit(3)")
+    with pytest.raises(ValueError, match="is the result of"):
+        runner.run(unfinished, "-c", "raise SystemExit(0)")
 
 
 SAVES_ITSELF = """
