@@ -34,6 +34,7 @@ def lab(
     label_noise: float = 0.02,
     label_steepness: float = 10.0,
     families: list[str] | None = None,
+    competences: list[float] | None = None,
 ) -> PreferenceData:
     """Preference pairs of the lab, with held-out pairs (validation prompts) and prompts to generate answers for.
 
@@ -46,16 +47,17 @@ def lab(
     gold rewards, and pairs of equal gold are drawn anew. Pairs of equal texts are drawn anew always. Train, validation
     and test prompts are disjoint by content. The families of instructions take turns; with `families` the pairs, those
     held out included, are of these alone. The prompts to generate answers for are of all families whatever is trained
-    on, and the same for every seed, so that runs can be compared prompt by prompt.
+    on, and the same for every seed, so that runs can be compared prompt by prompt. Each response is of a writer drawn
+    from those of these `competences`; without them of 0.15, 0.45, 0.75 and 1.
 
     `rewards` of a group are the gold rewards of its responses, the preferred one first. Raises ValueError for an
     option out of range.
     """
     check_counts(num_pairs=num_pairs, num_eval_pairs=num_eval_pairs, num_test_prompts=num_test_prompts)
     judge = SimulatedJudge(length_bias, label_noise, label_steepness)
-    of = _families(families)
-    train = draw_pairs(judge, "train", random.Random(f"{seed} train pairs"), of)
-    held_out = draw_pairs(judge, "validation", random.Random(f"{seed} eval pairs"), of)
+    of = _families(families), _competences(competences)
+    train = draw_pairs(judge, "train", random.Random(f"{seed} train pairs"), *of)
+    held_out = draw_pairs(judge, "validation", random.Random(f"{seed} eval pairs"), *of)
     return PreferenceData(
         train=list(progress(islice(train, num_pairs), "drawing the lab's data", num_pairs)),
         eval=list(islice(held_out, num_eval_pairs)),
@@ -101,11 +103,22 @@ def _families(names: list[str] | None) -> list[Family]:
     return [family for name, family in FAMILIES.items() if names is None or name in names]
 
 
+def _competences(probabilities: list[float] | None) -> Sequence[float]:
+    """Those of the writers. Raises ValueError for an empty list and for what is no probability."""
+    if probabilities is not None and (not probabilities or not all(0 <= each <= 1 for each in probabilities)):
+        raise ValueError(f"data.competences={probabilities} must be probabilities, of at least one writer")
+    return probabilities or COMPETENCES
+
+
 def draw_pairs(
-    judge: SimulatedJudge, split: Split, rng: random.Random, families: Sequence[Family] = tuple(FAMILIES.values())
+    judge: SimulatedJudge,
+    split: Split,
+    rng: random.Random,
+    families: Sequence[Family] = tuple(FAMILIES.values()),
+    competences: Sequence[float] = COMPETENCES,
 ) -> Iterator[PromptGroup]:
     """An endless stream of labelled pairs, the preferred response first; the families take turns."""
-    writers = [Writer(competence, MIXED) for competence in COMPETENCES]
+    writers = [Writer(competence, MIXED) for competence in competences]
     for family in cycle(families):
         pair = None
         while pair is None:

@@ -53,6 +53,20 @@ def test_pairs_of_some_families_and_prompts_of_all():
             lab(3, families=wrong)
 
 
+def test_pairs_of_some_writers():
+    def right(competences: list[float] | None) -> float:
+        """The share of responses that earn what only the right answer does."""
+        groups = lab(3, num_pairs=900, num_eval_pairs=0, competences=competences).train
+        return sum(reward >= 0.7 for group in groups for reward in group.rewards) / 1800
+
+    assert right([1.0]) > 0.9
+    assert right([0.15]) == pytest.approx(0.15, abs=4 * math.sqrt(0.15 * 0.85 / 1800))
+    assert lab(3, num_pairs=20, competences=[0.15, 0.45, 0.75, 1.0]).train == lab(3, num_pairs=20).train
+    for wrong in ([], [0.5, 1.5]):
+        with pytest.raises(ValueError, match=r"data.competences=\[.*\] must be probabilities, of at least one writer"):
+            lab(3, competences=wrong)
+
+
 def test_the_judge_likes_length_and_gold_does_not():
     biased, fair = (lab(3, num_pairs=3000, num_eval_pairs=0, length_bias=bias).train for bias in (3.0, 0.0))
 
