@@ -13,7 +13,7 @@ from dpo_ref.tracking.terminal import say
 from studies.records import INDEX, PAGES, Record, differences, filled, read, write
 from studies.runner import OUTPUTS
 
-IN_THE_LAB = ("strength", "necessity", "stronger", "frontier", "on_policy", "beyond")
+IN_THE_LAB = ("strength", "necessity", "likelihood", "stronger", "frontier", "on_policy", "beyond")
 STUDIES = (*IN_THE_LAB, "real_model")  # for which a model and pairs are needed
 
 

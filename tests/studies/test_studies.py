@@ -17,7 +17,7 @@ import pytest
 from dpo_ref.files.writing import write_text
 from dpo_ref.lab.conversations import read_prompt
 from dpo_ref.lab.preferences import draw_prompts
-from studies import beyond, frontier, necessity, on_policy, real_model, records, runner, stronger, tuning
+from studies import beyond, frontier, likelihood, necessity, on_policy, real_model, records, runner, stronger, tuning
 from studies.__main__ import STUDIES, _time_is_over
 from studies.intervals import Interval
 from studies.records import INDEX, PAGES, Finding, Record, differences, filled, read, write
@@ -36,6 +36,7 @@ def run_of(gold, initial="lab:initial", seed=0, degenerate=False, **words):
 
 
 STUDIED = {"necessity": necessity.METHODS, "stronger": stronger.METHODS, "beyond": beyond.METHODS}
+STUDIED |= {"likelihood": likelihood.METHODS}
 STUDIED |= {"frontier": frontier.ON_PAIRS, "on_policy": frontier.ON_SAMPLES}
 COMPARED = [(experiment, method) for experiment, methods in STUDIED.items() for method in methods]
 
