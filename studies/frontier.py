@@ -295,7 +295,7 @@ def parts(found: Record) -> dict[str, str]:
 
 
 def _unreached(found: Record) -> str:
-    names = ", ".join(name for name, reached in found.also["reached"].items() if not reached)
+    names = "; ".join(name for name, reached in found.also["reached"].items() if not reached)
     return wrap(f"Not compared at {found.also['kl']:.2f} nats, which not all of their runs reach: {names or 'none'}.")
 
 
@@ -305,7 +305,7 @@ def answer(found: Record) -> str:
     told = [f"{each.statement.partition(' dpo less ')[2]} {shown(each.estimate)}" for each in equal]
     (fall,) = (each for each in found.findings if each.statement.startswith("fall"))
     unseen = [each for each in found.findings if "not trained on" in each.statement]
-    others = [f"{each.statement.split(', ')[1].partition(' less')[0]} {shown(each.estimate)}" for each in unseen]
+    others = [f"{each.statement.partition(', ')[2].partition(' less')[0]} {shown(each.estimate)}" for each in unseen]
     return wrap(
         f"At {found.also['kl']:.2f} nats, gold of DPO less that of {'; '.join(told) or 'nothing that reaches it'}. "
         f"From temperature 0 to 1 the win rate of PPO with a reward model falls by {shown(fall.estimate)} more than "

@@ -268,6 +268,7 @@ def best(evaluations: Sequence[Evaluation]) -> Evaluation | None:
 
 
 NONE_IS_SOUND = "Every policy is degenerate, so none is the best."
+NOTHING_TO_COMPARE = "There is no baseline to compare with."
 
 
 def headline(evaluations: Sequence[Evaluation]) -> str:
@@ -275,9 +276,7 @@ def headline(evaluations: Sequence[Evaluation]) -> str:
     champion = best(evaluations)
     if champion is None:
         ranked = [e for e in evaluations if _unscored(e) and not math.isnan(e.value(ACCURACY))]
-        return (
-            _ranking(ranked, evaluations) if ranked else f"{len(evaluations)} policies, no baseline to compare with."
-        )
+        return _ranking(ranked, evaluations) if ranked else NOTHING_TO_COMPARE
     compared = sum(not math.isnan(_interval(e)[0]) for e in evaluations)
     if compared > 1 and champion.degenerate:
         return NONE_IS_SOUND
