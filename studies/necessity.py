@@ -22,11 +22,12 @@ METHODS = (
     Method("orpo", ("objective=orpo",), ("0.03", "0.1", "0.3", "1", "3"), "objective.weight"),
     Method("cpo", ("objective=cpo",), ("0.01", "0.03", "0.1", "0.3", "1")),
 )
+AFTERWARDS = Method("dpo, none, larger", ("objective=dpo", "reference=none"), ("1", "3", "10", "30", "100"))
 
 
 def record(folder: Path) -> Record:
     """Run what is left of the plan, and what came of it."""
-    every = [tuned(folder / method.folder, "necessity", method) for method in METHODS]
+    every = [tuned(folder / method.folder, "necessity", method) for method in (*METHODS, AFTERWARDS)]
     rows = {
         "chosen": [each.chosen_row(METRICS) for each in every],
         "neighbours": [row for each in every for row in each.rows(METRICS)],
@@ -37,16 +38,15 @@ def record(folder: Path) -> Record:
 
 
 def _findings(every: list[Tuned]) -> list[Finding]:
-    first, *others = every
-    level = 1 - (1 - LEVEL) / len(others)
-    ours = first.results[first.chosen]
-    return [
-        above(
-            f"gold, dpo with reference=initial less {other.method.name}",
-            over_runs_and_prompts(ours.less(other.results[other.chosen]), ours.initials, level),
-        )
-        for other in others
-    ]
+    first, *others, afterwards = every
+    at_once = 1 - (1 - LEVEL) / len(others)
+    return [*(_gain(first, other, at_once) for other in others), _gain(first, afterwards, LEVEL)]
+
+
+def _gain(first: Tuned, other: Tuned, level: float) -> Finding:
+    ours, theirs = (each.results[each.chosen] for each in (first, other))
+    interval = over_runs_and_prompts(ours.less(theirs), ours.initials, level)
+    return above(f"gold, dpo with reference=initial less {other.method.name}", interval)
 
 
 # --- as it is shown

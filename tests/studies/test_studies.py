@@ -35,8 +35,8 @@ def run_of(gold, initial="lab:initial", seed=0, degenerate=False, **words):
 # --- plans
 
 
-STUDIED = {"necessity": necessity.METHODS, "stronger": stronger.METHODS, "beyond": beyond.METHODS}
-STUDIED |= {"likelihood": likelihood.METHODS}
+STUDIED = {"necessity": (*necessity.METHODS, necessity.AFTERWARDS), "likelihood": likelihood.METHODS}
+STUDIED |= {"stronger": stronger.METHODS, "beyond": beyond.METHODS}
 STUDIED |= {"frontier": frontier.ON_PAIRS, "on_policy": frontier.ON_SAMPLES}
 COMPARED = [(experiment, method) for experiment, methods in STUDIED.items() for method in methods]
 
