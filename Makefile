@@ -11,7 +11,7 @@ PYTHONS := 3.11 3.12 3.13
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install install-locked install-dev demo test test-fast test-matrix faults guards
-.PHONY: studies lab-models reliability zoo lint format flash lock licences audit clean
+.PHONY: studies gpu-check lab-models reliability zoo lint format flash lock licences audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ STUDIES := all
 MINUTES := 40
 studies: install ## run what is left of the studies for 40 minutes, and compare with what is committed: make studies STUDIES=strength MINUTES=90
 	$(BIN)/python -m studies $(STUDIES) --minutes $(MINUTES)
+
+gpu-check: install-dev ## on a CUDA machine: is everything right, and how fast is it; under 8 minutes
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: install-dev ## formatting, lint, types
 	$(BIN)/ruff format --check .

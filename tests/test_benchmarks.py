@@ -170,3 +170,78 @@ def test_the_page_of_the_real_model_is_what_was_measured(pages):
     text = (ROOT / "docs" / "real_model.md").read_text()
     for name, (source, make) in pages.REAL_MODEL.items():
         assert f"<!-- {name} -->\n{make(pages.read(source))}\n<!-- end -->" in text
+
+
+# --- make gpu-check
+
+
+@pytest.fixture
+def check(program):  # noqa: F811
+    """benchmarks/gpu_check.py."""
+    return program("gpu_check")
+
+
+def test_what_sees_what_in_a_pack_by_hand(check):
+    # a prompt of two tokens with responses of two and one, and a second group of one and one
+    seen = check.visible(((2, (2, 1)), (1, (1,))), None).int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],  # the second response: the prompt and itself
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+    assert check.visible(((2, (2, 1)),), 2)[3:].int().tolist() == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
+
+
+def test_attention_is_compared_with_the_formula(check, monkeypatch):
+    monkeypatch.setattr(check, "LAYOUTS", {"pairs": ((3, (2, 5)), (1, (4, 1)))})
+    found = check.attention("cpu")
+    assert found["ok"]
+    assert {row["backend"] for row in found["rows"]} == {"sdpa", "eager"}
+    assert len(found["rows"]) == 2 * 2 * 1 * 2  # backends, heads, layouts, windows
+    formula = check.by_formula
+    monkeypatch.setattr(check, "by_formula", lambda q, k, v, seen: formula(q, k, v, seen.roll(1, 1) | seen))
+    assert not check.attention("cpu")["ok"]
+
+
+def test_a_whole_model_is_compared_with_float32(check, monkeypatch):
+    assert check.whole_model("cpu")["ok"]
+    monkeypatch.setattr(check, "GRADIENT_BOUND", 1e-4)  # of bfloat16: it must not be met
+    assert not check.whole_model("cpu")["ok"]
+
+
+def test_a_part_that_fails_or_takes_too_long_ends_no_other(check, monkeypatch, tmp_path, capsys):
+    def part(code, seconds=20.0):
+        result, log = tmp_path / "result.json", tmp_path / "log"
+        return check.run_part([sys.executable, "-c", code.format(result)], seconds, result, log)
+
+    assert part("import sys; print('one'); sys.exit('no such kernel')")["said"] == "status 1: no such kernel"
+    assert part("import time; time.sleep(60)", 0.5) == {"ok": False, "said": "not done after 0 s", "seconds": 0.5}
+    good = part("open('{}', 'w').write('{{\"ok\": true, \"said\": \"fine\"}}')")
+    assert (good["ok"], good["said"]) == (True, "fine")
+    kept = []
+    found = check.run_all(["whole_model", "attention"], "cpu", tmp_path, 0.0, lambda parts: kept.append(dict(parts)))
+    assert [each["said"] for each in found.values()] == ["no time was left"] * 2
+    assert [list(parts) for parts in kept] == [["whole_model"], ["whole_model", "attention"]]
+    assert "FAILED  whole_model" in capsys.readouterr().out
+
+
+def test_results_stand_beside_what_else_is_known_of_a_card(check, monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "RESULTS", tmp_path)
+    path = check.card_file("NVIDIA H100 80GB HBM3")
+    assert path == tmp_path / "gpu_h100_80gb_hbm3.json"
+    path.write_text('{"card": "NVIDIA H100 80GB HBM3", "gpu_1b": 7}')
+    check.kept_in(path)({"attention": {"ok": True}})
+    kept = json.loads(path.read_text())
+    assert (kept["gpu_1b"], kept["check"]["parts"]) == (7, {"attention": {"ok": True}})
+
+
+def test_without_a_device_a_line_says_so():
+    ended = subprocess.run(
+        [sys.executable, "benchmarks/gpu_check.py"], cwd=ROOT, text=True, capture_output=True, check=True
+    )
+    if not torch.cuda.is_available():
+        assert ended.stdout == "gpu-check: no CUDA device is here, so nothing was checked\n"
