@@ -7,13 +7,14 @@ have the words of this row: a template may cut what it finds in them.
 """
 
 import json
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dpo_ref.data.thoughts import thinks
 from dpo_ref.types import THOUGHTS, Message, PromptGroup
 
-SENTINEL = "qS41Dq"  # nothing that a template or a user writes, and the same in JSON and as Python writes texts
+SENTINEL = f"qS{secrets.token_hex(8)}Dq"  # in no template and no row; the same in JSON and as Python writes texts
 # What links a tool's result to its call, which templates say by position.
 _LINKS = {"tool": {"tool_call_id", "name"}}
 _PLAIN = {"role", "content"}
