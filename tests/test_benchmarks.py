@@ -102,6 +102,7 @@ def test_a_window_counts_steps_alone(soak):
     assert costs(watched_run()[56:]) == []  # one that has
 
 
+@pytest.mark.slow  # by the clock of a machine that does nothing else
 def test_every_turn_has_its_window(soak, monkeypatch):
     monkeypatch.setattr(soak, "WINDOW", 1)
     steps = ({"steps": step, "evaluations": 0} for step in count())

@@ -11,6 +11,7 @@ from tests.support.command import train
 from tests.support.on_policy import SMALL as ON_POLICY
 from tests.support.pages import parsed
 from tests.support.pictures import undrawn
+from tests.support.quick import only
 from tests.support.ranks import typed_on_ranks
 
 DATA = ["data.num_pairs=64", "data.num_eval_pairs=16", "data.num_test_prompts=4"]
@@ -73,7 +74,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", only(FAMILIES, *list(FAMILIES)[:3], "on_policy"))
 def test_every_kind_of_run_can_be_checked(family, tmp_path):
     said = checked(tmp_path, *FAMILIES[family])
     assert "groups a second" in line(said, "speed")
@@ -82,7 +83,7 @@ def test_every_kind_of_run_can_be_checked(family, tmp_path):
     parsed((tmp_path / "check.html").read_text())
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", only(["ddp", "fsdp"], "fsdp"))
 def test_ranks_speak_for_themselves(parallel, tmp_path, monkeypatch):
     """Two ranks are one run, of which each has its line; what they need and send follows the formulas."""
     empty_cache(monkeypatch, tmp_path / "cache")

@@ -26,7 +26,7 @@ def check_two_are_one(folder, monkeypatch, parallel, *words):
     check_same(folder / "two", folder / "one")
 
 
-QUICK = ("mixture", "columns")
+QUICK = ("mixture",)
 CASES = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 

@@ -272,7 +272,7 @@ RECORDS = "after it was typed again until it ended: answers, measurements, diagn
 EQUAL = "after it was typed again until it ended: metrics, weights, moments, random states equal those of no kill"
 
 
-IN_SHORT = ("steps", "saves", "a reference pass")  # in `make test`; the others take longer, `make faults` kills all
+IN_SHORT = ("steps", "a reference pass")  # in `make test`; the others take longer, `make faults` kills all
 ONCE = [pytest.param(name, 1, marks=[] if name in IN_SHORT else pytest.mark.slow) for name in WORKS]
 OFTEN = [pytest.param(name, KILLS_OF_EACH, marks=pytest.mark.slow) for name in WORKS]
 

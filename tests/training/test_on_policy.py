@@ -31,6 +31,7 @@ from tests.support.command import ROOT, resolved, train
 from tests.support.evaluate_command import measure
 from tests.support.foreign import foreign  # noqa: F401
 from tests.support.on_policy import SMALL
+from tests.support.quick import only
 from tests.support.tiny import naive_logps
 
 
@@ -93,7 +94,7 @@ class Killed(Exception):
     """Stands for the process's end."""
 
 
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", only([4, 6], 6))
 def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, step, monkeypatch):
     """Killed after the checkpoint of step 4 (between rounds) or 6 (in the middle of round 2), in the next round."""
     folder, save = tmp_path / "run", checkpoint.save
