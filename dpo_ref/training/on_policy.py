@@ -331,6 +331,9 @@ class Plan:
     max_new_tokens: int
 
 
+NOTHING = "the samples of every prompt have equal rewards or texts, so there is no pair to learn from"
+
+
 class OnPolicyRounds(Rounds):
     """On-policy rounds. Everything a round is made of depends on the run's seed, the round's number and the policy at
     its beginning; samples, rewards and the sampling policy's log-probs are files in the run's folder."""
@@ -356,20 +359,24 @@ class OnPolicyRounds(Rounds):
             self._sampler.policy.close()
 
     def _rounds(self, first_step: int) -> Iterator[Round]:
+        learnt = first_step > 0
         for begin in range(first_step - first_step % self._plan.steps, self.num_steps, self._plan.steps):
             index = begin // self._plan.steps
             samples = self._samples(index, max(begin, first_step))
             fresh = self._groups(index, samples)
             groups = [*groups_for(self._context.objective, from_groups(fresh)), *self._offline(index)]
             if not groups:
-                raise ValueError(
-                    f"round {index + 1}: the samples of every prompt have equal rewards or texts, so there is no "
-                    "pair to learn from; raise data.samples_per_prompt, data.prompts_per_round or data.temperature"
-                )
+                say(f"round {index + 1}: {NOTHING}; it makes no steps")
+                continue
+            learnt = True
             steps = min(self._plan.steps, self.num_steps - begin)
             config = replace(self._context.config, epochs=float(steps), max_steps=steps)
             old = self._old(index, fresh) if self._needs_old else None
             yield Round(begin, groups, config, self._seed(index), old, self._metrics(index, samples, fresh))
+        if not learnt:
+            raise ValueError(
+                f"in every round {NOTHING}; raise data.samples_per_prompt, data.prompts_per_round or data.temperature"
+            )
 
     @property
     def _needs_old(self) -> bool:

@@ -177,6 +177,28 @@ def test_offline_pairs_are_mixed_in(tmp_path):
     assert mean == pytest.approx(round(mean * offline) / offline)
 
 
+ONE_PROMPT = ["objective=dpo", "data.prompts_per_round=1", "data.samples_per_prompt=2", "data.rounds=8"]
+
+
+def test_a_round_that_says_nothing_makes_no_steps(tmp_path):
+    """Two samples of one prompt are often worth the same; the other rounds train, and the run comes to its end."""
+    done = train(*SMALL, *ONE_PROMPT, "model.path=lab:initial", "data.max_new_tokens=24", f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    told = {int(number) for number in re.findall(r"round (\d+): the samples of every prompt have equal", done.stdout)}
+    samples = {number: read_samples(tmp_path / "rounds" / f"{number:04d}") for number in range(1, 9)}
+    assert told == {number for number, each in samples.items() if not groups_of(each, PAIRS["best_vs_worst"], 0, 0)}
+    assert 0 < len(told) < 8
+    assert {row["step"] for row in lines(tmp_path) if "train/loss" in row} == set(samples) - told
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "completed"
+
+
+def test_rounds_that_all_say_nothing_are_an_error(tmp_path):
+    one_token = ["data.max_new_tokens=1", "scorer@data.scorer=length", "data.scorer.target=3"]
+    done = train(*SMALL, *ONE_PROMPT, "model.path=lab:tiny", *one_token, f"output_dir={tmp_path}")
+    assert done.returncode == 1
+    assert "in every round the samples of every prompt have equal rewards" in done.stderr
+
+
 def test_an_on_policy_run_is_evaluated_as_any_other(tmp_path):
     """On the held-out pairs and test prompts of the data its prompts are from, against no reference, as it had."""
     folder = run(tmp_path / "run", "objective=sft", "data.rounds=1", "data.prompts.num_test_prompts=4")
