@@ -112,15 +112,15 @@ def _interval(values: Sequence[float | None]) -> Interval:
 
 def differences(committed: Record, found: Record) -> list[str]:
     """Where a later run is not what was committed: a mean outside of the committed interval, a row that is lacking,
-    and a test of the plan that ends otherwise. Empty where it is repeated."""
+    and a test of the plan that ends otherwise or stands on one side alone. Empty where it is repeated."""
     told = []
     for table, rows in committed.rows.items():
         others = {_words(row): row for row in found.rows.get(table, [])}
         for row in rows:
             words = _words(row)
             told += [f"{table}, {words}: lacking"] if words not in others else _outside(table, row, others[words])
-    ends = {test.statement: test.holds for test in found.findings}
-    told += [f"test: {test.statement}" for test in committed.findings if ends.get(test.statement) is not test.holds]
+    ends, before = ({test.statement: test.holds for test in each.findings} for each in (found, committed))
+    told += [f"test: {statement}" for statement in ends | before if ends.get(statement) is not before.get(statement)]
     return told
 
 

@@ -216,18 +216,15 @@ def chosen_panels(found: Record) -> list[Panel]:
 
 
 def bought_panel(found: Record) -> Panel:
-    """Reward against KL, of the chosen cells (large) and their neighbours."""
+    """Reward against KL, of the chosen cells (large) and their neighbours; marks are those beside the names."""
 
     def draw(axes: Any) -> None:
         for index, chosen in enumerate(found.rows["chosen"]):
             for row in (row for row in found.rows["neighbours"] if row["method"] == chosen["method"]):
-                own = (row["lr"], row["strength"]) == (chosen["lr"], chosen["strength"])
-                label = {"label": chosen["method"]} if own else {}
-                size = 9 if own else 4
-                axes.plot(row["kl"].mean, row["gold"].mean, linestyle="none", markersize=size, **look(index), **label)
+                size = 9 if (row["lr"], row["strength"]) == (chosen["lr"], chosen["strength"]) else 4
+                axes.plot(row["kl"].mean, row["gold"].mean, linestyle="none", markersize=size, **look(index))
         kl_axis(axes, [row["kl"].mean for row in found.rows["neighbours"]])
         axes.set_title("Reward against distance")
         axes.set_ylabel("gold reward")
-        axes.legend(loc="best", fontsize=7)
 
-    return Panel("Chosen cells (large) and their neighbours.", draw)
+    return Panel("Chosen cells (large) and their neighbours, in the marks beside their names.", draw)

@@ -224,6 +224,8 @@ def test_what_is_not_repeated_is_named():
     ]
     assert differences(FOUND, with_gold(0.5, holds=False)) == ["test: gold is above"]
     assert differences(FOUND, Record({"curve": []}, FOUND.findings)) == ["curve, beta=0.1: lacking"]
+    untested = Record(FOUND.rows, [])
+    assert differences(untested, FOUND) == differences(FOUND, untested) == ["test: gold is above"]
 
 
 COMMITTED = [name for name in STUDIES if read(name)]
