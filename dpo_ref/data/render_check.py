@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from dpo_ref.data.thoughts import thinks
 from dpo_ref.types import THOUGHTS, Message, PromptGroup
 
-SENTINEL = f"qS{secrets.token_hex(8)}Dq"  # in no template and no row; the same in JSON and as Python writes texts
+# In no template and no row; short, as a template may cut what it finds; the same in JSON and as Python writes texts.
+SENTINEL = f"q{secrets.randbelow(10**4):04}D"
 # What links a tool's result to its call, which templates say by position.
 _LINKS = {"tool": {"tool_call_id", "name"}}
 _PLAIN = {"role", "content"}
