@@ -1,6 +1,7 @@
 """Programs in benchmarks/ time the step that train.py takes; those that cannot run here keep what they measured."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -206,6 +207,11 @@ def test_attention_is_compared_with_the_formula(check, monkeypatch):
     formula = check.by_formula
     monkeypatch.setattr(check, "by_formula", lambda q, k, v, seen: formula(q, k, v, seen.roll(1, 1) | seen))
     assert not check.attention("cpu")["ok"]
+    monkeypatch.setattr(check, "HEADS", [(4, 2, 8), (3, 2, 8)])  # three heads cannot share two
+    monkeypatch.setattr(check, "by_formula", formula)
+    rows = check.attention("cpu")["rows"]
+    assert {row["heads"] for row in rows if row["ok"]} == {(4, 2, 8)}
+    assert {row["heads"] for row in rows if "raised" in row} == {(3, 2, 8)}
 
 
 def test_a_whole_model_is_compared_with_float32(check, monkeypatch):
@@ -241,8 +247,7 @@ def test_results_stand_beside_what_else_is_known_of_a_card(check, monkeypatch, t
 
 
 def test_without_a_device_a_line_says_so():
-    ended = subprocess.run(
-        [sys.executable, "benchmarks/gpu_check.py"], cwd=ROOT, text=True, capture_output=True, check=True
-    )
-    if not torch.cuda.is_available():
-        assert ended.stdout == "gpu-check: no CUDA device is here, so nothing was checked\n"
+    without = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # on any machine: else the whole check would run
+    command = [sys.executable, "benchmarks/gpu_check.py"]
+    ended = subprocess.run(command, cwd=ROOT, env=without, text=True, capture_output=True, check=True)
+    assert ended.stdout == "gpu-check: no CUDA device is here, so nothing was checked\n"

@@ -8,14 +8,16 @@ have the words of this row: a template may cut what it finds in them.
 
 import json
 import secrets
+import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dpo_ref.data.thoughts import thinks
 from dpo_ref.types import THOUGHTS, Message, PromptGroup
 
-# In no template and no row; short, as a template may cut what it finds; the same in JSON and as Python writes texts.
-SENTINEL = f"q{secrets.randbelow(10**4):04}D"
+# Drawn anew in each process, so that no row is made to hold it; short, as a template may cut what it finds; the same
+# in JSON and as Python writes texts.
+SENTINEL = f"q{''.join(secrets.choice(string.ascii_letters + string.digits) for _ in range(4))}D"
 # What links a tool's result to its call, which templates say by position.
 _LINKS = {"tool": {"tool_call_id", "name"}}
 _PLAIN = {"role", "content"}
