@@ -1,5 +1,5 @@
-"""Every command of the README composes, its refusals are real, its code works, its lists are complete, and the way
-through the code that docs/architecture.md shows is there."""
+"""Every command of the README composes, its refusals are real, its code works, its lists are complete, the way through
+the code that docs/architecture.md shows is there, and tables of all pages are whole."""
 
 import re
 import shlex
@@ -81,3 +81,11 @@ def test_the_stops_of_the_way_to_dpo_exist():
 def test_the_method_is_shown_as_it_is():
     shown = re.search(r"```python\n(.*?)```", ARCHITECTURE, re.DOTALL).group(1)
     assert shown in (ROOT / "dpo_ref" / "training" / "trainer.py").read_text()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name)
+def test_a_table_is_one(page):
+    """Its first line is followed by one of dashes: rows below an empty line would be shown as text."""
+    lines = page.read_text().splitlines()
+    begun = [i for i, line in enumerate(lines) if line.startswith("|") and not (i and lines[i - 1].startswith("|"))]
+    assert not [lines[i] for i in begun if not re.fullmatch(r"[|\s:-]+", lines[i + 1])]
