@@ -100,13 +100,15 @@ def answer(found: Record) -> str:
     """What was found, in a paragraph."""
     told = {each.statement: shown(each.estimate) for each in found.findings}
     good = {row["method"]: shown(row["gold"]) for row in found.rows["chosen"] if row["world"] == "good"}
-    poor = [f"{text.rpartition(' less ')[2]} {value}" for text, value in told.items() if text.startswith("L3")]
+    poor = {row["method"]: shown(row["gold"]) for row in found.rows["chosen"] if row["world"] == "poor"}
     over = {name: told[f"L2 good pairs: {BOTH} less {name}"] for name in ("orpo", "cpo")}
+    less = {name: told[f"L3 poor pairs: dpo less {name}"] for name in ("orpo", "cpo", BOTH)}
     return wrap(
         f"With the lab's pairs, DPO that imitates the chosen response too earns {good[BOTH]}: "
         f"{told[f'L1 good pairs: {BOTH} less dpo']} more than DPO ({good[DPO]}), {over['orpo']} more than ORPO and "
-        f"{over['cpo']} more than CPO. With pairs whose chosen responses are no better than what the policy writes, "
-        f"gold of DPO less that of {'; '.join(poor)}."
+        f"{over['cpo']} more than CPO. With pairs whose chosen responses are no better than what the policy writes, DPO "
+        f"earns {poor[DPO]}: {less[BOTH]} more than with imitation, {less['cpo']} more than CPO, and {less['orpo']} more "
+        f"than ORPO."
     )
 
 
