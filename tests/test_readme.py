@@ -83,7 +83,9 @@ def test_the_method_is_shown_as_it_is():
     assert shown in (ROOT / "dpo_ref" / "training" / "trainer.py").read_text()
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
 def test_a_table_is_one(page):
     """Its first line is followed by one of dashes: rows below an empty line would be shown as text."""
     lines = page.read_text().splitlines()
