@@ -106,9 +106,9 @@ def answer(found: Record) -> str:
     return wrap(
         f"With the lab's pairs, DPO that imitates the chosen response too earns {good[BOTH]}: "
         f"{told[f'L1 good pairs: {BOTH} less dpo']} more than DPO ({good[DPO]}), {over['orpo']} more than ORPO and "
-        f"{over['cpo']} more than CPO. With pairs whose chosen responses are no better than what the policy writes, DPO "
-        f"earns {poor[DPO]}: {less[BOTH]} more than with imitation, {less['cpo']} more than CPO, and {less['orpo']} more "
-        f"than ORPO."
+        f"{over['cpo']} more than CPO. With pairs whose chosen responses are no better than what the policy writes, "
+        f"DPO earns {poor[DPO]}: {less[BOTH]} more than with imitation, {less['cpo']} more than CPO, and "
+        f"{less['orpo']} more than ORPO."
     )
 
 
