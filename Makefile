@@ -10,6 +10,10 @@ PYTHONS := 3.11 3.12 3.13
 # every command that a test starts would compile the project again.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# pip would compile every module of every package, one after the other: half of its time. Those in use are compiled by use.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+USE := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python train.py --help > /dev/null
+
 .PHONY: help install install-locked install-dev demo test test-fast test-matrix faults guards
 .PHONY: studies gpu-check lab-models reliability zoo lint format flash lock licences audit clean
 
@@ -23,19 +27,22 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	@$(USE)
 	@touch $@
 
 # The build of torch may be another one, for CPUs: its version is held, its hash is not.
 $(VENV)/.installed-dev: requirements-dev.txt requirements.txt requirements.lock | $(BIN)/python
 	@sed -nE 's/^([a-z].*) \\$$/\1/p' requirements.lock > $(VENV)/constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c $(VENV)/constraints.txt
+	$(PIP) -r requirements-dev.txt -c $(VENV)/constraints.txt
+	@$(USE)
 	@touch $@ $(VENV)/.installed
 
 # The one package without a wheel, antlr4, is built: by the lock's setuptools, not by any that has no hash.
 install-locked: | $(BIN)/python ## make .venv with requirements.lock: exact versions, each file checked by its hash
-	$(BIN)/pip install --quiet --require-hashes --no-deps -r <(sed -n '/^setuptools==/,/# via/p' requirements.lock)
-	$(BIN)/pip install --quiet --require-hashes --no-build-isolation -r requirements.lock
+	$(PIP) --require-hashes --no-deps -r <(sed -n '/^setuptools==/,/# via/p' requirements.lock)
+	$(PIP) --require-hashes --no-build-isolation -r requirements.lock
+	@$(USE)
 	@touch $(VENV)/.installed
 
 demo: install ## train on the lab with three betas, evaluate, show the table, the plot and the report
