@@ -19,7 +19,6 @@ from dpo_ref.cli.slots import Slots, slots_for, visible_gpus
 from tests.support.command import ROOT, forked, typed, typed_afresh
 from tests.support.faults import SMALL, Typed, same_weights, steps, summary
 from tests.support.pretended_slurm import PretendedSlurm
-from tests.support.quick import only
 from tests.support.ranks import typed_on_ranks
 
 BETAS = ("0.1", "3")
@@ -76,9 +75,10 @@ def sweeps(tmp_path_factory):
     return by
 
 
-LAUNCHERS = only(["joblib", "submitit_local"], "joblib")
+LAUNCHERS = ["joblib", "submitit_local"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_jobs_are_those_of_a_sweep_that_runs_them_one_after_the_other(sweeps, launcher):
     for job in JOBS:
@@ -89,6 +89,7 @@ def test_jobs_are_those_of_a_sweep_that_runs_them_one_after_the_other(sweeps, la
     assert "; 2 of 2\n" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_what_jobs_share_is_made_by_one_of_them(sweeps, launcher):
     root = sweeps(launcher).parent
@@ -98,6 +99,7 @@ def test_what_jobs_share_is_made_by_one_of_them(sweeps, launcher):
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_names_stand_before_what_the_jobs_of_joblib_print(sweeps):
     told = sweeps("joblib").with_suffix(".txt").read_text()
     for beta in BETAS:

@@ -18,6 +18,7 @@ from tests.support.checkpoints import changed_state, lines
 from tests.support.command import started, train, typed
 from tests.support.evaluate_command import evaluate
 from tests.support.pictures import undrawn
+from tests.support.quick import only
 
 SMALL = ["model.path=lab:tiny", "data.num_pairs=96", "data.num_eval_pairs=16", "data.num_test_prompts=8"]
 SMALL += ["trainer.batch_size=8", "tracking=none"]
@@ -89,7 +90,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert list(whole.glob("**/*.bin")) == list(whole.glob("**/*.pt")) == []
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", only([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], signal.SIGKILL))
 def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, signum):
     run = tmp_path / "run"
     code, output = stopped(run, signum)

@@ -20,6 +20,7 @@ from dpo_ref.models.lora import AdapterOptions
 from dpo_ref.models.sharding import Holding
 from dpo_ref.types import Message
 from tests.support.command import train
+from tests.support.quick import only
 from tests.support.reference_contexts import LAYOUT
 from tests.support.tiny import random_groups, tiny_model
 from tests.support.training_evaluation import DATA, lines
@@ -48,11 +49,11 @@ KINDS = {
 }  # fmt: skip
 
 
-QUICK = ("on_policy", "moving", "adapter", "no scorer")  # the others, by hand: -m slow
+QUICK = ("on_policy", "adapter", "no scorer")
 
 
 @pytest.mark.usefixtures("undrawn_pictures")
-@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.parametrize("kind", only(KINDS, *QUICK))
 def test_every_kind_of_run_is_evaluated_against_its_initial_policy(kind, tmp_path):
     data = DATA if not any(option.startswith("data=") for option in KINDS[kind]) else []
     options = ["model.path=lab:tiny", "trainer.batch_size=8", "trainer.max_steps=4", "optim.lr=1e-3", "tracking=none"]

@@ -253,8 +253,9 @@ def test_without_a_key_texts_go_to_no_other_machine(stranger, monkeypatch, tell)
     tell("let in", "the same without a key, the server on another machine", seen=resumed, survived="nothing was sent")
 
 
-@pytest.mark.parametrize("confirmation", ["trust={}", "reference.url={}"])
-@pytest.mark.parametrize("command", ["train.py resume={}", "evaluate.py policy={}"])
+@pytest.mark.parametrize(
+    ("command", "confirmation"), [("train.py resume={}", "trust={}"), ("evaluate.py policy={}", "reference.url={}")]
+)
 def test_an_address_that_is_typed_is_asked(command, confirmation, stranger, listener, monkeypatch):
     monkeypatch.setenv(KEY, SECRET)
     served(stranger, listener.url)

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from dpo_ref.references.policies import AdapterBase, LiveReference, NoReference
 from dpo_ref.training.trainer import backward, evaluate
 from dpo_ref.types import PairLogps, ResponseLogps
 from tests.support.command import resolved, train
+from tests.support.quick import only
 from tests.support.tiny import VOCAB, disturbed, policy_of, random_groups, shared, tiny_model
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + 3 * i % 5)) for i in range(9)]
@@ -47,6 +49,8 @@ PACKINGS = {
     "several packs": partial(pack, tokens_per_batch=30),
     "one group each": partial(pack, tokens_per_batch=1, packing="one_group"),
 }
+# Packing, and tokens of a chunk of logits.
+SPLIT = only(list(product(PACKINGS, (10, 10_000))), ("one pack", 10_000), ("several packs", 10))
 BETA, MOVED = 0.3, 0.2  # given, and where epsilon_dpo's has come to
 
 
@@ -269,8 +273,7 @@ def case(request):
     return objective, kind, loss.detach(), torch.autograd.grad(loss, trained)
 
 
-@pytest.mark.parametrize("tokens_per_chunk", [10, 10_000], ids=["chunks", "one chunk"])
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(("packing", "tokens_per_chunk"), SPLIT)
 def test_loss_and_gradient_of_the_whole_batch(case, packing, tokens_per_chunk, monkeypatch):
     objective, kind, loss, gradients = case
     monkeypatch.setattr(logps, "CHUNK_LOGITS", tokens_per_chunk * VOCAB)

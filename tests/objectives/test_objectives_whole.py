@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dpo_ref.references.policies import LiveReference
 from dpo_ref.training.optim import adamw, optimisation
 from dpo_ref.training.rounds import OfflineRounds, TrainerConfig, groups_for
 from dpo_ref.training.trainer import backward, evaluate, train
+from tests.support.quick import only
 from tests.support.tiny import VOCAB, naive_logps, policy_of, random_groups, shared, tiny_model
 
 LAYOUT = [(3 + i % 5, (2 + i % 7, 1 + 3 * i % 5)) for i in range(9)]
@@ -30,6 +32,8 @@ PACKINGS = {
     "several packs": partial(pack, tokens_per_batch=30),
     "one group each": partial(pack, tokens_per_batch=1, packing="one_group"),
 }
+# Packing, and tokens of a chunk of logits.
+SPLIT = only(list(product(PACKINGS, (10, 10_000))), ("one pack", 10_000), ("several packs", 10))
 BETA, M0 = 0.3, 0.7
 USUAL = {"beta_dpo": {"mean_margin": M0}, "alphadpo": {"mean_gap": 0.02, "sd_gap": 0.05}}  # before the batch
 
@@ -185,8 +189,7 @@ def case(request):
     return objective, running, loss.detach(), torch.autograd.grad(loss, list(policy.parameters()))
 
 
-@pytest.mark.parametrize("tokens_per_chunk", [10, 10_000], ids=["chunks", "one chunk"])
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(("packing", "tokens_per_chunk"), SPLIT)
 def test_loss_and_gradient_of_the_whole_batch(case, packing, tokens_per_chunk, monkeypatch):
     objective, running, loss, gradients = case
     monkeypatch.setattr(logps, "CHUNK_LOGITS", tokens_per_chunk * VOCAB)

@@ -40,7 +40,9 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("kind", only(KINDS, *KINDS.keys() - {"foreign"}))  # a diagnosis is of a run with it
+@pytest.mark.parametrize(
+    "kind", only(KINDS, *KINDS.keys() - {"foreign", "other", "interpolate"})
+)  # a diagnosis is of a run with it
 def test_a_run_with_every_kind(kind, foreign, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     overrides = [override.format(foreign=foreign) for override in KINDS[kind]]

@@ -197,7 +197,10 @@ def rows(run, *left_out):
         pytest.param(["reference=bema", "reference.every=2"], marks=pytest.mark.slow),
         pytest.param(["reference=bema", "reference.every=1", "reference.burn_in=3"], marks=pytest.mark.slow),
         ["reference=bema", "reference.every=1", "reference.burn_in=2", "model.lora_rank=2", "optim.lr=0.05"],
-        ["reference=moving", "reference.every=1", "reference.share=0.5", "reference.burn_in=2"],
+        pytest.param(
+            ["reference=moving", "reference.every=1", "reference.share=0.5", "reference.burn_in=2"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda options: " ".join(options[:3]),
 )

@@ -158,7 +158,9 @@ def test_losses_in_float64(architecture, objective, reference, folders, exact_no
     assert losses == pytest.approx(expected, rel=1e-6, abs=0)
 
 
-@pytest.mark.parametrize(("architecture", "objective", "reference"), IN_FLOAT32)
+@pytest.mark.parametrize(
+    ("architecture", "objective", "reference"), only(IN_FLOAT32, IN_FLOAT32[0], IN_FLOAT32[3], IN_FLOAT32[-1])
+)
 def test_losses_in_float32(architecture, objective, reference, folders, tmp_path):
     expected = of_the_page(folders[architecture], objective, reference, "float32")
     losses = of_the_command(folders[architecture], objective, reference, tmp_path / "run")
