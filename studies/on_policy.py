@@ -1,7 +1,7 @@
 """When does fresh data matter? (Tajwar et al. 2024, arXiv 2404.14367; plan: conf/experiment/on_policy.yaml)"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,20 @@ MINUTES = 90
 PEAKS = {"near": 20, "far": 70}
 SCHEDULES = ("offline", "on_policy")
 Where = tuple[str, str]  # peak and schedule
+Bandits = Mapping[tuple[str, str], dict[Where, tuple[str, list[float]]]]
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A bandit, its methods by name, the learning rates that each is tried at, and how many seeds its results have."""
+    """A bandit, its methods by name, the learning rates that each is tried at, over three seeds from `tuned_on`, and the
+    seeds of its results."""
 
     experiment: str
     methods: Mapping[str, tuple[str, ...]]
     lrs: tuple[str, ...]
     num_seeds: int
+    first_seed: int = 0
+    tuned_on: int = 100
 
 
 BEST = "bandit.samples_per_group=10"
@@ -60,6 +64,14 @@ WORLDS = {
         3,
     ),
 }
+AGAIN = {
+    "arms (20 seeds)": replace(
+        WORLDS["arms"], lrs=("0.01", "0.03", "0.1", "0.3", "1", "3"), num_seeds=20, first_seed=1000, tuned_on=200
+    ),
+    "tokens (10 seeds)": replace(
+        WORLDS["tokens"], lrs=("3e-4", "1e-3", "3e-3", "1e-2", "3e-2"), num_seeds=10, first_seed=1000, tuned_on=200
+    ),
+}
 
 
 def _rewards(
@@ -80,19 +92,19 @@ def _rewards(
 
 def _bandit(folder: Path, world: World, words: Sequence[str]) -> dict[Where, tuple[str, list[float]]]:
     """The learning rate that was chosen for each peak and schedule, and the rewards there."""
-    tried = _rewards(folder / "tuning", world, words, world.lrs, 100, 3)
+    tried = _rewards(folder / "tuning", world, words, world.lrs, world.tuned_on, 3)
     where = [(peak, schedule) for peak, schedule in product(map(str, PEAKS.values()), SCHEDULES)]
     chosen = {each: max(world.lrs, key=lambda lr, each=each: np.mean(tried[lr, each])) for each in where}
     lrs = [lr for lr in world.lrs if lr in chosen.values()]
-    rewards = _rewards(folder / "results", world, words, lrs, 0, world.num_seeds)
+    rewards = _rewards(folder / "results", world, words, lrs, world.first_seed, world.num_seeds)
     return {each: (lr, rewards[lr, each]) for each, lr in chosen.items()}
 
 
-def _bandits(folder: Path) -> dict[tuple[str, str], dict[Where, tuple[str, list[float]]]]:
+def _bandits(folder: Path, worlds: Mapping[str, World]) -> Bandits:
     """By world and method."""
     return {
-        (name, method): _bandit(folder / name / slug(method), world, words)
-        for name, world in WORLDS.items()
+        (name, method): _bandit(folder / slug(name) / slug(method), world, words)
+        for name, world in worlds.items()
         for method, words in world.methods.items()
     }
 
@@ -182,13 +194,14 @@ def _reuse(folder: Path, lab: Mapping[tuple[str, str, str], LabCell]) -> dict[tu
 
 def record(folder: Path) -> Record:
     """Run what is left of the plan, and what came of it."""
-    bandits, lab = _bandits(folder / "bandits"), _lab(folder / "lab")
+    bandits, lab = _bandits(folder / "bandits", WORLDS), _lab(folder / "lab")
     reused = _reuse(folder / "reuse", lab)
+    again = _bandits(folder / "bandits", AGAIN)
     rows = {
         "bandits": [
             {"world": world, "method": method, "peak": peak, "data": schedule, "lr": lr,
              "reward": rounded(over_runs(rewards, [world] * len(rewards)))}
-            for (world, method), cells in bandits.items()
+            for (world, method), cells in [*bandits.items(), *again.items()]
             for (peak, schedule), (lr, rewards) in cells.items()
         ],
         "lab": [
@@ -205,9 +218,8 @@ def record(folder: Path) -> Record:
         ],
     }  # fmt: skip
     findings = [
-        *_far_gains(bandits),
-        *_negative_gradient(bandits),
-        *_complementary(bandits),
+        *_of_bandits(bandits),
+        *_of_bandits(again),
         *_of_lab(lab),
         *_of_reuse(reused),
     ]
@@ -218,7 +230,11 @@ def _paired(values: Float[np.ndarray, " S"], count: int) -> Interval:
     return over_runs(values.tolist(), ["world"] * len(values), 1 - (1 - LEVEL) / count)
 
 
-def _far_gains(bandits: Mapping[tuple[str, str], dict[Where, tuple[str, list[float]]]]) -> list[Finding]:
+def _of_bandits(bandits: Bandits) -> list[Finding]:
+    return [*_far_gains(bandits), *_negative_gradient(bandits), *_complementary(bandits)]
+
+
+def _far_gains(bandits: Bandits) -> list[Finding]:
     near, far = map(str, PEAKS.values())
     findings = []
     for (world, method), cells in bandits.items():
@@ -229,18 +245,19 @@ def _far_gains(bandits: Mapping[tuple[str, str], dict[Where, tuple[str, list[flo
     return findings
 
 
-def _negative_gradient(bandits: Mapping[tuple[str, str], dict[Where, tuple[str, list[float]]]]) -> list[Finding]:
+def _negative_gradient(bandits: Bandits) -> list[Finding]:
     findings = []
+    (world,) = {world for world, method in bandits if method == "ipo_sum"}
     for method, (name, peak) in product(("dpo", "ipo_sum"), PEAKS.items()):
-        ours, theirs = (bandits["arms", each][str(peak), "offline"][1] for each in (method, "sft, best of 10"))
-        statement = f"F4 arms, offline, {name} peak: {method} less sft on the best of 10"
+        ours, theirs = (bandits[world, each][str(peak), "offline"][1] for each in (method, "sft, best of 10"))
+        statement = f"F4 {world}, offline, {name} peak: {method} less sft on the best of 10"
         findings.append(above(statement, _paired(np.array(ours) - np.array(theirs), 4)))
     return findings
 
 
-def _complementary(bandits: Mapping[tuple[str, str], dict[Where, tuple[str, list[float]]]]) -> list[Finding]:
+def _complementary(bandits: Bandits) -> list[Finding]:
     findings, far = [], str(PEAKS["far"])
-    for world in WORLDS:
+    for world in dict.fromkeys(world for world, _ in bandits):
         ours = np.array(bandits[world, "dpo"][far, "on_policy"][1])
         others = {"offline dpo": ("dpo", "offline"), "on-policy sft, best of 10": ("sft, best of 10", "on_policy")}
         for name, (method, schedule) in others.items():
@@ -317,12 +334,14 @@ def parts(found: Record) -> dict[str, str]:
 
 
 def answer(found: Record) -> str:
-    """What was found, in a paragraph: how many of each letter's tests are borne out, and by how much."""
+    """What was found, in a paragraph: how many of each letter's tests are borne out in each world."""
     sentences = []
     for letter, claim in CLAIMS.items():
-        of_letter = [finding for finding in found.findings if finding.statement.startswith(f"{letter} ")]
-        held = [finding for finding in of_letter if finding.holds]
-        sentences.append(f"{claim}: {len(held)} of {len(of_letter)}.")
+        held: dict[str, list[bool]] = {}
+        for finding in found.findings:
+            if finding.statement.startswith(f"{letter} "):
+                held.setdefault(finding.statement.split(",")[0].removeprefix(f"{letter} "), []).append(finding.holds)
+        sentences.append(f"{claim}: {', '.join(f'{world} {sum(of)} of {len(of)}' for world, of in held.items())}.")
     return wrap(" ".join(sentences))
 
 
@@ -342,7 +361,8 @@ def panels(found: Record) -> list[Panel]:
 
 
 def _arms_panel(found: Record, peak: str) -> Panel:
-    rows = [row for row in found.rows["bandits"] if row["world"] == "arms" and row["peak"] == str(PEAKS[peak])]
+    world, *_ = AGAIN
+    rows = [row for row in found.rows["bandits"] if row["world"] == world and row["peak"] == str(PEAKS[peak])]
     methods = list(WORLDS["arms"].methods)
 
     def draw(axes: Any) -> None:

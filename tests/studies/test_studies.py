@@ -63,6 +63,19 @@ def test_what_is_sampled_anew_composes(method, reward):
         )
 
 
+@pytest.mark.parametrize("name", on_policy.WORLDS | on_policy.AGAIN)
+def test_bandits_compose_and_share_no_seed(name):
+    world = (on_policy.WORLDS | on_policy.AGAIN)[name]
+    for words in world.methods.values():
+        resolved(f"+experiment={world.experiment}", *words, f"bandit.lr={world.lrs[-1]}", "bandit.beside=[]")
+    assert [float(lr) for lr in world.lrs] == sorted(map(float, world.lrs))
+    earlier = on_policy.WORLDS.get(name.split()[0], world)
+    used = {*range(earlier.num_seeds), *range(earlier.tuned_on, earlier.tuned_on + 3)}
+    own = {*range(world.first_seed, world.first_seed + world.num_seeds)}
+    assert not own & set(range(world.tuned_on, world.tuned_on + 3))
+    assert world is earlier or not own & used
+
+
 def test_halves_of_pairs_share_no_prompt(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": f"question {index % 5}"}], "n": index} for index in range(12)]
     with gzip.open(tmp_path / "pairs.jsonl.gz", "wt") as file:
