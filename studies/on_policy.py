@@ -31,8 +31,8 @@ Bandits = Mapping[tuple[str, str], dict[Where, tuple[str, list[float]]]]
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A bandit, its methods by name, the learning rates that each is tried at over three seeds from `tuned_on`, and the
-    seeds of its results."""
+    """A bandit, its methods by name, the learning rates that each is tried at, over three seeds from `tuned_on`, and
+    the seeds of its results."""
 
     experiment: str
     methods: Mapping[str, tuple[str, ...]]
