@@ -19,7 +19,7 @@ from studies.records import Finding, Record, above, apart, below, findings_table
 from studies.runner import Run, Runs, initial_metrics, run, sweep
 from studies.tuning import SEEDS, slug
 
-MINUTES = 90
+MINUTES = 190
 
 # --- bandits
 

@@ -191,7 +191,7 @@ def holds(its, row, score="last"):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_what_is_said_is_scored_or_the_row_is_refused(name, data):
     its = family(name)
@@ -199,7 +199,7 @@ def test_what_is_said_is_scored_or_the_row_is_refused(name, data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_of_all_turns_as_well(name, data):
     its = family(name)
@@ -211,7 +211,7 @@ def unblank(text):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_thought_and_answer_are_the_whole(name, data):
     """Blanks between the two are of either."""
@@ -237,7 +237,7 @@ def test_thought_and_answer_are_the_whole(name, data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_the_sides_of_a_pair_share_the_prompt(name, data):
     its, score = family(name), data.draw(st.sampled_from(["last", "all"]))
@@ -282,7 +282,7 @@ def test_one_bos_where_the_template_writes_one(name, data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_what_becomes_of_a_row_does_not_depend_on_those_before_it(name, data):
     its = family(name)

@@ -3,6 +3,7 @@ alone says."""
 
 import shutil
 import sys
+from itertools import product
 
 import pytest
 import wandb
@@ -15,6 +16,7 @@ from tests.support.command import train, typed
 from tests.support.evaluate_command import evaluate
 from tests.support.faults import forge_config, forge_summary, summary
 from tests.support.loopback import Answering, LoopbackServer
+from tests.support.quick import only
 from tests.support.wandb_runs import Offline
 
 TRAIN = ["model.path=lab:tiny", "data.num_pairs=32", "data.num_eval_pairs=4", "data.num_test_prompts=4"]
@@ -253,8 +255,12 @@ def test_without_a_key_texts_go_to_no_other_machine(stranger, monkeypatch, tell)
     tell("let in", "the same without a key, the server on another machine", seen=resumed, survived="nothing was sent")
 
 
+RESUMED, EVALUATED = "train.py resume={}", "evaluate.py policy={}"
+CONFIRMED = list(product((RESUMED, EVALUATED), ("trust={}", "reference.url={}")))
+
+
 @pytest.mark.parametrize(
-    ("command", "confirmation"), [("train.py resume={}", "trust={}"), ("evaluate.py policy={}", "reference.url={}")]
+    ("command", "confirmation"), only(CONFIRMED, (RESUMED, "trust={}"), (EVALUATED, "reference.url={}"))
 )
 def test_an_address_that_is_typed_is_asked(command, confirmation, stranger, listener, monkeypatch):
     monkeypatch.setenv(KEY, SECRET)
